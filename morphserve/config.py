@@ -1,0 +1,113 @@
+"""The MorphServe YAML. Every field is documented here and in policies/yaml/default.yaml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from morphserve.errors import ConfigError
+from policies.config import PolicyConfig, ThresholdConfig
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LadderStep(_Section):
+    """A run of levels that put more and more layers into one format."""
+
+    format: Literal["w8", "w4"] = Field(description="w8 = W8A8 int8, w4 = 4 bit, group 64/32")
+    layers: int | Literal["all"] = Field("all", description="how many layers, in `order`")
+    layers_per_level: int = Field(5, ge=1, description="layers one level adds to the one before")
+
+
+class LadderConfig(_Section):
+    """Which levels exist."""
+
+    order: Literal["front_to_back", "back_to_front"] | list[int] = Field(
+        "front_to_back", description="swap order of decoder layers; without a profile, front to back"
+    )
+    steps: list[LadderStep] = Field(
+        default_factory=lambda: [LadderStep(format="w8"), LadderStep(format="w4")], min_length=1
+    )
+    expected_kl: dict[str, float] = Field(
+        default_factory=dict,
+        description="measured nats per token when ALL layers are in that format; enters the report",
+    )
+
+
+class KVConfig(_Section):
+    """How the KV cache grows and shrinks."""
+
+    base_num_blocks: int | None = Field(
+        None, ge=2, description="blocks at level 0; null = what vLLM itself would have published"
+    )
+    max_num_blocks: int | None = Field(None, ge=2, description="never publish more than this")
+    migrate_blocks_per_step: int = Field(16, ge=1, description="live blocks moved per engine step")
+    drain_timeout_s: float = Field(
+        5.0, gt=0, description="a shrink that found no room for live blocks gives up after this"
+    )
+
+
+class TransitionConfig(_Section):
+    """How fast levels change."""
+
+    max_layers_per_step: int = Field(
+        5, ge=1, description="layers switched between two engine steps; sets the staging reserve"
+    )
+    max_pause_ms: float = Field(
+        30.0, gt=0, description="fewer layers per step when they take longer than this"
+    )
+    backoff_s: float = Field(5.0, ge=0, description="no new transition this long after a failure")
+
+
+class MorphServeConfig(_Section):
+    """Root of the YAML."""
+
+    version: Literal[1] = 1
+    ladder: LadderConfig = LadderConfig()
+    kv: KVConfig = KVConfig()
+    transition: TransitionConfig = TransitionConfig()
+    policy: PolicyConfig = Field(default_factory=lambda: ThresholdConfig(kind="threshold"))
+    cache_dir: Path = Field(
+        Path("~/.cache/morphserve"), description="packed variants; built once, verified, then read"
+    )
+    decision_log: Path | None = Field(None, description="JSONL of signals and decisions; null = off")
+
+
+def load_config(path: str | Path) -> MorphServeConfig:
+    """Read and check a YAML file.
+
+    Raises:
+        ConfigError: unreadable file, YAML syntax, unknown key, value out of bounds.
+    """
+    file = Path(path).expanduser()
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"--morphserve-config {file}: {e.strerror}. Give a readable YAML file.") from e
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{file}: not valid YAML: {e}") from e
+    return parse_config({} if raw is None else raw, source=str(file))
+
+
+def parse_config(raw: object, source: str = "morphserve config") -> MorphServeConfig:
+    """Check an already loaded mapping (`additional_config={"morphserve": {...}}`)."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source}: top level is {type(raw).__name__}, must be a mapping.")
+    try:
+        return MorphServeConfig.model_validate(raw)
+    except ValidationError as e:
+        lines = [
+            f"  {'.'.join(str(p) for p in err['loc']) or '(root)'}: {err['msg']} (got {err['input']!r})"
+            for err in e.errors()
+        ]
+        raise ConfigError(
+            f"{source}: {len(lines)} problem(s):\n" + "\n".join(lines)
+            + "\nEvery key and its bounds: policies/yaml/default.yaml."
+        ) from e

@@ -1,0 +1,27 @@
+"""Errors a user can act on: each message says the value, the limit and the remedy."""
+
+from __future__ import annotations
+
+
+class MorphServeError(Exception):
+    """Base of every error that MorphServe raises on purpose."""
+
+
+class ConfigError(MorphServeError, ValueError):
+    """The configuration, or its combination with this model or server, cannot work."""
+
+
+class SeamError(MorphServeError, RuntimeError):
+    """The installed vLLM is not the vLLM this plugin was written against."""
+
+
+class LedgerError(MorphServeError, RuntimeError):
+    """A reservation would exceed the memory budget of a rank."""
+
+
+class IllegalTransition(MorphServeError, RuntimeError):
+    """A transition was asked to make a move its state table does not have."""
+
+
+class StoreError(MorphServeError, RuntimeError):
+    """A variant file is missing, truncated or belongs to other weights."""

@@ -1,0 +1,76 @@
+"""What a policy sees and what it answers. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+BASE_FORMAT = "base"  # a layer as it was loaded: the full-precision weights
+
+
+@dataclass(frozen=True, slots=True)
+class MorphLevel:
+    """One rung of the ladder: which format each decoder layer has, and what that buys."""
+
+    index: int  # 0 = every layer at full precision
+    layer_formats: tuple[str, ...]  # format by decoder layer id, BASE_FORMAT where untouched
+    weight_bytes: int  # per rank, the morphable linears of all decoder layers
+    num_kv_blocks: int  # per rank, null block included
+    expected_kl: float | None = None  # nats per token against level 0; None = never measured
+
+    @property
+    def swapped_layers(self) -> tuple[int, ...]:
+        """Ids of the layers that are not at full precision, ascending."""
+        return tuple(i for i, fmt in enumerate(self.layer_formats) if fmt != BASE_FORMAT)
+
+    def layers_by_format(self) -> dict[str, int]:
+        """Number of decoder layers in each format."""
+        counts: dict[str, int] = {}
+        for fmt in self.layer_formats:
+            counts[fmt] = counts.get(fmt, 0) + 1
+        return counts
+
+
+Ladder = tuple[MorphLevel, ...]  # ladder[k].index == k; num_kv_blocks never decreases with k
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """The engine as a policy sees it at one step boundary."""
+
+    now_s: float  # monotonic clock
+    level: int  # committed level
+    target_level: int  # where the transition in progress is heading; == level when idle
+    num_kv_blocks: int  # published to the scheduler, null block included
+    used_kv_blocks: int  # held by live requests; cached-but-free blocks do not count
+    num_waiting: int  # requests that wait for admission, preempted ones included
+    num_running: int
+    oldest_wait_s: float  # age of the head of the waiting queue, 0 when empty
+    preemptions: int  # since start
+    preemption_rate: float  # per second, over the monitor's window
+    arrival_rate: float  # requests per second, over the monitor's window
+    queue_delay_s: float  # EWMA of the wait between arrival and first schedule
+    ttft_s: float  # EWMA
+    tpot_s: float  # EWMA
+    step_s: float  # EWMA of the time between two engine steps that had work
+    blocks_per_request: float  # EWMA of the blocks a request held when it ended; 0 = unknown
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the published blocks that live requests hold, [0, 1]."""
+        usable = self.num_kv_blocks - 1  # the null block is never handed out
+        return self.used_kv_blocks / usable if usable > 0 else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The level a policy wants, and why, in words a log reader understands."""
+
+    level: int
+    reason: str
+
+
+class Policy(Protocol):
+    """One pure question. Same signals in the same order, same answers, live or replayed."""
+
+    def decide(self, signals: Signals) -> Decision: ...
