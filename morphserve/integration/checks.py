@@ -1,0 +1,85 @@
+"""Refusals that need the finished VllmConfig but neither weights nor workers: fail before they start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from morphserve.config import MorphServeConfig
+from morphserve.errors import ConfigError
+from morphserve.integration.settings import read_settings
+from morphserve.ladder import build_ladder, resolve_level
+from policies import build_policy
+from policies.types import BASE_FORMAT
+
+_FORMAT_BITS = {BASE_FORMAT: 16, "w8": 8, "w4": 4}
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Refuse what MorphServe cannot serve.
+
+    Raises:
+        ConfigError: value, limit, remedy.
+    """
+    config = read_settings(vllm_config.additional_config)
+    if config is None:
+        return
+    _check_platform()
+    _check_model(vllm_config)
+    _check_features(vllm_config)
+    _check_ladder(config, vllm_config)
+
+
+def _check_platform() -> None:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise ConfigError(
+            f"device {current_platform.device_type!r}: this version of MorphServe morphs on CPU only. "
+            "Start without --plugin morphserve on this device."
+        )
+
+
+def _check_model(vllm_config: Any) -> None:
+    model = vllm_config.model_config
+    remedy = "Start without --plugin morphserve, or serve a dense decoder-only transformer."
+    for bad, what in (
+        (model.runner_type != "generate", f"runner {model.runner_type!r}: only 'generate' decodes tokens"),
+        (model.is_hybrid, "hybrid (Mamba) layers keep state that is not a KV block"),
+        (model.is_attention_free, "no attention layers, so no KV cache that could grow"),
+        (model.is_moe, "mixture of experts: experts are not ordinary linears and have no variants"),
+        (model.use_mla, "multi-head latent attention: its linears are folded into the attention"),
+        (model.is_encoder_decoder, "encoder-decoder: cross-attention KV is not resized"),
+        (model.is_multimodal_model, "multimodal: the encoder's layers are not in the ladder"),
+    ):
+        if bad:
+            raise ConfigError(f"{model.model}: {what}. {remedy}")
+    if model.quantization is not None:
+        raise ConfigError(
+            f"{model.model}: quantization {model.quantization!r}; level 0 must be bf16 or fp16 weights. "
+            "Serve the unquantized checkpoint."
+        )
+
+
+def _check_features(vllm_config: Any) -> None:
+    v = vllm_config
+    for bad, what, remedy in (
+        (v.kv_transfer_config is not None, "a KV connector registers KV memory", "--kv-transfer-config"),
+        (v.model_config.enable_sleep_mode, "sleep mode frees weights on its own", "--enable-sleep-mode"),
+        (v.lora_config is not None, "LoRA wraps the linears that are swapped", "--enable-lora"),
+        (v.speculative_config is not None, "speculative decoding is not proven", "--speculative-config"),
+        (v.parallel_config.data_parallel_size > 1, "data parallel is not proven", "--data-parallel-size"),
+        (v.parallel_config.enable_expert_parallel, "expert parallel", "--enable-expert-parallel"),
+    ):
+        if bad:
+            raise ConfigError(f"not supported together with MorphServe: {what}. Leave out {remedy}.")
+
+
+def _check_ladder(config: MorphServeConfig, vllm_config: Any) -> None:
+    """Walk the ladder with nominal sizes: a bad order or level shows here, not in a worker."""
+    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    nominal = {fmt: [bits * 1024] * num_layers for fmt, bits in _FORMAT_BITS.items()}
+    ladder = build_ladder(num_layers, nominal, config.ladder, 64, 1024)
+    build_policy(config.policy, ladder)
+    level = getattr(config.policy, "level", None)
+    if level is not None:
+        resolve_level(ladder, level)

@@ -1,0 +1,21 @@
+"""What a rank tells the engine once its weights are loaded. Plain values: they cross processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RankDescription:
+    """One rank's morphable layers.
+
+    Attributes:
+        rank: global rank.
+        layer_bytes: format -> bytes of each decoder layer of the MODEL on this rank, 0 for the layers of
+            other pipeline stages. Morphable linears only: norms and embeddings never change.
+        kernels: format -> name of the kernel that serves it here.
+    """
+
+    rank: int
+    layer_bytes: dict[str, tuple[int, ...]]
+    kernels: dict[str, str]
