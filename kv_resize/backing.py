@@ -1,0 +1,267 @@
+"""Memory behind a KV cache: one buffer of the maximum size whose pages come and go.
+
+`HostBacking` is real host memory. `FakeBacking` keeps books only and refuses what real memory would
+silently allow; it stands in for a device in tests and simulations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+
+from kv_resize.errors import BackingError
+from kv_resize.geometry import ByteRange
+from kv_resize.host_memory import available_bytes
+
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux; missing from older Pythons
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; not in Python's mmap
+_MADV_NOHUGEPAGE = 15
+
+
+class Backing(Protocol):
+    """A buffer of fixed size and address. Populate and release take page-aligned ranges."""
+
+    page_bytes: int
+    size_bytes: int
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """int8 [size_bytes]. Reading or writing outside populated ranges is the caller's error."""
+        ...
+
+    def populate(self, ranges: Sequence[ByteRange]) -> None:
+        """Make pages resident; pages that were not are zero.
+
+        Raises:
+            BackingError: Not enough memory. Some of the pages may be resident: release them.
+        """
+        ...
+
+    def release(self, ranges: Sequence[ByteRange]) -> None:
+        """Give pages back to the system; their contents are gone. Cannot fail."""
+        ...
+
+    def resident_bytes(self, ranges: Sequence[ByteRange]) -> int:
+        """Bytes of the pages in `ranges` that take up memory now."""
+        ...
+
+    def zero(self, ranges: Sequence[ByteRange]) -> None:
+        """Overwrite populated bytes (any alignment) with zero."""
+        ...
+
+    def copy_rows(self, offset: int, stride: int, src: torch.Tensor, dst: torch.Tensor) -> None:
+        """Copy `stride` bytes from row src[i] to row dst[i], all i; rows start at `offset`.
+
+        `src` and `dst` are int64 on the CPU and share no element.
+        """
+        ...
+
+
+class HostBacking:
+    """One anonymous private mapping. Untouched pages cost nothing; released pages really leave.
+
+    The buffer keeps the mapping alive: it goes when the last tensor on it goes.
+    """
+
+    def __init__(self, size_bytes: int, huge_pages: bool = False) -> None:
+        """Reserve address space.
+
+        Args:
+            size_bytes: Length of the buffer; the mapping is rounded up to whole pages.
+            huge_pages: Let the kernel use transparent huge pages where the system is set to "always".
+                A huge page takes memory up to 2 MiB beyond a populated range, once per run.
+
+        Raises:
+            BackingError: The system refuses the address space.
+        """
+        if size_bytes < 1:
+            raise BackingError(f"a backing of {size_bytes} B; it must hold at least 1 B.")
+        self.page_bytes = mmap.PAGESIZE
+        self.size_bytes = size_bytes
+        self._mapped_bytes = -(-size_bytes // self.page_bytes) * self.page_bytes
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        try:
+            self._map = mmap.mmap(-1, self._mapped_bytes, flags=flags | _MAP_NORESERVE)
+        except OSError as e:
+            raise BackingError(
+                f"cannot reserve {self._mapped_bytes:,} B of address space: {e.strerror}. Lower the maximum "
+                "number of KV blocks, or raise the limit (ulimit -v, vm.overcommit_memory)."
+            ) from e
+        if not huge_pages:
+            self._advise(_MADV_NOHUGEPAGE, 0, self._mapped_bytes)
+        self._whole = torch.frombuffer(self._map, dtype=torch.int8)
+        self._buffer = self._whole[:size_bytes]
+        self._can_populate = True
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """int8 [size_bytes]."""
+        return self._buffer
+
+    def populate(self, ranges: Sequence[ByteRange]) -> None:
+        """Make pages resident, without touching the contents of those that are."""
+        self._check_pages(ranges)
+        wanted = sum(end - start for start, end in ranges)
+        if (available := available_bytes()) is not None and wanted > available:
+            # Linux grants memory it does not have and then kills the process that uses it.
+            raise BackingError(f"no memory for {wanted:,} B of KV cache, {available:,} B are available.")
+        for start, end in ranges:
+            if self._can_populate:
+                error = self._advise(_MADV_POPULATE_WRITE, start, end)
+                self._can_populate = error != errno.EINVAL  # a kernel before 5.14
+                if error and self._can_populate:
+                    raise BackingError(
+                        f"no memory for {end - start:,} B of KV cache ({errno.errorcode[error]})."
+                    )
+            if not self._can_populate:
+                # One write per page; adding zero keeps what a page shared with a live block holds.
+                self._whole[start : end : self.page_bytes].add_(0)
+
+    def release(self, ranges: Sequence[ByteRange]) -> None:
+        """Give pages back to the system."""
+        self._check_pages(ranges)
+        for start, end in ranges:
+            error = self._advise(mmap.MADV_DONTNEED, start, end)
+            assert error == 0, f"MADV_DONTNEED on our own mapping: {errno.errorcode[error]}"
+
+    def resident_bytes(self, ranges: Sequence[ByteRange]) -> int:
+        """Bytes of resident pages, from mincore(2)."""
+        self._check_pages(ranges)
+        address = self._whole.data_ptr()
+        pages = 0
+        for start, end in ranges:
+            vector = torch.empty((end - start) // self.page_bytes, dtype=torch.uint8)
+            arguments = ctypes.c_void_p(address + start), ctypes.c_size_t(end - start)
+            if _libc.mincore(*arguments, ctypes.c_void_p(vector.data_ptr())):
+                code = ctypes.get_errno()
+                raise BackingError(f"mincore of {end - start:,} B: {errno.errorcode.get(code, code)}.")
+            pages += int(vector.bitwise_and_(1).sum())  # the other bits are undefined
+        return pages * self.page_bytes
+
+    def zero(self, ranges: Sequence[ByteRange]) -> None:
+        """Overwrite with zero."""
+        for start, end in ranges:
+            self._buffer[start:end].zero_()
+
+    def copy_rows(self, offset: int, stride: int, src: torch.Tensor, dst: torch.Tensor) -> None:
+        """Gather, then scatter."""
+        _copy_rows(self._buffer, offset, stride, src, dst)
+
+    def _advise(self, advice: int, start: int, end: int) -> int:
+        """errno of madvise(2), 0 for success."""
+        try:
+            self._map.madvise(advice, start, end - start)
+        except OSError as e:
+            return e.errno or errno.EIO
+        return 0
+
+    def _check_pages(self, ranges: Iterable[ByteRange]) -> None:
+        _check_pages(ranges, self.page_bytes, self._mapped_bytes)
+
+
+class FakeBacking:
+    """Bookkeeping in place of memory, with a limit that can be made to run out.
+
+    Refuses: touching a page that is not populated, populating a page twice, releasing one that is not
+    populated. The first and last page of a range may be shared with a neighbour and are exempt from
+    the second rule; after a populate that failed, the next release is exempt from the third. Released
+    pages are overwritten, so reading what was released shows.
+    """
+
+    POISON = 0x55
+
+    def __init__(self, size_bytes: int, page_bytes: int = 4096, limit_bytes: int | None = None) -> None:
+        """`limit_bytes`: populate fails beyond this much resident memory; None = never."""
+        self.page_bytes = page_bytes
+        self.size_bytes = size_bytes
+        self.limit_bytes = limit_bytes
+        self._num_pages = -(-size_bytes // page_bytes)
+        self._resident: set[int] = set()
+        self._failed = False
+        self._buffer = torch.full((size_bytes,), self.POISON, dtype=torch.int8)
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """int8 [size_bytes]."""
+        return self._buffer
+
+    def populate(self, ranges: Sequence[ByteRange]) -> None:
+        """Mark pages resident and zero them, up to the limit."""
+        for pages in map(self._pages, ranges):
+            for page in pages[1:-1]:
+                if page in self._resident:
+                    raise BackingError(f"page {page} is populated already. Release it first.")
+            for page in pages:
+                if page in self._resident:
+                    continue
+                if self.limit_bytes is not None and self._bytes() + self.page_bytes > self.limit_bytes:
+                    self._failed = True
+                    raise BackingError(f"no memory: {self._bytes():,} B of {self.limit_bytes:,} B in use.")
+                self._resident.add(page)
+                self._fill(page, 0)
+
+    def release(self, ranges: Sequence[ByteRange]) -> None:
+        """Forget pages and their contents."""
+        for pages in map(self._pages, ranges):
+            for page in pages:
+                if page not in self._resident:
+                    if self._failed:
+                        continue
+                    raise BackingError(f"page {page} is not populated. It was released before.")
+                self._resident.remove(page)
+                self._fill(page, self.POISON)
+        self._failed = False
+
+    def resident_bytes(self, ranges: Sequence[ByteRange]) -> int:
+        """Bytes of populated pages."""
+        return sum(page in self._resident for r in ranges for page in self._pages(r)) * self.page_bytes
+
+    def zero(self, ranges: Sequence[ByteRange]) -> None:
+        """Overwrite populated bytes with zero."""
+        for start, end in ranges:
+            self._touch(start, end)
+            self._buffer[start:end].zero_()
+
+    def copy_rows(self, offset: int, stride: int, src: torch.Tensor, dst: torch.Tensor) -> None:
+        """Copy rows, all of which must be populated."""
+        for row in (*src.tolist(), *dst.tolist()):
+            self._touch(offset + row * stride, offset + (row + 1) * stride)
+        _copy_rows(self._buffer, offset, stride, src, dst)
+
+    def _touch(self, start: int, end: int) -> None:
+        for page in range(start // self.page_bytes, -(-end // self.page_bytes)):
+            if page not in self._resident:
+                raise BackingError(f"bytes [{start}, {end}) touch page {page}, which is not populated.")
+
+    def _bytes(self) -> int:
+        return len(self._resident) * self.page_bytes
+
+    def _fill(self, page: int, value: int) -> None:
+        self._buffer[page * self.page_bytes : (page + 1) * self.page_bytes].fill_(value)
+
+    def _pages(self, byte_range: ByteRange) -> range:
+        _check_pages([byte_range], self.page_bytes, self._num_pages * self.page_bytes)
+        return range(byte_range[0] // self.page_bytes, byte_range[1] // self.page_bytes)
+
+
+def _copy_rows(buffer: torch.Tensor, offset: int, stride: int, src: torch.Tensor, dst: torch.Tensor) -> None:
+    rows = (buffer.numel() - offset) // stride
+    view = buffer[offset : offset + rows * stride].view(rows, stride)
+    view.index_copy_(0, dst, view.index_select(0, src))
+
+
+def _check_pages(ranges: Iterable[ByteRange], page_bytes: int, end_bytes: int) -> None:
+    for start, end in ranges:
+        if start % page_bytes or end % page_bytes or not 0 <= start < end <= end_bytes:
+            raise BackingError(
+                f"range [{start}, {end}) of a buffer of {end_bytes} B: must be not empty, inside, and "
+                f"aligned to {page_bytes} B."
+            )
+
+
+_libc = ctypes.CDLL(None, use_errno=True)

@@ -1,0 +1,25 @@
+"""Errors of this package: each message says the value, the limit and the remedy."""
+
+from __future__ import annotations
+
+
+class KVResizeError(RuntimeError):
+    """A request this cache cannot carry out; its state is unchanged."""
+
+
+class BackingError(KVResizeError):
+    """The system refused memory, or an access left what is mapped."""
+
+
+class MapError(KVResizeError):
+    """`ElasticCache.map` failed and was undone."""
+
+    def __init__(self, num_blocks: int, num_mapped: int, num_possible: int, cause: str) -> None:
+        """`num_possible` blocks could have been mapped, an estimate from what the system gave."""
+        self.num_blocks = num_blocks
+        self.num_mapped = num_mapped
+        self.num_possible = num_possible
+        super().__init__(
+            f"cannot map {num_blocks} KV blocks: {cause} {num_mapped} stay mapped, about {num_possible} "
+            "would have fitted. Free memory or lower the target."
+        )
