@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from kv_resize.backing import Backing
+from kv_resize.backing import Backing, BlockPairs
 from kv_resize.errors import BackingError, KVResizeError, MapError
 from kv_resize.geometry import KVGeometry, total
 
@@ -103,7 +101,7 @@ class ElasticCache:
         self.backing.release(self.geometry.release_ranges(num_blocks, self._num_mapped))
         self._num_mapped = num_blocks
 
-    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+    def copy(self, pairs: BlockPairs) -> None:
         """Copy block src to block dst over all layers, for each (src, dst).
 
         Raises:
@@ -123,7 +121,5 @@ class ElasticCache:
             raise KVResizeError(
                 f"copy touches blocks {low} to {high}, {self._num_mapped} are mapped. Copy before unmap."
             )
-        src = torch.tensor(sources, dtype=torch.int64)
-        dst = torch.tensor(destinations, dtype=torch.int64)
         for run in self.geometry.runs:
-            self.backing.copy_rows(run.offset, run.block_stride, src, dst)
+            self.backing.copy_rows(run.offset, run.block_stride, pairs)
