@@ -1,0 +1,133 @@
+"""Proves each kernel on this machine against float64 before anything relies on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import KernelError
+from .kernels import CANDIDATES, FORMATS, Kernel, LinearImpl
+
+_SHAPES = ((960, 576), (576, 1536), (64, 32))  # [N, K]; group sizes 64, 64 and 32
+_ROWS = (1, 17)
+_SIGMAS = 6.0  # of the error that rounding alone causes; the inputs are seeded, so this is no coin toss
+_INT8_STEPS = 127
+
+
+@dataclass(frozen=True, slots=True)
+class KernelReport:
+    """What the self-test of one kernel found."""
+
+    name: str
+    format: str
+    ok: bool
+    reason: str  # empty when ok
+    worst_error: float  # largest error seen as a share of what rounding explains; nan if it never ran
+
+
+def probe(dtype: torch.dtype = torch.bfloat16) -> dict[str, KernelReport]:
+    """Self-test every kernel for activations of `dtype`. Never raises; takes about 50 ms."""
+    return {kernel.name: check_kernel(kernel) for kernel in (make(dtype) for make in CANDIDATES)}
+
+
+def choose(format: str, dtype: torch.dtype = torch.bfloat16) -> Kernel:
+    """The first kernel for `format` that passes its self-test here.
+
+    Raises:
+        KernelError: unknown format, or no kernel passes; names each candidate and why it failed.
+    """
+    if format not in FORMATS:
+        raise KernelError(f"unknown format {format!r}; known are {', '.join(FORMATS)}")
+    failed = []
+    for kernel in (make(dtype) for make in CANDIDATES if make.format == format):
+        report = check_kernel(kernel)
+        if report.ok:
+            return kernel
+        failed.append(f"{report.name}: {report.reason}")
+    raise KernelError(
+        f"no kernel can run {format} with {dtype} activations here ({'; '.join(failed)}); "
+        f"remove {format} from the configured formats, or use another dtype or machine"
+    )
+
+
+def check_kernel(kernel: Kernel) -> KernelReport:
+    """Run one kernel on small random linears and compare with its own dequantization in float64."""
+    worst = float("nan")
+    try:
+        reason = kernel.unavailable()
+        if not reason:
+            worst = max(_worst_error(kernel, n, k) for n, k in _SHAPES)
+            if not worst <= 1.0:  # also catches nan
+                reason = f"self-test error is {worst:.3g} times what rounding explains, limit 1"
+    except Exception as error:  # a kernel that fails in any way is one that is not used
+        reason = f"self-test raised {type(error).__name__}: {error}"
+    return KernelReport(kernel.name, kernel.format, not reason, reason, worst)
+
+
+def _worst_error(kernel: Kernel, n: int, k: int) -> float:
+    """Largest error over batch sizes, with and without bias, as a share of the bound."""
+    dtype = kernel.dtype
+    generator = torch.Generator().manual_seed(n * k)
+    weight = torch.randn(n, k, generator=generator) * torch.rand(n, 1, generator=generator)
+    # Off-centre, so that zero points lie off the middle of the grid and a kernel that drops them is caught.
+    weight = ((weight + 0.5) * 0.05).to(dtype)
+    tensors = kernel.pack(weight)
+    meaning = kernel.reference(tensors).double()
+    worst = float(_packing_error(kernel, weight, meaning))
+    for bias in (None, torch.randn(n, generator=generator).to(dtype)):
+        impl = kernel.build(tensors, bias)
+        for rows in _ROWS:
+            x = torch.randn(rows, k, generator=generator)
+            x[:, 0] *= 20.0  # an outlier channel, as real activations have
+            x[rows // 2 + 1 :] *= 0.01
+            x[rows - 1] *= rows == 1  # padding rows are zero
+            worst = max(worst, _run_error(kernel, impl, x.to(dtype), meaning, bias))
+        _check_views(impl, torch.randn(6, 2 * k, generator=generator).to(dtype), k)
+    return worst
+
+
+def _packing_error(kernel: Kernel, weight: Tensor, meaning: Tensor) -> Tensor:
+    """Distance of the packed from the original weight, as a share of one step of the widest possible grid."""
+    levels = 255 if kernel.format == "w8" else 15
+    values = weight.double()
+    step = 2 * values.abs().amax(dim=1, keepdim=True) / levels
+    return ((meaning - values).abs() / step).max()
+
+
+def _run_error(kernel: Kernel, impl: LinearImpl, x: Tensor, meaning: Tensor, bias: Tensor | None) -> float:
+    """Largest output error as a share of what activation steps and the output dtype explain."""
+    exact = x.double() @ meaning.t()
+    if bias is not None:
+        exact += bias.double()
+    spread = x.double().square() @ meaning.square().t()
+    eps = torch.finfo(x.dtype).eps
+    bound = eps * (exact.abs() + _SIGMAS * spread.sqrt())
+    if kernel.quantizes_activations:
+        step = x.double().abs().amax(dim=1, keepdim=True) / _INT8_STEPS
+        bound = bound + _SIGMAS * step / 12**0.5 * meaning.square().sum(dim=1).sqrt()
+    got = impl(x)
+    if got.dtype != x.dtype or got.shape != exact.shape:
+        raise KernelError(f"returned {got.dtype} {tuple(got.shape)}, expected {x.dtype} {tuple(exact.shape)}")
+    error = (got.double() - exact).abs()
+    if not torch.isfinite(error).all():
+        raise KernelError("returned values that are not finite")
+    return float((error / (bound + torch.finfo(torch.float32).tiny)).max())
+
+
+def _check_views(impl: LinearImpl, wide: Tensor, k: int) -> None:
+    """Other ranks, strided rows and no rows at all give what contiguous rows give."""
+    rows = wide[:, :k]
+    expected = impl(rows.contiguous())
+    for name, got in (
+        ("strided rows", impl(rows)),
+        ("three dimensions", impl(rows.reshape(2, 3, k)).reshape(expected.shape)),
+        ("one row as a vector", torch.stack([impl(row) for row in rows.contiguous()])),
+    ):
+        # Another batch size may take another summation order, so the last bits of the output may differ.
+        slack = 0.01 * float(expected.abs().max())
+        if not torch.allclose(got.float(), expected.float(), rtol=0.02, atol=slack):
+            raise KernelError(f"{name} give another result than contiguous rows")
+    if impl(rows[:0]).shape != (0, expected.shape[1]):
+        raise KernelError("an empty batch does not give an empty result")

@@ -1,0 +1,167 @@
+"""Switching decoder layers between formats on one rank: prepare may fail, commit cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .errors import StoreError, SwapError
+from .kernels import Kernel, LinearImpl
+from .memory import trim
+from .store import BASE, VariantStore
+
+BuildBase = Callable[[int, str, dict[str, Tensor]], LinearImpl]  # (layer, linear name, stored tensors)
+
+
+@dataclass(slots=True, eq=False)
+class LinearSlot:
+    """One morphable linear. The forward path calls `slot.impl(x)`, looked up anew on each call."""
+
+    name: str
+    impl: LinearImpl
+    format: str = BASE
+    bias: Tensor | None = None  # passed to every variant; the base brings its own
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    slot: LinearSlot
+    impl: LinearImpl
+    format: str
+
+
+class LayerSwapper:
+    """Builds the layers of the next level beside the running ones, then flips them all at once.
+
+    1. Between `prepare` and `commit` nothing that the forward path reads has changed.
+    2. A `prepare` that raises leaves nothing staged and every slot as it was.
+    3. `commit` only stores attributes. The replaced linears are dropped and their memory returned.
+
+    One call at a time. `commit` belongs between two forward passes, on their thread; `prepare` touches
+    nothing they read and may run beside them.
+    """
+
+    def __init__(
+        self,
+        slots: Mapping[int, Mapping[str, LinearSlot]],
+        store: VariantStore,
+        kernels: Mapping[str, Kernel],
+        build_base: BuildBase,
+    ) -> None:
+        """
+        Args:
+            slots: by decoder layer id and linear name.
+            store: holds every format of `kernels`, and the base, for every layer that will be asked for.
+            kernels: by format.
+            build_base: makes a stored base linear callable again.
+        """
+        self._slots = slots
+        self._store = store
+        self._kernels = kernels
+        self._build_base = build_base
+        self._staged: list[_Staged] | None = None
+
+    @property
+    def prepared(self) -> bool:
+        """Whether a change is staged and waits for commit or abort."""
+        return self._staged is not None
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the linears in use, without staging."""
+        return sum(slot.impl.nbytes for layer in self._slots.values() for slot in layer.values())
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes built but not yet in use."""
+        return sum(staged.impl.nbytes for staged in self._staged or ())
+
+    def formats(self) -> dict[int, str]:
+        """Format in use, by layer id. All linears of a layer change together."""
+        return {layer: next(iter(linears.values())).format for layer, linears in self._slots.items()}
+
+    def layer_bytes(self, format: str) -> dict[int, int]:
+        """Bytes that each layer's tensors take in `format`, by layer id.
+
+        Raises:
+            StoreError: a layer is not stored in this format.
+        """
+        return {layer: self._store.nbytes(layer, format) for layer in self._slots}
+
+    def prepare(self, changes: Mapping[int, str]) -> None:
+        """Build the given layers in their new formats. Layers that already have it cost nothing.
+
+        Raises:
+            SwapError: something is prepared already, or the layer or format is unknown.
+            StoreError, KernelError, ...: whatever reading and building raise; nothing stays staged.
+        """
+        if self._staged is not None:
+            raise SwapError(
+                f"{len(self._staged)} linears are prepared already, the limit is one change at a time; "
+                "commit or abort it before the next prepare"
+            )
+        for layer, format in changes.items():
+            self._check(layer, format)
+        staged: list[_Staged] = []
+        try:
+            for layer, format in changes.items():
+                self._build_layer(layer, format, staged)
+        except BaseException:
+            staged.clear()
+            trim()
+            raise
+        self._staged = staged
+
+    def commit(self) -> None:
+        """Put everything staged in use and give the replaced linears' memory back.
+
+        Raises:
+            SwapError: nothing is prepared.
+        """
+        if self._staged is None:
+            raise SwapError("nothing is prepared; call prepare before commit")
+        staged, self._staged = self._staged, None
+        for new in staged:
+            new.slot.impl = new.impl
+            new.slot.format = new.format
+        if staged:
+            trim()
+
+    def abort(self) -> None:
+        """Drop everything staged. Harmless when nothing is."""
+        if self._staged:
+            self._staged = None
+            trim()
+        self._staged = None
+
+    def _check(self, layer: int, format: str) -> None:
+        if layer not in self._slots:
+            raise SwapError(f"layer {layer} is not morphable; morphable are {sorted(self._slots)}")
+        if format != BASE and format not in self._kernels:
+            known = [BASE, *sorted(self._kernels)]
+            raise SwapError(f"layer {layer}: unknown format {format!r}; known are {known}")
+
+    def _build_layer(self, layer: int, format: str, staged: list[_Staged]) -> None:
+        slots = self._slots[layer]
+        if all(slot.format == format for slot in slots.values()):
+            return
+        row = self._store.entry(layer, format)
+        kernel = None if format == BASE else self._kernels[format]
+        if kernel is not None and row.kernel != kernel.name:
+            raise StoreError(
+                f"layer {layer} {format!r} is packed for kernel {row.kernel!r}, here runs {kernel.name!r}; "
+                f"delete {self._store.directory}, and the next start builds it again"
+            )
+        tensors = self._store.read(layer, format)
+        if set(tensors) != set(slots):
+            raise StoreError(
+                f"layer {layer} {format!r} holds linears {sorted(tensors)}, the model has {sorted(slots)}; "
+                f"delete {self._store.directory}, and the next start builds it again"
+            )
+        for name, slot in slots.items():
+            parts = tensors.pop(name)  # so that a kernel which copies leaves no second copy behind
+            impl = self._build_base(layer, name, parts) if kernel is None else kernel.build(parts, slot.bias)
+            staged.append(_Staged(slot, impl, format))
+            del parts, impl
