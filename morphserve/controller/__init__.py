@@ -1,1 +1,36 @@
-"""morphserve/controller"""
+"""From decisions to plans: the state machine that moves all ranks to a level. No torch, no vLLM."""
+
+from __future__ import annotations
+
+from morphserve.controller.chunk import LayerBytes
+from morphserve.controller.controller import Controller, Counters
+from morphserve.controller.decision_log import DecisionLog
+from morphserve.controller.ledger import Ledger, largest_chunk_bytes, make_ledger
+from morphserve.controller.ports import (
+    BlockPoolPort,
+    EngineView,
+    ExecutorPort,
+    Plan,
+    Reply,
+    ShrinkProgress,
+    Ticket,
+)
+from morphserve.controller.transition import Phase
+
+__all__ = [
+    "BlockPoolPort",
+    "Controller",
+    "Counters",
+    "DecisionLog",
+    "EngineView",
+    "ExecutorPort",
+    "LayerBytes",
+    "Ledger",
+    "Phase",
+    "Plan",
+    "Reply",
+    "ShrinkProgress",
+    "Ticket",
+    "largest_chunk_bytes",
+    "make_ledger",
+]

@@ -1,0 +1,385 @@
+"""Carries out one chunk at a time: a few layers, and the KV blocks they pay for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from morphserve.config import MorphServeConfig
+from morphserve.controller.ledger import Ledger
+from morphserve.controller.ports import BlockPoolPort, ExecutorPort, Plan, Reply, Ticket
+from morphserve.controller.transition import Direction, Outcome, Phase, check_move
+from morphserve.errors import ConfigError, MorphServeError
+from policies.types import Ladder
+
+logger = logging.getLogger(__name__)
+
+LayerBytes = Mapping[str, Sequence[int]]  # format -> bytes of each decoder layer on one rank
+_MAX_UNDRAINED = 8  # replies under way; about ten fill the ring between engine and workers and dead-lock it
+_COST_SHARE = 0.5  # weight of the newest measurement of seconds per layer
+
+
+class CommandFailed(MorphServeError, RuntimeError):
+    """A rank answered ok=False to a command that cannot fail, so its state is unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkEnd:
+    """How a chunk ended. `committed`: now nearer to `toward`. Else everything is as before it began."""
+
+    outcome: Outcome
+    num_layers: int = 0
+    format: str = ""
+    error: str = ""
+    drain_timeout: bool = False
+
+
+@dataclass(slots=True)
+class _Chunk:
+    toward: int  # the rung it approaches
+    direction: Direction
+    layers: tuple[tuple[int, str], ...]
+    new_bytes: int  # staged
+    old_bytes: int  # freed on commit
+    blocks_before: int
+    blocks_after: int
+    revision: int
+    plan: Plan | None = None
+    ticket: Ticket | None = None
+    progress_s: float = 0.0  # when draining last got anywhere
+    num_live_tail: int = -1
+    worker_s: float = 0.0  # slowest rank's, prepare and commit together
+    end: ChunkEnd | None = None
+
+
+@dataclass(slots=True)
+class RankFigures:
+    """The newest figures a rank reported."""
+
+    num_kv_blocks: int
+    weight_bytes: int
+    staging_bytes: int
+
+
+@dataclass(slots=True)
+class ChunkRunner:
+    """The level as it really is, layer by layer, and the one chunk under way.
+
+    Promises:
+        1. `pool.grow` is called with no more blocks than every rank has answered to have mapped.
+        2. A rank is told to unmap only blocks that `pool.finish_shrink` has forgotten.
+        3. The ledger holds every byte before a rank is asked to make it resident.
+        4. Copies leave for the ranks within the call that renamed the blocks.
+
+    Attributes:
+        lower: deepest level whose formats all layers have at least.
+        upper: the level to count tokens at: == lower on a rung, else the rung below.
+    """
+
+    ladder: Ladder
+    layer_bytes: LayerBytes
+    pool: BlockPoolPort
+    executor: ExecutorPort
+    ledger: Ledger
+    config: MorphServeConfig
+    phase: Phase = Phase.IDLE
+    lower: int = 0
+    upper: int = 0
+    revision: int = 0
+    pause_s: float = 0.0  # worker seconds in the replies that this tick has seen
+    short_grows: int = 0
+    ranks: dict[int, RankFigures] = field(default_factory=dict)
+    formats: list[str] = field(init=False)
+    _weight_bytes: int = field(init=False)
+    _chunk: _Chunk | None = None
+    _side: list[Ticket] = field(default_factory=list)  # replies to copies
+    _seconds_per_layer: dict[Direction, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        base = self.ladder[0]
+        for level in self.ladder:
+            found = sum(self.layer_bytes[fmt][i] for i, fmt in enumerate(level.layer_formats))
+            if found != level.weight_bytes:
+                raise ConfigError(
+                    f"level {level.index} has weight_bytes {level.weight_bytes}, its layers sum to {found}. "
+                    "Build the ladder from the same layer_bytes."
+                )
+        if self.pool.num_kv_blocks != base.num_kv_blocks:
+            raise ConfigError(
+                f"the block pool starts with {self.pool.num_kv_blocks} blocks, level 0 has "
+                f"{base.num_kv_blocks}. Set kv.base_num_blocks to what the pool has."
+            )
+        self.formats = list(base.layer_formats)
+        self._weight_bytes = base.weight_bytes
+
+    # ---- questions
+
+    @property
+    def num_layers_changing(self) -> int:
+        """Layers in the chunk under way."""
+        return 0 if self._chunk is None else len(self._chunk.layers)
+
+    def next_rung(self, target: int) -> int | None:
+        """The rung to approach on the way to `target`; None = we are there."""
+        if self.lower != self.upper:
+            return self.upper if target >= self.upper else self.lower
+        if target == self.lower:
+            return None
+        return self.lower + (1 if target > self.lower else -1)
+
+    def next_revision(self) -> int:
+        """A number that every rank has yet to see."""
+        self.revision += 1
+        return self.revision
+
+    # ---- the chunk
+
+    def start(self, now_s: float, rung: int) -> None:
+        """Open a chunk toward `rung`, a neighbour as `next_rung` names it. Follow with `advance`."""
+        direction: Direction = "degrade" if rung > self.lower else "restore"
+        layers = self._pick_layers(rung, direction)
+        new_bytes = sum(self.layer_bytes[fmt][layer] for layer, fmt in layers)
+        old_bytes = sum(self.layer_bytes[self.formats[layer]][layer] for layer, _ in layers)
+        deeper = max(rung, self.upper)
+        freed = self.ladder[0].weight_bytes - (self._weight_bytes - old_bytes + new_bytes)
+        paid = self.ladder[0].num_kv_blocks + freed // self.ledger.kv_block_bytes
+        chunk = _Chunk(
+            toward=rung,
+            direction=direction,
+            layers=layers,
+            new_bytes=new_bytes,
+            old_bytes=old_bytes,
+            blocks_before=self.pool.num_kv_blocks,
+            blocks_after=min(paid, self.ladder[deeper].num_kv_blocks),
+            revision=self.next_revision(),
+            progress_s=now_s,
+        )
+        self._chunk = chunk
+        if chunk.blocks_after < chunk.blocks_before:
+            self.pool.begin_shrink(chunk.blocks_after)
+            self._move(Phase.DRAINING)
+        else:
+            self._send_prepare(chunk)
+
+    def advance(self, now_s: float, wanted: bool) -> ChunkEnd | None:
+        """Go as far as the replies allow, each phase once; never blocks.
+
+        Args:
+            now_s: monotonic clock.
+            wanted: False = turn around: give everything back and end as cancelled.
+
+        Returns:
+            How the chunk ended, None while it is under way.
+
+        Raises:
+            CommandFailed: see there; the runner must not be used again.
+        """
+        self.poll_side()
+        chunk = self._chunk
+        assert chunk is not None
+        if self.phase is Phase.DRAINING:
+            self._drain(chunk, now_s, wanted)
+        if self.phase is Phase.SHRINKING and not self._side and self._answered(chunk) is not None:
+            self._book_kv(chunk.blocks_after)
+            if wanted:
+                self._send_prepare(chunk)
+            else:
+                chunk.end = ChunkEnd("cancelled")
+                self._send_regrow(chunk)
+        if self.phase is Phase.PREPARING:
+            self._await_prepare(chunk, wanted)
+        if self.phase is Phase.COMMITTING and (replies := self._answered(chunk)) is not None:
+            self._settle(chunk, replies)
+        if self.phase is Phase.ABORTING and self._answered(chunk) is not None:
+            self.ledger.release("staging", chunk.new_bytes)
+            if self.pool.num_kv_blocks < chunk.blocks_before:
+                self._send_regrow(chunk)
+            else:
+                self._move(Phase.IDLE)
+        if self.phase is Phase.REGROWING and (replies := self._answered(chunk)) is not None:
+            self._grow(chunk.blocks_before, replies)
+            self._move(Phase.IDLE)
+        if self.phase is not Phase.IDLE:
+            return None
+        self._chunk = None
+        return chunk.end
+
+    def poll_side(self) -> None:
+        """Take the replies to copies that have come."""
+        if self._side:
+            self._side = [ticket for ticket in self._side if self._take(ticket, "copy") is None]
+
+    def wind_down(self) -> None:
+        """After an error in here: unfence and unstage, as far as the world still answers."""
+        chunk = self._chunk
+        if self.phase is Phase.DRAINING:
+            self.pool.cancel_shrink()
+        if self.phase is Phase.PREPARING and chunk is not None and chunk.plan is not None:
+            if chunk.ticket is not None:
+                self._side.append(chunk.ticket)
+            chunk.ticket = self.executor.abort(chunk.plan)
+
+    def drain_replies(self) -> None:
+        """After an error: take replies off the ring without looking at them."""
+        chunk = self._chunk
+        if chunk is not None and chunk.ticket is not None and chunk.ticket.poll() is not None:
+            chunk.ticket = None
+        self._side = [ticket for ticket in self._side if ticket.poll() is None]
+
+    # ---- phases
+
+    def _drain(self, chunk: _Chunk, now_s: float, wanted: bool) -> None:
+        """Move live tail blocks below the fence; unmap when the tail is free."""
+        stuck_s = now_s - chunk.progress_s
+        if not wanted or stuck_s > self.config.kv.drain_timeout_s:
+            self.pool.cancel_shrink()
+            self._move(Phase.IDLE)
+            chunk.end = ChunkEnd("cancelled")
+            if wanted:
+                tail = f"{chunk.num_live_tail} live blocks above {chunk.blocks_after}"
+                error = f"{tail} found no room in {stuck_s:.1f} s"
+                chunk.end = ChunkEnd("aborted", error=error, drain_timeout=True)
+            return
+        if len(self._side) >= _MAX_UNDRAINED:
+            return
+        step = self.pool.advance_shrink(self.config.kv.migrate_blocks_per_step)
+        if step.copies or step.num_live_tail != chunk.num_live_tail:
+            chunk.progress_s = now_s
+            chunk.num_live_tail = step.num_live_tail
+        if step.num_live_tail == 0:
+            self.pool.finish_shrink()
+            plan = Plan(chunk.revision, (), chunk.blocks_after, step.copies)
+            chunk.ticket = self.executor.commit(plan)
+            self._move(Phase.SHRINKING)
+            chunk.revision = self.next_revision()
+        elif step.copies:
+            plan = Plan(chunk.revision, (), chunk.blocks_before, step.copies)
+            self._side.append(self.executor.commit(plan))
+            chunk.revision = self.next_revision()
+
+    def _send_prepare(self, chunk: _Chunk) -> None:
+        self.ledger.reserve("staging", chunk.new_bytes)
+        chunk.plan = Plan(chunk.revision, chunk.layers, chunk.blocks_after)
+        chunk.ticket = self.executor.prepare(chunk.plan)
+        self._move(Phase.PREPARING)
+
+    def _await_prepare(self, chunk: _Chunk, wanted: bool) -> None:
+        replies = self._replies(chunk)
+        if replies is None:
+            return
+        assert chunk.plan is not None
+        failed = [f"rank {reply.rank}: {reply.error}" for reply in replies if not reply.ok]
+        if not failed and wanted:
+            self.upper = max(self.upper, chunk.toward)  # from the next forward pass on
+            chunk.ticket = self.executor.commit(chunk.plan)
+            self._move(Phase.COMMITTING)
+            return
+        chunk.end = ChunkEnd("aborted", error="; ".join(failed)) if failed else ChunkEnd("cancelled")
+        chunk.ticket = self.executor.abort(chunk.plan)
+        self._move(Phase.ABORTING)
+
+    def _settle(self, chunk: _Chunk, replies: tuple[Reply, ...]) -> None:
+        """All ranks have switched: make that the truth here too."""
+        self.ledger.transfer("staging", "weights", chunk.new_bytes)
+        self.ledger.release("weights", chunk.old_bytes)
+        self._weight_bytes += chunk.new_bytes - chunk.old_bytes
+        for layer, fmt in chunk.layers:
+            self.formats[layer] = fmt
+        deeper = max(chunk.toward, self.upper)
+        if tuple(self.formats) == self.ladder[chunk.toward].layer_formats:
+            self.lower = self.upper = chunk.toward
+        else:
+            self.lower, self.upper = deeper - 1, deeper
+        if chunk.blocks_after > self.pool.num_kv_blocks:
+            self._book_kv(chunk.blocks_after)
+            self._grow(chunk.blocks_after, replies)
+        cost = chunk.worker_s / len(chunk.layers)
+        known = self._seconds_per_layer.get(chunk.direction, cost)
+        self._seconds_per_layer[chunk.direction] = known + _COST_SHARE * (cost - known)
+        chunk.end = ChunkEnd("committed", num_layers=len(chunk.layers), format=chunk.layers[-1][1])
+        self._move(Phase.IDLE)
+
+    # ---- parts
+
+    def _move(self, phase: Phase) -> None:
+        revision = 0 if self._chunk is None else self._chunk.revision
+        logger.debug("morph r%d: %s -> %s", revision, self.phase.name, phase.name)
+        self.phase = check_move(revision, self.phase, phase)
+
+    def _pick_layers(self, rung: int, direction: Direction) -> tuple[tuple[int, str], ...]:
+        """Layers to switch next: as many as the pause and the staging reserve allow, at least one."""
+        limit = self.config.transition.max_layers_per_step
+        cost = self._seconds_per_layer.get(direction, 0.0)
+        if cost > 0:
+            limit = max(1, min(limit, int(self.config.transition.max_pause_ms / 1000 / cost)))
+        layers: list[tuple[int, str]] = []
+        staged = 0
+        for layer, fmt in enumerate(self.ladder[rung].layer_formats):
+            if fmt == self.formats[layer]:
+                continue
+            staged += self.layer_bytes[fmt][layer]
+            if layers and (len(layers) == limit or staged > self.ledger.staging_reserve_bytes):
+                break
+            layers.append((layer, fmt))
+        return tuple(layers)
+
+    def _send_regrow(self, chunk: _Chunk) -> None:
+        """Map again what was unmapped for a switch that does not happen."""
+        self._book_kv(chunk.blocks_before)
+        chunk.ticket = self.executor.commit(Plan(self.next_revision(), (), chunk.blocks_before))
+        self._move(Phase.REGROWING)
+
+    def _book_kv(self, num_kv_blocks: int) -> None:
+        """Make the ledger's KV account what ranks hold, or are about to be told to hold."""
+        change = num_kv_blocks * self.ledger.kv_block_bytes - self.ledger["kv_blocks"]
+        if change >= 0:
+            self.ledger.reserve("kv_blocks", change)
+        else:
+            self.ledger.release("kv_blocks", -change)
+
+    def _grow(self, num_kv_blocks: int, replies: tuple[Reply, ...]) -> None:
+        """Publish what every rank has mapped, which may be less than it was asked for."""
+        mapped = min(reply.num_kv_blocks for reply in replies)
+        published = self.pool.num_kv_blocks
+        if mapped < published:
+            raise CommandFailed(f"a rank has {mapped} KV blocks mapped, but {published} are published.")
+        if mapped < num_kv_blocks:
+            self.short_grows += 1
+            logger.warning("morph: ranks mapped %d KV blocks of the %d asked for", mapped, num_kv_blocks)
+        self.pool.grow(min(mapped, num_kv_blocks))
+
+    def _answered(self, chunk: _Chunk) -> tuple[Reply, ...] | None:
+        """All ranks' replies to a command that cannot fail, None while one is missing."""
+        if chunk.ticket is None:
+            return None
+        replies = self._take(chunk.ticket, self.phase.name.lower())
+        if replies is not None:
+            chunk.ticket = None
+            chunk.worker_s += max((reply.elapsed_s for reply in replies), default=0.0)
+        return replies
+
+    def _replies(self, chunk: _Chunk) -> tuple[Reply, ...] | None:
+        """All ranks' replies to prepare, None while one is missing."""
+        replies = None if chunk.ticket is None else self._poll(chunk.ticket)
+        if replies is not None:
+            chunk.ticket = None
+            chunk.worker_s = max((reply.elapsed_s for reply in replies), default=0.0)
+        return replies
+
+    def _take(self, ticket: Ticket, command: str) -> tuple[Reply, ...] | None:
+        replies = self._poll(ticket)
+        failed = [f"rank {reply.rank}: {reply.error}" for reply in replies or () if not reply.ok]
+        if failed:
+            raise CommandFailed(f"{command} cannot fail, but did: {'; '.join(failed)}")
+        return replies
+
+    def _poll(self, ticket: Ticket) -> tuple[Reply, ...] | None:
+        replies = ticket.poll()
+        if replies is not None:
+            self.pause_s += max((reply.elapsed_s for reply in replies), default=0.0)
+            for reply in replies:
+                self.ranks[reply.rank] = RankFigures(
+                    reply.num_kv_blocks, reply.weight_bytes, reply.staging_bytes
+                )
+        return replies

@@ -1,0 +1,385 @@
+"""Asks the policy at every step boundary, and moves the engine to the level it wants."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from morphserve.config import MorphServeConfig
+from morphserve.controller.chunk import ChunkEnd, ChunkRunner, LayerBytes
+from morphserve.controller.decision_log import DecisionLog
+from morphserve.controller.ledger import Ledger
+from morphserve.controller.ports import BlockPoolPort, EngineView, ExecutorPort
+from morphserve.controller.transition import Direction, Outcome, Phase, Transition
+from morphserve.monitor import Monitor
+from policies.types import Decision, Ladder, Policy, Signals
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Counters:
+    """What the metrics read. Counters rise; `num_blocks_*` and `last_pause_s` are gauges."""
+
+    transitions: dict[tuple[Direction, Outcome], int] = field(default_factory=dict)
+    transition_seconds: float = 0.0  # from start to end, all transitions together
+    last_pause_s: float = 0.0  # worker seconds between two forward passes, newest that was not 0
+    max_pause_s: float = 0.0
+    num_layers_switched: int = 0
+    num_blocks_published: int = 0
+    num_blocks_mapped: int = 0  # fewest of any rank, as last reported
+    short_grows: int = 0  # a rank mapped fewer blocks than asked
+    errors: dict[str, int] = field(default_factory=dict)  # by place
+
+
+class Controller:
+    """One tick per engine step. O(1), and nothing in it grows with uptime.
+
+    Promises:
+        1. The scheduler never hands out a block that some rank has not mapped.
+        2. No rank unmaps a block that the scheduler can still hand out.
+        3. weights + KV + staging stay within the ledger's budget, also in mid-transition.
+        4. A failed prepare leaves the old level in force, one WARNING and one count, and a back-off.
+        5. `tick` never raises: an error trips the controller, which finishes or undoes what is under
+           way and then leaves the engine at the level it has.
+    """
+
+    def __init__(
+        self,
+        ladder: Ladder,
+        policy: Policy,
+        pool: BlockPoolPort,
+        executor: ExecutorPort,
+        monitor: Monitor,
+        config: MorphServeConfig,
+        ledger: Ledger,
+        *,
+        layer_bytes: LayerBytes,
+        clock: Callable[[], float],
+        log: DecisionLog | None = None,
+        on_level: Callable[[int], None] | None = None,
+    ) -> None:
+        """Start at level 0, idle.
+
+        Args:
+            ladder: all levels, as `build_ladder` made them from `layer_bytes`.
+            policy: asked once per tick.
+            pool: the scheduler's blocks, at level 0's count.
+            executor: sends plans to all ranks.
+            monitor: turns counters into signals.
+            config: uses `kv` and `transition`.
+            ledger: of a rank at level 0, see `make_ledger`.
+            layer_bytes: bytes on one rank of each layer, by format.
+            clock: monotonic seconds, the one the monitor's events use.
+            log: where decisions are recorded; None = nowhere.
+            on_level: told the exposure level whenever that changes.
+
+        Raises:
+            ConfigError: ladder, layer_bytes and pool contradict each other.
+        """
+        self._ladder = ladder
+        self._policy = policy
+        self._pool = pool
+        self._monitor = monitor
+        self._config = config
+        self._ledger = ledger
+        self._clock = clock
+        self._log = log
+        self._on_level = on_level
+        self._runner = ChunkRunner(ladder, layer_bytes, pool, executor, ledger, config)
+        self.counters = Counters(
+            num_blocks_published=pool.num_kv_blocks, num_blocks_mapped=pool.num_kv_blocks
+        )
+        self._decision = Decision(0, "start at full precision")
+        self._transition: Transition | None = None
+        self._told_level = 0
+        self._tripped = False  # the policy is asked no more; what is under way is undone
+        self._dead = False  # the ranks' state is unknown: replies are drained, nothing is sent
+        self._no_start_before_s = float("-inf")
+        self._no_restore_before_s = float("-inf")
+
+    # ---- questions
+
+    @property
+    def level(self) -> int:
+        """Committed level: the deepest that is fully reached."""
+        return self._runner.lower
+
+    @property
+    def target_level(self) -> int:
+        """Where the transition under way is heading; == level when there is none."""
+        return self.level if self._transition is None else self._decision.level
+
+    @property
+    def exposure_level(self) -> int:
+        """The level that tokens count for: between two levels, the deeper one."""
+        return self._runner.upper
+
+    @property
+    def phase(self) -> Phase:
+        """What the chunk under way is doing."""
+        return self._runner.phase
+
+    @property
+    def tripped(self) -> bool:
+        """True after an error in here: never morphs again."""
+        return self._tripped
+
+    @property
+    def wants_wakeup(self) -> bool:
+        """True while an idle engine must still call `tick`, or it would stay where it is."""
+        if self._dead:
+            return False
+        if self._runner.phase is not Phase.IDLE:
+            return True
+        return not self._tripped and (self.exposure_level > 0 or self._decision.level != self.level)
+
+    def status(self) -> dict[str, Any]:
+        """Everything an operator may ask, ready for JSON."""
+        transitions = {f"{d}_{outcome}": n for (d, outcome), n in self.counters.transitions.items()}
+        layers: dict[str, int] = {}
+        for fmt in self._runner.formats:
+            layers[fmt] = layers.get(fmt, 0) + 1
+        return {
+            "level": self.level,
+            "target_level": self.target_level,
+            "exposure_level": self.exposure_level,
+            "deepest_level": len(self._ladder) - 1,
+            "wanted_level": self._decision.level,
+            "reason": self._decision.reason,
+            "phase": self.phase.name.lower(),
+            "revision": self._runner.revision,
+            "tripped": self._tripped,
+            "layers_by_format": layers,
+            "num_kv_blocks": self._pool.num_kv_blocks,
+            "used_kv_blocks": self._pool.num_used_blocks,
+            "ledger": self._ledger.snapshot(),
+            "ranks": {str(rank): asdict(figures) for rank, figures in sorted(self._runner.ranks.items())},
+            "counters": {**asdict(self.counters), "transitions": transitions},
+        }
+
+    # ---- one step
+
+    def tick(self, view: EngineView) -> None:
+        """Ask the policy, then take the transition as far as replies allow. Never raises or blocks."""
+        if self._dead:
+            self._drain_replies()
+            return
+        place = "clock"
+        try:
+            now = self._clock()
+            if not self._tripped:
+                place = "monitor"
+                signals = self._monitor.snapshot(
+                    now,
+                    view,
+                    self._pool.num_kv_blocks,
+                    self._pool.num_used_blocks,
+                    self.level,
+                    self.target_level,
+                )
+                place = "policy"
+                self._consult(signals)
+        except Exception:
+            self._trip(place)
+        try:
+            self._drive(self._clock())
+            self._publish()
+        except Exception:
+            self._die()
+
+    def close(self) -> None:
+        """Write what the decision log still holds."""
+        if self._log is not None:
+            self._log.close()
+
+    def _consult(self, signals: Signals) -> None:
+        """Take the policy's newest answer."""
+        decision = self._policy.decide(signals)
+        if not 0 <= decision.level < len(self._ladder):
+            raise ValueError(
+                f"policy wants level {decision.level} ({decision.reason}), "
+                f"the ladder has 0 to {len(self._ladder) - 1}"
+            )
+        self._decision = decision
+        if self._log is not None:
+            try:
+                self._log.record(signals, decision)
+            except Exception:
+                self._count_error("decision_log")
+                logger.warning("morph: decision log failed, no further decisions are written", exc_info=True)
+                self._log = None
+
+    def _drive(self, now: float) -> None:
+        """Finish the chunk under way if its replies are in, and open the next one."""
+        runner = self._runner
+        runner.pause_s = 0.0
+        runner.poll_side()
+        if runner.phase is not Phase.IDLE and not self._advance(now):
+            return
+        rung = self._next_rung(now)
+        if rung is None:
+            return
+        if self._transition is None:
+            self._open_transition(now, rung)
+        runner.start(now, rung)
+        # An executor that answers at once commits here. The next chunk still waits for the next
+        # step boundary: two in one gap would double the pause.
+        if self._advance(now):
+            self._next_rung(now)
+
+    def _advance(self, now: float) -> bool:
+        """Let the chunk go on; True when it has ended."""
+        transition = self._transition
+        assert transition is not None
+        end = self._runner.advance(now, self._is_wanted(transition.direction))
+        if end is None:
+            return False
+        if end.outcome == "committed":
+            transition.num_layers += end.num_layers
+            transition.last_format = end.format
+            self.counters.num_layers_switched += end.num_layers
+        elif end.outcome == "aborted":
+            self._back_off(now, end)
+            self._close_transition(now, "aborted", end.error)
+        else:
+            self._close_transition(now, "cancelled")
+        return True
+
+    def _is_wanted(self, direction: Direction) -> bool:
+        """Does the newest decision still lie in the direction of the chunk under way?"""
+        if self._tripped:
+            return False
+        if direction == "degrade":
+            return self._decision.level > self._runner.lower
+        return self._decision.level < self._runner.upper
+
+    def _next_rung(self, now: float) -> int | None:
+        """The rung for the next chunk; closes the transition when it is done or must turn."""
+        runner = self._runner
+        rung = None if self._tripped else runner.next_rung(self._decision.level)
+        transition = self._transition
+        direction: Direction | None = None
+        if rung is not None:
+            direction = "degrade" if rung > runner.lower else "restore"
+        if transition is not None and direction != transition.direction:
+            self._close_transition(now, "committed" if rung is None and not self._tripped else "cancelled")
+        if now < self._no_start_before_s or (direction == "restore" and now < self._no_restore_before_s):
+            return None
+        return rung
+
+    # ---- transitions
+
+    def _open_transition(self, now: float, rung: int) -> None:
+        runner = self._runner
+        direction: Direction = "degrade" if rung > runner.lower else "restore"
+        self._transition = Transition(
+            revision=runner.revision + 1,
+            direction=direction,
+            from_level=runner.upper if direction == "restore" else runner.lower,
+            reason=self._decision.reason,
+            started_s=now,
+            blocks_before=self._pool.num_kv_blocks,
+        )
+        logger.info(
+            "morph r%d: level %d -> %d (%s)",
+            self._transition.revision,
+            self._transition.from_level,
+            self._decision.level,
+            self._decision.reason,
+        )
+
+    def _close_transition(self, now: float, outcome: Outcome, error: str = "") -> None:
+        t = self._transition
+        assert t is not None
+        self._transition = None
+        self._count_transition(t.direction, outcome)
+        self.counters.transition_seconds += now - t.started_s
+        milliseconds = (now - t.started_s) * 1000
+        if outcome == "aborted":
+            logger.warning(
+                "morph r%d: aborted at level %d after %.0f ms (%s); no new attempt for %.1f s",
+                t.revision,
+                self.level,
+                milliseconds,
+                error,
+                self._config.transition.backoff_s,
+            )
+        elif outcome == "cancelled":
+            logger.info(
+                "morph r%d: cancelled at level %d after %.0f ms", t.revision, self.level, milliseconds
+            )
+        else:
+            logger.info(
+                "morph r%d: committed in %.0f ms, %d layers %s, %+d KV blocks",
+                t.revision,
+                milliseconds,
+                t.num_layers,
+                t.last_format,
+                self._pool.num_kv_blocks - t.blocks_before,
+            )
+
+    def _back_off(self, now: float, end: ChunkEnd) -> None:
+        """After a failure nothing starts for a while; a full KV cache only keeps us from restoring."""
+        until = now + self._config.transition.backoff_s
+        if end.drain_timeout:
+            self._no_restore_before_s = until
+        else:
+            self._no_start_before_s = until
+            self._count_error("prepare")
+
+    def _publish(self) -> None:
+        """Bring gauges up to date and tell of a new exposure level."""
+        counters, runner = self.counters, self._runner
+        counters.num_blocks_published = self._pool.num_kv_blocks
+        counters.short_grows = runner.short_grows
+        if runner.pause_s > 0:
+            counters.num_blocks_mapped = min(rank.num_kv_blocks for rank in runner.ranks.values())
+            counters.last_pause_s = runner.pause_s
+            counters.max_pause_s = max(counters.max_pause_s, runner.pause_s)
+        if self._on_level is not None and runner.upper != self._told_level:
+            self._told_level = runner.upper
+            try:
+                self._on_level(runner.upper)
+            except Exception:
+                self._count_error("on_level")
+                logger.exception("morph: on_level(%d) failed", runner.upper)
+
+    # ---- errors
+
+    def _count_transition(self, direction: Direction, outcome: Outcome) -> None:
+        key = (direction, outcome)
+        self.counters.transitions[key] = self.counters.transitions.get(key, 0) + 1
+
+    def _count_error(self, place: str) -> None:
+        self.counters.errors[place] = self.counters.errors.get(place, 0) + 1
+
+    def _trip(self, place: str) -> None:
+        """The policy or what feeds it is broken; ranks and pool are fine: undo or finish, then rest."""
+        self._count_error(place)
+        self._tripped = True
+        logger.exception("morph: %s failed; the engine stays at level %d, for good", place, self.level)
+
+    def _die(self) -> None:
+        """A transition broke half-way: leave everything where it is safe, and send nothing more."""
+        self._count_error("controller")
+        self._tripped = self._dead = True
+        logger.exception(
+            "morph: %s failed; the engine stays at level %d, for good", self.phase.name, self.level
+        )
+        if self._transition is not None:
+            self._count_transition(self._transition.direction, "aborted")
+            self._transition = None
+        try:
+            self._runner.wind_down()
+        except Exception:
+            self._count_error("wind_down")
+            logger.exception("morph: giving back fenced blocks and staged layers failed")
+
+    def _drain_replies(self) -> None:
+        try:
+            self._runner.drain_replies()
+        except Exception:
+            self._count_error("drain_replies")

@@ -1,0 +1,173 @@
+"""From the `ladder:` section and measured bytes to the ordered levels. Integers only, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import policies.levels
+from morphserve.config import LadderConfig, LadderStep
+from morphserve.errors import ConfigError
+from policies.types import BASE_FORMAT, Ladder, MorphLevel
+
+LayerBytes = Mapping[str, Sequence[int]]  # format -> bytes of each decoder layer on one rank
+KNOWN_FORMATS = ("w8", "w4")
+
+
+def build_ladder(
+    num_layers: int,
+    layer_bytes: LayerBytes,
+    config: LadderConfig,
+    base_num_blocks: int,
+    kv_block_bytes: int,
+    max_num_blocks: int | None = None,
+) -> Ladder:
+    """All levels, from full precision to the last step's last layer.
+
+    Args:
+        num_layers: decoder layers of the model.
+        layer_bytes: bytes on one rank of each layer's morphable linears, by format; must hold
+            'base' and every format the steps use, `num_layers` figures each.
+        config: the swap order and the steps.
+        base_num_blocks: KV blocks at level 0, null block included.
+        kv_block_bytes: bytes of one KV block on one rank, all layers together.
+        max_num_blocks: no level publishes more than this.
+
+    Returns:
+        Levels with `ladder[k].index == k`; `num_kv_blocks` never decreases, `weight_bytes` never
+        increases with k.
+
+    Raises:
+        ConfigError: the section does not fit this model or these bytes.
+    """
+    if kv_block_bytes < 1:
+        raise ConfigError(f"kv_block_bytes is {kv_block_bytes}, must be at least 1. Give one block's bytes.")
+    if max_num_blocks is not None and max_num_blocks < base_num_blocks:
+        raise ConfigError(
+            f"kv.max_num_blocks {max_num_blocks} is below the {base_num_blocks} blocks of level 0. "
+            "Raise it, or leave it out."
+        )
+    _check_layer_bytes(num_layers, layer_bytes, config)
+    order = _swap_order(num_layers, config.order)
+    formats = [BASE_FORMAT] * num_layers
+    rungs = [tuple(formats)]
+    for number, step in enumerate(config.steps):
+        layers = order[: _num_step_layers(num_layers, step, number)]
+        for start in range(0, len(layers), step.layers_per_level):
+            for layer in layers[start : start + step.layers_per_level]:
+                _check_frees(layer, formats[layer], step.format, layer_bytes, number)
+                formats[layer] = step.format
+            rungs.append(tuple(formats))
+
+    def weight(rung: tuple[str, ...]) -> int:
+        return sum(layer_bytes[fmt][layer] for layer, fmt in enumerate(rung))
+
+    base_bytes = weight(rungs[0])
+    ladder = []
+    for index, rung in enumerate(rungs):
+        num_blocks = base_num_blocks + (base_bytes - weight(rung)) // kv_block_bytes
+        if max_num_blocks is not None:
+            num_blocks = min(num_blocks, max_num_blocks)
+        ladder.append(
+            MorphLevel(index, rung, weight(rung), num_blocks, _expected_kl(rung, config.expected_kl))
+        )
+    return tuple(ladder)
+
+
+def check_floor(base_num_blocks: int, max_model_len: int, block_size: int) -> None:
+    """Refuse a level 0 that could not hold one request of the longest length.
+
+    Args:
+        base_num_blocks: KV blocks at level 0, null block included.
+        max_model_len: tokens.
+        block_size: tokens per block.
+
+    Raises:
+        ConfigError: fewer blocks than one request of `max_model_len` needs.
+    """
+    needed = -(-max_model_len // block_size) + 1  # the null block holds no tokens
+    if base_num_blocks < needed:
+        raise ConfigError(
+            f"KV cache of {base_num_blocks} blocks at level 0 cannot hold one request: max_model_len "
+            f"{max_model_len} needs {needed} blocks of {block_size} tokens (null block included). "
+            f"Raise kv.base_num_blocks or the KV cache memory, or lower --max-model-len to "
+            f"{max(base_num_blocks - 1, 0) * block_size}."
+        )
+
+
+def resolve_level(ladder: Ladder, spec: int | str) -> int:
+    """Index of the level that `spec` names: an index, 'deepest', or a format all layers are in.
+
+    Raises:
+        ConfigError: no such level.
+    """
+    try:
+        return policies.levels.resolve_level(ladder, spec)
+    except ValueError as e:
+        raise ConfigError(str(e)) from e
+
+
+def _swap_order(num_layers: int, order: str | list[int]) -> list[int]:
+    """Layer ids in swap order; a list may leave layers out, but not repeat or invent them."""
+    if isinstance(order, str):
+        ids = list(range(num_layers))
+        return ids if order == "front_to_back" else ids[::-1]
+    unknown = sorted({layer for layer in order if not 0 <= layer < num_layers})
+    if unknown:
+        raise ConfigError(
+            f"ladder.order names layers {unknown}, the model has layers 0 to {num_layers - 1}. Remove them."
+        )
+    twice = sorted({layer for layer in order if order.count(layer) > 1})
+    if twice:
+        raise ConfigError(f"ladder.order names layers {twice} more than once. Name each layer once.")
+    if not order:
+        raise ConfigError("ladder.order is an empty list, it must name a layer. Give ids or 'front_to_back'.")
+    return list(order)
+
+
+def _num_step_layers(num_layers: int, step: LadderStep, number: int) -> int:
+    """Layers the step covers; 'all' means all that `order` names."""
+    if step.layers == "all":
+        return num_layers
+    if not 1 <= step.layers <= num_layers:
+        raise ConfigError(
+            f"ladder.steps[{number}].layers is {step.layers}, the model has {num_layers} decoder layers. "
+            f"Give 1 to {num_layers}, or 'all'."
+        )
+    return step.layers
+
+
+def _check_layer_bytes(num_layers: int, layer_bytes: LayerBytes, config: LadderConfig) -> None:
+    """Every format in use has one positive figure per layer, and every KL figure a known format."""
+    for fmt in (BASE_FORMAT, *(step.format for step in config.steps)):
+        figures = layer_bytes.get(fmt)
+        if figures is None or len(figures) != num_layers or min(figures, default=0) < 1:
+            found = "none" if figures is None else f"{len(figures)}, least {min(figures, default=0)}"
+            raise ConfigError(
+                f"ladder: format {fmt!r} needs {num_layers} layer sizes of 1 byte or more, found {found}. "
+                "Does this model have the decoder layers that MorphServe expects?"
+            )
+    unknown = sorted(set(config.expected_kl) - set(KNOWN_FORMATS))
+    if unknown:
+        raise ConfigError(
+            f"ladder.expected_kl has formats {unknown}, known are {', '.join(KNOWN_FORMATS)}. Remove them."
+        )
+    negative = {fmt: kl for fmt, kl in config.expected_kl.items() if not kl >= 0}
+    if negative:
+        raise ConfigError(f"ladder.expected_kl {negative} must be 0 or more nats per token. Measure again.")
+
+
+def _check_frees(layer: int, old: str, new: str, layer_bytes: LayerBytes, number: int) -> None:
+    """A step that makes a layer larger would shrink the KV cache on the way down: refuse it."""
+    if layer_bytes[new][layer] > layer_bytes[old][layer]:
+        raise ConfigError(
+            f"ladder.steps[{number}] turns layer {layer} from {old} ({layer_bytes[old][layer]} B) into {new} "
+            f"({layer_bytes[new][layer]} B), which frees nothing. Order the steps from wide to narrow."
+        )
+
+
+def _expected_kl(rung: Sequence[str], figures: Mapping[str, float]) -> float | None:
+    """Nats per token if layers added up independently: each carries its share of the all-layers figure."""
+    used = [fmt for fmt in rung if fmt != BASE_FORMAT]
+    if any(fmt not in figures for fmt in used):
+        return None
+    return sum(figures[fmt] for fmt in used) / len(rung)

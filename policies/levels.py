@@ -1,0 +1,41 @@
+"""From what a user writes for a level to an index of the ladder."""
+
+from __future__ import annotations
+
+from policies.types import BASE_FORMAT, Ladder
+
+
+def resolve_level(ladder: Ladder, spec: int | str) -> int:
+    """Index of the level that `spec` names.
+
+    Args:
+        ladder: all levels, `ladder[k].index == k`.
+        spec: an index, 'deepest', or a format: the first level with ALL layers in that format.
+
+    Raises:
+        ValueError: no such level; the message lists the ones there are.
+    """
+    deepest = len(ladder) - 1
+    if isinstance(spec, int):
+        if 0 <= spec <= deepest:
+            return spec
+        raise ValueError(
+            f"level {spec} is not on the ladder, which has levels 0 to {deepest}. "
+            "Give one of these, or add steps to `ladder`."
+        )
+    if spec == "deepest":
+        return deepest
+    for level in ladder:
+        if all(fmt == spec for fmt in level.layer_formats):
+            return level.index
+    whole = sorted({lv.layer_formats[0] for lv in ladder if len(set(lv.layer_formats)) == 1})
+    raise ValueError(
+        f"level {spec!r}: no level of the ladder has all layers in that format (it has {', '.join(whole)}). "
+        f"Give one of these, 'deepest', or an index from 0 to {deepest}."
+    )
+
+
+def deepest_level_within(ladder: Ladder, formats: frozenset[str]) -> int:
+    """Deepest level that uses nothing but full precision and `formats`."""
+    allowed = formats | {BASE_FORMAT}
+    return max(level.index for level in ladder if allowed.issuperset(level.layer_formats))

@@ -1,0 +1,24 @@
+"""One level, for ever: the baselines that a morphing server is compared with."""
+
+from __future__ import annotations
+
+from policies.config import StaticConfig
+from policies.levels import resolve_level
+from policies.types import Decision, Ladder, Signals
+
+
+class StaticPolicy:
+    """Go to one level at start and stay there, whatever the load does."""
+
+    def __init__(self, config: StaticConfig, ladder: Ladder) -> None:
+        """Resolve the level once.
+
+        Raises:
+            ValueError: the ladder has no such level.
+        """
+        level = resolve_level(ladder, config.level)
+        self._decision = Decision(level, f"static level {level}")
+
+    def decide(self, signals: Signals) -> Decision:
+        """Always the same answer."""
+        return self._decision

@@ -1,0 +1,231 @@
+"""KV use, queueing delay and preemptions against thresholds, with hysteresis."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+from policies.config import ThresholdConfig
+from policies.levels import deepest_level_within, resolve_level
+from policies.types import Decision, Ladder, Signals
+
+_GROWTH_UNTIL_KNOWN = 1.5  # a request holds its prompt at first; until one has ended, expect it to grow so
+_QUIET_S = 1.0  # nothing waited for so long: the load is draining
+_REENTRY_S = 20.0  # degrading so soon after a restore means that the restore was too early
+_DWELL_GROWTH = 2.0
+_MIN_GROWN_DWELL_S = 1.0  # what doubling starts from where restore_after_s is (almost) zero
+_MAX_DWELL_S = 6.0  # level 0 must be reached within 10 s of the queue's end, so dwell stays below
+_DWELL_DECAY_S = 30.0  # quiet time that halves a grown dwell
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """ThresholdConfig with every field filled in."""
+
+    degrade_above: float
+    queue_delay_s: float
+    target_usage: float
+    restore_below: float
+    restore_after_s: float
+    max_level: int
+
+
+# degrade_above, queue_delay_s, target_usage, restore_below, restore_after_s
+_PRESETS: dict[str, tuple[float, float, float, float, float]] = {
+    "accuracy": (0.92, 0.50, 0.85, 0.75, 1.0),
+    "default": (0.85, 0.20, 0.65, 0.60, 2.0),
+    "performance": (0.70, 0.10, 0.35, 0.40, 5.0),
+}
+
+
+def fill_in(config: ThresholdConfig, ladder: Ladder) -> Thresholds:
+    """The mode's presets, under what the user set.
+
+    Raises:
+        ValueError: `max_level` is not on the ladder, or the thresholds would make the level swing.
+    """
+    degrade, delay, target, below, after = _PRESETS[config.mode]
+    if config.max_level is not None:
+        max_level = resolve_level(ladder, config.max_level)
+    elif config.mode == "accuracy":
+        max_level = deepest_level_within(ladder, frozenset({"w8"}))
+        if max_level == 0 and len(ladder) > 1:
+            raise ValueError(
+                "policy.mode accuracy uses no format but w8, and the ladder has no w8 step: it would "
+                "never leave level 0. Add a w8 step, or set policy.max_level."
+            )
+    else:
+        max_level = len(ladder) - 1
+    filled = Thresholds(
+        degrade_above=degrade if config.degrade_above is None else config.degrade_above,
+        queue_delay_s=delay if config.queue_delay_s is None else config.queue_delay_s,
+        target_usage=target if config.target_usage is None else config.target_usage,
+        restore_below=below if config.restore_below is None else config.restore_below,
+        restore_after_s=after if config.restore_after_s is None else config.restore_after_s,
+        max_level=max_level,
+    )
+    for name in ("target_usage", "restore_below"):
+        value = getattr(filled, name)
+        if value > filled.degrade_above:
+            raise ValueError(
+                f"policy.{name} {value} is above degrade_above {filled.degrade_above}: the level would "
+                f"swing. Set it to {filled.degrade_above} or less."
+            )
+    return filled
+
+
+class ThresholdPolicy:
+    """Down as soon as KV binds, as deep as the need asks; up again after a dwell without pressure.
+
+    The need: blocks that the requests here now will hold when they end, since requests grow as they
+    decode. Degrade when the KV cache that we have (or are heading for) does not hold it, when
+    requests were preempted, or when one waits too long while KV is what binds. Restore to the
+    shallowest level that would have held the need, at `restore_below`, throughout the dwell. Being
+    wrong (degrading again soon after a restore) doubles the dwell; quiet time halves it again.
+    """
+
+    def __init__(self, config: ThresholdConfig, ladder: Ladder) -> None:
+        """Fix the thresholds and the ladder.
+
+        Raises:
+            ValueError: see `fill_in`.
+        """
+        self.thresholds = fill_in(config, ladder)
+        self._usable = tuple(level.num_kv_blocks - 1 for level in ladder[: self.thresholds.max_level + 1])
+        most = self._usable[-1]
+        self._deepest_useful = bisect_left(self._usable, most)  # deeper ones give no more blocks
+        self.dwell_s = self.thresholds.restore_after_s
+        self._fits_since: list[float | None] = [None] * len(ladder)  # by level; None = does not fit now
+        self._last_preemptions: int | None = None
+        self._last_waiting_s = float("-inf")
+        self._last_restore_s = float("-inf")
+        self._last_reentry_s = float("-inf")
+        self._last = Decision(0, "start at full precision")
+
+    def decide(self, signals: Signals) -> Decision:
+        """The level to serve at now. O(levels) at most."""
+        s = signals
+        heading = s.target_level
+        preempted = self._last_preemptions is not None and s.preemptions > self._last_preemptions
+        self._last_preemptions = s.preemptions
+        if s.num_waiting > 0:
+            self._last_waiting_s = s.now_s
+        per_request = _blocks_per_request(s)
+        running_need = max(float(s.used_kv_blocks), s.num_running * per_request)
+        need = running_need + s.num_waiting * per_request
+        usable = self._usable_at(s)
+
+        pressure = self._pressure(s, usable, running_need, need, per_request, preempted)
+        self._note_fits(s, need, preempted)
+        if pressure is not None:
+            why, is_event = pressure
+            level = self._level_for(need)
+            if is_event:  # seen, not predicted: whatever the need says, one rung more at least
+                level = max(level, self._next_useful(heading))
+            if level > heading:
+                return self._degrade(s.now_s, level, f"{why}, need {need:.0f} of {usable} blocks")
+        if heading > 0 and pressure is None:
+            level = self._shallowest_rested(s.now_s)
+            if level < heading:
+                return self._restore(s.now_s, level, need)
+        return self._stay(heading)
+
+    def _usable_at(self, s: Signals) -> int:
+        """Blocks for requests at the level we are heading for (fenced ones are as good as gone)."""
+        if s.target_level == s.level:
+            return s.num_kv_blocks - 1
+        heading = self._usable[min(s.target_level, len(self._usable) - 1)]
+        return heading if s.target_level > s.level else min(heading, s.num_kv_blocks - 1)
+
+    def _pressure(
+        self, s: Signals, usable: int, running_need: float, need: float, per_request: float, preempted: bool
+    ) -> tuple[str, bool] | None:
+        """Why KV binds, and whether that was seen (True) or is predicted (False); None = it does not."""
+        t = self.thresholds
+        usage = s.used_kv_blocks / usable if usable > 0 else 1.0
+        settled = s.target_level <= s.level  # on the way to a deeper level the remedy is not yet there
+        if preempted and settled:
+            return f"preempted ({s.preemptions} so far) at kv_usage {usage:.2f}", True
+        drains = s.num_waiting == 0 and s.now_s - self._last_waiting_s >= _QUIET_S
+        if drains and running_need <= usable:
+            return None  # a tail that fits: a round trip would cost more than it brings
+        if usage > t.degrade_above:
+            return f"kv_usage {usage:.2f} > {t.degrade_above:.2f}", False
+        head_fits = usable - s.used_kv_blocks >= 2 * per_request
+        if s.oldest_wait_s > t.queue_delay_s and not head_fits and settled:
+            waits = f"oldest wait {s.oldest_wait_s:.2f} s > {t.queue_delay_s:.2f} s"
+            return f"{waits} at kv_usage {usage:.2f}", True
+        # Requests that wait although the next one would fit wait for something else: prefill, max_num_seqs.
+        kept_elsewhere = head_fits and s.oldest_wait_s > max(t.queue_delay_s, 3 * s.step_s)
+        expected = running_need if kept_elsewhere else need
+        if expected > t.degrade_above * usable:
+            return f"expected kv_usage {expected / max(usable, 1):.2f} > {t.degrade_above:.2f}", False
+        return None
+
+    def _level_for(self, need: float) -> int:
+        """Shallowest level that the need fills to `target_usage`, else the deepest useful one."""
+        return min(bisect_left(self._usable, need / self.thresholds.target_usage), self._deepest_useful)
+
+    def _next_useful(self, level: int) -> int:
+        """First deeper level with more blocks than `level`, else the deepest useful one."""
+        if level >= self._deepest_useful:
+            return self._deepest_useful
+        return bisect_left(self._usable, self._usable[level] + 1)
+
+    def _note_fits(self, s: Signals, need: float, preempted: bool) -> None:
+        """Remember since when each level would have held the load."""
+        t = self.thresholds
+        queued = preempted or s.oldest_wait_s > t.queue_delay_s
+        first_fit = len(self._usable) if queued else bisect_left(self._usable, need / t.restore_below)
+        for level in range(len(self._usable)):
+            if level < first_fit:
+                self._fits_since[level] = None
+            elif self._fits_since[level] is None:
+                self._fits_since[level] = s.now_s
+
+    def _shallowest_rested(self, now_s: float) -> int:
+        """Shallowest level that has fitted for the whole dwell."""
+        if self.dwell_s > self.thresholds.restore_after_s and now_s - self._last_reentry_s >= _DWELL_DECAY_S:
+            self.dwell_s = max(self.thresholds.restore_after_s, self.dwell_s / _DWELL_GROWTH)
+            self._last_reentry_s = now_s
+        for level in range(len(self._usable)):
+            since = self._fits_since[level]
+            if since is not None and now_s - since >= self.dwell_s:
+                return level
+        return len(self._fits_since)
+
+    def _degrade(self, now_s: float, level: int, reason: str) -> Decision:
+        if self._last.level != level:
+            if now_s - self._last_restore_s < _REENTRY_S + self.dwell_s:
+                grown = max(self.dwell_s, _MIN_GROWN_DWELL_S / _DWELL_GROWTH) * _DWELL_GROWTH
+                self.dwell_s = max(self.thresholds.restore_after_s, min(grown, _MAX_DWELL_S))
+                self._last_reentry_s = now_s
+                self._last_restore_s = float("-inf")  # one restore is blamed once
+            self._last = Decision(level, reason)
+        for shallower in range(level):
+            self._fits_since[shallower] = None  # the dwell starts anew
+        return self._last
+
+    def _restore(self, now_s: float, level: int, need: float) -> Decision:
+        if self._last.level != level:
+            self._last_restore_s = now_s
+            self._last = Decision(
+                level,
+                f"need {need:.0f} of {self._usable[level]} blocks <= {self.thresholds.restore_below:.2f} "
+                f"for {self.dwell_s:.1f} s",
+            )
+        return self._last
+
+    def _stay(self, heading: int) -> Decision:
+        level = min(heading, self.thresholds.max_level)
+        if self._last.level != level:
+            self._last = Decision(level, f"hold level {level}")
+        return self._last
+
+
+def _blocks_per_request(s: Signals) -> float:
+    """Blocks a request will hold when it ends."""
+    held = s.used_kv_blocks / s.num_running if s.num_running > 0 else 0.0
+    if s.blocks_per_request > 0:
+        return max(s.blocks_per_request, held)
+    return held * _GROWTH_UNTIL_KNOWN
