@@ -153,7 +153,7 @@ def _allow_endpoint_plugin() -> None:
 
     have = os.environ.get("VLLM_PLUGINS")
     if have is None:
-        groups = {e.group for e in entry_points() if e.group.startswith("vllm.")}
+        groups = {group for group in entry_points().groups if group.startswith("vllm.")}
         groups.discard("vllm.endpoint_plugins")  # not loaded while VLLM_PLUGINS is unset: keep it so
         names = {e.name for group in groups for e in entry_points(group=group)}
     else:

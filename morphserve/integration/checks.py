@@ -68,6 +68,7 @@ def _check_features(vllm_config: Any) -> None:
         (v.lora_config is not None, "LoRA wraps the linears that are swapped", "--enable-lora"),
         (v.speculative_config is not None, "speculative decoding is not proven", "--speculative-config"),
         (v.parallel_config.data_parallel_size > 1, "data parallel is not proven", "--data-parallel-size"),
+        (v.parallel_config.pipeline_parallel_size > 1, "stages free different bytes", "--pipeline-parallel-size"),
         (v.parallel_config.enable_expert_parallel, "expert parallel", "--enable-expert-parallel"),
     ):
         if bad:

@@ -1,0 +1,339 @@
+"""The engine-core side: plan the KV cache for the whole ladder, then tie the controller to the scheduler.
+
+Order at start (vllm/v1/engine/core.py, EngineCore.__init__): workers load the model -> `_initialize_kv_caches`
+(we ask the ranks what their layers weigh) -> `get_kv_cache_configs` (we lay the cache out for the deepest
+level) -> the scheduler is built (`attach`: publish only level 0's blocks, start the controller).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from morphserve.config import MorphServeConfig
+from morphserve.controller import Controller, DecisionLog, largest_chunk_bytes, make_ledger
+from morphserve.controller.ports import EngineView, Plan
+from morphserve.errors import ConfigError
+from morphserve.integration import seams
+from morphserve.integration.block_pool import VllmBlockPool, check_supported
+from morphserve.integration.describe import RankDescription
+from morphserve.integration.executor import RpcExecutor
+from morphserve.integration.provenance import Provenance, requests_with_kv
+from morphserve.integration.settings import read_settings
+from morphserve.ladder import build_ladder, check_floor
+from morphserve.monitor import Monitor
+from policies import build_policy
+from policies.types import Ladder
+
+logger = logging.getLogger("vllm.morphserve")
+
+WAKE_INTERVAL_S = 0.1  # how often an idle engine above level 0 makes a step of its own
+
+
+class EngineRuntime:
+    """What is known before the scheduler exists."""
+
+    def __init__(self, engine_core: Any, vllm_config: Any, config: MorphServeConfig) -> None:
+        self.engine_core = engine_core
+        self.vllm_config = vllm_config
+        self.config = config
+        self.ranks: list[RankDescription] = engine_core.model_executor.collective_rpc("morphserve_describe")
+        self.ladder: Ladder = ()
+        self.base_num_blocks = 0
+        self.kv_block_bytes = 0
+
+    def plan_kv(self, original: Callable[..., Any], specs: Any, available_memory: Any) -> Any:
+        """KV cache configs for the deepest level's blocks; the scheduler starts with level 0's.
+
+        Raises:
+            ConfigError: the budget does not hold one request, or the pool is not one we can resize.
+        """
+        base = original(self.vllm_config, specs, available_memory)
+        check_supported(self.vllm_config, base[0])
+        kv = self.config.kv
+        self.base_num_blocks = min(c.num_blocks for c in base)
+        if kv.base_num_blocks is not None:
+            if kv.base_num_blocks > self.base_num_blocks:
+                raise ConfigError(
+                    f"kv.base_num_blocks is {kv.base_num_blocks}, memory for the KV cache holds "
+                    f"{self.base_num_blocks}. Lower it, or leave it out."
+                )
+            self.base_num_blocks = kv.base_num_blocks
+        check_floor(
+            self.base_num_blocks,
+            self.vllm_config.model_config.max_model_len,
+            self.vllm_config.cache_config.block_size,
+        )
+        block_bytes = [c.kv_cache_tensors[0].size // c.num_blocks for c in base]
+        self.kv_block_bytes = max(block_bytes)
+        self.ladder = self._ladder(block_bytes)
+        cache_config = self.vllm_config.cache_config
+        override = cache_config.num_gpu_blocks_override
+        cache_config.num_gpu_blocks_override = self.ladder[-1].num_kv_blocks
+        try:
+            return original(self.vllm_config, specs, available_memory)
+        finally:
+            cache_config.num_gpu_blocks_override = override
+
+    def _ladder(self, block_bytes: list[int]) -> Ladder:
+        """One ladder for all ranks: tensor-parallel ranks hold equal slices of every layer."""
+        return build_ladder(
+            self.vllm_config.model_config.get_total_num_hidden_layers(),
+            self.layer_bytes,
+            self.config.ladder,
+            self.base_num_blocks,
+            max(block_bytes),
+            self.config.kv.max_num_blocks,
+        )
+
+    @property
+    def layer_bytes(self) -> dict[str, tuple[int, ...]]:
+        """Bytes of each layer by format on one rank."""
+        return self.ranks[0].layer_bytes
+
+
+class Morph:
+    """What the scheduler calls. Nothing in here may raise: an exception would kill the engine."""
+
+    def __init__(self, scheduler: Any, runtime: EngineRuntime) -> None:
+        self._scheduler = scheduler
+        self._engine = runtime.engine_core
+        self.runtime = runtime
+        self.wake_due = False
+        self.failed = False  # tripped outside the controller's own guard
+        self.tokens_by_level = [0] * len(runtime.ladder)
+        self._levels_in_flight: dict[int, int] = {}  # id(scheduler output) |-> exposure level
+        self._awaiting_first_token: list[Any] = []
+        self._stop = threading.Event()
+        self.pool = VllmBlockPool(scheduler)
+        self._publish_base()
+        self.provenance = Provenance(scheduler.kv_cache_manager.block_pool)
+        self.monitor = Monitor()
+        self.executor = RpcExecutor(self._engine.model_executor, len(runtime.ranks))
+        config = runtime.config
+        chunk = config.transition.max_layers_per_step
+        staging = largest_chunk_bytes(runtime.layer_bytes, chunk)
+        log = DecisionLog(config.decision_log.expanduser()) if config.decision_log else None
+        self.log = log
+        self.controller = Controller(
+            runtime.ladder,
+            build_policy(config.policy, runtime.ladder),
+            self.pool,
+            self.executor,
+            self.monitor,
+            config,
+            make_ledger(runtime.ladder, runtime.kv_block_bytes, staging),
+            layer_bytes=runtime.layer_bytes,
+            clock=time.monotonic,
+            log=log,
+            on_level=self._on_level,
+        )
+        self._wake = threading.Thread(target=self._wake_loop, name="morphserve-wake", daemon=True)
+        if hasattr(self._engine, "input_queue"):  # an in-process engine has none, and nobody to wake
+            self._wake.start()
+
+    def _publish_base(self) -> None:
+        """The cache is laid out for the deepest level; the scheduler gets level 0's blocks, mapped."""
+        base = self.runtime.base_num_blocks
+        if base < self.pool.num_kv_blocks:
+            self.pool.begin_shrink(base)
+            self.pool.advance_shrink(0)
+            self.pool.finish_shrink()
+        plan = Plan(revision=0, layer_formats=(), num_kv_blocks=base)
+        replies = self._engine.model_executor.collective_rpc("morphserve_commit", args=(plan,))
+        short = [r for r in replies if not r.ok or r.num_kv_blocks < base]
+        if short:
+            raise ConfigError(
+                f"rank {short[0].rank} could not map {base} KV blocks: {short[0].error or 'out of memory'}. "
+                "Lower VLLM_CPU_KVCACHE_SPACE or --num-gpu-blocks-override."
+            )
+
+    # -- called by the scheduler, once per engine step --------------------------------------------
+
+    def before_schedule(self) -> None:
+        """Controller first, then vLLM's own schedule()."""
+        self.wake_due = False
+        self._guard(self._tick)
+
+    def after_schedule(self, output: Any) -> None:
+        self._guard(self._after_schedule, output)
+
+    def after_update(self, output: Any, model_output: Any) -> None:
+        self._guard(self._after_update, output, model_output)
+
+    def on_arrival(self) -> None:
+        self._guard(self._on_arrival)
+
+    def on_preemption(self) -> None:
+        self._guard(self._on_preemption)
+
+    def on_finish(self, request: Any) -> None:
+        self._guard(self._on_finish, request)
+
+    def _guard(self, call: Callable[..., None], *args: Any) -> None:
+        if self.failed:
+            return
+        try:
+            call(*args)
+        except Exception:
+            # The controller guards itself; this is for the glue. Level and capacity stay as they are.
+            self.failed = True
+            logger.exception("morphserve: monitoring failed; the server goes on at its present level")
+
+    def _tick(self) -> None:
+        num_running, num_waiting = self._scheduler.get_request_counts()
+        waiting = self._scheduler.waiting
+        oldest = 0.0
+        if len(waiting):
+            oldest = max(0.0, time.time() - waiting.peek_request().arrival_time)
+        self.controller.tick(EngineView(num_waiting, num_running, oldest))
+
+    def _after_schedule(self, output: Any) -> None:
+        level = self.controller.exposure_level
+        self._levels_in_flight[id(output)] = level
+        new = output.scheduled_new_reqs
+        if not new:
+            return
+        if level > 0:
+            self.provenance.taint(r.req_id for r in new)
+        now, wall = time.monotonic(), time.time()
+        for data in new:
+            request = self._scheduler.requests.get(data.req_id)
+            if request is not None:
+                self.monitor.on_scheduled(now, max(0.0, wall - request.arrival_time))
+                self._awaiting_first_token.append(request)
+
+    def _after_update(self, output: Any, model_output: Any) -> None:
+        level = self._levels_in_flight.pop(id(output), self.controller.exposure_level)
+        num_tokens = sum(map(len, model_output.sampled_token_ids or ()))
+        self.tokens_by_level[level] += num_tokens
+        self.monitor.on_step(time.monotonic(), num_tokens)
+        if self._awaiting_first_token:
+            wall = time.time()
+            still: list[Any] = []
+            for request in self._awaiting_first_token:
+                if request.num_output_tokens > 0:
+                    self.monitor.on_first_token(max(0.0, wall - request.arrival_time))
+                elif not request.is_finished():
+                    still.append(request)
+            self._awaiting_first_token = still
+
+    def _on_arrival(self) -> None:
+        self.monitor.on_arrival(time.monotonic())
+
+    def _on_preemption(self) -> None:
+        self.monitor.on_preemption(time.monotonic())
+
+    def _on_finish(self, request: Any) -> None:
+        num_blocks = sum(map(len, self._scheduler.kv_cache_manager.get_block_ids(request.request_id)))
+        self.monitor.on_finish(num_blocks, time.monotonic())
+        self.provenance.forget(request.request_id)
+
+    def _on_level(self, level: int) -> None:
+        """The next forward pass runs at `level`; what holds KV now carries on with KV of both."""
+        self.provenance.taint(requests_with_kv(self._scheduler))
+        self.provenance.set_level(level)
+
+    # -- idle ---------------------------------------------------------------------------------------
+
+    def _wake_loop(self) -> None:
+        """vLLM's loop sleeps when idle: give it a step while a level above 0 waits to be restored."""
+        from vllm.v1.engine import EngineCoreRequestType
+
+        while not self._stop.wait(WAKE_INTERVAL_S):
+            idle = not self._scheduler.has_unfinished_requests()
+            if idle and not self.failed and self.controller.wants_wakeup and not self.wake_due:
+                self.wake_due = True
+                self._engine.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+
+    def close(self) -> None:
+        """Stop the wake-ups and flush the decision log. Re-entrant."""
+        self._stop.set()
+        self.wake_due = False
+        if self.log is not None:
+            self.log.close()
+
+    # -- status ---------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """Plain values for the status page and the metrics."""
+        pauses = sorted(self.executor.pauses)
+        status = self.controller.status()
+        counters = status["counters"]
+        return {
+            **status,
+            "failed": self.failed or status["tripped"],
+            "mapped_kv_blocks": counters["num_blocks_mapped"],
+            "transitions": counters["transitions"],
+            "transition_seconds": counters["transition_seconds"],
+            "errors": {**counters["errors"], **({"glue": 1} if self.failed else {})},
+            "ladder": [
+                {
+                    "level": level.index,
+                    "num_kv_blocks": level.num_kv_blocks,
+                    "weight_bytes": level.weight_bytes,
+                    "expected_kl": level.expected_kl,
+                    "layers_by_format": level.layers_by_format(),
+                }
+                for level in self.runtime.ladder
+            ],
+            "kernels": dict(self.runtime.ranks[0].kernels),
+            "kv_block_bytes": self.runtime.kv_block_bytes,
+            "tokens_by_level": {str(k): n for k, n in enumerate(self.tokens_by_level)},
+            "pause_ms": {
+                "count": len(pauses),
+                "p50": 1e3 * pauses[len(pauses) // 2] if pauses else None,
+                "max": 1e3 * pauses[-1] if pauses else None,
+            },
+        }
+
+
+_RUNTIMES: dict[int, EngineRuntime] = {}  # id(vllm_config) |-> runtime, between planning and attach
+
+
+def install() -> None:
+    """Wrap the engine core. Re-entrant; engines without MorphServe pass straight through."""
+    seams.wrap("vllm.v1.engine.core:EngineCore._initialize_kv_caches", _initialize_kv_caches)
+    seams.wrap("vllm.v1.engine.core:get_kv_cache_configs", _get_kv_cache_configs)
+    from vllm.v1.engine.core import EngineCore
+
+    if not hasattr(EngineCore, "morphserve_status"):
+        EngineCore.morphserve_status = _status
+
+
+def _initialize_kv_caches(original: Callable[..., Any]) -> Any:
+    @functools.wraps(original)
+    def initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
+        config = read_settings(vllm_config.additional_config)
+        if config is not None:
+            _RUNTIMES[id(vllm_config)] = EngineRuntime(self, vllm_config, config)
+        return original(self, vllm_config)
+
+    return initialize_kv_caches
+
+
+def _get_kv_cache_configs(original: Callable[..., Any]) -> Any:
+    @functools.wraps(original)
+    def get_kv_cache_configs(vllm_config: Any, kv_cache_specs: Any, available_memory: Any) -> Any:
+        runtime = _RUNTIMES.get(id(vllm_config))
+        if runtime is None:
+            return original(vllm_config, kv_cache_specs, available_memory)
+        return runtime.plan_kv(original, kv_cache_specs, available_memory)
+
+    return get_kv_cache_configs
+
+
+def attach(scheduler: Any) -> Morph:
+    """Called from the scheduler's constructor."""
+    return Morph(scheduler, _RUNTIMES.pop(id(scheduler.vllm_config)))
+
+
+def _status(self: Any) -> dict[str, Any] | None:
+    """Utility method of EngineCore; runs between two steps, on the engine's own thread."""
+    morph = getattr(self.scheduler, "morph", None)
+    return None if morph is None else morph.status()
+

@@ -1,0 +1,221 @@
+"""One rank's decoder linears: found while the weights can still be read, made swappable right after.
+
+vLLM's CPU backend turns a bf16 weight into an opaque oneDNN matmul and drops the tensor
+(vllm/model_executor/layers/utils.py, dispatch_cpu_unquantized_gemm). So the loaded tensors (fused and
+TP-sliced, exactly as vLLM has them) go to a file once, next to their packed variants, and restoring a layer
+rebuilds the same matmul from the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+from morphserve.config import MorphServeConfig
+from morphserve.errors import ConfigError
+from morphserve.errors import StoreError as MorphStoreError
+from morphserve.integration.describe import RankDescription
+from morphserve.integration.host_memory import weights_on_their_own_pages
+from morphserve.integration.opaque_linear import method_class
+from policies.types import BASE_FORMAT
+from quant_layers import (
+    Kernel,
+    KernelError,
+    LayerSwapper,
+    LinearSlot,
+    StoreError,
+    VariantStore,
+    choose,
+)
+
+logger = logging.getLogger("vllm.morphserve")
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
+Linears = dict[int, dict[str, LinearBase]]  # decoder layer id |-> name inside the layer |-> linear
+
+
+class BaseImpl:
+    """vLLM's own full-precision linear, as a callable that owns the matmul."""
+
+    __slots__ = ("_bias", "_linear", "nbytes")
+
+    def __init__(self, linear: Any, bias: torch.Tensor | None, nbytes: int) -> None:
+        self._linear, self._bias, self.nbytes = linear, bias, nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._linear(x, None, self._bias)
+
+
+def find_linears(model: torch.nn.Module) -> Linears:
+    """All unquantized linears inside decoder layers of this rank.
+
+    Raises:
+        ConfigError: there are none, or the layers do not all have the same ones.
+    """
+    found: Linears = {}
+    for name, module in model.named_modules():
+        match = _LAYER.search(name)
+        if match and isinstance(module, LinearBase) and isinstance(module.quant_method, UnquantizedLinearMethod):
+            found.setdefault(int(match[1]), {})[match[2]] = module
+    if not found:
+        raise ConfigError(
+            f"{type(model).__name__} has no unquantized linear under '...layers.<id>.'. MorphServe morphs dense "
+            "decoder layers: start without --plugin morphserve for this model."
+        )
+    names = {tuple(sorted(linears)) for linears in found.values()}
+    if len(names) > 1:
+        raise ConfigError(
+            f"{type(model).__name__}: decoder layers differ in their linears ({sorted(names)}). MorphServe needs "
+            "uniform dense layers: start without --plugin morphserve for this model."
+        )
+    return found
+
+
+def fingerprint(linears: Linears) -> str:
+    """Digest of the loaded weights: the cache is addressed by what the weights ARE, not by their path."""
+    digest = hashlib.sha256()
+    for layer, name, tensor_name, tensor in _tensors(linears):
+        digest.update(f"{layer}/{name}/{tensor_name}/{tuple(tensor.shape)}/{tensor.dtype}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _tensors(linears: Linears) -> Iterator[tuple[int, str, str, torch.Tensor]]:
+    for layer in sorted(linears):
+        for name in sorted(linears[layer]):
+            for tensor_name, tensor in base_tensors(linears[layer][name]).items():
+                yield layer, name, tensor_name, tensor
+
+
+def base_tensors(linear: LinearBase) -> dict[str, torch.Tensor]:
+    """The tensors that define a linear at full precision: weight [N, K], bias [N] if its forward adds one."""
+    tensors = {"weight": linear.weight.data}
+    if (bias := applied_bias(linear)) is not None:
+        tensors["bias"] = bias.data
+    return tensors
+
+
+def applied_bias(linear: LinearBase) -> torch.Tensor | None:
+    """The bias that this linear's forward hands to `apply` (vllm/model_executor/layers/linear.py)."""
+    bias = getattr(linear, "bias", None)
+    if bias is None or linear.skip_bias_add:
+        return None
+    # RowParallelLinear adds the bias on one tensor-parallel rank only, before the all-reduce.
+    if getattr(linear, "input_is_parallel", False) and linear.tp_rank > 0:
+        return None
+    return bias
+
+
+class RankLayers:
+    """Built in two halves around vLLM's weight post-processing: `capture`, then `install`."""
+
+    def __init__(self, config: MorphServeConfig, vllm_config: Any, rank: int) -> None:
+        self.config = config
+        self.vllm_config = vllm_config
+        self.rank = rank
+        self.linears: Linears = {}
+        self.kernels: dict[str, Kernel] = {}
+        self.store: VariantStore | None = None
+        self.swapper: LayerSwapper | None = None
+
+    def capture(self, model: torch.nn.Module) -> None:
+        """Write what is missing in the cache (base tensors and packed variants), verify the rest.
+
+        Raises:
+            ConfigError: no such layers, or no kernel on this machine for a configured format.
+            StoreError: the cache cannot be written, or holds damaged files.
+        """
+        self.linears = find_linears(model)
+        formats = list(dict.fromkeys(step.format for step in self.config.ladder.steps))
+        dtype = next(iter(next(iter(self.linears.values())).values())).weight.dtype
+        try:
+            self.kernels = {fmt: choose(fmt, dtype) for fmt in formats}
+        except KernelError as e:
+            raise ConfigError(f"{e} Take that format out of ladder.steps.") from e
+        mark = fingerprint(self.linears)
+        directory = Path(self.config.cache_dir).expanduser() / "variants" / mark[:24]
+        try:
+            self.store = VariantStore.open(directory, mark)
+            self._fill_store()
+            self.store.verify()
+        except StoreError as e:
+            raise MorphStoreError(str(e)) from e
+
+    def _fill_store(self) -> None:
+        assert self.store is not None
+        built = 0
+        for layer, linears in sorted(self.linears.items()):
+            if not self.store.has(layer, BASE_FORMAT):
+                self.store.write(layer, BASE_FORMAT, {n: base_tensors(m) for n, m in linears.items()})
+                built += 1
+            for fmt, kernel in self.kernels.items():
+                if not self.store.has(layer, fmt, kernel.name):
+                    packed = {name: kernel.pack(linear.weight.data) for name, linear in linears.items()}
+                    self.store.write(layer, fmt, packed, kernel.name)
+                    built += 1
+        if built:
+            logger.info("morphserve: rank %d packed %d layer variants into %s", self.rank, built,
+                        self.store.directory)
+
+    def install(self) -> None:
+        """Give every captured linear its slot. Called after vLLM built its own matmuls."""
+        assert self.store is not None
+        method = method_class(self.vllm_config)
+        slots: dict[int, dict[str, LinearSlot]] = {}
+        for layer, linears in self.linears.items():
+            slots[layer] = {}
+            for name, linear in linears.items():
+                bias = applied_bias(linear)
+                num_outputs = bias_free_outputs(linear)
+                nbytes = num_outputs * linear.input_size_per_partition * linear.params_dtype.itemsize
+                impl = BaseImpl(linear.__dict__.pop("cpu_linear"), bias, nbytes)
+                slot = LinearSlot(name=name, impl=impl, format=BASE_FORMAT, bias=bias)
+                linear.quant_method = method(slot, num_outputs)
+                slots[layer][name] = slot
+        self.swapper = LayerSwapper(slots, self.store, self.kernels, self._build_base)
+
+    def _build_base(self, layer: int, name: str, tensors: dict[str, torch.Tensor]) -> BaseImpl:
+        """vLLM's own constructor on a stand-in module, so that level 0 is stock down to the kernel choice."""
+        shadow = SimpleNamespace(
+            weight=torch.nn.Parameter(tensors["weight"], requires_grad=False), bias=tensors.get("bias")
+        )
+        nbytes = tensors["weight"].nbytes
+        dispatch_cpu_unquantized_gemm(shadow, remove_weight=True)  # type: ignore[arg-type]
+        return BaseImpl(shadow.cpu_linear, tensors.get("bias"), nbytes)
+
+    def describe(self) -> RankDescription:
+        """Bytes of every decoder layer of the model on this rank, per format."""
+        assert self.store is not None
+        num_layers = self.vllm_config.model_config.get_total_num_hidden_layers()
+        formats = [BASE_FORMAT, *self.kernels]
+        return RankDescription(
+            rank=self.rank,
+            layer_bytes={
+                fmt: tuple(
+                    self.store.nbytes(layer, fmt) if layer in self.linears else 0 for layer in range(num_layers)
+                )
+                for fmt in formats
+            },
+            kernels={fmt: kernel.name for fmt, kernel in self.kernels.items()},
+        )
+
+    def prepare(self, changes: dict[int, str]) -> None:
+        """Build the new implementations beside the live ones. Layers of other ranks are not ours."""
+        assert self.swapper is not None
+        mine = {layer: fmt for layer, fmt in changes.items() if layer in self.linears}
+        with weights_on_their_own_pages():
+            self.swapper.prepare(mine)
+
+
+def bias_free_outputs(linear: LinearBase) -> int:
+    """N of this rank's slice."""
+    return getattr(linear, "output_size_per_partition", linear.output_size)

@@ -1,0 +1,181 @@
+"""What a worker can do for the engine: describe its layers, prepare, commit, abort.
+
+vLLM imports this module because `worker_extension_cls` names the class below, before the model is loaded
+(vllm/v1/worker/worker_base.py, init_worker). Importing it is what installs the worker's seams: there is no
+other moment between "this worker belongs to a MorphServe engine" and "the weights are loaded".
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from morphserve.controller.ports import Plan, Reply
+from morphserve.errors import ConfigError
+from morphserve.integration import seams
+from morphserve.integration.describe import RankDescription
+from morphserve.integration.host_memory import resident_bytes, weights_on_their_own_pages
+from morphserve.integration.rank_kv import RankKV
+from morphserve.integration.rank_layers import RankLayers
+from morphserve.integration.settings import read_settings
+
+logger = logging.getLogger("vllm.morphserve")
+
+
+class _Rank:
+    """This process's rank. Filled while vLLM loads; a process holds one model."""
+
+    def __init__(self) -> None:
+        self.layers: RankLayers | None = None
+        self.kv: RankKV | None = None
+        self.revision = -1  # of the last plan that was committed or aborted
+
+
+_RANK = _Rank()
+
+
+def install_worker_seams() -> None:
+    """Re-entrant; engines of this process without MorphServe pass straight through."""
+    seams.wrap(
+        "vllm.model_executor.model_loader.base_loader:process_weights_after_loading", _weights_loaded
+    )
+    seams.wrap("vllm.v1.worker.gpu_model_runner:allocate_kv_cache", _allocate_kv_cache)
+
+
+def _weights_loaded(original: Callable[..., Any]) -> Any:
+    @functools.wraps(original)
+    def process_weights_after_loading(model: Any, model_config: Any, target_device: Any) -> Any:
+        from vllm.config import get_current_vllm_config_or_none
+        from vllm.distributed import get_world_group
+
+        vllm_config = get_current_vllm_config_or_none()
+        config = read_settings(getattr(vllm_config, "additional_config", None))
+        if config is None:
+            return original(model, model_config, target_device)
+        layers = RankLayers(config, vllm_config, get_world_group().rank)
+        layers.capture(model)
+        with weights_on_their_own_pages():
+            result = original(model, model_config, target_device)
+        layers.install()
+        _RANK.layers = layers
+        return result
+
+    return process_weights_after_loading
+
+
+def _allocate_kv_cache(original: Callable[..., Any]) -> Any:
+    @functools.wraps(original)
+    def allocate_kv_cache(kv_cache_config: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
+        if _RANK.layers is None:
+            return original(kv_cache_config, device, *args, **kwargs)
+        kv = RankKV(kv_cache_config)
+        with kv.in_place_of_zeros():
+            caches = original(kv_cache_config, device, *args, **kwargs)
+        _RANK.kv = kv
+        return caches
+
+    return allocate_kv_cache
+
+
+class MorphServeWorker:
+    """Mixed into vLLM's worker class. Every method answers; none raises into the engine."""
+
+    def morphserve_describe(self) -> RankDescription:
+        """Bytes per layer and format.
+
+        Raises:
+            ConfigError: the model was loaded by a loader that MorphServe does not see.
+        """
+        if _RANK.layers is None:
+            raise ConfigError(
+                "the weights were loaded past MorphServe (a custom load_format?). Use load_format auto, "
+                "safetensors or dummy."
+            )
+        return _RANK.layers.describe()
+
+    def morphserve_prepare(self, plan: Plan) -> Reply:
+        """Build the plan's layer variants beside the live ones. May fail; then nothing has changed."""
+
+        def prepare() -> None:
+            layers = _layers()
+            layers.swapper.abort()  # of a plan whose abort never came: its engine has gone on
+            layers.prepare(dict(plan.layer_formats))
+
+        return _answer(self, plan, prepare)
+
+    def morphserve_commit(self, plan: Plan) -> Reply:
+        """Copy, rewrite, unmap, switch, map: in this order memory never exceeds the ledger."""
+
+        def commit() -> None:
+            kv = _kv()
+            kv.start(plan.num_kv_blocks)
+            if plan.copies:
+                kv.copy(plan.copies)
+                kv.rewrite_block_tables(self.model_runner, plan.copies)  # type: ignore[attr-defined]
+            kv.unmap(plan.num_kv_blocks)
+            if plan.layer_formats:
+                _layers().swapper.commit()
+            kv.map(plan.num_kv_blocks)
+            _RANK.revision = plan.revision
+
+        return _answer(self, plan, commit)
+
+    def morphserve_abort(self, plan: Plan) -> Reply:
+        """Drop what was prepared."""
+
+        def abort() -> None:
+            _layers().swapper.abort()
+            _RANK.revision = plan.revision
+
+        return _answer(self, plan, abort)
+
+    def morphserve_memory(self) -> dict[str, Any]:
+        """Resident bytes of this worker beside what its ledger says. For tests and the status page."""
+        return {
+            **resident_bytes(),
+            "weight_bytes": _layers().swapper.resident_bytes,
+            "staging_bytes": _layers().swapper.staging_bytes,
+            "kv_mapped_bytes": _kv().mapped_bytes,
+            "kv_resident_bytes": _kv().resident_bytes,
+            "formats": _layers().swapper.formats(),
+        }
+
+
+def _layers() -> Any:
+    assert _RANK.layers is not None and _RANK.layers.swapper is not None
+    return _RANK.layers
+
+
+def _kv() -> RankKV:
+    assert _RANK.kv is not None
+    return _RANK.kv
+
+
+def _answer(worker: Any, plan: Plan, action: Callable[[], None]) -> Reply:
+    """Run `action`; a failure becomes a reply, because one rank alone must not stop the engine."""
+    start = time.perf_counter()
+    ok, error = True, ""
+    try:
+        if plan.revision <= _RANK.revision and plan.revision > 0:
+            raise ValueError(f"plan r{plan.revision} came after r{_RANK.revision}: refused")
+        action()
+    except Exception as e:
+        ok, error = False, f"{type(e).__name__}: {e}"
+        logger.exception("morphserve: rank %d, plan r%d failed", worker.rank, plan.revision)
+    layers, kv = _layers(), _kv()
+    return Reply(
+        rank=worker.rank,
+        revision=plan.revision,
+        ok=ok,
+        error=error,
+        elapsed_s=time.perf_counter() - start,
+        num_kv_blocks=kv.num_mapped,
+        weight_bytes=layers.swapper.resident_bytes,
+        staging_bytes=layers.swapper.staging_bytes,
+    )
+
+
+install_worker_seams()

@@ -1,0 +1,117 @@
+"""A real vLLM engine in this process, whose morph levels follow a script instead of the load.
+
+The engine core runs in-process so that a test can reach the scheduler; the worker is a process of its own, as
+on every CPU engine. Everything but the policy is what a server runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from policies.types import Decision, Signals
+
+PROMPTS = (
+    "The history of the city begins with a small settlement on the river, where",
+    "In physics, the conservation of energy states that",
+    "List three reasons why people learn a second language:",
+    "The committee met on Tuesday to discuss the budget for the new library, and",
+    "Once upon a time there was a fisherman who",
+    "To bake bread at home you need flour, water, salt and",
+    "The most common cause of failure in distributed systems is",
+    "She opened the letter, read the first line twice, and",
+)
+
+
+class ScriptPolicy:
+    """Level by number of the decision: {0: 0, 5: 3} means level 3 from the sixth step on."""
+
+    def __init__(self, script: dict[int, int]) -> None:
+        self.script = dict(script)
+        self.level = 0
+        self.count = 0
+
+    def decide(self, signals: Signals) -> Decision:
+        self.level = self.script.get(self.count, self.level)
+        self.count += 1
+        return Decision(self.level, f"script, decision {self.count}")
+
+
+@contextmanager
+def engine(
+    model: Path, cache: Path | None, config: dict[str, Any] | None = None, **overrides: Any
+) -> Iterator[Any]:
+    """An `LLM`; with `cache` None it is stock vLLM. Shut down at the end, whatever happened."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm import LLM
+
+    settings: dict[str, Any] = dict(
+        model=str(model),
+        enforce_eager=True,
+        block_size=32,
+        num_gpu_blocks_override=49,
+        max_model_len=512,
+        max_num_seqs=16,
+        enable_prefix_caching=True,
+        disable_log_stats=True,
+    )
+    if cache is not None:
+        merged = {
+            "cache_dir": str(cache),
+            # Chunk sizes must not depend on how fast this machine is today: runs are compared token by token.
+            "transition": {"max_layers_per_step": 5, "max_pause_ms": 1e6},
+            "policy": {"kind": "static", "level": 0},
+            **(config or {}),
+        }
+        settings["additional_config"] = {"morphserve": merged}
+    settings.update(overrides)
+    llm = LLM(**settings)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def morph_of(llm: Any) -> Any:
+    """The `Morph` of an in-process engine."""
+    return llm.llm_engine.engine_core.engine_core.scheduler.morph
+
+
+def follow(llm: Any, script: dict[int, int]) -> ScriptPolicy:
+    """Let the levels follow `script` from the next step on."""
+    policy = ScriptPolicy(script)
+    morph_of(llm).controller._policy = policy
+    return policy
+
+
+def generate(
+    llm: Any, prompts: tuple[str, ...] = PROMPTS, max_tokens: int = 48, logprobs: int | None = 3
+) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+    """Greedy (tokens, logprobs of the chosen tokens) of each prompt, all in flight at once."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, logprobs=logprobs)
+    found = []
+    for output in llm.generate(list(prompts), params, use_tqdm=False):
+        completion = output.outputs[0]
+        chosen = tuple(
+            step[token].logprob for token, step in zip(completion.token_ids, completion.logprobs, strict=True)
+        )
+        found.append((tuple(completion.token_ids), chosen))
+    return found
+
+
+def settle(llm: Any, level: int, limit: int = 400) -> None:
+    """Step the idle engine until it stands at `level`."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    for _ in range(limit):
+        status = morph_of(llm).controller.status()
+        if status["level"] == level and status["phase"] == "idle":
+            return
+        scheduler.morph.wake_due = True
+        llm.llm_engine.engine_core.engine_core.step_fn()
+    raise AssertionError(f"level {level} not reached in {limit} steps: {morph_of(llm).controller.status()}")
