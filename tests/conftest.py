@@ -1,0 +1,55 @@
+"""Sorts every test into one class of hardware, and gives the demo model to those that need one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hardware import CLASSES, TESTS, UnclassifiedTest, hardware_class, missing_gpu
+from hypothesis import settings
+
+# A slow machine is no failure, and a red run must be red again when it is looked at.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
+settings.load_profile("repeatable")
+
+# The model is a local directory: nothing may look for it, or report, elsewhere.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark, order and, without a device, skip. An unclassified file stops the run."""
+    classes: dict[str, str] = {}  # item's node id -> class
+    for item in items:
+        try:
+            classes[item.nodeid] = hardware_class(item.path)
+        except UnclassifiedTest as e:
+            raise pytest.UsageError(str(e)) from e
+        item.add_marker(classes[item.nodeid])
+    items.sort(key=lambda item: CLASSES.index(classes[item.nodeid]))  # stable: files keep their order
+
+    gpu_items = [item for item in items if classes[item.nodeid] == "gpu"]
+    reason = missing_gpu() if gpu_items else None
+    if reason is not None:
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """Directory of the demo model (SmolLM2-135M-Instruct, bf16, 30 Llama layers); made once, cached.
+
+    MORPHSERVE_DEMO_MODEL names another directory.
+    """
+    given = os.environ.get("MORPHSERVE_DEMO_MODEL")
+    if given:
+        return Path(given)
+    script = TESTS.parent / "scripts" / "demo_model.py"
+    done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        pytest.fail("no demo model: scripts/demo_model.py says above what is missing", pytrace=False)
+    return Path(done.stdout.strip().splitlines()[-1])

