@@ -39,7 +39,7 @@ class Placement:
 class KVGeometry:
     """The byte layout of a KV cache built for `max_num_blocks` blocks.
 
-    Ranges are merged where they touch and ascend. `populate` ranges are rounded outwards, so that they
+    Ranges ascend and are disjoint. `populate` ranges are rounded outwards, so that they
     cover every byte; `release` ranges are rounded inwards, so that no page with a byte of a live block,
     or of anything that is not a block of this cache, is in them.
     """
@@ -176,10 +176,11 @@ def _up(value: int, page: int) -> int:
 
 
 def _merge(ranges: Iterable[ByteRange]) -> list[ByteRange]:
-    """Drop empty ranges, join the ones that touch or overlap."""
+    """Drop empty ranges, join the ones that overlap. Touching ones stay apart: only at its two ends may
+    a range of pages meet what is populated already."""
     merged: list[ByteRange] = []
     for start, end in sorted(r for r in ranges if r[0] < r[1]):
-        if merged and start <= merged[-1][1]:
+        if merged and start < merged[-1][1]:
             merged[-1] = (merged[-1][0], max(merged[-1][1], end))
         else:
             merged.append((start, end))

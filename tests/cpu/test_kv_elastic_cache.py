@@ -1,0 +1,294 @@
+"""ElasticCache on real host memory and on the bookkeeping fake."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+import kv_resize.backing
+from kv_resize import (
+    BackingError,
+    ElasticCache,
+    FakeBacking,
+    HostBacking,
+    KVGeometry,
+    KVResizeError,
+    MapError,
+)
+from kv_resize.host_memory import available_bytes
+
+PAGE = HostBacking(1).page_bytes
+Layout = Callable[[int, int, int, int], KVGeometry]
+LAYOUTS = pytest.mark.parametrize("layout", [KVGeometry.layer_outermost, KVGeometry.block_outermost])
+
+
+def block_bytes(cache: ElasticCache, block: int) -> torch.Tensor:
+    """All layers' bytes of one block, int8 [block_bytes]."""
+    return torch.cat([cache.buffer[a:b] for a, b in cache.geometry.byte_ranges(block, block + 1)])
+
+
+def write(cache: ElasticCache, block: int, value: int) -> None:
+    for a, b in cache.geometry.byte_ranges(block, block + 1):
+        cache.buffer[a:b] = value
+
+
+def kernel_resident_bytes(cache: ElasticCache) -> int:
+    """Resident memory of the mapping as /proc tells it, independent of mincore."""
+    address = cache.buffer.data_ptr()
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()[0]
+        if "-" in head and not head.endswith(":"):
+            start, end = (int(x, 16) for x in head.split("-"))
+            inside = start <= address < end
+        elif inside and head == "Rss:":
+            return int(line.split()[1]) * 1024
+    raise AssertionError("mapping not found")
+
+
+@LAYOUTS
+def test_resident_memory_follows_the_mapped_blocks(layout: Layout) -> None:
+    """Guards against memory that unmap does not return, or map takes beyond the blocks."""
+    g = layout(30, 24_576, 120, PAGE)  # 88 MB at most
+    cache = ElasticCache(HostBacking(g.size_bytes), g, 10)
+    for blocks in (10, 100, 30, 120, 1):
+        (cache.map if blocks > cache.num_mapped else cache.unmap)(blocks)
+        cache.buffer[:24_576].add_(1)
+        expected = blocks * cache.block_bytes
+        assert cache.num_mapped == blocks
+        assert cache.mapped_bytes == pytest.approx(expected, rel=0.02)
+        assert cache.resident_bytes() == cache.mapped_bytes
+        assert kernel_resident_bytes(cache) == pytest.approx(expected, rel=0.02)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("size", [24_576, 5_000, 700])
+def test_remapped_blocks_are_zero_and_live_ones_keep_their_bytes(layout: Layout, size: int) -> None:
+    """Guards against stale KV in a block whose page straddles a live one, and against losing that one."""
+    g = layout(3, size, 40, PAGE)
+    cache = ElasticCache(HostBacking(g.size_bytes), g, 40)
+    for live in (39, 21, 20, 3):
+        for b in range(40):
+            write(cache, b, b + 1)
+        cache.unmap(live)
+        cache.map(40)
+        for b in range(40):
+            assert (block_bytes(cache, b) == (b + 1 if b < live else 0)).all(), (live, b)
+
+
+@LAYOUTS
+def test_copy_moves_all_layers(layout: Layout) -> None:
+    """Guards against a copy that misses a layer, hits a neighbour or mixes up the direction."""
+    g = layout(4, 1000, 32, PAGE)
+    cache = ElasticCache(HostBacking(g.size_bytes), g, 32)
+    for b in range(32):
+        write(cache, b, b)
+    cache.copy([(31, 2), (20, 7), (21, 3)])
+    expected = list(range(32))
+    expected[2], expected[7], expected[3] = 31, 20, 21
+    assert [int(block_bytes(cache, b).unique()) for b in range(32)] == expected
+
+
+@pytest.mark.parametrize("pairs", [[(5, 3), (6, 3)], [(5, 3), (3, 2)], [(8, 1)], [(3, 8)], [(-1, 2)]])
+def test_unsafe_copies_are_refused(pairs: list[tuple[int, int]]) -> None:
+    """Guards against copies whose result depends on their order or that touch unmapped memory."""
+    g = KVGeometry.layer_outermost(2, 100, 10, PAGE)
+    cache = ElasticCache(HostBacking(g.size_bytes), g, 8)
+    write(cache, 5, 5)
+    before = cache.buffer.clone()
+    with pytest.raises(KVResizeError, match="copy"):
+        cache.copy(pairs)
+    assert torch.equal(cache.buffer, before)
+
+
+def test_sizes_out_of_range_are_refused() -> None:
+    """Guards against a plan that maps beyond the reservation or unmaps the null block."""
+    g = KVGeometry.layer_outermost(2, 100, 10, PAGE)
+    cache = ElasticCache(HostBacking(g.size_bytes), g, 5)
+    for call, blocks in ((cache.map, 11), (cache.map, 4), (cache.unmap, 6), (cache.unmap, 0)):
+        with pytest.raises(KVResizeError):
+            call(blocks)
+        assert cache.num_mapped == 5
+    with pytest.raises(KVResizeError, match="Build both"):
+        ElasticCache(HostBacking(g.size_bytes - 1), g, 5)
+
+
+@LAYOUTS
+def test_failed_map_changes_nothing(layout: Layout) -> None:
+    """Guards against half a map staying behind: memory, contents and count must be as before."""
+    g = layout(4, 10_000, 40, 4096)
+    backing = FakeBacking(g.size_bytes, 4096, limit_bytes=30 * g.block_bytes)
+    cache = ElasticCache(backing, g, 10)
+    for b in range(10):
+        write(cache, b, b)
+    resident = cache.resident_bytes()
+    with pytest.raises(MapError, match="cannot map 40 KV blocks") as caught:
+        cache.map(40)
+    assert 25 <= caught.value.num_possible <= 30
+    assert (cache.num_mapped, cache.resident_bytes()) == (10, resident)
+    assert [int(block_bytes(cache, b).unique()) for b in range(10)] == list(range(10))
+    cache.map(caught.value.num_possible - 1)
+    assert not block_bytes(cache, 10).any()
+
+
+def test_failed_map_on_host_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against ENOMEM in the middle of a map on real memory leaving pages or eating live ones."""
+    g = KVGeometry.layer_outermost(4, 10_000, 40, PAGE)
+    backing = HostBacking(g.size_bytes)
+    cache = ElasticCache(backing, g, 10)
+    for b in range(10):
+        write(cache, b, b)
+    resident = cache.resident_bytes()
+    real = backing._advise
+    calls = iter(range(100))
+
+    def out_of_memory(advice: int, start: int, end: int) -> int:
+        if advice == kv_resize.backing._MADV_POPULATE_WRITE and next(calls) == 2:
+            return errno.ENOMEM
+        return real(advice, start, end)
+
+    monkeypatch.setattr(backing, "_advise", out_of_memory)
+    with pytest.raises(MapError, match="ENOMEM"):
+        cache.map(40)
+    assert (cache.num_mapped, cache.resident_bytes()) == (10, resident)
+    assert [int(block_bytes(cache, b).unique()) for b in range(10)] == list(range(10))
+
+
+def test_map_beyond_available_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against the kernel granting memory it lacks and killing the server afterwards."""
+    g = KVGeometry.layer_outermost(2, 4096, 40, PAGE)
+    cache = ElasticCache(HostBacking(g.size_bytes), g, 4)
+    monkeypatch.setattr(kv_resize.backing, "available_bytes", lambda: 3 * g.block_bytes)
+    with pytest.raises(MapError, match="are available"):
+        cache.map(8)
+    cache.map(7)
+    assert cache.num_mapped == 7
+
+
+def test_kernel_without_populate_keeps_live_bytes() -> None:
+    """Guards against the fall-back for old kernels wiping a page it shares with a live block."""
+    g = KVGeometry.layer_outermost(3, 1000, 40, PAGE)
+    backing = HostBacking(g.size_bytes)
+    backing._can_populate = False
+    cache = ElasticCache(backing, g, 10)
+    for b in range(10):
+        write(cache, b, b + 1)
+    cache.map(40)
+    assert [int(block_bytes(cache, b).unique()) for b in range(40)] == [*range(1, 11), *[0] * 30]
+    assert cache.resident_bytes() == cache.mapped_bytes
+
+
+def test_buffer_outlives_its_owner() -> None:
+    """Guards against the mapping going away under tensors that an attention layer still holds."""
+    view = HostBacking(10 * PAGE).buffer[3 * PAGE :]
+    view.fill_(7)
+    assert int(view.sum()) == 7 * 7 * PAGE
+
+
+@pytest.mark.parametrize("byte_range", [(1, PAGE), (0, PAGE + 1), (0, 99 * PAGE), (PAGE, PAGE), (-PAGE, 0)])
+def test_unaligned_ranges_are_refused(byte_range: tuple[int, int]) -> None:
+    """Guards against madvise rounding a range into a neighbour."""
+    for backing in (HostBacking(4 * PAGE), FakeBacking(4 * PAGE, PAGE)):
+        for call in (backing.populate, backing.release):
+            with pytest.raises(BackingError, match="aligned"):
+                call([byte_range])
+
+
+def test_fake_refuses_what_memory_would_allow() -> None:
+    """Guards against a fake that lets use-after-release, double map or double release pass."""
+    fake = FakeBacking(100, page_bytes=10)
+    fake.populate([(0, 50)])
+    with pytest.raises(BackingError, match="populated already"):
+        fake.populate([(0, 50)])
+    fake.release([(20, 50)])
+    with pytest.raises(BackingError, match="not populated"):
+        fake.release([(20, 30)])
+    with pytest.raises(BackingError, match="not populated"):
+        fake.copy_rows(0, 10, [(1, 2)])
+    with pytest.raises(BackingError, match="not populated"):
+        fake.zero([(15, 25)])
+
+
+def test_available_memory_is_the_tightest_limit(tmp_path: Path) -> None:
+    """Guards against reading only the system's free memory inside a container with a lower limit."""
+    assert available_bytes(tmp_path) is None
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 100 kB\nMemAvailable:   50 kB\n")
+    assert available_bytes(tmp_path) == 50 * 1024
+    (tmp_path / "proc/self/cgroup").write_text("0::/a/b\n")
+    for name, limit, used in (("a", "9000", 5000), ("a/b", "max", 100)):
+        group = tmp_path / "sys/fs/cgroup" / name
+        group.mkdir(parents=True)
+        (group / "memory.max").write_text(limit)
+        (group / "memory.current").write_text(str(used))
+        (group / "memory.stat").write_text("anon 1\ninactive_file 1000\n")
+    assert available_bytes(tmp_path) == 5000
+
+
+class ElasticCacheMachine(RuleBasedStateMachine):
+    """Any sequence of map, unmap, copy and write against a list of block contents."""
+
+    layout: Layout = KVGeometry.layer_outermost
+
+    def __init__(self) -> None:
+        super().__init__()
+        g = type(self).layout(3, 37, 12, 32)
+        limit = g.populate_ranges(0, 9)
+        self.cache = ElasticCache(FakeBacking(g.size_bytes, 32, sum(b - a for a, b in limit)), g, 2)
+        self.content = [0, 0]
+        self.next = 1
+
+    @rule(blocks=st.integers(1, 12))
+    def resize(self, blocks: int) -> None:
+        old = self.cache.num_mapped
+        if blocks <= old:
+            self.cache.unmap(blocks)
+            del self.content[blocks:]
+            return
+        try:
+            self.cache.map(blocks)
+        except MapError:
+            assert blocks > 9
+        else:
+            self.content += [0] * (blocks - old)
+
+    @rule(data=st.data())
+    def copy(self, data: st.DataObject) -> None:
+        ids = data.draw(st.permutations(range(self.cache.num_mapped)))
+        half = data.draw(st.integers(0, len(ids) // 2))
+        pairs = list(zip(ids[:half], ids[half : 2 * half], strict=True))
+        self.cache.copy(pairs)
+        for src, dst in pairs:
+            self.content[dst] = self.content[src]
+
+    @rule(data=st.data())
+    def write(self, data: st.DataObject) -> None:
+        block = data.draw(st.integers(0, self.cache.num_mapped - 1))
+        self.content[block] = self.next = self.next % 80 + 1
+        write(self.cache, block, self.next)
+
+    @invariant()
+    def contents_hold(self) -> None:
+        """Guards against any sequence that loses, leaks or fails to zero a block."""
+        actual = [block_bytes(self.cache, b).unique().tolist() for b in range(self.cache.num_mapped)]
+        assert actual == [[c] for c in self.content]
+
+
+class BlockOutermostMachine(ElasticCacheMachine):
+    """The same with all layers of a block side by side."""
+
+    layout = KVGeometry.block_outermost
+
+
+TestLayerOutermost = ElasticCacheMachine.TestCase
+TestBlockOutermost = BlockOutermostMachine.TestCase
+TestLayerOutermost.settings = TestBlockOutermost.settings = settings(
+    max_examples=60, stateful_step_count=30, deadline=None
+)
