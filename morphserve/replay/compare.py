@@ -1,0 +1,172 @@
+"""Run the servers of a comparison one after another, on the same workload and the same machine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from morphserve.config import load_config, parse_config
+from morphserve.replay.client import Outcome
+from morphserve.replay.environment import describe_machine
+from morphserve.replay.errors import ReplayError
+from morphserve.replay.measure import Measurement, measure
+from morphserve.replay.results import RunResult
+from morphserve.replay.server import ServerOptions, serve
+
+log = logging.getLogger(__name__)
+
+STOCK, MORPHSERVE = "stock", "morphserve"
+STATIC_LEVELS = {"static_w8": "w8", "static_w4": "w4"}  # run name -> level of its static policy
+RUN_NAMES = (STOCK, MORPHSERVE, *STATIC_LEVELS)
+
+
+class Progress(Protocol):
+    """What the user sees while it runs."""
+
+    def starting(self, title: str) -> None: ...
+
+    def waiting(self, seconds: float) -> None: ...
+
+    def measuring(self, title: str, num_requests: int) -> None: ...
+
+    def request_done(self, outcome: Outcome) -> None: ...
+
+    def finished(self, result: RunResult) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Which runs, how often, with what."""
+
+    names: tuple[str, ...]
+    server: ServerOptions
+    measurement: Measurement  # its client.url is set per server
+    out: Path
+    config: Path | None = None  # YAML of the morphserve run; the static runs derive theirs from it
+    repeats: int = 1
+    setup: dict[str, Any] | None = None  # recorded with every run
+
+    def check(self) -> None:
+        """Refuse before the first server starts what would fail at the second.
+
+        Raises:
+            ReplayError: unknown or repeated run names, or a missing --config.
+            ConfigError: a config that MorphServe would refuse.
+        """
+        unknown = [n for n in self.names if n not in RUN_NAMES]
+        if unknown or not self.names or len(set(self.names)) != len(self.names):
+            raise ReplayError(
+                f"--compare {','.join(self.names)}: choose from {', '.join(RUN_NAMES)}, each at most once."
+            )
+        if self.repeats < 1:
+            raise ReplayError(f"--repeats is {self.repeats}, must be at least 1.")
+        if any(n != STOCK for n in self.names):
+            if self.config is None:
+                raise ReplayError(f"--compare {','.join(self.names)} needs --config with a MorphServe YAML.")
+            load_config(self.config)
+
+
+def run_all(comparison: Comparison, progress: Progress) -> list[RunResult]:
+    """Run everything, interleaved: a, b, a, b, so that a drift of the machine meets all runs alike.
+
+    Every run is saved as soon as it is measured.
+
+    Raises:
+        ReplayError: a server does not start or does not answer.
+    """
+    comparison.check()
+    results = []
+    for repeat in range(1, comparison.repeats + 1):
+        for name in comparison.names:
+            result = _run_one(comparison, name, repeat, progress)
+            result.save()
+            progress.finished(result)
+            results.append(result)
+    return results
+
+
+def measure_url(comparison: Comparison, name: str, url: str, progress: Progress) -> list[RunResult]:
+    """Measure a server that somebody else started."""
+    results = []
+    for repeat in range(1, comparison.repeats + 1):
+        directory = _directory(comparison, name, repeat)
+        result = _measure(comparison, name, repeat, directory, url, {"url": url}, progress)
+        result.save()
+        progress.finished(result)
+        results.append(result)
+    return results
+
+
+def derived_config(base: Path, name: str, directory: Path) -> dict[str, Any]:
+    """The YAML of a run: as given, a static policy for the anchors, logs in the run's own directory.
+
+    Raises:
+        ConfigError: a config that MorphServe would refuse.
+    """
+    load_config(base)  # its errors name the user's file, not ours
+    raw = yaml.safe_load(base.read_text(encoding="utf-8")) or {}
+    if name in STATIC_LEVELS:
+        raw["policy"] = {"kind": "static", "level": STATIC_LEVELS[name]}
+    if raw.get("decision_log"):
+        raw["decision_log"] = str((directory / "decisions.jsonl").resolve())
+    parse_config(raw, source=f"config derived for {name}")
+    return dict(raw)
+
+
+def _run_one(comparison: Comparison, name: str, repeat: int, progress: Progress) -> RunResult:
+    directory = _directory(comparison, name, repeat)
+    own_args: tuple[str, ...] = ()
+    if name != STOCK:
+        assert comparison.config is not None  # check() has seen to it
+        config_path = directory / "config.yaml"
+        config_path.write_text(
+            yaml.safe_dump(derived_config(comparison.config, name, directory), sort_keys=False),
+            encoding="utf-8",
+        )
+        own_args = ("--plugin", "morphserve", "--morphserve-config", str(config_path.resolve()))
+    progress.starting(_title(comparison, name, repeat))
+    with serve(comparison.server, directory / "server.log", own_args, progress.waiting) as server:
+        log.info("%s: up after %.0f s, log %s", name, server.start_s, directory / "server.log")
+        setup = {"command": server.command, "server_start_s": round(server.start_s, 1)}
+        return _measure(comparison, name, repeat, directory, server.url, setup, progress)
+
+
+def _measure(
+    comparison: Comparison,
+    name: str,
+    repeat: int,
+    directory: Path,
+    url: str,
+    setup: dict[str, Any],
+    progress: Progress,
+) -> RunResult:
+    what = replace(comparison.measurement, client=replace(comparison.measurement.client, url=url))
+    if name in STATIC_LEVELS:
+        what = replace(what, restore_wait_s=0.0)  # it stays where it is
+    progress.measuring(_title(comparison, name, repeat), len(what.workload.requests))
+    setup = (comparison.setup or {}) | describe_machine() | setup
+    return asyncio.run(measure(what, name, repeat, directory, setup, progress.request_done))
+
+
+def _directory(comparison: Comparison, name: str, repeat: int) -> Path:
+    directory = comparison.out / (name if comparison.repeats == 1 else f"{name}.{repeat}")
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def _title(comparison: Comparison, name: str, repeat: int) -> str:
+    return name if comparison.repeats == 1 else f"{name} {repeat}/{comparison.repeats}"
+
+
+def by_name(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
+    """Repeats of each run, in the order of their first appearance."""
+    groups: dict[str, list[RunResult]] = {}
+    for result in results:
+        groups.setdefault(result.name, []).append(result)
+    return groups

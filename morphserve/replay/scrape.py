@@ -1,0 +1,178 @@
+"""What the server says of itself: a time series of /metrics, and MorphServe's status page."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import aiohttp
+
+_LINE = re.compile(r"^((?:vllm|morphserve):[a-zA-Z0-9_]+)(?:\{(.*)\})? (\S+)")
+_LABEL = re.compile(r'([a-zA-Z0-9_]+)="((?:[^"\\]|\\.)*)"')
+
+Sample = tuple[str, dict[str, str], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The server at one moment. None: the server does not tell. Counters are since its start."""
+
+    t_s: float  # since the start of the run
+    kv_usage: float | None = None
+    running: int | None = None
+    waiting: int | None = None
+    preemptions: int | None = None
+    level: int | None = None
+    blocks_published: int | None = None  # null block included
+    blocks_backed: int | None = None
+    blocks_used: int | None = None
+    layers: dict[str, int] = field(default_factory=dict)  # by format
+    tokens_by_level: dict[str, int] = field(default_factory=dict)
+    transitions: dict[str, int] = field(default_factory=dict)  # by "direction/outcome"
+    transition_s: float | None = None
+    errors: dict[str, int] = field(default_factory=dict)  # by place
+    pause_max_ms: float | None = None
+    server_level_zero_after_s: float | None = None
+
+    @property
+    def is_morphserve(self) -> bool:
+        """The plugin is on."""
+        return self.level is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def parse_metrics(text: str) -> list[Sample]:
+    """vLLM's and MorphServe's samples of a Prometheus text page."""
+    samples = []
+    for line in text.splitlines():
+        if (match := _LINE.match(line)) is None:
+            continue
+        try:
+            value = float(match[3])
+        except ValueError:
+            continue
+        samples.append((match[1], dict(_LABEL.findall(match[2] or "")), value))
+    return samples
+
+
+def snapshot(samples: Iterable[Sample], t_s: float) -> Snapshot:
+    """Fold one page into a snapshot; several engines of one server are added up."""
+    page = _Page(samples)
+    usage = page.mean("vllm:kv_cache_usage_perc")
+    published = page.by("morphserve:kv_blocks", "state")
+    if not published and (stock := page.label("vllm:cache_config_info", "num_gpu_blocks")) is not None:
+        published = {"published": stock, "backed": stock}
+        if usage is not None:
+            published["used"] = round(usage * (stock - 1))
+    return Snapshot(
+        t_s=t_s,
+        kv_usage=usage,
+        running=page.total("vllm:num_requests_running"),
+        waiting=page.total("vllm:num_requests_waiting"),
+        preemptions=page.total("vllm:num_preemptions_total"),
+        level=page.most("morphserve:level"),
+        blocks_published=published.get("published"),
+        blocks_backed=published.get("backed"),
+        blocks_used=published.get("used"),
+        layers=page.by("morphserve:layers", "format"),
+        tokens_by_level=page.by("morphserve:tokens_total", "level"),
+        transitions=page.by("morphserve:transitions_total", "direction", "outcome"),
+        transition_s=page.sum("morphserve:transition_seconds_total"),
+        errors=page.by("morphserve:errors_total", "where"),
+        pause_max_ms=page.max("morphserve:pause_ms_max"),
+        server_level_zero_after_s=page.max("morphserve:level_zero_after_s"),
+    )
+
+
+class _Page:
+    """Sums over one metrics page; every answer is None or empty where a metric is absent."""
+
+    def __init__(self, samples: Iterable[Sample]) -> None:
+        self._by_name: dict[str, list[tuple[dict[str, str], float]]] = {}
+        for name, labels, value in samples:
+            if value == value:  # a gauge that was never set reads NaN
+                self._by_name.setdefault(name, []).append((labels, value))
+
+    def _values(self, name: str) -> list[float]:
+        return [value for _, value in self._by_name.get(name, ())]
+
+    def sum(self, name: str) -> float | None:
+        values = self._values(name)
+        return sum(values) if values else None
+
+    def total(self, name: str) -> int | None:
+        value = self.sum(name)
+        return None if value is None else round(value)
+
+    def mean(self, name: str) -> float | None:
+        values = self._values(name)
+        return sum(values) / len(values) if values else None
+
+    def max(self, name: str) -> float | None:
+        return max(self._values(name), default=None)
+
+    def most(self, name: str) -> int | None:
+        value = self.max(name)
+        return None if value is None else round(value)
+
+    def by(self, name: str, *labels: str) -> dict[str, int]:
+        out: dict[str, int] = {}
+        for have, value in self._by_name.get(name, ()):
+            key = "/".join(have.get(label, "") for label in labels)
+            out[key] = out.get(key, 0) + round(value)
+        return out
+
+    def label(self, name: str, label: str) -> int | None:
+        values = [have.get(label, "") for have, _ in self._by_name.get(name, ())]
+        return sum(int(v) for v in values) if values and all(v.isdigit() for v in values) else None
+
+
+class Poller:
+    """Asks /metrics at a steady beat until told to stop; a page that fails to come is left out."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, zero: Callable[[], float]) -> None:
+        """`zero` gives the perf_counter reading that counts as 0 s."""
+        self._session = session
+        self._url = url
+        self._zero = zero
+        self.snapshots: list[Snapshot] = []
+        self.failures = 0
+
+    async def once(self) -> Snapshot | None:
+        """Take one snapshot."""
+        try:
+            async with asyncio.timeout(10), self._session.get(f"{self._url}/metrics") as response:
+                response.raise_for_status()
+                text = await response.text()
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
+            self.failures += 1
+            return None
+        taken = snapshot(parse_metrics(text), time.perf_counter() - self._zero())
+        self.snapshots.append(taken)
+        return taken
+
+    async def run(self, every_s: float) -> None:
+        """Poll until cancelled."""
+        while True:
+            begin = time.perf_counter()
+            await self.once()
+            await asyncio.sleep(max(0.05, every_s - (time.perf_counter() - begin)))
+
+
+async def fetch_status(session: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:
+    """MorphServe's /morphserve/status, or None where there is none."""
+    try:
+        async with asyncio.timeout(10), session.get(f"{url}/morphserve/status") as response:
+            if response.status != 200:
+                return None
+            status = await response.json()
+    except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
+        return None
+    return status if isinstance(status, dict) else None

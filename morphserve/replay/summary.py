@@ -1,0 +1,181 @@
+"""What a comparison says: one row per run, a headline, what it bought and what it cost."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from morphserve.replay.compare import MORPHSERVE, STATIC_LEVELS, STOCK, by_name
+from morphserve.replay.metrics import Slo
+from morphserve.replay.results import ROW_KEYS, RunResult
+from morphserve.replay.workload import Workload
+
+_LAG_LIMIT_MS = 50.0
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One comparison, repeats folded into medians."""
+
+    workload: Workload
+    workload_path: str
+    slo: Slo
+    rows: tuple[dict[str, Any], ...]  # figures per run name, plus "repeats" and "spread"
+    headline: str
+    notes: tuple[str, ...]  # verdicts and warnings, most important first
+
+    def document(self, report: str) -> dict[str, Any]:
+        """The one JSON document a comparison ends with."""
+        return {
+            "workload": self.workload_path,
+            "slo": {"ttft_s": self.slo.ttft_s, "tpot_s": self.slo.tpot_s},
+            "runs": [{key: row[key] for key in ROW_KEYS} for row in self.rows],
+            "report": report,
+        }
+
+
+def summarize(workload: Workload, workload_path: str, slo: Slo, results: Sequence[RunResult]) -> Summary:
+    """Fold all runs of a comparison into one summary."""
+    rows = tuple(_fold([r.figures() for r in group]) for group in by_name(results).values())
+    return Summary(
+        workload=workload,
+        workload_path=workload_path,
+        slo=slo,
+        rows=rows,
+        headline=_headline(rows),
+        notes=(*_verdicts(rows), *_warnings(rows)),
+    )
+
+
+def representative(group: Sequence[RunResult]) -> RunResult:
+    """The repeat that stands for all in the picture: the one with the median violation rate."""
+    ordered = sorted(group, key=lambda r: r.figures()["violation_rate"] or 0.0)
+    return ordered[(len(ordered) - 1) // 2]
+
+
+def _fold(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Median of every number, with [least, most] where there are repeats; counters by level add up."""
+    row: dict[str, Any] = {}
+    spread: dict[str, list[float]] = {}
+    for key, first in figures[0].items():
+        values = [f[key] for f in figures if f[key] is not None]
+        if not values:
+            row[key] = None
+        elif isinstance(first, int | float) and not isinstance(first, bool) or first is None:
+            row[key] = _median(values) if not isinstance(values[0], dict) else _added(values)
+            if len(figures) > 1 and not isinstance(values[0], dict):
+                spread[key] = [min(values), max(values)]
+        elif key == "dispatch_lag":
+            row[key] = max(values, key=lambda lag: lag["p99_ms"] or 0.0)
+        elif isinstance(first, dict):
+            row[key] = _added(values)
+        else:
+            row[key] = first
+    return row | {"repeats": len(figures), "spread": spread}
+
+
+def _median(values: Sequence[float]) -> float:
+    middle = statistics.median(values)
+    return int(middle) if all(isinstance(v, int) for v in values) and middle == int(middle) else middle
+
+
+def _added(values: Sequence[dict[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for value in values:
+        for key, number in value.items():
+            total[key] = total.get(key, 0) + number
+    return total
+
+
+def _find(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    return next((row for row in rows if row["name"] == name), None)
+
+
+def _headline(rows: Sequence[dict[str, Any]]) -> str:
+    subject = _find(rows, MORPHSERVE)
+    base = _find(rows, STOCK)
+    if subject is None or base is None:
+        return "; ".join(
+            f"{row['name']}: SLO violations {percent(row['violation_rate'])}, "
+            f"P95 TTFT {seconds(row['ttft_p95_s'])}"
+            for row in rows
+        )
+    bought = (
+        f"SLO violations {percent(base['violation_rate'])} → {percent(subject['violation_rate'])}; "
+        f"P95 TTFT {seconds(base['ttft_p95_s'])} → {seconds(subject['ttft_p95_s'])}"
+    )
+    return f"{bought}; price: {price(subject)}"
+
+
+def price(row: dict[str, Any]) -> str:
+    """What a run paid in quality, in words."""
+    share, kl = row["share_above_level_0"], row["expected_kl_per_token"]
+    if share is None:
+        return "not reported by the server"
+    cost = f"expected KL {kl:.3g} nats/token" if kl is not None else "expected KL not measured"
+    return f"{percent(share)} of tokens at level ≥ 1, {cost}"
+
+
+def _verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Say so where a run without any policy is at least as good in both respects."""
+    subject = _find(rows, MORPHSERVE)
+    if subject is None or subject["violation_rate"] is None:
+        return []
+    notes = []
+    for row in rows:
+        if row["name"] == MORPHSERVE or row["violation_rate"] is None:
+            continue
+        kl = 0.0 if row["name"] == STOCK else row["expected_kl_per_token"]
+        if row["violation_rate"] > subject["violation_rate"] or kl is None:
+            continue
+        own_kl = subject["expected_kl_per_token"]
+        if row["name"] == STOCK and not (subject["share_above_level_0"] or 0.0):
+            notes.append("MorphServe never left full precision here and does not violate less than stock.")
+        elif own_kl is not None and kl <= own_kl:
+            what = (
+                "full precision" if row["name"] == STOCK else f"a static {STATIC_LEVELS[row['name']]} model"
+            )
+            notes.append(
+                f"**{row['name']} dominates on this workload**: {what} has no more violations "
+                f"({percent(row['violation_rate'])} against {percent(subject['violation_rate'])}) "
+                f"and no more quality cost ({kl:.3g} against {own_kl:.3g} nats/token). Morphing did not pay here."
+            )
+    return notes
+
+
+def _warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
+    notes = []
+    for row in rows:
+        lag = row["dispatch_lag"]["p99_ms"]
+        if lag is not None and lag > _LAG_LIMIT_MS:
+            notes.append(
+                f"{row['name']}: the client sent late (P99 {lag:.0f} ms, limit {_LAG_LIMIT_MS:.0f}): "
+                "its core was busy, and every TTFT may be too kind by that much."
+            )
+        failed = {k: n for k, n in row["statuses"].items() if k != "ok"}
+        if failed:
+            what = ", ".join(f"{n} {k}" for k, n in failed.items())
+            notes.append(f"{row['name']}: not answered in full: {what}. They count as violations.")
+        if row["errors"]:
+            what = ", ".join(f"{n} in {k}" for k, n in row["errors"].items())
+            notes.append(f"{row['name']}: MorphServe reported errors: {what}. See its server.log.")
+        if row["name"] == MORPHSERVE and row["level_max"] and row["level_zero_after_s"] is None:
+            notes.append("morphserve: not back at level 0 when the run ended.")
+    return notes
+
+
+def percent(value: float | None) -> str:
+    """A share for people."""
+    if value is None:
+        return "n/a"
+    points = value * 100
+    return f"{points:.1f} %" if 0 < points < 9.95 else f"{points:.0f} %"
+
+
+def seconds(value: float | None) -> str:
+    """A time for people."""
+    if value is None:
+        return "n/a"
+    return f"{value:.1f} s" if value >= 9.95 else f"{value:.2f} s"

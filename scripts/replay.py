@@ -1,0 +1,31 @@
+"""How does a burst of real traffic fare on stock vLLM, on MorphServe and on static quantized servers?
+
+Replays a trace open-loop against each server in turn (started here, on the same machine with the same
+memory, or given with --url) and writes a report: summary.md, summary.json, report.html, timeline.png, and
+per run result.json (a superset of `vllm bench serve --save-result --save-detailed`), requests.csv,
+series.csv, server.log.
+
+The last line on stdout is one JSON document: {"workload", "slo": {"ttft_s", "tpot_s"}, "runs": [{"name",
+"sent", "violation_rate", "ttft_p50_s", "ttft_p95_s", "tpot_p50_ms", "tpot_p99_ms", "output_tok_s",
+"duration_s", "preemptions", "tokens_by_level", "expected_kl_per_token", "transitions",
+"level_zero_after_s", "pause_max_ms"}, ...], "report"}; null where a run has no such figure.
+
+Example:
+    python scripts/replay.py --workload scripts/workloads/convD.jsonl --model MODEL_DIR \\
+        --compare stock,morphserve --config policies/yaml/default.yaml --out reports/convD
+
+    # cut a workload of one's own out of the Azure trace
+    python scripts/replay.py --workload AzureLLMInferenceTrace_conv.csv --window 221,72 --thin 4.75 \\
+        --input-scale 1/16 --input-clip 8,120 --output-clip 4,384 --save-workload mine.jsonl --dry-run
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from morphserve.replay import main
+
+if __name__ == "__main__":
+    corpus = Path(__file__).resolve().parent / "corpus" / "wikitext2.txt"
+    sys.exit(main(__doc__ or "", corpus))
