@@ -190,8 +190,7 @@ class VariantStore:
             found = sha256_of(self.directory / row.file, on_bytes)
             if found != row.sha256:
                 raise StoreError(
-                    f"{self.directory / row.file} has sha256 {found}, expected {row.sha256}; "
-                    f"{self._remedy}"
+                    f"{self.directory / row.file} has sha256 {found}, expected {row.sha256}; {self._remedy}"
                 )
 
     def _check_size(self, row: StoredLayer) -> None:

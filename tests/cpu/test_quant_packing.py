@@ -1,0 +1,149 @@
+"""Quantizers and layouts: pure arithmetic, checked in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quant_layers import (
+    KernelError,
+    choose_group_size,
+    dequantize_w4,
+    dequantize_w8,
+    quantize_w4,
+    quantize_w8,
+)
+from quant_layers.packing import (
+    QuantW4,
+    pack_w4_int32,
+    pack_w4_vnni,
+    pack_w8_vnni,
+    unpack_w4_int32,
+    unpack_w4_vnni,
+    unpack_w8_vnni,
+    w4_vnni_shape,
+)
+
+_HALF_STEP = 0.5 * (1 + 1e-5)  # fp32 division may land a hair past the middle
+
+weights = st.builds(
+    lambda n, k, seed, spread, shift, dtype: _weight(n, k, seed, spread, shift, dtype),
+    n=st.integers(1, 5),
+    k=st.sampled_from((32, 64, 96, 192)),
+    seed=st.integers(0, 10_000),
+    spread=st.sampled_from((0.0, 1e-30, 1e-4, 0.05, 1.0, 1e4)),
+    shift=st.sampled_from((-3.0, -0.5, 0.0, 0.5, 3.0)),
+    dtype=st.sampled_from((torch.bfloat16, torch.float16, torch.float32)),
+)
+
+
+def _weight(n: int, k: int, seed: int, spread: float, shift: float, dtype: torch.dtype) -> torch.Tensor:
+    """`shift` in units of `spread`; the first row is constant, as a pruned channel would be."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.randn(n, k, generator=generator) + shift) * spread
+    weight[0] = shift * spread
+    return weight.clamp(-60_000, 60_000).to(dtype)
+
+
+def _random_w4(n: int, k: int, size: int, seed: int = 0) -> QuantW4:
+    generator = torch.Generator().manual_seed(seed)
+    return QuantW4(
+        torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8),
+        torch.rand(n, k // size, generator=generator),
+        torch.randint(0, 16, (n, k // size), generator=generator, dtype=torch.uint8),
+    )
+
+
+@settings(deadline=None, max_examples=200)
+@given(weight=weights)
+def test_w8_is_within_half_a_step(weight: torch.Tensor) -> None:
+    """Guards against a scale that clips the largest weight, or divides by zero on an all-zero channel."""
+    quant = quantize_w8(weight)
+    error = (dequantize_w8(quant).double() - weight.double()).abs()
+    assert (error <= _HALF_STEP * quant.scale.double()[:, None]).all()
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    weight=weights,
+    symmetric=st.booleans(),
+    scale_dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
+)
+def test_w4_is_within_half_a_step(weight: torch.Tensor, symmetric: bool, scale_dtype: torch.dtype) -> None:
+    """Guards against a zero point or a rounded-down scale that pushes a group's end off the grid."""
+    size = choose_group_size(weight.shape[1])
+    quant = quantize_w4(weight, size, symmetric=symmetric, scale_dtype=scale_dtype)
+    error = (dequantize_w4(quant).double() - weight.double()).abs().view(weight.shape[0], -1, size)
+    assert quant.scale.dtype == scale_dtype
+    assert int(quant.q.max()) <= 15 and int(quant.zero.max()) <= 15
+    assert (error <= _HALF_STEP * quant.scale.double()[..., None]).all()
+
+
+def test_asymmetric_w4_halves_the_step_of_one_sided_weights() -> None:
+    """Guards against zero points that are computed but not used: a one-sided group must profit from them."""
+    weight = torch.rand(4, 64) + 0.0
+    steps = [quantize_w4(weight, 64, symmetric=symmetric).scale for symmetric in (False, True)]
+    assert (steps[0] < 0.55 * steps[1]).all()
+
+
+@given(blocks=st.integers(1, 3), k=st.sampled_from((4, 32, 96)), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=40)
+def test_w8_layout_is_a_bijection(blocks: int, k: int, seed: int) -> None:
+    """Guards against a permutation that reads back another weight than was packed."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randint(-127, 128, (32 * blocks, k), generator=generator, dtype=torch.int8)
+    packed = pack_w8_vnni(q)
+    assert packed.shape == (32 * blocks, k + 4)
+    assert torch.equal(unpack_w8_vnni(packed), q)
+    tail = packed.view(blocks, -1)[:, 32 * k :].contiguous().view(torch.int32).flatten()
+    assert torch.equal(tail, 128 * q.int().sum(dim=1, dtype=torch.int32))
+
+
+@given(
+    blocks=st.integers(1, 3),
+    groups=st.integers(1, 4),
+    size=st.sampled_from((32, 64)),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None, max_examples=60)
+def test_w4_layouts_are_bijections(blocks: int, groups: int, size: int, seed: int) -> None:
+    """Guards against nibbles, zero points or scales that change place between packing and reading."""
+    quant = _random_w4(32 * blocks, groups * size, size, seed)
+    vnni = pack_w4_vnni(quant)
+    assert w4_vnni_shape(vnni["weight"]) == tuple(quant.q.shape)
+    for back in (unpack_w4_vnni(vnni), unpack_w4_int32(pack_w4_int32(quant))):
+        assert torch.equal(back.q, quant.q)
+        assert torch.equal(back.zero, quant.zero)
+        assert torch.equal(back.scale, quant.scale)
+        assert back.group_size == size
+
+
+def test_w4_block_ends_in_the_sums_of_its_centred_weights() -> None:
+    """Guards against a wrong compensation, which would shift every output by a constant per channel."""
+    quant = _random_w4(64, 128, 32)
+    tail = pack_w4_vnni(quant)["weight"][..., -128:].contiguous().view(torch.int32)  # [2, 4, 32]
+    sums = (quant.q.view(64, 4, 32).long() - quant.zero.long()[..., None]).sum(-1)
+    assert torch.equal(tail.permute(0, 2, 1).reshape(64, 4).long(), sums)
+
+
+@pytest.mark.parametrize(("k", "expected"), [(576, 64), (1536, 64), (96, 32), (32, 32)])
+def test_group_size_is_the_largest_that_divides(k: int, expected: int) -> None:
+    """Guards against small groups where larger ones fit: they cost memory."""
+    assert choose_group_size(k) == expected
+
+
+def test_unfit_weights_are_refused_with_value_and_remedy() -> None:
+    """Guards against silent garbage from odd sizes, wrong ranks and damaged checkpoints."""
+    with pytest.raises(KernelError, match=r"K=72 .*\(64, 32\).*w8"):
+        choose_group_size(72)
+    with pytest.raises(KernelError, match="group size 64 does not divide K=96; use 32"):
+        quantize_w4(torch.zeros(2, 96), 64)
+    with pytest.raises(KernelError, match=r"\(2, 3, 4\)"):
+        quantize_w8(torch.zeros(2, 3, 4))
+    damaged = torch.zeros(2, 64)
+    damaged[1, 3] = float("nan")
+    for quantize in (quantize_w8, lambda w: quantize_w4(w, 64)):
+        with pytest.raises(KernelError, match="1 of 128 weights are not finite"):
+            quantize(damaged)

@@ -1,0 +1,165 @@
+"""The self-test is what stands between a wrong kernel and a user: it must fail for each kind of wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant_layers import KernelError, LinearImpl, check_kernel, choose, probe, selftest
+from quant_layers.kernels import W4A8Vnni, W8A8Vnni
+from quant_layers.packing import dequantize_w4, unpack_w4_vnni
+
+Twist = Callable[[Tensor, Tensor], Tensor]  # (x [..., K], honest output [..., N]) -> output
+
+
+class _Linear:
+    """Computes in float64 what the packed tensors mean, then lets `twist` spoil it."""
+
+    def __init__(self, meaning: Tensor, bias: Tensor | None, twist: Twist | None) -> None:
+        self.meaning, self.bias, self.twist = meaning.double(), bias, twist
+        self.nbytes = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = x.double() @ self.meaning.t()
+        if self.bias is not None:
+            out = out + self.bias.double()
+        out = out.to(x.dtype)
+        return out if self.twist is None else self.twist(x, out)
+
+
+class _FakeW8(W8A8Vnni):
+    twist: Twist | None = None
+
+    def unavailable(self) -> str:
+        return ""
+
+    def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
+        return _Linear(self.reference(tensors), bias, type(self).twist)
+
+
+def _spoiled(twist: Twist) -> type[_FakeW8]:
+    return type("_Spoiled", (_FakeW8,), {"twist": staticmethod(twist)})
+
+
+def test_an_exact_kernel_passes() -> None:
+    """Guards against a self-test that refuses everything."""
+    report = check_kernel(_FakeW8())
+    assert report.ok and report.reason == "" and report.worst_error <= 1
+
+
+@pytest.mark.parametrize(
+    ("twist", "reason"),
+    [
+        (lambda x, out: out * 1.1, "times what rounding explains"),
+        (lambda x, out: out.roll(1, -1), "times what rounding explains"),
+        (lambda x, out: out + x.abs().amax(-1, keepdim=True) * 0.2, "times what rounding explains"),
+        (lambda x, out: out.float(), "returned torch.float32"),
+        (lambda x, out: out[..., :-1], "expected torch.bfloat16"),
+        (lambda x, out: torch.where(x.abs().amax(-1, keepdim=True) == 0, math.nan, out), "not finite"),
+        (lambda x, out: out if x.dim() == 2 else out.roll(1, 0), "give another result"),
+        (lambda x, out: out if x.is_contiguous() else out * 2, "strided rows give another result"),
+        (lambda x, out: out if x.numel() else out.new_empty(3), "empty batch"),
+        (lambda x, out: out if x.shape[0] != 17 else out * 1.2, "times what rounding explains"),
+    ],
+    ids=["scale", "channels", "offset", "dtype", "shape", "zero-row", "3d", "strided", "empty", "m17"],
+)
+def test_each_kind_of_wrong_is_caught(twist: Twist, reason: str) -> None:
+    """Guards against serving wrong numbers: each twist is a fault that a kernel could have."""
+    report = check_kernel(_spoiled(twist)())
+    assert not report.ok
+    assert reason in report.reason
+
+
+def test_a_kernel_that_ignores_the_bias_is_caught() -> None:
+    """Guards against a self-test that never passes a bias."""
+
+    class NoBias(_FakeW8):
+        def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
+            return super().build(tensors, None)
+
+    assert "rounding explains" in check_kernel(NoBias()).reason
+
+
+def test_a_kernel_that_ignores_zero_points_is_caught() -> None:
+    """Guards against the one fault that symmetric test weights would hide."""
+
+    class NoZeros(W4A8Vnni):
+        def unavailable(self) -> str:
+            return ""
+
+        def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
+            quant = unpack_w4_vnni(dict(tensors))
+            quant.zero.fill_(8)
+            return _Linear(dequantize_w4(quant), bias, None)
+
+    assert "rounding explains" in check_kernel(NoZeros()).reason
+
+
+def test_a_packing_that_means_other_weights_is_caught() -> None:
+    """Guards against a kernel and a reference that agree with each other but not with the weight."""
+
+    class Wrong(_FakeW8):
+        def pack(self, weight: Tensor) -> dict[str, Tensor]:
+            return super().pack(weight.roll(1, 1))
+
+    assert "rounding explains" in check_kernel(Wrong()).reason
+
+
+def test_a_raising_kernel_becomes_a_report() -> None:
+    """Guards against a start-up that dies on an exception inside a kernel it would not have used."""
+
+    def explode(x: Tensor, out: Tensor) -> Tensor:
+        raise ValueError("boom")
+
+    report = check_kernel(_spoiled(explode)())
+    assert not report.ok and "ValueError: boom" in report.reason and math.isnan(report.worst_error)
+
+
+def test_without_vllm_every_kernel_says_why_it_cannot_run() -> None:
+    """Guards against an AttributeError where vLLM's extension is not loaded."""
+    if hasattr(torch.ops._C, "int8_scaled_mm_with_quant"):
+        pytest.skip("vLLM's extension is loaded in this process")
+    reports = probe(torch.bfloat16)
+    assert set(reports) == {"w8a8_vnni", "w8a8_onednn", "w4a8_vnni", "w4a16"}
+    assert not any(report.ok for report in reports.values())
+    assert all("not loaded" in r.reason or "CPU" in r.reason for r in reports.values())
+    with pytest.raises(KernelError, match="w8a8_vnni: .*w8a8_onednn: .*remove w8"):
+        choose("w8")
+
+
+def test_choose_takes_the_first_that_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a fall-back that is never reached, or that is preferred."""
+    bad, good = _spoiled(lambda x, out: -out), type("_Good", (_FakeW8,), {"name": "good"})
+    late = type("_Late", (_FakeW8,), {"name": "late"})
+    monkeypatch.setattr(selftest, "CANDIDATES", (bad, good, late))
+    assert choose("w8").name == "good"
+    monkeypatch.setattr(selftest, "CANDIDATES", (bad,))
+    with pytest.raises(KernelError, match="no kernel can run w8 .*w8a8_vnni: self-test error is"):
+        choose("w8")
+    with pytest.raises(KernelError, match="unknown format 'w3'; known are w8, w4"):
+        choose("w3")
+
+
+def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
+    """Guards against a C++ abort: sizes and dtypes are checked before any operator sees them."""
+    kernel = W8A8Vnni(torch.bfloat16)
+    with pytest.raises(KernelError, match=r"w8a8_vnni: N=48 .*multiple of 32"):
+        kernel.check_shape(48, 64)
+    with pytest.raises(KernelError, match=r"K=40 .*\[N=64, K=40\]"):
+        kernel.pack(torch.zeros(64, 40, dtype=torch.bfloat16))
+    with pytest.raises(KernelError, match="got torch.float16"):
+        kernel.pack(torch.zeros(64, 64, dtype=torch.float16))
+    assert "takes bfloat16" in W8A8Vnni(torch.float16).unavailable()
+
+
+def test_a_cpu_without_the_instructions_is_never_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against running an operator that ends the process on a CPU it was not compiled for."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    monkeypatch.setattr(W8A8Vnni, "pack", lambda *_: pytest.fail("the kernel was run"))
+    assert "AVX512-VNNI" in check_kernel(W8A8Vnni()).reason
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert "this is aarch64" in W4A8Vnni().unavailable()
