@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from morphserve.controller.chunk import LayerBytes
-from morphserve.controller.controller import Controller, Counters
+from morphserve.controller.controller import Controller
+from morphserve.controller.counters import Counters
 from morphserve.controller.decision_log import DecisionLog
 from morphserve.controller.ledger import Ledger, largest_chunk_bytes, make_ledger
 from morphserve.controller.ports import (

@@ -9,19 +9,15 @@ from dataclasses import dataclass, field
 from morphserve.config import MorphServeConfig
 from morphserve.controller.ledger import Ledger
 from morphserve.controller.ports import BlockPoolPort, ExecutorPort, Plan, Reply, Ticket
+from morphserve.controller.replies import CommandFailed, ReplyDesk, failures, require_success, slowest
 from morphserve.controller.transition import Direction, Outcome, Phase, check_move
-from morphserve.errors import ConfigError, MorphServeError
+from morphserve.errors import ConfigError
 from policies.types import Ladder
 
 logger = logging.getLogger(__name__)
 
 LayerBytes = Mapping[str, Sequence[int]]  # format -> bytes of each decoder layer on one rank
-_MAX_UNDRAINED = 8  # replies under way; about ten fill the ring between engine and workers and dead-lock it
 _COST_SHARE = 0.5  # weight of the newest measurement of seconds per layer
-
-
-class CommandFailed(MorphServeError, RuntimeError):
-    """A rank answered ok=False to a command that cannot fail, so its state is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +45,8 @@ class _Chunk:
     ticket: Ticket | None = None
     progress_s: float = 0.0  # when draining last got anywhere
     num_live_tail: int = -1
-    worker_s: float = 0.0  # slowest rank's, prepare and commit together
+    worker_s: float = 0.0  # what prepare took on the slowest rank
     end: ChunkEnd | None = None
-
-
-@dataclass(slots=True)
-class RankFigures:
-    """The newest figures a rank reported."""
-
-    num_kv_blocks: int
-    weight_bytes: int
-    staging_bytes: int
 
 
 @dataclass(slots=True)
@@ -87,13 +74,11 @@ class ChunkRunner:
     lower: int = 0
     upper: int = 0
     revision: int = 0
-    pause_s: float = 0.0  # worker seconds in the replies that this tick has seen
     short_grows: int = 0
-    ranks: dict[int, RankFigures] = field(default_factory=dict)
+    desk: ReplyDesk = field(default_factory=ReplyDesk)
     formats: list[str] = field(init=False)
     _weight_bytes: int = field(init=False)
     _chunk: _Chunk | None = None
-    _side: list[Ticket] = field(default_factory=list)  # replies to copies
     _seconds_per_layer: dict[Direction, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -175,12 +160,11 @@ class ChunkRunner:
         Raises:
             CommandFailed: see there; the runner must not be used again.
         """
-        self.poll_side()
         chunk = self._chunk
         assert chunk is not None
         if self.phase is Phase.DRAINING:
             self._drain(chunk, now_s, wanted)
-        if self.phase is Phase.SHRINKING and not self._side and self._answered(chunk) is not None:
+        if self.phase is Phase.SHRINKING and not self.desk.copies and self._answered(chunk) is not None:
             self._book_kv(chunk.blocks_after)
             if wanted:
                 self._send_prepare(chunk)
@@ -205,11 +189,6 @@ class ChunkRunner:
         self._chunk = None
         return chunk.end
 
-    def poll_side(self) -> None:
-        """Take the replies to copies that have come."""
-        if self._side:
-            self._side = [ticket for ticket in self._side if self._take(ticket, "copy") is None]
-
     def wind_down(self) -> None:
         """After an error in here: unfence and unstage, as far as the world still answers."""
         chunk = self._chunk
@@ -217,7 +196,7 @@ class ChunkRunner:
             self.pool.cancel_shrink()
         if self.phase is Phase.PREPARING and chunk is not None and chunk.plan is not None:
             if chunk.ticket is not None:
-                self._side.append(chunk.ticket)
+                self.desk.copies.append(chunk.ticket)
             chunk.ticket = self.executor.abort(chunk.plan)
 
     def drain_replies(self) -> None:
@@ -225,7 +204,7 @@ class ChunkRunner:
         chunk = self._chunk
         if chunk is not None and chunk.ticket is not None and chunk.ticket.poll() is not None:
             chunk.ticket = None
-        self._side = [ticket for ticket in self._side if ticket.poll() is None]
+        self.desk.copies = [ticket for ticket in self.desk.copies if ticket.poll() is None]
 
     # ---- phases
 
@@ -241,7 +220,7 @@ class ChunkRunner:
                 error = f"{tail} found no room in {stuck_s:.1f} s"
                 chunk.end = ChunkEnd("aborted", error=error, drain_timeout=True)
             return
-        if len(self._side) >= _MAX_UNDRAINED:
+        if self.desk.is_full:
             return
         step = self.pool.advance_shrink(self.config.kv.migrate_blocks_per_step)
         if step.copies or step.num_live_tail != chunk.num_live_tail:
@@ -249,13 +228,13 @@ class ChunkRunner:
             chunk.num_live_tail = step.num_live_tail
         if step.num_live_tail == 0:
             self.pool.finish_shrink()
+            self._move(Phase.SHRINKING)
             plan = Plan(chunk.revision, (), chunk.blocks_after, step.copies)
             chunk.ticket = self.executor.commit(plan)
-            self._move(Phase.SHRINKING)
             chunk.revision = self.next_revision()
         elif step.copies:
             plan = Plan(chunk.revision, (), chunk.blocks_before, step.copies)
-            self._side.append(self.executor.commit(plan))
+            self.desk.copies.append(self.executor.commit(plan))
             chunk.revision = self.next_revision()
 
     def _send_prepare(self, chunk: _Chunk) -> None:
@@ -265,17 +244,19 @@ class ChunkRunner:
         self._move(Phase.PREPARING)
 
     def _await_prepare(self, chunk: _Chunk, wanted: bool) -> None:
-        replies = self._replies(chunk)
+        assert chunk.plan is not None and chunk.ticket is not None
+        replies = self.desk.poll(chunk.ticket)
         if replies is None:
             return
-        assert chunk.plan is not None
-        failed = [f"rank {reply.rank}: {reply.error}" for reply in replies if not reply.ok]
+        chunk.ticket = None
+        chunk.worker_s = slowest(replies)
+        failed = failures(replies)
         if not failed and wanted:
             self.upper = max(self.upper, chunk.toward)  # from the next forward pass on
             chunk.ticket = self.executor.commit(chunk.plan)
             self._move(Phase.COMMITTING)
             return
-        chunk.end = ChunkEnd("aborted", error="; ".join(failed)) if failed else ChunkEnd("cancelled")
+        chunk.end = ChunkEnd("aborted", error=failed) if failed else ChunkEnd("cancelled")
         chunk.ticket = self.executor.abort(chunk.plan)
         self._move(Phase.ABORTING)
 
@@ -294,7 +275,7 @@ class ChunkRunner:
         if chunk.blocks_after > self.pool.num_kv_blocks:
             self._book_kv(chunk.blocks_after)
             self._grow(chunk.blocks_after, replies)
-        cost = chunk.worker_s / len(chunk.layers)
+        cost = (chunk.worker_s + slowest(replies)) / len(chunk.layers)
         known = self._seconds_per_layer.get(chunk.direction, cost)
         self._seconds_per_layer[chunk.direction] = known + _COST_SHARE * (cost - known)
         chunk.end = ChunkEnd("committed", num_layers=len(chunk.layers), format=chunk.layers[-1][1])
@@ -353,33 +334,8 @@ class ChunkRunner:
         """All ranks' replies to a command that cannot fail, None while one is missing."""
         if chunk.ticket is None:
             return None
-        replies = self._take(chunk.ticket, self.phase.name.lower())
+        replies = self.desk.poll(chunk.ticket)
         if replies is not None:
             chunk.ticket = None
-            chunk.worker_s += max((reply.elapsed_s for reply in replies), default=0.0)
-        return replies
-
-    def _replies(self, chunk: _Chunk) -> tuple[Reply, ...] | None:
-        """All ranks' replies to prepare, None while one is missing."""
-        replies = None if chunk.ticket is None else self._poll(chunk.ticket)
-        if replies is not None:
-            chunk.ticket = None
-            chunk.worker_s = max((reply.elapsed_s for reply in replies), default=0.0)
-        return replies
-
-    def _take(self, ticket: Ticket, command: str) -> tuple[Reply, ...] | None:
-        replies = self._poll(ticket)
-        failed = [f"rank {reply.rank}: {reply.error}" for reply in replies or () if not reply.ok]
-        if failed:
-            raise CommandFailed(f"{command} cannot fail, but did: {'; '.join(failed)}")
-        return replies
-
-    def _poll(self, ticket: Ticket) -> tuple[Reply, ...] | None:
-        replies = ticket.poll()
-        if replies is not None:
-            self.pause_s += max((reply.elapsed_s for reply in replies), default=0.0)
-            for reply in replies:
-                self.ranks[reply.rank] = RankFigures(
-                    reply.num_kv_blocks, reply.weight_bytes, reply.staging_bytes
-                )
+            require_success(replies, self.phase.name.lower())
         return replies

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 from morphserve.config import MorphServeConfig
 from morphserve.controller.chunk import ChunkEnd, ChunkRunner, LayerBytes
+from morphserve.controller.counters import Counters
 from morphserve.controller.decision_log import DecisionLog
 from morphserve.controller.ledger import Ledger
 from morphserve.controller.ports import BlockPoolPort, EngineView, ExecutorPort
@@ -17,21 +18,6 @@ from morphserve.monitor import Monitor
 from policies.types import Decision, Ladder, Policy, Signals
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Counters:
-    """What the metrics read. Counters rise; `num_blocks_*` and `last_pause_s` are gauges."""
-
-    transitions: dict[tuple[Direction, Outcome], int] = field(default_factory=dict)
-    transition_seconds: float = 0.0  # from start to end, all transitions together
-    last_pause_s: float = 0.0  # worker seconds between two forward passes, newest that was not 0
-    max_pause_s: float = 0.0
-    num_layers_switched: int = 0
-    num_blocks_published: int = 0
-    num_blocks_mapped: int = 0  # fewest of any rank, as last reported
-    short_grows: int = 0  # a rank mapped fewer blocks than asked
-    errors: dict[str, int] = field(default_factory=dict)  # by place
 
 
 class Controller:
@@ -156,7 +142,9 @@ class Controller:
             "num_kv_blocks": self._pool.num_kv_blocks,
             "used_kv_blocks": self._pool.num_used_blocks,
             "ledger": self._ledger.snapshot(),
-            "ranks": {str(rank): asdict(figures) for rank, figures in sorted(self._runner.ranks.items())},
+            "ranks": {
+                str(rank): asdict(figures) for rank, figures in sorted(self._runner.desk.ranks.items())
+            },
             "counters": {**asdict(self.counters), "transitions": transitions},
         }
 
@@ -208,15 +196,15 @@ class Controller:
             try:
                 self._log.record(signals, decision)
             except Exception:
-                self._count_error("decision_log")
+                self.counters.count_error("decision_log")
                 logger.warning("morph: decision log failed, no further decisions are written", exc_info=True)
                 self._log = None
 
     def _drive(self, now: float) -> None:
         """Finish the chunk under way if its replies are in, and open the next one."""
         runner = self._runner
-        runner.pause_s = 0.0
-        runner.poll_side()
+        runner.desk.pause_s = 0.0
+        runner.desk.poll_copies()
         if runner.phase is not Phase.IDLE and not self._advance(now):
             return
         rung = self._next_rung(now)
@@ -295,7 +283,7 @@ class Controller:
         t = self._transition
         assert t is not None
         self._transition = None
-        self._count_transition(t.direction, outcome)
+        self.counters.count_transition(t.direction, outcome)
         self.counters.transition_seconds += now - t.started_s
         milliseconds = (now - t.started_s) * 1000
         if outcome == "aborted":
@@ -328,58 +316,52 @@ class Controller:
             self._no_restore_before_s = until
         else:
             self._no_start_before_s = until
-            self._count_error("prepare")
+            self.counters.count_error("prepare")
 
     def _publish(self) -> None:
         """Bring gauges up to date and tell of a new exposure level."""
         counters, runner = self.counters, self._runner
         counters.num_blocks_published = self._pool.num_kv_blocks
         counters.short_grows = runner.short_grows
-        if runner.pause_s > 0:
-            counters.num_blocks_mapped = min(rank.num_kv_blocks for rank in runner.ranks.values())
-            counters.last_pause_s = runner.pause_s
-            counters.max_pause_s = max(counters.max_pause_s, runner.pause_s)
+        if runner.desk.ranks:
+            counters.num_blocks_mapped = min(rank.num_kv_blocks for rank in runner.desk.ranks.values())
+        if runner.desk.pause_s > 0:
+            counters.last_pause_s = runner.desk.pause_s
+            counters.max_pause_s = max(counters.max_pause_s, runner.desk.pause_s)
         if self._on_level is not None and runner.upper != self._told_level:
             self._told_level = runner.upper
             try:
                 self._on_level(runner.upper)
             except Exception:
-                self._count_error("on_level")
+                self.counters.count_error("on_level")
                 logger.exception("morph: on_level(%d) failed", runner.upper)
 
     # ---- errors
 
-    def _count_transition(self, direction: Direction, outcome: Outcome) -> None:
-        key = (direction, outcome)
-        self.counters.transitions[key] = self.counters.transitions.get(key, 0) + 1
-
-    def _count_error(self, place: str) -> None:
-        self.counters.errors[place] = self.counters.errors.get(place, 0) + 1
-
     def _trip(self, place: str) -> None:
         """The policy or what feeds it is broken; ranks and pool are fine: undo or finish, then rest."""
-        self._count_error(place)
+        self.counters.count_error(place)
         self._tripped = True
         logger.exception("morph: %s failed; the engine stays at level %d, for good", place, self.level)
 
     def _die(self) -> None:
         """A transition broke half-way: leave everything where it is safe, and send nothing more."""
-        self._count_error("controller")
+        self.counters.count_error("controller")
         self._tripped = self._dead = True
         logger.exception(
             "morph: %s failed; the engine stays at level %d, for good", self.phase.name, self.level
         )
         if self._transition is not None:
-            self._count_transition(self._transition.direction, "aborted")
+            self.counters.count_transition(self._transition.direction, "aborted")
             self._transition = None
         try:
             self._runner.wind_down()
         except Exception:
-            self._count_error("wind_down")
+            self.counters.count_error("wind_down")
             logger.exception("morph: giving back fenced blocks and staged layers failed")
 
     def _drain_replies(self) -> None:
         try:
             self._runner.drain_replies()
         except Exception:
-            self._count_error("drain_replies")
+            self.counters.count_error("drain_replies")

@@ -1,0 +1,84 @@
+"""What ranks answer: taken off the ring without blocking, checked, and remembered per rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from morphserve.controller.ports import Reply, Ticket
+from morphserve.errors import MorphServeError
+
+_MAX_UNDRAINED = 8  # replies under way; about ten fill the ring between engine and workers and dead-lock it
+
+
+class CommandFailed(MorphServeError, RuntimeError):
+    """A rank answered ok=False to a command that cannot fail, so its state is unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankFigures:
+    """The newest figures a rank reported."""
+
+    num_kv_blocks: int  # mapped, null block included
+    weight_bytes: int
+    staging_bytes: int
+
+
+@dataclass(slots=True)
+class ReplyDesk:
+    """Takes replies in; holds the tickets of copies, which nobody waits for one by one."""
+
+    ranks: dict[int, RankFigures] = field(default_factory=dict)
+    pause_s: float = 0.0  # worker seconds in the replies taken since it was last set to 0
+    copies: list[Ticket] = field(default_factory=list)
+
+    @property
+    def is_full(self) -> bool:
+        """True when no further copies may be sent before replies have come."""
+        return len(self.copies) >= _MAX_UNDRAINED
+
+    def poll(self, ticket: Ticket) -> tuple[Reply, ...] | None:
+        """All ranks' replies, None while one is missing."""
+        replies = ticket.poll()
+        if replies is not None:
+            self.pause_s += slowest(replies)
+            for reply in replies:
+                self.ranks[reply.rank] = RankFigures(
+                    reply.num_kv_blocks, reply.weight_bytes, reply.staging_bytes
+                )
+        return replies
+
+    def poll_copies(self) -> None:
+        """Take the replies to copies that have come.
+
+        Raises:
+            CommandFailed: a rank could not copy.
+        """
+        waiting, self.copies = self.copies, []
+        answered: list[Reply] = []
+        for ticket in waiting:
+            replies = self.poll(ticket)
+            if replies is None:
+                self.copies.append(ticket)
+            else:
+                answered.extend(replies)
+        require_success(tuple(answered), "copy")
+
+
+def require_success(replies: tuple[Reply, ...], command: str) -> None:
+    """Check the replies to a command that cannot fail.
+
+    Raises:
+        CommandFailed: a rank says it did.
+    """
+    if errors := failures(replies):
+        raise CommandFailed(f"{command} cannot fail, but did: {errors}. The ranks may disagree now.")
+
+
+def slowest(replies: tuple[Reply, ...]) -> float:
+    """Seconds the slowest rank took: the others waited for it."""
+    return max((reply.elapsed_s for reply in replies), default=0.0)
+
+
+def failures(replies: tuple[Reply, ...]) -> str:
+    """What the ranks that failed say, '' when none did."""
+    return "; ".join(f"rank {reply.rank}: {reply.error}" for reply in replies if not reply.ok)

@@ -1,0 +1,381 @@
+"""The controller's way through chunks, phases and failures, one story per test."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from morphserve.config import KVConfig, MorphServeConfig, TransitionConfig
+from morphserve.controller import Controller, EngineView, Phase, Plan
+from morphserve.controller.transition import check_move
+from morphserve.errors import ConfigError, IllegalTransition
+from tests.fakes import BASE_BLOCKS, LAYER_BYTES, Rig
+
+pytestmark = pytest.mark.cpu
+
+
+def fail_prepare(rank: int) -> object:
+    return lambda command, plan, r: "no memory" if command == "prepare" and r == rank else ""
+
+
+@pytest.mark.parametrize("immediate", [False, True])
+def test_every_level_and_back(immediate: bool) -> None:
+    """Guards: a rung that is not reached exactly, or a way back that leaves bytes behind."""
+    rig = Rig(immediate=immediate)
+    for level in (1, 6, 3, 5, 0):
+        rig.go_to(level)
+        expected = rig.ladder[level]
+        assert tuple(rig.executor.ranks[1].formats) == expected.layer_formats
+        assert rig.pool.num_kv_blocks == expected.num_kv_blocks == rig.executor.ranks[0].mapped
+        assert rig.ledger["weights"] == expected.weight_bytes
+        assert rig.ledger["kv_blocks"] == expected.num_kv_blocks * rig.ledger.kv_block_bytes
+        assert rig.ledger["staging"] == 0
+    assert rig.controller.counters.transitions == {("degrade", "committed"): 3, ("restore", "committed"): 2}
+    assert not rig.controller.wants_wakeup
+
+
+def test_blocks_are_published_only_after_all_ranks_replied() -> None:
+    """Guards rule 1: the pool grows when commit is sent, not when it is answered."""
+    rig = Rig()
+    rig.executor.delay = lambda: 2
+    rig.script.level = 1
+    rig.step(4)
+    assert rig.executor.sent[-1][0] == "commit"
+    rig.step(2)
+    assert rig.pool.num_kv_blocks == BASE_BLOCKS
+    rig.step(1)
+    assert rig.pool.num_kv_blocks > BASE_BLOCKS
+
+
+def test_a_rank_that_maps_less_decides() -> None:
+    """Guards rule 1: publishing what was planned instead of the minimum that is mapped."""
+    rig = Rig()
+    rig.executor.map_at_most = BASE_BLOCKS + 3
+    rig.go_to(2)
+    assert rig.pool.num_kv_blocks == BASE_BLOCKS + 3
+    assert rig.controller.counters.short_grows > 0
+    rig.executor.map_at_most = None
+    rig.go_to(0)
+    assert rig.pool.num_kv_blocks == BASE_BLOCKS
+
+
+def test_chunks_respect_layers_per_step() -> None:
+    """Guards: a level of three layers switched in one gap although two are allowed."""
+    rig = Rig()
+    rig.go_to(6)
+    sizes = [len(plan.layer_formats) for command, plan in rig.executor.sent if command == "prepare"]
+    assert max(sizes) == 2 and sum(sizes) == 16
+
+
+def test_slow_layers_make_small_chunks() -> None:
+    """Guards: the pause limit ignored once the cost of a layer is known."""
+    config = MorphServeConfig(transition=TransitionConfig(max_layers_per_step=3, max_pause_ms=30))
+    rig = Rig(config=config)
+    rig.executor.seconds_per_layer = 0.014  # prepare + commit: 28 ms a layer
+    rig.go_to(2)
+    sizes = [len(plan.layer_formats) for command, plan in rig.executor.sent if command == "prepare"]
+    assert sizes == [3, 1, 1, 1]
+
+
+def test_one_chunk_per_gap_even_when_answers_come_at_once() -> None:
+    """Guards: an executor in the same process makes the controller switch everything in one pause."""
+    rig = Rig(immediate=True)
+    rig.script.level = 6
+    rig.step()
+    assert [command for command, _ in rig.executor.sent] == ["prepare", "commit"]
+
+
+def test_shrink_moves_live_blocks_in_the_same_step() -> None:
+    """Guards rule 5: copies sent a step late, or unmapping blocks that are in use."""
+    rig = Rig()
+    rig.go_to(6)
+    assert rig.pool.allocate(1, 10)
+    assert max(rig.pool.held[1]) > BASE_BLOCKS
+    rig.step()
+    rig.go_to(0)
+    assert max(rig.pool.held[1]) < BASE_BLOCKS
+    assert any(plan.copies for _, plan in rig.executor.sent)
+
+
+def test_copies_are_bounded_per_step_and_drained() -> None:
+    """Guards: more live blocks moved per step than configured, or replies left on the ring."""
+    config = MorphServeConfig(
+        kv=KVConfig(migrate_blocks_per_step=1), transition=TransitionConfig(max_layers_per_step=3)
+    )
+    rig = Rig(config=config)
+    rig.go_to(6)
+    assert rig.pool.allocate(1, 15)
+    rig.step()
+    rig.executor.delay = lambda: 12  # the fake asserts that never more than ten are under way
+    rig.go_to(0, steps=2000)
+    assert max(len(plan.copies) for _, plan in rig.executor.sent) == 1
+    rig.step(20)
+    assert rig.executor.num_undrained == 0
+
+
+def test_new_burst_turns_a_drain_around_at_once() -> None:
+    """Guards: a restore that cannot be stopped keeps the fence up while requests wait."""
+    rig = Rig()
+    rig.go_to(3)
+    blocks = rig.pool.num_kv_blocks
+    assert rig.pool.allocate(1, blocks - 1)
+    rig.step()
+    rig.script.level = 2
+    rig.step(3)
+    assert rig.controller.phase is Phase.DRAINING
+    rig.script.level = 4
+    rig.step()
+    assert rig.pool.fence is None
+    assert rig.controller.phase is Phase.PREPARING
+    rig.go_to(4)
+    assert rig.controller.counters.transitions[("restore", "cancelled")] == 1
+
+
+@pytest.mark.parametrize("after_steps", range(1, 8))
+def test_turning_around_at_any_step_of_a_restore(after_steps: int) -> None:
+    """Guards: blocks unmapped for a switch that no longer happens are never given back."""
+    rig = Rig()
+    rig.go_to(3)
+    rig.script.level = 0
+    rig.step(after_steps)
+    rig.go_to(3)
+    assert rig.pool.num_kv_blocks == rig.ladder[3].num_kv_blocks
+
+
+def test_drain_timeout_keeps_the_old_level_and_allows_degrading() -> None:
+    """Guards: a full cache fences its tail for ever, or blocks the degrade that would help."""
+    rig = Rig()
+    rig.go_to(3)
+    assert rig.pool.allocate(1, rig.pool.num_kv_blocks - 1)
+    rig.step()
+    rig.script.level = 2
+    rig.step(120)  # 6 s
+    assert rig.controller.counters.transitions[("restore", "aborted")] == 1
+    assert rig.controller.phase is Phase.IDLE and rig.pool.fence is None
+    rig.go_to(4, steps=6)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("start", "target"), [(0, 2), (4, 1)])
+def test_failed_prepare_leaves_the_old_level(
+    rank: int, start: int, target: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards rule 6: a failed rank leaves others switched, blocks lost, or no line, count, back-off."""
+    rig = Rig()
+    rig.go_to(start)
+    rig.executor.fail = fail_prepare(rank)  # type: ignore[assignment]
+    rig.script.level = target
+    with caplog.at_level(logging.WARNING):
+        rig.step(20)
+    assert rig.controller.level == start and rig.controller.phase is Phase.IDLE
+    assert rig.pool.num_kv_blocks == rig.ladder[start].num_kv_blocks
+    assert all(r.staged is None for r in rig.executor.ranks) and rig.ledger["staging"] == 0
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"rank {rank}: no memory" in caplog.text
+    assert rig.controller.counters.errors == {"prepare": 1}
+    assert sum(command == "prepare" for command, _ in rig.executor.sent if _.layer_formats) >= 1
+    rig.executor.fail = lambda command, plan, r: ""
+    rig.step(100)  # the back-off of 5 s is over
+    rig.go_to(target)
+
+
+def test_backoff_holds_off_new_attempts() -> None:
+    """Guards: a rank without memory is asked again at every step."""
+    rig = Rig()
+    rig.executor.fail = fail_prepare(0)  # type: ignore[assignment]
+    rig.script.level = 1
+    rig.step(200)  # 10 s of steps, back-off 5 s
+    assert sum(command == "prepare" for command, _ in rig.executor.sent) == 2
+
+
+def test_policy_error_trips_and_unfences(caplog: pytest.LogCaptureFixture) -> None:
+    """Guards: a broken policy kills the engine, leaves a fence, or is asked again."""
+    rig = Rig()
+    rig.go_to(3)
+    assert rig.pool.allocate(1, rig.pool.num_kv_blocks - 1)
+    rig.step()
+    rig.script.level = 2
+    rig.step(2)
+    assert rig.pool.fence is not None
+    rig.script.error = RuntimeError("broken policy")
+    rig.step(20)
+    assert rig.controller.tripped and rig.pool.fence is None
+    assert rig.controller.counters.errors == {"policy": 1}
+    assert caplog.text.count("broken policy") == 1
+    rig.script.error = None
+    rig.script.level = 0
+    rig.pool.finish(1)
+    rig.step(20)
+    assert rig.controller.level == 3
+
+
+@pytest.mark.parametrize("after_steps", range(1, 10))
+@pytest.mark.parametrize(("start", "target"), [(0, 3), (3, 0)])
+def test_policy_error_at_any_step_leaves_pool_and_ranks_agreeing(
+    after_steps: int, start: int, target: int
+) -> None:
+    """Guards: tripping in mid-transition leaves staged layers, or blocks mapped but not published."""
+    rig = Rig()
+    rig.go_to(start)
+    rig.script.level = target
+    rig.step(after_steps)
+    rig.script.error = RuntimeError("broken policy")
+    rig.step(20)
+    assert rig.controller.phase is Phase.IDLE and not rig.controller.wants_wakeup
+    assert all(rank.staged is None for rank in rig.executor.ranks)
+    assert rig.pool.num_kv_blocks == rig.executor.ranks[0].mapped
+
+
+@pytest.mark.parametrize("level", [-1, 99])
+def test_policy_answer_off_the_ladder_trips(level: int) -> None:
+    """Guards: an index error half-way through a transition instead of a refusal before it."""
+    rig = Rig()
+    rig.script.level = level
+    rig.step(3)
+    assert rig.controller.counters.errors == {"policy": 1} and not rig.executor.sent
+
+
+def test_monitor_error_trips() -> None:
+    """Guards: an error in the monitor reaches the scheduler."""
+    rig = Rig()
+    rig.monitor.snapshot = lambda *args: 1 / 0  # type: ignore[method-assign,assignment]
+    rig.step(3)
+    assert rig.controller.counters.errors == {"monitor": 1}
+
+
+def test_failing_commit_makes_the_controller_inert() -> None:
+    """Guards: sending more commands to ranks whose state is unknown, or publishing their blocks."""
+    rig = Rig()
+    rig.executor.fail = lambda command, plan, r: "lost" if command == "commit" and r == 1 else ""
+    rig.script.level = 1
+    for _ in range(20):
+        rig.now_s += 0.05
+        rig.tick()
+        rig.executor.run_commands()
+    assert [command for command, _ in rig.executor.sent] == ["prepare", "commit"]
+    assert rig.pool.num_kv_blocks == BASE_BLOCKS
+    assert rig.controller.counters.errors == {"controller": 1}
+    assert rig.controller.counters.transitions == {("degrade", "aborted"): 1}
+
+
+@pytest.mark.parametrize("method", ["prepare", "begin_shrink", "advance_shrink", "finish_shrink", "commit"])
+def test_exception_in_a_port_never_leaves_tick(method: str) -> None:
+    """Guards: an error below the controller kills the engine, or leaves the tail fenced."""
+    rig = Rig()
+    rig.go_to(2)
+    rig.step()
+
+    def broken(*args: object) -> None:
+        raise RuntimeError(method)
+
+    setattr(rig.executor if hasattr(rig.executor, method) else rig.pool, method, broken)
+    rig.script.level = 0
+    rig.step(20)
+    assert rig.controller.counters.errors == {"controller": 1}
+    assert rig.pool.fence is None and rig.controller.tripped
+    assert rig.pool.allocate(1, rig.pool.num_kv_blocks - 1)
+
+
+def test_on_level_error_is_counted_and_harmless() -> None:
+    """Guards: a metrics callback that raises stops the transition."""
+    rig = Rig()
+    rig.controller._on_level = lambda level: 1 / 0  # type: ignore[assignment,return-value]
+    rig.go_to(1)
+    assert rig.controller.counters.errors == {"on_level": 1} and not rig.controller.tripped
+
+
+def test_exposure_is_the_deeper_level_between_two() -> None:
+    """Guards: tokens made with degraded layers are counted as full precision."""
+    rig = Rig()
+    rig.go_to(1)
+    rig.go_to(0)
+    assert rig.levels == [1, 0]
+    degraded = next(i for i, (command, plan) in enumerate(rig.executor.sent) if command == "commit")
+    assert rig.executor.sent[degraded][1].layer_formats
+
+
+def test_info_lines_only_at_start_and_end(caplog: pytest.LogCaptureFixture) -> None:
+    """Guards: a line per chunk floods the log."""
+    rig = Rig()
+    with caplog.at_level(logging.INFO):
+        rig.go_to(6)
+    assert [record.getMessage() for record in caplog.records][0] == "morph r1: level 0 -> 6 (script wants 6)"
+    assert len(caplog.records) == 2
+    assert caplog.records[1].getMessage().startswith("morph r1: committed in ")
+    assert "16 layers w4" in caplog.records[1].getMessage()
+
+
+def test_status_is_plain() -> None:
+    """Guards: a status that json cannot write."""
+    import json
+
+    rig = Rig()
+    rig.go_to(2)
+    status = json.loads(json.dumps(rig.controller.status()))
+    assert status["level"] == 2 and status["ranks"]["1"]["num_kv_blocks"] == rig.pool.num_kv_blocks
+    assert status["layers_by_format"] == {"w8": 6, "base": 2}
+    assert status["counters"]["transitions"] == {"degrade_committed": 1}
+
+
+def test_contradicting_inputs_are_refused() -> None:
+    """Guards: a ladder made from other bytes overdraws the memory at the first transition."""
+    rig = Rig()
+    sizes = {**LAYER_BYTES, "w8": [1] * 8}
+    for layer_bytes, blocks in ((sizes, BASE_BLOCKS), (LAYER_BYTES, BASE_BLOCKS + 1)):
+        rig.pool.num_kv_blocks = blocks
+        with pytest.raises(ConfigError):
+            Controller(
+                rig.ladder, rig.script, rig.pool, rig.executor, rig.monitor, rig.config, rig.ledger,
+                layer_bytes=layer_bytes, clock=lambda: 0.0,
+            )  # fmt: skip
+
+
+def test_illegal_moves_are_refused() -> None:
+    """Guards: a state machine that takes any move."""
+    assert check_move(1, Phase.IDLE, Phase.DRAINING) is Phase.DRAINING
+    with pytest.raises(IllegalTransition, match="IDLE -> COMMITTING; legal from here: DRAINING, PREPARING"):
+        check_move(1, Phase.IDLE, Phase.COMMITTING)
+
+
+def test_ticks_cost_and_keep_the_same_after_long_use() -> None:
+    """Guards rule 7: something grows with the number of steps."""
+    rig = Rig(immediate=True)
+    rig.executor.keep_sent = False
+    view = EngineView(0, 1, 0.0)
+
+    def run(ticks: int) -> None:
+        for i in range(ticks):
+            rig.now_s += 0.01
+            rig.script.level = (i // 50) % 7
+            rig.controller.tick(view)
+            rig.executor.num_undrained  # noqa: B018  forgets taken tickets
+
+    def size_of(thing: object, depth: int = 0) -> int:
+        if depth > 6 or isinstance(thing, (str, bytes, int, float, type(None))):
+            return 0
+        parts: list[object] = []
+        if isinstance(thing, dict):
+            parts = list(thing.values())
+        elif isinstance(thing, (list, tuple, set)):
+            parts = list(thing)
+        else:
+            names = [*getattr(thing, "__dict__", ()), *getattr(type(thing), "__slots__", ())]
+            parts = [getattr(thing, name, None) for name in names]
+        return len(parts) + sum(size_of(part, depth + 1) for part in parts)
+
+    run(2_100)
+    before = size_of(rig.controller)
+    run(99_750)  # whole rounds of 350 ticks, so both ends stand at the same place
+    assert size_of(rig.controller) == before
+    assert not rig.controller.tripped
+
+
+def test_plans_carry_rising_revisions() -> None:
+    """Guards: a rank refuses a plan because its revision was used before."""
+    rig = Rig()
+    rig.go_to(3)
+    rig.go_to(0)
+    revisions = [plan.revision for command, plan in rig.executor.sent if command != "commit"]
+    assert revisions == sorted(set(revisions))
+    assert all(isinstance(plan, Plan) for _, plan in rig.executor.sent)

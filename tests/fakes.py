@@ -1,0 +1,393 @@
+"""A block pool and ranks in miniature: they implement the controller's ports and check its promises.
+
+One step of a test is what one step of an engine is: `controller.tick`, then requests take and free
+blocks, then `executor.forward(pool)`, which carries out the commands sent before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from morphserve.config import LadderConfig, LadderStep, MorphServeConfig, TransitionConfig
+from morphserve.controller import (
+    Controller,
+    DecisionLog,
+    EngineView,
+    Phase,
+    Plan,
+    Reply,
+    ShrinkProgress,
+    largest_chunk_bytes,
+    make_ledger,
+)
+from morphserve.ladder import build_ladder
+from morphserve.monitor import Monitor
+from policies import BASE_FORMAT, Decision, Ladder, Policy, Signals
+
+Fail = Callable[[str, Plan, int], str]  # (command, plan, rank) -> error, '' = none
+
+
+class FakePool:
+    """Blocks 1 to N-1, free or held by a request. Every live block carries a tag: its content."""
+
+    def __init__(self, num_kv_blocks: int) -> None:
+        self.num_kv_blocks = num_kv_blocks
+        self.free = set(range(1, num_kv_blocks))
+        self.held: dict[int, list[int]] = {}  # request -> its blocks
+        self.tags: dict[int, int] = {}  # live block -> content
+        self.unwritten: set[int] = set()  # allocated since the last forward pass
+        self.fence: int | None = None
+        self.fenced_free: set[int] = set()
+        self._next_tag = 0
+
+    @property
+    def num_used_blocks(self) -> int:
+        return len(self.tags)
+
+    def allocate(self, request: int, count: int) -> bool:
+        """Highest ids first, so that shrinking finds live tail blocks."""
+        if len(self.free) < count:
+            return False
+        for block in sorted(self.free, reverse=True)[:count]:
+            self.free.remove(block)
+            self.held.setdefault(request, []).append(block)
+            self._next_tag += 1
+            self.tags[block] = self._next_tag
+            self.unwritten.add(block)
+        return True
+
+    def finish(self, request: int) -> None:
+        for block in self.held.pop(request):
+            del self.tags[block]
+            self.unwritten.discard(block)
+            self.free.add(block)
+
+    def grow(self, num_kv_blocks: int) -> None:
+        assert self.fence is None, "grow during a shrink"
+        assert num_kv_blocks >= self.num_kv_blocks, "grow to fewer blocks"
+        self.free.update(range(self.num_kv_blocks, num_kv_blocks))
+        self.num_kv_blocks = num_kv_blocks
+
+    def begin_shrink(self, num_kv_blocks: int) -> None:
+        assert self.fence is None, "two shrinks at once"
+        assert 1 < num_kv_blocks < self.num_kv_blocks
+        self.fence = num_kv_blocks
+        self._collect()
+
+    def advance_shrink(self, max_copies: int) -> ShrinkProgress:
+        assert self.fence is not None, "advance without begin"
+        self._collect()
+        copies = []
+        for blocks in self.held.values():
+            for index, source in enumerate(blocks):
+                if source >= self.fence and self.free and len(copies) < max_copies:
+                    destination = min(self.free)
+                    self.free.remove(destination)
+                    self.fenced_free.add(source)
+                    blocks[index] = destination
+                    self.tags[destination] = self.tags.pop(source)
+                    copies.append((source, destination))
+        return ShrinkProgress(tuple(copies), sum(block >= self.fence for block in self.tags))
+
+    def finish_shrink(self) -> None:
+        assert self.fence is not None, "finish without begin"
+        assert all(block < self.fence for block in self.tags), "finish with live tail blocks"
+        self.num_kv_blocks, self.fence = self.fence, None
+        self.fenced_free.clear()
+
+    def cancel_shrink(self) -> None:
+        assert self.fence is not None, "cancel without begin"
+        self.fence = None
+        self.free |= self.fenced_free
+        self.fenced_free.clear()
+
+    def check_whole(self) -> None:
+        """No block is lost, doubled, or outside of what is published."""
+        assert not self.free & self.tags.keys() and not self.free & self.fenced_free
+        everything = self.free | self.tags.keys() | self.fenced_free
+        assert everything == set(range(1, self.num_kv_blocks)), "a block was lost or invented"
+
+    def _collect(self) -> None:
+        assert self.fence is not None
+        tail = {block for block in self.free if block >= self.fence}
+        self.free -= tail
+        self.fenced_free |= tail
+
+
+@dataclass(slots=True)
+class FakeTicket:
+    """Replies that arrive `delay` polls after they exist."""
+
+    delay: int
+    replies: tuple[Reply, ...] | None = None
+    taken: bool = False
+
+    def poll(self) -> tuple[Reply, ...] | None:
+        assert not self.taken, "polled again after the replies were taken"
+        if self.replies is None:
+            return None
+        if self.delay > 0:
+            self.delay -= 1
+            return None
+        self.taken = True
+        return self.replies
+
+
+@dataclass(slots=True)
+class FakeRank:
+    """One worker: its layers, its mapped blocks, and what they contain."""
+
+    index: int
+    formats: list[str]
+    mapped: int
+    contents: dict[int, int] = field(default_factory=dict)
+    staged: Plan | None = None
+    revision: int = 0
+
+
+class FakeExecutor:
+    """Ranks that obey in order, and assert what the ports promise them.
+
+    Attributes:
+        fail: asked before each command on each rank; an error makes that rank answer ok=False.
+        delay: asked per command: how many polls its replies are late.
+        immediate: carry commands out when sent (one process), not before the next forward pass.
+        map_at_most: a rank maps no more blocks than this.
+    """
+
+    def __init__(
+        self,
+        ladder: Ladder,
+        layer_bytes: Mapping[str, Sequence[int]],
+        kv_block_bytes: int,
+        budget_bytes: int,
+        *,
+        num_ranks: int = 2,
+        immediate: bool = False,
+    ) -> None:
+        self.ranks = [
+            FakeRank(i, list(ladder[0].layer_formats), ladder[0].num_kv_blocks) for i in range(num_ranks)
+        ]
+        self.fail: Fail = lambda command, plan, rank: ""
+        self.delay: Callable[[], int] = lambda: 0
+        self.immediate = immediate
+        self.map_at_most: int | None = None
+        self.seconds_per_layer = 0.001
+        self.sent: list[tuple[str, Plan]] = []
+        self.keep_sent = True
+        self.tickets: list[FakeTicket] = []
+        self._queue: list[tuple[str, Plan, FakeTicket]] = []
+        self._layer_bytes = layer_bytes
+        self._kv_block_bytes = kv_block_bytes
+        self._budget_bytes = budget_bytes
+
+    def prepare(self, plan: Plan) -> FakeTicket:
+        return self._send("prepare", plan)
+
+    def commit(self, plan: Plan) -> FakeTicket:
+        return self._send("commit", plan)
+
+    def abort(self, plan: Plan) -> FakeTicket:
+        return self._send("abort", plan)
+
+    def forward(self, pool: FakePool) -> None:
+        """Carry out what was sent, then read every live block on every rank."""
+        self.run_commands()
+        first = self.ranks[0]
+        for rank in self.ranks:
+            assert rank.formats == first.formats, "ranks at different levels in one step"
+            assert self.map_at_most is not None or rank.mapped == first.mapped
+            for block, tag in pool.tags.items():
+                assert block < rank.mapped, f"block {block} in use, rank {rank.index} has it not mapped"
+                if block in pool.unwritten:
+                    rank.contents[block] = tag
+                assert rank.contents.get(block) == tag, f"block {block} has lost its content"
+            assert pool.num_kv_blocks <= rank.mapped, "published, but not mapped"
+        pool.unwritten.clear()
+
+    def run_commands(self) -> None:
+        """Carry out what was sent, in order."""
+        queue, self._queue = self._queue, []
+        for command, plan, ticket in queue:
+            ticket.replies = tuple(self._obey(command, plan, rank) for rank in self.ranks)
+
+    @property
+    def num_undrained(self) -> int:
+        self.tickets = [ticket for ticket in self.tickets if not ticket.taken]
+        return len(self.tickets)
+
+    def _send(self, command: str, plan: Plan) -> FakeTicket:
+        ticket = FakeTicket(self.delay())
+        if self.keep_sent:
+            self.sent.append((command, plan))
+        self.tickets.append(ticket)
+        assert self.num_undrained <= 10, "the ring is full: the engine would dead-lock"
+        self._queue.append((command, plan, ticket))
+        if self.immediate:
+            self.run_commands()
+        return ticket
+
+    def _obey(self, command: str, plan: Plan, rank: FakeRank) -> Reply:
+        assert plan.revision >= rank.revision, "a rank met a revision it has passed"
+        rank.revision = plan.revision
+        error = self.fail(command, plan, rank.index)
+        if not error:
+            getattr(self, f"_{command}")(plan, rank)
+        return Reply(
+            rank=rank.index,
+            revision=plan.revision,
+            ok=not error,
+            error=error,
+            elapsed_s=self.seconds_per_layer * len(plan.layer_formats),
+            num_kv_blocks=rank.mapped,
+            weight_bytes=self._weight_bytes(rank),
+            staging_bytes=self._staging_bytes(rank),
+        )
+
+    def _prepare(self, plan: Plan, rank: FakeRank) -> None:
+        assert rank.staged is None, "two plans prepared at once"
+        assert plan.layer_formats, "nothing to prepare"
+        rank.staged = plan
+        self._check_budget(rank)
+
+    def _abort(self, plan: Plan, rank: FakeRank) -> None:
+        assert rank.staged is None or rank.staged == plan
+        rank.staged = None
+
+    def _commit(self, plan: Plan, rank: FakeRank) -> None:
+        sources, destinations = {s for s, _ in plan.copies}, {d for _, d in plan.copies}
+        assert not sources & destinations, "copies overlap"
+        for source, destination in plan.copies:
+            rank.contents[destination] = rank.contents[source]
+        if plan.num_kv_blocks < rank.mapped:
+            rank.mapped = plan.num_kv_blocks
+            rank.contents = {b: tag for b, tag in rank.contents.items() if b < rank.mapped}
+        if plan.layer_formats:
+            assert rank.staged == plan, "commit without prepare"
+            for layer, fmt in plan.layer_formats:
+                rank.formats[layer] = fmt
+            rank.staged = None
+        self._check_budget(rank)
+        limit = plan.num_kv_blocks if self.map_at_most is None else self.map_at_most
+        rank.mapped = max(rank.mapped, min(plan.num_kv_blocks, limit))
+        self._check_budget(rank)
+
+    def _weight_bytes(self, rank: FakeRank) -> int:
+        return sum(self._layer_bytes[fmt][layer] for layer, fmt in enumerate(rank.formats))
+
+    def _staging_bytes(self, rank: FakeRank) -> int:
+        staged = () if rank.staged is None else rank.staged.layer_formats
+        return sum(self._layer_bytes[fmt][layer] for layer, fmt in staged)
+
+    def _check_budget(self, rank: FakeRank) -> None:
+        total = self._weight_bytes(rank) + self._staging_bytes(rank) + rank.mapped * self._kv_block_bytes
+        assert total <= self._budget_bytes, f"rank {rank.index} holds {total} B of {self._budget_bytes}"
+
+
+class ScriptedPolicy:
+    """Wants the level it is told to want; raises what it is told to raise."""
+
+    def __init__(self) -> None:
+        self.level = 0
+        self.error: Exception | None = None
+        self.seen: Signals | None = None
+
+    def decide(self, signals: Signals) -> Decision:
+        self.seen = signals
+        if self.error is not None:
+            raise self.error
+        return Decision(self.level, f"script wants {self.level}")
+
+
+LAYER_BYTES: Mapping[str, Sequence[int]] = {  # eight layers that differ in size
+    BASE_FORMAT: [1000, 1100, 1000, 900, 1000, 1300, 1000, 1000],
+    "w8": [520, 560, 520, 470, 520, 660, 520, 520],
+    "w4": [300, 310, 300, 270, 300, 390, 300, 300],
+}
+KV_BLOCK_BYTES = 130
+BASE_BLOCKS = 20
+
+
+class Rig:
+    """Controller, fakes and a clock, wired up."""
+
+    def __init__(
+        self,
+        *,
+        policy: Policy | None = None,
+        config: MorphServeConfig | None = None,
+        num_ranks: int = 2,
+        immediate: bool = False,
+        max_num_blocks: int | None = None,
+        layers_per_level: int = 3,
+        log: DecisionLog | None = None,
+    ) -> None:
+        self.script = ScriptedPolicy()
+        self.config = config or MorphServeConfig(transition=TransitionConfig(max_layers_per_step=2))
+        steps = [
+            LadderStep(format="w8", layers_per_level=layers_per_level),
+            LadderStep(format="w4", layers_per_level=layers_per_level),
+        ]
+        self.ladder = build_ladder(
+            8, LAYER_BYTES, LadderConfig(steps=steps), BASE_BLOCKS, KV_BLOCK_BYTES, max_num_blocks
+        )
+        staging = largest_chunk_bytes(LAYER_BYTES, self.config.transition.max_layers_per_step)
+        self.ledger = make_ledger(self.ladder, KV_BLOCK_BYTES, staging)
+        self.pool = FakePool(BASE_BLOCKS)
+        self.executor = FakeExecutor(
+            self.ladder,
+            LAYER_BYTES,
+            KV_BLOCK_BYTES,
+            self.ledger.budget_bytes,
+            num_ranks=num_ranks,
+            immediate=immediate,
+        )
+        self.monitor = Monitor()
+        self.now_s = 0.0
+        self.levels: list[int] = []
+        self.controller = Controller(
+            self.ladder,
+            policy or self.script,
+            self.pool,
+            self.executor,
+            self.monitor,
+            self.config,
+            self.ledger,
+            layer_bytes=LAYER_BYTES,
+            clock=lambda: self.now_s,
+            log=log,
+            on_level=self.levels.append,
+        )
+
+    def tick(self, *, num_waiting: int = 0, oldest_wait_s: float = 0.0) -> None:
+        """The controller's part of a step."""
+        self.controller.tick(EngineView(num_waiting, len(self.pool.held), oldest_wait_s))
+
+    def step(self, count: int = 1, *, seconds: float = 0.05) -> None:
+        """Whole steps, with every promise checked after each."""
+        for _ in range(count):
+            self.now_s += seconds
+            self.tick()
+            self.executor.forward(self.pool)
+            self.check()
+
+    def check(self) -> None:
+        """What must hold between any two steps."""
+        self.pool.check_whole()
+        assert self.ledger.used_bytes <= self.ledger.budget_bytes
+        exposure = self.controller.exposure_level
+        allowed = [self.ladder[exposure].layer_formats, self.ladder[max(exposure - 1, 0)].layer_formats]
+        for rank in self.executor.ranks:
+            for layer, fmt in enumerate(rank.formats):
+                assert fmt in (allowed[0][layer], allowed[1][layer]), "layers deeper than tokens count for"
+
+    def go_to(self, level: int, *, steps: int = 200) -> None:
+        """Ask for `level` and step until it is reached."""
+        self.script.level = level
+        for _ in range(steps):
+            self.step()
+            controller = self.controller
+            if controller.level == controller.exposure_level == level and controller.phase is Phase.IDLE:
+                return
+        raise AssertionError(f"level {level} not reached: {self.controller.status()}")
