@@ -129,7 +129,9 @@ _NO_TORCH = re.compile(r"No matching distribution found for torch==|find a versi
 
 def explain_pip_failure(output: str, what: str, log: Path, torch_index: str = "") -> str:
     """One message out of pip's output: what failed, the line that says why, the remedy."""
-    errors = [line.strip() for line in output.splitlines() if re.match(r"\s*(ERROR|error):", line)]
+    errors = [line.strip() for line in output.splitlines() if re.match(r"\W*(ERROR|error):", line)]
+    # pip wraps the failure of a build step in this line; the reason follows it.
+    errors = [line for line in errors if not line.endswith("error: subprocess-exited-with-error")]
     said = errors[0] if errors else (output.strip().splitlines() or ["(pip said nothing)"])[-1].strip()
     if "No space left on device" in output:
         cause, remedy = "the disk is full", "Free some space (also where TMPDIR points), then run again."

@@ -200,6 +200,16 @@ def test_unknown_pip_failure_shows_pips_own_line(tmp_path: Path) -> None:
     assert "pip said: ERROR: Cannot uninstall x 1.0" in message and str(tmp_path / "log") in message
 
 
+def test_reason_inside_a_failed_build_step_is_found(tmp_path: Path) -> None:
+    """Guards: the message quotes pip's wrapper, which names no reason."""
+    output = (
+        "  error: subprocess-exited-with-error\n  \u2570\u2500> [3 lines of output]\n"
+        "      ERROR: No matching distribution found for setuptools>=77\n      [end of output]\n"
+    )
+    message = explain_pip_failure(output, "installing", tmp_path / "log")
+    assert "pip said: ERROR: No matching distribution found for setuptools>=77" in message
+
+
 def test_broken_torchvision_is_removed_and_said(
     root: Path, machine: FakeMachine, capsys: pytest.CaptureFixture[str]
 ) -> None:
