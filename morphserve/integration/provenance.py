@@ -41,7 +41,7 @@ class Provenance:
         self._level = 0
         self._tainted: set[str] = set()
         # By identity: a block may be renamed meanwhile, and KVCacheBlock is not hashable.
-        self._degraded: dict[int, tuple[KVCacheBlock, BlockHashWithGroupId]] = {}
+        self._degraded: dict[int, KVCacheBlock] = {}
         self._cache_full = pool.cache_full_blocks
         self._cache_partial = pool.cache_partial_block
         self._wrappers = {
@@ -78,9 +78,9 @@ class Provenance:
         self._level = level
         if level > 0:
             return
-        for block, block_hash in self._degraded.values():
-            # Another hash or none: evicted since, and what it holds now is remembered on its own.
-            if block.block_hash == block_hash:
+        for block in self._degraded.values():
+            # Without a hash it was evicted, perhaps fenced and forgotten: its id may be another's now.
+            if block.block_hash is not None:
                 self._pool._maybe_evict_cached_block(block)
         self._degraded.clear()
 
@@ -109,7 +109,7 @@ class Provenance:
 
     def _remember(self, block: KVCacheBlock) -> None:
         if self._level > 0 and block.block_hash is not None:
-            self._degraded[id(block)] = (block, block.block_hash)
+            self._degraded[id(block)] = block
 
     def _cache_full_blocks(
         self,

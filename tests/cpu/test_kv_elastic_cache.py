@@ -39,18 +39,22 @@ def write(cache: ElasticCache, block: int, value: int) -> None:
         cache.buffer[a:b] = value
 
 
-def kernel_resident_bytes(cache: ElasticCache) -> int:
-    """Resident memory of the mapping as /proc tells it, independent of mincore."""
-    address = cache.buffer.data_ptr()
+def kernel_view(buffer: torch.Tensor) -> dict[str, str]:
+    """The buffer's mapping as /proc tells it, independent of mincore."""
+    fields: dict[str, str] = {}
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
-        head = line.split()[0]
-        if "-" in head and not head.endswith(":"):
+        head, _, rest = line.partition(" ")
+        if not head.endswith(":"):
             start, end = (int(x, 16) for x in head.split("-"))
-            inside = start <= address < end
-        elif inside and head == "Rss:":
-            return int(line.split()[1]) * 1024
-    raise AssertionError("mapping not found")
+            inside = start <= buffer.data_ptr() < end
+        elif inside:
+            fields[head] = rest.strip()
+    return fields
+
+
+def kernel_resident_bytes(cache: ElasticCache) -> int:
+    return int(kernel_view(cache.buffer)["Rss:"].split()[0]) * 1024
 
 
 @LAYOUTS
@@ -183,6 +187,13 @@ def test_kernel_without_populate_keeps_live_bytes() -> None:
     cache.map(40)
     assert [int(block_bytes(cache, b).unique()) for b in range(40)] == [*range(1, 11), *[0] * 30]
     assert cache.resident_bytes() == cache.mapped_bytes
+
+
+def test_huge_pages_are_off_unless_asked_for() -> None:
+    """Guards against 2 MiB pages that make a run's edge cost far more memory than its blocks."""
+    for wanted in (False, True):
+        flags = kernel_view(HostBacking(8 * PAGE, huge_pages=wanted).buffer)["VmFlags:"].split()
+        assert ("nh" in flags) is not wanted
 
 
 def test_buffer_outlives_its_owner() -> None:

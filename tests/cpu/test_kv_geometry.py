@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +38,7 @@ def owners(g: KVGeometry) -> list[tuple[int, int] | None]:
 
 def page_set(ranges: list[ByteRange], page: int) -> set[int]:
     assert all(a % page == 0 and b % page == 0 and a < b for a, b in ranges)
+    assert all(before[1] <= after[0] for before, after in pairwise(ranges))  # or bytes count twice
     return {p for a, b in ranges for p in range(a // page, b // page)}
 
 

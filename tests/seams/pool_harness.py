@@ -1,0 +1,179 @@
+"""vLLM's real KVCacheManager with the few scheduler attributes the pool needs, and a model of the KV.
+
+`KVModel` stands for the workers' memory: what each slot of each block holds, as the tokens it was
+computed from. Whoever reads a wrong block, or a stale one, sees other tokens than its own.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request
+
+from morphserve.integration.block_pool import VllmBlockPool
+from morphserve.integration.provenance import Provenance
+
+BLOCK = 4  # tokens per block
+MAX_MODEL_LEN = 24
+MAX_BLOCKS = 40
+WATERMARK = 0.1
+
+init_none_hash(sha256)
+_HASHER = get_request_block_hasher(BLOCK, sha256)
+
+
+def full_attention(**changes: Any) -> FullAttentionSpec:
+    return FullAttentionSpec(
+        **({"block_size": BLOCK, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32} | changes)
+    )
+
+
+def kv_config(*specs: Any, num_blocks: int = MAX_BLOCKS) -> KVCacheConfig:
+    groups = [KVCacheGroupSpec([f"layer{i}"], spec) for i, spec in enumerate(specs)]
+    return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+
+
+def vllm_config(**changes: Any) -> SimpleNamespace:
+    parallel = SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1)
+    fields = {"kv_transfer_config": None, "speculative_config": None, "parallel_config": parallel}
+    return SimpleNamespace(**(fields | changes))
+
+
+def make_scheduler(**manager_options: Any) -> SimpleNamespace:
+    """A scheduler as far as `VllmBlockPool` and `Provenance` look at it."""
+    config = kv_config(full_attention())
+    options = {"enable_caching": True, "watermark": WATERMARK} | manager_options
+    manager = KVCacheManager(
+        config,
+        max_model_len=MAX_MODEL_LEN,
+        scheduler_block_size=BLOCK,
+        hash_block_size=BLOCK,
+        **options,
+    )
+    return SimpleNamespace(
+        vllm_config=vllm_config(),
+        kv_cache_config=config,
+        kv_cache_manager=manager,
+        cache_config=SimpleNamespace(num_gpu_blocks=MAX_BLOCKS),
+        scheduler_config=SimpleNamespace(watermark=WATERMARK),
+    )
+
+
+def make_request(request_id: str, tokens: list[int]) -> Request:
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=list(tokens),
+        sampling_params=SamplingParams(max_tokens=MAX_MODEL_LEN),
+        pooling_params=None,
+        block_hasher=_HASHER,
+    )
+
+
+class KVModel:
+    """A tiny engine: allocates through vLLM, writes and reads modelled KV, obeys copies."""
+
+    def __init__(self, **manager_options: Any) -> None:
+        self.scheduler = make_scheduler(**manager_options)
+        self.manager: KVCacheManager = self.scheduler.kv_cache_manager
+        self.pool = self.manager.block_pool
+        self.port = VllmBlockPool(self.scheduler)
+        self.provenance = Provenance(self.pool)
+        self.level = 0
+        self.requests: dict[str, Request] = {}
+        self.clean: set[str] = set()  # started at level 0 and has run at level 0 only
+        self.slots: dict[tuple[int, int], tuple[tuple[int, ...], bool]] = {}  # -> tokens, degraded
+        self.fence: int | None = None
+
+    def step(self, request: Request) -> bool:
+        """Schedule and run all tokens `request` has not computed; False if there is no room."""
+        known = None
+        computed = request.num_computed_tokens
+        if computed == 0:
+            known, computed, _ = self.manager.get_computed_blocks(request)
+        new = self.manager.allocate_slots(
+            request, request.num_tokens - computed, computed - request.num_computed_tokens, known
+        )
+        if new is None:
+            return False
+        limit = self.port.num_kv_blocks if self.fence is None else self.fence
+        assert all(block_id < limit for block_id in new.get_block_ids()[0]), (new.get_block_ids(), limit)
+        if request.num_computed_tokens == 0 and self.level == 0:
+            self.clean.add(request.request_id)
+        if self.level > 0:
+            self.clean.discard(request.request_id)
+        self.requests[request.request_id] = request
+        request.num_computed_tokens = computed
+        self._forward(request)
+        return True
+
+    def _forward(self, request: Request) -> None:
+        tokens = tuple(request.all_token_ids)
+        degraded = self.level > 0 or any(flag for _, flag in self.context(request))
+        table = self.manager.get_block_ids(request.request_id)[0]
+        for position in range(request.num_computed_tokens, len(tokens)):
+            self.slots[table[position // BLOCK], position % BLOCK] = (tokens[: position + 1], degraded)
+        request.num_computed_tokens = len(tokens)
+
+    def context(self, request: Request) -> list[tuple[tuple[int, ...], bool]]:
+        """What the request's block table reads for every computed position; KeyError = unmapped."""
+        table = self.manager.get_block_ids(request.request_id)[0]
+        positions = range(request.num_computed_tokens)
+        return [self.slots[table[p // BLOCK], p % BLOCK] for p in positions]
+
+    def end(self, request_id: str) -> None:
+        self.manager.free(self.requests.pop(request_id))
+        self.provenance.forget(request_id)
+        self.clean.discard(request_id)
+
+    def preempt(self, request_id: str) -> Request:
+        """Frees the KV; the caller may `step` the request again, from zero."""
+        request = self.requests.pop(request_id)
+        self.manager.free(request)
+        request.num_computed_tokens = 0
+        self.clean.discard(request_id)
+        return request
+
+    def set_level(self, level: int) -> None:
+        """What the scheduler hook does at a switch."""
+        if (self.level == 0) != (level == 0):
+            self.provenance.taint(self.requests)
+        self.provenance.set_level(level)
+        self.level = level
+
+    def begin(self, num_blocks: int) -> None:
+        self.port.begin_shrink(num_blocks)
+        self.fence = num_blocks
+
+    def advance(self, max_copies: int) -> int:
+        """Rename and copy; returns the number of live tail blocks."""
+        progress = self.port.advance_shrink(max_copies)
+        assert len(progress.copies) <= max_copies
+        for src, dst in progress.copies:
+            assert dst < self.fence <= src
+            self._drop(range(dst, dst + 1))
+            for slot in range(BLOCK):
+                if (src, slot) in self.slots:
+                    self.slots[dst, slot] = self.slots[src, slot]
+        return progress.num_live_tail
+
+    def finish(self) -> None:
+        old = self.port.num_kv_blocks
+        self.port.finish_shrink()
+        self._drop(range(self.port.num_kv_blocks, old))
+        self.fence = None
+
+    def cancel(self) -> None:
+        self.port.cancel_shrink()
+        self.fence = None
+
+    def _drop(self, blocks: range) -> None:
+        for block in blocks:
+            for slot in range(BLOCK):
+                self.slots.pop((block, slot), None)
