@@ -14,6 +14,7 @@ _LATENCY_TAU_S = 5.0  # time constant of the latency averages
 _REQUEST_SIZE_TAU_S = 30.0  # requests end rarely; remember their size for longer
 _WINDOW_S = 10.0
 _NUM_BUCKETS = 20
+_MIN_SPAN_S = 1.0  # one event in the first instant is no high rate
 _MAX_STEP_S = 10.0  # a longer gap between two steps is idle time that nobody reported
 _FORGOTTEN = 1e-9  # a weight so small that only the newest value counts
 
@@ -72,7 +73,7 @@ class WindowRate:
         self._advance(now_s)
         assert self._index is not None
         oldest_s = max((self._index - _NUM_BUCKETS + 1) * self._width_s, self._start_s)
-        return self._total / max(now_s - oldest_s, self._width_s)
+        return self._total / max(now_s - oldest_s, _MIN_SPAN_S)
 
     def _advance(self, now_s: float) -> None:
         """Empty the buckets that time has passed: at most all of them, however long the gap."""

@@ -1,0 +1,78 @@
+"""The ledger: never over budget, and messages that help."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from morphserve.controller import Ledger, largest_chunk_bytes, make_ledger
+from morphserve.errors import LedgerError
+from tests.fakes import LAYER_BYTES, Rig
+
+pytestmark = pytest.mark.cpu
+
+
+def make() -> Ledger:
+    ledger = Ledger(1000, kv_block_bytes=10, staging_reserve_bytes=100)
+    ledger.reserve("weights", 700)
+    return ledger
+
+
+def test_refusal_says_value_limit_remedy() -> None:
+    """Guards: an overdraft, or a refusal that nobody can act on."""
+    ledger = make()
+    with pytest.raises(LedgerError) as error:
+        ledger.reserve("kv_blocks", 400)
+    assert str(error.value) == (
+        "kv_blocks wants 400 B, free are 300 of 1,000 (weights=700, kv_blocks=0, staging=0). "
+        "Release first: switch layers before growing KV."
+    )
+    assert ledger.used_bytes == 700
+
+
+def test_releasing_what_is_not_held_is_refused() -> None:
+    """Guards: an account below zero, which would let another one overdraw."""
+    ledger = make()
+    for call in (lambda: ledger.release("weights", 701), lambda: ledger.transfer("staging", "weights", 1)):
+        with pytest.raises(LedgerError, match="Release only what was reserved"):
+            call()
+    with pytest.raises(LedgerError, match="0 or more"):
+        ledger.reserve("staging", -1)
+    assert ledger.snapshot() == {
+        "budget_bytes": 1000, "weights_bytes": 700, "kv_blocks_bytes": 0, "staging_bytes": 0,
+    }  # fmt: skip
+
+
+operations = st.tuples(
+    st.sampled_from(["reserve", "release", "transfer"]),
+    st.sampled_from(["weights", "kv_blocks", "staging"]),
+    st.sampled_from(["weights", "kv_blocks", "staging"]),
+    st.integers(-50, 1200),
+)
+
+
+@given(st.lists(operations))
+def test_no_sequence_of_calls_overdraws(calls: list[tuple[str, str, str, int]]) -> None:
+    """Guards: budget or an account broken by some order of calls."""
+    ledger = make()
+    for method, account, other, amount in calls:
+        before = ledger.snapshot()
+        try:
+            if method == "transfer":
+                ledger.transfer(account, other, amount)  # type: ignore[arg-type]
+            else:
+                getattr(ledger, method)(account, amount)
+        except LedgerError:
+            assert ledger.snapshot() == before
+        assert ledger.used_bytes <= 1000 and ledger.free_bytes >= 0
+        assert all(ledger[name] >= 0 for name in ("weights", "kv_blocks", "staging"))
+
+
+def test_budget_is_level_zero_plus_one_chunk() -> None:
+    """Guards: a staging reserve too small for the widest layers of a chunk."""
+    assert largest_chunk_bytes(LAYER_BYTES, 2) == 1300 + 1100
+    assert largest_chunk_bytes(LAYER_BYTES, 99) == sum(LAYER_BYTES["base"])
+    ledger = make_ledger(Rig().ladder, 130, 2400)
+    assert ledger.budget_bytes == 8300 + 20 * 130 + 2400
+    assert ledger.free_bytes == 2400

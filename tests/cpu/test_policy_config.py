@@ -1,0 +1,99 @@
+"""From YAML to a policy: presets, documented defaults, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from morphserve.config import LadderConfig, MorphServeConfig, load_config
+from morphserve.ladder import build_ladder
+from policies import (
+    Ladder,
+    Signals,
+    StaticConfig,
+    StaticPolicy,
+    ThresholdConfig,
+    ThresholdPolicy,
+    build_policy,
+)
+from policies.threshold import fill_in
+
+pytestmark = pytest.mark.cpu
+
+YAML = Path(__file__).parents[2] / "policies" / "yaml"
+
+
+def make_ladder(**fields: object) -> Ladder:
+    sizes = {"base": [100] * 6, "w8": [50] * 6, "w4": [30] * 6}
+    return build_ladder(6, sizes, LadderConfig.model_validate(fields), 20, 10)
+
+
+@pytest.mark.parametrize("mode", ["default", "accuracy", "performance"])
+def test_yaml_files_say_what_the_presets_are(mode: str) -> None:
+    """Guards: an annotated default that is not the default."""
+    config = load_config(YAML / f"{mode}.yaml")
+    ladder = make_ladder()
+    assert isinstance(config.policy, ThresholdConfig) and config.policy.mode == mode
+    assert fill_in(config.policy, ladder) == fill_in(ThresholdConfig(kind="threshold", mode=mode), ladder)  # type: ignore[arg-type]
+    bare = MorphServeConfig()
+    for section in ("ladder", "kv", "transition", "cache_dir", "decision_log"):
+        assert getattr(config, section) == getattr(bare, section)
+
+
+def test_default_yaml_names_every_key() -> None:
+    """Guards: a key that no user can find."""
+    text = (YAML / "default.yaml").read_text()
+    sections = [
+        MorphServeConfig,
+        LadderConfig,
+        type(MorphServeConfig().kv),
+        type(MorphServeConfig().transition),
+    ]
+    for model in (*sections, ThresholdConfig):
+        for name in model.model_fields:
+            assert f"{name}:" in text, f"{model.__name__}.{name}"
+
+
+def test_modes_stop_where_they_say() -> None:
+    """Guards: mode accuracy reaching w4."""
+    ladder = make_ladder()
+    w8 = next(level.index for level in ladder if set(level.layer_formats) == {"w8"})
+    assert fill_in(ThresholdConfig(kind="threshold", mode="accuracy"), ladder).max_level == w8
+    assert fill_in(ThresholdConfig(kind="threshold", mode="default"), ladder).max_level == len(ladder) - 1
+    assert fill_in(ThresholdConfig(kind="threshold", max_level=1), ladder).max_level == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"max_level": 99}, "level 99 .* levels 0 to 4"),
+        ({"max_level": "int8"}, "'int8'"),
+        ({"degrade_above": 0.5, "target_usage": 0.6}, "target_usage 0.6 is above degrade_above 0.5"),
+        ({"degrade_above": 0.7, "restore_below": 0.8}, "restore_below 0.8 is above degrade_above 0.7"),
+    ],
+)
+def test_thresholds_that_cannot_work_are_refused(fields: dict[str, object], words: str) -> None:
+    """Guards: a level that swings for ever, or one that the ladder does not have."""
+    config = ThresholdConfig.model_validate({"kind": "threshold", **fields})
+    with pytest.raises(ValueError, match=words):
+        build_policy(config, make_ladder())
+
+
+def test_accuracy_without_w8_is_refused() -> None:
+    """Guards: a server that silently never morphs."""
+    with pytest.raises(ValueError, match="no w8 step"):
+        build_policy(
+            ThresholdConfig(kind="threshold", mode="accuracy"), make_ladder(steps=[{"format": "w4"}])
+        )
+
+
+def test_static_never_moves() -> None:
+    """Guards: a baseline that reacts to load."""
+    policy = build_policy(StaticConfig(kind="static", level="w8"), make_ladder())
+    assert isinstance(policy, StaticPolicy)
+    idle = Signals(0.0, 0, 0, 20, 0, 0, 0, 0.0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    busy = Signals(1.0, 0, 0, 20, 19, 9, 9, 9.0, 9, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0)
+    assert policy.decide(idle) == policy.decide(busy)
+    assert policy.decide(idle).level == 2
+    assert isinstance(build_policy(ThresholdConfig(kind="threshold"), make_ladder()), ThresholdPolicy)
