@@ -107,7 +107,7 @@ class VllmBlockPool:
     @property
     def num_used_blocks(self) -> int:
         """Blocks that live requests hold, without the null block."""
-        return self._pool.num_gpu_blocks - 1 - self._pool.get_num_free_blocks()
+        return int(self._pool.num_gpu_blocks - 1 - self._pool.get_num_free_blocks())
 
     @property
     def shrinking(self) -> bool:

@@ -191,6 +191,10 @@ class Morph:
         if len(waiting):
             oldest = max(0.0, time.time() - waiting.peek_request().arrival_time)
         self.controller.tick(EngineView(num_waiting, num_running, oldest))
+        # Idle in mid-transition: ask for the next step at once instead of waiting to be woken.
+        self.wake_due = num_running + num_waiting == 0 and (
+            self.controller.target_level != self.controller.level
+        )
 
     def _after_schedule(self, output: Any) -> None:
         level = self.controller.exposure_level
@@ -329,6 +333,8 @@ def _get_kv_cache_configs(original: Callable[..., Any]) -> Any:
 
 def attach(scheduler: Any) -> Morph:
     """Called from the scheduler's constructor."""
+    # vLLM configures the handlers of its own logger only; the packages that do not know vLLM log through it.
+    logging.getLogger("morphserve").parent = logging.getLogger("vllm")
     return Morph(scheduler, _RUNTIMES.pop(id(scheduler.vllm_config)))
 
 

@@ -119,7 +119,7 @@ class MorphServeWorker:
             if plan.layer_formats:
                 _layers().swapper.commit()
             kv.map(plan.num_kv_blocks)
-            _RANK.revision = plan.revision
+            _RANK.revision = max(_RANK.revision, plan.revision)
 
         return _answer(self, plan, commit)
 
@@ -128,7 +128,7 @@ class MorphServeWorker:
 
         def abort() -> None:
             _layers().swapper.abort()
-            _RANK.revision = plan.revision
+            _RANK.revision = max(_RANK.revision, plan.revision)
 
         return _answer(self, plan, abort)
 
@@ -159,7 +159,8 @@ def _answer(worker: Any, plan: Plan, action: Callable[[], None]) -> Reply:
     start = time.perf_counter()
     ok, error = True, ""
     try:
-        if plan.revision <= _RANK.revision and plan.revision > 0:
+        # Revision 0 stands outside of every transition: it publishes level 0's blocks at start.
+        if 0 < plan.revision <= _RANK.revision:
             raise ValueError(f"plan r{plan.revision} came after r{_RANK.revision}: refused")
         action()
     except Exception as e:

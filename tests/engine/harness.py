@@ -6,12 +6,16 @@ on every CPU engine. Everything but the policy is what a server runs.
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from morphserve.controller.ports import Plan
 from policies.types import Decision, Signals
 
 PROMPTS = (
@@ -115,3 +119,79 @@ def settle(llm: Any, level: int, limit: int = 400) -> None:
         scheduler.morph.wake_due = True
         llm.llm_engine.engine_core.engine_core.step_fn()
     raise AssertionError(f"level {level} not reached in {limit} steps: {morph_of(llm).controller.status()}")
+
+
+def stock(model: Path, rounds: list[tuple[str, ...]], max_tokens: int = 48, **overrides: Any) -> list[Any]:
+    """What stock vLLM generates for each round, in a process that never saw the plugin switched on."""
+    job = {"rounds": [list(prompts) for prompts in rounds], "max_tokens": max_tokens, "engine": overrides}
+    script = Path(__file__).with_name("stock_run.py")
+    tests = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, str(script), str(model), json.dumps(job)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
+    )
+    rounds_out = json.loads(done.stdout.strip().splitlines()[-1])
+    return [[(tuple(tokens), tuple(probs)) for tokens, probs in one] for one in rounds_out]
+
+
+class KVDriver:
+    """Stands in for the controller: resizes the KV cache by a script and leaves the layers alone.
+
+    Uses the real pool and the real rank, so that what it proves holds for them.
+    """
+
+    level = target_level = exposure_level = 0
+    wants_wakeup = False
+
+    def __init__(self, morph: Any, script: dict[int, int]) -> None:
+        self._morph = morph
+        self._script = dict(script)
+        self._step = 0
+        self.num_copied = 0
+        self.sizes: list[int] = []
+
+    def tick(self, view: Any) -> None:
+        target = self._script.pop(self._step, None)
+        self._step += 1
+        pool = self._morph.pool
+        if target is None or target == pool.num_kv_blocks:
+            return
+        if target > pool.num_kv_blocks:
+            self._commit((), target)
+            pool.grow(target)
+        else:
+            pool.begin_shrink(target)
+            progress = pool.advance_shrink(1000)
+            self.num_copied += len(progress.copies)
+            if progress.num_live_tail:
+                pool.cancel_shrink()
+                self._commit(progress.copies, pool.num_kv_blocks)
+                return
+            pool.finish_shrink()
+            self._commit(progress.copies, target)
+        self.sizes.append(target)
+
+    def _commit(self, copies: tuple[tuple[int, int], ...], num_kv_blocks: int) -> None:
+        replies = self._morph.executor.commit(Plan(0, (), num_kv_blocks, copies)).poll()
+        assert replies is not None and all(r.ok for r in replies), replies
+
+    def status(self) -> dict[str, Any]:
+        return {}
+
+
+@contextmanager
+def kv_script(llm: Any, script: dict[int, int]) -> Iterator[KVDriver]:
+    """While inside, a `KVDriver` takes the controller's place. Ends at the size it began with."""
+    morph = morph_of(llm)
+    controller, size = morph.controller, morph.pool.num_kv_blocks
+    driver = KVDriver(morph, script)
+    morph.controller = driver
+    try:
+        yield driver
+    finally:
+        driver._script = {driver._step: size}
+        driver.tick(None)
+        morph.controller = controller

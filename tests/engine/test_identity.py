@@ -1,0 +1,117 @@
+"""Level 0 is stock vLLM, whatever happened before, and every planted fault shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine.harness import PROMPTS, engine, follow, generate, kv_script, morph_of, settle, stock
+
+# Long enough for several blocks, with a common first block: prefix hits happen, also on moved blocks.
+LONG = tuple("The following is the record of a meeting about the library. " * 8 + p for p in PROMPTS)
+RESIZES = {3: 191, 9: 38, 14: 120, 18: 22, 20: 30, 27: 49, 33: 244, 36: 40, 40: 28, 43: 24, 46: 60}
+
+
+@pytest.fixture(scope="module")
+def stock_rounds(demo_model: Path) -> list[Any]:
+    """Short prompts, long ones, and the long ones again (prefix hits), from stock vLLM."""
+    return stock(demo_model, [PROMPTS, LONG, LONG])
+
+
+@pytest.fixture(scope="module")
+def llm(demo_model: Path, tmp_path_factory: pytest.TempPathFactory, stock_rounds: Any) -> Iterator[Any]:
+    # stock_rounds first: two engines at once would share the cores.
+    with engine(demo_model, tmp_path_factory.mktemp("variants")) as started:
+        yield started
+
+
+@pytest.fixture(autouse=True)
+def level_zero(llm: Any) -> Iterator[None]:
+    """Every test starts and ends idle at level 0 with an empty prefix cache."""
+    llm.reset_prefix_cache()
+    yield
+    follow(llm, {0: 0})
+    settle(llm, 0)
+    assert not morph_of(llm).failed and not morph_of(llm).controller.tripped
+
+
+def hits(llm: Any) -> int:
+    """Prefix-cache hits in tokens since start."""
+    return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.prefix_cache_stats.hits
+
+
+def test_level_zero_is_stock(llm: Any, stock_rounds: list[Any]) -> None:
+    """Guards rule 3: the plugin changes tokens or logprobs although nothing morphs."""
+    assert generate(llm) == stock_rounds[0]
+
+
+def test_restored_is_stock(llm: Any, stock_rounds: list[Any]) -> None:
+    """Guards restore: weights that come back are not byte-identical, or a swap that never took effect."""
+    for level in (6, 12):
+        follow(llm, {0: level})
+        settle(llm, level)
+        swapped = generate(llm)
+        assert all(got != want for got, want in zip(swapped, stock_rounds[0], strict=True))
+        follow(llm, {0: 0})
+        settle(llm, 0)
+        llm.reset_prefix_cache()
+        assert generate(llm) == stock_rounds[0]
+
+
+def test_resizing_is_invisible(llm: Any, stock_rounds: list[Any]) -> None:
+    """Guards rules 1, 2 and 5: a token from the wrong block across grows and migrating shrinks."""
+    with kv_script(llm, RESIZES) as driver:
+        assert generate(llm, LONG) == stock_rounds[1]
+        assert driver.num_copied > 0, "no live block was moved: the test would not see a lost one"
+    with kv_script(llm, RESIZES) as driver:
+        assert generate(llm, LONG) == stock_rounds[2]
+        assert driver.num_copied > 0
+
+
+@pytest.mark.parametrize("fault", ["copy", "rewrite_block_tables"])
+def test_planted_fault_is_seen(
+    llm: Any, stock_rounds: list[Any], monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Guards the test above: without the KV copy, or without the table rewrite, tokens must differ."""
+    from morphserve.integration.rank_kv import RankKV
+
+    monkeypatch.setattr(RankKV, fault, lambda *args, **kwargs: None)
+    with kv_script(llm, RESIZES) as driver:
+        assert generate(llm, LONG) != stock_rounds[1]
+        assert driver.num_copied > 0
+    monkeypatch.undo()
+    llm.reset_prefix_cache()
+
+
+def test_degraded_kv_is_never_reused_at_level_zero(llm: Any, stock_rounds: list[Any]) -> None:
+    """Guards provenance: a level-0 request takes a prefix block that a quantized layer wrote."""
+    follow(llm, {0: 6})
+    settle(llm, 6)
+    assert generate(llm, LONG) != stock_rounds[1]
+    follow(llm, {0: 0})
+    settle(llm, 0)
+    assert generate(llm, LONG) == stock_rounds[1]
+
+
+def test_history_decides_tokens(llm: Any) -> None:
+    """Guards rule 5: the same script of swaps under live requests gives the same tokens, twice."""
+    script = {0: 0, 6: 3, 12: 9, 20: 1, 28: 0}
+    runs = []
+    for _ in range(2):
+        llm.reset_prefix_cache()
+        follow(llm, script)
+        runs.append(generate(llm, LONG))
+        follow(llm, {0: 0})
+        settle(llm, 0)
+    assert runs[0] == runs[1]
+
+
+def test_tokens_before_a_swap_are_stock(llm: Any, stock_rounds: list[Any]) -> None:
+    """Guards token-level morphing: a swap in mid-request must not touch what came before it."""
+    follow(llm, {0: 0, 20: 6})
+    swapped = generate(llm, LONG)
+    for (tokens, probs), (stock_tokens, stock_probs) in zip(swapped, stock_rounds[1], strict=True):
+        assert tokens[:15] == stock_tokens[:15] and probs[:15] == stock_probs[:15]
+        assert probs != stock_probs
