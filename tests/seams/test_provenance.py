@@ -23,6 +23,7 @@ def test_only_degraded_blocks_leave_the_cache_at_level_0() -> None:
     degraded = [0, *PROMPT]
     assert kv.step(make_request("degraded", degraded))
     assert kv.step(make_request("extends", [*PROMPT, 1, 1, 1, 1]))
+    assert kv.provenance.is_tainted("degraded")
     assert hits(kv, degraded) == 8
     assert hits(kv, [*PROMPT, 1, 1, 1, 1]) == 12
     kv.set_level(0)
