@@ -61,6 +61,7 @@ def _random_w4(n: int, k: int, size: int, seed: int = 0) -> QuantW4:
 def test_w8_is_within_half_a_step(weight: torch.Tensor) -> None:
     """Guards against a scale that clips the largest weight, or divides by zero on an all-zero channel."""
     quant = quantize_w8(weight)
+    assert (quant.scale > 0).all()  # a zero step would make q the cast of a nan
     error = (dequantize_w8(quant).double() - weight.double()).abs()
     assert (error <= _HALF_STEP * quant.scale.double()[:, None]).all()
 
@@ -76,14 +77,14 @@ def test_w4_is_within_half_a_step(weight: torch.Tensor, symmetric: bool, scale_d
     size = choose_group_size(weight.shape[1])
     quant = quantize_w4(weight, size, symmetric=symmetric, scale_dtype=scale_dtype)
     error = (dequantize_w4(quant).double() - weight.double()).abs().view(weight.shape[0], -1, size)
-    assert quant.scale.dtype == scale_dtype
+    assert quant.scale.dtype == scale_dtype and (quant.scale > 0).all()
     assert int(quant.q.max()) <= 15 and int(quant.zero.max()) <= 15
     assert (error <= _HALF_STEP * quant.scale.double()[..., None]).all()
 
 
 def test_asymmetric_w4_halves_the_step_of_one_sided_weights() -> None:
     """Guards against zero points that are computed but not used: a one-sided group must profit from them."""
-    weight = torch.rand(4, 64) + 0.0
+    weight = torch.rand(4, 64, generator=torch.Generator().manual_seed(0))
     steps = [quantize_w4(weight, 64, symmetric=symmetric).scale for symmetric in (False, True)]
     assert (steps[0] < 0.55 * steps[1]).all()
 

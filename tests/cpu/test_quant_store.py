@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from quant_layers import StoreError, VariantStore, digest
-from quant_layers import store as store_module
+from quant_layers.tensorfile import read_file, write_file
 
 _ROOT = Path(__file__).resolve().parents[2]
 Tensors = dict[str, dict[str, torch.Tensor]]
@@ -208,7 +209,7 @@ def test_a_crash_at_any_step_leaves_the_old_or_the_new_layer(
             raise _Crash
         return real(*args)
 
-    monkeypatch.setattr(store_module.os, function, crash)
+    monkeypatch.setattr(os, function, crash)
     with pytest.raises(_Crash):
         store.write(0, "w8", new)
     monkeypatch.undo()
@@ -232,7 +233,7 @@ def test_a_full_disk_during_the_write_keeps_the_old_layer(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StoreError, match="No space left on device"):
         store.write(0, "w8", _layer(2))
     monkeypatch.undo()
@@ -280,6 +281,37 @@ def test_two_processes_build_one_cache(tmp_path: Path) -> None:
         expected = row.layer if row.layer < 100 else (row.layer - 100) // 50
         assert (values["w"] == expected).all()
     assert len(_names(tmp_path)) == 36
+
+
+def test_a_write_holds_the_lock_until_the_manifest_is_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against two writers in the critical section at once, which rarely loses a layer by itself."""
+    store = VariantStore.open(tmp_path, "fp")
+    real, refused = os.replace, []
+
+    def replace(source: Path, target: Path) -> None:
+        real(source, target)
+        with (tmp_path / ".lock").open("w") as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                refused.append(target.name)
+
+    monkeypatch.setattr(os, "replace", replace)
+    row = store.write(0, "w8", _layer())
+    assert refused == [row.file, "manifest.json"]
+    with (tmp_path / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # and free again afterwards
+
+
+def test_bytes_behind_the_last_tensor_are_refused(tmp_path: Path) -> None:
+    """Guards against a file whose header describes less than it holds."""
+    path = tmp_path / "x.safetensors"
+    write_file(path, _layer())
+    path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(StoreError, match="its header describes .* bytes, the file has"):
+        read_file(path)
 
 
 def test_the_manifest_hash_is_the_files(tmp_path: Path) -> None:

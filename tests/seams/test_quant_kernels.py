@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_every_available_kernel_passes(make: Callable[[torch.dtype], Kernel], dt
 
 @needs_vnni
 def test_the_fast_kernels_are_chosen_for_bf16_and_fp16_falls_back() -> None:
-    """Guards against silently serving the slow fall-backs, and against fp16 reaching an operator that aborts."""
+    """Guards against silently serving the slow fall-backs, and fp16 reaching an operator that aborts."""
     assert choose("w8", torch.bfloat16).name == "w8a8_vnni"
     assert choose("w4", torch.bfloat16).name == "w4a8_vnni"
     assert choose("w8", torch.float16).name == "w8a8_onednn"
@@ -93,7 +94,7 @@ def test_our_int4_layout_is_the_operators_own(shape: tuple[int, int], size: int)
         quant.scale.t().contiguous(),
         int(ops.CPUQuantAlgo.AWQ),
     )
-    assert quant.zero.unique().numel() > 3  # zero points that differ, or this proves nothing
+    assert len(set(quant.zero.flatten().tolist())) > 3  # zero points that differ, or this proves nothing
     assert torch.equal(ours["weight"], weight)
     assert torch.equal(ours["zero"], zero)
     assert torch.equal(ours["scale"], scale)
@@ -113,7 +114,7 @@ def test_two_int8_kernels_agree() -> None:
 
 @pytest.mark.parametrize("make", CANDIDATES, ids=lambda make: make.name)
 def test_edge_batches(make: Callable[[torch.dtype], Kernel]) -> None:
-    """Guards against the operators' division by zero on an empty batch, and against views read as if dense."""
+    """Guards against the operators' division by zero on an empty batch, and views read as if dense."""
     kernel = make(torch.bfloat16)
     if why := kernel.unavailable():
         pytest.skip(why)
@@ -132,14 +133,13 @@ def test_a_onednn_linear_gives_its_memory_back() -> None:
     kernel = W8A8Onednn()
     if why := kernel.unavailable():
         pytest.skip(why)
-    released: list[int] = []
     impl = kernel.build(kernel.pack(_weight((64, 96))), None)
     assert impl.nbytes == 64 * 96 + 64 * 4
-    real = impl._release  # type: ignore[attr-defined]
-    impl._release = lambda pointer: (released.append(pointer), real(pointer))  # type: ignore[attr-defined]
+    release = Mock(wraps=impl._release)  # type: ignore[attr-defined]
+    impl._release = release  # type: ignore[attr-defined]
     pointer = impl._handler.item()  # type: ignore[attr-defined]
     del impl
-    assert released == [pointer]
+    release.assert_called_once_with(pointer)
 
 
 class _OnednnBase:
