@@ -18,7 +18,7 @@ from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
 def requests_with_kv(scheduler: Any) -> list[str]:
     """Ids of the requests that hold KV blocks now, the argument of `Provenance.taint`. O(running)."""
     manager = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
-    return [request_id for request_id, blocks in manager.req_to_blocks.items() if blocks]
+    return list(manager.req_to_blocks)
 
 
 class Provenance:

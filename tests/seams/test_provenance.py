@@ -93,6 +93,9 @@ def test_partial_entries_follow_the_same_rules() -> None:
     assert block.block_hash is None
     assert kv.pool.cache_partial_block(request, block, 4, 0, 4) is None
     assert block.block_hash is None
+    fresh = make_request("fresh", [5, 6, 7, 8])
+    assert kv.pool.cache_partial_block(fresh, block, 4, 0, 4) == block.block_hash
+    assert kv.provenance.num_degraded_blocks == 0
 
 
 def test_who_holds_kv() -> None:
