@@ -56,17 +56,29 @@ dt { font-weight:600; } dd { margin:0 0 8px; }
 """
 
 _DEFINITIONS = (
-    ("SLO violation", "share of the requests SENT that were not answered in full within both limits; errors, "
-     "rejections (503), time-outs and requests unfinished at the cut-off are violations"),
-    ("TTFT", "from just before the HTTP request is sent to the first chunk of the answer: includes HTTP, queueing "
-     "and prefill"),
+    (
+        "SLO violation",
+        "share of the requests SENT that were not answered in full within both limits; errors, rejections "
+        "(503), time-outs and requests unfinished at the cut-off are violations",
+    ),
+    (
+        "TTFT",
+        "from just before the HTTP request is sent to the first chunk of the answer: includes HTTP, "
+        "queueing and prefill",
+    ),
     ("TPOT", "(end-to-end latency − TTFT) / (output tokens − 1), one value per request"),
     ("ITL", "gap between two successive chunks, pooled over all requests"),
-    ("Level 0 again after", "from the last moment at which requests waited, or more KV blocks were in use than "
-     "level 0 has, to the return to full precision for good"),
-    ("Expected KL", "tokens generated at each level × that level's KL divergence against full precision as "
-     "measured offline, per token"),
-)  # fmt: skip
+    (
+        "Level 0 again after",
+        "from the last moment at which requests waited, or more KV blocks were in use than level 0 has, "
+        "to the return to full precision for good",
+    ),
+    (
+        "Expected KL",
+        "tokens generated at each level × that level's KL divergence against full precision as measured "
+        "offline, per token",
+    ),
+)
 
 
 def page(summary: Summary, table: Rows, shown: Sequence[RunResult], pictures: dict[str, Path]) -> str:
@@ -87,20 +99,22 @@ def page(summary: Summary, table: Rows, shown: Sequence[RunResult], pictures: di
         _bought_and_cost(summary),
         "<h2>What happened, second by second</h2>",
         _figure(
-            pictures["timeline"], "Timeline of every run",
-            "Same workload, same axes. Grey: arrivals. Red: waiting requests. Black: KV blocks the scheduler may "
-            "use, blue: blocks in use. Each dot is one request, at the moment it was sent.",
+            pictures["timeline"],
+            "Timeline of every run",
+            "Same workload, same axes. Red: waiting requests. Black: KV blocks the scheduler may use; "
+            "light blue: blocks in use. Each dot is one request, at the moment it was sent.",
         ),
         "<h2>Latency of all requests</h2>",
         _figure(
-            pictures["distribution"], "Distribution of TTFT and TPOT",
+            pictures["distribution"],
+            "Distribution of TTFT and TPOT",
             "Share of requests sent that were served with at most this TTFT or TPOT. A curve that ends "
             "below 1 had requests without a full answer. Dashed: the SLO.",
         ),
         "<h2>All figures</h2>",
         _table(names, table, summary.rows[0]["repeats"]),
         _how(summary, shown),
-    ]  # fmt: skip
+    ]
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{_text(title)}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
 
+from morphserve.replay.compare import STOCK  # noqa: E402
 from morphserve.replay.results import RunResult  # noqa: E402
 from morphserve.replay.summary import percent  # noqa: E402
 
@@ -40,6 +41,12 @@ _STYLE: Any = {
     "legend.fontsize": 8.5,
 }
 _BIN_S = 2.0
+MARKS = (
+    (BLUE, "o", "within SLO"),
+    (AMBER, "D", "TPOT too high"),
+    (RED, "o", "TTFT too high"),
+    (RED, "x", "no full answer"),
+)
 
 
 def timeline(runs: Sequence[RunResult], path: Path) -> None:
@@ -77,7 +84,7 @@ def timeline(runs: Sequence[RunResult], path: Path) -> None:
         for row, label in enumerate(labels):
             grid[row][0].set_ylabel(label)
         _share_scales(grid, runs)
-        for row in (1, 2, 4):
+        for row in (1, 2):
             grid[row][0].legend(loc="upper left", ncols=3, handlelength=1.4, columnspacing=1.2)
         figure.align_ylabels(list(grid[:, 0]))
         figure.savefig(path, dpi=130, bbox_inches="tight", facecolor="white")
@@ -119,8 +126,9 @@ def _level(ax: Axes, run: RunResult, end_s: float) -> None:
     seen = [s for s in run.series if s.level is not None]
     if not seen:
         ax.axhline(0, color=PURPLE, linewidth=1.6)
+        text = "full precision throughout" if run.name == STOCK else "no level reported"
         ax.text(
-            end_s / 2, 0.5, "full precision throughout", ha="center", va="bottom", color=MUTED,
+            end_s / 2, 0.5, text, ha="center", va="bottom", color=MUTED,
             fontsize=8.5, transform=ax.get_xaxis_transform(),
         )  # fmt: skip
         return
@@ -133,23 +141,18 @@ def _ttft(ax: Axes, run: RunResult) -> None:
     slo = run.slo
     sent = [o for o in run.replayed.outcomes if o.sent_s is not None]
     good = [o for o in sent if slo.good(o)]
-    late = [o for o in sent if o.latency_s and not slo.ttft_ok(o)]
+    late = [o for o in sent if o.ok and not slo.ttft_ok(o)]
     slow = [o for o in sent if o.ok and slo.ttft_ok(o) and not slo.tpot_ok(o)]
     lost = [o for o in sent if not o.ok]
-    for group, color, marker, label in (
-        (good, BLUE, "o", "within SLO"),
-        (slow, AMBER, "D", "TPOT too high"),
-        (late, RED, "o", "TTFT too high"),
-    ):
+    for group, (color, marker, _) in zip((good, slow, late), MARKS, strict=False):
         ax.scatter(
             [o.sent_s or 0.0 for o in group], [max(o.ttft_s, 1e-3) for o in group],
-            s=22, color=color, marker=marker, edgecolors="white", linewidths=0.5, label=label, zorder=3,
+            s=22, color=color, marker=marker, edgecolors="white", linewidths=0.5, zorder=3,
         )  # fmt: skip
-    if lost:
-        ax.plot(
-            [o.sent_s or 0.0 for o in lost], [0.97] * len(lost), "x", color=RED, markersize=5,
-            transform=ax.get_xaxis_transform(), label="no full answer", zorder=4,
-        )  # fmt: skip
+    ax.plot(
+        [o.sent_s or 0.0 for o in lost], [0.97] * len(lost), MARKS[3][1], color=MARKS[3][0], markersize=5,
+        transform=ax.get_xaxis_transform(), zorder=4,
+    )  # fmt: skip
     ax.axhline(slo.ttft_s, color=RED, linewidth=1, linestyle=(0, (4, 3)))
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -174,16 +177,14 @@ def _share_scales(grid: np.ndarray, runs: Sequence[RunResult]) -> None:
     first_tokens = [o.ttft_s for r in runs for o in r.replayed.outcomes if o.latency_s > 0]
     low = min([*first_tokens, runs[0].slo.ttft_s])
     high = max([*first_tokens, runs[0].slo.ttft_s])
-    grid[4][0].set_ylim(10 ** math.floor(math.log10(max(low, 1e-3) * 0.9)), max(high, 1e-2) * 5)
+    grid[4][0].set_ylim(10 ** math.floor(math.log10(max(low, 1e-3) * 0.9)), max(high, 1e-2) * 12)
     handles = [
-        Line2D([], [], color=c, marker=m, linestyle="", markersize=5, label=label)
-        for c, m, label in (
-            (BLUE, "o", "within SLO"),
-            (AMBER, "D", "TPOT too high"),
-            (RED, "o", "TTFT too high"),
-        )
+        Line2D([], [], color=color, marker=marker, linestyle="", markersize=5, label=label)
+        for color, marker, label in MARKS
     ]
-    grid[4][0].legend(handles=handles, loc="upper left")
+    if all(o.ok for r in runs for o in r.replayed.outcomes):
+        handles.pop()
+    grid[4][0].legend(handles=handles, loc="upper left", ncols=2, columnspacing=1.2, handletextpad=0.2)
 
 
 def distribution(runs: Sequence[RunResult], path: Path) -> None:

@@ -53,6 +53,7 @@ class ServerOptions:
             "--max-num-seqs", str(self.max_num_seqs),
             "--block-size", str(self.block_size),
             "--num-gpu-blocks-override", str(self.num_blocks),
+            "--disable-uvicorn-access-log",  # two lines per poll would bury what the log is read for
             "--enable-prefix-caching" if self.prefix_caching else "--no-enable-prefix-caching",
         ]  # fmt: skip
         if self.enforce_eager:

@@ -1,0 +1,277 @@
+"""Servers started and stopped, comparisons run, and what they leave behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cpu import replay_fakes
+from cpu.replay_fakes import CORPUS, encode
+
+from morphserve.errors import ConfigError
+from morphserve.replay import ReplayError, Slo, main
+from morphserve.replay.client import ClientOptions, Outcome, Replayed
+from morphserve.replay.compare import RUN_NAMES, Comparison, derived_config, run_all
+from morphserve.replay.console import ConsoleProgress
+from morphserve.replay.formats import TraceRequest
+from morphserve.replay.measure import Measurement
+from morphserve.replay.prompts import PromptMaker
+from morphserve.replay.report import write_report
+from morphserve.replay.results import ROW_KEYS, RunResult
+from morphserve.replay.scrape import Snapshot
+from morphserve.replay.server import ServerOptions, serve
+from morphserve.replay.summary import summarize
+from morphserve.replay.workload import Workload
+
+FAKE = ServerOptions(
+    model="tiny", command=(sys.executable, replay_fakes.__file__), start_timeout_s=60, extra_args=()
+)
+WORKLOAD = Workload("tiny", tuple(TraceRequest(i * 0.02, 5, 4) for i in range(6)), 512)
+QUIET = ConsoleProgress(enabled=False)
+
+
+def fake(what: str) -> ServerOptions:
+    return replace(FAKE, extra_args=("--fake", what))
+
+
+def comparison(tmp_path: Path, *names: str, server: ServerOptions = FAKE, repeats: int = 1) -> Comparison:
+    config = tmp_path / "morph.yaml"
+    config.write_text("kv: {max_num_blocks: 400}\ndecision_log: log.jsonl\n", encoding="utf-8")
+    return Comparison(
+        names=names,
+        server=server,
+        measurement=Measurement(
+            workload=WORKLOAD,
+            prompts=PromptMaker(CORPUS, encode).make(WORKLOAD),
+            slo=Slo(60.0, 60.0),
+            client=ClientOptions(url="", model="demo", cutoff_s=60),
+            poll_s=0.05,
+        ),
+        out=tmp_path / "out",
+        config=config,
+        repeats=repeats,
+    )
+
+
+def alive(pid: int) -> bool:
+    """A process that runs; one that only waits to be reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_server_and_its_children_are_gone_after_an_error(tmp_path: Path) -> None:
+    """Guards the machine: an engine process that stays would spoil every later run."""
+    marker = tmp_path / "child"
+    with (
+        pytest.raises(KeyboardInterrupt),
+        serve(fake(str(marker)), tmp_path / "server.log") as server,
+    ):
+        child = int(Path(f"{marker}.pid").read_text(encoding="utf-8"))
+        assert alive(server.pid) and alive(child)
+        assert os.getpgid(child) == server.pid != os.getpgid(0)
+        raise KeyboardInterrupt
+    assert not alive(server.pid) and not alive(child)
+
+
+def test_server_that_dies_shows_its_log(tmp_path: Path) -> None:
+    """Guards diagnosis: the reason is in the log, and the user must not have to look for it."""
+    with (
+        pytest.raises(ReplayError, match=r"ended with code 1 .*\n.*\n.*KV cache is too small: 3 blocks"),
+        serve(fake("die"), tmp_path / "server.log"),
+    ):
+        pass
+
+
+def test_server_that_never_gets_healthy_is_given_up(tmp_path: Path) -> None:
+    """Guards against waiting for ever; the process must be gone as well."""
+    options = replace(fake("unhealthy"), start_timeout_s=0.0)
+    with pytest.raises(ReplayError, match="--start-timeout"), serve(options, tmp_path / "server.log"):
+        pass
+
+
+def test_missing_vllm_is_explained(tmp_path: Path) -> None:
+    """Guards against a bare FileNotFoundError."""
+    options = replace(FAKE, command=("/no/such/vllm", "serve"))
+    with pytest.raises(ReplayError, match="/no/such/vllm"), serve(options, tmp_path / "server.log"):
+        pass
+
+
+def test_runs_differ_in_the_plugin_alone(tmp_path: Path) -> None:
+    """Guards a fair comparison: same flags, same memory, same mode for every server."""
+    commands = {}
+    for result in run_all(comparison(tmp_path, *RUN_NAMES), QUIET):
+        commands[result.name] = re.sub(r"--port \d+", "", result.setup["command"])
+    stock = commands.pop("stock")
+    assert "morphserve" not in stock
+    for name, command in commands.items():
+        config = (tmp_path / "out" / name / "config.yaml").resolve()
+        assert command == f"{stock} --plugin morphserve --morphserve-config {config}"
+
+
+def test_static_anchors_change_only_the_policy(tmp_path: Path) -> None:
+    """Guards the anchors: a static run with another ladder or block limit proves nothing."""
+    base = comparison(tmp_path, "morphserve").config
+    assert base is not None
+    morph, w8, w4 = (derived_config(base, n, tmp_path) for n in ("morphserve", "static_w8", "static_w4"))
+    assert morph == {"kv": {"max_num_blocks": 400}, "decision_log": str(tmp_path / "decisions.jsonl")}
+    assert w8 == morph | {"policy": {"kind": "static", "level": "w8"}}
+    assert w4 == morph | {"policy": {"kind": "static", "level": "w4"}}
+
+
+def test_comparison_measures_every_run(tmp_path: Path) -> None:
+    """Guards the chain: server, warm-up, replay, metrics, status and files, for stock and MorphServe."""
+    results = run_all(comparison(tmp_path, "stock", "morphserve"), QUIET)
+    summary = summarize(WORKLOAD, "tiny.jsonl", Slo(60.0, 60.0), results)
+    stock, morph = summary.document("r")["runs"]
+    assert list(stock) == list(morph) == list(ROW_KEYS)
+    assert stock["sent"] == morph["sent"] == 6
+    assert stock["violation_rate"] == morph["violation_rate"] == 0.0
+    assert stock["preemptions"] == 6  # of the measured requests, not of the warm-up
+    absent = ("tokens_by_level", "expected_kl_per_token", "transitions", "level_zero_after_s", "pause_max_ms")
+    assert all(stock[key] is None for key in absent)
+    assert morph["tokens_by_level"] == {"0": 24, "1": 24}
+    assert morph["expected_kl_per_token"] == pytest.approx(0.01)
+    assert (morph["transitions"], morph["pause_max_ms"]) == (6, 7.5)
+    with (tmp_path / "out" / "stock" / "requests.csv").open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["good"] for row in rows] == ["1"] * 6
+
+
+def test_repeats_are_interleaved_and_folded(tmp_path: Path) -> None:
+    """Guards repeats: run in blocks, a drift of the machine would look like a difference of the servers."""
+    results = run_all(comparison(tmp_path, "stock", "morphserve", repeats=2), QUIET)
+    assert [(r.name, r.repeat) for r in results] == [
+        ("stock", 1), ("morphserve", 1), ("stock", 2), ("morphserve", 2),
+    ]  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "morphserve.1", "morphserve.2", "stock.1", "stock.2",
+    ]  # fmt: skip
+    stock = summarize(WORKLOAD, "w", Slo(60.0, 60.0), results).rows[0]
+    both = [r.figures()["ttft_p50_s"] for r in results if r.name == "stock"]
+    assert stock["repeats"] == 2
+    assert stock["spread"]["ttft_p50_s"] == [min(both), max(both)]
+    assert stock["ttft_p50_s"] == pytest.approx(sum(both) / 2)
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "error"),
+    [
+        (("stock", "fp8"), "kv: {}", ReplayError),
+        (("stock", "stock"), "kv: {}", ReplayError),
+        ((), "kv: {}", ReplayError),
+        (("stock", "morphserve"), None, ReplayError),
+        (("stock", "morphserve"), "polcy: {}", ConfigError),
+    ],
+)
+def test_impossible_comparisons_are_refused_first(
+    tmp_path: Path, names: tuple[str, ...], config: str | None, error: type[Exception]
+) -> None:
+    """Guards the user's minutes: what fails at the second server must be refused before the first."""
+    asked = comparison(tmp_path, *names)
+    if config is None:
+        asked = replace(asked, config=None)
+    else:
+        assert asked.config is not None
+        asked.config.write_text(config, encoding="utf-8")
+    with pytest.raises(error):
+        run_all(asked, QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def made_up(
+    name: str, ttft_s: float, level: int | None, tokens: dict[str, int] | None, kl: float
+) -> RunResult:
+    """A run in which every request had this TTFT."""
+    outcomes = [
+        Outcome(i, float(i), 5, 3, float(i), i + ttft_s + 1, "ok", ttft_s, ttft_s + 0.2, [0.1, 0.1], 3, "abc")
+        for i in range(10)
+    ]
+    first = Snapshot(0.0, level=level, waiting=0, running=0, blocks_published=49, blocks_used=3)
+    last = replace(first, t_s=12.0, tokens_by_level=tokens or {})
+    status = {"ladder": [{"level": k, "expected_kl": k * kl} for k in range(3)]} if tokens else None
+    return RunResult(name, 1, Path("out") / name, Slo(), Replayed(outcomes, 0.0, 12.0), [first, last], status)
+
+
+def test_report_is_one_self_contained_page(tmp_path: Path) -> None:
+    """Guards the page: it must open anywhere, and say what was bought and what it cost."""
+    runs = [
+        replace(made_up("stock", 5.0, None, None, 0.0), directory=tmp_path / "stock"),
+        replace(made_up("morphserve", 0.1, 0, {"0": 75, "1": 25}, 0.02), directory=tmp_path / "morphserve"),
+    ]
+    summary = summarize(WORKLOAD, "<w>.jsonl", Slo(), runs)
+    assert summary.headline == (
+        "SLO violations 100 % → 0 %; P95 TTFT 5.00 s → 0.10 s; "
+        "price: 25 % of tokens at level ≥ 1, expected KL 0.005 nats/token"
+    )
+    page = write_report(summary, runs, tmp_path).read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 2
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    assert "What it bought" in page and "What it cost" in page
+    assert "&lt;w&gt;.jsonl" in page and "<w>" not in page
+    stored = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert [r["name"] for r in stored["runs"]] == ["stock", "morphserve"]
+    assert "| SLO violations, of requests sent | 100 % | 0 % |" in (tmp_path / "summary.md").read_text()
+    assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("anchor", "says"),
+    [
+        (("static_w8", 0.1, 1, {"1": 100}, 0.004), True),  # as few violations, cheaper
+        (("static_w8", 0.1, 1, {"1": 100}, 0.03), False),  # as few violations, dearer
+        (("static_w8", 5.0, 1, {"1": 100}, 0.004), False),  # cheaper, but violates
+        (("stock", 0.1, None, None, 0.0), True),  # the load never needed morphing
+        (("stock", 5.0, None, None, 0.0), False),
+    ],
+)
+def test_report_says_when_a_static_anchor_dominates(anchor: tuple[Any, ...], says: bool) -> None:
+    """Guards honesty: where no policy was needed, the report itself must say so."""
+    runs = [made_up("morphserve", 0.1, 0, {"0": 75, "1": 25}, 0.02), made_up(*anchor)]
+    notes = summarize(WORKLOAD, "w", Slo(), runs).notes
+    assert any("dominates" in note for note in notes) is says
+
+
+def test_command_line_ends_with_one_json_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the interface that make demo reads: the last line on stdout is the document."""
+    workload = tmp_path / "w.jsonl"
+    workload.write_text('{"timestamp": 10, "input_length": 6, "output_length": 3}\n' * 3, encoding="utf-8")
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(CORPUS, encoding="utf-8")
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    words = sorted(set(CORPUS.split()))
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", *words])}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"}
+    (tokenizer / "tokenizer.json").write_text(
+        json.dumps({"version": "1.0", "model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}})
+    )
+    with serve(FAKE, tmp_path / "server.log") as server:
+        code = main(
+            "replay", corpus,
+            ["--workload", str(workload), "--url", server.url, "--name", "there", "--out", f"{tmp_path}/o",
+             "--tokenizer", str(tokenizer), "--quiet", "--slo-ttft-s", "60", "--slo-tpot-ms", "60000"],
+        )  # fmt: skip
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert code == 0
+    assert list(document) == ["workload", "slo", "runs", "report"]
+    assert document["slo"] == {"ttft_s": 60.0, "tpot_s": 60.0}
+    assert [list(run) for run in document["runs"]] == [list(ROW_KEYS)]
+    assert (document["runs"][0]["name"], document["runs"][0]["violation_rate"]) == ("there", 0.0)
+    assert Path(document["report"]).is_file()
+    result = json.loads((tmp_path / "o" / "there" / "result.json").read_text(encoding="utf-8"))
+    assert result["input_lens"] == [6, 6, 6]
+
+
+def test_command_line_explains_a_bad_workload(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against a traceback as the answer to a typo."""
+    assert main("replay", tmp_path, ["--workload", "none.jsonl", "--dry-run"]) == 1
+    assert "none.jsonl" in capsys.readouterr().err
