@@ -18,7 +18,7 @@ export VENV TORCH_INDEX MORPHSERVE_EXTRA
 # empty = the demo model, obtained and converted once
 MODEL ?=
 CONFIG ?= policies/yaml/demo.yaml
-WORKLOAD ?= scripts/workloads/wl_convD.jsonl
+WORKLOAD ?= scripts/workloads/convD.jsonl
 OUT ?= reports/demo
 PORT ?= 8000
 FULL ?= 0
