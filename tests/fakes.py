@@ -321,6 +321,7 @@ class Rig:
         immediate: bool = False,
         max_num_blocks: int | None = None,
         layers_per_level: int = 3,
+        staging_bytes: int | None = None,
         log: DecisionLog | None = None,
     ) -> None:
         self.script = ScriptedPolicy()
@@ -332,7 +333,9 @@ class Rig:
         self.ladder = build_ladder(
             8, LAYER_BYTES, LadderConfig(steps=steps), BASE_BLOCKS, KV_BLOCK_BYTES, max_num_blocks
         )
-        staging = largest_chunk_bytes(LAYER_BYTES, self.config.transition.max_layers_per_step)
+        staging = staging_bytes
+        if staging is None:
+            staging = largest_chunk_bytes(LAYER_BYTES, self.config.transition.max_layers_per_step)
         self.ledger = make_ledger(self.ladder, KV_BLOCK_BYTES, staging)
         self.pool = FakePool(BASE_BLOCKS)
         self.executor = FakeExecutor(
@@ -377,6 +380,7 @@ class Rig:
         self.pool.check_whole()
         assert self.ledger.used_bytes <= self.ledger.budget_bytes
         exposure = self.controller.exposure_level
+        assert self.pool.num_kv_blocks <= self.ladder[exposure].num_kv_blocks, "more than the ladder allows"
         allowed = [self.ladder[exposure].layer_formats, self.ladder[max(exposure - 1, 0)].layer_formats]
         for rank in self.executor.ranks:
             for layer, fmt in enumerate(rank.formats):

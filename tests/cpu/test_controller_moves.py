@@ -101,10 +101,10 @@ def test_shrink_moves_live_blocks_in_the_same_step() -> None:
 def test_copies_are_bounded_per_step_and_drained() -> None:
     """Guards: more live blocks moved per step than configured, or replies left on the ring."""
     config = MorphServeConfig(
-        kv=KVConfig(migrate_blocks_per_step=1), transition=TransitionConfig(max_layers_per_step=3)
+        kv=KVConfig(migrate_blocks_per_step=1), transition=TransitionConfig(max_layers_per_step=8)
     )
-    rig = Rig(config=config)
-    rig.go_to(6)
+    rig = Rig(config=config, layers_per_level=8)  # one chunk, so that all moves belong to one drain
+    rig.go_to(1)
     assert rig.pool.allocate(1, 15)
     rig.step()
     rig.executor.delay = lambda: 12  # the fake asserts that never more than ten are under way
@@ -141,6 +141,34 @@ def test_turning_around_at_any_step_of_a_restore(after_steps: int) -> None:
     rig.step(after_steps)
     rig.go_to(3)
     assert rig.pool.num_kv_blocks == rig.ladder[3].num_kv_blocks
+
+
+@pytest.mark.parametrize(("phase", "commands"), [("SHRINKING", []), ("PREPARING", ["abort"])])
+def test_turning_around_before_the_switch_switches_nothing(phase: str, commands: list[str]) -> None:
+    """Guards: layers brought back only to be replaced again, while a burst waits."""
+    rig = Rig()
+    rig.go_to(3)
+    rig.script.level = 2
+    while rig.controller.phase.name != phase:
+        rig.step()
+    at_turn = len(rig.executor.sent)
+    rig.go_to(3)
+    after = rig.executor.sent[at_turn:]
+    assert [command for command, plan in after if plan.layer_formats] == commands
+    assert rig.pool.num_kv_blocks == rig.ladder[3].num_kv_blocks
+
+
+def test_staging_reserve_bounds_a_chunk() -> None:
+    """Guards rule 4: more layers staged at once than the budget has room for."""
+    rig = Rig(staging_bytes=1300)  # the largest layer, though two per step are allowed
+    rig.go_to(6)
+    rig.go_to(0)
+    sizes = {
+        sum(LAYER_BYTES[fmt][layer] for layer, fmt in plan.layer_formats)
+        for command, plan in rig.executor.sent
+        if command == "prepare"
+    }
+    assert max(sizes) == 1300
 
 
 def test_drain_timeout_keeps_the_old_level_and_allows_degrading() -> None:
@@ -257,6 +285,7 @@ def test_failing_commit_makes_the_controller_inert() -> None:
     assert rig.pool.num_kv_blocks == BASE_BLOCKS
     assert rig.controller.counters.errors == {"controller": 1}
     assert rig.controller.counters.transitions == {("degrade", "aborted"): 1}
+    assert not rig.controller.wants_wakeup
 
 
 @pytest.mark.parametrize("method", ["prepare", "begin_shrink", "advance_shrink", "finish_shrink", "commit"])
