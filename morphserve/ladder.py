@@ -39,13 +39,7 @@ def build_ladder(
     Raises:
         ConfigError: the section does not fit this model or these bytes.
     """
-    if kv_block_bytes < 1:
-        raise ConfigError(f"kv_block_bytes is {kv_block_bytes}, must be at least 1. Give one block's bytes.")
-    if max_num_blocks is not None and max_num_blocks < base_num_blocks:
-        raise ConfigError(
-            f"kv.max_num_blocks {max_num_blocks} is below the {base_num_blocks} blocks of level 0. "
-            "Raise it, or leave it out."
-        )
+    _check_blocks(base_num_blocks, kv_block_bytes, max_num_blocks)
     _check_layer_bytes(num_layers, layer_bytes, config)
     order = _swap_order(num_layers, config.order)
     formats = [BASE_FORMAT] * num_layers
@@ -134,6 +128,17 @@ def _num_step_layers(num_layers: int, step: LadderStep, number: int) -> int:
             f"Give 1 to {num_layers}, or 'all'."
         )
     return step.layers
+
+
+def _check_blocks(base_num_blocks: int, kv_block_bytes: int, max_num_blocks: int | None) -> None:
+    """Block size and cap make sense."""
+    if kv_block_bytes < 1:
+        raise ConfigError(f"kv_block_bytes is {kv_block_bytes}, must be at least 1. Give one block's bytes.")
+    if max_num_blocks is not None and max_num_blocks < base_num_blocks:
+        raise ConfigError(
+            f"kv.max_num_blocks {max_num_blocks} is below the {base_num_blocks} blocks of level 0. "
+            "Raise it, or leave it out."
+        )
 
 
 def _check_layer_bytes(num_layers: int, layer_bytes: LayerBytes, config: LadderConfig) -> None:

@@ -100,11 +100,6 @@ class ChunkRunner:
 
     # ---- questions
 
-    @property
-    def num_layers_changing(self) -> int:
-        """Layers in the chunk under way."""
-        return 0 if self._chunk is None else len(self._chunk.layers)
-
     def next_rung(self, target: int) -> int | None:
         """The rung to approach on the way to `target`; None = we are there."""
         if self.lower != self.upper:
