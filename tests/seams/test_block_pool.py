@@ -270,14 +270,16 @@ def test_secondary_hashes_and_metrics_move_with_the_block() -> None:
     block = kv.pool.blocks[25]
     key = make_block_hash_with_group_id(BlockHash(b"second"), 0)
     kv.pool._insert_block_hash(key, block, num_tokens=2)
-    age = kv.pool.metrics_collector.block_metrics[25]
+    ages = kv.pool.metrics_collector.block_metrics
+    age, unsampled = ages[25], kv.pool.blocks[26]
+    del ages[26]
     kv.begin(20)
     assert kv.advance(99) == 0
     assert block.block_id < 20
     assert kv.pool.cached_block_hashes_by_block == {block.block_id: {key}}
     assert kv.pool.cached_block_hash_to_block.contain(key, block.block_id)
-    assert kv.pool.metrics_collector.block_metrics[block.block_id] is age
-    assert 25 not in kv.pool.metrics_collector.block_metrics
+    assert ages[block.block_id] is age
+    assert 25 not in ages and unsampled.block_id not in ages
     kv.finish()
     kv.end(request.request_id)
 
