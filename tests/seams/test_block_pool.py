@@ -155,7 +155,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestPool.settings = settings(max_examples=250, stateful_step_count=40, deadline=None)
 
 
 def shrunk_with(kv: KVModel, *prompts: list[int]) -> list[Any]:
