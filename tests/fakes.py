@@ -7,7 +7,7 @@ blocks, then `executor.forward(pool)`, which carries out the commands sent befor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from morphserve.config import LadderConfig, LadderStep, MorphServeConfig, TransitionConfig
 from morphserve.controller import (
@@ -191,6 +191,14 @@ class FakeExecutor:
     def abort(self, plan: Plan) -> FakeTicket:
         return self._send("abort", plan)
 
+    def apply(self, plan: Plan) -> FakeTicket:
+        assert self.num_ranks == 1, "apply without a vote"
+        return self._send("apply", plan)
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.ranks)
+
     def forward(self, pool: FakePool) -> None:
         """Carry out what was sent, then read every live block on every rank."""
         self.run_commands()
@@ -232,7 +240,9 @@ class FakeExecutor:
         assert plan.revision >= rank.revision, "a rank met a revision it has passed"
         rank.revision = plan.revision
         error = self.fail(command, plan, rank.index)
-        if not error:
+        if command == "apply":
+            self._apply(plan, rank, prepares=not error)
+        elif not error:
             getattr(self, f"_{command}")(plan, rank)
         return Reply(
             rank=rank.index,
@@ -250,6 +260,12 @@ class FakeExecutor:
         assert plan.layer_formats, "nothing to prepare"
         rank.staged = plan
         self._check_budget(rank)
+
+    def _apply(self, plan: Plan, rank: FakeRank, prepares: bool) -> None:
+        self._commit(replace(plan, layer_formats=(), num_kv_blocks=min(plan.num_kv_blocks, rank.mapped)), rank)
+        if prepares:
+            self._prepare(plan, rank)
+            self._commit(replace(plan, copies=()), rank)
 
     def _abort(self, plan: Plan, rank: FakeRank) -> None:
         assert rank.staged is None or rank.staged == plan

@@ -47,6 +47,7 @@ class _Chunk:
     num_live_tail: int = -1
     worker_s: float = 0.0  # what prepare took on the slowest rank
     end: ChunkEnd | None = None
+    exposure_before: int = 0  # what tokens count at if the switch fails
 
 
 @dataclass(slots=True)
@@ -139,8 +140,12 @@ class ChunkRunner:
         if chunk.blocks_after < chunk.blocks_before:
             self.pool.begin_shrink(chunk.blocks_after)
             self._move(Phase.DRAINING)
+        elif self.ledger["kv_blocks"] <= chunk.blocks_after * self.ledger.kv_block_bytes:
+            self._send_layers(chunk)
         else:
-            self._send_prepare(chunk)
+            # Some rank mapped less than the others and decided what is published: those give it back.
+            self._move(Phase.SHRINKING)
+            self._unmap(chunk, ())
 
     def advance(self, now_s: float, wanted: bool) -> ChunkEnd | None:
         """Go as far as the replies allow, each phase once; never blocks.
@@ -162,20 +167,19 @@ class ChunkRunner:
         if self.phase is Phase.SHRINKING and not self.desk.copies and self._answered(chunk) is not None:
             self._book_kv(chunk.blocks_after)
             if wanted:
-                self._send_prepare(chunk)
+                self._send_layers(chunk)
             else:
                 chunk.end = ChunkEnd("cancelled")
                 self._send_regrow(chunk)
         if self.phase is Phase.PREPARING:
-            self._await_prepare(chunk, wanted)
+            if self._votes:
+                self._await_prepare(chunk, wanted)
+            else:
+                self._await_apply(chunk)
         if self.phase is Phase.COMMITTING and (replies := self._answered(chunk)) is not None:
             self._settle(chunk, replies)
         if self.phase is Phase.ABORTING and self._answered(chunk) is not None:
-            self.ledger.release("staging", chunk.new_bytes)
-            if self.pool.num_kv_blocks < chunk.blocks_before:
-                self._send_regrow(chunk)
-            else:
-                self._move(Phase.IDLE)
+            self._undo(chunk)
         if self.phase is Phase.REGROWING and (replies := self._answered(chunk)) is not None:
             self._grow(chunk.blocks_before, replies)
             self._move(Phase.IDLE)
@@ -224,19 +228,61 @@ class ChunkRunner:
         if step.num_live_tail == 0:
             self.pool.finish_shrink()
             self._move(Phase.SHRINKING)
-            plan = Plan(chunk.revision, (), chunk.blocks_after, step.copies)
-            chunk.ticket = self.executor.commit(plan)
-            chunk.revision = self.next_revision()
+            self._unmap(chunk, step.copies)
         elif step.copies:
             plan = Plan(chunk.revision, (), chunk.blocks_before, step.copies)
             self.desk.copies.append(self.executor.commit(plan))
             chunk.revision = self.next_revision()
 
-    def _send_prepare(self, chunk: _Chunk) -> None:
+    def _unmap(self, chunk: _Chunk, copies: tuple[tuple[int, int], ...]) -> None:
+        """Send the last copies and the unmapping; a single rank gets the layers in the same command."""
+        if self._votes:
+            chunk.ticket = self.executor.commit(Plan(chunk.revision, (), chunk.blocks_after, copies))
+            chunk.revision = self.next_revision()
+        else:
+            # It unmaps before it builds, so the bytes are there when it does.
+            self._book_kv(chunk.blocks_after)
+            self._send_layers(chunk, copies)
+
+    @property
+    def _votes(self) -> bool:
+        """More than one rank: none may switch before all can."""
+        return self.executor.num_ranks > 1
+
+    def _send_layers(self, chunk: _Chunk, copies: tuple[tuple[int, int], ...] = ()) -> None:
         self.ledger.reserve("staging", chunk.new_bytes)
-        chunk.plan = Plan(chunk.revision, chunk.layers, chunk.blocks_after)
-        chunk.ticket = self.executor.prepare(chunk.plan)
+        chunk.plan = Plan(chunk.revision, chunk.layers, chunk.blocks_after, copies)
+        if self._votes:
+            chunk.ticket = self.executor.prepare(chunk.plan)
+        else:
+            chunk.exposure_before = self.upper
+            self.upper = max(self.upper, chunk.toward)  # from the next forward pass on
+            chunk.ticket = self.executor.apply(chunk.plan)
         self._move(Phase.PREPARING)
+
+    def _await_apply(self, chunk: _Chunk) -> None:
+        """One rank: its answer to `apply` says that it has switched, or that no layer has changed."""
+        assert chunk.ticket is not None
+        replies = self.desk.poll(chunk.ticket)
+        if replies is None:
+            return
+        chunk.ticket = None
+        if failed := failures(replies):
+            self.upper = chunk.exposure_before
+            chunk.end = ChunkEnd("aborted", error=failed)
+            self._move(Phase.ABORTING)
+            self._undo(chunk)
+            return
+        self._move(Phase.COMMITTING)
+        self._settle(chunk, replies)
+
+    def _undo(self, chunk: _Chunk) -> None:
+        """The layers stay what they were; give back the KV that was to pay for them."""
+        self.ledger.release("staging", chunk.new_bytes)
+        if self.pool.num_kv_blocks < chunk.blocks_before:
+            self._send_regrow(chunk)
+        else:
+            self._move(Phase.IDLE)
 
     def _await_prepare(self, chunk: _Chunk, wanted: bool) -> None:
         assert chunk.plan is not None and chunk.ticket is not None
@@ -284,18 +330,22 @@ class ChunkRunner:
         self.phase = check_move(revision, self.phase, phase)
 
     def _pick_layers(self, rung: int, direction: Direction) -> tuple[tuple[int, str], ...]:
-        """Layers to switch next: as many as the pause and the staging reserve allow, at least one."""
+        """Layers to switch next: as many as the pause and the staging reserve allow, at least one.
+
+        What a layer takes beyond the budget of the level it leaves is the smaller of its two sizes: going
+        down the new one is staged beside the old; going up, the KV given back has paid the difference.
+        """
         limit = self.config.transition.max_layers_per_step
         cost = self._seconds_per_layer.get(direction, 0.0)
         if cost > 0:
             limit = max(1, min(limit, int(self.config.transition.max_pause_ms / 1000 / cost)))
         layers: list[tuple[int, str]] = []
-        staged = 0
+        excess = 0
         for layer, fmt in enumerate(self.ladder[rung].layer_formats):
             if fmt == self.formats[layer]:
                 continue
-            staged += self.layer_bytes[fmt][layer]
-            if layers and (len(layers) == limit or staged > self.ledger.staging_reserve_bytes):
+            excess += min(self.layer_bytes[fmt][layer], self.layer_bytes[self.formats[layer]][layer])
+            if layers and (len(layers) == limit or excess > self.ledger.staging_reserve_bytes):
                 break
             layers.append((layer, fmt))
         return tuple(layers)

@@ -116,6 +116,10 @@ def make_ledger(ladder: Ladder, kv_block_bytes: int, staging_bytes: int) -> Ledg
 
 
 def largest_chunk_bytes(layer_bytes: Mapping[str, Sequence[int]], max_layers_per_step: int) -> int:
-    """Staging reserve: the largest layers, in their widest format, as many as one chunk switches."""
-    widest = sorted((max(sizes) for sizes in zip(*layer_bytes.values(), strict=True)), reverse=True)
-    return sum(widest[:max_layers_per_step])
+    """Staging reserve: what one chunk takes beyond the budget of the level it leaves.
+
+    For a layer that is the smaller of its two formats' sizes, so at most the second largest of all: a
+    restore stages the largest, but the KV it gave back first has paid the difference.
+    """
+    second = sorted((sorted(sizes)[-2] for sizes in zip(*layer_bytes.values(), strict=True)), reverse=True)
+    return sum(second[:max_layers_per_step])

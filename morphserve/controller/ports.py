@@ -13,8 +13,9 @@ from typing import Protocol
 class Plan:
     """One message to every rank. All ranks carry it out between the same two forward passes.
 
-    A plan with `layer_formats` is sent in two phases (prepare may fail, commit cannot). A plan
-    without (KV only) has nothing that can fail and is committed at once.
+    A plan with `layer_formats` is sent in two phases (prepare may fail, commit cannot), or, where one
+    rank decides alone, as one `apply`. A plan without (KV only) has nothing that can fail and is
+    committed at once.
 
     On commit a rank does, in this order: copy `copies` and rewrite its cached block tables; unmap
     when `num_kv_blocks` is below what it has mapped; switch the layers and free what they were; map
@@ -52,11 +53,24 @@ class Ticket(Protocol):
 class ExecutorPort(Protocol):
     """Sends commands to all ranks, in one order with the forward passes."""
 
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks must agree."""
+        ...
+
     def prepare(self, plan: Plan) -> Ticket: ...
 
     def commit(self, plan: Plan) -> Ticket: ...
 
     def abort(self, plan: Plan) -> Ticket: ...
+
+    def apply(self, plan: Plan) -> Ticket:
+        """Commit in one command, for a single rank, whose own vote is all there is to wait for.
+
+        It copies and unmaps, then prepares, then switches and maps. When preparing fails it answers
+        ok=False: no layer has changed, but what was to be unmapped is.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)

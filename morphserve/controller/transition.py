@@ -29,9 +29,9 @@ class Phase(Enum):
               |<------------------------- REGROWING <--------|  KV had been unmapped
               '<---------------------------------------------'  KV untouched
 
-    DRAINING: the tail is fenced, live blocks move below it. SHRINKING: the tail left the pool, its
-    unmapping is on its way. PREPARING: ranks stage the new layers; the only phase in which a rank
-    may fail. COMMITTING: ranks switch; cannot fail. ABORTING: ranks forget what they staged.
+    DRAINING: the tail is fenced, live blocks move below it. SHRINKING: the tail left the pool (or was
+    never published: another rank had mapped less), its unmapping is on its way. PREPARING: ranks stage the new layers; the only phase in which a rank
+    may fail (a single rank switches in it as well). COMMITTING: ranks switch; cannot fail. ABORTING: ranks forget what they staged.
     REGROWING: blocks that were unmapped for nothing come back.
     """
 
@@ -45,7 +45,7 @@ class Phase(Enum):
 
 
 _NEXT: Mapping[Phase, frozenset[Phase]] = {
-    Phase.IDLE: frozenset({Phase.DRAINING, Phase.PREPARING}),
+    Phase.IDLE: frozenset({Phase.DRAINING, Phase.SHRINKING, Phase.PREPARING}),
     Phase.DRAINING: frozenset({Phase.SHRINKING, Phase.IDLE}),
     Phase.SHRINKING: frozenset({Phase.PREPARING, Phase.REGROWING}),
     Phase.PREPARING: frozenset({Phase.COMMITTING, Phase.ABORTING}),

@@ -48,6 +48,10 @@ class RpcExecutor:
         self._num_ranks = num_ranks
         self.pauses: deque[float] = deque(maxlen=PAUSE_SAMPLES)  # seconds, one per answered command
 
+    @property
+    def num_ranks(self) -> int:
+        return self._num_ranks
+
     def prepare(self, plan: Plan) -> Ticket:
         return self._send("morphserve_prepare", plan)
 
@@ -56,6 +60,9 @@ class RpcExecutor:
 
     def abort(self, plan: Plan) -> Ticket:
         return self._send("morphserve_abort", plan)
+
+    def apply(self, plan: Plan) -> Ticket:
+        return self._send("morphserve_apply", plan)
 
     def _send(self, method: str, plan: Plan) -> Ticket:
         future = self._executor.collective_rpc(method, args=(plan,), non_block=True)

@@ -30,6 +30,17 @@ def _mallopt() -> object | None:
 _MALLOPT = _mallopt()
 
 
+def _glibc_allocates() -> bool:
+    """False when another allocator is preloaded: it serves malloc, and mallopt means nothing to it."""
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+        loaded = maps.read()
+    return not any(other in loaded for other in ("tcmalloc", "jemalloc", "mimalloc"))
+
+
+# Dropping a weight built inside `weights_on_their_own_pages` unmaps it: no malloc_trim is needed.
+FREED_WEIGHTS_RETURN = _MALLOPT is not None and _glibc_allocates()
+
+
 @contextlib.contextmanager
 def weights_on_their_own_pages() -> Iterator[None]:
     """Allocate large blocks inside the `with` such that freeing them returns their memory.

@@ -24,7 +24,7 @@ from morphserve.config import MorphServeConfig
 from morphserve.errors import ConfigError
 from morphserve.errors import StoreError as MorphStoreError
 from morphserve.integration.describe import RankDescription
-from morphserve.integration.host_memory import weights_on_their_own_pages
+from morphserve.integration.host_memory import FREED_WEIGHTS_RETURN, weights_on_their_own_pages
 from morphserve.integration.opaque_linear import method_class
 from policies.types import BASE_FORMAT
 from quant_layers import (
@@ -35,6 +35,7 @@ from quant_layers import (
     StoreError,
     VariantStore,
     choose,
+    trim,
 )
 
 logger = logging.getLogger("vllm.morphserve")
@@ -181,7 +182,8 @@ class RankLayers:
                 slot = LinearSlot(name=name, impl=impl, format=BASE_FORMAT, bias=bias)
                 linear.quant_method = method(slot, num_outputs)
                 slots[layer][name] = slot
-        self.swapper = LayerSwapper(slots, self.store, self.kernels, self._build_base)
+        reclaim = (lambda: None) if FREED_WEIGHTS_RETURN else trim
+        self.swapper = LayerSwapper(slots, self.store, self.kernels, self._build_base, reclaim)
 
     def _build_base(self, layer: int, name: str, tensors: dict[str, torch.Tensor]) -> BaseImpl:
         """vLLM's own constructor on a stand-in module, so that level 0 is stock down to the kernel choice."""

@@ -110,27 +110,32 @@ class MorphServeWorker:
         """Copy, rewrite, unmap, switch, map: in this order memory never exceeds the ledger."""
 
         def commit() -> None:
-            kv = _kv()
-            kv.start(plan.num_kv_blocks)
-            if plan.copies:
-                kv.copy(plan.copies)
-                kv.rewrite_block_tables(self.model_runner, plan.copies)  # type: ignore[attr-defined]
-            kv.unmap(plan.num_kv_blocks)
+            _release_kv(self, plan)
             if plan.layer_formats:
                 _layers().swapper.commit()
-            kv.map(plan.num_kv_blocks)
-            _RANK.revision = max(_RANK.revision, plan.revision)
+            _kv().map(plan.num_kv_blocks)
 
-        return _answer(self, plan, commit)
+        return _answer(self, plan, commit, final=True)
+
+    def morphserve_apply(self, plan: Plan) -> Reply:
+        """Prepare and commit in one command: for engines of one rank, which needs no vote."""
+
+        def apply() -> None:
+            _release_kv(self, plan)
+            layers = _layers()
+            layers.prepare(dict(plan.layer_formats))
+            layers.swapper.commit()
+            _kv().map(plan.num_kv_blocks)
+
+        return _answer(self, plan, apply, final=True)
 
     def morphserve_abort(self, plan: Plan) -> Reply:
         """Drop what was prepared."""
 
         def abort() -> None:
             _layers().swapper.abort()
-            _RANK.revision = max(_RANK.revision, plan.revision)
 
-        return _answer(self, plan, abort)
+        return _answer(self, plan, abort, final=True)
 
     def morphserve_memory(self) -> dict[str, Any]:
         """Resident bytes of this worker beside what its ledger says. For tests and the status page."""
@@ -154,14 +159,29 @@ def _kv() -> RankKV:
     return _RANK.kv
 
 
-def _answer(worker: Any, plan: Plan, action: Callable[[], None]) -> Reply:
-    """Run `action`; a failure becomes a reply, because one rank alone must not stop the engine."""
+def _release_kv(worker: Any, plan: Plan) -> None:
+    """Move what must stay, return what may go. First, so that the plan's layers find the memory."""
+    kv = _kv()
+    kv.start(plan.num_kv_blocks)
+    if plan.copies:
+        kv.copy(plan.copies)
+        kv.rewrite_block_tables(worker.model_runner, plan.copies)
+    kv.unmap(plan.num_kv_blocks)
+
+
+def _answer(worker: Any, plan: Plan, action: Callable[[], None], final: bool = False) -> Reply:
+    """Run `action`; a failure becomes a reply, because one rank alone must not stop the engine.
+
+    `final`: no further command may carry this plan's revision.
+    """
     start = time.perf_counter()
     ok, error = True, ""
     try:
         # Revision 0 stands outside of every transition: it publishes level 0's blocks at start.
         if 0 < plan.revision <= _RANK.revision:
             raise ValueError(f"plan r{plan.revision} came after r{_RANK.revision}: refused")
+        if final:
+            _RANK.revision = max(_RANK.revision, plan.revision)
         action()
     except Exception as e:
         ok, error = False, f"{type(e).__name__}: {e}"

@@ -64,7 +64,7 @@ class AnyHistory(RuleBasedStateMachine):
     @rule(rank=st.integers(0, 2))
     def break_prepare(self, rank: int) -> None:
         self.rig.executor.fail = lambda command, plan, r: (
-            "broken" if command == "prepare" and r == rank else ""
+            "broken" if command in ("prepare", "apply") and r == rank else ""
         )
 
     @rule(limit=st.integers(BASE_BLOCKS, BASE_BLOCKS + 60))
