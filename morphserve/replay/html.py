@@ -20,7 +20,7 @@ _CSS = """
 * { box-sizing:border-box; }
 body { margin:0; background:var(--ground); color:var(--ink); font:15px/1.55 system-ui, "Segoe UI", Roboto,
   "DejaVu Sans", sans-serif; }
-main { max-width:1120px; margin:0 auto; padding:40px 28px 64px; }
+main { max-width:1280px; margin:0 auto; padding:40px 28px 64px; }
 h1 { font-size:15px; font-weight:600; color:var(--muted); margin:0 0 6px; }
 .headline { font-size:27px; line-height:1.3; font-weight:650; margin:0 0 22px; text-wrap:balance; }
 h2 { font-size:18px; margin:40px 0 12px; }

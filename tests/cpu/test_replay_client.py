@@ -118,7 +118,7 @@ def test_no_server_is_an_error_per_request() -> None:
 )
 def test_events_survive_any_cut_of_the_stream(payloads: list[str], cuts: list[int], end: str) -> None:
     """Guards the parser: the network cuts anywhere, also inside a character."""
-    raw = "".join(f"data: {p}{end}: comment{end}" for p in payloads).encode()
+    raw = end.join(f": comment{end}data: {p}" for p in payloads).encode()  # no line end after the last
 
     async def chunks() -> AsyncIterator[bytes]:
         rest = raw
