@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from policies.config import ThresholdConfig
 from policies.levels import deepest_level_within, resolve_level
-from policies.types import Decision, Ladder, Signals
+from policies.types import BASE_FORMAT, Decision, Ladder, Signals
 
 _GROWTH_UNTIL_KNOWN = 1.5  # a request holds its prompt at first; until one has ended, expect it to grow so
 _QUIET_S = 1.0  # nothing waited for so long: the load is draining
@@ -94,6 +94,10 @@ class ThresholdPolicy:
         self._usable = tuple(level.num_kv_blocks - 1 for level in ladder[: self.thresholds.max_level + 1])
         most = self._usable[-1]
         self._deepest_useful = bisect_left(self._usable, most)  # deeper ones give no more blocks
+        # `performance` goes as deep as the need asks at once; the others take a costlier format only
+        # when the cheaper ones, on all their layers, do not hold the need.
+        self._tier_ends = () if config.mode == "performance" else tier_ends(ladder[: len(self._usable)])
+        self._leave_tier_below = (self.thresholds.restore_below + self.thresholds.degrade_above) / 2
         self.dwell_s = self.thresholds.restore_after_s
         self._fits_since: list[float | None] = [None] * len(ladder)  # by level; None = does not fit now
         self._last_preemptions: int | None = None
@@ -163,8 +167,16 @@ class ThresholdPolicy:
         return None
 
     def _level_for(self, need: float) -> int:
-        """Shallowest level that the need fills to `target_usage`, else the deepest useful one."""
-        return min(bisect_left(self._usable, need / self.thresholds.target_usage), self._deepest_useful)
+        """Shallowest level that the need fills to `target_usage`, else the deepest useful one.
+
+        Room to spare is not worth a costlier format: at the end of a tier the need may fill the cache up
+        to `degrade_above`. (W4 on all layers costs ten times the KL of W8 here, and a quarter more blocks.)
+        """
+        level = min(bisect_left(self._usable, need / self.thresholds.target_usage), self._deepest_useful)
+        for end in self._tier_ends:
+            if end < level and need <= self.thresholds.degrade_above * self._usable[end]:
+                return end
+        return level
 
     def _next_useful(self, level: int) -> int:
         """First deeper level with more blocks than `level`, else the deepest useful one."""
@@ -178,7 +190,10 @@ class ThresholdPolicy:
         queued = preempted or s.oldest_wait_s > t.queue_delay_s
         first_fit = len(self._usable) if queued else bisect_left(self._usable, need / t.restore_below)
         for level in range(len(self._usable)):
-            if level < first_fit:
+            fits = level >= first_fit
+            if not fits and not queued and level in self._tier_ends:  # leave the costlier format early
+                fits = need <= self._leave_tier_below * self._usable[level]
+            if not fits:
                 self._fits_since[level] = None
             elif self._fits_since[level] is None:
                 self._fits_since[level] = s.now_s
@@ -221,6 +236,18 @@ class ThresholdPolicy:
         if self._last.level != level:
             self._last = Decision(level, f"hold level {level}")
         return self._last
+
+
+def tier_ends(ladder: Ladder) -> tuple[int, ...]:
+    """Levels after which a format comes in that no shallower level has: the last ones of their tier."""
+    ends = []
+    seen: set[str] = {BASE_FORMAT}
+    for level in ladder:
+        new = set(level.layer_formats) - seen
+        if new and seen != {BASE_FORMAT}:
+            ends.append(level.index - 1)
+        seen |= new
+    return tuple(ends)
 
 
 def _blocks_per_request(s: Signals) -> float:
