@@ -5,6 +5,10 @@ to the size of what was freed last, so that after the first swap weights would c
 there until malloc_trim, which takes 5-46 ms here: too long between two steps. Weights are therefore built
 with a low threshold, and activations with the value glibc itself ends up at (32 MiB, its maximum), so that
 the serving path allocates as it does without us.
+
+The threshold alone is not enough: glibc looks at it only when no free chunk of the heap is large enough, and
+loading a model leaves hundreds of those. Weights built in them stayed resident after they were freed (72 MB
+beyond the budget on a 135M model), so while weights are built the holes are taken.
 """
 
 from __future__ import annotations
@@ -20,14 +24,23 @@ _WEIGHTS_THRESHOLD = 64 * 1024
 _SERVING_THRESHOLD = 32 * 1024 * 1024
 
 
-def _mallopt() -> object | None:
+_LARGEST_HOLE = 1 << 30
+_IS_MMAPPED = 2  # bit of the size word in front of a chunk (glibc, malloc/malloc.c)
+
+
+def _libc() -> ctypes.CDLL | None:
+    """glibc, None for any other C library."""
     name = ctypes.util.find_library("c")
-    if name is None:
+    libc = None if name is None else ctypes.CDLL(name)
+    if libc is None or not hasattr(libc, "mallopt"):  # musl has none
         return None
-    return getattr(ctypes.CDLL(name), "mallopt", None)  # musl has none
+    libc.malloc.restype = ctypes.c_void_p
+    libc.malloc.argtypes = [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    return libc
 
 
-_MALLOPT = _mallopt()
+_LIBC = _libc()
 
 
 def _glibc_allocates() -> bool:
@@ -38,7 +51,25 @@ def _glibc_allocates() -> bool:
 
 
 # Dropping a weight built inside `weights_on_their_own_pages` unmaps it: no malloc_trim is needed.
-FREED_WEIGHTS_RETURN = _MALLOPT is not None and _glibc_allocates()
+FREED_WEIGHTS_RETURN = _LIBC is not None and _glibc_allocates()
+
+
+def _take_holes(libc: ctypes.CDLL) -> list[int]:
+    """Allocate every free chunk of the heap that a weight could be put into; untouched, so at no cost.
+
+    Returns:
+        Addresses to free.
+    """
+    taken = []
+    size = _LARGEST_HOLE
+    while size >= _WEIGHTS_THRESHOLD:
+        address = libc.malloc(size)
+        if address and not ctypes.c_size_t.from_address(address - 8).value & _IS_MMAPPED:
+            taken.append(address)
+            continue
+        libc.free(address)
+        size //= 2
+    return taken
 
 
 @contextlib.contextmanager
@@ -48,15 +79,18 @@ def weights_on_their_own_pages() -> Iterator[None]:
     Does nothing where the allocator is not glibc's (musl, or tcmalloc/jemalloc preloaded): freed weights
     then return when that allocator decides so.
     """
-    if _MALLOPT is None:
+    if _LIBC is None or not FREED_WEIGHTS_RETURN:
         yield
         return
-    _MALLOPT(_M_MMAP_THRESHOLD, _WEIGHTS_THRESHOLD)  # type: ignore[operator]
+    _LIBC.mallopt(_M_MMAP_THRESHOLD, _WEIGHTS_THRESHOLD)
+    holes = _take_holes(_LIBC)
     try:
         yield
     finally:
-        _MALLOPT(_M_MMAP_THRESHOLD, _SERVING_THRESHOLD)  # type: ignore[operator]
-        _MALLOPT(_M_TRIM_THRESHOLD, 2 * _SERVING_THRESHOLD)  # type: ignore[operator]
+        _LIBC.mallopt(_M_MMAP_THRESHOLD, _SERVING_THRESHOLD)
+        _LIBC.mallopt(_M_TRIM_THRESHOLD, 2 * _SERVING_THRESHOLD)
+        for address in holes:
+            _LIBC.free(address)
 
 
 def resident_bytes() -> dict[str, int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,6 +80,22 @@ def find_linears(model: torch.nn.Module) -> Linears:
             "uniform dense layers: start without --plugin morphserve for this model."
         )
     return found
+
+
+def leave_heap(model: torch.nn.Module) -> None:
+    """Move the loaded tensors out of the heap.
+
+    vLLM packs module by module and drops each tensor as it goes: its hole in the heap would take the next
+    packed linear, whose memory would then stay resident when it is swapped out. Moves one tensor at a time.
+    """
+    if not FREED_WEIGHTS_RETURN:
+        return
+    storages = Counter(parameter.untyped_storage().data_ptr() for parameter in model.parameters())
+    for parameter in model.parameters():
+        if storages[parameter.untyped_storage().data_ptr()] == 1:  # views of one tensor must stay views
+            with weights_on_their_own_pages():
+                parameter.data = parameter.data.clone()
+    trim()
 
 
 def fingerprint(linears: Linears) -> str:
@@ -150,6 +167,7 @@ class RankLayers:
             self.store.verify()
         except StoreError as e:
             raise MorphStoreError(str(e)) from e
+        leave_heap(model)
 
     def _fill_store(self) -> None:
         assert self.store is not None
