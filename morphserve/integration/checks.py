@@ -7,9 +7,9 @@ from typing import Any
 from morphserve.config import MorphServeConfig
 from morphserve.errors import ConfigError
 from morphserve.integration.settings import read_settings
-from morphserve.ladder import build_ladder, resolve_level
+from morphserve.ladder import build_ladder, check_floor
 from policies import build_policy
-from policies.types import BASE_FORMAT
+from policies.types import BASE_FORMAT, Ladder, Policy
 
 _FORMAT_BITS = {BASE_FORMAT: 16, "w8": 8, "w4": 4}
 
@@ -27,6 +27,24 @@ def check_engine(vllm_config: Any) -> None:
     _check_model(vllm_config)
     _check_features(vllm_config)
     _check_ladder(config, vllm_config)
+    if config.kv.base_num_blocks is not None:
+        check_floor(
+            config.kv.base_num_blocks,
+            vllm_config.model_config.max_model_len,
+            vllm_config.cache_config.block_size,
+        )
+
+
+def make_policy(config: MorphServeConfig, ladder: Ladder) -> Policy:
+    """The policy that the `policy:` section asks for.
+
+    Raises:
+        ConfigError: the section does not fit the ladder. Policies do not know our errors.
+    """
+    try:
+        return build_policy(config.policy, ladder)
+    except ValueError as e:
+        raise ConfigError(f"policy: {e}") from e
 
 
 def _check_platform() -> None:
@@ -80,7 +98,4 @@ def _check_ladder(config: MorphServeConfig, vllm_config: Any) -> None:
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
     nominal = {fmt: [bits * 1024] * num_layers for fmt, bits in _FORMAT_BITS.items()}
     ladder = build_ladder(num_layers, nominal, config.ladder, 64, 1024)
-    build_policy(config.policy, ladder)
-    level = getattr(config.policy, "level", None)
-    if level is not None:
-        resolve_level(ladder, level)
+    make_policy(config, ladder)

@@ -20,13 +20,13 @@ from morphserve.controller.ports import EngineView, Plan
 from morphserve.errors import ConfigError
 from morphserve.integration import seams
 from morphserve.integration.block_pool import VllmBlockPool, check_supported
+from morphserve.integration.checks import make_policy
 from morphserve.integration.describe import RankDescription
 from morphserve.integration.executor import RpcExecutor
 from morphserve.integration.provenance import Provenance, requests_with_kv
 from morphserve.integration.settings import read_settings
 from morphserve.ladder import build_ladder, check_floor
 from morphserve.monitor import Monitor
-from policies import build_policy
 from policies.types import Ladder
 
 logger = logging.getLogger("vllm.morphserve")
@@ -114,14 +114,21 @@ class Morph:
         self.provenance = Provenance(scheduler.kv_cache_manager.block_pool)
         self.monitor = Monitor()
         self.executor = RpcExecutor(self._engine.model_executor, len(runtime.ranks))
-        config = runtime.config
-        chunk = config.transition.max_layers_per_step
-        staging = largest_chunk_bytes(runtime.layer_bytes, chunk)
-        log = DecisionLog(config.decision_log.expanduser()) if config.decision_log else None
-        self.log = log
-        self.controller = Controller(
+        path = runtime.config.decision_log
+        self.log = DecisionLog(path.expanduser()) if path else None
+        self.controller = self._make_controller()
+        self._wake = threading.Thread(target=self._wake_loop, name="morphserve-wake", daemon=True)
+        if hasattr(self._engine, "input_queue"):  # an in-process engine has none, and nobody to wake
+            self.wake_due = True  # a step before the first request: the policy may want another level
+            self._wake.start()
+
+    def _make_controller(self) -> Controller:
+        """At level 0, which pool and ranks must be at."""
+        runtime, config = self.runtime, self.runtime.config
+        staging = largest_chunk_bytes(runtime.layer_bytes, config.transition.max_layers_per_step)
+        return Controller(
             runtime.ladder,
-            build_policy(config.policy, runtime.ladder),
+            make_policy(config, runtime.ladder),
             self.pool,
             self.executor,
             self.monitor,
@@ -129,12 +136,9 @@ class Morph:
             make_ledger(runtime.ladder, runtime.kv_block_bytes, staging),
             layer_bytes=runtime.layer_bytes,
             clock=time.monotonic,
-            log=log,
+            log=self.log,
             on_level=self._on_level,
         )
-        self._wake = threading.Thread(target=self._wake_loop, name="morphserve-wake", daemon=True)
-        if hasattr(self._engine, "input_queue"):  # an in-process engine has none, and nobody to wake
-            self._wake.start()
 
     def _publish_base(self) -> None:
         """The cache is laid out for the deepest level; the scheduler gets level 0's blocks, mapped."""

@@ -60,7 +60,8 @@ def _weights_loaded(original: Callable[..., Any]) -> Any:
         with weights_on_their_own_pages():
             result = original(model, model_config, target_device)
         layers.install()
-        _RANK.layers = layers
+        # An earlier engine of this process counted its own revisions.
+        _RANK.layers, _RANK.kv, _RANK.revision = layers, None, -1
         return result
 
     return process_weights_after_loading

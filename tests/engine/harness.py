@@ -1,7 +1,7 @@
 """A real vLLM engine in this process, whose morph levels follow a script instead of the load.
 
-The engine core runs in-process so that a test can reach the scheduler; the worker is a process of its own, as
-on every CPU engine. Everything but the policy is what a server runs.
+Engine core and worker run in this process so that a test can reach both. Everything but the policy is what a
+server runs.
 """
 
 from __future__ import annotations
@@ -119,6 +119,28 @@ def settle(llm: Any, level: int, limit: int = 400) -> None:
         scheduler.morph.wake_due = True
         llm.llm_engine.engine_core.engine_core.step_fn()
     raise AssertionError(f"level {level} not reached in {limit} steps: {morph_of(llm).controller.status()}")
+
+
+def renew(llm: Any) -> None:
+    """Level 0 and a fresh controller, whatever a fault has left. The engine must be idle."""
+    morph = morph_of(llm)
+    pool, base = morph.pool, morph.runtime.base_num_blocks
+    if pool.shrinking:
+        pool.cancel_shrink()
+    if pool.num_kv_blocks > base:
+        pool.begin_shrink(base)
+        pool.advance_shrink(0)
+        pool.finish_shrink()
+    runner = morph.controller._runner
+    layers = tuple((layer, "base") for layer in range(len(runner.formats)))
+    replies = morph.executor.apply(Plan(runner.next_revision(), layers, base)).poll()
+    assert replies is not None and all(reply.ok for reply in replies), replies
+    if pool.num_kv_blocks < base:
+        pool.grow(base)
+    morph._on_level(0)
+    morph.failed = False
+    morph.controller = morph._make_controller()
+    morph.controller._runner.revision = runner.revision  # the ranks remember it
 
 
 def stock(model: Path, rounds: list[tuple[str, ...]], max_tokens: int = 48, **overrides: Any) -> list[Any]:

@@ -1,0 +1,229 @@
+"""Whatever breaks in MorphServe, the server goes on, and says once what happened."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine.harness import PROMPTS, engine, follow, generate, morph_of, renew, settle
+
+from kv_resize import ElasticCache, MapError
+from morphserve.integration.block_pool import VllmBlockPool
+from morphserve.integration.executor import RpcExecutor
+from morphserve.integration.worker import _RANK
+from morphserve.monitor import Monitor
+from quant_layers import LayerSwapper
+
+NUM_TOKENS = 12
+USED = PROMPTS[:4]
+# A back-off longer than the test: a failed transition is one attempt, so one line in the log.
+CONFIG = {"transition": {"max_layers_per_step": 5, "max_pause_ms": 1e6, "backoff_s": 600.0}}
+DEGRADE = {0: 0, 3: 6}
+
+
+@pytest.fixture(scope="module")
+def llm(demo_model: Path, variant_cache: Path) -> Iterator[Any]:
+    with engine(demo_model, variant_cache, CONFIG) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def before(llm: Any) -> list[Any]:
+    """Tokens and logprobs at level 0, before anything has broken."""
+    return run(llm)
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """caplog, also for vLLM's logger, which passes nothing on to the root."""
+    logger = logging.getLogger("vllm")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture(autouse=True)
+def healthy(llm: Any, before: list[Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """After every test: with the fault gone, level 0 gives what it gave before, and swaps work again."""
+    yield
+    monkeypatch.undo()
+    renew(llm)
+    follow(llm, {0: 2})
+    settle(llm, 2)
+    follow(llm, {0: 0})
+    settle(llm, 0)
+    assert run(llm) == before
+    assert morph_of(llm).status()["errors"] == {}
+    renew(llm)  # counters of the next test begin at 0
+
+
+def run(llm: Any) -> list[Any]:
+    llm.reset_prefix_cache()
+    return generate(llm, USED, NUM_TOKENS)
+
+
+def broken(*args: Any, **kwargs: Any) -> Any:
+    raise OSError("planted")
+
+
+def lines(logged: pytest.LogCaptureFixture, text: str) -> list[logging.LogRecord]:
+    return [r for r in logged.records if r.levelno >= logging.WARNING and text in r.getMessage()]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "where"),
+    [
+        (VllmBlockPool, "grow", "controller"),
+        (RpcExecutor, "_send", "controller"),
+        (Monitor, "snapshot", "monitor"),
+        (Monitor, "on_step", "glue"),
+        (Monitor, "on_scheduled", "glue"),
+    ],
+)
+def test_an_error_of_ours_does_not_reach_vllm(
+    llm: Any,
+    before: list[Any],
+    logged: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: type,
+    name: str,
+    where: str,
+) -> None:
+    """Guards rule 6: an exception in controller, monitor or glue kills the engine, or fails in silence."""
+    follow(llm, DEGRADE)
+    monkeypatch.setattr(owner, name, broken)
+    during = run(llm)
+    assert [len(tokens) for tokens, _ in during] == [NUM_TOKENS] * len(USED)
+    status = morph_of(llm).status()
+    assert status["failed"] and status["errors"] == {where: 1}
+    said = lines(logged, "morph")
+    assert len(said) == 1 and said[0].exc_info is not None and "planted" in str(said[0].exc_info[1])
+    if name != "grow":  # only that one breaks after layers have switched
+        assert during == before
+        assert status["layers_by_format"] == {"base": 30}
+    rest = run(llm)  # a server that has tripped keeps serving, and does not try again
+    assert rest == run(llm)
+    assert morph_of(llm).status()["errors"] == {where: 1}
+
+
+def test_an_error_of_the_policy_leaves_level_zero(
+    llm: Any, before: list[Any], logged: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a policy that raises stops the server, or one that names no level moves it."""
+    policy = follow(llm, {0: 0, 3: 99})
+    assert run(llm) == before
+    status = morph_of(llm).status()
+    assert status["failed"] and status["errors"] == {"policy": 1}
+    assert len(lines(logged, "policy failed; the engine stays at level 0")) == 1
+    renew(llm)
+    policy = follow(llm, DEGRADE)
+    monkeypatch.setattr(policy, "decide", broken)
+    assert run(llm) == before
+    assert morph_of(llm).status()["errors"] == {"policy": 1}
+
+
+def test_an_error_in_mid_restore_keeps_the_level(
+    llm: Any, logged: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a restore that breaks leaves fenced blocks, or a level that nobody knows."""
+    follow(llm, {0: 6})
+    settle(llm, 6)
+    monkeypatch.setattr(VllmBlockPool, "advance_shrink", broken)
+    follow(llm, {0: 6, 3: 0})
+    assert [len(tokens) for tokens, _ in run(llm)] == [NUM_TOKENS] * len(USED)
+    status = morph_of(llm).status()
+    assert (status["level"], status["layers_by_format"]) == (6, {"w8": 30})
+    assert status["errors"] == {"controller": 1} and status["transitions"]["restore_aborted"] == 1
+    assert not morph_of(llm).pool.shrinking and status["num_kv_blocks"] == status["mapped_kv_blocks"]
+    assert len(lines(logged, "DRAINING failed; the engine stays at level 6")) == 1
+
+
+@pytest.fixture
+def truncate(healthy: None) -> Iterator[Callable[[str], str]]:
+    """Cuts the end off the file of layer 2 in a format while the engine runs; puts it back afterwards."""
+    store = _RANK.layers.store
+    cut: dict[Path, bytes] = {}
+
+    def truncate_file(fmt: str) -> str:
+        path = store.directory / store.entry(2, fmt).file
+        cut[path] = path.read_bytes()
+        path.write_bytes(cut[path][:-100])
+        return f"StoreError: {path}"
+
+    yield truncate_file
+    for path, content in cut.items():
+        path.write_bytes(content)
+
+
+@pytest.fixture
+def fail_in_mid_chunk(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """The second layer of a chunk fails after its linears have been built."""
+    build, calls = LayerSwapper._build_layer, []
+
+    def build_layer(self: Any, layer: int, format: str, staged: list[Any]) -> None:
+        build(self, layer, format, staged)
+        calls.append(layer)
+        if len(calls) == 2:
+            raise MemoryError("planted")
+
+    def plant(fmt: str) -> str:
+        monkeypatch.setattr(LayerSwapper, "_build_layer", build_layer)
+        return "MemoryError: planted"
+
+    return plant
+
+
+@pytest.mark.parametrize("fault", ["fail_in_mid_chunk", "truncate"])
+def test_a_failed_degrade_changes_nothing(
+    llm: Any, before: list[Any], logged: pytest.LogCaptureFixture, request: pytest.FixtureRequest, fault: str
+) -> None:
+    """Guards rule 6: half a chunk stays staged or in use, or the failure is not reported."""
+    said = request.getfixturevalue(fault)("w8")
+    follow(llm, DEGRADE)
+    assert run(llm) == before
+    status = morph_of(llm).status()
+    assert not status["failed"] and status["errors"] == {"prepare": 1}
+    assert (status["level"], status["layers_by_format"]) == (0, {"base": 30})
+    assert (status["transitions"], status["phase"]) == ({"degrade_aborted": 1}, "idle")
+    assert status["ledger"]["staging_bytes"] == 0 and status["ranks"]["0"]["staging_bytes"] == 0
+    assert status["num_kv_blocks"] == status["mapped_kv_blocks"] == 49
+    aborted = lines(logged, "aborted at level 0")
+    assert len(aborted) == 1 and said in aborted[0].getMessage() and "600.0 s" in aborted[0].getMessage()
+
+
+def test_a_failed_restore_keeps_the_level_and_its_blocks(
+    llm: Any, truncate: Callable[[str], str], logged: pytest.LogCaptureFixture
+) -> None:
+    """Guards: KV given back for a restore that failed is lost to the level that goes on."""
+    follow(llm, {0: 6})
+    settle(llm, 6)
+    said = truncate("base")
+    follow(llm, {0: 6, 3: 0})
+    assert [len(tokens) for tokens, _ in run(llm)] == [NUM_TOKENS] * len(USED)
+    status = morph_of(llm).status()
+    assert status["transitions"]["restore_aborted"] == 1 and status["errors"] == {"prepare": 1}
+    # Rungs are restored from the deep end: all that do not hold layer 2 are back.
+    assert status["level"] == 1 and status["layers_by_format"] == {"base": 25, "w8": 5}
+    assert status["num_kv_blocks"] == status["mapped_kv_blocks"] == status["ladder"][1]["num_kv_blocks"]
+    assert not status["failed"] and len(lines(logged, "aborted at level 1")) == 1
+    assert said in lines(logged, "aborted at level 1")[0].getMessage()
+
+
+def test_memory_that_does_not_come_is_not_published(
+    llm: Any, logged: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards rule 1: blocks that a rank could not map are handed out, or the engine dies of it."""
+
+    def no_memory(self: ElasticCache, num_blocks: int) -> None:
+        raise MapError(num_blocks, self.num_mapped, self.num_mapped, "planted")
+
+    monkeypatch.setattr(ElasticCache, "map", no_memory)
+    follow(llm, DEGRADE)
+    assert [len(tokens) for tokens, _ in run(llm)] == [NUM_TOKENS] * len(USED)
+    status = morph_of(llm).status()
+    assert not status["failed"] and status["level"] == 6
+    assert status["num_kv_blocks"] == status["mapped_kv_blocks"] == 49
+    assert status["counters"]["short_grows"] >= 1 and lines(logged, "of the 191 asked for")

@@ -1,0 +1,137 @@
+"""Requests live through transitions, and nothing of them is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine.harness import PROMPTS, ScriptPolicy, engine, follow, kv_script, morph_of, settle
+
+from policies.types import Decision, Signals
+
+NUM_REQUESTS = 16
+PROMPT_TOKENS = 340  # 11 blocks of 32: sixteen of them fill level 6 (191 blocks), four fill level 0 (49)
+
+
+@pytest.fixture(scope="module")
+def llm(demo_model: Path, variant_cache: Path) -> Iterator[Any]:
+    with engine(demo_model, variant_cache) as started:
+        yield started
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(llm: Any) -> Iterator[None]:
+    """Every test ends idle at level 0, with all blocks free and nothing remembered."""
+    llm.reset_prefix_cache()
+    yield
+    follow(llm, {0: 0})
+    settle(llm, 0)
+    morph, scheduler = morph_of(llm), llm.llm_engine.engine_core.engine_core.scheduler
+    status = morph.status()
+    assert not status["failed"] and not status["errors"]
+    assert (status["phase"], status["level"], status["num_kv_blocks"]) == ("idle", 0, 49)
+    assert status["used_kv_blocks"] == 0 and status["ledger"]["staging_bytes"] == 0
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 48
+    assert not scheduler.requests and not morph.provenance._tainted and not morph._levels_in_flight
+    assert not llm.llm_engine.has_unfinished_requests()
+
+
+class Watching(ScriptPolicy):
+    """A script that remembers what the engine looked like."""
+
+    def __init__(self, script: dict[int, int]) -> None:
+        super().__init__(script)
+        self.signals: list[Signals] = []
+
+    def decide(self, signals: Signals) -> Decision:
+        self.signals.append(signals)
+        return super().decide(signals)
+
+
+def watch(llm: Any, script: dict[int, int]) -> Watching:
+    policy = Watching(script)
+    morph_of(llm).controller._policy = policy
+    return policy
+
+
+def submit(llm: Any, max_tokens: int) -> list[str]:
+    """Sixteen requests without a common prefix."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    ids = [f"request-{i}" for i in range(NUM_REQUESTS)]
+    for i, request_id in enumerate(ids):
+        tokens = [1000 + i * PROMPT_TOKENS + k for k in range(PROMPT_TOKENS)]
+        llm.llm_engine.add_request(request_id, {"prompt_token_ids": tokens}, params)
+    return ids
+
+
+def finish(llm: Any) -> dict[str, int]:
+    """Step until nothing is left; output tokens by request."""
+    done = {}
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            if output.finished:
+                done[output.request_id] = len(output.outputs[0].token_ids)
+    return done
+
+
+def test_aborts_in_mid_transition(llm: Any) -> None:
+    """Guards: a client that goes away while its blocks are being moved takes the transition with it."""
+    follow(llm, {0: 6})
+    settle(llm, 6)
+    ids = submit(llm, max_tokens=30)
+    follow(llm, {0: 6, 4: 0})
+    controller = morph_of(llm).controller
+    while controller.phase.name != "DRAINING":
+        llm.llm_engine.step()
+    assert morph_of(llm).pool.num_used_blocks > 167, "the tail is free: nothing would have to be moved"
+    llm.llm_engine.step()
+    assert controller.phase.name == "DRAINING"
+    llm.llm_engine.abort_request(ids[: NUM_REQUESTS // 2])
+    assert set(finish(llm).values()) == {30}
+    assert controller.level < 6 and controller.exposure_level < 6
+
+
+def test_preemption_at_a_degraded_level(llm: Any) -> None:
+    """Guards: a preempted request is lost, or is counted against a pool that has grown."""
+    policy = watch(llm, {0: 6})
+    settle(llm, 6)
+    ids = submit(llm, max_tokens=40)
+    assert finish(llm) == dict.fromkeys(ids, 40)
+    assert policy.signals[-1].preemptions > 0
+
+
+def test_waiting_requests_are_served_after_growth(llm: Any) -> None:
+    """Guards: grown blocks are mapped and published, but nobody is admitted onto them."""
+    policy = watch(llm, {0: 0, 4: 6})
+    ids = submit(llm, max_tokens=30)
+    assert finish(llm) == dict.fromkeys(ids, 30)
+    full = [s for s in policy.signals if s.level == 0 and s.num_waiting > 0]
+    assert full and max(s.num_running for s in full) == 4
+    assert max(s.num_running for s in policy.signals) == NUM_REQUESTS
+
+
+def test_shared_blocks_move(llm: Any) -> None:
+    """Guards: of two samples that share a prompt's blocks, one keeps reading the block that moved."""
+    from vllm import SamplingParams
+
+    fillers = [{"prompt_token_ids": [9000 + i * 320 + k for k in range(320)]} for i in range(3)]
+    text = "The following is the record of a meeting about the library. " * 8
+    prompts = [*fillers, *(text + prompt for prompt in PROMPTS[:2])]
+    short = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    pair = SamplingParams(n=2, temperature=1.0, seed=7, max_tokens=32, ignore_eos=True)
+    params = [short] * 3 + [pair] * 2
+
+    def sample() -> list[Any]:
+        llm.reset_prefix_cache()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        return [[c.token_ids for c in output.outputs] for output in outputs[3:]]
+
+    expected = sample()
+    assert all(len(one) == 2 and one[0] != one[1] for one in expected)
+    with kv_script(llm, {0: 191, 6: 30, 12: 60, 18: 22}) as driver:
+        assert sample() == expected
+        assert driver.num_copied > 0

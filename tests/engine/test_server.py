@@ -1,0 +1,159 @@
+"""`vllm serve --plugin morphserve` from outside: status, metrics, and a clean end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+START_TIMEOUT_S = 180
+EXIT_TIMEOUT_S = 30
+
+
+class Server:
+    """A server process in a session of its own, so that whatever it leaves behind can be found."""
+
+    def __init__(self, model: Path, directory: Path, settings: dict[str, Any] | None) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--enforce-eager"]
+        command += ["--served-model-name", "demo", "--port", str(self.port), "--host", "127.0.0.1"]
+        command += ["--block-size", "32", "--num-gpu-blocks-override", "49", "--max-model-len", "512"]
+        command += ["--max-num-seqs", "16"]
+        if settings is not None:
+            file = directory / "morph.yaml"
+            file.write_text(yaml.safe_dump(settings))
+            command += ["--plugin", "morphserve", "--morphserve-config", str(file)]
+        # In-process engines of other tests have set this; a server has processes.
+        env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        self.log = directory / "server.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            )
+
+    def get(self, path: str, body: dict[str, Any] | None = None) -> str:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data)
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return str(answer.read().decode())
+
+    def status(self) -> dict[str, Any]:
+        return dict(json.loads(self.get("/morphserve/status")))
+
+    def metrics(self) -> dict[tuple[str, str], float]:
+        """morphserve:* samples by (name, value of the first label)."""
+        return {
+            (sample.name.removeprefix("morphserve:"), next(iter(sample.labels.values()), "")): sample.value
+            for family in text_string_to_metric_families(self.get("/metrics"))
+            if family.name.startswith("morphserve:")
+            for sample in family.samples
+        }
+
+    def wait_for(self, what: str, check: Callable[[], bool], interval_s: float = 0.1) -> None:
+        """Ask until `check` holds; the wait between two questions ends early if the server dies."""
+        for _ in range(int(START_TIMEOUT_S / interval_s)):
+            with suppress(urllib.error.URLError, ConnectionError):
+                if check():
+                    return
+            with suppress(subprocess.TimeoutExpired):
+                code = self.process.wait(interval_s)
+                pytest.fail(f"exit code {code} before {what}:\n{self.log.read_text()[-4000:]}")
+        pytest.fail(f"no {what} in {START_TIMEOUT_S} s:\n{self.log.read_text()[-4000:]}")
+
+    def wait_until_healthy(self) -> None:
+        self.wait_for("health", lambda: self.get("/health") == "")
+
+    def terminate(self) -> int:
+        """SIGTERM as an operator sends it, to the server alone; its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(EXIT_TIMEOUT_S)
+
+    def processes(self) -> list[str]:
+        """Command lines of all processes of the server's session that still run."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+                if int(session) == self.process.pid and state != "Z":
+                    found.append(stat.with_name("cmdline").read_text().replace("\0", " "))
+        return found
+
+
+@contextmanager
+def serve(model: Path, directory: Path, settings: dict[str, Any] | None) -> Iterator[Server]:
+    server = Server(model, directory, settings)
+    try:
+        yield server
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.process.pid, signal.SIGKILL)
+        server.process.wait()
+
+
+def test_status_and_metrics_agree(demo_model: Path, variant_cache: Path, tmp_path: Path) -> None:
+    """Guards: a static level waits for the first request, or the metrics show something else than the engine."""
+    settings = {"cache_dir": str(variant_cache), "policy": {"kind": "static", "level": "w8"}}
+    with serve(demo_model, tmp_path, settings) as server:
+        server.wait_until_healthy()
+        server.wait_for("level 6 without a request", lambda: server.status()["level"] == 6)
+        body = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 12, "ignore_eos": True}
+        answer = json.loads(server.get("/v1/completions", body))
+        assert answer["usage"]["completion_tokens"] == 12
+        server.wait_for("fresh metrics", lambda: server.metrics().get(("tokens_total", "6")) == 12)
+        status, metrics = server.status(), server.metrics()
+        blocks = status["ladder"][6]["num_kv_blocks"]
+        assert blocks > 49 and status["num_kv_blocks"] == status["mapped_kv_blocks"] == blocks
+        assert metrics["kv_blocks", "published"] == metrics["kv_blocks", "backed"] == blocks
+        assert metrics["kv_blocks", "used"] == 0
+        assert status["layers_by_format"] == {"w8": 30} and metrics["layers", "w8"] == 30
+        assert metrics["level", ""] == metrics["target_level", ""] == 6 and metrics["failed", ""] == 0
+        assert metrics["transitions_total", "degrade"] == status["transitions"]["degrade_committed"] == 1
+        assert metrics["memory_bytes", "staging_bytes"] == 0 < metrics["memory_bytes", "weights_bytes"]
+        assert server.processes()
+        assert server.terminate() == 0
+        assert server.processes() == []
+
+
+def test_sigterm_in_mid_transition(demo_model: Path, variant_cache: Path, tmp_path: Path) -> None:
+    """Guards: a transition under way keeps the server from ending, or a rank outlives it."""
+    settings = {
+        "cache_dir": str(variant_cache),
+        "transition": {"max_layers_per_step": 1},
+        "policy": {"kind": "threshold", "mode": "performance", "degrade_above": 0.05, "target_usage": 0.05},
+    }
+    with serve(demo_model, tmp_path, settings) as server:
+        server.wait_until_healthy()
+        assert "morph r1:" not in server.log.read_text()
+        body = {"model": "demo", "prompt": "Once upon a time " * 40, "max_tokens": 300, "ignore_eos": True}
+
+        def ask() -> None:
+            with suppress(urllib.error.URLError, ConnectionError, OSError):
+                server.get("/v1/completions", body)
+
+        clients = [threading.Thread(target=ask, daemon=True) for _ in range(12)]
+        for client in clients:
+            client.start()
+        server.wait_for("a transition", lambda: "morph r1: level 0 ->" in server.log.read_text(), 0.002)
+        assert "committed in" not in server.log.read_text()
+        assert server.terminate() == 0
+        assert server.processes() == []
+        for client in clients:
+            client.join(EXIT_TIMEOUT_S)

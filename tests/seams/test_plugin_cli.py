@@ -1,0 +1,383 @@
+"""What a user can get wrong before an engine starts, and what the plugin leaves behind: nothing."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from morphserve.__main__ import main
+from morphserve.config import parse_config
+from morphserve.errors import ConfigError, SeamError, StoreError
+from morphserve.integration import rank_layers, seams
+from morphserve.integration.worker import install_worker_seams
+from morphserve.plugin import (
+    SCHEDULER_CLS,
+    WORKER_EXTENSION_CLS,
+    _allow_endpoint_plugin,
+    install_engine_seams,
+    register,
+)
+
+SIZES = dict(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=16,
+    vocab_size=256,
+    max_position_embeddings=512,
+)
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": dict(SIZES, architectures=["LlamaForCausalLM"], model_type="llama", rms_norm_eps=1e-5),
+    "mamba": dict(
+        architectures=["MambaForCausalLM"],
+        model_type="mamba",
+        hidden_size=64,
+        state_size=16,
+        num_hidden_layers=2,
+        vocab_size=256,
+        intermediate_size=128,
+        conv_kernel=4,
+        expand=2,
+        time_step_rank=4,
+        layer_norm_epsilon=1e-5,
+    ),
+    "mixtral": dict(
+        SIZES,
+        architectures=["MixtralForCausalLM"],
+        model_type="mixtral",
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registered, as vLLM does it; VLLM_PLUGINS is put back after each test."""
+    monkeypatch.setenv("VLLM_PLUGINS", os.environ.get("VLLM_PLUGINS", ""))
+    monkeypatch.delenv("VLLM_PLUGINS")
+    register()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Directories with a config.json and no weights: all that is read before an engine starts."""
+    found = {}
+    for name, config in MODELS.items():
+        directory = tmp_path_factory.mktemp(name)
+        (directory / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
+        found[name] = str(directory)
+    return found
+
+
+def engine_args(model: str, settings: dict[str, Any] | None, **overrides: Any) -> EngineArgs:
+    """Arguments of an engine that was asked for MorphServe with `settings`; None = stock."""
+    additional = {} if settings is None else {"morphserve": settings}
+    return EngineArgs(
+        model=model,
+        skip_tokenizer_init=True,
+        max_model_len=256,
+        block_size=32,
+        additional_config=additional,
+        **overrides,
+    )
+
+
+# ---- the command line
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    """As `vllm serve` parses. The model is any local directory: it is not read."""
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    return parser.parse_args(["--model", str(Path(__file__).parent), *arguments])
+
+
+def test_flags_carry_the_settings(tmp_path: Path) -> None:
+    """Guards: a flag is gone, is added twice, or its file does not reach the engine."""
+    file = tmp_path / "morph.yaml"
+    file.write_text("policy: {kind: static, level: w8}\n")
+    args = parse("--plugin", "morphserve", "--morphserve-config", str(file))
+    engine = AsyncEngineArgs.from_cli_args(args)
+    assert type(engine) is AsyncEngineArgs
+    assert engine.additional_config == {"morphserve": {"config_file": str(file)}}
+    again = AsyncEngineArgs.from_cli_args(args)  # vLLM does so for several API servers
+    assert again.additional_config == engine.additional_config
+
+
+def test_without_the_flag_nothing_is_asked_for() -> None:
+    """Guards: the plugin switches itself on."""
+    assert not AsyncEngineArgs.from_cli_args(parse()).additional_config
+
+
+def test_unknown_plugin_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: a misspelt plugin name starts a server without it."""
+    with pytest.raises(SystemExit) as stopped:
+        parse("--plugin", "morphsrve")
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "'morphsrve'" in said and "morphserve" in said
+
+
+def test_config_without_the_plugin_is_an_error(tmp_path: Path) -> None:
+    """Guards: a config file that nobody reads."""
+    with pytest.raises(SystemExit, match="no effect without --plugin morphserve. Add it"):
+        AsyncEngineArgs.from_cli_args(parse("--morphserve-config", str(tmp_path / "x.yaml")))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("ladderr: {}\n", ["morph.yaml", "ladderr", "policies/yaml/default.yaml"]),
+        ("transition: {max_pause_ms: -3}\n", ["transition.max_pause_ms", "greater than 0", "-3"]),
+        ("policy: {kind: slow}\n", ["policy", "slow", "'static'", "'threshold'"]),
+        ("policy: [\n", ["morph.yaml", "not valid YAML"]),
+        ("- 1\n", ["top level is list, must be a mapping"]),
+        (None, ["morph.yaml", "No such file", "Give a readable YAML file"]),
+    ],
+)
+def test_bad_yaml_stops_the_command_line(tmp_path: Path, text: str | None, said: list[str]) -> None:
+    """Guards: a typo is ignored, or shows minutes later as a traceback of a worker."""
+    file = tmp_path / "morph.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        AsyncEngineArgs.from_cli_args(parse("--plugin", "morphserve", "--morphserve-config", str(file)))
+    for part in ("morphserve: error:", *said):
+        assert part in str(stopped.value.code)
+
+
+def test_settings_from_two_places_are_an_error(tmp_path: Path) -> None:
+    """Guards: one of two contradicting settings wins in silence."""
+    file = tmp_path / "morph.yaml"
+    file.write_text("{}\n")
+    inline = json.dumps({"morphserve": {"policy": {"kind": "static", "level": 0}}})
+    args = parse("--plugin", "morphserve", "--morphserve-config", str(file), "--additional-config", inline)
+    with pytest.raises(SystemExit, match="Give one of them"):
+        AsyncEngineArgs.from_cli_args(args)
+
+
+# ---- the engine's configuration
+
+
+def test_inert_without_the_plugin(models: dict[str, str]) -> None:
+    """Guards: an installed plugin changes servers that never asked for it."""
+    config = engine_args(models["llama"], None).create_engine_config()
+    assert config.scheduler_config.scheduler_cls is None
+    assert config.parallel_config.worker_extension_cls == ""
+    assert "VLLM_PLUGINS" not in os.environ
+
+
+def test_active_with_the_plugin(models: dict[str, str]) -> None:
+    """Guards: the refusals below refuse everything."""
+    config = engine_args(models["llama"], {}).create_engine_config()
+    assert config.scheduler_config.scheduler_cls == SCHEDULER_CLS
+    assert config.parallel_config.worker_extension_cls == WORKER_EXTENSION_CLS
+    assert "morphserve" in os.environ["VLLM_PLUGINS"].split(",")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"ladderr": {}}, ["ladderr", "policies/yaml/default.yaml"]),
+        ({"transition": {"max_layers_per_step": 0}}, ["max_layers_per_step", "greater than or equal to 1"]),
+        ({"ladder": {"order": [0, 99]}}, ["[99]", "layers 0 to 1", "Remove"]),
+        ({"ladder": {"steps": [{"format": "w8", "layers": 7}]}}, ["is 7", "2 decoder layers", "Give 1 to 2"]),
+        ({"ladder": {"steps": [{"format": "w4"}, {"format": "w8"}]}}, ["frees nothing", "wide to narrow"]),
+        ({"policy": {"kind": "static", "level": 99}}, ["level 99", "0 to 2", "Give one of these"]),
+        ({"policy": {"kind": "static", "level": "w2"}}, ["'w2'", "w4, w8", "Give one of these"]),
+        ({"policy": {"kind": "threshold", "max_level": 99}}, ["level 99", "0 to 2", "Give one of these"]),
+        ({"kv": {"base_num_blocks": 8}}, ["8 blocks", "needs 9 blocks", "Raise kv.base_num_blocks"]),
+    ],
+)
+def test_bad_settings_are_refused(models: dict[str, str], settings: dict[str, Any], said: list[str]) -> None:
+    """Guards: settings that cannot work for this model reach a worker, or are ignored."""
+    with pytest.raises(ConfigError) as refused:
+        engine_args(models["llama"], settings).create_engine_config()
+    for part in said:
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(("name", "said"), [("mamba", "no attention layers"), ("mixtral", "mixture of experts")])
+def test_models_without_dense_layers_are_refused(models: dict[str, str], name: str, said: str) -> None:
+    """Guards: a model that cannot be morphed dies in the loader instead of at the door."""
+    with pytest.raises(ConfigError) as refused:
+        engine_args(models[name], {}).create_engine_config()
+    assert models[name] in str(refused.value) and said in str(refused.value)
+    assert "Start without --plugin morphserve" in str(refused.value)
+
+
+@pytest.mark.parametrize("field", ["scheduler_cls", "worker_extension_cls"])
+def test_a_taken_class_seam_is_refused(models: dict[str, str], field: str) -> None:
+    """Guards: the class of another plugin is thrown out in silence, or ours is."""
+    with pytest.raises(ConfigError) as refused:
+        engine_args(models["llama"], {}, **{field: "another.plugin.Class"}).create_engine_config()
+    assert field in str(refused.value) and "'another.plugin.Class'" in str(refused.value)
+    assert "remove one of the two" in str(refused.value)
+
+
+def test_command_line_gets_one_line(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a user of `vllm serve` reads a traceback where one line says it all."""
+    monkeypatch.setattr("sys.argv", ["/usr/bin/vllm", "serve"])
+    with pytest.raises(SystemExit, match="morphserve: error: .*mixture of experts"):
+        engine_args(models["mixtral"], {}).create_engine_config()
+
+
+# ---- the variants on disk
+
+
+@pytest.fixture
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that does what a rank does with the weights it has loaded; returns the variant files."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(128, 64, dtype=torch.bfloat16), requires_grad=False)
+    linears = {0: {"proj": SimpleNamespace(weight=weight)}}
+    monkeypatch.setattr(rank_layers, "find_linears", lambda model: linears)
+    config = parse_config({"cache_dir": str(tmp_path), "ladder": {"steps": [{"format": "w8"}]}})
+
+    def capture() -> list[Path]:
+        rank_layers.RankLayers(config, None, 0).capture(torch.nn.Module())
+        return sorted(tmp_path.rglob("*.safetensors"))
+
+    return capture
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "changed"])
+def test_damaged_variants_stop_the_start(stored: Any, damage: str) -> None:
+    """Guards: a damaged variant is found when a burst needs it, or served."""
+    file = stored()[0]
+    assert stored()[0] == file  # undamaged, it is used as it is
+    content = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content[:-10] if damage == "truncated" else content[:-10] + bytes(10))
+    with pytest.raises(StoreError) as refused:
+        stored()
+    assert str(file) in str(refused.value) and "delete" in str(refused.value)
+
+
+# ---- seams
+
+
+def test_all_seams_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: the installed vLLM is inside the supported range, but not the one we were written against."""
+    assert [r for r in seams.check_all() if not r.ok] == []
+    assert main(["check"]) == 0
+    assert f"{len(seams.SEAMS) + 1} seams, all hold" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("target", "params", "said"),
+    [
+        ("vllm.v1.core.sched.scheduler:Scheduler.schedule", ("no_such_parameter",), "['no_such_parameter']"),
+        ("vllm.v1.core.sched.scheduler:Scheduler.no_such_method", (), "AttributeError"),
+        ("vllm.no_such_module:f", (), "ModuleNotFoundError"),
+        ("vllm.v1.core.sched.scheduler:Scheduler.max_num_running_reqs", (), "AttributeError"),
+    ],
+)
+def test_a_broken_seam_stops_the_start(
+    models: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    target: str,
+    params: tuple[str, ...],
+    said: str,
+) -> None:
+    """Guards: a vLLM whose insides have moved is patched half-way."""
+    row = seams.Seam("moved", target, params, "test")
+    monkeypatch.setattr(seams, "SEAMS", (*seams.SEAMS, row))
+    with pytest.raises(SeamError) as refused:
+        engine_args(models["llama"], {}).create_engine_config()
+    assert f"moved ({target})" in str(refused.value) and said in str(refused.value)
+    assert "1 of" in str(refused.value) and "start without --plugin morphserve" in str(refused.value)
+    assert main(["check"]) == 1
+    assert "FAIL moved" in capsys.readouterr().out
+
+
+def test_a_foreign_version_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: an untested vLLM is patched because its names happen to match."""
+    monkeypatch.setattr(seams, "SUPPORTED_VLLM", ">=0.1,<0.2")
+    with pytest.raises(SeamError, match=r"version .*supported >=0.1,<0.2"):
+        seams.require_all()
+
+
+@pytest.fixture
+def unpatched() -> Iterator[None]:
+    """vLLM without our wrappers inside the test, and exactly as before after it."""
+    before = [(owner, name, raw, vars(owner)[name]) for owner, name, raw in seams._installed]
+    seams.uninstall()
+    yield
+    seams.uninstall()
+    for owner, name, raw, wrapper in before:
+        setattr(owner, name, wrapper)
+        seams._installed.append((owner, name, raw))
+
+
+def test_install_twice_is_install_once_and_has_an_inverse(unpatched: None) -> None:
+    """Guards: a wrapper calls a wrapper, or a test or a host keeps a patched vLLM."""
+    targets = [
+        seams.resolve(seam.target)[:2] for seam in seams.SEAMS if ":" in seam.target and "." in seam.target
+    ]
+    found = {(owner, name): vars(owner).get(name) for owner, name in targets}
+    for install in (register, install_engine_seams, install_worker_seams):
+        install()
+        count = len(seams._installed)
+        install()
+        assert len(seams._installed) == count
+    wrapped = {(owner, name) for owner, name, _ in seams._installed}
+    assert len(wrapped) == len(seams._installed) == 7
+    assert wrapped <= set(found), "a wrapped symbol has no row in the seam table"
+    assert all(vars(owner)[name] is not found[owner, name] for owner, name in wrapped)
+    seams.uninstall()
+    for (owner, name), original in found.items():
+        assert vars(owner).get(name) is original, f"{owner}.{name} is not what it was"
+
+
+# ---- VLLM_PLUGINS
+
+
+INSTALLED = EntryPoints(
+    [
+        EntryPoint("lora_resolver", "x:y", "vllm.general_plugins"),
+        EntryPoint("morphserve", "x:y", "vllm.general_plugins"),
+        EntryPoint("other_platform", "x:y", "vllm.platform_plugins"),
+        EntryPoint("other_routes", "x:y", "vllm.endpoint_plugins"),
+        EntryPoint("unrelated", "x:y", "console_scripts"),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, {"lora_resolver", "morphserve", "other_platform"}),
+        ("", {"morphserve"}),
+        ("other_routes,other_platform", {"morphserve", "other_platform", "other_routes"}),
+        ("morphserve", {"morphserve"}),
+    ],
+)
+def test_allow_list_is_only_added_to(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, after: set[str]
+) -> None:
+    """Guards: naming ourselves switches other plugins off, or routes on that nobody allowed."""
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda **kw: INSTALLED.select(**kw) if kw else INSTALLED
+    )
+    if before is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", before)
+    _allow_endpoint_plugin()
+    assert set(os.environ["VLLM_PLUGINS"].split(",")) == after
