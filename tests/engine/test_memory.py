@@ -14,7 +14,7 @@ from morphserve.integration.host_memory import FREED_WEIGHTS_RETURN, resident_by
 from morphserve.integration.rank_kv import RankKV
 from quant_layers import LayerSwapper, VariantStore, trim
 
-pytestmark = pytest.mark.skipif(not FREED_WEIGHTS_RETURN, reason="the C allocator decides when memory returns")
+pytestmark = pytest.mark.skipif(not FREED_WEIGHTS_RETURN, reason="not glibc's allocator")
 
 LEVELS = (6, 12, 6, 0)
 # What is not ours: the interpreter's and oneDNN's own heap, which creeps by some pages with every chunk.

@@ -109,7 +109,7 @@ def serve(model: Path, directory: Path, settings: dict[str, Any] | None) -> Iter
 
 
 def test_status_and_metrics_agree(demo_model: Path, variant_cache: Path, tmp_path: Path) -> None:
-    """Guards: a static level waits for the first request, or the metrics show something else than the engine."""
+    """Guards: a static level waits for the first request, or metrics and engine differ."""
     settings = {"cache_dir": str(variant_cache), "policy": {"kind": "static", "level": "w8"}}
     with serve(demo_model, tmp_path, settings) as server:
         server.wait_until_healthy()
@@ -137,7 +137,13 @@ def test_sigterm_in_mid_transition(demo_model: Path, variant_cache: Path, tmp_pa
     settings = {
         "cache_dir": str(variant_cache),
         "transition": {"max_layers_per_step": 1},
-        "policy": {"kind": "threshold", "mode": "performance", "degrade_above": 0.05, "target_usage": 0.05},
+        "policy": {
+            "kind": "threshold",
+            "mode": "performance",
+            "degrade_above": 0.05,
+            "target_usage": 0.04,
+            "restore_below": 0.02,
+        },
     }
     with serve(demo_model, tmp_path, settings) as server:
         server.wait_until_healthy()

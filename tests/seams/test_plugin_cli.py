@@ -211,7 +211,9 @@ def test_bad_settings_are_refused(models: dict[str, str], settings: dict[str, An
         assert part in str(refused.value)
 
 
-@pytest.mark.parametrize(("name", "said"), [("mamba", "no attention layers"), ("mixtral", "mixture of experts")])
+@pytest.mark.parametrize(
+    ("name", "said"), [("mamba", "no attention layers"), ("mixtral", "mixture of experts")]
+)
 def test_models_without_dense_layers_are_refused(models: dict[str, str], name: str, said: str) -> None:
     """Guards: a model that cannot be morphed dies in the loader instead of at the door."""
     with pytest.raises(ConfigError) as refused:
