@@ -4,7 +4,7 @@ Needs torch and nothing else of ours; vLLM's operators are used where another pa
 """
 
 from .errors import KernelError, QuantError, StoreError, SwapError
-from .kernels import CANDIDATES, FORMATS, Kernel, LinearImpl
+from .kernels import CANDIDATES, FORMATS, Kernel, LinearImpl, Native
 from .memory import trim
 from .packing import (
     QuantW4,
@@ -31,6 +31,7 @@ __all__ = [
     "LayerTensors",
     "LinearImpl",
     "LinearSlot",
+    "Native",
     "QuantError",
     "QuantW4",
     "QuantW8",

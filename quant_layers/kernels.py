@@ -17,8 +17,15 @@ from . import packing
 from .errors import KernelError
 
 
+# Kind of operator, its tensors, bias: what a native caller needs to run a linear without Python.
+Native = tuple[str, tuple[Tensor, ...], Tensor | None]
+
+
 class LinearImpl(Protocol):
-    """One linear, ready to run. `nbytes` is what it keeps resident."""
+    """One linear, ready to run. `nbytes` is what it keeps resident.
+
+    May have a property `native` (see `Native`); without one it can only be called.
+    """
 
     nbytes: int
 
@@ -118,6 +125,11 @@ class _Int8VnniLinear(_Rows):
         self._bias = None if bias is None else bias.float()
         self.nbytes = _bytes(weight, scale, self._bias)
 
+    @property
+    def native(self) -> Native:
+        """For a caller that runs `_C::int8_scaled_mm_with_quant` itself."""
+        return "int8_vnni", (self._weight, self._scale), self._bias
+
     def __call__(self, x: Tensor) -> Tensor:
         if x.dim() != 2 or not x.is_contiguous() or not x.numel():
             return self._reshaped(x)
@@ -134,6 +146,11 @@ class _Int4VnniLinear(_Rows):
         self._bias = None if bias is None else bias.float()
         self.n, self.k = packing.w4_vnni_shape(self._weight)
         self.nbytes = _bytes(self._weight, self._zero, self._scale, self._bias)
+
+    @property
+    def native(self) -> Native:
+        """For a caller that runs `_C::int4_scaled_mm_cpu` itself."""
+        return "int4_vnni", (self._weight, self._zero, self._scale), self._bias
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dim() != 2 or not x.is_contiguous() or not x.numel():

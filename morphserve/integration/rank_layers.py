@@ -24,9 +24,9 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from morphserve.config import MorphServeConfig
 from morphserve.errors import ConfigError
 from morphserve.errors import StoreError as MorphStoreError
+from morphserve.integration import opaque_linear
 from morphserve.integration.describe import RankDescription
 from morphserve.integration.host_memory import FREED_WEIGHTS_RETURN, weights_on_their_own_pages
-from morphserve.integration.opaque_linear import method_class
 from policies.types import BASE_FORMAT
 from quant_layers import (
     Kernel,
@@ -48,13 +48,27 @@ Linears = dict[int, dict[str, LinearBase]]  # decoder layer id |-> name inside t
 class BaseImpl:
     """vLLM's own full-precision linear, as a callable that owns the matmul."""
 
-    __slots__ = ("_bias", "_linear", "nbytes")
+    __slots__ = ("_bias", "_linear", "native", "nbytes")
 
     def __init__(self, linear: Any, bias: torch.Tensor | None, nbytes: int) -> None:
         self._linear, self._bias, self.nbytes = linear, bias, nbytes
+        handler = _onednn_handler(linear)
+        self.native = None if handler is None else ("onednn", (handler,), bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._linear(x, None, self._bias)
+
+
+def _onednn_handler(linear: Any) -> torch.Tensor | None:
+    """The tensor by which vLLM's closure names its oneDNN matmul; None when it chose another kernel.
+
+    Only a shortcut for the native op: without it the closure itself is called.
+    """
+    for cell in getattr(linear, "__closure__", None) or ():
+        handler = getattr(cell.cell_contents, "handler_tensor", None)
+        if isinstance(handler, torch.Tensor):
+            return handler
+    return None
 
 
 def find_linears(model: torch.nn.Module) -> Linears:
@@ -140,6 +154,7 @@ class RankLayers:
         self.config = config
         self.vllm_config = vllm_config
         self.rank = rank
+        self._cache_dir = Path(config.cache_dir).expanduser()
         self.linears: Linears = {}
         self.kernels: dict[str, Kernel] = {}
         self.store: VariantStore | None = None
@@ -160,7 +175,7 @@ class RankLayers:
         except KernelError as e:
             raise ConfigError(f"{e} Take that format out of ladder.steps.") from e
         mark = fingerprint(self.linears)
-        directory = Path(self.config.cache_dir).expanduser() / "variants" / mark[:24]
+        directory = self._cache_dir / "variants" / mark[:24]
         try:
             self.store = VariantStore.open(directory, mark)
             self._fill_store()
@@ -188,18 +203,17 @@ class RankLayers:
     def install(self) -> None:
         """Give every captured linear its slot. Called after vLLM built its own matmuls."""
         assert self.store is not None
-        method = method_class(self.vllm_config)
+        opaque_linear.reset()
         slots: dict[int, dict[str, LinearSlot]] = {}
         for layer, linears in self.linears.items():
             slots[layer] = {}
             for name, linear in linears.items():
                 bias = applied_bias(linear)
-                num_outputs = bias_free_outputs(linear)
-                nbytes = num_outputs * linear.input_size_per_partition * linear.params_dtype.itemsize
-                impl = BaseImpl(linear.__dict__.pop("cpu_linear"), bias, nbytes)
-                slot = LinearSlot(name=name, impl=impl, format=BASE_FORMAT, bias=bias)
-                linear.quant_method = method(slot, num_outputs)
-                slots[layer][name] = slot
+                size = opaque_linear.num_outputs(linear) * linear.input_size_per_partition
+                impl = BaseImpl(linear.__dict__.pop("cpu_linear"), bias, size * linear.params_dtype.itemsize)
+                slots[layer][name] = opaque_linear.install(
+                    self.vllm_config, self._cache_dir, linear, name, impl, BASE_FORMAT, bias
+                )
         reclaim = (lambda: None) if FREED_WEIGHTS_RETURN else trim
         self.swapper = LayerSwapper(slots, self.store, self.kernels, self._build_base, reclaim)
 
@@ -235,7 +249,3 @@ class RankLayers:
         with weights_on_their_own_pages():
             self.swapper.prepare(mine)
 
-
-def bias_free_outputs(linear: LinearBase) -> int:
-    """N of this rank's slice."""
-    return getattr(linear, "output_size_per_partition", linear.output_size)

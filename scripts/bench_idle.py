@@ -1,0 +1,62 @@
+"""What does the plugin cost while nothing morphs? Paired throughput of stock vLLM and MorphServe at level 0.
+
+Both servers are up; closed-loop runs alternate between them, and each pair swaps the order. The ratio's
+lower 97.5 % bound is a paired t bound. Output columns: pair, ratio (plugin over stock, output tokens/s).
+Last stdout line: one JSON document.
+
+    python scripts/bench_idle.py --model MODEL_DIR --pairs 8 [--enforce-eager]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from morphserve.replay import ClosedLoop, ReplayError, ServerOptions, compare_idle, load_encoder, read_corpus
+
+CORPUS = Path(__file__).resolve().parent / "corpus" / "wikitext2.txt"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--config", default="policies/yaml/demo.yaml", help="MorphServe YAML")
+    parser.add_argument("--out", type=Path, default=Path("reports/idle"), help="server logs")
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--requests", type=int, default=48, help="per run")
+    parser.add_argument("--output-tokens", type=int, default=96)
+    parser.add_argument("--num-blocks", type=int, default=257, help="ample: nothing may ask for more KV")
+    parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--cpu-bind", default="0", help="core of both engines; the client needs another")
+    args = parser.parse_args(argv)
+    if args.pairs < 2:
+        parser.error(f"--pairs {args.pairs}: a spread needs at least 2")
+
+    ids = load_encoder(args.model)(read_corpus(CORPUS), False)
+    prompts = [ids[i * 64 : i * 64 + 64] for i in range(args.requests)]
+    options = ServerOptions(
+        model=args.model,
+        num_blocks=args.num_blocks,
+        enforce_eager=args.enforce_eager,
+        cpu_bind=args.cpu_bind,
+    )
+    loop = ClosedLoop(args.concurrency, args.requests, 64, args.output_tokens)
+    plugin = ("--plugin", "morphserve", "--morphserve-config", args.config)
+    try:
+        result, status = compare_idle(
+            options, plugin, args.out, loop, prompts, args.pairs,
+            lambda pair, ratio: print(f"pair {pair + 1}  {ratio:.4f}", file=sys.stderr, flush=True),
+        )  # fmt: skip
+    except ReplayError as e:
+        print(f"bench_idle: {e}", file=sys.stderr)
+        return 1
+    print(f"ratio {result.mean:.4f}, lower 97.5 % bound {result.lower:.4f}, {args.pairs} pairs")
+    print(json.dumps({**result.as_json(), "eager": args.enforce_eager, "failed": status["failed"]}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
