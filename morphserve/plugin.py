@@ -98,7 +98,6 @@ def _settings_from_cli(args: argparse.Namespace) -> None:
     except MorphServeError as e:
         _exit(str(e))
     args.additional_config = additional
-    args._morphserve_cli = True
 
 
 def _create_engine_config(original: Callable[..., Any]) -> Any:

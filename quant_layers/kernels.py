@@ -16,7 +16,6 @@ from torch import Tensor
 from . import packing
 from .errors import KernelError
 
-
 # Kind of operator, its tensors, bias: what a native caller needs to run a linear without Python.
 Native = tuple[str, tuple[Tensor, ...], Tensor | None]
 

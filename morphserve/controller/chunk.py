@@ -193,7 +193,7 @@ class ChunkRunner:
         chunk = self._chunk
         if self.phase is Phase.DRAINING:
             self.pool.cancel_shrink()
-        if self.phase is Phase.PREPARING and chunk is not None and chunk.plan is not None:
+        if self._votes and self.phase is Phase.PREPARING and chunk is not None and chunk.plan is not None:
             if chunk.ticket is not None:
                 self.desk.copies.append(chunk.ticket)
             chunk.ticket = self.executor.abort(chunk.plan)
@@ -268,6 +268,9 @@ class ChunkRunner:
             return
         chunk.ticket = None
         if failed := failures(replies):
+            switched = any(reply.weight_bytes != self._weight_bytes for reply in replies)
+            if switched or not all(reply.kv_moved for reply in replies):
+                raise CommandFailed(f"apply stopped half-way: {failed}")
             self.upper = chunk.exposure_before
             chunk.end = ChunkEnd("aborted", error=failed)
             self._move(Phase.ABORTING)

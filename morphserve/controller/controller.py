@@ -109,6 +109,13 @@ class Controller:
         return self._runner.phase
 
     @property
+    def in_transition(self) -> bool:
+        """True while the next step has something to do here, whatever the policy says."""
+        if self._dead:
+            return False
+        return self.phase is not Phase.IDLE or (not self._tripped and self._transition is not None)
+
+    @property
     def tripped(self) -> bool:
         """True after an error in here: never morphs again."""
         return self._tripped
@@ -329,14 +336,19 @@ class Controller:
             counters.last_pause_s = runner.desk.pause_s
             counters.max_pause_s = max(counters.max_pause_s, runner.desk.pause_s)
         if self._on_level is not None and runner.upper != self._told_level:
-            self._told_level = runner.upper
             try:
                 self._on_level(runner.upper)
+                self._told_level = runner.upper
             except Exception:
-                self.counters.count_error("on_level")
-                logger.exception("morph: on_level(%d) failed", runner.upper)
+                # Who must know of the level does not: told again at the next step, and no new transition.
+                self._trip("on_level")
 
     # ---- errors
+
+    def trip(self, place: str) -> None:
+        """What feeds the controller broke outside of it: the same as an error of the policy."""
+        if not self._tripped:
+            self._trip(place)
 
     def _trip(self, place: str) -> None:
         """The policy or what feeds it is broken; ranks and pool are fine: undo or finish, then rest."""

@@ -40,6 +40,7 @@ class Reply:
     num_kv_blocks: int = 0  # mapped on this rank now
     weight_bytes: int = 0  # resident morphable weights on this rank now
     staging_bytes: int = 0  # prepared but not yet committed
+    kv_moved: bool = True  # False: copies or block tables may be half done, so what is in the KV is unknown
 
 
 class Ticket(Protocol):

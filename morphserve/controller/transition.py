@@ -30,8 +30,9 @@ class Phase(Enum):
               '<---------------------------------------------'  KV untouched
 
     DRAINING: the tail is fenced, live blocks move below it. SHRINKING: the tail left the pool (or was
-    never published: another rank had mapped less), its unmapping is on its way. PREPARING: ranks stage the new layers; the only phase in which a rank
-    may fail (a single rank switches in it as well). COMMITTING: ranks switch; cannot fail. ABORTING: ranks forget what they staged.
+    never published: another rank had mapped less), its unmapping is on its way. PREPARING: ranks stage
+    the new layers; the only phase in which a rank may fail (a single rank switches in it as well).
+    COMMITTING: ranks switch; cannot fail. ABORTING: ranks forget what they staged.
     REGROWING: blocks that were unmapped for nothing come back.
     """
 

@@ -80,6 +80,12 @@ def _check_model(vllm_config: Any) -> None:
 
 def _check_features(vllm_config: Any) -> None:
     v = vllm_config
+    backend = v.parallel_config.distributed_executor_backend
+    if backend not in ("mp", "uni") or (backend == "uni" and v.parallel_config.world_size > 1):
+        raise ConfigError(
+            f"distributed_executor_backend {backend!r} with {v.parallel_config.world_size} ranks: commands must "
+            "travel in one queue with the steps, as with 'mp' (any number) and 'uni' (one rank). Use one of them."
+        )
     for bad, what, remedy in (
         (v.kv_transfer_config is not None, "a KV connector registers KV memory", "--kv-transfer-config"),
         (v.model_config.enable_sleep_mode, "sleep mode frees weights on its own", "--enable-sleep-mode"),

@@ -13,9 +13,11 @@ class RankDescription:
         rank: global rank.
         layer_bytes: format -> bytes of each decoder layer of the MODEL on this rank, 0 for the layers of
             other pipeline stages. Morphable linears only: norms and embeddings never change.
+        largest_linear_bytes: of one linear at full precision.
         kernels: format -> name of the kernel that serves it here.
     """
 
     rank: int
     layer_bytes: dict[str, tuple[int, ...]]
+    largest_linear_bytes: int
     kernels: dict[str, str]

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from vllm.v1.core.sched.interface import PauseState
+
 from morphserve.config import MorphServeConfig
 from morphserve.controller import Controller, DecisionLog, largest_chunk_bytes, make_ledger
 from morphserve.controller.ports import EngineView, Plan
@@ -108,6 +110,7 @@ class Morph:
         self.tokens_by_level = [0] * len(runtime.ladder)
         self._levels_in_flight: dict[int, int] = {}  # id(scheduler output) |-> exposure level
         self._awaiting_first_token: list[Any] = []
+        self._last_preemption_wall_s = 0.0
         self._stop = threading.Event()
         self.pool = VllmBlockPool(scheduler)
         self._publish_base()
@@ -117,6 +120,16 @@ class Morph:
         path = runtime.config.decision_log
         self.log = DecisionLog(path.expanduser()) if path else None
         self.controller = self._make_controller()
+        self._ladder_page = [
+            {
+                "level": level.index,
+                "num_kv_blocks": level.num_kv_blocks,
+                "weight_bytes": level.weight_bytes,
+                "expected_kl": level.expected_kl,
+                "layers_by_format": level.layers_by_format(),
+            }
+            for level in runtime.ladder
+        ]
         self._wake = threading.Thread(target=self._wake_loop, name="morphserve-wake", daemon=True)
         if hasattr(self._engine, "input_queue"):  # an in-process engine has none, and nobody to wake
             self.wake_due = True  # a step before the first request: the policy may want another level
@@ -126,6 +139,8 @@ class Morph:
         """At level 0, which pool and ranks must be at."""
         runtime, config = self.runtime, self.runtime.config
         staging = largest_chunk_bytes(runtime.layer_bytes, config.transition.max_layers_per_step)
+        # A matmul that keeps a copy of its own (oneDNN) is built while the tensor it reads is still there.
+        staging += max(rank.largest_linear_bytes for rank in runtime.ranks)
         return Controller(
             runtime.ladder,
             make_policy(config, runtime.ladder),
@@ -161,7 +176,10 @@ class Morph:
     def before_schedule(self) -> None:
         """Controller first, then vLLM's own schedule()."""
         self.wake_due = False
-        self._guard(self._tick)
+        if self.failed:
+            self._tick()
+        else:
+            self._guard(self._tick)
 
     def after_schedule(self, output: Any) -> None:
         self._guard(self._after_schedule, output)
@@ -176,6 +194,7 @@ class Morph:
         self._guard(self._on_preemption)
 
     def on_finish(self, request: Any) -> None:
+        self.provenance.forget(request.request_id)
         self._guard(self._on_finish, request)
 
     def _guard(self, call: Callable[..., None], *args: Any) -> None:
@@ -184,21 +203,34 @@ class Morph:
         try:
             call(*args)
         except Exception:
-            # The controller guards itself; this is for the glue. Level and capacity stay as they are.
+            # Without its signals the policy must rest. The controller is ticked on: it finishes or undoes
+            # what is under way, and the server goes on at the level it then has.
             self.failed = True
-            logger.exception("morphserve: monitoring failed; the server goes on at its present level")
+            logger.exception("morphserve: monitoring failed")
+            self.controller.trip("glue")
 
     def _tick(self) -> None:
+        view = EngineView(0, 0, 0.0) if self.failed else self._view()
+        self.controller.tick(view)
+        # Idle in mid-transition: ask for the next step at once instead of waiting to be woken.
+        busy = view.num_running + view.num_waiting > 0
+        self.wake_due = not busy and self.controller.in_transition and self._may_wake()
+
+    def _view(self) -> EngineView:
         num_running, num_waiting = self._scheduler.get_request_counts()
         waiting = self._scheduler.waiting
         oldest = 0.0
         if len(waiting):
-            oldest = max(0.0, time.time() - waiting.peek_request().arrival_time)
-        self.controller.tick(EngineView(num_waiting, num_running, oldest))
-        # Idle in mid-transition: ask for the next step at once instead of waiting to be woken.
-        self.wake_due = num_running + num_waiting == 0 and (
-            self.controller.target_level != self.controller.level
-        )
+            head = waiting.peek_request()
+            # A preempted request is put back at the head with the arrival time it always had; what it
+            # waits for began when it was preempted.
+            since = self._last_preemption_wall_s if head.num_preemptions else head.arrival_time
+            oldest = max(0.0, time.time() - since)
+        return EngineView(num_waiting, num_running, oldest)
+
+    def _may_wake(self) -> bool:
+        """A paused engine was promised to be idle."""
+        return self._scheduler.pause_state == PauseState.UNPAUSED
 
     def _after_schedule(self, output: Any) -> None:
         level = self.controller.exposure_level
@@ -234,12 +266,12 @@ class Morph:
         self.monitor.on_arrival(time.monotonic())
 
     def _on_preemption(self) -> None:
+        self._last_preemption_wall_s = time.time()
         self.monitor.on_preemption(time.monotonic())
 
     def _on_finish(self, request: Any) -> None:
         num_blocks = sum(map(len, self._scheduler.kv_cache_manager.get_block_ids(request.request_id)))
         self.monitor.on_finish(num_blocks, time.monotonic())
-        self.provenance.forget(request.request_id)
 
     def _on_level(self, level: int) -> None:
         """The next forward pass runs at `level`; what holds KV now carries on with KV of both."""
@@ -253,8 +285,8 @@ class Morph:
         from vllm.v1.engine import EngineCoreRequestType
 
         while not self._stop.wait(WAKE_INTERVAL_S):
-            idle = not self._scheduler.has_unfinished_requests()
-            if idle and not self.failed and self.controller.wants_wakeup and not self.wake_due:
+            idle = not self._scheduler.has_unfinished_requests() and self._may_wake()
+            if idle and self.controller.wants_wakeup and not self.wake_due:
                 self.wake_due = True
                 self._engine.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
@@ -278,24 +310,15 @@ class Morph:
             "mapped_kv_blocks": counters["num_blocks_mapped"],
             "transitions": counters["transitions"],
             "transition_seconds": counters["transition_seconds"],
-            "errors": {**counters["errors"], **({"glue": 1} if self.failed else {})},
-            "ladder": [
-                {
-                    "level": level.index,
-                    "num_kv_blocks": level.num_kv_blocks,
-                    "weight_bytes": level.weight_bytes,
-                    "expected_kl": level.expected_kl,
-                    "layers_by_format": level.layers_by_format(),
-                }
-                for level in self.runtime.ladder
-            ],
+            "errors": counters["errors"],
+            "ladder": self._ladder_page,
             "kernels": dict(self.runtime.ranks[0].kernels),
             "kv_block_bytes": self.runtime.kv_block_bytes,
             "tokens_by_level": {str(k): n for k, n in enumerate(self.tokens_by_level)},
             "pause_ms": {
                 "count": len(pauses),
                 "p50": 1e3 * pauses[len(pauses) // 2] if pauses else None,
-                "max": 1e3 * pauses[-1] if pauses else None,
+                "max": 1e3 * counters["max_pause_s"] if pauses else None,
             },
         }
 

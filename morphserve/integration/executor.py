@@ -13,7 +13,7 @@ from typing import Any
 
 from morphserve.controller.ports import Plan, Reply, Ticket
 
-PAUSE_SAMPLES = 4096  # bounded: the status page reports percentiles of the latest
+PAUSE_SAMPLES = 512  # bounded: the status page reports percentiles of the latest
 
 
 class RpcTicket:
@@ -33,7 +33,7 @@ class RpcTicket:
                 self._replies = tuple(self._future.result())
             except Exception as e:  # whatever the transport raised, the controller must hear of it
                 self._replies = tuple(
-                    Reply(rank, self._revision, False, f"{type(e).__name__}: {e}")
+                    Reply(rank, self._revision, False, f"{type(e).__name__}: {e}", kv_moved=False)
                     for rank in range(self._num_ranks)
                 )
             self._pauses.append(max((r.elapsed_s for r in self._replies), default=0.0))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,7 +47,7 @@ def _gauge(name: str, doc: str, value: float) -> GaugeMetricFamily:
 
 
 def _gauges(s: dict[str, Any]) -> Iterator[Metric]:
-    yield _gauge("level", "Committed morph level; 0 = full precision.", s["level"])
+    yield _gauge("level", "Morph level that tokens count for; 0 = full precision.", s["exposure_level"])
     yield _gauge("target_level", "Level the transition in progress is heading for.", s["target_level"])
     blocks = GaugeMetricFamily(
         PREFIX + "kv_blocks", "KV blocks per rank, null block included.", labels=["state"]
@@ -118,6 +119,11 @@ class MorphServeEndpoint:
         self._client = engine_client
         if engine_client is None:
             return
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            logger.warning(
+                "morphserve: several API servers share one registry of files, which cannot hold morphserve:* "
+                "metrics; GET /morphserve/status has the same figures. Use --api-server-count 1 for the metrics."
+            )
         with contextlib.suppress(ValueError):  # a second app in this process: already registered
             REGISTRY.register(self._collector)
         self._task = asyncio.create_task(self._poll())

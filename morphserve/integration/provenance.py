@@ -14,6 +14,8 @@ from typing import Any
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
 
+_PRUNE_AT = 4096  # remembered blocks before the first look for stale ones
+
 
 def requests_with_kv(scheduler: Any) -> list[str]:
     """Ids of the requests that hold KV blocks now, the argument of `Provenance.taint`. O(running)."""
@@ -42,6 +44,7 @@ class Provenance:
         self._tainted: set[str] = set()
         # By identity: a block may be renamed meanwhile, and KVCacheBlock is not hashable.
         self._degraded: dict[int, KVCacheBlock] = {}
+        self._prune_at = _PRUNE_AT
         self._cache_full = pool.cache_full_blocks
         self._cache_partial = pool.cache_partial_block
         self._wrappers = {
@@ -110,6 +113,13 @@ class Provenance:
     def _remember(self, block: KVCacheBlock) -> None:
         if self._level > 0 and block.block_hash is not None:
             self._degraded[id(block)] = block
+            if len(self._degraded) > self._prune_at:
+                self._prune()
+
+    def _prune(self) -> None:
+        """Forget blocks that have lost their hash. Doubling the mark keeps it O(1) per remembered block."""
+        self._degraded = {key: b for key, b in self._degraded.items() if b.block_hash is not None}
+        self._prune_at = max(_PRUNE_AT, 2 * len(self._degraded))
 
     def _cache_full_blocks(
         self,

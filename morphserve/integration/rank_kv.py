@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from kv_resize import ElasticCache, HostBacking, KVGeometry, MapError, Placement
+from kv_resize import ElasticCache, HostBacking, KVGeometry, KVResizeError, MapError, Placement
 
 logger = logging.getLogger("vllm.morphserve")
 
@@ -105,8 +105,10 @@ class RankKV:
         except MapError as e:
             logger.warning("morphserve: %s", e)
             if e.num_possible > self._cache.num_mapped:
-                with contextlib.suppress(MapError):
+                with contextlib.suppress(KVResizeError, RuntimeError):
                     self._cache.map(e.num_possible)
+        except (KVResizeError, RuntimeError) as e:  # torch says RuntimeError when it is out of memory
+            logger.warning("morphserve: no more KV blocks: %s", e)
 
     def unmap(self, num_blocks: int) -> None:
         """Return the memory of blocks from `num_blocks` on."""

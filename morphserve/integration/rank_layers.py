@@ -158,6 +158,7 @@ class RankLayers:
         self.linears: Linears = {}
         self.kernels: dict[str, Kernel] = {}
         self.store: VariantStore | None = None
+        self._slots: dict[int, dict[str, LinearSlot]] = {}
         self.swapper: LayerSwapper | None = None
 
     def capture(self, model: torch.nn.Module) -> None:
@@ -208,6 +209,11 @@ class RankLayers:
         for layer, linears in self.linears.items():
             slots[layer] = {}
             for name, linear in linears.items():
+                if linear.weight.numel():
+                    raise ConfigError(
+                        f"layer {layer} {name}: vLLM kept the weight tensor instead of packing it (no oneDNN on "
+                        "this CPU), so swapping it would free nothing. Start without --plugin morphserve here."
+                    )
                 bias = applied_bias(linear)
                 size = opaque_linear.num_outputs(linear) * linear.input_size_per_partition
                 impl = BaseImpl(linear.__dict__.pop("cpu_linear"), bias, size * linear.params_dtype.itemsize)
@@ -215,6 +221,7 @@ class RankLayers:
                     self.vllm_config, self._cache_dir, linear, name, impl, BASE_FORMAT, bias
                 )
         reclaim = (lambda: None) if FREED_WEIGHTS_RETURN else trim
+        self._slots = slots
         self.swapper = LayerSwapper(slots, self.store, self.kernels, self._build_base, reclaim)
 
     def _build_base(self, layer: int, name: str, tensors: dict[str, torch.Tensor]) -> BaseImpl:
@@ -224,6 +231,9 @@ class RankLayers:
         )
         nbytes = tensors["weight"].nbytes
         dispatch_cpu_unquantized_gemm(shadow, remove_weight=True)  # type: ignore[arg-type]
+        if shadow.weight.numel():
+            # vLLM swallows the failure and falls back to a matmul on the tensor: not what level 0 runs.
+            raise KernelError(f"layer {layer} {name}: vLLM could not build its matmul (out of memory?)")
         return BaseImpl(shadow.cpu_linear, tensors.get("bias"), nbytes)
 
     def describe(self) -> RankDescription:
@@ -239,6 +249,9 @@ class RankLayers:
                 )
                 for fmt in formats
             },
+            largest_linear_bytes=max(
+                slot.impl.nbytes for slots in self._slots.values() for slot in slots.values()
+            ),
             kernels={fmt: kernel.name for fmt, kernel in self.kernels.items()},
         )
 

@@ -158,7 +158,7 @@ def wrap(target: str, make: Callable[[Callable[..., Any]], Any]) -> None:
     if getattr(current, _MARK, None) is not None:
         return
     # A static or class method is kept as the descriptor it is, so that uninstall is exact.
-    raw = vars(owner)[name] if name in vars(owner) else current
+    raw = vars(owner).get(name, current)
     replacement = make(current)
     setattr(getattr(replacement, "__func__", replacement), _MARK, current)
     setattr(owner, name, replacement)

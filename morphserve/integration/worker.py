@@ -160,13 +160,20 @@ def _kv() -> RankKV:
     return _RANK.kv
 
 
+class _KVUnknown(RuntimeError):
+    """Copies or block tables are half done."""
+
+
 def _release_kv(worker: Any, plan: Plan) -> None:
     """Move what must stay, return what may go. First, so that the plan's layers find the memory."""
     kv = _kv()
     kv.start(plan.num_kv_blocks)
     if plan.copies:
-        kv.copy(plan.copies)
-        kv.rewrite_block_tables(worker.model_runner, plan.copies)
+        try:
+            kv.copy(plan.copies)
+            kv.rewrite_block_tables(worker.model_runner, plan.copies)
+        except Exception as e:
+            raise _KVUnknown(f"{type(e).__name__}: {e}") from e
     kv.unmap(plan.num_kv_blocks)
 
 
@@ -176,7 +183,7 @@ def _answer(worker: Any, plan: Plan, action: Callable[[], None], final: bool = F
     `final`: no further command may carry this plan's revision.
     """
     start = time.perf_counter()
-    ok, error = True, ""
+    ok, error, kv_moved = True, "", True
     try:
         # Revision 0 stands outside of every transition: it publishes level 0's blocks at start.
         if 0 < plan.revision <= _RANK.revision:
@@ -185,7 +192,7 @@ def _answer(worker: Any, plan: Plan, action: Callable[[], None], final: bool = F
             _RANK.revision = max(_RANK.revision, plan.revision)
         action()
     except Exception as e:
-        ok, error = False, f"{type(e).__name__}: {e}"
+        ok, error, kv_moved = False, f"{type(e).__name__}: {e}", not isinstance(e, _KVUnknown)
         logger.exception("morphserve: rank %d, plan r%d failed", worker.rank, plan.revision)
     layers, kv = _layers(), _kv()
     return Reply(
@@ -197,6 +204,7 @@ def _answer(worker: Any, plan: Plan, action: Callable[[], None], final: bool = F
         num_kv_blocks=kv.num_mapped,
         weight_bytes=layers.swapper.resident_bytes,
         staging_bytes=layers.swapper.staging_bytes,
+        kv_moved=kv_moved,
     )
 
 

@@ -305,12 +305,21 @@ def test_exception_in_a_port_never_leaves_tick(method: str) -> None:
     assert rig.pool.allocate(1, rig.pool.num_kv_blocks - 1)
 
 
-def test_on_level_error_is_counted_and_harmless() -> None:
-    """Guards: a metrics callback that raises stops the transition."""
+def test_on_level_error_trips_and_is_told_again() -> None:
+    """Guards: degraded KV is cached as clean because whoever must know of the level was never told."""
     rig = Rig()
-    rig.controller._on_level = lambda level: 1 / 0  # type: ignore[assignment,return-value]
-    rig.go_to(1)
-    assert rig.controller.counters.errors == {"on_level": 1} and not rig.controller.tripped
+    told: list[int] = []
+
+    def fails_once(level: int) -> None:
+        told.append(level)
+        if len(told) == 1:
+            raise RuntimeError("not now")
+
+    rig.controller._on_level = fails_once
+    rig.script.level = 1
+    rig.step(20)
+    assert told[:2] == [told[0]] * 2, "not told again"
+    assert rig.controller.counters.errors == {"on_level": 1} and rig.controller.tripped
 
 
 def test_exposure_is_the_deeper_level_between_two() -> None:
