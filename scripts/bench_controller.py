@@ -1,0 +1,143 @@
+"""What does the controller cost per engine step, and does that grow with uptime? No engine, no clock but one.
+
+Drives the real controller, monitor and threshold policy through simulated steps of a load that comes and goes, with
+ranks that answer at the next step, and times every tick.
+
+Output columns: microseconds (upper edge of the bucket), steps in it; then the median of the first and the last tenth.
+Last stdout line: one JSON document.
+
+    python scripts/bench_controller.py --steps 100000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+from morphserve.config import LadderConfig, MorphServeConfig
+from morphserve.controller import Controller, EngineView, Plan, Reply, ShrinkProgress, largest_chunk_bytes, make_ledger
+from morphserve.ladder import build_ladder
+from morphserve.monitor import Monitor
+from policies import build_policy
+from policies.config import ThresholdConfig
+
+EDGES_US = (2, 5, 10, 20, 50, 100, 200, 500, 1000)
+LAYER_BYTES = {"base": [7_077_888] * 30, "w8": [3_585_000] * 30, "w4": [2_270_000] * 30}
+BLOCK_BYTES = 737_280
+STEP_S = 0.04
+
+
+@dataclass
+class Pool:
+    """Counts instead of blocks."""
+
+    num_kv_blocks: int
+    num_used_blocks: int = 0
+    fence: int = 0
+
+    def grow(self, num_kv_blocks: int) -> None:
+        self.num_kv_blocks = num_kv_blocks
+
+    def begin_shrink(self, num_kv_blocks: int) -> None:
+        self.fence = num_kv_blocks
+
+    def advance_shrink(self, max_copies: int) -> ShrinkProgress:
+        return ShrinkProgress((), max(0, self.num_used_blocks - self.fence))
+
+    def finish_shrink(self) -> None:
+        self.num_kv_blocks = self.fence
+
+    def cancel_shrink(self) -> None:
+        self.fence = 0
+
+
+class Ticket:
+    """Answered when it is looked at for the second time: one step later."""
+
+    def __init__(self, replies: tuple[Reply, ...]) -> None:
+        self._replies = replies
+        self._looked = False
+
+    def poll(self) -> tuple[Reply, ...] | None:
+        looked, self._looked = self._looked, True
+        return self._replies if looked else None
+
+
+class Executor:
+    """Two ranks that do what they are told, in no time."""
+
+    num_ranks = 2
+
+    def _answer(self, plan: Plan) -> Ticket:
+        return Ticket(tuple(Reply(r, plan.revision, True, num_kv_blocks=plan.num_kv_blocks) for r in range(2)))
+
+    prepare = commit = abort = apply = _answer
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100_000)
+    args = parser.parse_args(argv)
+
+    config = MorphServeConfig()
+    ladder = build_ladder(30, LAYER_BYTES, LadderConfig(), 49, BLOCK_BYTES)
+    pool, monitor, now = Pool(49), Monitor(), [0.0]
+    controller = Controller(
+        ladder,
+        build_policy(ThresholdConfig(kind="threshold"), ladder),
+        pool,
+        Executor(),
+        monitor,
+        config,
+        make_ledger(ladder, BLOCK_BYTES, largest_chunk_bytes(LAYER_BYTES, 5)),
+        layer_bytes=LAYER_BYTES,
+        clock=lambda: now[0],
+    )
+    took_us: list[float] = []
+    for step in range(args.steps):
+        now[0] += STEP_S
+        running = 4 if step // 1000 % 2 == 0 else 18  # a burst of 40 s every 80 s
+        pool.num_used_blocks = min(running * 8, pool.num_kv_blocks - 1)
+        start = time.perf_counter()
+        if step % 20 == 0:
+            monitor.on_arrival(now[0])
+            monitor.on_scheduled(now[0], 0.02)
+            monitor.on_finish(8, now[0])
+        monitor.on_step(now[0], running)
+        controller.tick(EngineView(0, running, 0.0))
+        took_us.append(1e6 * (time.perf_counter() - start))
+    if controller.tripped:
+        sys.stderr.write("bench_controller: the controller tripped\n")
+        return 1
+    _report(took_us, sum(controller.counters.transitions.values()))
+    return 0
+
+
+def _report(took_us: list[float], num_transitions: int) -> None:
+    counts = [0] * (len(EDGES_US) + 1)
+    for value in took_us:
+        counts[next((i for i, edge in enumerate(EDGES_US) if value <= edge), len(EDGES_US))] += 1
+    labels = [*(f"<= {edge}" for edge in EDGES_US), f"> {EDGES_US[-1]}"]
+    for label, count in zip(labels, counts, strict=True):
+        sys.stdout.write(f"{label:>8} us  {count}\n")
+    tenth = max(1, len(took_us) // 10)
+    first, last = statistics.median(took_us[:tenth]), statistics.median(took_us[-tenth:])
+    sys.stdout.write(f"median of the first tenth {first:.2f} us, of the last {last:.2f} us\n")
+    document = {
+        "steps": len(took_us),
+        "transitions": num_transitions,
+        "p50_us": round(statistics.median(took_us), 2),
+        "p99_us": round(statistics.quantiles(took_us, n=100)[98], 2),
+        "first_tenth_p50_us": round(first, 2),
+        "last_tenth_p50_us": round(last, 2),
+        "histogram": dict(zip(labels, counts, strict=True)),
+    }
+    sys.stdout.write(json.dumps(document) + "\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
