@@ -123,7 +123,7 @@ class ThresholdPolicy:
         self._note_fits(s, need, preempted)
         if pressure is not None:
             why, is_event = pressure
-            level = self._level_for(need)
+            level = self._level_for(need, s.used_kv_blocks)
             if is_event:  # seen, not predicted: whatever the need says, one rung more at least
                 level = max(level, self._next_useful(heading))
             if level > heading:
@@ -166,16 +166,22 @@ class ThresholdPolicy:
             return f"expected kv_usage {expected / max(usable, 1):.2f} > {t.degrade_above:.2f}", False
         return None
 
-    def _level_for(self, need: float) -> int:
+    def _level_for(self, need: float, used: int) -> int:
         """Shallowest level that the need fills to `target_usage`, else the deepest useful one.
 
-        Room to spare is not worth a costlier format: at the end of a tier the need may fill the cache up
-        to `degrade_above`. (W4 on all layers costs ten times the KL of W8 here, and a quarter more blocks.)
+        The need is what the requests here will hold if all of them end at once, which they do not: on
+        windows of real traffic it was 20 % above what was ever used. That is cheap caution within a tier.
+        Into a costlier format (W4 on all layers costs ten times the KL of W8 here, for a quarter more blocks)
+        only what is really held leads, and no further than it asks; one more rung takes a step or two.
         """
-        level = min(bisect_left(self._usable, need / self.thresholds.target_usage), self._deepest_useful)
-        for end in self._tier_ends:
-            if end < level and need <= self.thresholds.degrade_above * self._usable[end]:
-                return end
+        t = self.thresholds
+        level = min(bisect_left(self._usable, need / t.target_usage), self._deepest_useful)
+        for end in reversed(self._tier_ends):
+            if end >= level:
+                continue
+            if used > t.degrade_above * self._usable[end]:
+                return max(end + 1, min(level, bisect_left(self._usable, used / t.degrade_above)))
+            level = end
         return level
 
     def _next_useful(self, level: int) -> int:

@@ -20,6 +20,7 @@ from morphserve.config import MorphServeConfig
 from morphserve.controller import Controller, DecisionLog, largest_chunk_bytes, make_ledger
 from morphserve.controller.ports import EngineView, Plan
 from morphserve.errors import ConfigError
+from morphserve.histogram import TimeHistogram
 from morphserve.integration import seams
 from morphserve.integration.block_pool import VllmBlockPool, check_supported
 from morphserve.integration.checks import make_policy
@@ -111,6 +112,7 @@ class Morph:
         self._levels_in_flight: dict[int, int] = {}  # id(scheduler output) |-> exposure level
         self._awaiting_first_token: list[Any] = []
         self._last_preemption_wall_s = 0.0
+        self.tick_times = TimeHistogram()
         self._stop = threading.Event()
         self.pool = VllmBlockPool(scheduler)
         self._publish_base()
@@ -175,11 +177,13 @@ class Morph:
 
     def before_schedule(self) -> None:
         """Controller first, then vLLM's own schedule()."""
+        start = time.perf_counter()
         self.wake_due = False
         if self.failed:
             self._tick()
         else:
             self._guard(self._tick)
+        self.tick_times.add(time.perf_counter() - start)
 
     def after_schedule(self, output: Any) -> None:
         self._guard(self._after_schedule, output)
@@ -312,6 +316,7 @@ class Morph:
             "transition_seconds": counters["transition_seconds"],
             "errors": counters["errors"],
             "ladder": self._ladder_page,
+            "controller_time": self.tick_times.as_json(),
             "kernels": dict(self.runtime.ranks[0].kernels),
             "kv_block_bytes": self.runtime.kv_block_bytes,
             "tokens_by_level": {str(k): n for k, n in enumerate(self.tokens_by_level)},

@@ -11,11 +11,12 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 from fastapi import APIRouter, HTTPException
 from prometheus_client import REGISTRY
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 logger = logging.getLogger("vllm.morphserve")
@@ -36,6 +37,7 @@ class StatusCollector(Collector):
             return
         yield from _gauges(status)
         yield from _counters(status)
+        yield from _histograms(status)
 
     def describe(self) -> Iterator[Metric]:
         """Nothing is known before the first poll; without this the registry would call collect()."""
@@ -68,6 +70,17 @@ def _gauges(s: dict[str, Any]) -> Iterator[Metric]:
         yield _gauge("pause_ms_max", "Longest time a command kept a rank from its next step.",
                      s["pause_ms"]["max"])
     yield _gauge("failed", "1 when MorphServe gave up and the server goes on without it.", bool(s["failed"]))
+
+
+def _histograms(s: dict[str, Any]) -> Iterator[Metric]:
+    times = s["controller_time"]
+    edges = [*(f"{edge:g}" for edge in times["edges_s"]), "+Inf"]
+    yield HistogramMetricFamily(
+        PREFIX + "controller_seconds",
+        "Time of monitor, policy and controller in one engine step.",
+        buckets=list(zip(edges, accumulate(times["counts"]), strict=True)),
+        sum_value=times["sum_s"],
+    )
 
 
 def _counters(s: dict[str, Any]) -> Iterator[Metric]:
