@@ -10,6 +10,7 @@ from policies.levels import deepest_level_within, resolve_level
 from policies.types import BASE_FORMAT, Decision, Ladder, Signals
 
 _GROWTH_UNTIL_KNOWN = 1.5  # a request holds its prompt at first; until one has ended, expect it to grow so
+_FULL = 0.9  # kv_usage from which a costlier format is worth its price
 _QUIET_S = 1.0  # nothing waited for so long: the load is draining
 _REENTRY_S = 20.0  # degrading so soon after a restore means that the restore was too early
 _DWELL_GROWTH = 2.0
@@ -179,8 +180,9 @@ class ThresholdPolicy:
         for end in reversed(self._tier_ends):
             if end >= level:
                 continue
-            if used > t.degrade_above * self._usable[end]:
-                return max(end + 1, min(level, bisect_left(self._usable, used / t.degrade_above)))
+            full = max(t.degrade_above, _FULL)
+            if used > full * self._usable[end]:
+                return max(end + 1, min(level, bisect_left(self._usable, used / full)))
             level = end
         return level
 

@@ -264,8 +264,9 @@ class FakeExecutor:
     def _apply(self, plan: Plan, rank: FakeRank, prepares: bool) -> None:
         self._commit(replace(plan, layer_formats=(), num_kv_blocks=min(plan.num_kv_blocks, rank.mapped)), rank)
         if prepares:
-            self._prepare(plan, rank)
-            self._commit(replace(plan, copies=()), rank)
+            layers = replace(plan, copies=())
+            self._prepare(layers, rank)
+            self._commit(layers, rank)
 
     def _abort(self, plan: Plan, rank: FakeRank) -> None:
         assert rank.staged is None or rank.staged == plan

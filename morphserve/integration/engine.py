@@ -112,6 +112,7 @@ class Morph:
         self._levels_in_flight: dict[int, int] = {}  # id(scheduler output) |-> exposure level
         self._awaiting_first_token: list[Any] = []
         self._last_preemption_wall_s = 0.0
+        self._heap_used = False  # a transition has been since the ranks last gave free heap back
         self.tick_times = TimeHistogram()
         self._stop = threading.Event()
         self.pool = VllmBlockPool(scheduler)
@@ -210,8 +211,7 @@ class Morph:
             # Without its signals the policy must rest. The controller is ticked on: it finishes or undoes
             # what is under way, and the server goes on at the level it then has.
             self.failed = True
-            logger.exception("morphserve: monitoring failed")
-            self.controller.trip("glue")
+            self.controller.trip("glue")  # logs the error under way
 
     def _tick(self) -> None:
         view = EngineView(0, 0, 0.0) if self.failed else self._view()
@@ -265,6 +265,17 @@ class Morph:
                 elif not request.is_finished():
                     still.append(request)
             self._awaiting_first_token = still
+        if self._heap_used:
+            self._trim_when_idle()
+
+    def _trim_when_idle(self) -> None:
+        """Small tensors of the variants live in the heap and leave free pages there: give them back, once
+        after each return to level 0, when no request can notice the milliseconds."""
+        controller = self.controller
+        restored = controller.exposure_level == 0 and not controller.in_transition
+        if restored and not self._scheduler.has_unfinished_requests():
+            self._heap_used = False
+            self.executor.trim()
 
     def _on_arrival(self) -> None:
         self.monitor.on_arrival(time.monotonic())
@@ -279,6 +290,7 @@ class Morph:
 
     def _on_level(self, level: int) -> None:
         """The next forward pass runs at `level`; what holds KV now carries on with KV of both."""
+        self._heap_used = True
         self.provenance.taint(requests_with_kv(self._scheduler))
         self.provenance.set_level(level)
 

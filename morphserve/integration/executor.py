@@ -64,6 +64,10 @@ class RpcExecutor:
     def apply(self, plan: Plan) -> Ticket:
         return self._send("morphserve_apply", plan)
 
+    def trim(self) -> None:
+        """Ask every rank to return free heap to the system. Nobody waits for the answer."""
+        self._executor.collective_rpc("morphserve_trim", non_block=True)
+
     def _send(self, method: str, plan: Plan) -> Ticket:
         future = self._executor.collective_rpc(method, args=(plan,), non_block=True)
         return RpcTicket(future, plan.revision, self._num_ranks, self.pauses)

@@ -21,6 +21,7 @@ from morphserve.integration.host_memory import resident_bytes, weights_on_their_
 from morphserve.integration.rank_kv import RankKV
 from morphserve.integration.rank_layers import RankLayers
 from morphserve.integration.settings import read_settings
+from quant_layers import trim
 
 logger = logging.getLogger("vllm.morphserve")
 
@@ -137,6 +138,10 @@ class MorphServeWorker:
             _layers().swapper.abort()
 
         return _answer(self, plan, abort, final=True)
+
+    def morphserve_trim(self) -> None:
+        """Return free heap pages to the system; takes milliseconds, so only an idle engine asks."""
+        trim()
 
     def morphserve_memory(self) -> dict[str, Any]:
         """Resident bytes of this worker beside what its ledger says. For tests and the status page."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 
 from morphserve.config import KVConfig, MorphServeConfig, TransitionConfig
-from morphserve.controller import Controller, EngineView, Phase, Plan
+from morphserve.controller import Controller, EngineView, Phase, Plan, Reply
 from morphserve.controller.transition import check_move
 from morphserve.errors import ConfigError, IllegalTransition
-from tests.fakes import BASE_BLOCKS, LAYER_BYTES, Rig
+from tests.fakes import BASE_BLOCKS, LAYER_BYTES, FakeRank, Rig
 
 pytestmark = pytest.mark.cpu
 
@@ -416,3 +417,48 @@ def test_plans_carry_rising_revisions() -> None:
     revisions = [plan.revision for command, plan in rig.executor.sent if command != "commit"]
     assert revisions == sorted(set(revisions))
     assert all(isinstance(plan, Plan) for _, plan in rig.executor.sent)
+
+
+def test_single_rank_switches_in_one_command() -> None:
+    """Guards: a vote of one, which costs a step per chunk and makes the burst wait."""
+    rig = Rig(num_ranks=1)
+    rig.go_to(6)
+    assert rig.pool.allocate(1, 12)
+    rig.step()
+    rig.go_to(0)
+    commands = {command for command, plan in rig.executor.sent if plan.layer_formats}
+    assert commands == {"apply"}
+    assert rig.executor.ranks[0].formats == ["base"] * 8
+
+
+@pytest.mark.parametrize("level", [1, 0])
+def test_single_rank_that_cannot_prepare_keeps_the_old_level(level: int) -> None:
+    """Guards rule 6 without a vote: KV given up for a switch that failed is lost, or exposure is wrong."""
+    rig = Rig(num_ranks=1)
+    if level == 0:
+        rig.go_to(3)
+    before, blocks = rig.controller.level, rig.pool.num_kv_blocks
+    rig.executor.fail = lambda command, plan, r: "no memory" if command == "apply" else ""
+    rig.script.level = level
+    rig.step(6)
+    assert rig.controller.level == rig.controller.exposure_level == before
+    assert rig.pool.num_kv_blocks == blocks and not rig.controller.tripped
+    assert rig.controller.counters.errors == {"prepare": 1}
+    rig.executor.fail = lambda command, plan, r: ""
+    rig.go_to(level)
+
+
+def test_single_rank_half_way_is_no_abort() -> None:
+    """Guards: KV whose copies may be half done is handed out again after a failed apply."""
+    rig = Rig(num_ranks=1)
+    rig.go_to(3)
+    obey = rig.executor._obey
+
+    def half_done(command: str, plan: Plan, rank: FakeRank) -> Reply:
+        reply = obey(command, plan, rank)
+        return replace(reply, ok=False, error="table", kv_moved=False) if command == "apply" else reply
+
+    rig.executor._obey = half_done  # type: ignore[method-assign]
+    rig.script.level = 0
+    rig.step(4)
+    assert rig.controller.tripped and rig.controller.counters.errors == {"controller": 1}

@@ -125,7 +125,7 @@ def test_w4_only_when_w8_is_not_enough() -> None:
     assert make().decide(replace(load, num_waiting=60)).level == 6, "w4 for a need that is only expected"
     expected = at_level(replace(QUIET, used_kv_blocks=100, num_running=22, blocks_per_request=8.0), 6)
     assert make().decide(expected).level == 6
-    held = at_level(replace(QUIET, used_kv_blocks=170, num_running=22, num_waiting=3), 6)
+    held = at_level(replace(QUIET, used_kv_blocks=176, num_running=22, num_waiting=3), 6)
     assert 6 < make().decide(held).level < 12, "no further into w4 than what is held asks for"
     waits = at_level(replace(QUIET, used_kv_blocks=150, num_running=20, num_waiting=9, oldest_wait_s=0.5), 6)
     assert make().decide(waits).level >= 6
