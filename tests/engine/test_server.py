@@ -87,14 +87,17 @@ class Server:
         return self.process.wait(EXIT_TIMEOUT_S)
 
     def processes(self) -> list[str]:
-        """Command lines of all processes of the server's session that still run."""
+        """Command lines of all processes of the server's session that still run.
+
+        Without CPython's resource tracker, which ends by itself a moment after the process it belongs to.
+        """
         found = []
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with suppress(OSError):
                 state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
                 if int(session) == self.process.pid and state != "Z":
                     found.append(stat.with_name("cmdline").read_text().replace("\0", " "))
-        return found
+        return [line for line in found if "multiprocessing.resource_tracker" not in line]
 
 
 @contextmanager
