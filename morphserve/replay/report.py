@@ -57,7 +57,7 @@ TABLE: tuple[tuple[str, str | None, Format], ...] = (
     ("Transitions", "transitions_by_outcome", _moves),
     ("Time in transitions (s)", "transition_s", _fixed(2)),
     ("Longest pause by a transition (ms)", "pause_max_ms", _fixed(1)),
-    ("Level 0 again after the pressure ended (s)", "level_zero_after_s", _fixed(1)),
+    ("Level 0 again after the pressure ended, slowest (s)", "level_zero_after_s", _fixed(1)),
     ("What it cost", None, str),
     ("Share of tokens per level", "tokens_by_level", _levels),
     ("Tokens at level 1 or deeper", "share_above_level_0", percent),

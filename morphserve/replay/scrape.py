@@ -36,7 +36,6 @@ class Snapshot:
     transition_s: float | None = None
     errors: dict[str, int] = field(default_factory=dict)  # by place
     pause_max_ms: float | None = None
-    server_level_zero_after_s: float | None = None
 
     @property
     def is_morphserve(self) -> bool:
@@ -87,7 +86,6 @@ def snapshot(samples: Iterable[Sample], t_s: float) -> Snapshot:
         transition_s=page.sum("morphserve:transition_seconds_total"),
         errors=page.by("morphserve:errors_total", "where"),
         pause_max_ms=page.max("morphserve:pause_ms_max"),
-        server_level_zero_after_s=page.max("morphserve:level_zero_after_s"),
     )
 
 

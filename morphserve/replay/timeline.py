@@ -9,9 +9,10 @@ from morphserve.replay.scrape import Snapshot
 
 
 def level_zero_after_s(series: Sequence[Snapshot], level0_blocks: int | None) -> float | None:
-    """Seconds from the end of the last pressure to level 0 for good.
+    """Seconds from the end of pressure to level 0, in the slowest of the times the level left 0 and came back.
 
-    Pressure: requests wait, or live requests hold more blocks than level 0 has.
+    Pressure: requests wait, or live requests hold more blocks than level 0 has. Where the level left 0 on a
+    forecast and neither came, it counts from the first moment with the most blocks in use.
 
     Args:
         series: in time order.
@@ -21,19 +22,30 @@ def level_zero_after_s(series: Sequence[Snapshot], level0_blocks: int | None) ->
         None if the level never left 0, or was not back at the end of the series.
     """
     known = [s for s in series if s.level is not None]
-    away = [i for i, s in enumerate(known) if s.level]
-    if not away or away[-1] == len(known) - 1:
+    if not known or known[-1].level:
         return None
-    back_s = known[away[-1] + 1].t_s
     if level0_blocks is None:
         level0_blocks = min((s.blocks_published for s in known if s.blocks_published), default=None)
+    times: list[float] = []
+    away: list[Snapshot] = []
+    for snapshot in known:
+        if snapshot.level:
+            away.append(snapshot)
+        elif away:
+            times.append(snapshot.t_s - _pressure_end_s(away, level0_blocks))
+            away = []
+    return max(times, default=None)
+
+
+def _pressure_end_s(away: Sequence[Snapshot], level0_blocks: int | None) -> float:
+    """When the reason to be away from level 0 ended."""
 
     def pressed(s: Snapshot) -> bool:
         over = level0_blocks is not None and (s.blocks_used or 0) > level0_blocks - 1
         return bool(s.waiting) or over
 
-    last = [s.t_s for s in known if pressed(s) and s.t_s <= back_s]
-    return back_s - (last[-1] if last else known[away[0]].t_s)
+    last = [s.t_s for s in away if pressed(s)]
+    return last[-1] if last else max(away, key=lambda s: s.blocks_used or 0).t_s
 
 
 def gained(first: dict[str, int], last: dict[str, int]) -> dict[str, int]:
