@@ -263,12 +263,14 @@ class ChunkRunner:
     def _await_apply(self, chunk: _Chunk) -> None:
         """One rank: its answer to `apply` says that it has switched, or that no layer has changed."""
         assert chunk.ticket is not None
+        before = {rank: figures.weight_bytes for rank, figures in self.desk.ranks.items()}
         replies = self.desk.poll(chunk.ticket)
         if replies is None:
             return
         chunk.ticket = None
         if failed := failures(replies):
-            switched = any(reply.weight_bytes != self._weight_bytes for reply in replies)
+            # Against the rank's own last word: what the ladder counts may be a bound (`common_layer_bytes`).
+            switched = any(r.weight_bytes != before.get(r.rank, self._weight_bytes) for r in replies)
             if switched or not all(reply.kv_moved for reply in replies):
                 raise CommandFailed(f"apply stopped half-way: {failed}")
             self.upper = chunk.exposure_before

@@ -24,7 +24,7 @@ from morphserve.histogram import TimeHistogram
 from morphserve.integration import seams
 from morphserve.integration.block_pool import VllmBlockPool, check_supported
 from morphserve.integration.checks import make_policy
-from morphserve.integration.describe import RankDescription
+from morphserve.integration.describe import RankDescription, common_layer_bytes
 from morphserve.integration.executor import RpcExecutor
 from morphserve.integration.provenance import Provenance, requests_with_kv
 from morphserve.integration.settings import read_settings
@@ -45,6 +45,7 @@ class EngineRuntime:
         self.vllm_config = vllm_config
         self.config = config
         self.ranks: list[RankDescription] = engine_core.model_executor.collective_rpc("morphserve_describe")
+        self.layer_bytes = common_layer_bytes(self.ranks)
         self.ladder: Ladder = ()
         self.base_num_blocks = 0
         self.kv_block_bytes = 0
@@ -83,7 +84,7 @@ class EngineRuntime:
             cache_config.num_gpu_blocks_override = override
 
     def _ladder(self, block_bytes: list[int]) -> Ladder:
-        """One ladder for all ranks: tensor-parallel ranks hold equal slices of every layer."""
+        """One ladder for all ranks: see `common_layer_bytes`."""
         return build_ladder(
             self.vllm_config.model_config.get_total_num_hidden_layers(),
             self.layer_bytes,
@@ -92,11 +93,6 @@ class EngineRuntime:
             max(block_bytes),
             self.config.kv.max_num_blocks,
         )
-
-    @property
-    def layer_bytes(self) -> dict[str, tuple[int, ...]]:
-        """Bytes of each layer by format on one rank."""
-        return self.ranks[0].layer_bytes
 
 
 class Morph:

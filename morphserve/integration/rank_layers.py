@@ -226,15 +226,14 @@ class RankLayers:
 
     def _build_base(self, layer: int, name: str, tensors: dict[str, torch.Tensor]) -> BaseImpl:
         """vLLM's own constructor on a stand-in module, so that level 0 is stock down to the kernel choice."""
-        shadow = SimpleNamespace(
-            weight=torch.nn.Parameter(tensors["weight"], requires_grad=False), bias=tensors.get("bias")
-        )
+        bias = self._slots[layer][name].bias  # the module keeps it at every level: no second copy
+        shadow = SimpleNamespace(weight=torch.nn.Parameter(tensors["weight"], requires_grad=False), bias=bias)
         nbytes = tensors["weight"].nbytes
         dispatch_cpu_unquantized_gemm(shadow, remove_weight=True)  # type: ignore[arg-type]
         if shadow.weight.numel():
             # vLLM swallows the failure and falls back to a matmul on the tensor: not what level 0 runs.
             raise KernelError(f"layer {layer} {name}: vLLM could not build its matmul (out of memory?)")
-        return BaseImpl(shadow.cpu_linear, tensors.get("bias"), nbytes)
+        return BaseImpl(shadow.cpu_linear, bias, nbytes)
 
     def describe(self) -> RankDescription:
         """Bytes of every decoder layer of the model on this rank, per format."""
@@ -243,17 +242,24 @@ class RankLayers:
         formats = [BASE_FORMAT, *self.kernels]
         return RankDescription(
             rank=self.rank,
-            layer_bytes={
-                fmt: tuple(
-                    self.store.nbytes(layer, fmt) if layer in self.linears else 0 for layer in range(num_layers)
-                )
-                for fmt in formats
-            },
+            layer_bytes={fmt: tuple(self._layer_bytes(layer, fmt) for layer in range(num_layers)) for fmt in formats},
             largest_linear_bytes=max(
                 slot.impl.nbytes for slots in self._slots.values() for slot in slots.values()
             ),
             kernels={fmt: kernel.name for fmt, kernel in self.kernels.items()},
         )
+
+    def _layer_bytes(self, layer: int, fmt: str) -> int:
+        """What a layer takes in `fmt` beyond its biases, which the module keeps at every level."""
+        assert self.store is not None
+        if layer not in self.linears:
+            return 0
+        biases = [slot.bias for slot in self._slots[layer].values() if slot.bias is not None]
+        stored = self.store.nbytes(layer, fmt)
+        if fmt == BASE_FORMAT:
+            return stored - sum(bias.nbytes for bias in biases)
+        # A variant makes a copy of the bias, in fp32 at most.
+        return stored + sum(bias.numel() * torch.float32.itemsize for bias in biases)
 
     def prepare(self, changes: dict[int, str]) -> None:
         """Build the new implementations beside the live ones. Layers of other ranks are not ours."""

@@ -448,6 +448,19 @@ def test_single_rank_that_cannot_prepare_keeps_the_old_level(level: int) -> None
     rig.go_to(level)
 
 
+def test_single_rank_may_hold_less_than_the_ladder_counts() -> None:
+    """Guards: a clean failure is taken for a half-done one where a kernel keeps less than its bound."""
+    rig = Rig(num_ranks=1)
+    count = rig.executor._weight_bytes
+    rig.executor._weight_bytes = lambda rank: count(rank) - 8 * rank.formats.count("w8")  # type: ignore[method-assign]
+    rig.go_to(3)
+    rig.executor.fail = lambda command, plan, r: "no memory" if command == "apply" else ""
+    rig.script.level = 0
+    rig.step(6)
+    assert rig.controller.level == 3 and not rig.controller.tripped
+    assert rig.controller.counters.errors == {"prepare": 1}
+
+
 def test_single_rank_half_way_is_no_abort() -> None:
     """Guards: KV whose copies may be half done is handed out again after a failed apply."""
     rig = Rig(num_ranks=1)
