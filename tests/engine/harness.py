@@ -197,7 +197,9 @@ class KVDriver:
         self.sizes.append(target)
 
     def _commit(self, copies: tuple[tuple[int, int], ...], num_kv_blocks: int) -> None:
-        replies = self._morph.executor.commit(Plan(0, (), num_kv_blocks, copies)).poll()
+        ticket = self._morph.executor.commit(Plan(0, (), num_kv_blocks, copies))
+        ticket._future.result()  # several ranks answer through a queue: wait, and take what came before
+        replies = ticket.poll()
         assert replies is not None and all(r.ok for r in replies), replies
 
     def status(self) -> dict[str, Any]:
