@@ -17,7 +17,7 @@ _REMEDY: Mapping[Account, str] = {
 
 
 class Ledger:
-    """Every rank holds the same, so one ledger speaks for all of them.
+    """No rank holds more than these figures say, so one ledger speaks for all of them.
 
     Promise: `used_bytes <= budget_bytes` after every call; a call that would break it raises and
     changes nothing.
