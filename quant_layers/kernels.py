@@ -36,7 +36,7 @@ class LinearImpl(Protocol):
 class Kernel(Protocol):
     """One way to run one format. Instances are bound to the activation dtype."""
 
-    name: str
+    name: str  # also of the packed layout on disk: whoever changes what `pack` gives changes the name
     format: str  # "w8" or "w4"
     dtype: torch.dtype  # of activations, weights to pack, and outputs
     quantizes_activations: bool  # to int8, per token

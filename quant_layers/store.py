@@ -2,7 +2,8 @@
 
 Nothing is overwritten: a file's name carries its hash, and the manifest, replaced in one rename, says
 which files count. A crash therefore leaves either the old or the new state, and at worst an orphan, which
-the next writer removes. One store belongs to one rank: tensor-parallel slices differ.
+the next writer removes. One store belongs to one rank: tensor-parallel slices differ. Machines that run
+different kernels may share a directory: the kernel is part of a layer's key.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from .errors import StoreError
+from .heldfiles import HeldFiles
 from .tensorfile import LayerTensors, flatten, read_file, sha256_of, write_file
 
 BASE = "base"  # the weights as loaded, for restoring
@@ -30,6 +32,7 @@ _SUFFIX = ".safetensors"
 _PARTIAL = ".partial"
 _SLACK_BYTES = 1 << 20  # headers, manifest and file-system blocks
 
+Key = tuple[int, str, str]  # layer, format, kernel
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
@@ -50,29 +53,40 @@ class StoredLayer:
 class VariantStore:
     """The layers of one model on one rank, in every format they were packed in.
 
+    A format is seen as the kernel named at `open` packed it; what other kernels packed stays on disk, unseen.
+
     1. What `read` returns is what `write` was given, or StoreError.
     2. A crash or a second writer, at any point, never makes a file that `has` reports unreadable.
     3. Tensors come back in anonymous memory of their own: dropping them frees what they occupied.
+    4. From `verify` on, `read` gives what was verified, also after the directory has been deleted.
     """
 
-    def __init__(self, directory: Path, fingerprint: str) -> None:
+    def __init__(self, directory: Path, fingerprint: str, kernels: Mapping[str, str]) -> None:
         """Use `open`."""
         self.directory = directory
         self.fingerprint = fingerprint
-        self._rows: MappingProxyType[tuple[int, str], StoredLayer] = MappingProxyType({})
+        self._kernels = dict(kernels)
+        self._rows: MappingProxyType[Key, StoredLayer] = MappingProxyType({})
+        self._files = HeldFiles(directory, self._remedy)
 
     @classmethod
-    def open(cls, directory: str | os.PathLike[str], fingerprint: str) -> VariantStore:
+    def open(
+        cls,
+        directory: str | os.PathLike[str],
+        fingerprint: str,
+        kernels: Mapping[str, str] = MappingProxyType({}),
+    ) -> VariantStore:
         """Open a store, or begin an empty one where `directory` has none.
 
         Args:
             directory: this rank's own directory; created if absent.
             fingerprint: identifies the base weights on this rank (checkpoint, dtype, slice).
+            kernels: by format, the name of the kernel that runs here; none for formats without one.
 
         Raises:
             StoreError: it belongs to other weights or to another version, or cannot be read or created.
         """
-        store = cls(Path(directory), fingerprint)
+        store = cls(Path(directory), fingerprint, kernels)
         try:
             store.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -85,9 +99,8 @@ class VariantStore:
         return store
 
     def has(self, layer: int, format: str, kernel: str | None = None) -> bool:
-        """Whether the layer is stored in `format` (and, if given, in the layout of `kernel`)."""
-        row = self._rows.get((layer, format))
-        return row is not None and (kernel is None or row.kernel == kernel)
+        """Whether the layer is stored in `format`, as `kernel` (by default the one at `open`) packs it."""
+        return self._key(layer, format, kernel) in self._rows
 
     def entry(self, layer: int, format: str) -> StoredLayer:
         """The manifest's row.
@@ -95,18 +108,23 @@ class VariantStore:
         Raises:
             StoreError: the layer is not stored in this format.
         """
-        row = self._rows.get((layer, format))
+        layer, format, kernel = key = self._key(layer, format)
+        row = self._rows.get(key)
         if row is None:
-            stored = sorted({f for i, f in self._rows if i == layer})
+            stored = sorted(f"{f} ({k})" if k else f for i, f, k in self._rows if i == layer)
+            wanted = f"{format!r} for kernel {kernel!r}" if kernel else repr(format)
             raise StoreError(
-                f"{self.directory} has no {format!r} of layer {layer}, found {stored or 'nothing'} for it; "
+                f"{self.directory} has no {wanted} of layer {layer}, found {stored or 'nothing'} for it; "
                 "build this format first, or remove it from the configured formats"
             )
         return row
 
+    def _key(self, layer: int, format: str, kernel: str | None = None) -> Key:
+        return layer, format, self._kernels.get(format, "") if kernel is None else kernel
+
     def entries(self) -> tuple[StoredLayer, ...]:
-        """All rows, by layer and format."""
-        return tuple(self._rows[key] for key in sorted(self._rows))
+        """All rows that `entry` finds, by layer and format."""
+        return tuple(row for key, row in sorted(self._rows.items()) if key == self._key(*key[:2]))
 
     def nbytes(self, layer: int, format: str) -> int:
         """Bytes of the tensors of one stored layer."""
@@ -122,7 +140,7 @@ class VariantStore:
             )
 
     def write(self, layer: int, format: str, tensors: LayerTensors, kernel: str = "") -> StoredLayer:
-        """Store one layer, replacing what was there. Safe against crashes and other writers.
+        """Store one layer, replacing what was there for this kernel. Safe against crashes and other writers.
 
         Raises:
             StoreError: too little space (nothing was written), or the disk refused.
@@ -140,7 +158,7 @@ class VariantStore:
                 name = f"layer-{layer:04d}.{format}.{sha256[:16]}{_SUFFIX}"
                 row = StoredLayer(layer, format, kernel, name, sha256, size, nbytes, shapes)
                 os.replace(partial, self.directory / name)
-                self._save({**self._rows, (layer, format): row})
+                self._save({**self._rows, (layer, format, kernel): row})
             except OSError as error:
                 partial.unlink(missing_ok=True)
                 raise StoreError(
@@ -160,18 +178,18 @@ class VariantStore:
         """
         row = self.entry(layer, format)
         path = self.directory / row.file
-        self._check_size(row)
-        try:
-            tensors = read_file(path)
-        except OSError as error:
-            raise StoreError(f"cannot read {path}: {error}; {self._remedy}") from error
+        with self._files.opened(row.file, row.size) as file:
+            try:
+                tensors = read_file(path, file)
+            except OSError as error:
+                raise StoreError(f"cannot read {path}: {error}; {self._remedy}") from error
         found = {key: list(tensor.shape) for key, tensor in flatten(tensors).items()}
         if found != row.shapes:
             raise StoreError(f"{path} holds {found}, expected {row.shapes}; {self._remedy}")
         return tensors
 
     def verify(self, progress: Progress | None = None) -> None:
-        """Hash every file against the manifest (about 1 GiB/s).
+        """Hash every file against the manifest (about 1 GiB/s), and keep it open.
 
         Raises:
             StoreError: the first file that is missing, truncated or changed.
@@ -185,24 +203,14 @@ class VariantStore:
             if progress is not None:
                 progress(done, total)
 
+        hold = self._files.may_hold(len(rows))
         for row in rows:
-            self._check_size(row)
-            found = sha256_of(self.directory / row.file, on_bytes)
+            with self._files.opened(row.file, row.size, hold) as file:
+                found = sha256_of(file, on_bytes)
             if found != row.sha256:
                 raise StoreError(
                     f"{self.directory / row.file} has sha256 {found}, expected {row.sha256}; {self._remedy}"
                 )
-
-    def _check_size(self, row: StoredLayer) -> None:
-        path = self.directory / row.file
-        try:
-            found = path.stat().st_size
-        except OSError as error:
-            raise StoreError(
-                f"{path}: expected {row.size:,} bytes, found {error.strerror!r}; {self._remedy}"
-            ) from error
-        if found != row.size:
-            raise StoreError(f"{path} has {found:,} bytes, expected {row.size:,}; {self._remedy}")
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -241,9 +249,9 @@ class VariantStore:
                     f"{path} has {what} {value!r}, expected {expected!r}: it was built for another model, "
                     "slice or version; configure another directory, or delete this one"
                 )
-        self._rows = MappingProxyType({(row.layer, row.format): row for row in rows})
+        self._rows = MappingProxyType({(row.layer, row.format, row.kernel): row for row in rows})
 
-    def _save(self, rows: dict[tuple[int, str], StoredLayer]) -> None:
+    def _save(self, rows: dict[Key, StoredLayer]) -> None:
         """Replace the manifest in one rename, after the files it names are on disk."""
         document = {
             "schema": SCHEMA,

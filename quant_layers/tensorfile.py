@@ -114,21 +114,24 @@ def _chunks(header: bytes, tensors: Iterable[Tensor]) -> Iterable[bytes | memory
         yield raw_bytes(tensor)
 
 
-def read_file(path: Path) -> dict[str, dict[str, Tensor]]:
-    """All tensors of `path`, each in fresh anonymous memory.
+def read_file(path: Path, file: BinaryIO) -> dict[str, dict[str, Tensor]]:
+    """All tensors of `file`, unbuffered and at its beginning, each in fresh anonymous memory.
+
+    Args:
+        path: for messages; it may be gone.
+        file: what `path` was when it was opened.
 
     Raises:
         StoreError: the header does not describe the bytes that follow it.
         OSError: the file cannot be read.
     """
-    with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        header, start = _read_header(path, file, size)
-        tensors: dict[str, dict[str, Tensor]] = {}
-        for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
-            linear, _, name = key.partition(_SEPARATOR)
-            file.seek(start + entry["data_offsets"][0])
-            tensors.setdefault(linear, {})[name] = _read_tensor(path, file, key, entry)
+    size = os.fstat(file.fileno()).st_size
+    header, start = _read_header(path, file, size)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+        linear, _, name = key.partition(_SEPARATOR)
+        file.seek(start + entry["data_offsets"][0])
+        tensors.setdefault(linear, {})[name] = _read_tensor(path, file, key, entry)
     return tensors
 
 
@@ -176,13 +179,12 @@ def _fill(path: Path, file: BinaryIO, buffer: memoryview) -> None:
         done += count
 
 
-def sha256_of(path: Path, on_bytes: Callable[[int], None]) -> str:
-    """sha256 of a file; `on_bytes` hears the size of every chunk read."""
+def sha256_of(file: BinaryIO, on_bytes: Callable[[int], None]) -> str:
+    """sha256 of a file from where it stands; `on_bytes` hears the size of every chunk read."""
     hashed = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            hashed.update(chunk)
-            on_bytes(len(chunk))
+    while chunk := file.read(_CHUNK_BYTES):
+        hashed.update(chunk)
+        on_bytes(len(chunk))
     return hashed.hexdigest()
 
 

@@ -178,7 +178,8 @@ class RankLayers:
         mark = fingerprint(self.linears)
         directory = self._cache_dir / "variants" / mark[:24]
         try:
-            self.store = VariantStore.open(directory, mark)
+            names = {fmt: kernel.name for fmt, kernel in self.kernels.items()}
+            self.store = VariantStore.open(directory, mark, names)
             self._fill_store()
             self.store.verify()
         except StoreError as e:

@@ -12,9 +12,11 @@ from quant_layers import (
     choose_group_size,
     dequantize_w4,
     dequantize_w8,
+    digest,
     quantize_w4,
     quantize_w8,
 )
+from quant_layers.kernels import CANDIDATES
 from quant_layers.packing import (
     QuantW4,
     pack_w4_int32,
@@ -148,3 +150,23 @@ def test_unfit_weights_are_refused_with_value_and_remedy() -> None:
     for quantize in (quantize_w8, lambda w: quantize_w4(w, 64)):
         with pytest.raises(KernelError, match="1 of 128 weights are not finite"):
             quantize(damaged)
+
+
+# The name of a kernel stands for the layout of what it packed, on disk: a cache outlives an upgrade.
+_LAYOUTS = {
+    "w8a8_vnni": "3d9dd69656515c60",
+    "w8a8_onednn": "e5bde145c48616ae",
+    "w4a8_vnni": "207023fb4185d6cc",
+    "w4a16": "5e9738cfeb70cb34",
+}
+
+
+def test_a_changed_layout_has_a_new_name() -> None:
+    """Guards against an upgrade that reads what an older version packed, and computes something else with it.
+
+    If this fails because `pack` gives other bytes than before, rename the kernel, then write down its digest.
+    """
+    numbers = torch.arange(64 * 128, dtype=torch.int64)
+    weight = ((numbers * 37 % 251 - 125).float() / 256).view(64, 128).bfloat16()  # exact: the same on every CPU
+    found = {kernel.name: digest({"linear": kernel.pack(weight)})[:16] for kernel in (make() for make in CANDIDATES)}
+    assert found == _LAYOUTS

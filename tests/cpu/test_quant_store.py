@@ -47,7 +47,7 @@ def test_layers_come_back_byte_identical_in_another_process_lifetime(tmp_path: P
     given = _layer()
     given["mlp.down_proj"]["strided"] = torch.arange(12.0).view(3, 4).t()
     VariantStore.open(tmp_path / "rank", "fp").write(3, "w8", given, kernel="k1")
-    store = VariantStore.open(tmp_path / "rank", "fp")
+    store = VariantStore.open(tmp_path / "rank", "fp", {"w8": "k1"})
     back = store.read(3, "w8")
     assert digest(back) == digest(given)
     assert back["mlp.down_proj"]["scalar"].shape == ()
@@ -310,8 +310,80 @@ def test_bytes_behind_the_last_tensor_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     write_file(path, _layer())
     path.write_bytes(path.read_bytes() + b"more")
-    with pytest.raises(StoreError, match="its header describes .* bytes, the file has"):
-        read_file(path)
+    with (
+        path.open("rb", buffering=0) as file,
+        pytest.raises(StoreError, match="its header describes .* bytes, the file has"),
+    ):
+        read_file(path, file)
+
+
+def test_what_was_verified_outlives_its_directory(tmp_path: Path) -> None:
+    """Guards against a cache that is cleaned while a server runs: no layer could be restored any more."""
+    store = VariantStore.open(tmp_path / "rank", "fp")
+    for layer in range(2):
+        store.write(layer, "w8", _layer(layer))
+    store.verify()
+    shutil.rmtree(tmp_path / "rank")
+    for _ in range(2):
+        assert [digest(store.read(layer, "w8")) for layer in range(2)] == [digest(_layer(i)) for i in range(2)]
+    rebuilt = VariantStore.open(tmp_path / "rank", "fp")  # and the next start is not in the way
+    assert not rebuilt.has(0, "w8")
+    rebuilt.write(0, "w8", _layer(7))
+    assert digest(store.read(0, "w8")) == digest(_layer(0))
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_files_are_closed_with_their_store(tmp_path: Path) -> None:
+    """Guards against descriptors that pile up: one a file while held, none a read, none afterwards."""
+    store = VariantStore.open(tmp_path, "fp")
+    for layer in range(3):
+        store.write(layer, "w8", _layer(layer))
+    before = _descriptors()
+    store.read(0, "w8")
+    assert _descriptors() == before
+    for _ in range(2):
+        store.verify()
+        store.read(0, "w8")
+        assert _descriptors() == before + 3
+    del store
+    assert _descriptors() == before
+
+
+def test_too_few_descriptors_are_left_to_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards against a deep model whose files take the descriptors that connections need."""
+    monkeypatch.setattr("resource.getrlimit", lambda _: (5, 5))
+    store = VariantStore.open(tmp_path, "fp")
+    for layer in range(3):
+        store.write(layer, "w8", _layer(layer))
+    before = _descriptors()
+    store.verify()
+    assert _descriptors() == before and digest(store.read(2, "w8")) == digest(_layer(2))
+    assert "3 variant files, but only 5 files may be open" in caplog.text and "ulimit -n to 6" in caplog.text
+
+
+def test_kernels_share_a_directory_and_see_their_own(tmp_path: Path) -> None:
+    """Guards against two machines with one home directory: a layout read by the wrong kernel computes garbage,
+    and packing anew at each start would take the files from the other's running server."""
+    here = VariantStore.open(tmp_path, "fp", {"w8": "vnni"})
+    here.write(0, "base", _layer(0))
+    here.write(0, "w8", _layer(1), "vnni")
+    there = VariantStore.open(tmp_path, "fp", {"w8": "onednn"})
+    assert there.has(0, "base") and there.has(0, "w8", "vnni")
+    assert not there.has(0, "w8") and not there.has(0, "w8", "onednn")
+    with pytest.raises(StoreError, match=r"no 'w8' for kernel 'onednn' of layer 0, found \['base', 'w8 \(vnni\)'\]"):
+        there.read(0, "w8")
+    there.write(0, "w8", _layer(2), "onednn")
+    for kernel, seed in (("vnni", 1), ("onednn", 2)):
+        again = VariantStore.open(tmp_path, "fp", {"w8": kernel})
+        again.verify()
+        assert digest(again.read(0, "w8")) == digest(_layer(seed))
+        assert [(row.format, row.kernel) for row in again.entries()] == [("base", ""), ("w8", kernel)]
+    assert len(_names(tmp_path)) == 3
 
 
 def test_the_manifest_hash_is_the_files(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -82,7 +83,8 @@ class _World:
     def __init__(self, directory: Path, layers: int = _LAYERS) -> None:
         torch.manual_seed(0)
         self.kernels = {"w8": _FakeKernel("w8"), "w4": _FakeKernel("w4")}
-        self.store = VariantStore.open(directory, "fp")
+        names = {format: kernel.name for format, kernel in self.kernels.items()}
+        self.store = VariantStore.open(directory, "fp", names)
         self.base = {
             layer: {
                 name: {"weight": torch.randn(shape).bfloat16(), "bias": torch.randn(shape[0]).bfloat16()}
@@ -237,11 +239,27 @@ def test_a_cache_for_another_kernel_or_model_is_refused(world: _World) -> None:
     """Guards against feeding one kernel's layout to another, which computes garbage without an error."""
     packed = {name: world.kernels["w8"].pack(t["weight"]) for name, t in world.base[0].items()}
     world.store.write(0, "w8", packed, kernel="other")
-    with pytest.raises(StoreError, match="packed for kernel 'other', here runs 'fake_w8'"):
+    world.switch({0: "w8"})
+    world.switch({0: "base"})
+    world.kernels["w8"].name = "new"
+    with pytest.raises(StoreError, match="packed for kernel 'fake_w8', here runs 'new'"):
         world.swapper.prepare({0: "w8"})
+    world.kernels["w8"].name = "fake_w8"
     world.store.write(0, "w8", {"qkv_proj": packed["qkv_proj"]}, kernel="fake_w8")
     with pytest.raises(StoreError, match=r"holds linears \['qkv_proj'\], the model has"):
         world.swapper.prepare({0: "w8"})
+
+
+def test_swaps_go_on_after_the_cache_was_deleted(world: _World) -> None:
+    """Guards against a level that cannot be left: who cleans ~/.cache must not stop a running server's restores."""
+    before = world.base_digest()
+    world.store.verify()  # as every start does
+    world.switch({0: "w4"})
+    shutil.rmtree(world.store.directory)
+    world.switch(dict.fromkeys(range(_LAYERS), "w8"))
+    assert set(world.swapper.formats().values()) == {"w8"} and world.base_digest() != before
+    world.switch(dict.fromkeys(range(_LAYERS), "base"))
+    assert world.base_digest() == before
 
 
 _plans = st.lists(
@@ -312,8 +330,8 @@ class _HoldingKernel(_FakeKernel):
 def test_freed_memory_returns_to_the_system_and_comes_back(tmp_path: Path) -> None:
     """Guards against freed weights that stay in the process: the KV cache could never have them."""
     layers, shape = 32, (1024, 1024)  # 64 MiB of base in 2 MiB pieces, 32 MiB as w8
-    store = VariantStore.open(tmp_path, "fp")
     kernel = _HoldingKernel("w8")
+    store = VariantStore.open(tmp_path, "fp", {"w8": kernel.name})
     for layer in range(layers):
         weight = torch.randn(shape).bfloat16()
         store.write(layer, "base", {"proj": {"weight": weight}})

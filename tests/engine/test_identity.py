@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from engine.harness import PROMPTS, engine, follow, generate, kv_script, morph_of, settle, stock
 
+from morphserve.integration.worker import _RANK
+
 # Long enough for several blocks, with a common first block: prefix hits happen, also on moved blocks.
 LONG = tuple("The following is the record of a meeting about the library. " * 8 + p for p in PROMPTS)
 RESIZES = {3: 191, 9: 38, 14: 120, 18: 22, 20: 30, 27: 49, 33: 244, 36: 40, 40: 28, 43: 24, 46: 60}
@@ -58,6 +60,19 @@ def test_restored_is_stock(llm: Any, stock_rounds: list[Any]) -> None:
         settle(llm, 0)
         llm.reset_prefix_cache()
         assert generate(llm) == stock_rounds[0]
+
+
+def test_restored_without_the_cache_is_stock(llm: Any, stock_rounds: list[Any]) -> None:
+    """Guards: somebody cleans ~/.cache while the server runs, and no level can be left any more."""
+    store = _RANK.layers.store
+    put_away = store.directory.rename(store.directory.with_suffix(".away"))
+    try:
+        for level in (6, 12, 0):
+            follow(llm, {0: level})
+            settle(llm, level)
+    finally:
+        put_away.rename(store.directory)
+    assert generate(llm) == stock_rounds[0]
 
 
 def test_resizing_is_invisible(llm: Any, stock_rounds: list[Any]) -> None:

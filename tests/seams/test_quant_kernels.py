@@ -157,7 +157,7 @@ class _OnednnBase:
 def test_a_layer_goes_out_and_comes_back_bit_identical(tmp_path: Path) -> None:
     """Guards against a restored layer that answers differently: greedy tokens would change."""
     kernels = {format: choose(format) for format in ("w8", "w4")}
-    store = VariantStore.open(tmp_path, "fp")
+    store = VariantStore.open(tmp_path, "fp", {format: kernel.name for format, kernel in kernels.items()})
     base = {name: {"weight": _weight(shape, seed)} for seed, (name, shape) in enumerate(_SHAPES.items())}
     store.write(0, BASE, base)
     for format, kernel in kernels.items():
