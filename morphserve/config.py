@@ -62,6 +62,9 @@ class TransitionConfig(_Section):
         30.0, gt=0, description="fewer layers per step when they take longer than this"
     )
     backoff_s: float = Field(5.0, ge=0, description="no new transition this long after a failure")
+    backoff_max_s: float = Field(
+        60.0, ge=0, description="what keeps failing waits twice as long each time, up to this or backoff_s"
+    )
 
 
 class MorphServeConfig(_Section):

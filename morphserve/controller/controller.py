@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from morphserve.config import MorphServeConfig
+from morphserve.controller.backoff import BackOff
 from morphserve.controller.chunk import ChunkEnd, ChunkRunner, LayerBytes
 from morphserve.controller.counters import Counters
 from morphserve.controller.decision_log import DecisionLog
@@ -83,8 +84,7 @@ class Controller:
         self._told_level = 0
         self._tripped = False  # the policy is asked no more; what is under way is undone
         self._dead = False  # the ranks' state is unknown: replies are drained, nothing is sent
-        self._no_start_before_s = float("-inf")
-        self._no_restore_before_s = float("-inf")
+        self._backoff = BackOff(config.transition)
 
     # ---- questions
 
@@ -237,8 +237,8 @@ class Controller:
             transition.last_format = end.format
             self.counters.num_layers_switched += end.num_layers
         elif end.outcome == "aborted":
-            self._back_off(now, end)
-            self._close_transition(now, "aborted", end.error)
+            wait_s = self._back_off(now, transition.direction, end)
+            self._close_transition(now, "aborted", f"{end.error}; no new attempt for {wait_s:.1f} s")
         else:
             self._close_transition(now, "cancelled")
         return True
@@ -261,7 +261,7 @@ class Controller:
             direction = "degrade" if rung > runner.lower else "restore"
         if transition is not None and direction != transition.direction:
             self._close_transition(now, "committed" if rung is None and not self._tripped else "cancelled")
-        if now < self._no_start_before_s or (direction == "restore" and now < self._no_restore_before_s):
+        if direction is not None and not self._backoff.allows(now, direction):
             return None
         return rung
 
@@ -295,18 +295,14 @@ class Controller:
         milliseconds = (now - t.started_s) * 1000
         if outcome == "aborted":
             logger.warning(
-                "morph r%d: aborted at level %d after %.0f ms (%s); no new attempt for %.1f s",
-                t.revision,
-                self.level,
-                milliseconds,
-                error,
-                self._config.transition.backoff_s,
+                "morph r%d: aborted at level %d after %.0f ms (%s)", t.revision, self.level, milliseconds, error
             )
         elif outcome == "cancelled":
             logger.info(
                 "morph r%d: cancelled at level %d after %.0f ms", t.revision, self.level, milliseconds
             )
         else:
+            self._backoff.succeeded(t.direction)
             logger.info(
                 "morph r%d: committed in %.0f ms, %d layers %s, %+d KV blocks",
                 t.revision,
@@ -316,14 +312,12 @@ class Controller:
                 self._pool.num_kv_blocks - t.blocks_before,
             )
 
-    def _back_off(self, now: float, end: ChunkEnd) -> None:
-        """After a failure nothing starts for a while; a full KV cache only keeps us from restoring."""
-        until = now + self._config.transition.backoff_s
+    def _back_off(self, now: float, direction: Direction, end: ChunkEnd) -> float:
+        """Returns for how many seconds there is no new attempt."""
         if end.drain_timeout:
-            self._no_restore_before_s = until
-        else:
-            self._no_start_before_s = until
-            self.counters.count_error("prepare")
+            return self._backoff.drain_timed_out(now)
+        self.counters.count_error("prepare")
+        return self._backoff.failed(now, direction)
 
     def _publish(self) -> None:
         """Bring gauges up to date and tell of a new exposure level."""

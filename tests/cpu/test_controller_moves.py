@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -215,6 +216,56 @@ def test_backoff_holds_off_new_attempts() -> None:
     rig.script.level = 1
     rig.step(200)  # 10 s of steps, back-off 5 s
     assert sum(command == "prepare" for command, _ in rig.executor.sent) == 2
+
+
+def attempts(rig: Rig, seconds: float) -> list[float]:
+    """When layers were asked for, in seconds from now, over so many seconds."""
+    start, seen, found = rig.now_s, len(rig.executor.sent), []
+    while rig.now_s - start < seconds:
+        now = rig.now_s
+        rig.step()
+        new = rig.executor.sent[seen:]
+        found += [now - start for command, plan in new if command == "prepare" and plan.layer_formats]
+        seen = len(rig.executor.sent)
+    return found
+
+
+def test_what_keeps_failing_waits_longer_and_success_forgives() -> None:
+    """Guards: a damaged file costs KV and a warning every five seconds for ever; or one bad hour for good."""
+    config = TransitionConfig(max_layers_per_step=3, backoff_s=1.0, backoff_max_s=5.0)
+    rig = Rig(config=MorphServeConfig(transition=config))
+    rig.go_to(1)
+    works = rig.executor.fail
+    for _ in range(2):  # the second time as the first: a transition that arrived has reset it
+        rig.executor.fail = fail_prepare(0)  # type: ignore[assignment]
+        rig.script.level = 0
+        times = attempts(rig, 30.0)
+        gaps = [after - before for before, after in pairwise(times)]
+        assert gaps[:5] == pytest.approx([1.0, 2.0, 4.0, 5.0, 5.0], abs=0.3)
+        rig.executor.fail = works
+        attempts(rig, 6.0)
+        assert rig.controller.level == 0
+        rig.go_to(1)
+
+
+def test_a_failing_restore_does_not_keep_from_degrading() -> None:
+    """Guards: a burst meets a server that waits minutes, because its way back is broken; or a way back that is
+    tried at every turn, because degrading works."""
+    config = TransitionConfig(max_layers_per_step=3, backoff_s=1.0, backoff_max_s=1000.0)
+    rig = Rig(config=MorphServeConfig(transition=config))
+    rig.go_to(1)
+    works = rig.executor.fail
+    rig.executor.fail = fail_prepare(0)  # type: ignore[assignment]
+    rig.script.level = 0
+    failed = attempts(rig, 40.0)
+    assert len(failed) == 6  # at 0, 1, 3, 7, 15 and 31 seconds
+    rig.executor.fail = works
+    rig.script.level = 2
+    attempts(rig, 0.5)
+    assert rig.controller.level == 2
+    rig.script.level = 1
+    assert not attempts(rig, 20.0)
+    assert len(attempts(rig, 10.0)) == 1 and rig.controller.level == 1
 
 
 def test_policy_error_trips_and_unfences(caplog: pytest.LogCaptureFixture) -> None:
