@@ -12,7 +12,7 @@ block table widths never change. Only the scheduler's pool changes, through vLLM
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -20,6 +20,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, Uniform
 
 from morphserve.controller.ports import ShrinkProgress
 from morphserve.errors import ConfigError, IllegalTransition, LedgerError
+
+
+_OFFER_WALK = 4096  # free blocks looked at before new ones are put among them
 
 
 def check_supported(vllm_config: Any, kv_cache_config: KVCacheConfig) -> None:
@@ -78,7 +81,8 @@ class VllmBlockPool:
     2. `pool.num_gpu_blocks` is at every moment the null block + free + used, fenced ones excluded,
        so vLLM's own usage gauge stays in [0, 1] and counts what can be used.
     3. Block 0, vLLM's null block, never moves.
-    4. Nothing here costs more per call than the blocks it changes.
+    4. No call costs more than the blocks it changes and a look at `_OFFER_WALK` free ones, however large the
+       pool is.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -247,15 +251,14 @@ class VllmBlockPool:
     def _offer(self, blocks: list[KVCacheBlock]) -> None:
         """Put empty blocks behind the other empty ones and ahead of the cached ones.
 
-        That is vLLM's own order: no prefix cache entry is evicted while an empty block is left.
+        That is vLLM's own order: no prefix cache entry is evicted while an empty block is left. Low ids first,
+        because a shrink must move what lives at the end; where more than `_OFFER_WALK` are empty, the others come
+        after the new ones.
         """
         queue = self._pool.free_block_queue
-        empty = 0
-        block = queue.fake_free_list_head.next_free_block
-        while block is not queue.fake_free_list_tail and block.block_hash is None:
-            empty += 1
-            block = block.next_free_block
-        queue.prepend_n(queue.popleft_n(empty) + blocks)
+        first = islice(queue.iter_blocks_after(None), _OFFER_WALK)
+        num_empty = sum(1 for _ in takewhile(lambda block: block.block_hash is None, first))
+        queue.prepend_n(queue.popleft_n(num_empty) + blocks)
 
     def _fence(self, block: KVCacheBlock) -> None:
         """Take a free tail block out of the free queue and the prefix cache."""

@@ -251,6 +251,23 @@ def test_empty_blocks_are_offered_before_cached_ones() -> None:
     assert ids == [3, 4, 5, 6, 7, 8, 9, 10, 11, 2, 1]
 
 
+def test_a_large_pool_is_not_walked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a grow that pauses the engine for milliseconds because 100,000 blocks are free."""
+    monkeypatch.setattr("morphserve.integration.block_pool._OFFER_WALK", 3)
+    kv = KVModel()
+    kv.begin(10)
+    kv.finish()
+    assert kv.step(make_request("a", [1] * 8))
+    kv.end("a")
+    taken: list[int] = []
+    queue = kv.pool.free_block_queue
+    monkeypatch.setattr(queue, "popleft_n", lambda n: taken.append(n) or type(queue).popleft_n(queue, n))
+    kv.port.grow(12)
+    assert [b.block_id for b in queue.get_all_free_blocks()] == [3, 4, 5, 10, 11, 6, 7, 8, 9, 2, 1]
+    assert taken == [3]
+    check_invariants(kv)
+
+
 def test_watched_blocks_stay_until_they_drain() -> None:
     """Guards against renaming a block that somebody reads by its id."""
     kv = KVModel()
