@@ -21,7 +21,6 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, Uniform
 from morphserve.controller.ports import ShrinkProgress
 from morphserve.errors import ConfigError, IllegalTransition, LedgerError
 
-
 _OFFER_WALK = 4096  # free blocks looked at before new ones are put among them
 
 
