@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from engine.rank_harness import CORES, make_model
 
 
 @pytest.fixture(scope="session")
 def variant_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Packed variants of the demo model: built by the first engine, read by the others."""
     return tmp_path_factory.mktemp("variants")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model for two ranks."""
+    return make_model(tmp_path_factory.mktemp("tiny_llama"))
+
+
+@pytest.fixture(scope="module")
+def two_cores() -> Iterator[None]:
+    """A core for each of two ranks, whatever earlier engines of this process were given."""
+    from vllm import envs
+
+    with pytest.MonkeyPatch.context() as patch:
+        envs.disable_envs_cache()
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, CORES[:2])))
+        yield
+    envs.disable_envs_cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,12 @@ from typing import Any
 
 import pytest
 from engine.harness import follow, generate, morph_of, settle
+
+from morphserve.controller.backoff import BackOff
+
+# Read before an engine has bound this process to a core.
+CORES = sorted(os.sched_getaffinity(0))
+needs_two_cores = pytest.mark.skipif(len(CORES) < 2, reason=f"two ranks need 2 cores, this process has {len(CORES)}")
 
 NUM_LAYERS = 6
 W8, W4 = 3, 6  # the levels at which all layers are in that format
@@ -80,7 +87,8 @@ def run(llm: Any, prompts: tuple[Any, ...] = PROMPTS) -> list[Any]:
 
 def go(llm: Any, level: int) -> None:
     """Move the idle engine; a back-off that a fault has left is over."""
-    morph_of(llm).controller._no_start_before_s = float("-inf")
+    controller = morph_of(llm).controller
+    controller._backoff = BackOff(controller._config.transition)
     follow(llm, {0: level})
     settle(llm, level)
 

@@ -27,6 +27,14 @@ def variant_file(worker: Any, layer: int, fmt: str) -> str:
     return str(store.directory / store.entry(layer, fmt).file)
 
 
+def compilations(worker: Any) -> tuple[dict[str, Any], ...]:
+    """Everything that counts a compilation on this rank, in torch and in vLLM."""
+    from torch._dynamo.utils import counters
+    from vllm.compilation.counter import compilation_counter
+
+    return dict(counters["stats"]), dict(counters["frames"]), dict(vars(compilation_counter))
+
+
 def skip(worker: Any, rank: int, target: str) -> None:
     """On one rank, `target` (package.module.Class.method) does nothing any more."""
     if worker.rank == rank:

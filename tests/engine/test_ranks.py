@@ -6,7 +6,6 @@ The ranks do not hold the same number of bytes, see `make_model`.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from engine.rank_harness import (
     W4,
     W8,
     go,
-    make_model,
+    needs_two_cores,
     rpc,
     run,
     scripted,
@@ -33,32 +32,13 @@ from engine.rank_harness import (
 
 from morphserve.integration.host_memory import FREED_WEIGHTS_RETURN
 
-# Read before an engine of another file has bound this process to a core.
-CORES = sorted(os.sched_getaffinity(0))
-pytestmark = pytest.mark.skipif(len(CORES) < 2, reason=f"two ranks need 2 cores, this process has {len(CORES)}")
+pytestmark = needs_two_cores
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("tiny_llama"))
-
-
-@pytest.fixture(scope="module")
-def two_cores() -> Iterator[None]:
-    """A core for each rank, whatever earlier engines of this process were given."""
-    from vllm import envs
-
-    with pytest.MonkeyPatch.context() as patch:
-        envs.disable_envs_cache()
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{CORES[0]}|{CORES[1]}")
-        yield
-    envs.disable_envs_cache()
-
-
-@pytest.fixture(scope="module")
-def stock_rounds(model: Path, two_cores: None) -> list[Any]:
+def stock_rounds(tiny_llama: Path, two_cores: None) -> list[Any]:
     """The same prompts twice (the second time with prefix hits), from stock vLLM on two ranks."""
-    return stock(model, [PROMPTS, PROMPTS], NUM_TOKENS, **PARALLEL)
+    return stock(tiny_llama, [PROMPTS, PROMPTS], NUM_TOKENS, **PARALLEL)
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +47,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(model: Path, cache: Path, stock_rounds: list[Any]) -> dict[str, Any]:
+def first(tiny_llama: Path, cache: Path, stock_rounds: list[Any]) -> dict[str, Any]:
     """What an engine did that started with an empty cache: files it wrote, tokens under the script."""
-    with engine(model, cache, CONFIG, **PARALLEL) as llm:
+    with engine(tiny_llama, cache, CONFIG, **PARALLEL) as llm:
         return {"files": rpc(llm, rank_probe.stored_files), **scripted(llm)}
 
 
 @pytest.fixture(scope="module")
-def llm(model: Path, cache: Path, first: dict[str, Any]) -> Iterator[Any]:
+def llm(tiny_llama: Path, cache: Path, first: dict[str, Any]) -> Iterator[Any]:
     # `first` has ended: two engines at once would share the cores.
-    with engine(model, cache, CONFIG, **PARALLEL) as started:
+    with engine(tiny_llama, cache, CONFIG, **PARALLEL) as started:
         yield started
 
 
