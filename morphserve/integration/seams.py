@@ -6,6 +6,7 @@ by a function that calls the original; `uninstall` puts every original back.
 
 from __future__ import annotations
 
+import dis
 import importlib
 import inspect
 from collections.abc import Callable
@@ -29,6 +30,7 @@ class Seam:
     target: str  # "package.module:Class.attribute"
     params: tuple[str, ...]  # parameters we rely on, by name
     why: str  # delete the row when vLLM offers what it is for
+    attributes: tuple[str, ...] = ()  # of the instances of a class: fields, methods, what constructors set
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,10 @@ class SeamResult:
 _SCHED = "vllm.v1.core.sched.scheduler:Scheduler"
 _POOL = "vllm.v1.core.block_pool:BlockPool"
 _QUEUE = "vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue"
+_SPEC = "vllm.v1.kv_cache_interface"
+_OUTPUT = "vllm.v1.core.sched.output"
+_INPUT = "vllm.v1.worker.gpu_input_batch"
+_LINEAR = "vllm.model_executor.layers.linear"
 
 SEAMS: tuple[Seam, ...] = (
     Seam("cli_flags", "vllm.engine.arg_utils:EngineArgs.add_cli_args", ("parser",),
@@ -51,6 +57,22 @@ SEAMS: tuple[Seam, ...] = (
          "puts the settings into additional_config"),
     Seam("engine_config", "vllm.engine.arg_utils:EngineArgs.create_engine_config", (),
          "sets scheduler_cls and worker_extension_cls, the two official class seams"),
+    Seam("config", "vllm.config:VllmConfig", (), "what was asked for, and what we must refuse",
+         ("additional_config", "model_config", "cache_config", "parallel_config", "scheduler_config", "lora_config",
+          "kv_transfer_config", "speculative_config", "compilation_config")),
+    Seam("config_model", "vllm.config:ModelConfig", (), "dense decoders only",
+         ("model", "runner_type", "is_hybrid", "is_attention_free", "is_moe", "use_mla", "is_encoder_decoder",
+          "is_multimodal_model", "quantization", "enable_sleep_mode", "max_model_len",
+          "get_total_num_hidden_layers")),
+    Seam("config_cache", "vllm.config:CacheConfig", (), "number and size of blocks",
+         ("block_size", "num_gpu_blocks", "num_gpu_blocks_override")),
+    Seam("config_parallel", "vllm.config:ParallelConfig", (), "tensor parallel on one host only",
+         ("distributed_executor_backend", "world_size", "data_parallel_size", "pipeline_parallel_size",
+          "enable_expert_parallel", "decode_context_parallel_size", "prefill_context_parallel_size")),
+    Seam("config_scheduler", "vllm.config:SchedulerConfig", (), "watermark; which scheduler is subclassed",
+         ("async_scheduling", "watermark")),
+    Seam("config_compile", "vllm.config:CompilationConfig", (), "eager or compiled", ("mode",)),
+    Seam("platform", "vllm.platforms:current_platform.is_cpu", (), "CPU only"),
     Seam("engine_handle", "vllm.v1.engine.core:EngineCore._initialize_kv_caches", ("vllm_config",),
          "the scheduler has no executor: keep the engine, ask the ranks what they can free"),
     Seam("kv_planning", "vllm.v1.engine.core:get_kv_cache_configs",
@@ -69,24 +91,84 @@ SEAMS: tuple[Seam, ...] = (
          "the scheduler vLLM would have used is the one we subclass"),
     Seam("executor", "vllm.v1.executor.multiproc_executor:MultiprocExecutor.collective_rpc",
          ("method", "args", "non_block"), "commands travel in one queue with the steps"),
-    Seam("pool_cache", f"{_POOL}.cache_full_blocks", ("request", "blocks"), "level a block was written at"),
+    Seam("sched_state", _SCHED, (), "no port for load, pause and sizes",
+         ("vllm_config", "cache_config", "scheduler_config", "kv_cache_config", "kv_cache_manager", "requests",
+          "waiting", "pause_state", "get_request_counts", "has_unfinished_requests", "shutdown")),
+    Seam("sched_pause", "vllm.v1.core.sched.interface:PauseState.UNPAUSED", (), "a paused engine gets no steps"),
+    Seam("sched_queue", "vllm.v1.core.sched.request_queue:RequestQueue.peek_request", (), "age of the oldest"),
+    Seam("sched_output", f"{_OUTPUT}:SchedulerOutput", (), "who starts in this step", ("scheduled_new_reqs",)),
+    Seam("sched_new", f"{_OUTPUT}:NewRequestData", (), "who starts in this step", ("req_id",)),
+    Seam("model_output", "vllm.v1.outputs:ModelRunnerOutput", (), "tokens by level", ("sampled_token_ids",)),
+    Seam("request", "vllm.v1.request:Request", (), "latencies, and the level a request's KV was written at",
+         ("request_id", "arrival_time", "num_preemptions", "num_computed_tokens", "num_output_tokens",
+          "is_finished")),
+    Seam("engine_core", "vllm.v1.engine.core:EngineCoreProc", (), "wake-ups, commands and the status page",
+         ("input_queue", "model_executor", "scheduler")),
+    Seam("utility_call", "vllm.v1.engine.core_client:AsyncMPClient.call_utility_async", ("method",),
+         "status and metrics are asked for between two steps"),
+    Seam("kv_manager", "vllm.v1.core.kv_cache_manager:KVCacheManager", (), "sizes follow the published blocks",
+         ("block_pool", "coordinator", "max_model_len", "watermark_blocks", "get_block_ids")),
+    Seam("kv_coordinator", "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator", (), "the one KV group",
+         ("single_type_managers",)),
+    Seam("kv_group", "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager", (),
+         "block size, and who holds KV", ("block_size", "req_to_blocks")),
+    Seam("kv_config", f"{_SPEC}:KVCacheConfig", (), "how many blocks, laid out how",
+         ("num_blocks", "kv_cache_tensors", "kv_cache_groups")),
+    Seam("kv_tensor", f"{_SPEC}:KVCacheTensor", (), "where a block's bytes lie",
+         ("size", "layers", "layer_stride", "block_stride", "offset")),
+    Seam("kv_spec", f"{_SPEC}:KVCacheGroupSpec", (), "full attention only", ("kv_cache_spec",)),
+    Seam("kv_full", f"{_SPEC}:FullAttentionSpec", (), "full attention only"),
+    Seam("kv_uniform", f"{_SPEC}:UniformTypeKVCacheSpecs", (), "full attention only", ("kv_cache_specs",)),
+    Seam("pool_state", _POOL, (), "vLLM's pool has one size for life",
+         ("blocks", "num_gpu_blocks", "free_block_queue", "cached_block_hash_to_block",
+          "cached_block_hashes_by_block", "metrics_collector", "_reuse_watchers")),
+    Seam("pool_count", f"{_POOL}.get_num_free_blocks", (), "room for a migration; blocks in use"),
+    Seam("pool_cache", f"{_POOL}.cache_full_blocks",
+         ("request", "blocks", "num_cached_blocks", "num_full_blocks"), "level a block was written at"),
+    Seam("pool_cache_partial", f"{_POOL}.cache_partial_block", ("request", "block"),
+         "level a block was written at"),
     Seam("pool_evict", f"{_POOL}._maybe_evict_cached_block", ("block",), "tail blocks leave the prefix cache"),
+    Seam("pool_notify", f"{_POOL}._notify_reuse", ("blocks",), "watchers of a tail block hear that it goes"),
     Seam("pool_alloc", f"{_POOL}.get_new_blocks", ("num_blocks",), "destinations of a migration"),
-    Seam("queue_append", f"{_QUEUE}.append_n", ("blocks",), "growth"),
+    Seam("pool_free", f"{_POOL}.free_blocks", ("ordered_blocks",), "a tail block is fenced when it is freed"),
+    Seam("pool_lookup", "vllm.v1.core.block_pool:BlockHashToBlockMap", (), "a cached block changes its id",
+         ("pop", "insert")),
+    Seam("pool_ages", "vllm.v1.core.kv_cache_metrics:KVCacheMetricsCollector", (),
+         "a sampled block changes its id", ("block_metrics",)),
+    Seam("queue_walk", f"{_QUEUE}.iter_blocks_after", ("cursor",), "growth: behind the empty blocks"),
+    Seam("queue_take", f"{_QUEUE}.popleft_n", ("n",), "growth: behind the empty blocks"),
+    Seam("queue_put", f"{_QUEUE}.prepend_n", ("blocks",), "growth: ahead of the cached blocks"),
     Seam("queue_remove", f"{_QUEUE}.remove", ("block",), "fencing the tail"),
-    Seam("block", "vllm.v1.core.kv_cache_utils:KVCacheBlock", ("block_id", "pool"), "growth makes new ones"),
+    Seam("block", "vllm.v1.core.kv_cache_utils:KVCacheBlock", ("block_id", "pool"), "growth makes new ones",
+         ("block_id", "ref_cnt", "block_hash")),
     Seam("kv_alloc", "vllm.v1.worker.gpu_model_runner:allocate_kv_cache",
          ("kv_cache_config", "device", "layout", "kernel_block_sizes"),
          "the backing becomes a reserved mapping of which only the published part is resident"),
     Seam("weights_loaded", "vllm.model_executor.model_loader.base_loader:process_weights_after_loading",
          ("model", "model_config", "target_device"),
          "the last moment at which the weights can be read: oneDNN swallows them"),
+    Seam("linear", f"{_LINEAR}:LinearBase", (), "what a morphable linear is",
+         ("quant_method", "output_size", "params_dtype", "skip_bias_add", "tp_rank")),
+    Seam("linear_column", f"{_LINEAR}:ColumnParallelLinear", (), "this rank's slice",
+         ("input_size_per_partition", "output_size_per_partition")),
+    Seam("linear_row", f"{_LINEAR}:RowParallelLinear", (), "this rank's slice; who adds the bias",
+         ("input_size_per_partition", "output_size_per_partition", "input_is_parallel")),
     Seam("linear_apply", "vllm.model_executor.layers.linear:UnquantizedLinearMethod.apply",
          ("layer", "x", "bias"), "the one indirection of a morphable linear"),
     Seam("linear_build", "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
          ("layer", "remove_weight"), "rebuilds the full-precision linear"),
-    Seam("block_table", "vllm.v1.worker.block_table:MultiGroupBlockTable", (),
-         "cached block ids are rewritten after a migration"),
+    Seam("loaded_config", "vllm.config:get_current_vllm_config_or_none", (), "is this model one of ours"),
+    Seam("loaded_rank", "vllm.distributed:get_world_group", (), "which rank's slice this is"),
+    Seam("compiled", "vllm.config:CompilationMode.NONE", (), "which of the two indirections a linear gets"),
+    Seam("worker", "vllm.v1.worker.worker_base:WorkerBase", (), "commands reach the rank's runner",
+         ("rank", "model_runner")),
+    Seam("runner", "vllm.v1.worker.gpu_model_runner:GPUModelRunner", (),
+         "cached block ids are rewritten after a migration", ("requests", "input_batch")),
+    Seam("runner_request", f"{_INPUT}:CachedRequestState", (), "the same", ("block_ids",)),
+    Seam("runner_batch", f"{_INPUT}:InputBatch", (), "the same", ("block_table",)),
+    Seam("block_table", "vllm.v1.worker.block_table:MultiGroupBlockTable", (), "the same", ("block_tables",)),
+    Seam("block_table_rows", "vllm.v1.worker.block_table:BlockTable", (), "the same", ("block_table",)),
+    Seam("block_table_host", "vllm.v1.utils:CpuGpuBuffer", (), "the same", ("np",)),
 )
 
 
@@ -100,6 +182,18 @@ def resolve(target: str) -> tuple[Any, str, Any]:
     return owner, name, getattr(owner, name)
 
 
+def instance_attributes(value: Any) -> set[str]:
+    """What an instance of a class has: everything in its classes, and what their constructors store."""
+    found: set[str] = set()
+    for cls in inspect.getmro(value) if inspect.isclass(value) else ():
+        found |= set(vars(cls)) | set(inspect.get_annotations(cls))
+        for name in ("__init__", "__post_init__"):
+            code = getattr(inspect.unwrap(vars(cls).get(name, object.__init__)), "__code__", None)
+            if code is not None:
+                found |= {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"}
+    return found
+
+
 def check_seam(seam: Seam) -> SeamResult:
     """Import the target and compare its parameters."""
     try:
@@ -107,6 +201,8 @@ def check_seam(seam: Seam) -> SeamResult:
     except Exception as e:  # an import can fail in many ways; each of them means: not our vLLM
         return SeamResult(seam, False, f"{type(e).__name__}: {e}")
     value = getattr(value, _MARK, value)
+    if gone := sorted(set(seam.attributes) - instance_attributes(value)):
+        return SeamResult(seam, False, f"instances have no {gone}")
     if not seam.params:
         return SeamResult(seam, True, "present")
     try:

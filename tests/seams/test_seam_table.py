@@ -1,0 +1,90 @@
+"""The seam table names what the code of `morphserve/integration` uses of vLLM's objects, and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import enum
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from morphserve.integration import seams
+
+_CODE = Path(seams.__file__).parent
+# A list has `append` and the free queue too: by name alone, these say nothing.
+_COMMON = set().union(*map(dir, (list, dict, set, str, logging.Logger, object)))
+# vLLM classes have attributes of these names, but the code means its own or another library's.
+_OURS = {
+    "_cache",
+    "_pool",
+    "cache_dir",
+    "compile",
+    "dtype",
+    "free",
+    "load_config",
+    "policy",
+    "pool",
+    "register",
+    "reset",
+}
+_OURS |= {"revision", "sleep", "status"}
+
+
+def used_names() -> set[str]:
+    """Every attribute that the integration code reads, writes, overrides or asks for by name."""
+    found = set()
+    for path in _CODE.glob("*.py"):
+        if path.stem == "seams":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                found.add(node.attr)
+            elif isinstance(node, ast.FunctionDef | ast.alias):
+                found.add(node.name)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found |= set(node.value.replace(":", ".").split("."))
+    return found
+
+
+def classes() -> dict[str, Any]:
+    """The vLLM classes that the table speaks of, by name."""
+    found = {}
+    for seam in seams.SEAMS:
+        owner, _, value = seams.resolve(seam.target)
+        for one in (owner, value):
+            theirs = inspect.isclass(one) and one.__module__.startswith("vllm.")
+            if theirs and not issubclass(one, torch.nn.Module | enum.Enum):  # rows name what we use of those
+                found[one.__name__] = one
+    return found
+
+
+def listed_names() -> set[str]:
+    paths = {part for seam in seams.SEAMS for part in seam.target.partition(":")[2].split(".")}
+    return paths.union(*(seam.attributes for seam in seams.SEAMS))
+
+
+def test_what_the_code_uses_has_a_row() -> None:
+    """Guards: vLLM renames a method that we call, the table holds, and the server breaks in its first burst."""
+    used = used_names() - listed_names() - _COMMON - _OURS
+    missing = {name: found for name, cls in classes().items() if (found := used & seams.instance_attributes(cls))}
+    assert missing == {}, "add rows to morphserve/integration/seams.py"
+
+
+def test_each_row_is_used() -> None:
+    """Guards: a row for what we no longer need refuses a vLLM that would do."""
+    used = used_names() | {"add_cli_args", "from_cli_args", "create_engine_config"}  # by morphserve/plugin.py
+    for seam in seams.SEAMS:
+        last = seam.target.replace(":", ".").rpartition(".")[2]  # of a class with attributes, no code may say it
+        unused = set(seam.attributes or (last,)) - used
+        assert not unused, (seam.name, unused)
+
+
+def test_a_lost_attribute_is_seen() -> None:
+    """Guards: a row with attributes holds whatever the class has become."""
+    pool = "vllm.v1.core.block_pool:BlockPool"
+    assert seams.check_seam(seams.Seam("kept", pool, (), "test", ("blocks", "get_usage"))).ok
+    gone = seams.check_seam(seams.Seam("gone", pool, (), "test", ("blocks", "no_such_attribute")))
+    assert not gone.ok and gone.detail == "instances have no ['no_such_attribute']"
