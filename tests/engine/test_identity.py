@@ -62,19 +62,6 @@ def test_restored_is_stock(llm: Any, stock_rounds: list[Any]) -> None:
         assert generate(llm) == stock_rounds[0]
 
 
-def test_restored_without_the_cache_is_stock(llm: Any, stock_rounds: list[Any]) -> None:
-    """Guards: somebody cleans ~/.cache while the server runs, and no level can be left any more."""
-    store = _RANK.layers.store
-    put_away = store.directory.rename(store.directory.with_suffix(".away"))
-    try:
-        for level in (6, 12, 0):
-            follow(llm, {0: level})
-            settle(llm, level)
-    finally:
-        put_away.rename(store.directory)
-    assert generate(llm) == stock_rounds[0]
-
-
 def test_resizing_is_invisible(llm: Any, stock_rounds: list[Any]) -> None:
     """Guards rules 1, 2 and 5: a token from the wrong block across grows and migrating shrinks."""
     with kv_script(llm, RESIZES) as driver:
@@ -130,3 +117,16 @@ def test_tokens_before_a_swap_are_stock(llm: Any, stock_rounds: list[Any]) -> No
     for (tokens, probs), (stock_tokens, stock_probs) in zip(swapped, stock_rounds[1], strict=True):
         assert tokens[:15] == stock_tokens[:15] and probs[:15] == stock_probs[:15]
         assert probs != stock_probs
+
+
+def test_restored_without_the_cache_is_stock(llm: Any, stock_rounds: list[Any]) -> None:
+    """Guards: somebody cleans ~/.cache while the server runs, and no level can be left any more."""
+    store = _RANK.layers.store
+    put_away = store.directory.rename(store.directory.with_suffix(".away"))
+    try:
+        for level in (6, 12, 0):
+            follow(llm, {0: level})
+            settle(llm, level)
+    finally:
+        put_away.rename(store.directory)
+    assert generate(llm) == stock_rounds[0]
