@@ -21,6 +21,7 @@ from engine.rank_harness import (
     PARALLEL,
     PROMPTS,
     RESIZES,
+    ROUNDS,
     W4,
     W8,
     go,
@@ -195,6 +196,7 @@ def test_resident_memory_follows(llm: Any) -> None:
 
 def test_resizing_is_invisible(llm: Any, stock_rounds: list[Any]) -> None:
     """Guards rules 1 and 2 on two ranks: a token from the wrong block across grows and migrating shrinks."""
+    run(llm, ROUNDS[1])  # its blocks stay cached: the next requests take those further up, which must move
     for expected in stock_rounds:
         with kv_script(llm, RESIZES) as driver:
             assert run(llm) == expected
@@ -204,6 +206,7 @@ def test_resizing_is_invisible(llm: Any, stock_rounds: list[Any]) -> None:
 @pytest.mark.parametrize("method", ["copy", "rewrite_block_tables"])
 def test_a_rank_that_moves_nothing_is_seen(llm: Any, stock_rounds: list[Any], method: str) -> None:
     """Guards the test above: with the fault on rank 1 alone, tokens or logprobs must differ."""
+    run(llm, ROUNDS[1])
     rpc(llm, rank_probe.skip, 1, f"morphserve.integration.rank_kv.RankKV.{method}")
     with kv_script(llm, RESIZES) as driver:
         assert run(llm) != stock_rounds[0]
