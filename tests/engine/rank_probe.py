@@ -51,6 +51,14 @@ def no_memory(worker: Any, rank: int) -> None:
         _PLANTED.setattr("kv_resize.ElasticCache.map", refuse)
 
 
+def swap_alone(worker: Any, rank: int, fmt: str) -> None:
+    """One rank changes its layers past the controller."""
+    if worker.rank == rank:
+        layers = _RANK.layers
+        layers.prepare(dict.fromkeys(layers.linears, fmt))
+        layers.swapper.commit()
+
+
 def heal(worker: Any) -> None:
     """Take back whatever was planted."""
     _PLANTED.undo()

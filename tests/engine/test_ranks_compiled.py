@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 
 from engine import rank_probe
@@ -12,18 +13,26 @@ pytestmark = needs_two_cores
 
 
 def test_two_ranks_swap_without_compiling_again(tiny_llama: Path, tmp_path: Path, two_cores: None) -> None:
-    """Guards: on one rank the compiled graph keeps the weights it was traced with, or slots have other numbers."""
+    """Guards: on one rank the compiled graph keeps the weights it was traced with, or every level is compiled."""
     with engine(tiny_llama, tmp_path, CONFIG, **PARALLEL, enforce_eager=False) as llm:
         seen = [run(llm)]
         counted = rpc(llm, rank_probe.compilations)
         assert all(any(rank[2].values()) for rank in counted), "a rank has compiled nothing"
-        for level in (W8, W4):
-            go(llm, level)
+
+        def look() -> None:
             llm.reset_prefix_cache()
             seen.append(run(llm))
-            for earlier in seen[:-1]:
-                assert all(now[1] != then[1] for now, then in zip(seen[-1], earlier, strict=True))
-        go(llm, 0)
-        llm.reset_prefix_cache()
-        assert run(llm) == seen[0]
+
+        for level in (W8, W4, 0):
+            go(llm, level)
+            look()
+        for rank in (0, 1):  # were one deaf, the other alone would have made the tokens above differ
+            rpc(llm, rank_probe.swap_alone, rank, "w8")
+            look()
+            rpc(llm, rank_probe.swap_alone, rank, "base")
+        look()
+        base, w8, w4, restored, *alone, last = seen
+        assert restored == last == base
+        for one, other in combinations((base, w8, w4, *alone), 2):
+            assert all(a[1] != b[1] for a, b in zip(one, other, strict=True))
         assert rpc(llm, rank_probe.compilations) == counted
