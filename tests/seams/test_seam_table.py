@@ -31,6 +31,7 @@ _OURS = {
     "reset",
 }
 _OURS |= {"revision", "sleep", "status"}
+_ADDED = "morphserve_"  # what we add to their classes, as an engine started earlier in this process did
 
 
 def used_names() -> set[str]:
@@ -46,7 +47,7 @@ def used_names() -> set[str]:
                 found.add(node.name)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found |= set(node.value.replace(":", ".").split("."))
-    return found
+    return {name for name in found if not name.startswith(_ADDED)}
 
 
 def classes() -> dict[str, Any]:
