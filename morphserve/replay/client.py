@@ -13,6 +13,10 @@ import aiohttp
 
 from morphserve.replay.workload import Workload
 
+# vLLM's server closes a connection that is idle for 5 s (uvicorn's default). A client that was kept from running
+# at that moment would send its next request into it, and count a violation that the server knows nothing of.
+_KEEP_ALIVE_S = 2.0
+
 OK, CUTOFF, TIMEOUT, ERROR = "ok", "cutoff", "timeout", "error"  # else "http_<status>"
 
 
@@ -89,7 +93,8 @@ async def replay(
         Outcome(i, r.arrival_s, r.input_tokens, r.output_tokens) for i, r in enumerate(workload.requests)
     ]
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
-    connector = aiohttp.TCPConnector(limit=0)  # a connection limit would turn the loop closed
+    # A connection limit would turn the loop closed.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
 
         async def one(outcome: Outcome) -> None:
