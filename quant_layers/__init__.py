@@ -3,7 +3,7 @@
 Needs torch and nothing else of ours; vLLM's operators are used where another package has loaded them.
 """
 
-from .errors import KernelError, QuantError, StoreError, SwapError
+from .errors import KernelError, ProfileError, QuantError, StoreError, SwapError
 from .kernels import CANDIDATES, FORMATS, Kernel, LinearImpl, Native
 from .memory import trim
 from .packing import (
@@ -15,38 +15,53 @@ from .packing import (
     quantize_w4,
     quantize_w8,
 )
+from .profile import LayerScales, Profile, base_fingerprint, read_profile, write_profile
 from .selftest import KernelReport, check_kernel, choose, probe
+from .smoothing import Fold, Scale, apply_scales, choose_scale, folds_of
 from .store import BASE, StoredLayer, VariantStore
-from .swapper import LayerSwapper, LinearSlot
+from .swapper import RECIPE_MARK, LayerSwapper, LinearSlot, TensorSlot
 from .tensorfile import LayerTensors, digest
 
 __all__ = [
     "BASE",
     "CANDIDATES",
     "FORMATS",
+    "Fold",
     "Kernel",
     "KernelError",
     "KernelReport",
+    "LayerScales",
     "LayerSwapper",
     "LayerTensors",
     "LinearImpl",
     "LinearSlot",
     "Native",
+    "Profile",
+    "ProfileError",
     "QuantError",
     "QuantW4",
     "QuantW8",
+    "RECIPE_MARK",
+    "Scale",
     "StoreError",
     "StoredLayer",
     "SwapError",
+    "TensorSlot",
     "VariantStore",
+    "apply_scales",
+    "base_fingerprint",
     "check_kernel",
     "choose",
     "choose_group_size",
+    "choose_scale",
     "dequantize_w4",
     "dequantize_w8",
     "digest",
+    "folds_of",
     "probe",
     "quantize_w4",
     "quantize_w8",
+    "read_profile",
     "trim",
+    "write_profile",
 ]

@@ -17,3 +17,7 @@ class StoreError(QuantError, RuntimeError):
 
 class SwapError(QuantError, RuntimeError):
     """A layer swap was asked for that the swapper's present state does not allow."""
+
+
+class ProfileError(QuantError, RuntimeError):
+    """A profile is missing, damaged, cannot be written, or was made for another model."""

@@ -38,7 +38,7 @@ class Kernel(Protocol):
 
     name: str  # also of the packed layout on disk: whoever changes what `pack` gives changes the name
     format: str  # "w8" or "w4"
-    dtype: torch.dtype  # of activations, weights to pack, and outputs
+    dtype: torch.dtype  # of activations, outputs, and weights to pack (or these in fp32)
     quantizes_activations: bool  # to int8, per token
 
     def unavailable(self) -> str:
@@ -237,9 +237,9 @@ class _Base:
                 )
 
     def _admit(self, weight: Tensor) -> None:
-        if weight.dim() != 2 or weight.dtype != self.dtype:
+        if weight.dim() != 2 or weight.dtype not in (self.dtype, torch.float32):
             raise KernelError(
-                f"{self.name} packs a {self.dtype} weight [N, K], got {weight.dtype} {tuple(weight.shape)}; "
+                f"{self.name} packs a {self.dtype} (or fp32) weight [N, K], got {weight.dtype} {tuple(weight.shape)}; "
                 "choose the kernel with the model's dtype"
             )
         self.check_shape(*weight.shape)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from .kernels import Kernel, LinearImpl
 from .memory import trim
 from .store import BASE, VariantStore
 
+RECIPE_MARK = "+"  # in a stored layer's kernel name: what comes after it says how the weights were prepared
 BuildBase = Callable[[int, str, dict[str, Tensor]], LinearImpl]  # (layer, linear name, stored tensors)
 
 
@@ -25,6 +27,20 @@ class LinearSlot:
     bias: Tensor | None = None  # passed to every variant; the base brings its own
 
 
+@dataclass(slots=True, eq=False)
+class TensorSlot:
+    """A small tensor of a layer that a variant may bring its own values for, such as a norm's weight.
+
+    The forward path reads `live` in place, under torch.compile too, so its address never changes.
+    """
+
+    live: Tensor
+    base: Tensor = field(init=False)  # full precision: kept here, a few KB a layer
+
+    def __post_init__(self) -> None:
+        self.base = self.live.detach().clone()
+
+
 @dataclass(frozen=True, slots=True)
 class _Staged:
     slot: LinearSlot
@@ -32,12 +48,25 @@ class _Staged:
     format: str
 
 
+@dataclass(slots=True)
+class _Change:
+    """Everything that one `commit` puts in use."""
+
+    linears: list[_Staged] = field(default_factory=list)
+    tensors: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (live, new values)
+
+    def clear(self) -> None:
+        self.linears.clear()
+        self.tensors.clear()
+
+
 class LayerSwapper:
     """Builds the layers of the next level beside the running ones, then flips them all at once.
 
     1. Between `prepare` and `commit` nothing that the forward path reads has changed.
     2. A `prepare` that raises leaves nothing staged and every slot as it was.
-    3. `commit` only stores attributes. The replaced linears are dropped and their memory returned.
+    3. `commit` only stores attributes and copies small tensors. The replaced linears are dropped and their
+       memory returned.
 
     One call at a time. `commit` belongs between two forward passes, on their thread; `prepare` touches
     nothing they read and may run beside them.
@@ -50,6 +79,7 @@ class LayerSwapper:
         kernels: Mapping[str, Kernel],
         build_base: BuildBase,
         reclaim: Callable[[], None] = trim,
+        tensors: Mapping[int, Mapping[str, TensorSlot]] = MappingProxyType({}),
     ) -> None:
         """
         Args:
@@ -59,13 +89,15 @@ class LayerSwapper:
             build_base: makes a stored base linear callable again.
             reclaim: returns what was dropped to the system; malloc_trim walks the whole heap (5-46 ms in a
                 server), so a caller whose allocator unmaps freed weights by itself passes something cheaper.
+            tensors: by decoder layer id and name. A variant that stores none of that name gets the base's.
         """
         self._slots = slots
         self._store = store
         self._kernels = kernels
         self._build_base = build_base
         self._reclaim = reclaim
-        self._staged: list[_Staged] | None = None
+        self._tensors = tensors
+        self._staged: _Change | None = None
 
     @property
     def prepared(self) -> bool:
@@ -80,7 +112,7 @@ class LayerSwapper:
     @property
     def staging_bytes(self) -> int:
         """Bytes built but not yet in use."""
-        return sum(staged.impl.nbytes for staged in self._staged or ())
+        return 0 if self._staged is None else sum(new.impl.nbytes for new in self._staged.linears)
 
     def formats(self) -> dict[int, str]:
         """Format in use, by layer id. All linears of a layer change together."""
@@ -103,12 +135,12 @@ class LayerSwapper:
         """
         if self._staged is not None:
             raise SwapError(
-                f"{len(self._staged)} linears are prepared already, the limit is one change at a time; "
+                f"{len(self._staged.linears)} linears are prepared already, the limit is one change at a time; "
                 "commit or abort it before the next prepare"
             )
         for layer, format in changes.items():
             self._check(layer, format)
-        staged: list[_Staged] = []
+        staged = _Change()
         try:
             for layer, format in changes.items():
                 self._build_layer(layer, format, staged)
@@ -127,18 +159,20 @@ class LayerSwapper:
         if self._staged is None:
             raise SwapError("nothing is prepared; call prepare before commit")
         staged, self._staged = self._staged, None
-        for new in staged:
+        for live, values in staged.tensors:
+            live.copy_(values)
+        for new in staged.linears:
             new.slot.impl = new.impl
             new.slot.format = new.format
-        if staged:
+        if staged.linears:
             self._reclaim()
 
     def abort(self) -> None:
         """Drop everything staged. Harmless when nothing is."""
-        if self._staged:
-            self._staged = None
+        staged, self._staged = self._staged, None
+        if staged is not None and staged.linears:
+            staged.clear()
             self._reclaim()
-        self._staged = None
 
     def _check(self, layer: int, format: str) -> None:
         if layer not in self._slots:
@@ -147,25 +181,29 @@ class LayerSwapper:
             known = [BASE, *sorted(self._kernels)]
             raise SwapError(f"layer {layer}: unknown format {format!r}; known are {known}")
 
-    def _build_layer(self, layer: int, format: str, staged: list[_Staged]) -> None:
+    def _build_layer(self, layer: int, format: str, staged: _Change) -> None:
         slots = self._slots[layer]
         if all(slot.format == format for slot in slots.values()):
             return
         row = self._store.entry(layer, format)
         kernel = None if format == BASE else self._kernels[format]
-        if kernel is not None and row.kernel != kernel.name:
+        if kernel is not None and row.kernel.partition(RECIPE_MARK)[0] != kernel.name:
             raise StoreError(
                 f"layer {layer} {format!r} is packed for kernel {row.kernel!r}, here runs {kernel.name!r}; "
                 f"delete {self._store.directory}, and the next start builds it again"
             )
         tensors = self._store.read(layer, format)
+        small = self._tensors.get(layer, {})
+        for name, slot in small.items():
+            brought = tensors.pop(name, None)
+            staged.tensors.append((slot.live, slot.base if brought is None else brought["weight"]))
         if set(tensors) != set(slots):
             raise StoreError(
                 f"layer {layer} {format!r} holds linears {sorted(tensors)}, the model has {sorted(slots)}; "
                 f"delete {self._store.directory}, and the next start builds it again"
             )
-        for name, slot in slots.items():
+        for name, linear in slots.items():
             parts = tensors.pop(name)  # so that a kernel which copies leaves no second copy behind
-            impl = self._build_base(layer, name, parts) if kernel is None else kernel.build(parts, slot.bias)
-            staged.append(_Staged(slot, impl, format))
+            impl = self._build_base(layer, name, parts) if kernel is None else kernel.build(parts, linear.bias)
+            staged.linears.append(_Staged(linear, impl, format))
             del parts, impl

@@ -20,6 +20,7 @@ from quant_layers import (
     QuantW8,
     StoreError,
     SwapError,
+    TensorSlot,
     VariantStore,
     digest,
     trim,
@@ -357,3 +358,53 @@ def test_freed_memory_returns_to_the_system_and_comes_back(tmp_path: Path) -> No
     swapper.prepare(dict.fromkeys(range(layers), "base"))
     swapper.commit()
     assert abs(_anonymous_bytes() - at_base) < tolerance
+
+
+class _NormWorld(_World):
+    """The same, with a norm in each layer that the w8 variants of layers 0 and 1 bring values for."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.norms = {layer: torch.randn(8).bfloat16() for layer in self.slots}
+        self.before = {layer: norm.clone() for layer, norm in self.norms.items()}
+        self.brought = {layer: torch.randn(8).bfloat16() for layer in (0, 1)}
+        for layer, norm in self.brought.items():
+            packed = self.store.read(layer, "w8")
+            self.store.write(layer, "w8", {**packed, "norm": {"weight": norm}}, "fake_w8")
+        tensors = {layer: {"norm": TensorSlot(norm)} for layer, norm in self.norms.items()}
+        self.swapper = LayerSwapper(self.slots, self.store, self.kernels, self.build_base, tensors=tensors)
+
+    def expected(self, layer: int) -> Tensor:
+        smoothed = self.swapper.formats()[layer] == "w8" and layer in self.brought
+        return self.brought[layer] if smoothed else self.before[layer]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["base", "w8", "w4"]), st.booleans()), max_size=8))
+@settings(deadline=None, max_examples=30)
+def test_norms_go_with_the_format(tmp_path_factory: pytest.TempPathFactory, moves: list) -> None:  # type: ignore[type-arg]
+    """Guards: scaled weights behind an unscaled norm, or a norm that stays scaled after the restore."""
+    world = _NormWorld(tmp_path_factory.mktemp("norms"))
+    addresses = [norm.data_ptr() for norm in world.norms.values()]
+    for layer, format, keeps in moves:
+        world.swapper.prepare({layer: format})
+        for other, norm in world.norms.items():
+            assert torch.equal(norm, world.expected(other)), "changed before commit"
+        if keeps:
+            world.swapper.commit()
+        else:
+            world.swapper.abort()
+        for other, norm in world.norms.items():
+            assert torch.equal(norm, world.expected(other))
+    assert addresses == [norm.data_ptr() for norm in world.norms.values()]
+    world.switch(dict.fromkeys(range(3), "base"))
+    assert all(torch.equal(norm, world.before[layer]) for layer, norm in world.norms.items())
+
+
+def test_a_prepare_that_fails_leaves_the_norms(tmp_path: Path) -> None:
+    """Guards: norms of the layers that were staged before the one that failed."""
+    world = _NormWorld(tmp_path)
+    world.kernels["w8"].fail_at = world.kernels["w8"].builds + 3  # in layer 1
+    with pytest.raises(MemoryError):
+        world.swapper.prepare({0: "w8", 1: "w8"})
+    assert all(torch.equal(norm, world.before[layer]) for layer, norm in world.norms.items())
+    assert not world.swapper.prepared
