@@ -25,3 +25,7 @@ class IllegalTransition(MorphServeError, RuntimeError):
 
 class StoreError(MorphServeError, RuntimeError):
     """A variant file is missing, truncated or belongs to other weights."""
+
+
+class ProfilingError(MorphServeError):
+    """A model cannot be profiled."""
