@@ -75,6 +75,9 @@ class MorphServeConfig(_Section):
     kv: KVConfig = KVConfig()
     transition: TransitionConfig = TransitionConfig()
     policy: PolicyConfig = Field(default_factory=lambda: ThresholdConfig(kind="threshold"))
+    profile: Path | None = Field(
+        None, description="directory that scripts/profile_layers.py made for this model; null = none"
+    )
     cache_dir: Path = Field(
         Path("~/.cache/morphserve"), description="packed variants; built once, verified, then read"
     )

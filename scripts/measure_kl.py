@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text", nargs="+", type=Path, required=True, help="text files, one domain each")
     parser.add_argument("--windows", type=int, default=5, help="windows per file")
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
+    parser.add_argument("--profile", help="directory made by scripts/profile_layers.py")
     parser.add_argument("--formats", nargs="+", default=["w8", "w4"], choices=["w8", "w4"])
     args = parser.parse_args(argv)
 
@@ -70,7 +71,11 @@ def main(argv: list[str] | None = None) -> int:
     from morphserve.ladder import resolve_level
     from policies.types import Decision
 
-    steps = [{"format": fmt} for fmt in args.formats]
+    settings = {
+        "ladder": {"steps": [{"format": fmt} for fmt in args.formats]},
+        "policy": {"kind": "static", "level": 0},
+        "profile": args.profile,
+    }
     llm = LLM(
         args.model,
         enforce_eager=True,
@@ -79,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         max_num_seqs=4,
         enable_prefix_caching=False,
         disable_log_stats=True,
-        additional_config={"morphserve": {"ladder": {"steps": steps}, "policy": {"kind": "static", "level": 0}}},
+        additional_config={"morphserve": settings},
     )
     core = llm.llm_engine.engine_core.engine_core
     morph = core.scheduler.morph
