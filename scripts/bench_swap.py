@@ -63,14 +63,17 @@ def main(argv: list[str] | None = None) -> int:
     morph = core.scheduler.morph
     wanted = _Wanted()
     morph.controller._policy = wanted
-    sampling = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
     sent = 0
+
+    def sampling() -> SamplingParams:
+        """Requests end, and the next ones are prefilled, one at a time: 16 prefills in a step are a pause too."""
+        return SamplingParams(temperature=0.0, max_tokens=40 + 37 * sent % 360, ignore_eos=True)
 
     def one_step() -> tuple[float, float]:
         """Seconds of the step, and the worker seconds of commands in it."""
         nonlocal sent
         while llm.llm_engine.get_num_unfinished_requests() < args.concurrency:
-            llm.llm_engine.add_request(str(sent), {"prompt_token_ids": [100 + sent % 1000] * 32}, sampling)
+            llm.llm_engine.add_request(str(sent), {"prompt_token_ids": [100 + sent % 1000] * 32}, sampling())
             sent += 1
         answered = len(morph.executor.pauses)
         start = time.perf_counter()

@@ -80,6 +80,19 @@ def test_slow_layers_make_small_chunks() -> None:
     assert sizes == [3, 1, 1, 1]
 
 
+def test_the_first_chunk_goes_by_bytes() -> None:
+    """Guards: five layers of a large model in the first gap, because none has been measured yet."""
+    rig = Rig()
+    largest = max(max(sizes) for fmt, sizes in rig.controller._runner.layer_bytes.items() if fmt != "base")
+    config = MorphServeConfig(
+        transition=TransitionConfig(max_layers_per_step=3, max_pause_ms=1000 * 2.5 * largest / 0.6e9)
+    )
+    rig = Rig(config=config)
+    rig.go_to(2)
+    sizes = [len(plan.layer_formats) for command, plan in rig.executor.sent if command == "prepare"]
+    assert sizes[0] == 2
+
+
 def test_one_chunk_per_gap_even_when_answers_come_at_once() -> None:
     """Guards: an executor in the same process makes the controller switch everything in one pause."""
     rig = Rig(immediate=True)
