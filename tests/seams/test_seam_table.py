@@ -27,6 +27,7 @@ _OURS = {
     "load_config",
     "policy",
     "pool",
+    "profile",
     "register",
     "reset",
 }
