@@ -130,10 +130,9 @@ class ThresholdPolicy:
             if level > heading:
                 return self._degrade(s.now_s, level, f"{why}, need {need:.0f} of {usable} blocks")
         if heading > 0 and pressure is None:
-            dwell_s = self._dwell(s)
-            level = self._shallowest_rested(s.now_s, dwell_s)
+            level = self._shallowest_rested(s.now_s)
             if level < heading:
-                return self._restore(s.now_s, level, need, dwell_s)
+                return self._restore(s.now_s, level, need)
         return self._stay(heading)
 
     def _usable_at(self, s: Signals) -> int:
@@ -207,23 +206,14 @@ class ThresholdPolicy:
             elif self._fits_since[level] is None:
                 self._fits_since[level] = s.now_s
 
-    def _dwell(self, s: Signals) -> float:
-        """How long a level must have fitted.
-
-        A dwell that has grown keeps a load that swings from dragging the level along. An engine without
-        requests has no load, and nobody who would notice the restore: the configured dwell is enough there.
-        """
-        t = self.thresholds
-        if self.dwell_s > t.restore_after_s and s.now_s - self._last_reentry_s >= _DWELL_DECAY_S:
-            self.dwell_s = max(t.restore_after_s, self.dwell_s / _DWELL_GROWTH)
-            self._last_reentry_s = s.now_s
-        return self.dwell_s if s.num_running or s.num_waiting else t.restore_after_s
-
-    def _shallowest_rested(self, now_s: float, dwell_s: float) -> int:
+    def _shallowest_rested(self, now_s: float) -> int:
         """Shallowest level that has fitted for the whole dwell."""
+        if self.dwell_s > self.thresholds.restore_after_s and now_s - self._last_reentry_s >= _DWELL_DECAY_S:
+            self.dwell_s = max(self.thresholds.restore_after_s, self.dwell_s / _DWELL_GROWTH)
+            self._last_reentry_s = now_s
         for level in range(len(self._usable)):
             since = self._fits_since[level]
-            if since is not None and now_s - since >= dwell_s:
+            if since is not None and now_s - since >= self.dwell_s:
                 return level
         return len(self._fits_since)
 
@@ -239,13 +229,13 @@ class ThresholdPolicy:
             self._fits_since[shallower] = None  # the dwell starts anew
         return self._last
 
-    def _restore(self, now_s: float, level: int, need: float, dwell_s: float) -> Decision:
+    def _restore(self, now_s: float, level: int, need: float) -> Decision:
         if self._last.level != level:
             self._last_restore_s = now_s
             self._last = Decision(
                 level,
                 f"need {need:.0f} of {self._usable[level]} blocks <= {self.thresholds.restore_below:.2f} "
-                f"for {dwell_s:.1f} s",
+                f"for {self.dwell_s:.1f} s",
             )
         return self._last
 

@@ -218,14 +218,9 @@ def test_early_restores_make_the_dwell_grow_and_quiet_makes_it_shrink() -> None:
         dwells.append(policy.dwell_s)
         while level > 0:
             now += 0.1
-            level = policy.decide(at_level(QUIET, level, now_s=now, used_kv_blocks=1, num_running=1)).level
+            level = policy.decide(at_level(QUIET, level, now_s=now, used_kv_blocks=0, num_running=0)).level
         now += 1.0
     assert dwells == [2.0, 4.0, 6.0, 6.0, 6.0]
-    level = policy.decide(at_level(busy, 0, now_s=now)).level
-    for i in range(21):
-        assert level > 0, i
-        level = policy.decide(at_level(QUIET, level, now_s=now + i * 0.1, used_kv_blocks=0, num_running=0)).level
-    assert level == 0, "an empty engine waits no longer than it was told to"
     for _ in range(3):
         now += 200.0
         policy.decide(at_level(QUIET, 1, now_s=now))
@@ -312,6 +307,5 @@ def test_restores_are_a_dwell_apart_from_pressure(history: list, mode: str) -> N
         if wanted > level:
             last_degrade = s.now_s
         elif wanted < level:
-            loaded = s.num_running or s.num_waiting
-            assert s.now_s - last_degrade >= (policy.dwell_s if loaded else policy.thresholds.restore_after_s)
+            assert s.now_s - last_degrade >= policy.dwell_s
         level = wanted
