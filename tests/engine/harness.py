@@ -114,7 +114,8 @@ def settle(llm: Any, level: int, limit: int = 400) -> None:
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     for _ in range(limit):
         status = morph_of(llm).controller.status()
-        if status["level"] == level and status["phase"] == "idle":
+        # Between two chunks of one level the phase is idle and the level already the shallower one.
+        if status["level"] == level and status["phase"] == "idle" and not morph_of(llm).controller.in_transition:
             return
         scheduler.morph.wake_due = True
         llm.llm_engine.engine_core.engine_core.step_fn()
