@@ -89,7 +89,8 @@ class Server:
     def processes(self) -> list[str]:
         """Command lines of all processes of the server's session that still run.
 
-        Without CPython's resource tracker, which ends by itself a moment after the process it belongs to.
+        Without CPython's resource tracker, which ends by itself a moment after the process it belongs to, and
+        without processes that have given up their memory, command line included: they are as good as gone.
         """
         found = []
         for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -97,7 +98,7 @@ class Server:
                 state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
                 if int(session) == self.process.pid and state != "Z":
                     found.append(stat.with_name("cmdline").read_text().replace("\0", " "))
-        return [line for line in found if "multiprocessing.resource_tracker" not in line]
+        return [line for line in found if line and "multiprocessing.resource_tracker" not in line]
 
 
 @contextmanager
