@@ -44,18 +44,6 @@ class Capture:
         return torch.cat(rows)
 
 
-def windows(files: list[Path], tokenizer: Any, length: int, count: int) -> list[list[int]]:
-    """`count` windows of `length` tokens, spread evenly over each file."""
-    found = []
-    for file in files:
-        ids = tokenizer.encode(file.read_text(encoding="utf-8"))
-        if len(ids) < length * count:
-            raise SystemExit(f"{file}: {len(ids)} tokens, {length * count} are needed. Lower --windows.")
-        stride = len(ids) // count
-        found += [ids[i * stride : i * stride + length] for i in range(count)]
-    return found
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -68,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
 
     from vllm import LLM, SamplingParams
 
+    from morphserve.errors import ProfilingError
     from morphserve.ladder import resolve_level
+    from morphserve.profiling import token_windows
     from policies.types import Decision
 
     settings = {
@@ -88,7 +78,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     core = llm.llm_engine.engine_core.engine_core
     morph = core.scheduler.morph
-    texts = windows(args.text, llm.get_tokenizer(), args.length, args.windows)
+    try:
+        texts = token_windows(llm.get_tokenizer(), args.text, args.windows, args.length).tolist()
+    except ProfilingError as error:
+        raise SystemExit(f"measure_kl: {error}") from error
     capture = Capture(core.model_executor.driver_worker.worker.model_runner.model)
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
 

@@ -27,10 +27,9 @@ from morphserve.errors import StoreError as MorphStoreError
 from morphserve.integration import opaque_linear
 from morphserve.integration.describe import RankDescription
 from morphserve.integration.host_memory import FREED_WEIGHTS_RETURN, weights_on_their_own_pages
-from morphserve.integration.rank_profile import Smoother
+from morphserve.integration.rank_profile import Plain, Smoother
 from policies.types import BASE_FORMAT
 from quant_layers import (
-    RECIPE_MARK,
     Kernel,
     KernelError,
     LayerSwapper,
@@ -160,7 +159,7 @@ class RankLayers:
         self.linears: Linears = {}
         self.kernels: dict[str, Kernel] = {}
         self.store: VariantStore | None = None
-        self._smoother: Smoother | None = None
+        self._recipe = Plain()
         self._slots: dict[int, dict[str, LinearSlot]] = {}
         self.swapper: LayerSwapper | None = None
 
@@ -179,11 +178,11 @@ class RankLayers:
         except KernelError as e:
             raise ConfigError(f"{e} Take that format out of ladder.steps.") from e
         if self.config.profile is not None:
-            self._smoother = Smoother.open(self.config.profile, model, self.linears)
+            self._recipe = Smoother.open(self.config.profile, model, self.linears)
         mark = fingerprint(self.linears)
         directory = self._cache_dir / "variants" / mark[:24]
         try:
-            names = {fmt: self._layout(fmt) for fmt in self.kernels}
+            names = {fmt: self._recipe.layout(kernel) for fmt, kernel in self.kernels.items()}
             self.store = VariantStore.open(directory, mark, names)
             self._fill_store()
             self.store.verify()
@@ -200,32 +199,13 @@ class RankLayers:
                 built += 1
             for fmt, kernel in self.kernels.items():
                 if not self.store.has(layer, fmt):
-                    self.store.write(layer, fmt, self._pack(layer, fmt, kernel), self._layout(fmt))
+                    weights = {name: linear.weight.data for name, linear in linears.items()}
+                    packed = self._recipe.pack(layer, kernel, weights)
+                    self.store.write(layer, fmt, packed, self._recipe.layout(kernel))
                     built += 1
         if built:
             logger.info("morphserve: rank %d packed %d layer variants into %s", self.rank, built,
                         self.store.directory)
-
-    def _smooths(self, fmt: str) -> bool:
-        """4-bit weights are rounded group by group, which scales made for whole rows do not help."""
-        return self._smoother is not None and fmt == "w8" and self.kernels[fmt].quantizes_activations
-
-    def _layout(self, fmt: str) -> str:
-        """What the store files a packed layer under: the kernel, and what was done to the weights before."""
-        name = self.kernels[fmt].name
-        if not self._smooths(fmt):
-            return name
-        assert self._smoother is not None
-        return f"{name}{RECIPE_MARK}{self._smoother.digest[:12]}"
-
-    def _pack(self, layer: int, fmt: str, kernel: Kernel) -> dict[str, dict[str, torch.Tensor]]:
-        weights = {name: linear.weight.data for name, linear in self.linears[layer].items()}
-        norms: dict[str, torch.Tensor] = {}
-        if self._smooths(fmt):
-            assert self._smoother is not None
-            weights, norms = self._smoother.smooth(layer, weights)
-        packed = {name: kernel.pack(weight) for name, weight in weights.items()}
-        return packed | {name: {"weight": norm} for name, norm in norms.items()}
 
     def install(self) -> None:
         """Give every captured linear its slot. Called after vLLM built its own matmuls."""
@@ -248,7 +228,7 @@ class RankLayers:
                 )
         reclaim = (lambda: None) if FREED_WEIGHTS_RETURN else trim
         self._slots = slots
-        tensors = {} if self._smoother is None else self._smoother.tensor_slots()
+        tensors = self._recipe.tensor_slots()
         self.swapper = LayerSwapper(slots, self.store, self.kernels, self._build_base, reclaim, tensors)
 
     def _build_base(self, layer: int, name: str, tensors: dict[str, torch.Tensor]) -> BaseImpl:
@@ -285,9 +265,7 @@ class RankLayers:
         stored = self.store.nbytes(layer, fmt)
         if fmt == BASE_FORMAT:
             return stored - sum(bias.nbytes for bias in biases)
-        if self._smooths(fmt):
-            assert self._smoother is not None
-            stored -= self._smoother.norm_bytes(layer)  # copied over the norms that are there
+        stored -= self._recipe.reused_bytes(layer, self.kernels[fmt])
         # A variant makes a copy of the bias, in fp32 at most.
         return stored + sum(bias.numel() * torch.float32.itemsize for bias in biases)
 

@@ -1,4 +1,4 @@
-"""The profile's scales on one rank: sliced as vLLM sliced the weights, folded into what this layer has."""
+"""What is done to a rank's weights before a kernel packs them: nothing, or what the profile says."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from morphserve.errors import ConfigError
 from quant_layers import (
+    RECIPE_MARK,
+    Kernel,
     Profile,
     ProfileError,
     QuantError,
@@ -22,15 +24,36 @@ from quant_layers import (
 )
 
 _NORM = re.compile(r"(?:^|\.)layers\.((\d+)\.(.+))\.weight$")
+PackedLayer = dict[str, dict[str, torch.Tensor]]  # name inside the layer |-> tensor name |-> tensor
 Norms = dict[int, dict[str, torch.nn.Module]]  # decoder layer id |-> name inside the layer |-> norm
 
 
-class Smoother:
-    """Scales the linears and norms of this rank's layers as the profile says."""
+class Plain:
+    """Packs weights as they are."""
+
+    def layout(self, kernel: Kernel) -> str:
+        """What the store files a layer under: the kernel, and what was done to the weights before."""
+        return kernel.name
+
+    def pack(self, layer: int, kernel: Kernel, weights: Mapping[str, torch.Tensor]) -> PackedLayer:
+        """A layer's linears, and everything else of it that differs, as the store keeps them."""
+        return {name: kernel.pack(weight) for name, weight in weights.items()}
+
+    def reused_bytes(self, layer: int, kernel: Kernel) -> int:
+        """Of a packed layer, what is copied over tensors that are there at every level."""
+        return 0
+
+    def tensor_slots(self) -> dict[int, dict[str, TensorSlot]]:
+        """Those tensors; to be asked for when the model has its final ones."""
+        return {}
+
+
+class Smoother(Plain):
+    """Scales the linears and norms of this rank's layers as the profile says, sliced as vLLM sliced the weights."""
 
     def __init__(self, profile: Profile, linears: Mapping[int, Mapping[str, LinearBase]], norms: Norms) -> None:
         """Use `open`."""
-        self.digest = profile.digest
+        self._digest = profile.digest
         self._scales = profile.scales
         self._linears = linears
         self._norms: Norms = {}
@@ -62,14 +85,17 @@ class Smoother:
             raise ConfigError(str(e)) from e
         return cls(profile, linears, norms)
 
-    def smooth(
-        self, layer: int, weights: Mapping[str, torch.Tensor]
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Weights and norms of a layer with the scales folded in.
+    def layout(self, kernel: Kernel) -> str:
+        name = super().layout(kernel)
+        return f"{name}{RECIPE_MARK}{self._digest[:12]}" if _gains(kernel) else name
 
+    def pack(self, layer: int, kernel: Kernel, weights: Mapping[str, torch.Tensor]) -> PackedLayer:
+        """
         Raises:
             ConfigError: the profile's scales do not fit the layer.
         """
+        if not _gains(kernel):
+            return super().pack(layer, kernel, weights)
         scales = {
             name: _slice(scale, self._linears[layer][name]) for name, scale in self._scales.get(layer, {}).items()
         }
@@ -77,20 +103,27 @@ class Smoother:
         # Gemma's norms multiply by 1 + weight (vllm/model_executor/layers/layernorm.py, GemmaRMSNorm).
         offset = 1.0 if any(type(norm).__name__ == "GemmaRMSNorm" for norm in norms.values()) else 0.0
         try:
-            return apply_scales(weights, {n: m.weight.data for n, m in norms.items()}, offset, scales)
+            scaled, changed = apply_scales(weights, {n: m.weight.data for n, m in norms.items()}, offset, scales)
         except QuantError as e:
             raise ConfigError(f"profile, layer {layer}: {e}. Make it again with scripts/profile_layers.py.") from e
+        return super().pack(layer, kernel, scaled) | {name: {"weight": norm} for name, norm in changed.items()}
 
-    def norm_bytes(self, layer: int) -> int:
-        """Of the norms that a smoothed layer brings."""
-        return sum(norm.weight.nbytes for norm in self._norms[layer].values())
+    def reused_bytes(self, layer: int, kernel: Kernel) -> int:
+        scaled = set(self._scales.get(layer, {})) if _gains(kernel) else set()
+        folds = folds_of(set(self._linears[layer]) | set(self._norms[layer]))
+        norms = {fold.producer for fold in folds if fold.how == "norm" and fold.consumer in scaled}
+        return sum(self._norms[layer][name].weight.nbytes for name in norms)
 
     def tensor_slots(self) -> dict[int, dict[str, TensorSlot]]:
-        """The live norms, to be made when the model has its final tensors."""
         return {
             layer: {name: TensorSlot(norm.weight.data) for name, norm in norms.items()}
             for layer, norms in self._norms.items()
         }
+
+
+def _gains(kernel: Kernel) -> bool:
+    """4-bit weights are rounded group by group, which scales made for whole rows do not help."""
+    return kernel.format == "w8" and kernel.quantizes_activations
 
 
 def _slice(scale: torch.Tensor, linear: LinearBase) -> torch.Tensor:

@@ -36,15 +36,6 @@ def before(llm: Any) -> list[Any]:
     return run(llm)
 
 
-@pytest.fixture
-def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """caplog, also for vLLM's logger, which passes nothing on to the root."""
-    logger = logging.getLogger("vllm")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
-
-
 @pytest.fixture(autouse=True)
 def healthy(llm: Any, before: list[Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """After every test: with the fault gone, level 0 gives what it gave before, and swaps work again."""

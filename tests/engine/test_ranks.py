@@ -71,15 +71,6 @@ def level_zero(llm: Any) -> Iterator[None]:
     assert not morph_of(llm).failed and not morph_of(llm).controller.tripped
 
 
-@pytest.fixture
-def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """caplog, also for vLLM's logger, which passes nothing on to the root."""
-    logger = logging.getLogger("vllm")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
-
-
 @contextmanager
 def truncated(path: Path) -> Iterator[None]:
     """While inside, the file has lost its end."""

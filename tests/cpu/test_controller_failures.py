@@ -1,0 +1,267 @@
+"""What goes wrong: a full cache, ranks that cannot, a policy or a port that raises."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from morphserve.config import MorphServeConfig, TransitionConfig
+from morphserve.controller import Phase, Plan, Reply
+from tests.fakes import BASE_BLOCKS, FakeRank, Rig
+
+pytestmark = pytest.mark.cpu
+
+
+def fail_prepare(rank: int) -> object:
+    return lambda command, plan, r: "no memory" if command == "prepare" and r == rank else ""
+
+
+def test_drain_timeout_keeps_the_old_level_and_allows_degrading() -> None:
+    """Guards: a full cache fences its tail for ever, or blocks the degrade that would help."""
+    rig = Rig()
+    rig.go_to(3)
+    assert rig.pool.allocate(1, rig.pool.num_kv_blocks - 1)
+    rig.step()
+    rig.script.level = 2
+    rig.step(120)  # 6 s
+    assert rig.controller.counters.transitions[("restore", "aborted")] == 1
+    assert rig.controller.phase is Phase.IDLE and rig.pool.fence is None
+    rig.go_to(4, steps=6)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("start", "target"), [(0, 2), (4, 1)])
+def test_failed_prepare_leaves_the_old_level(
+    rank: int, start: int, target: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards rule 6: a failed rank leaves others switched, blocks lost, or no line, count, back-off."""
+    rig = Rig()
+    rig.go_to(start)
+    rig.executor.fail = fail_prepare(rank)  # type: ignore[assignment]
+    rig.script.level = target
+    with caplog.at_level(logging.WARNING):
+        rig.step(20)
+    assert rig.controller.level == start and rig.controller.phase is Phase.IDLE
+    assert rig.pool.num_kv_blocks == rig.ladder[start].num_kv_blocks
+    assert all(r.staged is None for r in rig.executor.ranks) and rig.ledger["staging"] == 0
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"rank {rank}: no memory" in caplog.text
+    assert rig.controller.counters.errors == {"prepare": 1}
+    assert sum(command == "prepare" for command, _ in rig.executor.sent if _.layer_formats) >= 1
+    rig.executor.fail = lambda command, plan, r: ""
+    rig.step(100)  # the back-off of 5 s is over
+    rig.go_to(target)
+
+
+def test_backoff_holds_off_new_attempts() -> None:
+    """Guards: a rank without memory is asked again at every step."""
+    rig = Rig()
+    rig.executor.fail = fail_prepare(0)  # type: ignore[assignment]
+    rig.script.level = 1
+    rig.step(200)  # 10 s of steps, back-off 5 s
+    assert sum(command == "prepare" for command, _ in rig.executor.sent) == 2
+
+
+def attempts(rig: Rig, seconds: float) -> list[float]:
+    """When layers were asked for, in seconds from now, over so many seconds."""
+    start, seen, found = rig.now_s, len(rig.executor.sent), []
+    while rig.now_s - start < seconds:
+        now = rig.now_s
+        rig.step()
+        new = rig.executor.sent[seen:]
+        found += [now - start for command, plan in new if command == "prepare" and plan.layer_formats]
+        seen = len(rig.executor.sent)
+    return found
+
+
+def test_what_keeps_failing_waits_longer_and_success_forgives() -> None:
+    """Guards: a damaged file costs KV and a warning every five seconds for ever; or one bad hour for good."""
+    config = TransitionConfig(max_layers_per_step=3, backoff_s=1.0, backoff_max_s=5.0)
+    rig = Rig(config=MorphServeConfig(transition=config))
+    rig.go_to(1)
+    works = rig.executor.fail
+    for _ in range(2):  # the second time as the first: a transition that arrived has reset it
+        rig.executor.fail = fail_prepare(0)  # type: ignore[assignment]
+        rig.script.level = 0
+        times = attempts(rig, 30.0)
+        gaps = [after - before for before, after in pairwise(times)]
+        assert gaps[:5] == pytest.approx([1.0, 2.0, 4.0, 5.0, 5.0], abs=0.3)
+        rig.executor.fail = works
+        attempts(rig, 6.0)
+        assert rig.controller.level == 0
+        rig.go_to(1)
+
+
+def test_a_failing_restore_does_not_keep_from_degrading() -> None:
+    """Guards: a burst meets a server that waits minutes, because its way back is broken; or a way back that is
+    tried at every turn, because degrading works."""
+    config = TransitionConfig(max_layers_per_step=3, backoff_s=1.0, backoff_max_s=1000.0)
+    rig = Rig(config=MorphServeConfig(transition=config))
+    rig.go_to(1)
+    works = rig.executor.fail
+    rig.executor.fail = fail_prepare(0)  # type: ignore[assignment]
+    rig.script.level = 0
+    failed = attempts(rig, 40.0)
+    assert len(failed) == 6  # at 0, 1, 3, 7, 15 and 31 seconds
+    rig.executor.fail = works
+    rig.script.level = 2
+    attempts(rig, 0.5)
+    assert rig.controller.level == 2
+    rig.script.level = 1
+    assert not attempts(rig, 20.0)
+    assert len(attempts(rig, 10.0)) == 1 and rig.controller.level == 1
+
+
+def test_policy_error_trips_and_unfences(caplog: pytest.LogCaptureFixture) -> None:
+    """Guards: a broken policy kills the engine, leaves a fence, or is asked again."""
+    rig = Rig()
+    rig.go_to(3)
+    assert rig.pool.allocate(1, rig.pool.num_kv_blocks - 1)
+    rig.step()
+    rig.script.level = 2
+    rig.step(2)
+    assert rig.pool.fence is not None
+    rig.script.error = RuntimeError("broken policy")
+    rig.step(20)
+    assert rig.controller.tripped and rig.pool.fence is None
+    assert rig.controller.counters.errors == {"policy": 1}
+    assert caplog.text.count("broken policy") == 1
+    rig.script.error = None
+    rig.script.level = 0
+    rig.pool.finish(1)
+    rig.step(20)
+    assert rig.controller.level == 3
+
+
+@pytest.mark.parametrize("after_steps", range(1, 10))
+@pytest.mark.parametrize(("start", "target"), [(0, 3), (3, 0)])
+def test_policy_error_at_any_step_leaves_pool_and_ranks_agreeing(
+    after_steps: int, start: int, target: int
+) -> None:
+    """Guards: tripping in mid-transition leaves staged layers, or blocks mapped but not published."""
+    rig = Rig()
+    rig.go_to(start)
+    rig.script.level = target
+    rig.step(after_steps)
+    rig.script.error = RuntimeError("broken policy")
+    rig.step(20)
+    assert rig.controller.phase is Phase.IDLE and not rig.controller.wants_wakeup
+    assert all(rank.staged is None for rank in rig.executor.ranks)
+    assert rig.pool.num_kv_blocks == rig.executor.ranks[0].mapped
+
+
+@pytest.mark.parametrize("level", [-1, 99])
+def test_policy_answer_off_the_ladder_trips(level: int) -> None:
+    """Guards: an index error half-way through a transition instead of a refusal before it."""
+    rig = Rig()
+    rig.script.level = level
+    rig.step(3)
+    assert rig.controller.counters.errors == {"policy": 1} and not rig.executor.sent
+
+
+def test_monitor_error_trips() -> None:
+    """Guards: an error in the monitor reaches the scheduler."""
+    rig = Rig()
+    rig.monitor.snapshot = lambda *args: 1 / 0  # type: ignore[method-assign,assignment]
+    rig.step(3)
+    assert rig.controller.counters.errors == {"monitor": 1}
+
+
+def test_failing_commit_makes_the_controller_inert() -> None:
+    """Guards: sending more commands to ranks whose state is unknown, or publishing their blocks."""
+    rig = Rig()
+    rig.executor.fail = lambda command, plan, r: "lost" if command == "commit" and r == 1 else ""
+    rig.script.level = 1
+    for _ in range(20):
+        rig.now_s += 0.05
+        rig.tick()
+        rig.executor.run_commands()
+    assert [command for command, _ in rig.executor.sent] == ["prepare", "commit"]
+    assert rig.pool.num_kv_blocks == BASE_BLOCKS
+    assert rig.controller.counters.errors == {"controller": 1}
+    assert rig.controller.counters.transitions == {("degrade", "aborted"): 1}
+    assert not rig.controller.wants_wakeup
+
+
+@pytest.mark.parametrize("method", ["prepare", "begin_shrink", "advance_shrink", "finish_shrink", "commit"])
+def test_exception_in_a_port_never_leaves_tick(method: str) -> None:
+    """Guards: an error below the controller kills the engine, or leaves the tail fenced."""
+    rig = Rig()
+    rig.go_to(2)
+    rig.step()
+
+    def broken(*args: object) -> None:
+        raise RuntimeError(method)
+
+    setattr(rig.executor if hasattr(rig.executor, method) else rig.pool, method, broken)
+    rig.script.level = 0
+    rig.step(20)
+    assert rig.controller.counters.errors == {"controller": 1}
+    assert rig.pool.fence is None and rig.controller.tripped
+    assert rig.pool.allocate(1, rig.pool.num_kv_blocks - 1)
+
+
+def test_on_level_error_trips_and_is_told_again() -> None:
+    """Guards: degraded KV is cached as clean because whoever must know of the level was never told."""
+    rig = Rig()
+    told: list[int] = []
+
+    def fails_once(level: int) -> None:
+        told.append(level)
+        if len(told) == 1:
+            raise RuntimeError("not now")
+
+    rig.controller._on_level = fails_once
+    rig.script.level = 1
+    rig.step(20)
+    assert told[:2] == [told[0]] * 2, "not told again"
+    assert rig.controller.counters.errors == {"on_level": 1} and rig.controller.tripped
+
+
+@pytest.mark.parametrize("level", [1, 0])
+def test_single_rank_that_cannot_prepare_keeps_the_old_level(level: int) -> None:
+    """Guards rule 6 without a vote: KV given up for a switch that failed is lost, or exposure is wrong."""
+    rig = Rig(num_ranks=1)
+    if level == 0:
+        rig.go_to(3)
+    before, blocks = rig.controller.level, rig.pool.num_kv_blocks
+    rig.executor.fail = lambda command, plan, r: "no memory" if command == "apply" else ""
+    rig.script.level = level
+    rig.step(6)
+    assert rig.controller.level == rig.controller.exposure_level == before
+    assert rig.pool.num_kv_blocks == blocks and not rig.controller.tripped
+    assert rig.controller.counters.errors == {"prepare": 1}
+    rig.executor.fail = lambda command, plan, r: ""
+    rig.go_to(level)
+
+
+def test_single_rank_may_hold_less_than_the_ladder_counts() -> None:
+    """Guards: a clean failure is taken for a half-done one where a kernel keeps less than its bound."""
+    rig = Rig(num_ranks=1)
+    count = rig.executor._weight_bytes
+    rig.executor._weight_bytes = lambda rank: count(rank) - 8 * rank.formats.count("w8")  # type: ignore[method-assign]
+    rig.go_to(3)
+    rig.executor.fail = lambda command, plan, r: "no memory" if command == "apply" else ""
+    rig.script.level = 0
+    rig.step(6)
+    assert rig.controller.level == 3 and not rig.controller.tripped
+    assert rig.controller.counters.errors == {"prepare": 1}
+
+
+def test_single_rank_half_way_is_no_abort() -> None:
+    """Guards: KV whose copies may be half done is handed out again after a failed apply."""
+    rig = Rig(num_ranks=1)
+    rig.go_to(3)
+    obey = rig.executor._obey
+
+    def half_done(command: str, plan: Plan, rank: FakeRank) -> Reply:
+        reply = obey(command, plan, rank)
+        return replace(reply, ok=False, error="table", kv_moved=False) if command == "apply" else reply
+
+    rig.executor._obey = half_done  # type: ignore[method-assign]
+    rig.script.level = 0
+    rig.step(4)
+    assert rig.controller.tripped and rig.controller.counters.errors == {"controller": 1}
