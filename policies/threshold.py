@@ -15,7 +15,7 @@ _QUIET_S = 1.0  # nothing waited for so long: the load is draining
 _REENTRY_S = 20.0  # degrading so soon after a restore means that the restore was too early
 _DWELL_GROWTH = 2.0
 _MIN_GROWN_DWELL_S = 1.0  # what doubling starts from where restore_after_s is (almost) zero
-_MAX_DWELL_S = 6.0  # level 0 must be reached within 10 s of the queue's end, so dwell stays below
+_MAX_DWELL_S = 5.0  # level 0 must be reached within 10 s of the queue's end, so dwell stays below
 _DWELL_DECAY_S = 30.0  # quiet time that halves a grown dwell
 
 

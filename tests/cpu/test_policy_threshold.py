@@ -220,7 +220,7 @@ def test_early_restores_make_the_dwell_grow_and_quiet_makes_it_shrink() -> None:
             now += 0.1
             level = policy.decide(at_level(QUIET, level, now_s=now, used_kv_blocks=0, num_running=0)).level
         now += 1.0
-    assert dwells == [2.0, 4.0, 6.0, 6.0, 6.0]
+    assert dwells == [2.0, 4.0, 5.0, 5.0, 5.0]
     for _ in range(3):
         now += 200.0
         policy.decide(at_level(QUIET, 1, now_s=now))
