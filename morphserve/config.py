@@ -75,6 +75,13 @@ class MorphServeConfig(_Section):
     kv: KVConfig = KVConfig()
     transition: TransitionConfig = TransitionConfig()
     policy: PolicyConfig = Field(default_factory=lambda: ThresholdConfig(kind="threshold"))
+    variants: dict[Literal["w8", "w4"], str] = Field(
+        default_factory=dict,
+        description="by format: directory or hub name of a GPTQ, AWQ or compressed-tensors checkpoint of this model",
+    )
+    kernels: dict[Literal["w8", "w4"], str] = Field(
+        default_factory=dict, description="by format: the kernel to use; else the first that passes its self-test"
+    )
     profile: Path | None = Field(
         None, description="directory that scripts/profile_layers.py made for this model; null = none"
     )

@@ -3,7 +3,8 @@
 Needs torch and nothing else of ours; vLLM's operators are used where another package has loaded them.
 """
 
-from .errors import KernelError, ProfileError, QuantError, StoreError, SwapError
+from .checkpoint import Checkpoint, ImportedLayer
+from .errors import CheckpointError, KernelError, ProfileError, QuantError, StoreError, SwapError
 from .kernels import CANDIDATES, FORMATS, Kernel, LinearImpl, Native
 from .memory import trim
 from .packing import (
@@ -14,19 +15,24 @@ from .packing import (
     dequantize_w8,
     quantize_w4,
     quantize_w8,
+    regroup,
 )
 from .profile import LayerScales, Profile, base_fingerprint, read_profile, write_profile
 from .selftest import KernelReport, check_kernel, choose, probe
 from .smoothing import Fold, Scale, apply_scales, choose_scale, folds_of
 from .store import BASE, StoredLayer, VariantStore
-from .swapper import RECIPE_MARK, LayerSwapper, LinearSlot, TensorSlot
+from .swapper import BIAS, RECIPE_MARK, LayerSwapper, LinearSlot, TensorSlot
 from .tensorfile import LayerTensors, digest
 
 __all__ = [
     "BASE",
+    "BIAS",
     "CANDIDATES",
+    "Checkpoint",
+    "CheckpointError",
     "FORMATS",
     "Fold",
+    "ImportedLayer",
     "Kernel",
     "KernelError",
     "KernelReport",
@@ -62,6 +68,7 @@ __all__ = [
     "quantize_w4",
     "quantize_w8",
     "read_profile",
+    "regroup",
     "trim",
     "write_profile",
 ]

@@ -21,3 +21,7 @@ class SwapError(QuantError, RuntimeError):
 
 class ProfileError(QuantError, RuntimeError):
     """A profile is missing, damaged, cannot be written, or was made for another model."""
+
+
+class CheckpointError(QuantError, RuntimeError):
+    """A quantized checkpoint is damaged, in a form that is not supported, or of another model."""

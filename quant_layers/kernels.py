@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import packing
 from .errors import KernelError
+from .packing import QuantW4, QuantW8
 
 # Kind of operator, its tensors, bias: what a native caller needs to run a linear without Python.
 Native = tuple[str, tuple[Tensor, ...], Tensor | None]
@@ -51,6 +52,14 @@ class Kernel(Protocol):
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """Quantize and lay out a weight [N, K]: plain tensors that can be stored."""
+        ...
+
+    def pack_quant(self, quant: QuantW8 | QuantW4) -> dict[str, Tensor]:
+        """Lay out a weight that somebody else quantized.
+
+        Raises:
+            KernelError: another width than this kernel's, or a shape that does not fit it.
+        """
         ...
 
     def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
@@ -244,6 +253,12 @@ class _Base:
             )
         self.check_shape(*weight.shape)
 
+    def _admit_quant(self, quant: QuantW8 | QuantW4) -> None:
+        bits = 8 if isinstance(quant, QuantW8) else 4
+        if f"w{bits}" != self.format:
+            raise KernelError(f"{self.name} runs {self.format}, this weight has {bits} bits; name it under w{bits}")
+        self.check_shape(*quant.q.shape)
+
 
 class W8A8Vnni(_Base):
     """int8 x int8 with per-token activation scales, fused in one operator; plain packed tensors."""
@@ -255,7 +270,11 @@ class W8A8Vnni(_Base):
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         self._admit(weight)
-        quant = packing.quantize_w8(weight)
+        return self.pack_quant(packing.quantize_w8(weight))
+
+    def pack_quant(self, quant: QuantW8 | QuantW4) -> dict[str, Tensor]:
+        self._admit_quant(quant)
+        assert isinstance(quant, QuantW8)
         return {"weight": packing.pack_w8_vnni(quant.q), "scale": quant.scale}
 
     def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
@@ -280,7 +299,11 @@ class W8A8Onednn(_Base):
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         self._admit(weight)
-        quant = packing.quantize_w8(weight)
+        return self.pack_quant(packing.quantize_w8(weight))
+
+    def pack_quant(self, quant: QuantW8 | QuantW4) -> dict[str, Tensor]:
+        self._admit_quant(quant)
+        assert isinstance(quant, QuantW8)
         return {"weight": quant.q, "scale": quant.scale}
 
     def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
@@ -299,7 +322,12 @@ class W4A8Vnni(_Base):
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         self._admit(weight)
-        return packing.pack_w4_vnni(packing.quantize_w4(weight, packing.choose_group_size(weight.shape[1])))
+        return self.pack_quant(packing.quantize_w4(weight, packing.choose_group_size(weight.shape[1])))
+
+    def pack_quant(self, quant: QuantW8 | QuantW4) -> dict[str, Tensor]:
+        self._admit_quant(quant)
+        assert isinstance(quant, QuantW4)
+        return packing.pack_w4_vnni(quant)
 
     def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
         return _Int4VnniLinear(tensors, bias)
@@ -318,7 +346,12 @@ class W4A16(_Base):
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         self._admit(weight)
         size = packing.choose_group_size(weight.shape[1])
-        return packing.pack_w4_int32(packing.quantize_w4(weight, size, scale_dtype=self.dtype))
+        return self.pack_quant(packing.quantize_w4(weight, size, scale_dtype=self.dtype))
+
+    def pack_quant(self, quant: QuantW8 | QuantW4) -> dict[str, Tensor]:
+        self._admit_quant(quant)
+        assert isinstance(quant, QuantW4)
+        return packing.pack_w4_int32(QuantW4(quant.q, quant.scale.to(self.dtype), quant.zero))
 
     def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
         return _Int4WeightOnlyLinear(tensors, bias, self.dtype)

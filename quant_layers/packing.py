@@ -15,6 +15,7 @@ from torch import Tensor
 from .errors import KernelError
 
 GROUP_SIZES = (64, 32)  # tried in this order; 128 divides too few hidden sizes to be worth a layout
+IMPORTED_GROUP_SIZES = (128, *GROUP_SIZES)  # what others quantized may come in
 TILE_N = 32  # output channels in one block of the VNNI kernels
 _W8_MAX = 127  # -128 is left out: the grid stays symmetric
 _W4_MAX = 15
@@ -99,6 +100,29 @@ def quantize_w4(
         zero = (-low / scale.float()).round_().clamp_(0, _W4_MAX)
     steps = (groups / scale.float()[..., None]).round_().add_(zero[..., None]).clamp_(0, _W4_MAX)
     return QuantW4(steps.to(torch.uint8).view(n, k), scale, zero.to(torch.uint8))
+
+
+def regroup(q: Tensor, scale: Tensor, zero: Tensor) -> QuantW4:
+    """Groups as wide as the values allow, for a slice that may have cut through the groups it was made with.
+
+    Args:
+        q: uint8 [N, K].
+        scale, zero: [N, K], what applies to each weight.
+
+    Raises:
+        KernelError: they change within 32 input channels.
+    """
+    n, k = q.shape
+    for size in IMPORTED_GROUP_SIZES:
+        if k % size:
+            continue
+        scales, zeros = scale.view(n, -1, size), zero.view(n, -1, size)
+        if bool((scales == scales[..., :1]).all()) and bool((zeros == zeros[..., :1]).all()):
+            return QuantW4(q, scales[..., 0].contiguous(), zeros[..., 0].contiguous())
+    raise KernelError(
+        f"a weight [N={n}, K={k}] has groups that are no multiple of {IMPORTED_GROUP_SIZES[-1]} input channels on this "
+        "rank; choose another tensor-parallel size, or another group size when quantizing"
+    )
 
 
 def dequantize_w8(quant: QuantW8) -> Tensor:

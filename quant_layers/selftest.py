@@ -32,16 +32,22 @@ def probe(dtype: torch.dtype = torch.bfloat16) -> dict[str, KernelReport]:
     return {kernel.name: check_kernel(kernel) for kernel in (make(dtype) for make in CANDIDATES)}
 
 
-def choose(format: str, dtype: torch.dtype = torch.bfloat16) -> Kernel:
-    """The first kernel for `format` that passes its self-test here.
+def choose(format: str, dtype: torch.dtype = torch.bfloat16, name: str | None = None) -> Kernel:
+    """The first kernel for `format` that passes its self-test here, or the one with this name.
 
     Raises:
-        KernelError: unknown format, or no kernel passes; names each candidate and why it failed.
+        KernelError: unknown format or name, or no kernel passes; names each candidate and why it failed.
     """
     if format not in FORMATS:
         raise KernelError(f"unknown format {format!r}; known are {', '.join(FORMATS)}")
+    candidates = [make for make in CANDIDATES if make.format == format]
+    if name is not None:
+        known = ", ".join(make.name for make in candidates)
+        candidates = [make for make in candidates if make.name == name]
+        if not candidates:
+            raise KernelError(f"unknown kernel {name!r} for {format}; known are {known}")
     failed = []
-    for kernel in (make(dtype) for make in CANDIDATES if make.format == format):
+    for kernel in (make(dtype) for make in candidates):
         report = check_kernel(kernel)
         if report.ok:
             return kernel

@@ -13,6 +13,7 @@ from .kernels import Kernel, LinearImpl
 from .memory import trim
 from .store import BASE, VariantStore
 
+BIAS = "bias"  # tensor name under which a variant stores a bias that is not the base's
 RECIPE_MARK = "+"  # in a stored layer's kernel name: what comes after it says how the weights were prepared
 BuildBase = Callable[[int, str, dict[str, Tensor]], LinearImpl]  # (layer, linear name, stored tensors)
 
@@ -204,6 +205,9 @@ class LayerSwapper:
             )
         for name, linear in slots.items():
             parts = tensors.pop(name)  # so that a kernel which copies leaves no second copy behind
-            impl = self._build_base(layer, name, parts) if kernel is None else kernel.build(parts, linear.bias)
+            if kernel is None:
+                impl = self._build_base(layer, name, parts)
+            else:
+                impl = kernel.build(parts, parts.pop(BIAS, linear.bias))
             staged.linears.append(_Staged(linear, impl, format))
             del parts, impl

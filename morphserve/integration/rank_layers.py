@@ -27,6 +27,7 @@ from morphserve.errors import StoreError as MorphStoreError
 from morphserve.integration import opaque_linear
 from morphserve.integration.describe import RankDescription
 from morphserve.integration.host_memory import FREED_WEIGHTS_RETURN, weights_on_their_own_pages
+from morphserve.integration.rank_import import Importer
 from morphserve.integration.rank_profile import Plain, Smoother
 from policies.types import BASE_FORMAT
 from quant_layers import (
@@ -35,6 +36,7 @@ from quant_layers import (
     LayerSwapper,
     LinearSlot,
     StoreError,
+    TensorSlot,
     VariantStore,
     choose,
     trim,
@@ -159,7 +161,8 @@ class RankLayers:
         self.linears: Linears = {}
         self.kernels: dict[str, Kernel] = {}
         self.store: VariantStore | None = None
-        self._recipe = Plain()
+        self._recipes: dict[str, Plain] = {}  # by format
+        self._tensors: dict[int, dict[str, TensorSlot]] = {}
         self._slots: dict[int, dict[str, LinearSlot]] = {}
         self.swapper: LayerSwapper | None = None
 
@@ -174,21 +177,36 @@ class RankLayers:
         formats = list(dict.fromkeys(step.format for step in self.config.ladder.steps))
         dtype = next(iter(next(iter(self.linears.values())).values())).weight.dtype
         try:
-            self.kernels = {fmt: choose(fmt, dtype) for fmt in formats}
+            self.kernels = {fmt: choose(fmt, dtype, self.config.kernels.get(fmt)) for fmt in formats}
         except KernelError as e:
             raise ConfigError(f"{e} Take that format out of ladder.steps.") from e
-        if self.config.profile is not None:
-            self._recipe = Smoother.open(self.config.profile, model, self.linears)
+        self._recipes = {fmt: self._recipe(fmt, model) for fmt in formats}
         mark = fingerprint(self.linears)
         directory = self._cache_dir / "variants" / mark[:24]
         try:
-            names = {fmt: self._recipe.layout(kernel) for fmt, kernel in self.kernels.items()}
+            names = {fmt: self._recipes[fmt].layout(kernel) for fmt, kernel in self.kernels.items()}
             self.store = VariantStore.open(directory, mark, names)
             self._fill_store()
             self.store.verify()
         except StoreError as e:
             raise MorphStoreError(str(e)) from e
         leave_heap(model)
+
+    def _recipe(self, fmt: str, model: torch.nn.Module) -> Plain:
+        """Where the layers of a format come from: a checkpoint, the profile, or the weights as they are."""
+        source = self.config.variants.get(fmt)
+        if source is not None:
+            biases = {
+                f"{layer}.{name}"
+                for layer, linears in self.linears.items()
+                for name, linear in linears.items()
+                if applied_bias(linear) is not None
+            }
+            base_config = self.vllm_config.model_config.hf_text_config.to_dict()
+            return Importer.open(source, model, self.linears, biases, base_config)
+        if self.config.profile is not None:
+            return Smoother.open(self.config.profile, model, self.linears)
+        return Plain()
 
     def _fill_store(self) -> None:
         assert self.store is not None
@@ -200,8 +218,8 @@ class RankLayers:
             for fmt, kernel in self.kernels.items():
                 if not self.store.has(layer, fmt):
                     weights = {name: linear.weight.data for name, linear in linears.items()}
-                    packed = self._recipe.pack(layer, kernel, weights)
-                    self.store.write(layer, fmt, packed, self._recipe.layout(kernel))
+                    packed = self._recipes[fmt].pack(layer, kernel, weights)
+                    self.store.write(layer, fmt, packed, self._recipes[fmt].layout(kernel))
                     built += 1
         if built:
             logger.info("morphserve: rank %d packed %d layer variants into %s", self.rank, built,
@@ -228,8 +246,10 @@ class RankLayers:
                 )
         reclaim = (lambda: None) if FREED_WEIGHTS_RETURN else trim
         self._slots = slots
-        tensors = self._recipe.tensor_slots()
-        self.swapper = LayerSwapper(slots, self.store, self.kernels, self._build_base, reclaim, tensors)
+        for recipe in self._recipes.values():
+            for layer, tensors in recipe.tensor_slots().items():
+                self._tensors[layer] = tensors | self._tensors.get(layer, {})
+        self.swapper = LayerSwapper(slots, self.store, self.kernels, self._build_base, reclaim, self._tensors)
 
     def _build_base(self, layer: int, name: str, tensors: dict[str, torch.Tensor]) -> BaseImpl:
         """vLLM's own constructor on a stand-in module, so that level 0 is stock down to the kernel choice."""
@@ -265,7 +285,9 @@ class RankLayers:
         stored = self.store.nbytes(layer, fmt)
         if fmt == BASE_FORMAT:
             return stored - sum(bias.nbytes for bias in biases)
-        stored -= self._recipe.reused_bytes(layer, self.kernels[fmt])
+        # Norms are copied over those that are there at every level.
+        brought = {key.partition("/")[0] for key in self.store.entry(layer, fmt).shapes} - set(self.linears[layer])
+        stored -= sum(self._tensors[layer][name].base.nbytes for name in brought)
         # A variant makes a copy of the bias, in fp32 at most.
         return stored + sum(bias.numel() * torch.float32.itemsize for bias in biases)
 

@@ -39,12 +39,8 @@ class Plain:
         """A layer's linears, and everything else of it that differs, as the store keeps them."""
         return {name: kernel.pack(weight) for name, weight in weights.items()}
 
-    def reused_bytes(self, layer: int, kernel: Kernel) -> int:
-        """Of a packed layer, what is copied over tensors that are there at every level."""
-        return 0
-
     def tensor_slots(self) -> dict[int, dict[str, TensorSlot]]:
-        """Those tensors; to be asked for when the model has its final ones."""
+        """What else of a layer a variant may bring; to be asked for when the model has its final tensors."""
         return {}
 
 
@@ -107,12 +103,6 @@ class Smoother(Plain):
         except QuantError as e:
             raise ConfigError(f"profile, layer {layer}: {e}. Make it again with scripts/profile_layers.py.") from e
         return super().pack(layer, kernel, scaled) | {name: {"weight": norm} for name, norm in changed.items()}
-
-    def reused_bytes(self, layer: int, kernel: Kernel) -> int:
-        scaled = set(self._scales.get(layer, {})) if _gains(kernel) else set()
-        folds = folds_of(set(self._linears[layer]) | set(self._norms[layer]))
-        norms = {fold.producer for fold in folds if fold.how == "norm" and fold.consumer in scaled}
-        return sum(self._norms[layer][name].weight.nbytes for name in norms)
 
     def tensor_slots(self) -> dict[int, dict[str, TensorSlot]]:
         return {
