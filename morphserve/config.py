@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,11 +27,11 @@ class LadderStep(_Section):
 class LadderConfig(_Section):
     """Which levels exist."""
 
-    order: Literal["front_to_back", "back_to_front"] | list[int] = Field(
-        "front_to_back", description="swap order of decoder layers; without a profile, front to back"
+    order: Literal["profile", "front_to_back", "back_to_front"] | list[int] | None = Field(
+        None, description="swap order of decoder layers; null = the profile's, without one front to back"
     )
-    steps: list[LadderStep] = Field(
-        default_factory=lambda: [LadderStep(format="w8"), LadderStep(format="w4")], min_length=1
+    steps: Annotated[list[LadderStep], Field(min_length=1)] | Literal["profile"] | None = Field(
+        None, description="null = the profile's ladder, level by level; without one w8, then w4"
     )
     expected_kl: dict[str, float] = Field(
         default_factory=dict,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import policies.levels
 from morphserve.config import LadderConfig, LadderStep
@@ -11,6 +13,23 @@ from policies.types import BASE_FORMAT, Ladder, MorphLevel
 
 LayerBytes = Mapping[str, Sequence[int]]  # format -> bytes of each decoder layer on one rank
 KNOWN_FORMATS = ("w8", "w4")
+_DEFAULT_STEPS = (LadderStep(format="w8"), LadderStep(format="w4"))
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileLadder:
+    """What a profile says about a model's ladder, in plain values."""
+
+    order: tuple[int, ...]  # every decoder layer id, least harmful first
+    rungs: tuple[Mapping[int, str], ...]  # level 0 first: decoder layer id |-> format, full precision left out
+    kl: tuple[float, ...]  # nats per token, one a rung
+
+
+def ladder_formats(config: LadderConfig, profile: ProfileLadder | None = None) -> tuple[str, ...]:
+    """Formats that the levels use, in the order in which they come in."""
+    if rungs := _profile_rungs(config, profile):
+        return tuple(dict.fromkeys(fmt for rung in rungs for fmt in rung.values()))
+    return tuple(dict.fromkeys(step.format for step in _steps(config)))
 
 
 def build_ladder(
@@ -20,8 +39,9 @@ def build_ladder(
     base_num_blocks: int,
     kv_block_bytes: int,
     max_num_blocks: int | None = None,
+    profile: ProfileLadder | None = None,
 ) -> Ladder:
-    """All levels, from full precision to the last step's last layer.
+    """All levels, from full precision to the last step's last layer, or those of the profile.
 
     Args:
         num_layers: decoder layers of the model.
@@ -31,6 +51,7 @@ def build_ladder(
         base_num_blocks: KV blocks at level 0, null block included.
         kv_block_bytes: bytes of one KV block on one rank, all layers together.
         max_num_blocks: no level publishes more than this.
+        profile: of this model, where the section leaves the order or the steps to it.
 
     Returns:
         Levels with `ladder[k].index == k`; `num_kv_blocks` never decreases, `weight_bytes` never
@@ -40,17 +61,21 @@ def build_ladder(
         ConfigError: the section does not fit this model or these bytes.
     """
     _check_blocks(base_num_blocks, kv_block_bytes, max_num_blocks)
-    _check_layer_bytes(num_layers, layer_bytes, config)
-    order = _swap_order(num_layers, config.order)
-    formats = [BASE_FORMAT] * num_layers
-    rungs = [tuple(formats)]
-    for number, step in enumerate(config.steps):
-        layers = order[: _num_step_layers(num_layers, step, number)]
-        for start in range(0, len(layers), step.layers_per_level):
-            for layer in layers[start : start + step.layers_per_level]:
-                _check_frees(layer, formats[layer], step.format, layer_bytes, number)
-                formats[layer] = step.format
-            rungs.append(tuple(formats))
+    _check_layer_bytes(num_layers, layer_bytes, ladder_formats(config, profile), config.expected_kl)
+    if profile is not None and len(profile.order) != num_layers:
+        raise ConfigError(
+            f"the profile is of a model with {len(profile.order)} decoder layers, this one has {num_layers}. "
+            "Make it again with scripts/profile_layers.py, or leave out `profile`."
+        )
+    known = _profile_rungs(config, profile)
+    if known:
+        assert profile is not None
+        rungs = [tuple(rung.get(layer, BASE_FORMAT) for layer in range(num_layers)) for rung in known]
+        kls: Sequence[float | None] = profile.kl
+        _check_rungs(rungs, layer_bytes)
+    else:
+        rungs = _rungs_of_steps(num_layers, layer_bytes, config, profile)
+        kls = [_expected_kl(rung, config.expected_kl) for rung in rungs]
 
     def weight(rung: tuple[str, ...]) -> int:
         return sum(layer_bytes[fmt][layer] for layer, fmt in enumerate(rung))
@@ -61,10 +86,51 @@ def build_ladder(
         num_blocks = base_num_blocks + (base_bytes - weight(rung)) // kv_block_bytes
         if max_num_blocks is not None:
             num_blocks = min(num_blocks, max_num_blocks)
-        ladder.append(
-            MorphLevel(index, rung, weight(rung), num_blocks, _expected_kl(rung, config.expected_kl))
-        )
+        ladder.append(MorphLevel(index, rung, weight(rung), num_blocks, kls[index]))
     return tuple(ladder)
+
+
+def _steps(config: LadderConfig) -> Sequence[LadderStep]:
+    return config.steps if isinstance(config.steps, list) else _DEFAULT_STEPS
+
+
+def _profile_rungs(config: LadderConfig, profile: ProfileLadder | None) -> tuple[Mapping[int, str], ...]:
+    """The profile's own levels, empty where the section's steps count."""
+    if config.steps == "profile" and (profile is None or len(profile.rungs) < 2):
+        raise ConfigError(
+            "ladder.steps is 'profile', and there is no profile with a ladder. Set `profile` to a directory that "
+            "scripts/profile_layers.py made, or list the steps."
+        )
+    own = config.steps is None and config.order in (None, "profile")
+    return profile.rungs if profile is not None and (config.steps == "profile" or own) and profile.rungs[1:] else ()
+
+
+def _check_rungs(rungs: Sequence[tuple[str, ...]], layer_bytes: LayerBytes) -> None:
+    """A level that takes more than the one before would shrink the KV cache on the way down: refuse it."""
+    sizes = [sum(layer_bytes[fmt][layer] for layer, fmt in enumerate(rung)) for rung in rungs]
+    for level, (before, after) in enumerate(pairwise(sizes), start=1):
+        if after > before:
+            raise ConfigError(
+                f"level {level} of the profile takes {after} B, level {level - 1} takes {before} B: it was made for "
+                "other kernels. Make it again here with scripts/profile_layers.py, or list ladder.steps."
+            )
+
+
+def _rungs_of_steps(
+    num_layers: int, layer_bytes: LayerBytes, config: LadderConfig, profile: ProfileLadder | None
+) -> list[tuple[str, ...]]:
+    """Formats by layer, level by level, as the steps put them."""
+    order = _swap_order(num_layers, config.order, profile)
+    formats = [BASE_FORMAT] * num_layers
+    rungs = [tuple(formats)]
+    for number, step in enumerate(_steps(config)):
+        layers = order[: _num_step_layers(num_layers, step, number)]
+        for start in range(0, len(layers), step.layers_per_level):
+            for layer in layers[start : start + step.layers_per_level]:
+                _check_frees(layer, formats[layer], step.format, layer_bytes, number)
+                formats[layer] = step.format
+            rungs.append(tuple(formats))
+    return rungs
 
 
 def check_floor(base_num_blocks: int, max_model_len: int, block_size: int) -> None:
@@ -100,11 +166,18 @@ def resolve_level(ladder: Ladder, spec: int | str) -> int:
         raise ConfigError(str(e)) from e
 
 
-def _swap_order(num_layers: int, order: str | list[int]) -> list[int]:
+def _swap_order(num_layers: int, order: str | list[int] | None, profile: ProfileLadder | None) -> list[int]:
     """Layer ids in swap order; a list may leave layers out, but not repeat or invent them."""
-    if isinstance(order, str):
+    if order == "profile" and profile is None:
+        raise ConfigError(
+            "ladder.order is 'profile', and there is none. Set `profile` to a directory that "
+            "scripts/profile_layers.py made, or give ids or 'front_to_back'."
+        )
+    if order in (None, "profile") and profile is not None:
+        return list(profile.order)
+    if order is None or isinstance(order, str):
         ids = list(range(num_layers))
-        return ids if order == "front_to_back" else ids[::-1]
+        return ids[::-1] if order == "back_to_front" else ids
     unknown = sorted({layer for layer in order if not 0 <= layer < num_layers})
     if unknown:
         raise ConfigError(
@@ -141,9 +214,11 @@ def _check_blocks(base_num_blocks: int, kv_block_bytes: int, max_num_blocks: int
         )
 
 
-def _check_layer_bytes(num_layers: int, layer_bytes: LayerBytes, config: LadderConfig) -> None:
+def _check_layer_bytes(
+    num_layers: int, layer_bytes: LayerBytes, formats: Sequence[str], expected_kl: Mapping[str, float]
+) -> None:
     """Every format in use has one positive figure per layer, and every KL figure a known format."""
-    for fmt in (BASE_FORMAT, *(step.format for step in config.steps)):
+    for fmt in (BASE_FORMAT, *formats):
         figures = layer_bytes.get(fmt)
         if figures is None or len(figures) != num_layers or min(figures, default=0) < 1:
             found = "none" if figures is None else f"{len(figures)}, least {min(figures, default=0)}"
@@ -151,12 +226,12 @@ def _check_layer_bytes(num_layers: int, layer_bytes: LayerBytes, config: LadderC
                 f"ladder: format {fmt!r} needs {num_layers} layer sizes of 1 byte or more, found {found}. "
                 "Does this model have the decoder layers that MorphServe expects?"
             )
-    unknown = sorted(set(config.expected_kl) - set(KNOWN_FORMATS))
+    unknown = sorted(set(expected_kl) - set(KNOWN_FORMATS))
     if unknown:
         raise ConfigError(
             f"ladder.expected_kl has formats {unknown}, known are {', '.join(KNOWN_FORMATS)}. Remove them."
         )
-    negative = {fmt: kl for fmt, kl in config.expected_kl.items() if not kl >= 0}
+    negative = {fmt: kl for fmt, kl in expected_kl.items() if not kl >= 0}
     if negative:
         raise ConfigError(f"ladder.expected_kl {negative} must be 0 or more nats per token. Measure again.")
 

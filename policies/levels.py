@@ -38,4 +38,4 @@ def resolve_level(ladder: Ladder, spec: int | str) -> int:
 def deepest_level_within(ladder: Ladder, formats: frozenset[str]) -> int:
     """Deepest level that uses nothing but full precision and `formats`."""
     allowed = formats | {BASE_FORMAT}
-    return max(level.index for level in ladder if allowed.issuperset(level.layer_formats))
+    return max(level.index for level in ladder if allowed.issuperset(level.formats))

@@ -251,7 +251,7 @@ def tier_ends(ladder: Ladder) -> tuple[int, ...]:
     ends = []
     seen: set[str] = {BASE_FORMAT}
     for level in ladder:
-        new = set(level.layer_formats) - seen
+        new = level.formats - seen
         if new and seen != {BASE_FORMAT}:
             ends.append(level.index - 1)
         seen |= new

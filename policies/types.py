@@ -13,7 +13,8 @@ class MorphLevel:
     """One rung of the ladder: which format each decoder layer has, and what that buys."""
 
     index: int  # 0 = every layer at full precision
-    layer_formats: tuple[str, ...]  # format by decoder layer id, BASE_FORMAT where untouched
+    # Format by decoder layer id, BASE_FORMAT where untouched; "w8/base" where attention and MLP differ.
+    layer_formats: tuple[str, ...]
     weight_bytes: int  # per rank, the morphable linears of all decoder layers
     num_kv_blocks: int  # per rank, null block included
     expected_kl: float | None = None  # nats per token against level 0; None = never measured
@@ -22,6 +23,11 @@ class MorphLevel:
     def swapped_layers(self) -> tuple[int, ...]:
         """Ids of the layers that are not at full precision, ascending."""
         return tuple(i for i, fmt in enumerate(self.layer_formats) if fmt != BASE_FORMAT)
+
+    @property
+    def formats(self) -> frozenset[str]:
+        """Formats that any layer or half of a layer has."""
+        return frozenset(half for fmt in self.layer_formats for half in fmt.split("/"))
 
     def layers_by_format(self) -> dict[str, int]:
         """Number of decoder layers in each format."""

@@ -3,8 +3,9 @@
 Needs torch and nothing else of ours; vLLM's operators are used where another package has loaded them.
 """
 
-from .checkpoint import Checkpoint, ImportedLayer
+from .checkpoint import Checkpoint, ImportedLayer, tensor_files
 from .errors import CheckpointError, KernelError, ProfileError, QuantError, StoreError, SwapError
+from .halves import HALVES, Half, format_of, half_of, join_format, split_format
 from .kernels import CANDIDATES, FORMATS, Kernel, LinearImpl, Native
 from .memory import trim
 from .packing import (
@@ -17,58 +18,75 @@ from .packing import (
     quantize_w8,
     regroup,
 )
-from .profile import LayerScales, Profile, base_fingerprint, read_profile, write_profile
+from .profile import LayerScales, Profile, Rung, base_fingerprint, read_profile, write_profile
 from .selftest import KernelReport, check_kernel, choose, probe
+from .sensitivity import Change, Move, QuadraticCost, Unit, greedy, layer_importance_order
 from .smoothing import Fold, Scale, apply_scales, choose_scale, folds_of
 from .store import BASE, StoredLayer, VariantStore
+from .store import SCHEMA as STORE_SCHEMA
 from .swapper import BIAS, RECIPE_MARK, LayerSwapper, LinearSlot, TensorSlot
 from .tensorfile import LayerTensors, digest
 
 __all__ = [
+    "apply_scales",
     "BASE",
+    "base_fingerprint",
     "BIAS",
     "CANDIDATES",
+    "Change",
+    "check_kernel",
     "Checkpoint",
     "CheckpointError",
-    "FORMATS",
-    "Fold",
-    "ImportedLayer",
-    "Kernel",
-    "KernelError",
-    "KernelReport",
-    "LayerScales",
-    "LayerSwapper",
-    "LayerTensors",
-    "LinearImpl",
-    "LinearSlot",
-    "Native",
-    "Profile",
-    "ProfileError",
-    "QuantError",
-    "QuantW4",
-    "QuantW8",
-    "RECIPE_MARK",
-    "Scale",
-    "StoreError",
-    "StoredLayer",
-    "SwapError",
-    "TensorSlot",
-    "VariantStore",
-    "apply_scales",
-    "base_fingerprint",
-    "check_kernel",
     "choose",
     "choose_group_size",
     "choose_scale",
     "dequantize_w4",
     "dequantize_w8",
     "digest",
+    "Fold",
     "folds_of",
+    "format_of",
+    "FORMATS",
+    "greedy",
+    "Half",
+    "half_of",
+    "HALVES",
+    "ImportedLayer",
+    "join_format",
+    "Kernel",
+    "KernelError",
+    "KernelReport",
+    "layer_importance_order",
+    "LayerScales",
+    "LayerSwapper",
+    "LayerTensors",
+    "LinearImpl",
+    "LinearSlot",
+    "Move",
+    "Native",
     "probe",
+    "Profile",
+    "ProfileError",
+    "QuadraticCost",
+    "QuantError",
     "quantize_w4",
     "quantize_w8",
+    "QuantW4",
+    "QuantW8",
     "read_profile",
+    "RECIPE_MARK",
     "regroup",
+    "Rung",
+    "Scale",
+    "split_format",
+    "STORE_SCHEMA",
+    "StoredLayer",
+    "StoreError",
+    "SwapError",
+    "tensor_files",
+    "TensorSlot",
     "trim",
+    "Unit",
+    "VariantStore",
     "write_profile",
 ]

@@ -60,7 +60,7 @@ class Checkpoint:
         """
         config = _read_json(directory / "config.json")
         scheme = read_scheme(directory, config)
-        return cls(directory, scheme, config, _tensor_files(directory))
+        return cls(directory, scheme, config, tensor_files(directory))
 
     @property
     def num_layers(self) -> int:
@@ -185,8 +185,12 @@ def read_scheme(directory: Path, config: Mapping[str, Any]) -> Scheme:
     return Scheme(method, bits, bool(found.get("sym", True)), 1 if version == "gptq" else 0)
 
 
-def _tensor_files(directory: Path) -> dict[str, Path]:
-    """Tensor name |-> file, from the index, else from the files themselves."""
+def tensor_files(directory: Path) -> dict[str, Path]:
+    """Tensor name |-> file of a directory, from the index, else from the files themselves.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or there is none.
+    """
     index = directory / _INDEX
     if index.exists():
         names = _read_json(index).get("weight_map", {})

@@ -6,6 +6,8 @@ when some other code has loaded it, and a kernel whose operators are absent says
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import platform
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -217,6 +219,40 @@ class _Int4WeightOnlyLinear(_Rows):
         return out
 
 
+class _Int8WeightOnlyLinear(_Rows):
+    __slots__ = ("_bias", "_scale", "_weight")
+
+    def __init__(self, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> None:
+        self._weight, self._scale = tensors["weight"], tensors["scale"].to(dtype)
+        self._bias = None if bias is None else bias.to(dtype)
+        self.n, self.k = self._weight.shape
+        self.nbytes = _bytes(self._weight, self._scale, self._bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dim() != 2 or not x.is_contiguous() or not x.numel():
+            return self._reshaped(x)
+        out = torch.ops.aten._weight_int8pack_mm.default(x, self._weight, self._scale)
+        return out if self._bias is None else out.add_(self._bias)
+
+
+class _Int4TritonLinear(_Rows):
+    __slots__ = ("_bias", "_run", "_scale", "_weight", "_zero")
+
+    def __init__(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> None:
+        from .triton_w4a16 import w4a16_matmul  # Triton only where it is used
+
+        self._run = w4a16_matmul
+        self._weight, self._zero, self._scale = tensors["weight"], tensors["zero"], tensors["scale"]
+        self._bias = bias
+        self.n, self.k = self._weight.shape[1], self._weight.shape[0] * 8
+        self.nbytes = _bytes(self._weight, self._zero, self._scale, self._bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dim() != 2 or not x.is_contiguous() or not x.numel():
+            return self._reshaped(x)
+        return self._run(x, self._weight, self._scale, self._zero, self._bias)
+
+
 class _Base:
     """What the kernels share: dtype and shape gates, declared as class attributes."""
 
@@ -313,6 +349,38 @@ class W8A8Onednn(_Base):
         return packing.dequantize_w8(packing.QuantW8(tensors["weight"], tensors["scale"]))
 
 
+class W8A16(_Base):
+    """8-bit weights, activations as they are: loses a fifth of what W8A8 loses, at twice the time of bf16 in batches.
+
+    Never chosen by itself where a W8A8 kernel runs; name it under `kernels:` where quality counts more than speed.
+    """
+
+    name, format = "w8a16_aten", "w8"
+    quantizes_activations = False
+    _ops = ()
+    _multiple = 32
+
+    def unavailable(self) -> str:
+        if not hasattr(torch.ops.aten, "_weight_int8pack_mm"):
+            return "this torch has no _weight_int8pack_mm"
+        return super().unavailable()
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        self._admit(weight)
+        return self.pack_quant(packing.quantize_w8(weight))
+
+    def pack_quant(self, quant: QuantW8 | QuantW4) -> dict[str, Tensor]:
+        self._admit_quant(quant)
+        assert isinstance(quant, QuantW8)
+        return {"weight": quant.q, "scale": quant.scale.to(self.dtype)}
+
+    def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
+        return _Int8WeightOnlyLinear(tensors, bias, self.dtype)
+
+    def reference(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return packing.dequantize_w8(packing.QuantW8(tensors["weight"], tensors["scale"]))
+
+
 class W4A8Vnni(_Base):
     """4-bit weights with zero points, int8 activations. vLLM offers it with AMX only; VNNI runs it too."""
 
@@ -360,10 +428,45 @@ class W4A16(_Base):
         return packing.dequantize_w4(packing.unpack_w4_int32(dict(tensors)))
 
 
-CANDIDATES: tuple[type[W8A8Vnni | W8A8Onednn | W4A8Vnni | W4A16], ...] = (
+class W4A16Triton(_Base):
+    """Our own Triton kernel, for GPUs on which vLLM has no other. Runs on CPU in Triton's interpreter, for tests."""
+
+    name, format = "w4a16_triton", "w4"
+    quantizes_activations = False
+    _ops = ()
+
+    def unavailable(self) -> str:
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        if unfit := super().unavailable():
+            return unfit
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            return "needs a GPU (or TRITON_INTERPRET=1, for tests)"
+        return ""
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        self._admit(weight)
+        size = packing.choose_group_size(weight.shape[1])
+        return self.pack_quant(packing.quantize_w4(weight, size, scale_dtype=self.dtype))
+
+    def pack_quant(self, quant: QuantW8 | QuantW4) -> dict[str, Tensor]:
+        self._admit_quant(quant)
+        assert isinstance(quant, QuantW4)
+        return packing.pack_w4_columns(QuantW4(quant.q, quant.scale.to(self.dtype), quant.zero))
+
+    def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
+        return _Int4TritonLinear(tensors, None if bias is None else bias.to(self.dtype))
+
+    def reference(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return packing.dequantize_w4(packing.unpack_w4_columns(dict(tensors)))
+
+
+CANDIDATES: tuple[type[W8A8Vnni | W8A8Onednn | W8A16 | W4A8Vnni | W4A16 | W4A16Triton], ...] = (
     W8A8Vnni,
     W8A8Onednn,
+    W8A16,
     W4A8Vnni,
     W4A16,
+    W4A16Triton,
 )  # within a format, the first that passes its self-test is used
 FORMATS = tuple(dict.fromkeys(kernel.format for kernel in CANDIDATES))

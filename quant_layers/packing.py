@@ -215,6 +215,22 @@ def unpack_w4_int32(packed: dict[str, Tensor]) -> QuantW4:
     return QuantW4(q, packed["scale"].t().contiguous(), _from_words(packed["zero"]).t().contiguous())
 
 
+def pack_w4_columns(quant: QuantW4) -> dict[str, Tensor]:
+    """Layout of our Triton kernel: eight input channels in one int32.
+
+    Returns:
+        weight: int32 [K / 8, N]. zero: uint8 [G, N]. scale: [G, N], dtype as quantized.
+    """
+    words = _to_words(quant.q).t().contiguous()
+    return {"weight": words, "zero": quant.zero.t().contiguous(), "scale": quant.scale.t().contiguous()}
+
+
+def unpack_w4_columns(packed: dict[str, Tensor]) -> QuantW4:
+    """Inverse of `pack_w4_columns`."""
+    q = _from_words(packed["weight"].t())
+    return QuantW4(q, packed["scale"].t().contiguous(), packed["zero"].t().contiguous())
+
+
 def _checked(weight: Tensor) -> Tensor:
     """`weight` as contiguous fp32, refused unless it is a finite matrix."""
     if weight.dim() != 2:

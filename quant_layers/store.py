@@ -25,7 +25,7 @@ from .heldfiles import HeldFiles
 from .tensorfile import LayerTensors, flatten, read_file, sha256_of, write_file
 
 BASE = "base"  # the weights as loaded, for restoring
-SCHEMA = 1
+SCHEMA = 2  # 1 did not say how large each linear is
 _MANIFEST = "manifest.json"
 _LOCK = ".lock"
 _SUFFIX = ".safetensors"
@@ -48,6 +48,7 @@ class StoredLayer:
     size: int  # bytes of the file
     nbytes: int  # bytes of its tensors
     shapes: dict[str, list[int]]  # "linear/tensor" -> shape
+    sizes: dict[str, int]  # linear -> bytes of its tensors
 
 
 class VariantStore:
@@ -148,6 +149,7 @@ class VariantStore:
         flat = flatten(tensors)
         nbytes = sum(tensor.nbytes for tensor in flat.values())
         shapes = {key: list(tensor.shape) for key, tensor in sorted(flat.items())}
+        sizes = {name: sum(tensor.nbytes for tensor in parts.values()) for name, parts in sorted(tensors.items())}
         with self._locked():
             self._load()
             self._remove_orphans()
@@ -156,7 +158,7 @@ class VariantStore:
             try:
                 sha256, size = write_file(partial, tensors)
                 name = f"layer-{layer:04d}.{format}.{sha256[:16]}{_SUFFIX}"
-                row = StoredLayer(layer, format, kernel, name, sha256, size, nbytes, shapes)
+                row = StoredLayer(layer, format, kernel, name, sha256, size, nbytes, shapes, sizes)
                 os.replace(partial, self.directory / name)
                 self._save({**self._rows, (layer, format, kernel): row})
             except OSError as error:
@@ -168,10 +170,17 @@ class VariantStore:
             self._remove_orphans()
         return row
 
-    def read(self, layer: int, format: str) -> dict[str, dict[str, Tensor]]:
+    def read(
+        self, layer: int, format: str, wanted: Callable[[str], bool] = lambda _: True
+    ) -> dict[str, dict[str, Tensor]]:
         """The tensors of one layer, {linear: {tensor name: tensor}}, in fresh memory.
 
         Checks the file's size and structure; the hashes are `verify`'s work, once.
+
+        Args:
+            layer: decoder layer id.
+            format: that it is stored in.
+            wanted: whether to read a linear, by its name.
 
         Raises:
             StoreError: not stored, missing, truncated, or not what the manifest says.
@@ -180,12 +189,13 @@ class VariantStore:
         path = self.directory / row.file
         with self._files.opened(row.file, row.size) as file:
             try:
-                tensors = read_file(path, file)
+                tensors = read_file(path, file, wanted)
             except OSError as error:
                 raise StoreError(f"cannot read {path}: {error}; {self._remedy}") from error
         found = {key: list(tensor.shape) for key, tensor in flatten(tensors).items()}
-        if found != row.shapes:
-            raise StoreError(f"{path} holds {found}, expected {row.shapes}; {self._remedy}")
+        expected = {key: shape for key, shape in row.shapes.items() if wanted(key.partition("/")[0])}
+        if found != expected:
+            raise StoreError(f"{path} holds {found}, expected {expected}; {self._remedy}")
         return tensors
 
     def verify(self, progress: Progress | None = None) -> None:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from .errors import StoreError, SwapError
+from .halves import HALVES, Half, format_of, half_of, join_format, split_format
 from .kernels import Kernel, LinearImpl
 from .memory import trim
 from .store import BASE, VariantStore
@@ -116,16 +117,13 @@ class LayerSwapper:
         return 0 if self._staged is None else sum(new.impl.nbytes for new in self._staged.linears)
 
     def formats(self) -> dict[int, str]:
-        """Format in use, by layer id. All linears of a layer change together."""
-        return {layer: next(iter(linears.values())).format for layer, linears in self._slots.items()}
-
-    def layer_bytes(self, format: str) -> dict[int, int]:
-        """Bytes that each layer's tensors take in `format`, by layer id.
-
-        Raises:
-            StoreError: a layer is not stored in this format.
-        """
-        return {layer: self._store.nbytes(layer, format) for layer in self._slots}
+        """Format in use, by layer id. All linears of a half change together."""
+        found = {}
+        for layer, linears in self._slots.items():
+            by_half = {half_of(name): slot.format for name, slot in linears.items()}
+            attention, mlp = (by_half.get(half, next(iter(by_half.values()))) for half in HALVES)
+            found[layer] = join_format(attention, mlp)
+        return found
 
     def prepare(self, changes: Mapping[int, str]) -> None:
         """Build the given layers in their new formats. Layers that already have it cost nothing.
@@ -178,14 +176,24 @@ class LayerSwapper:
     def _check(self, layer: int, format: str) -> None:
         if layer not in self._slots:
             raise SwapError(f"layer {layer} is not morphable; morphable are {sorted(self._slots)}")
-        if format != BASE and format not in self._kernels:
-            known = [BASE, *sorted(self._kernels)]
-            raise SwapError(f"layer {layer}: unknown format {format!r}; known are {known}")
+        for part in split_format(format):
+            if part != BASE and part not in self._kernels:
+                known = [BASE, *sorted(self._kernels)]
+                raise SwapError(f"layer {layer}: unknown format {part!r}; known are {known}")
 
-    def _build_layer(self, layer: int, format: str, staged: _Change) -> None:
+    def _build_layer(self, layer: int, layer_format: str, staged: _Change) -> None:
+        """Stage the halves that are not in their new format yet."""
         slots = self._slots[layer]
-        if all(slot.format == format for slot in slots.values()):
-            return
+        changed = {half_of(name) for name, slot in slots.items() if slot.format != format_of(layer_format, name)}
+        by_format: dict[str, set[Half]] = {}
+        for half, format in zip(HALVES, split_format(layer_format), strict=True):
+            if half in changed:
+                by_format.setdefault(format, set()).add(half)
+        for format, halves in by_format.items():
+            self._build_halves(layer, format, halves, staged)
+
+    def _build_halves(self, layer: int, format: str, halves: set[Half], staged: _Change) -> None:
+        slots = {name: slot for name, slot in self._slots[layer].items() if half_of(name) in halves}
         row = self._store.entry(layer, format)
         kernel = None if format == BASE else self._kernels[format]
         if kernel is not None and row.kernel.partition(RECIPE_MARK)[0] != kernel.name:
@@ -193,11 +201,11 @@ class LayerSwapper:
                 f"layer {layer} {format!r} is packed for kernel {row.kernel!r}, here runs {kernel.name!r}; "
                 f"delete {self._store.directory}, and the next start builds it again"
             )
-        tensors = self._store.read(layer, format)
-        small = self._tensors.get(layer, {})
-        for name, slot in small.items():
-            brought = tensors.pop(name, None)
-            staged.tensors.append((slot.live, slot.base if brought is None else brought["weight"]))
+        tensors = self._store.read(layer, format, lambda name: half_of(name) in halves)
+        for name, slot in self._tensors.get(layer, {}).items():
+            if half_of(name) in halves:
+                brought = tensors.pop(name, None)
+                staged.tensors.append((slot.live, slot.base if brought is None else brought["weight"]))
         if set(tensors) != set(slots):
             raise StoreError(
                 f"layer {layer} {format!r} holds linears {sorted(tensors)}, the model has {sorted(slots)}; "

@@ -114,12 +114,15 @@ def _chunks(header: bytes, tensors: Iterable[Tensor]) -> Iterable[bytes | memory
         yield raw_bytes(tensor)
 
 
-def read_file(path: Path, file: BinaryIO) -> dict[str, dict[str, Tensor]]:
-    """All tensors of `file`, unbuffered and at its beginning, each in fresh anonymous memory.
+def read_file(
+    path: Path, file: BinaryIO, wanted: Callable[[str], bool] = lambda _: True
+) -> dict[str, dict[str, Tensor]]:
+    """Tensors of `file`, unbuffered and at its beginning, each in fresh anonymous memory.
 
     Args:
         path: for messages; it may be gone.
         file: what `path` was when it was opened.
+        wanted: whether to read a linear, by its name.
 
     Raises:
         StoreError: the header does not describe the bytes that follow it.
@@ -130,6 +133,8 @@ def read_file(path: Path, file: BinaryIO) -> dict[str, dict[str, Tensor]]:
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
         linear, _, name = key.partition(_SEPARATOR)
+        if not wanted(linear):
+            continue
         file.seek(start + entry["data_offsets"][0])
         tensors.setdefault(linear, {})[name] = _read_tensor(path, file, key, entry)
     return tensors

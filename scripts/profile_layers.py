@@ -1,12 +1,15 @@
-"""What does W8 cost a model, and how much of that can be had back? Calibrates MODEL and writes a profile.
+"""Which layers should be swapped first, into what, and what does each level cost? Profiles MODEL.
 
-Runs real text through the model one decoder layer at a time, finds for every linear the input scaling with which
-W8A8 arithmetic comes closest to full precision, and stores the scales. `profile: DIR` in the MorphServe config
-uses them when it packs W8 layers.
+Two passes over the weights, one decoder layer at a time, price every layer in every format by what it does to the
+model's answers on real text (see morphserve/profiling/effects.py), and find the input scales with which W8 loses
+least. The ladder takes, move by move, what frees most bytes per KL. Its levels are then measured in the kernels
+that serve them: on the calibration text (expected KL) and on other text (measured KL). `profile: DIR` in the
+MorphServe config uses all of it.
 
-Output columns: layer, then for each linear the exponent chosen and the output error without and with it (squared
-error over power, mean over tokens).
-Last stdout line: one JSON document {"profile": DIR, "fingerprint", "layers", "error_plain", "error"}.
+A run that was killed goes on where it was: start it again with the same arguments.
+Output columns: level, moves, expected KL, measured KL (nats per token), MiB freed, step time over level 0.
+Last stdout line: one JSON document {"profile", "ladder": [{"level", "expected_kl", "measured_kl", "bytes_freed",
+"step_time_factor", "layers"}], "order", "seconds"}.
 
     python scripts/profile_layers.py MODEL --text wikitext2-valid.txt --out profiles/smollm2
 """
@@ -16,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 
@@ -24,69 +26,59 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="directory or hub name")
     parser.add_argument("--text", nargs="+", type=Path, required=True, help="calibration text, one domain each")
+    parser.add_argument("--eval-text", nargs="+", type=Path, help="what levels are measured on; default: other "
+                        "windows of the same text")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="directory of the profile; must not exist yet")
+    parser.add_argument("--formats", nargs="+", default=["w8", "w4"], choices=["w8", "w4"])
     parser.add_argument("--windows", type=int, default=6, help="windows per file")
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
+    parser.add_argument("--draws", type=int, default=2, help="answers drawn per token: more = less noise")
+    parser.add_argument("--moves-per-level", type=int, default=5, help="changes from level to level")
+    parser.add_argument("--halves", action="store_true", help="swap attention and MLP one by one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-measure", action="store_true", help="predict only; needs no vLLM")
+    parser.add_argument("--plot", type=Path, help="PNG of what the levels free and cost")
+    parser.add_argument("--compiled", action="store_true", help="measure step times with compiled models")
     args = parser.parse_args(argv)
 
-    import torch
-    import transformers
     from rich.progress import Progress
 
     from morphserve.errors import MorphServeError
-    from morphserve.profiling import decoder_layers, norms_of, smooth_model, token_windows
-    from morphserve.version import __version__
-    from quant_layers import ProfileError, base_fingerprint, write_profile
+    from morphserve.profiling import ProfileJob, run_profile
+    from quant_layers import QuantError
 
-    start = time.perf_counter()
+    job = ProfileJob(
+        args.model, tuple(args.text), args.out, tuple(args.formats), args.windows, args.length, args.draws,
+        args.moves_per_level, args.seed, args.halves,
+    )  # fmt: skip
     try:
-        if args.out.exists():
-            raise ProfileError(f"{args.out} exists; give another --out, or delete it")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-        windows = token_windows(tokenizer, args.text, args.windows, args.length)
-        model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
-        layers = decoder_layers(model)
-        fingerprint = base_fingerprint(dict(norms_of(layers)))
-        model.float()
         with Progress(transient=True, disable=not sys.stderr.isatty()) as progress:
-            task = progress.add_task("layers", total=len(layers))
-            scales = smooth_model(model, windows, lambda *_: progress.advance(task))
-        figures = {
-            str(layer): {
-                name: {"exponent": s.exponent, "error": s.error, "error_plain": s.error_plain}
-                for name, s in row.items()
-            }
-            for layer, row in scales.items()
-        }
-        made = {
-            "model": args.model,
-            "morphserve": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "text": [file.name for file in args.text],
-            "windows": args.windows,
-            "length": args.length,
-        }
-        write_profile(
-            args.out,
-            fingerprint,
-            {layer: {name: s.values for name, s in row.items()} for layer, row in scales.items()},
-            made,
-            {"smoothing": figures, "seconds": round(time.perf_counter() - start, 1)},
-        )
-    except (MorphServeError, ProfileError, OSError) as error:
+            task = progress.add_task("profiling", total=None)
+            measure = None if args.no_measure else ("--compiled",) if args.compiled else ()
+            profile, seconds = run_profile(
+                job, measure, tuple(args.eval_text or ()),
+                lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
+            )  # fmt: skip
+    except (MorphServeError, QuantError, OSError) as error:
         sys.stderr.write(f"profile_layers: {error}\n")
         return 1
-    for layer, row in figures.items():
-        cells = (f"{n} {f['exponent']:.1f} {f['error_plain']:.1e} > {f['error']:.1e}" for n, f in row.items())
-        sys.stdout.write(f"{layer:>3}  " + "  ".join(cells) + "\n")
-    errors = [f for row in figures.values() for f in row.values()]
+    before: dict[int, str] = {}
+    for level, rung in enumerate(profile.ladder):
+        moves = " ".join(f"{layer}:{fmt}" for layer, fmt in rung.layers.items() if before.get(layer) != fmt)
+        measured = "-" if rung.measured_kl is None else f"{rung.measured_kl:.4f}"
+        factor = "-" if rung.step_time_factor is None else f"{rung.step_time_factor:.2f}"
+        mib = rung.bytes_freed / 2**20
+        sys.stdout.write(f"{level:>3}  {moves}  kl {rung.expected_kl:.4f}  {measured}  {mib:.1f} MiB  {factor}\n")
+        before = dict(rung.layers)
+    if args.plot is not None:
+        from morphserve.profiling.plots import plot_frontier
+
+        plot_frontier({args.out.name: profile.ladder}, args.plot)
     document = {
         "profile": str(args.out),
-        "fingerprint": fingerprint,
-        "layers": len(figures),
-        "error_plain": sum(f["error_plain"] for f in errors) / len(errors),
-        "error": sum(f["error"] for f in errors) / len(errors),
+        "ladder": [rung.as_json(level) for level, rung in enumerate(profile.ladder)],
+        "order": list(profile.order),
+        "seconds": seconds,
     }
     sys.stdout.write(json.dumps(document) + "\n")
     return 0

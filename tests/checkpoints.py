@@ -82,9 +82,9 @@ def _fold(tensors: dict[str, Tensor]) -> None:
         prefix, norm = name.removesuffix(".weight").rsplit(".", 1)
         scale = 2.0 ** torch.randint(-1, 2, tensors[name].shape)  # exact in bf16
         tensors[name] = tensors[name] / scale.to(tensors[name].dtype)
-        for consumer in _FOLDS[norm]:
-            weight = tensors[f"{prefix}.{consumer}.weight"]
-            tensors[f"{prefix}.{consumer}.weight"] = weight * scale.to(weight.dtype)
+        for consumer in (f"{prefix}.{name}.weight" for name in _FOLDS[norm]):
+            if consumer in tensors:
+                tensors[consumer] = tensors[consumer] * scale.to(tensors[consumer].dtype)
 
 
 def _packed(weight: Tensor, kind: str, group_size: int) -> Iterator[tuple[str, Tensor]]:

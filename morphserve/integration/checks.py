@@ -6,10 +6,11 @@ from typing import Any
 
 from morphserve.config import MorphServeConfig
 from morphserve.errors import ConfigError
-from morphserve.integration.settings import read_settings
-from morphserve.ladder import build_ladder, check_floor
+from morphserve.integration.settings import read_ladder, read_settings
+from morphserve.ladder import build_ladder, check_floor, ladder_formats
 from policies import build_policy
 from policies.types import BASE_FORMAT, Ladder, Policy
+from quant_layers import split_format
 
 _FORMAT_BITS = {BASE_FORMAT: 16, "w8": 8, "w4": 4}
 
@@ -102,6 +103,14 @@ def _check_features(vllm_config: Any) -> None:
 def _check_ladder(config: MorphServeConfig, vllm_config: Any) -> None:
     """Walk the ladder with nominal sizes: a bad order or level shows here, not in a worker."""
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-    nominal = {fmt: [bits * 1024] * num_layers for fmt, bits in _FORMAT_BITS.items()}
-    ladder = build_ladder(num_layers, nominal, config.ladder, 64, 1024)
+    profile = read_ladder(config)
+    formats = dict.fromkeys((*_FORMAT_BITS, *ladder_formats(config.ladder, profile)))
+    nominal = {fmt: [_nominal_bytes(fmt)] * num_layers for fmt in formats}
+    ladder = build_ladder(num_layers, nominal, config.ladder, 64, 1024, profile=profile)
     make_policy(config, ladder)
+
+
+def _nominal_bytes(fmt: str) -> int:
+    """A sixth of the weights are in the attention of a usual layer."""
+    attention, mlp = (_FORMAT_BITS[half] for half in split_format(fmt))
+    return (attention + 5 * mlp) * 1024

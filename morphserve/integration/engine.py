@@ -27,7 +27,7 @@ from morphserve.integration.checks import make_policy
 from morphserve.integration.describe import RankDescription, common_layer_bytes
 from morphserve.integration.executor import RpcExecutor
 from morphserve.integration.provenance import Provenance, requests_with_kv
-from morphserve.integration.settings import read_settings
+from morphserve.integration.settings import read_ladder, read_settings
 from morphserve.ladder import build_ladder, check_floor
 from morphserve.monitor import Monitor
 from policies.types import Ladder
@@ -92,6 +92,7 @@ class EngineRuntime:
             self.base_num_blocks,
             max(block_bytes),
             self.config.kv.max_num_blocks,
+            read_ladder(self.config),
         )
 
 

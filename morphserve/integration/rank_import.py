@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoTokenizer
 from vllm.model_executor.layers.linear import LinearBase
 
 from morphserve.errors import ConfigError
@@ -37,6 +38,7 @@ from quant_layers import (
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 _FILES = ["*.safetensors", "*.json"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _ROUNDING = 2.0**-7  # of a bf16 value; a checkpoint kept in fp16 may have rounded what it did not quantize
 _FP16_TINY = 1e-6
 Parameters = dict[str, torch.nn.Parameter]  # by full name in vLLM's model
@@ -68,9 +70,16 @@ class Importer(Plain):
         model: Any,
         linears: Mapping[int, Mapping[str, LinearBase]],
         biases: set[str],
-        base_config: Mapping[str, Any],
+        model_config: Any,
     ) -> Importer:
         """Find the checkpoint and check that it was made from this model.
+
+        Args:
+            source: directory or hub name.
+            model: vLLM's, with its weights loaded and not yet packed.
+            linears: by decoder layer id and name inside the layer.
+            biases: "layer.linear" whose forward adds a bias on this rank.
+            model_config: vLLM's, of the base model.
 
         Raises:
             ConfigError: there is none, it is damaged, not supported, or of another model.
@@ -78,7 +87,9 @@ class Importer(Plain):
         directory = find_checkpoint(source)
         try:
             checkpoint = Checkpoint.open(directory)
-            checkpoint.check_shape(base_config)
+            checkpoint.check_shape(model_config.hf_text_config.to_dict())
+            if not model_config.skip_tokenizer_init:
+                _check_tokenizer(model_config.tokenizer, directory)
             importer = cls(checkpoint, model, linears, biases)
             importer._check_rest()
         except QuantError as e:
@@ -233,6 +244,19 @@ def find_checkpoint(source: str) -> Path:
             f"variants: {source!r} is neither a directory nor a repository that can be had ({e}). Give the directory "
             "of a quantized checkpoint of this model."
         ) from e
+
+
+def _check_tokenizer(base: str, directory: Path) -> None:
+    """Token ids must mean the same. A checkpoint without a tokenizer is taken at its weights' word."""
+    if not any((directory / name).exists() for name in _TOKENIZER_FILES):
+        return
+    mine, theirs = (AutoTokenizer.from_pretrained(source).get_vocab() for source in (base, directory))
+    if mine != theirs:
+        differing = sorted(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
+        raise CheckpointError(
+            f"{directory} has another tokenizer than the model: {len(differing):,} tokens differ, the first is "
+            f"{differing[0]!r}; give the checkpoint that was quantized from this model"
+        )
 
 
 @contextmanager

@@ -29,8 +29,11 @@ from morphserve.integration.describe import RankDescription
 from morphserve.integration.host_memory import FREED_WEIGHTS_RETURN, weights_on_their_own_pages
 from morphserve.integration.rank_import import Importer
 from morphserve.integration.rank_profile import Plain, Smoother
+from morphserve.integration.settings import read_ladder
+from morphserve.ladder import ladder_formats
 from policies.types import BASE_FORMAT
 from quant_layers import (
+    STORE_SCHEMA,
     Kernel,
     KernelError,
     LayerSwapper,
@@ -39,6 +42,8 @@ from quant_layers import (
     TensorSlot,
     VariantStore,
     choose,
+    format_of,
+    split_format,
     trim,
 )
 
@@ -160,6 +165,7 @@ class RankLayers:
         self._cache_dir = Path(config.cache_dir).expanduser()
         self.linears: Linears = {}
         self.kernels: dict[str, Kernel] = {}
+        self._ladder_formats: tuple[str, ...] = ()  # of layers: halves may differ
         self.store: VariantStore | None = None
         self._recipes: dict[str, Plain] = {}  # by format
         self._tensors: dict[int, dict[str, TensorSlot]] = {}
@@ -174,7 +180,9 @@ class RankLayers:
             StoreError: the cache cannot be written, or holds damaged files.
         """
         self.linears = find_linears(model)
-        formats = list(dict.fromkeys(step.format for step in self.config.ladder.steps))
+        self._ladder_formats = ladder_formats(self.config.ladder, read_ladder(self.config))
+        halves = (half for fmt in self._ladder_formats for half in split_format(fmt))
+        formats = [fmt for fmt in dict.fromkeys(halves) if fmt != BASE_FORMAT]
         dtype = next(iter(next(iter(self.linears.values())).values())).weight.dtype
         try:
             self.kernels = {fmt: choose(fmt, dtype, self.config.kernels.get(fmt)) for fmt in formats}
@@ -182,7 +190,7 @@ class RankLayers:
             raise ConfigError(f"{e} Take that format out of ladder.steps.") from e
         self._recipes = {fmt: self._recipe(fmt, model) for fmt in formats}
         mark = fingerprint(self.linears)
-        directory = self._cache_dir / "variants" / mark[:24]
+        directory = self._cache_dir / "variants" / f"{mark[:24]}-{STORE_SCHEMA}"
         try:
             names = {fmt: self._recipes[fmt].layout(kernel) for fmt, kernel in self.kernels.items()}
             self.store = VariantStore.open(directory, mark, names)
@@ -202,8 +210,7 @@ class RankLayers:
                 for name, linear in linears.items()
                 if applied_bias(linear) is not None
             }
-            base_config = self.vllm_config.model_config.hf_text_config.to_dict()
-            return Importer.open(source, model, self.linears, biases, base_config)
+            return Importer.open(source, model, self.linears, biases, self.vllm_config.model_config)
         if self.config.profile is not None:
             return Smoother.open(self.config.profile, model, self.linears)
         return Plain()
@@ -266,7 +273,7 @@ class RankLayers:
         """Bytes of every decoder layer of the model on this rank, per format."""
         assert self.store is not None
         num_layers = self.vllm_config.model_config.get_total_num_hidden_layers()
-        formats = [BASE_FORMAT, *self.kernels]
+        formats = dict.fromkeys((BASE_FORMAT, *self.kernels, *self._ladder_formats))
         return RankDescription(
             rank=self.rank,
             layer_bytes={fmt: tuple(self._layer_bytes(layer, fmt) for layer in range(num_layers)) for fmt in formats},
@@ -276,20 +283,21 @@ class RankLayers:
             kernels={fmt: kernel.name for fmt, kernel in self.kernels.items()},
         )
 
-    def _layer_bytes(self, layer: int, fmt: str) -> int:
-        """What a layer takes in `fmt` beyond its biases, which the module keeps at every level."""
+    def _layer_bytes(self, layer: int, layer_format: str) -> int:
+        """What a layer takes in a format beyond its biases, which the module keeps at every level."""
+        return sum(
+            self._linear_bytes(layer, name, format_of(layer_format, name)) for name in self.linears.get(layer, {})
+        )
+
+    def _linear_bytes(self, layer: int, name: str, fmt: str) -> int:
         assert self.store is not None
-        if layer not in self.linears:
-            return 0
-        biases = [slot.bias for slot in self._slots[layer].values() if slot.bias is not None]
-        stored = self.store.nbytes(layer, fmt)
+        bias = self._slots[layer][name].bias
+        stored = self.store.entry(layer, fmt).sizes[name]
+        if bias is None:
+            return stored
         if fmt == BASE_FORMAT:
-            return stored - sum(bias.nbytes for bias in biases)
-        # Norms are copied over those that are there at every level.
-        brought = {key.partition("/")[0] for key in self.store.entry(layer, fmt).shapes} - set(self.linears[layer])
-        stored -= sum(self._tensors[layer][name].base.nbytes for name in brought)
-        # A variant makes a copy of the bias, in fp32 at most.
-        return stored + sum(bias.numel() * torch.float32.itemsize for bias in biases)
+            return stored - bias.nbytes
+        return stored + bias.numel() * torch.float32.itemsize  # a variant makes a copy of it, in fp32 at most
 
     def prepare(self, changes: dict[int, str]) -> None:
         """Build the new implementations beside the live ones. Layers of other ranks are not ours."""

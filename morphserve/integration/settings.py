@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from morphserve.config import MorphServeConfig, load_config, parse_config
+from morphserve.errors import ConfigError
+from morphserve.ladder import ProfileLadder
 
 KEY = "morphserve"
 CONFIG_FILE = "config_file"
@@ -31,3 +33,22 @@ def read_settings(additional_config: Any) -> MorphServeConfig | None:
     if isinstance(raw, dict) and set(raw) == {CONFIG_FILE}:
         return load_config(raw[CONFIG_FILE])
     return parse_config({} if raw is None else raw, source='additional_config["morphserve"]')
+
+
+def read_ladder(config: MorphServeConfig) -> ProfileLadder | None:
+    """What the configured profile says about the ladder; None without a profile.
+
+    Raises:
+        ConfigError: the profile is missing or damaged.
+    """
+    if config.profile is None:
+        return None
+    from quant_layers import ProfileError, read_profile  # torch: only where a model is served
+
+    try:
+        profile = read_profile(config.profile, with_scales=False)
+    except ProfileError as e:
+        raise ConfigError(str(e)) from e
+    return ProfileLadder(
+        profile.order, tuple(rung.layers for rung in profile.ladder), tuple(rung.kl for rung in profile.ladder)
+    )

@@ -102,7 +102,7 @@ class MorphServeWorker:
         """Build the plan's layer variants beside the live ones. May fail; then nothing has changed."""
 
         def prepare() -> None:
-            layers = _layers()
+            layers = rank_layers()
             layers.swapper.abort()  # of a plan whose abort never came: its engine has gone on
             layers.prepare(dict(plan.layer_formats))
 
@@ -114,7 +114,7 @@ class MorphServeWorker:
         def commit() -> None:
             _release_kv(self, plan)
             if plan.layer_formats:
-                _layers().swapper.commit()
+                rank_layers().swapper.commit()
             _kv().map(plan.num_kv_blocks)
 
         return _answer(self, plan, commit, final=True)
@@ -124,7 +124,7 @@ class MorphServeWorker:
 
         def apply() -> None:
             _release_kv(self, plan)
-            layers = _layers()
+            layers = rank_layers()
             layers.prepare(dict(plan.layer_formats))
             layers.swapper.commit()
             _kv().map(plan.num_kv_blocks)
@@ -135,7 +135,7 @@ class MorphServeWorker:
         """Drop what was prepared."""
 
         def abort() -> None:
-            _layers().swapper.abort()
+            rank_layers().swapper.abort()
 
         return _answer(self, plan, abort, final=True)
 
@@ -147,15 +147,15 @@ class MorphServeWorker:
         """Resident bytes of this worker beside what its ledger says. For tests and the status page."""
         return {
             **resident_bytes(),
-            "weight_bytes": _layers().swapper.resident_bytes,
-            "staging_bytes": _layers().swapper.staging_bytes,
+            "weight_bytes": rank_layers().swapper.resident_bytes,
+            "staging_bytes": rank_layers().swapper.staging_bytes,
             "kv_mapped_bytes": _kv().mapped_bytes,
             "kv_resident_bytes": _kv().resident_bytes,
-            "formats": _layers().swapper.formats(),
+            "formats": rank_layers().swapper.formats(),
         }
 
 
-def _layers() -> Any:
+def rank_layers() -> Any:
     assert _RANK.layers is not None and _RANK.layers.swapper is not None
     return _RANK.layers
 
@@ -199,7 +199,7 @@ def _answer(worker: Any, plan: Plan, action: Callable[[], None], final: bool = F
     except Exception as e:
         ok, error, kv_moved = False, f"{type(e).__name__}: {e}", not isinstance(e, _KVUnknown)
         logger.exception("morphserve: rank %d, plan r%d failed", worker.rank, plan.revision)
-    layers, kv = _layers(), _kv()
+    layers, kv = rank_layers(), _kv()
     return Reply(
         rank=worker.rank,
         revision=plan.revision,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from morphserve.config import LadderConfig, LadderStep
 from morphserve.errors import ConfigError
-from morphserve.ladder import build_ladder, check_floor, resolve_level
+from morphserve.ladder import ProfileLadder, build_ladder, check_floor, ladder_formats, resolve_level
 from policies import BASE_FORMAT, Ladder
 
 pytestmark = pytest.mark.cpu
@@ -133,3 +133,47 @@ def test_level_names() -> None:
             resolve_level(ladder, spec)
     with pytest.raises(ConfigError, match="it has base, w8"):
         resolve_level(build(steps=[{"format": "w8"}, {"format": "w4", "layers": 2}]), "w4")
+
+
+PROFILE = ProfileLadder((2, 0, 3, 1), ({}, {2: "w8", 0: "w8"}, {2: "w4", 0: "w8"}), (0.0, 0.01, 0.04))
+
+
+def build_with(profile: ProfileLadder, **fields: object) -> Ladder:
+    return build_ladder(4, SIZES, LadderConfig.model_validate(fields), 10, 30, profile=profile)
+
+
+@pytest.mark.parametrize("fields", [{}, {"steps": "profile"}, {"order": "profile"}])
+def test_levels_of_a_profile_are_taken_as_they_are(fields: dict[str, object]) -> None:
+    """Guards: a measured ladder beside another one that is served."""
+    ladder = build_with(PROFILE, **fields)
+    assert [level.layer_formats for level in ladder] == [
+        ("base",) * 4,
+        ("w8", "base", "w8", "base"),
+        ("w8", "base", "w4", "base"),
+    ]
+    assert [level.expected_kl for level in ladder] == [0.0, 0.01, 0.04]
+    assert [level.num_kv_blocks for level in ladder] == [10, 12, 13]
+    assert ladder_formats(LadderConfig.model_validate(fields), PROFILE) == ("w8", "w4")
+
+
+def test_steps_take_the_profiles_order() -> None:
+    """Guards: a user's steps that ignore what was measured about the layers."""
+    steps = [{"format": "w8", "layers_per_level": 2}]
+    assert build_with(PROFILE, steps=steps)[1].swapped_layers == (0, 2)
+    assert build_with(PROFILE, steps=steps, order="front_to_back")[1].swapped_layers == (0, 1)
+    assert ladder_formats(LadderConfig.model_validate({"steps": steps}), PROFILE) == ("w8",)
+
+
+@pytest.mark.parametrize(
+    ("profile", "fields", "words"),
+    [
+        (None, {"steps": "profile"}, "ladder.steps is 'profile', and there is no profile"),
+        (None, {"order": "profile"}, "ladder.order is 'profile', and there is none"),
+        (ProfileLadder((0, 1), ({}, {0: "w8"}), (0.0, 0.1)), {}, "2 decoder layers, this one has 4"),
+        (ProfileLadder((0, 1, 2, 3), ({}, {0: "w4"}, {0: "w8"}), (0.0, 0.1, 0.2)), {}, "level 2 .* 360 B, .* 340"),
+    ],
+)
+def test_profiles_that_do_not_fit(profile: ProfileLadder | None, fields: dict[str, object], words: str) -> None:
+    """Guards: a ladder of another model, or one that shrinks the KV cache on the way down."""
+    with pytest.raises(ConfigError, match=words):
+        build_ladder(4, SIZES, LadderConfig.model_validate(fields), 10, 30, profile=profile)

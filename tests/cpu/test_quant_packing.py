@@ -158,6 +158,8 @@ _LAYOUTS = {
     "w8a8_onednn": "e5bde145c48616ae",
     "w4a8_vnni": "207023fb4185d6cc",
     "w4a16": "5e9738cfeb70cb34",
+    "w8a16_aten": "bfef92f515884544",
+    "w4a16_triton": "4287451f2b28c6c0",
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant_layers import ProfileError, base_fingerprint, read_profile, write_profile
+from quant_layers import ProfileError, Rung, base_fingerprint, read_profile, write_profile
 from quant_layers import profile as module
 
 pytestmark = pytest.mark.cpu
@@ -19,10 +19,18 @@ SCALES = {
 }
 
 
+ORDER = (11, 2, *(layer for layer in range(12) if layer not in (11, 2)))
+LADDER = (
+    Rung({}, 0.0, 0.0, 0, 1.0),
+    Rung({11: "w8"}, 0.01),
+    Rung({11: "w4", 2: "w8"}, 0.02, 0.03, 12, 0.75),
+)
+
+
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
     directory = tmp_path / "profile"
-    write_profile(directory, "f" * 64, SCALES, {"model": "m"}, {"seconds": 1})
+    write_profile(directory, "f" * 64, SCALES, LADDER, ORDER, {"model": "m"}, {"seconds": 1})
     return directory
 
 
@@ -34,6 +42,10 @@ def test_what_was_written_comes_back(written: Path) -> None:
         for name, scale in row.items():
             assert torch.equal(profile.scales[layer][name], scale)
     assert profile.made == {"model": "m"} and profile.figures == {"seconds": 1}
+    assert profile.ladder == LADDER and profile.order == ORDER and profile.num_layers == 12
+    assert profile.formats == ("w8", "w4")
+    assert [rung.kl for rung in profile.ladder] == [0.0, 0.01, 0.03], "what was measured counts"
+    assert read_profile(written, with_scales=False).scales == {}
     profile.check_base("f" * 64, "m")
     with pytest.raises(ProfileError, match="made for other weights"):
         profile.check_base("0" * 64, "m")
@@ -62,13 +74,18 @@ def damage(directory: Path, how: str) -> str:
     document = json.loads(manifest.read_text())
     if how == "schema":
         document["schema"] = 99
+    elif how == "edited":
+        document["ladder"][1]["expected_kl"] = 0.0
     else:
-        del document["files"]
+        del document["files"], document["sha256"]
+        document["sha256"] = module._sha256_of_document(document)
     manifest.write_text(json.dumps(document))
-    return "schema 99, known is 1" if how == "schema" else "lacks 'files'"
+    return {"schema": "schema 99, known is 2", "edited": "was changed"}.get(how, "lacks 'files'")
 
 
-@pytest.mark.parametrize("how", ["flipped", "truncated", "no shard", "no manifest", "no json", "schema", "keys"])
+@pytest.mark.parametrize(
+    "how", ["flipped", "truncated", "no shard", "no manifest", "no json", "schema", "keys", "edited"]
+)
 def test_damage_is_refused_with_a_remedy(written: Path, how: str) -> None:
     """Guards: a server that starts on half a profile."""
     words = damage(written, how)
@@ -85,14 +102,14 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(module, "write_file", full)
     with pytest.raises(ProfileError, match="No space left"):
-        write_profile(tmp_path / "profile", "f", SCALES, {}, {})
+        write_profile(tmp_path / "profile", "f", SCALES, LADDER, ORDER, {}, {})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_overwritten(written: Path) -> None:
     """Guards: a second run takes the place of the profile that a server was started with."""
     with pytest.raises(ProfileError, match="exists"):
-        write_profile(written, "f", {}, {}, {})
+        write_profile(written, "f", {}, LADDER, ORDER, {}, {})
     assert read_profile(written).scales
 
 

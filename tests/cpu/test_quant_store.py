@@ -139,7 +139,7 @@ def test_other_weights_and_other_schemas_are_refused(tmp_path: Path) -> None:
     manifest = tmp_path / "manifest.json"
     found = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**found, "schema": 99}))
-    with pytest.raises(StoreError, match="schema 99, expected 1"):
+    with pytest.raises(StoreError, match="schema 99, expected 2"):
         VariantStore.open(tmp_path, "mine")
     manifest.write_text('{"schema": 1')
     with pytest.raises(StoreError, match="manifest.json cannot be read"):

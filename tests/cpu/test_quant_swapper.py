@@ -10,127 +10,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quant_world import NUM_LAYERS, FakeKernel, World
 from torch import Tensor
 
 from quant_layers import (
     LayerSwapper,
     LinearImpl,
     LinearSlot,
-    QuantW4,
-    QuantW8,
     StoreError,
     SwapError,
     TensorSlot,
     VariantStore,
-    digest,
     trim,
 )
-from quant_layers.packing import dequantize_w4, dequantize_w8, quantize_w4, quantize_w8
-
-_LINEARS = {"qkv_proj": (96, 64), "down_proj": (64, 128)}
-_LAYERS = 3
-
-
-class _Plain:
-    """A linear over a dense weight."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], dense: Tensor, bias: Tensor | None) -> None:
-        self.tensors, self.dense, self.bias = dict(tensors), dense, bias
-        self.nbytes = sum(t.nbytes for t in self.tensors.values())
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x.float(), self.dense.float(), self.bias)
-
-
-class _FakeKernel:
-    """A portable kernel that counts its builds and fails at the one it is told to."""
-
-    dtype = torch.bfloat16
-    quantizes_activations = False
-
-    def __init__(self, format: str) -> None:
-        self.format, self.name = format, f"fake_{format}"
-        self.fail_at = -1
-        self.builds = 0
-
-    def unavailable(self) -> str:
-        return ""
-
-    def check_shape(self, n: int, k: int) -> None:
-        return None
-
-    def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        if self.format == "w8":
-            w8 = quantize_w8(weight)
-            return {"weight": w8.q, "scale": w8.scale}
-        w4 = quantize_w4(weight, 64)
-        return {"weight": w4.q, "scale": w4.scale, "zero": w4.zero}
-
-    def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
-        self.builds += 1
-        if self.builds == self.fail_at:
-            raise MemoryError("out of memory at this linear")
-        return _Plain(tensors, self.reference(tensors), bias)
-
-    def reference(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        if self.format == "w8":
-            return dequantize_w8(QuantW8(tensors["weight"], tensors["scale"]))
-        return dequantize_w4(QuantW4(tensors["weight"], tensors["scale"], tensors["zero"]))
-
-
-class _World:
-    """A small model, its store and its swapper."""
-
-    def __init__(self, directory: Path, layers: int = _LAYERS) -> None:
-        torch.manual_seed(0)
-        self.kernels = {"w8": _FakeKernel("w8"), "w4": _FakeKernel("w4")}
-        names = {format: kernel.name for format, kernel in self.kernels.items()}
-        self.store = VariantStore.open(directory, "fp", names)
-        self.base = {
-            layer: {
-                name: {"weight": torch.randn(shape).bfloat16(), "bias": torch.randn(shape[0]).bfloat16()}
-                for name, shape in _LINEARS.items()
-            }
-            for layer in range(layers)
-        }
-        self.slots: dict[int, dict[str, LinearSlot]] = {}
-        for layer, linears in self.base.items():
-            self.store.write(layer, "base", linears)
-            for format, kernel in self.kernels.items():
-                packed = {name: kernel.pack(t["weight"]) for name, t in linears.items()}
-                self.store.write(layer, format, packed, kernel.name)
-            self.slots[layer] = {
-                name: LinearSlot(name, self.build_base(layer, name, t), bias=t["bias"].float())
-                for name, t in linears.items()
-            }
-        self.swapper = LayerSwapper(self.slots, self.store, self.kernels, self.build_base)
-
-    def build_base(self, layer: int, name: str, tensors: dict[str, Tensor]) -> LinearImpl:
-        return _Plain(tensors, tensors["weight"], tensors["bias"].float())
-
-    def impls(self) -> list[int]:
-        return [id(slot.impl) for layer in self.slots.values() for slot in layer.values()]
-
-    def base_digest(self) -> str:
-        """Of what the slots hold now; meaningful when every layer is at base."""
-        held = {}
-        for layer, linears in self.slots.items():
-            for name, slot in linears.items():
-                assert isinstance(slot.impl, _Plain)
-                held[f"{layer}.{name}"] = slot.impl.tensors
-        return digest(held)
-
-    def switch(self, changes: Mapping[int, str]) -> None:
-        self.swapper.prepare(changes)
-        self.swapper.commit()
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> _World:
-    return _World(tmp_path)
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
 
 
-def test_nothing_changes_before_commit(world: _World) -> None:
+def test_nothing_changes_before_commit(world: World) -> None:
     """Guards against a forward pass that meets half a transition."""
     before, resident = world.impls(), world.swapper.resident_bytes
     world.swapper.prepare({0: "w8", 2: "w4"})
@@ -144,19 +44,19 @@ def test_nothing_changes_before_commit(world: _World) -> None:
     assert changed == [True, True, False, False, True, True]
 
 
-def test_bytes_are_those_of_the_formats_in_use(world: _World) -> None:
+def test_bytes_are_those_of_the_formats_in_use(world: World) -> None:
     """Guards against a ledger that drifts from what the linears really hold."""
-    by_format = {f: world.swapper.layer_bytes(f) for f in ("base", "w8", "w4")}
+    by_format = {f: [world.store.nbytes(layer, f) for layer in range(NUM_LAYERS)] for f in ("base", "w8", "w4")}
     world.switch({0: "w8", 2: "w4"})
     assert world.swapper.resident_bytes == by_format["w8"][0] + by_format["base"][1] + by_format["w4"][2]
     world.swapper.prepare({0: "base"})
     assert world.swapper.staging_bytes == by_format["base"][0]
 
 
-def test_the_base_comes_back_byte_identical(world: _World) -> None:
+def test_the_base_comes_back_byte_identical(world: World) -> None:
     """Guards against a restore that loses a bit: level 0 must be the stock model."""
     before = world.base_digest()
-    everything = range(_LAYERS)
+    everything = range(NUM_LAYERS)
     for format in ("w8", "w4"):
         world.switch(dict.fromkeys(everything, format))
         assert world.base_digest() != before
@@ -164,34 +64,34 @@ def test_the_base_comes_back_byte_identical(world: _World) -> None:
     assert world.base_digest() == before
 
 
-def test_a_variant_keeps_the_bias_and_stays_near_the_base(world: _World) -> None:
+def test_a_variant_keeps_the_bias_and_stays_near_the_base(world: World) -> None:
     """Guards against a swap to another layer's variant, or one that drops the bias."""
     x = torch.randn(5, 64)
-    slot = world.slots[1]["qkv_proj"]
+    slot = world.slots[1]["self_attn.qkv_proj"]
     expected = slot.impl(x)
     world.switch({1: "w8"})
     assert (slot.impl(x) - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-@pytest.mark.parametrize("fail_at", range(1, 2 * _LAYERS + 1))
-def test_a_failure_at_any_linear_leaves_everything_as_it_was(world: _World, fail_at: int) -> None:
+@pytest.mark.parametrize("fail_at", range(1, 2 * NUM_LAYERS + 1))
+def test_a_failure_at_any_linear_leaves_everything_as_it_was(world: World, fail_at: int) -> None:
     """Guards against a half-prepared state that a later commit would put in use."""
     world.switch({0: "w4"})
     before, formats, resident = world.impls(), world.swapper.formats(), world.swapper.resident_bytes
     world.kernels["w8"].fail_at = fail_at
     with pytest.raises(MemoryError):
-        world.swapper.prepare(dict.fromkeys(range(_LAYERS), "w8"))
+        world.swapper.prepare(dict.fromkeys(range(NUM_LAYERS), "w8"))
     assert world.swapper.staging_bytes == 0 and not world.swapper.prepared
     assert (world.impls(), world.swapper.formats()) == (before, formats)
     assert world.swapper.resident_bytes == resident
     with pytest.raises(SwapError, match="nothing is prepared"):
         world.swapper.commit()
     world.kernels["w8"].fail_at = -1
-    world.switch(dict.fromkeys(range(_LAYERS), "w8"))  # and the next attempt works
+    world.switch(dict.fromkeys(range(NUM_LAYERS), "w8"))  # and the next attempt works
     assert set(world.swapper.formats().values()) == {"w8"}
 
 
-def test_a_failing_base_rebuild_and_a_damaged_file_leave_the_variant_running(world: _World) -> None:
+def test_a_failing_base_rebuild_and_a_damaged_file_leave_the_variant_running(world: World) -> None:
     """Guards against losing a layer when the way back fails."""
     world.switch({0: "w8", 1: "w8"})
     before = world.impls()
@@ -202,7 +102,7 @@ def test_a_failing_base_rebuild_and_a_damaged_file_leave_the_variant_running(wor
     assert world.impls() == before and world.swapper.staging_bytes == 0
 
 
-def test_abort_drops_the_staging_and_may_be_repeated(world: _World) -> None:
+def test_abort_drops_the_staging_and_may_be_repeated(world: World) -> None:
     """Guards against an abort that fails because another rank's failure came first."""
     before = world.impls()
     world.swapper.abort()
@@ -213,7 +113,7 @@ def test_abort_drops_the_staging_and_may_be_repeated(world: _World) -> None:
     world.switch({0: "w8"})
 
 
-def test_misuse_is_refused(world: _World) -> None:
+def test_misuse_is_refused(world: World) -> None:
     """Guards against a second prepare that would leak the first, and against typos reaching the store."""
     with pytest.raises(SwapError, match=r"layer 7 is not morphable; morphable are \[0, 1, 2\]"):
         world.swapper.prepare({7: "w8"})
@@ -226,7 +126,7 @@ def test_misuse_is_refused(world: _World) -> None:
     assert world.swapper.formats()[0] == "w8"
 
 
-def test_a_change_to_the_present_format_builds_nothing(world: _World) -> None:
+def test_a_change_to_the_present_format_builds_nothing(world: World) -> None:
     """Guards against paying for layers that already are what the plan asks for."""
     world.switch({0: "w8"})
     before, builds = world.impls(), world.kernels["w8"].builds
@@ -236,7 +136,7 @@ def test_a_change_to_the_present_format_builds_nothing(world: _World) -> None:
     assert world.impls() == before and world.kernels["w8"].builds == builds
 
 
-def test_a_cache_for_another_kernel_or_model_is_refused(world: _World) -> None:
+def test_a_cache_for_another_kernel_or_model_is_refused(world: World) -> None:
     """Guards against feeding one kernel's layout to another, which computes garbage without an error."""
     packed = {name: world.kernels["w8"].pack(t["weight"]) for name, t in world.base[0].items()}
     world.store.write(0, "w8", packed, kernel="other")
@@ -246,26 +146,26 @@ def test_a_cache_for_another_kernel_or_model_is_refused(world: _World) -> None:
     with pytest.raises(StoreError, match="packed for kernel 'fake_w8', here runs 'new'"):
         world.swapper.prepare({0: "w8"})
     world.kernels["w8"].name = "fake_w8"
-    world.store.write(0, "w8", {"qkv_proj": packed["qkv_proj"]}, kernel="fake_w8")
-    with pytest.raises(StoreError, match=r"holds linears \['qkv_proj'\], the model has"):
+    world.store.write(0, "w8", {"self_attn.qkv_proj": packed["self_attn.qkv_proj"]}, kernel="fake_w8")
+    with pytest.raises(StoreError, match=r"holds linears \['self_attn.qkv_proj'\], the model has"):
         world.swapper.prepare({0: "w8"})
 
 
-def test_swaps_go_on_after_the_cache_was_deleted(world: _World) -> None:
+def test_swaps_go_on_after_the_cache_was_deleted(world: World) -> None:
     """Guards against a level that cannot be left: who cleans ~/.cache must not stop a running server's restores."""
     before = world.base_digest()
     world.store.verify()  # as every start does
     world.switch({0: "w4"})
     shutil.rmtree(world.store.directory)
-    world.switch(dict.fromkeys(range(_LAYERS), "w8"))
+    world.switch(dict.fromkeys(range(NUM_LAYERS), "w8"))
     assert set(world.swapper.formats().values()) == {"w8"} and world.base_digest() != before
-    world.switch(dict.fromkeys(range(_LAYERS), "base"))
+    world.switch(dict.fromkeys(range(NUM_LAYERS), "base"))
     assert world.base_digest() == before
 
 
 _plans = st.lists(
     st.tuples(
-        st.dictionaries(st.integers(0, _LAYERS - 1), st.sampled_from(("base", "w8", "w4")), max_size=_LAYERS),
+        st.dictionaries(st.integers(0, NUM_LAYERS - 1), st.sampled_from(("base", "w8", "w4")), max_size=NUM_LAYERS),
         st.sampled_from(("commit", "abort", "fail")),
     ),
     max_size=6,
@@ -278,9 +178,9 @@ def test_any_script_of_transitions_ends_where_its_commits_say(
     plans: list[tuple[dict[int, str], str]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Guards against state that leaks from an aborted or failed transition into a later one."""
-    world = _World(tmp_path_factory.mktemp("store"))
+    world = World(tmp_path_factory.mktemp("store"))
     before = world.base_digest()
-    expected = dict.fromkeys(range(_LAYERS), "base")
+    expected = dict.fromkeys(range(NUM_LAYERS), "base")
     for changes, outcome in plans:
         for kernel in world.kernels.values():
             kernel.builds, kernel.fail_at = 0, 1 if outcome == "fail" else -1
@@ -301,7 +201,7 @@ def test_any_script_of_transitions_ends_where_its_commits_say(
         assert world.swapper.resident_bytes == total
     for kernel in world.kernels.values():
         kernel.fail_at = -1
-    world.switch(dict.fromkeys(range(_LAYERS), "base"))
+    world.switch(dict.fromkeys(range(NUM_LAYERS), "base"))
     assert world.base_digest() == before
 
 
@@ -323,7 +223,7 @@ class _Held:
         return x
 
 
-class _HoldingKernel(_FakeKernel):
+class _HoldingKernel(FakeKernel):
     def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
         return _Held(tensors)
 
@@ -360,7 +260,7 @@ def test_freed_memory_returns_to_the_system_and_comes_back(tmp_path: Path) -> No
     assert abs(_anonymous_bytes() - at_base) < tolerance
 
 
-class _NormWorld(_World):
+class _NormWorld(World):
     """The same, with a norm in each layer that the w8 variants of layers 0 and 1 bring values for."""
 
     def __init__(self, directory: Path) -> None:

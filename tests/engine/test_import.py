@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import write_checkpoint
+import torch
+from checkpoints import quantization_config, write_checkpoint
 from engine.harness import engine, follow, generate, settle, stock
-from engine.rank_harness import NUM_LAYERS, PROMPTS
+from engine.rank_harness import NUM_LAYERS, PARALLEL, PROMPTS, needs_two_cores
+from safetensors.torch import load_file, save_file
+
+from morphserve.errors import ConfigError
 
 # Level 1 may read what level 0 left in the prefix cache; static serving has no such thing.
 PLAIN: dict[str, Any] = {"skip_tokenizer_init": True, "enable_prefix_caching": False}
@@ -44,3 +50,78 @@ def test_all_layers_swapped_give_the_tokens_of_static_serving(
         assert generate(llm, PROMPTS[:4], 24) == base
     assert swapped != base
     assert swapped == stock(checkpoint, [PROMPTS[:4]], 24, **PLAIN)[0]
+
+
+@needs_two_cores
+@pytest.mark.usefixtures("two_cores")
+def test_two_ranks_give_the_tokens_of_static_serving(tiny_llama: Path, tmp_path: Path) -> None:
+    """Guards: slices cut through groups, or heads of the other rank."""
+    checkpoint = write_checkpoint(tiny_llama, tmp_path / "awq", "awq", 128)
+    parallel = {**PARALLEL, "enable_prefix_caching": False}
+    with engine(tiny_llama, tmp_path / "variants", config("w4", checkpoint), **parallel) as llm:
+        follow(llm, {0: 1})
+        settle(llm, 1)
+        swapped = generate(llm, PROMPTS[:4], 24)
+    assert swapped == stock(checkpoint, [PROMPTS[:4]], 24, **parallel)[0]
+
+
+def other_norm(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.1
+
+
+def one_left_alone(tensors: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.3.mlp.up_proj"
+    for part in ("qweight", "qzeros", "scales", "g_idx"):
+        del tensors[f"{name}.{part}"]
+    tensors[f"{name}.weight"] = torch.zeros(1024, 512, dtype=torch.bfloat16)
+
+
+def lacks_a_norm(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.2.input_layernorm.weight"]
+
+
+def stranger(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.self_attn.extra.weight"] = torch.ones(4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (other_norm, "another model.norm.weight than the model .* made from other weights"),
+        (one_left_alone, "layer 3: .* leaves a part of mlp.gate_up_proj unquantized"),
+        (lacks_a_norm, "layer 2: .* lacks input_layernorm.weight"),
+        (stranger, "layer 1: .* does not fit LlamaForCausalLM"),
+    ],
+)
+def test_checkpoints_that_do_not_belong_are_refused(
+    tiny_llama: Path, variant_cache: Path, tmp_path: Path, change: Any, words: str
+) -> None:
+    """Guards: layers of one model swapped into another."""
+    checkpoint = write_checkpoint(tiny_llama, tmp_path / "gptq", "gptq", 64)
+    tensors = load_file(checkpoint / "model.safetensors")
+    change(tensors)
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    with (
+        pytest.raises(ConfigError, match=words),
+        engine(tiny_llama, variant_cache, config("w4", checkpoint), **PLAIN),
+    ):
+        pass
+
+
+def test_another_tokenizer_is_refused(demo_model: Path, variant_cache: Path, tmp_path: Path) -> None:
+    """Guards: ids that mean other words in the checkpoint."""
+    checkpoint = tmp_path / "other"
+    shutil.copytree(demo_model, checkpoint)
+    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = json.loads((checkpoint / "config.json").read_text())
+    settings["quantization_config"] = quantization_config("gptq", 64)
+    (checkpoint / "config.json").write_text(json.dumps(settings))
+    with (
+        pytest.raises(ConfigError, match="another tokenizer than the model: 2 tokens differ"),
+        engine(demo_model, variant_cache, config("w4", checkpoint)),
+    ):
+        pass

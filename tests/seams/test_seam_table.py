@@ -31,7 +31,8 @@ _OURS = {
     "register",
     "reset",
 }
-_OURS |= {"revision", "sleep", "status"}
+_OURS |= {"revision", "sleep", "status", "_executor", "clone", "verify"}
+_OURS |= {"prompt_token_ids"}  # key of a prompt
 _ADDED = "morphserve_"  # what we add to their classes, as an engine started earlier in this process did
 
 

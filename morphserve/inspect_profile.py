@@ -1,0 +1,69 @@
+"""`python -m morphserve inspect PROFILE`: a profile as tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from quant_layers import Profile
+
+
+def describe(profile: Profile) -> str:
+    """What it is, its ladder level by level, and what single layers cost."""
+    made = ", ".join(f"{key} {_short(value)}" for key, value in profile.made.items())
+    parts = [
+        f"{profile.directory}\nbase {profile.fingerprint[:16]}, {profile.num_layers} layers\nmade with {made}",
+        f"order, least harmful first: {' '.join(map(str, profile.order))}",
+        "levels\n" + _table(_LEVEL_HEAD, _level_rows(profile)),
+    ]
+    layers = profile.figures.get("layers")
+    if layers:
+        parts.append("layers alone (KL in nats per token; LTS and LRS: paper, Algorithm 1)\n" + _layer_table(layers))
+    return "\n\n".join(parts) + "\n"
+
+
+_LEVEL_HEAD = ("level", "layers", "changed", "KL expected", "KL measured", "MiB freed", "step time")
+
+
+def _level_rows(profile: Profile) -> list[list[str]]:
+    rows = []
+    before: dict[int, str] = {}
+    for level, rung in enumerate(profile.ladder):
+        counts = Counter(rung.layers.values())
+        changed = [f"{layer}:{fmt}" for layer, fmt in sorted(rung.layers.items()) if before.get(layer) != fmt]
+        rows.append(
+            [
+                str(level),
+                " ".join(f"{fmt} {count}" for fmt, count in counts.items()) or "base",
+                " ".join(changed) or "-",
+                f"{rung.expected_kl:.4f}",
+                "-" if rung.measured_kl is None else f"{rung.measured_kl:.4f}",
+                f"{rung.bytes_freed / 2**20:.1f}",
+                "-" if rung.step_time_factor is None else f"{rung.step_time_factor:.2f}x",
+            ]
+        )
+        before = dict(rung.layers)
+    return rows
+
+
+def _layer_table(layers: dict[str, dict[str, object]]) -> str:
+    formats = list(next(iter(layers.values()))["kl"])  # type: ignore[call-overload]
+    head = ("layer", *(f"KL {fmt}" for fmt in formats), "LTS", *(f"LRS {fmt}" for fmt in formats))
+    rows = []
+    for layer, row in layers.items():
+        kl, lrs = row["kl"], row["lrs"]
+        assert isinstance(kl, dict) and isinstance(lrs, dict)
+        rows.append(
+            [layer, *(f"{kl[fmt]:.5f}" for fmt in formats), f"{row['lts']:.3f}", *(f"{lrs[f]:.4f}" for f in formats)]
+        )
+    return _table(head, rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in (head, *rows))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _short(value: object) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)

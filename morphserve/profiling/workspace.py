@@ -1,0 +1,71 @@
+"""What a profiling run has computed so far, on disk: a run that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from morphserve.errors import ProfilingError
+
+_SETTINGS = "settings.json"
+
+
+class Workspace:
+    """A directory of numbered results, each written whole or not at all. Hidden states of all layers lie here, so
+    that memory does not grow with depth."""
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
+        """Begin, or take over what a run with the same settings has left.
+
+        Raises:
+            ProfilingError: a run with other settings left something, or the disk refused.
+        """
+        self.directory = directory
+        text = json.dumps(dict(settings), sort_keys=True, indent=1)
+        file = directory / _SETTINGS
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            if file.exists() and file.read_text(encoding="utf-8") != text:
+                raise ProfilingError(
+                    f"{directory} holds an unfinished profile that was begun with other settings. Finish that one, "
+                    f"or delete {directory}."
+                )
+            file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ProfilingError(f"{directory}: {error.strerror}. Give an --out on a disk with room.") from error
+
+    def has(self, what: str, index: int) -> bool:
+        """Whether this result is there."""
+        return self._file(what, index).exists()
+
+    def load(self, what: str, index: int) -> Any:
+        """A result that `has` reports."""
+        return torch.load(self._file(what, index), weights_only=False)  # ours: written by `save`
+
+    def save(self, what: str, index: int, value: Any) -> None:
+        """Raises ProfilingError when the disk refuses."""
+        file = self._file(what, index)
+        partial = file.with_suffix(".partial")
+        try:
+            torch.save(value, partial)
+            os.replace(partial, file)
+        except (OSError, RuntimeError) as error:  # torch wraps what a full disk raises
+            partial.unlink(missing_ok=True)
+            raise ProfilingError(f"cannot write {file}: {error}. Make room, start again: it goes on here.") from error
+
+    def drop(self, what: str, index: int) -> None:
+        """Harmless when it is not there."""
+        self._file(what, index).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """The profile is written: nothing of this is needed any more."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _file(self, what: str, index: int) -> Path:
+        return self.directory / f"{what}-{index:04d}.pt"
