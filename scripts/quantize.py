@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text", nargs="+", type=Path, required=True, help="calibration text, one domain each")
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint; must not exist yet")
     parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, help="default: the largest that fits the model")
-    parser.add_argument("--samples", type=int, default=16, help="windows per text")
+    parser.add_argument("--samples", type=int, default=8, help="windows per text")
+    parser.add_argument("--grid", type=int, default=10, help="AWQ: scalings tried for each norm; time grows with it")
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
     parser.add_argument("--environment", type=Path, default=ENVIRONMENT, help="where llm-compressor is installed")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
@@ -95,7 +96,7 @@ def _quantize(args: argparse.Namespace) -> int:
     oneshot(
         model=model,
         dataset=Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * args.length] * len(rows)}),
-        recipe=_modifiers(args.method, scheme),
+        recipe=_modifiers(args.method, scheme, args.grid),
         max_seq_length=args.length,
         num_calibration_samples=len(rows),
     )
@@ -111,7 +112,7 @@ def _quantize(args: argparse.Namespace) -> int:
     return 0
 
 
-def _modifiers(method: str, scheme: object) -> list[object]:
+def _modifiers(method: str, scheme: object, grid: int) -> list[object]:
     from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
 
     if method == "gptq":
@@ -121,8 +122,8 @@ def _modifiers(method: str, scheme: object) -> list[object]:
     except ImportError:
         from llmcompressor.modifiers.awq import AWQModifier
 
-        return [AWQModifier(config_groups=scheme, ignore=["lm_head"])]
-    return [AWQModifier(), QuantizationModifier(config_groups=scheme, ignore=["lm_head"])]
+        return [AWQModifier(config_groups=scheme, n_grid=grid, ignore=["lm_head"])]
+    return [AWQModifier(n_grid=grid), QuantizationModifier(config_groups=scheme, ignore=["lm_head"])]
 
 
 def _group_size(model: object) -> int:

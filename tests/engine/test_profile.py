@@ -13,6 +13,7 @@ import torch
 from engine.harness import PROMPTS, engine, follow, generate, morph_of, settle
 
 from morphserve.errors import ConfigError
+from quant_layers import Rung, write_profile
 
 ROOT = Path(__file__).parents[2]
 LADDER = {"steps": [{"format": "w8", "layers_per_level": 30}, {"format": "w4", "layers_per_level": 30}]}
@@ -131,10 +132,15 @@ def test_smoothed_w8_is_closer_to_full_precision(
     assert found["smoothed"][1] == pytest.approx(found["plain"][1], rel=1e-6), "w4 layers are not smoothed"
 
 
-def test_profile_of_another_model_is_refused(tiny_llama: Path, variant_cache: Path, profile: Path) -> None:
+def test_profile_of_another_model_is_refused(
+    tiny_llama: Path, variant_cache: Path, profile: Path, tmp_path: Path
+) -> None:
     """Guards: scales of one model folded into another."""
-    with (
-        pytest.raises(ConfigError, match="was made for other weights"),
-        engine(tiny_llama, variant_cache, {"profile": str(profile)}, skip_tokenizer_init=True),
-    ):
-        pass
+    sister = tmp_path / "sister"
+    write_profile(sister, "0" * 64, {}, (Rung({}, 0.0), Rung({5: "w8"}, 0.1)), range(6), {}, {})
+    for path, words in ((profile, "of a model with 30 decoder layers"), (sister, "was made for other weights")):
+        with (
+            pytest.raises(ConfigError, match=words),
+            engine(tiny_llama, variant_cache, {"profile": str(path)}, skip_tokenizer_init=True),
+        ):
+            pass
