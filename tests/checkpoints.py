@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quant_layers import QuantW4, quantize_w4, quantize_w8
 
-KINDS = ("gptq", "gptq_v2_asym", "awq", "ct_w4_sym", "ct_w4_asym", "ct_w8", "ct_int8")
+KINDS = ("gptq", "gptq_asym", "gptq_v2_asym", "awq", "ct_w4_sym", "ct_w4_asym", "ct_w8", "ct_int8")
 _FOLDS = {  # AWQ: what reads a norm, by the norm
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),

@@ -131,6 +131,23 @@ def test_prices_are_what_swapping_costs(tiny: Any, tmp_path: Path, family: str) 
         assert cost.kl(changes) == pytest.approx(true, rel=0.35), changes
 
 
+def test_slopes_are_of_their_own_window(tiny: Any, tmp_path: Path) -> None:
+    """Guards: the gradient of one text with the change of another, which no mean would show."""
+    from morphserve.profiling.effects import _gradients_of_answers
+
+    model = StreamedModel(tiny("llama")[1])
+    workspace = Workspace(tmp_path / "work", {})
+    windows, _, effects = swept(model, workspace)
+    gradient = _gradients_of_answers(model, workspace.load("hidden", 3), 2, 0)
+    states, (_, arguments) = workspace.load("hidden", 2), model.begin(windows)
+    expected = []
+    for window, kwargs in enumerate(arguments[2]):
+        before, tensors = states[window : window + 1], model.layer(2)
+        change = RoundToNearest("w4").run(model, 2, tensors, before, kwargs) - model.run(2, tensors, before, kwargs)
+        expected.append((gradient[window] * change).sum(-1).flatten())
+    torch.testing.assert_close(effects[2].slopes["", "w4"], torch.cat(expected), rtol=1e-4, atol=1e-6)
+
+
 def test_scores_of_the_paper(tiny: Any, tmp_path: Path) -> None:
     """Guards: LTS and LRS taken from something else than the layer's input and outputs."""
     _, directory = tiny("llama")
