@@ -6,7 +6,8 @@ Needs torch and nothing else of ours; vLLM's operators are used where another pa
 from .checkpoint import Checkpoint, ImportedLayer, tensor_files
 from .errors import CheckpointError, KernelError, ProfileError, QuantError, StoreError, SwapError
 from .halves import HALVES, Half, format_of, half_of, join_format, split_format
-from .kernels import CANDIDATES, FORMATS, Kernel, LinearImpl, Native
+from .kernels import CANDIDATES, FORMATS, Kernel
+from .linears import LinearImpl, Native
 from .memory import trim
 from .packing import (
     QuantW4,

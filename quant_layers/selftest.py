@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .errors import KernelError
-from .kernels import CANDIDATES, FORMATS, Kernel, LinearImpl
+from .kernels import CANDIDATES, FORMATS, Kernel
+from .linears import LinearImpl
 
 _SHAPES = ((960, 576), (576, 1536), (64, 32))  # [N, K]; group sizes 64, 64 and 32
 _ROWS = (1, 17)

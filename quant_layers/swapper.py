@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .errors import StoreError, SwapError
 from .halves import HALVES, Half, format_of, half_of, join_format, split_format
-from .kernels import Kernel, LinearImpl
+from .kernels import Kernel
+from .linears import LinearImpl
 from .memory import trim
 from .store import BASE, VariantStore
 
