@@ -16,11 +16,13 @@ from torch import Tensor
 
 from .errors import CheckpointError
 from .importers import Scheme, is_quantized, read_linear
+from .jsonfile import read_object
 from .packing import QuantW4, QuantW8
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _INDEX = "model.safetensors.index.json"
 _PATTERN = "*.safetensors"
+_REMEDY = "give a directory with a whole checkpoint in it, or fetch it again"
 _METHODS = ("gptq", "awq", "compressed-tensors")
 _SHAPE_KEYS = (
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
@@ -58,7 +60,7 @@ class Checkpoint:
         Raises:
             CheckpointError: no such checkpoint, a scheme that is not supported, or a damaged file.
         """
-        config = _read_json(directory / "config.json")
+        config = read_object(directory / "config.json", CheckpointError, _REMEDY)
         scheme = read_scheme(directory, config)
         return cls(directory, scheme, config, tensor_files(directory))
 
@@ -165,7 +167,7 @@ def read_scheme(directory: Path, config: Mapping[str, Any]) -> Scheme:
                 f"{directory}: config.json has no quantization_config and there is no quantize_config.json; "
                 "give a quantized checkpoint, or leave this format to round-to-nearest"
             )
-        found = {"quant_method": "gptq"} | _read_json(file)
+        found = {"quant_method": "gptq"} | read_object(file, CheckpointError, _REMEDY)
     method = str(found.get("quant_method", "")).lower()
     if method not in _METHODS:
         raise CheckpointError(f"{directory}: quant_method {method!r} is not known; known are {', '.join(_METHODS)}")
@@ -193,7 +195,7 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     """
     index = directory / _INDEX
     if index.exists():
-        names = _read_json(index).get("weight_map", {})
+        names = read_object(index, CheckpointError, _REMEDY).get("weight_map", {})
         files = {name: directory / file for name, file in names.items()}
         if absent := sorted({file.name for file in files.values() if not file.exists()}):
             raise CheckpointError(f"{directory} lacks {', '.join(absent)}, which its index names; fetch it again")
@@ -208,18 +210,6 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     if not files:
         raise CheckpointError(f"{directory} has no {_PATTERN} files; convert the checkpoint to safetensors")
     return files
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}; give a directory with a checkpoint in it") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is no JSON ({error}); fetch the checkpoint again") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file} holds a {type(found).__name__}, expected an object; fetch it again")
-    return found
 
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:

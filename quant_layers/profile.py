@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from .errors import ProfileError
+from .jsonfile import read_object
 from .tensorfile import read_file, sha256_of, write_file
 
 SCHEMA = 2  # 1 had no ladder
@@ -171,15 +172,9 @@ def read_profile(directory: str | os.PathLike[str], *, with_scales: bool = True)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ProfileError(f"{path}: {error.strerror}; {_REMEDY}") from error
-    except ValueError as error:
-        raise ProfileError(f"{path} is no JSON ({error}); {_REMEDY}") from error
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        found = document.get("schema") if isinstance(document, dict) else None
-        raise ProfileError(f"{path} has schema {found!r}, known is {SCHEMA}; {_REMEDY}")
+    document = read_object(path, ProfileError, _REMEDY)
+    if document.get("schema") != SCHEMA:
+        raise ProfileError(f"{path} has schema {document.get('schema')!r}, known is {SCHEMA}; {_REMEDY}")
     expected = document.pop("sha256", None)
     found = _sha256_of_document(document)
     if found != expected:

@@ -21,8 +21,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,6 +61,7 @@ def _orders(args: argparse.Namespace) -> dict[str, list[list[int]]]:
     """Name |-> one order a seed."""
     import transformers
 
+    from morphserve.hub import find_files
     from morphserve.profiling import (
         RoundToNearest,
         StreamedModel,
@@ -71,13 +70,12 @@ def _orders(args: argparse.Namespace) -> dict[str, list[list[int]]]:
         cost_of,
         forward_sweep,
         lis_order,
-        locate,
         swap_order,
         token_windows,
     )
     from quant_layers import greedy
 
-    directory = locate(args.model)
+    directory = find_files(args.model, "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     model = StreamedModel(directory)
     depth = len(model)
@@ -118,11 +116,11 @@ def _measure(args: argparse.Namespace, orders: dict[str, list[list[int]]]) -> di
     with tempfile.TemporaryDirectory() as scratch:
         rungs = Path(scratch) / "rungs.json"
         rungs.write_text(json.dumps([dict.fromkeys(sorted(layers), args.format) for layers in wanted]))
-        command = [sys.executable, ROOT / "scripts" / "measure_kl.py", args.model, "--rungs", rungs]
+        command = [sys.executable, "-m", "morphserve.integration.measure", args.model, "--rungs", rungs]
         command += ["--text", *args.eval_text, "--windows", str(args.eval_windows)]
         done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise OSError(f"measure_kl.py ended with {done.returncode}")
+        raise OSError(f"measuring ended with {done.returncode}")
     for layers, row in zip(wanted, json.loads(done.stdout.splitlines()[-1])["rows"], strict=True):
         sets[layers] = row["kl"]
     found: dict[str, dict[str, list[float]]] = {}

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoTokenizer
 from vllm.model_executor.layers.linear import LinearBase
 
 from morphserve.errors import ConfigError
+from morphserve.hub import find_files
 from morphserve.integration.rank_profile import PackedLayer, Plain
 from quant_layers import (
     BIAS,
@@ -37,7 +36,6 @@ from quant_layers import (
 )
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
-_FILES = ["*.safetensors", "*.json"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _ROUNDING = 2.0**-7  # of a bf16 value; a checkpoint kept in fp16 may have rounded what it did not quantize
 _FP16_TINY = 1e-6
@@ -84,7 +82,7 @@ class Importer(Plain):
         Raises:
             ConfigError: there is none, it is damaged, not supported, or of another model.
         """
-        directory = find_checkpoint(source)
+        directory = find_files(source, "variants")
         try:
             checkpoint = Checkpoint.open(directory)
             checkpoint.check_shape(model_config.hf_text_config.to_dict())
@@ -226,24 +224,6 @@ class Importer(Plain):
                     "that was quantized from this model"
                 ) from e
         return found
-
-
-def find_checkpoint(source: str) -> Path:
-    """A directory, else the files of a hub repository, downloaded or from the local cache.
-
-    Raises:
-        ConfigError: neither.
-    """
-    directory = Path(source).expanduser()
-    if directory.is_dir():
-        return directory
-    try:
-        return Path(snapshot_download(source, allow_patterns=_FILES))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-        raise ConfigError(
-            f"variants: {source!r} is neither a directory nor a repository that can be had ({e}). Give the directory "
-            "of a quantized checkpoint of this model."
-        ) from e
 
 
 def _check_tokenizer(base: str, directory: Path) -> None:

@@ -1,7 +1,7 @@
 """Offline: what a model's layers do to real text, and what their formats cost. Needs transformers, no vLLM."""
 
 from .effects import LayerEffects, backward_sweep, cost_of, forward_sweep
-from .job import ProfileJob, locate, run_profile, swap_order
+from .job import ProfileJob, run_profile, swap_order
 from .model import StreamedModel
 from .paper_order import lis_order
 from .text import decoder_layers, token_windows
@@ -20,7 +20,6 @@ __all__ = [
     "decoder_layers",
     "forward_sweep",
     "lis_order",
-    "locate",
     "run_profile",
     "swap_order",
     "token_windows",

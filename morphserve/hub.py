@@ -1,0 +1,33 @@
+"""Models and checkpoints: a directory, or a name on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from morphserve.errors import ConfigError
+
+_FILES = ["*.safetensors", "*.json", "*.model", "*.txt"]
+
+
+def find_files(source: str, what: str) -> Path:
+    """The directory, else the hub's files of that name, from the local cache or downloaded.
+
+    Args:
+        source: directory or hub name.
+        what: that is looked for, in words.
+
+    Raises:
+        ConfigError: neither.
+    """
+    directory = Path(source).expanduser()
+    if directory.is_dir():
+        return directory
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=_FILES))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        raise ConfigError(
+            f"{what}: {source!r} is neither a directory nor a hub repository that can be had ({e}). Give either."
+        ) from e
