@@ -32,7 +32,7 @@ _OURS = {
     "reset",
 }
 _OURS |= {"revision", "sleep", "status", "_executor", "clone", "verify"}
-_OURS |= {"prompt_token_ids"}  # key of a prompt
+_OURS |= {"prompt_token_ids", "positions"}  # keys: of a prompt, of what measuring prints
 _ADDED = "morphserve_"  # what we add to their classes, as an engine started earlier in this process did
 
 
