@@ -71,6 +71,9 @@ def damage(directory: Path, how: str) -> str:
     if how == "no json":
         manifest.write_text("{")
         return "no JSON"
+    if how == "no object":
+        manifest.write_text("[]")
+        return "holds a list, expected an object"
     document = json.loads(manifest.read_text())
     if how == "schema":
         document["schema"] = 99
@@ -84,7 +87,7 @@ def damage(directory: Path, how: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "how", ["flipped", "truncated", "no shard", "no manifest", "no json", "schema", "keys", "edited"]
+    "how", ["flipped", "truncated", "no shard", "no manifest", "no json", "no object", "schema", "keys", "edited"]
 )
 def test_damage_is_refused_with_a_remedy(written: Path, how: str) -> None:
     """Guards: a server that starts on half a profile."""
