@@ -5,11 +5,13 @@ Needs torch and nothing else of ours; vLLM's operators are used where another pa
 
 from .checkpoint import Checkpoint, ImportedLayer, tensor_files
 from .errors import CheckpointError, KernelError, ProfileError, QuantError, StoreError, SwapError
+from .float8 import QuantF8
 from .halves import HALVES, Half, format_of, half_of, join_format, split_format
-from .kernels import CANDIDATES, FORMATS, Kernel
+from .kernels import KernelBase
 from .linears import LinearImpl, Native
 from .memory import trim
-from .packing import (
+from .neutral import (
+    Quant,
     QuantW4,
     QuantW8,
     choose_group_size,
@@ -20,6 +22,7 @@ from .packing import (
     regroup,
 )
 from .profile import LayerScales, Profile, Rung, base_fingerprint, read_profile, write_profile
+from .registry import CANDIDATES, FORMATS, Kernel, register, unregister
 from .selftest import KernelReport, check_kernel, choose, probe
 from .sensitivity import Change, Move, QuadraticCost, Unit, greedy, layer_importance_order
 from .smoothing import Fold, Scale, apply_scales, choose_scale, folds_of
@@ -55,6 +58,7 @@ __all__ = [
     "ImportedLayer",
     "join_format",
     "Kernel",
+    "KernelBase",
     "KernelError",
     "KernelReport",
     "layer_importance_order",
@@ -70,12 +74,15 @@ __all__ = [
     "ProfileError",
     "QuadraticCost",
     "QuantError",
+    "Quant",
+    "QuantF8",
     "quantize_w4",
     "quantize_w8",
     "QuantW4",
     "QuantW8",
     "read_profile",
     "RECIPE_MARK",
+    "register",
     "regroup",
     "Rung",
     "Scale",
@@ -88,6 +95,7 @@ __all__ = [
     "TensorSlot",
     "trim",
     "Unit",
+    "unregister",
     "VariantStore",
     "write_profile",
 ]

@@ -17,7 +17,7 @@ from torch import Tensor
 from .errors import CheckpointError
 from .importers import Scheme, is_quantized, read_linear
 from .jsonfile import read_object
-from .packing import QuantW4, QuantW8
+from .neutral import QuantW4, QuantW8
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _INDEX = "model.safetensors.index.json"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
-from .packing import QuantW4, QuantW8
+from .neutral import QuantW4, QuantW8
 
 Parts = Mapping[str, Tensor]  # tensor name below the linear |-> tensor
 

@@ -1,4 +1,7 @@
-"""Which kernel runs which format here: what it needs, how it packs, and the arithmetic it must reproduce."""
+"""Which kernel runs which format here: what it needs, how it packs, and what a packed weight means.
+
+registry.py says how a new one is added.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import importlib.util
 import os
 import platform
 from collections.abc import Mapping
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,44 +25,10 @@ from .linears import (
     Int8WeightOnlyLinear,
     LinearImpl,
 )
-from .packing import QuantW4, QuantW8
+from .neutral import Quant, QuantW4, QuantW8
+from .registry import register
 
-
-class Kernel(Protocol):
-    """One way to run one format. Instances are bound to the activation dtype."""
-
-    name: str  # also of the packed layout on disk: whoever changes what `pack` gives changes the name
-    format: str  # "w8" or "w4"
-    dtype: torch.dtype  # of activations, outputs, and weights to pack (or these in fp32)
-    quantizes_activations: bool  # to int8, per token
-
-    def unavailable(self) -> str:
-        """Why this kernel cannot run here with this dtype, or an empty string."""
-        ...
-
-    def check_shape(self, n: int, k: int) -> None:
-        """Raise KernelError when a weight [n, k] does not fit this kernel."""
-        ...
-
-    def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """Quantize and lay out a weight [N, K]: plain tensors that can be stored."""
-        ...
-
-    def pack_quant(self, quant: QuantW8 | QuantW4) -> dict[str, Tensor]:
-        """Lay out a weight that somebody else quantized.
-
-        Raises:
-            KernelError: another width than this kernel's, or a shape that does not fit it.
-        """
-        ...
-
-    def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
-        """Make a stored linear callable. Keeps references to `tensors` where the kernel reads them."""
-        ...
-
-    def reference(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """What the stored linear means: fp32 [N, K]."""
-        ...
+_INT8_STEPS = 127
 
 
 def _missing(names: tuple[str, ...]) -> str:
@@ -81,16 +50,21 @@ def _no_vnni() -> str:
     return ""
 
 
-class _Base:
+class KernelBase:
     """What the kernels share: dtype and shape gates, declared as class attributes."""
 
-    name: str
-    format: str
-    quantizes_activations: bool = True
-    _dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
-    _ops: tuple[str, ...]
-    _needs_vnni: bool = False
-    _multiple: int = 32  # of both N and K
+    name: ClassVar[str]
+    neutral: ClassVar[type[Quant]]
+    format: ClassVar[str]  # that of `neutral`
+    quantizes_activations: ClassVar[bool] = True
+    slow_on: ClassVar[tuple[str, ...]] = ()
+    _dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16, torch.float16)
+    _ops: ClassVar[tuple[str, ...]] = ()  # of vLLM's extension
+    _needs_vnni: ClassVar[bool] = False
+    _multiple: ClassVar[int] = 32  # of both N and K
+
+    def __init_subclass__(cls) -> None:
+        cls.format = cls.neutral.format
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         self.dtype = dtype
@@ -116,35 +90,44 @@ class _Base:
                 "choose the kernel with the model's dtype"
             )
         self.check_shape(*weight.shape)
-        if self.format == "w8":
-            return self.pack_quant(packing.quantize_w8(weight))
-        size = packing.choose_group_size(weight.shape[1])
-        return self.pack_quant(packing.quantize_w4(weight, size, scale_dtype=self._scale_dtype))
+        return self.pack_quant(self.neutral.of(weight, self._scale_dtype))
 
-    def pack_quant(self, quant: QuantW8 | QuantW4) -> dict[str, Tensor]:
+    def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
         raise NotImplementedError
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> Quant:
+        raise NotImplementedError
+
+    def reference(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return self.unpack(tensors).dequantize()
+
+    def activation_half_step(self, x: Tensor) -> Tensor:
+        if not self.quantizes_activations:
+            return torch.zeros_like(x, dtype=torch.float64)
+        return (x.double().abs().amax(dim=1, keepdim=True) / _INT8_STEPS / 2).expand(x.shape)
 
     @property
     def _scale_dtype(self) -> torch.dtype:
-        """W4 scales are rounded to what the kernel reads before the weights are rounded to them."""
+        """Scales are rounded to what the kernel reads before the weights are rounded to them."""
         return torch.float32 if self.quantizes_activations else self.dtype
 
-    def _admit_quant(self, quant: QuantW8 | QuantW4) -> None:
-        bits = 8 if isinstance(quant, QuantW8) else 4
-        if f"w{bits}" != self.format:
-            raise KernelError(f"{self.name} runs {self.format}, this weight has {bits} bits; name it under w{bits}")
+    def _admit_quant(self, quant: Quant) -> None:
+        if type(quant) is not self.neutral:
+            raise KernelError(
+                f"{self.name} runs {self.format}, this weight is {quant.format}; name it under {quant.format}"
+            )
         self.check_shape(*quant.q.shape)
 
 
-class W8A8Vnni(_Base):
+class W8A8Vnni(KernelBase):
     """int8 x int8 with per-token activation scales, fused in one operator; plain packed tensors."""
 
-    name, format = "w8a8_vnni", "w8"
+    name, neutral = "w8a8_vnni", QuantW8
     _dtypes = (torch.bfloat16,)  # with fp16 the operator ends the process
     _ops = ("int8_scaled_mm_with_quant",)
     _needs_vnni = True
 
-    def pack_quant(self, quant: QuantW8 | QuantW4) -> dict[str, Tensor]:
+    def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
         self._admit_quant(quant)
         assert isinstance(quant, QuantW8)
         return {"weight": packing.pack_w8_vnni(quant.q), "scale": quant.scale}
@@ -152,15 +135,14 @@ class W8A8Vnni(_Base):
     def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
         return Int8VnniLinear(tensors["weight"], tensors["scale"], bias, self.dtype)
 
-    def reference(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        q = packing.unpack_w8_vnni(tensors["weight"])
-        return packing.dequantize_w8(packing.QuantW8(q, tensors["scale"]))
+    def unpack(self, tensors: Mapping[str, Tensor]) -> Quant:
+        return QuantW8(packing.unpack_w8_vnni(tensors["weight"]), tensors["scale"])
 
 
-class W8A8Onednn(_Base):
+class W8A8Onednn(KernelBase):
     """int8 x int8 through oneDNN: portable, but building reorders the weight (about 1 GiB/s)."""
 
-    name, format = "w8a8_onednn", "w8"
+    name, neutral = "w8a8_onednn", QuantW8
     _ops = (
         "create_onednn_scaled_mm_handler",
         "onednn_scaled_mm",
@@ -169,7 +151,7 @@ class W8A8Onednn(_Base):
     )
     _multiple = 1
 
-    def pack_quant(self, quant: QuantW8 | QuantW4) -> dict[str, Tensor]:
+    def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
         self._admit_quant(quant)
         assert isinstance(quant, QuantW8)
         return {"weight": quant.q, "scale": quant.scale}
@@ -177,27 +159,25 @@ class W8A8Onednn(_Base):
     def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
         return Int8OnednnLinear(tensors["weight"], tensors["scale"], bias, self.dtype)
 
-    def reference(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return packing.dequantize_w8(packing.QuantW8(tensors["weight"], tensors["scale"]))
+    def unpack(self, tensors: Mapping[str, Tensor]) -> Quant:
+        return QuantW8(tensors["weight"], tensors["scale"])
 
 
-class W8A16(_Base):
+class W8A16(KernelBase):
     """8-bit weights, activations as they are: nothing is lost to their rounding, and nothing gained in speed.
 
     Never chosen by itself where a W8A8 kernel runs; name it under `kernels:` where quality counts more than speed.
     """
 
-    name, format = "w8a16_aten", "w8"
+    name, neutral = "w8a16_aten", QuantW8
     quantizes_activations = False
-    _ops = ()
-    _multiple = 32
 
     def unavailable(self) -> str:
         if not hasattr(torch.ops.aten, "_weight_int8pack_mm"):
             return "this torch has no _weight_int8pack_mm"
         return super().unavailable()
 
-    def pack_quant(self, quant: QuantW8 | QuantW4) -> dict[str, Tensor]:
+    def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
         self._admit_quant(quant)
         assert isinstance(quant, QuantW8)
         return {"weight": quant.q, "scale": quant.scale.to(self.dtype)}
@@ -205,18 +185,18 @@ class W8A16(_Base):
     def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
         return Int8WeightOnlyLinear(tensors, bias, self.dtype)
 
-    def reference(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return packing.dequantize_w8(packing.QuantW8(tensors["weight"], tensors["scale"]))
+    def unpack(self, tensors: Mapping[str, Tensor]) -> Quant:
+        return QuantW8(tensors["weight"], tensors["scale"])
 
 
-class W4A8Vnni(_Base):
+class W4A8Vnni(KernelBase):
     """4-bit weights with zero points, int8 activations. vLLM offers it with AMX only; VNNI runs it too."""
 
-    name, format = "w4a8_vnni", "w4"
+    name, neutral = "w4a8_vnni", QuantW4
     _ops = ("int4_scaled_mm_cpu",)
     _needs_vnni = True
 
-    def pack_quant(self, quant: QuantW8 | QuantW4) -> dict[str, Tensor]:
+    def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
         self._admit_quant(quant)
         assert isinstance(quant, QuantW4)
         return packing.pack_w4_vnni(quant)
@@ -224,18 +204,18 @@ class W4A8Vnni(_Base):
     def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
         return Int4VnniLinear(tensors, bias)
 
-    def reference(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return packing.dequantize_w4(packing.unpack_w4_vnni(dict(tensors)))
+    def unpack(self, tensors: Mapping[str, Tensor]) -> Quant:
+        return packing.unpack_w4_vnni(dict(tensors))
 
 
-class W4A16(_Base):
+class W4A16(KernelBase):
     """4-bit weights dequantized on the fly: saves memory, but is slower than bf16 at every batch size."""
 
-    name, format = "w4a16", "w4"
+    name, neutral = "w4a16", QuantW4
     quantizes_activations = False
     _ops = ("cpu_gemm_wna16",)
 
-    def pack_quant(self, quant: QuantW8 | QuantW4) -> dict[str, Tensor]:
+    def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
         self._admit_quant(quant)
         assert isinstance(quant, QuantW4)
         return packing.pack_w4_int32(QuantW4(quant.q, quant.scale.to(self.dtype), quant.zero))
@@ -243,16 +223,15 @@ class W4A16(_Base):
     def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
         return Int4WeightOnlyLinear(tensors, bias, self.dtype)
 
-    def reference(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return packing.dequantize_w4(packing.unpack_w4_int32(dict(tensors)))
+    def unpack(self, tensors: Mapping[str, Tensor]) -> Quant:
+        return packing.unpack_w4_int32(dict(tensors))
 
 
-class W4A16Triton(_Base):
+class W4A16Triton(KernelBase):
     """Our own Triton kernel, for GPUs on which vLLM has no other. Runs on CPU in Triton's interpreter, for tests."""
 
-    name, format = "w4a16_triton", "w4"
+    name, neutral = "w4a16_triton", QuantW4
     quantizes_activations = False
-    _ops = ()
 
     def unavailable(self) -> str:
         if importlib.util.find_spec("triton") is None:
@@ -263,7 +242,7 @@ class W4A16Triton(_Base):
             return "needs a GPU (or TRITON_INTERPRET=1, for tests)"
         return ""
 
-    def pack_quant(self, quant: QuantW8 | QuantW4) -> dict[str, Tensor]:
+    def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
         self._admit_quant(quant)
         assert isinstance(quant, QuantW4)
         return packing.pack_w4_columns(QuantW4(quant.q, quant.scale.to(self.dtype), quant.zero))
@@ -271,16 +250,9 @@ class W4A16Triton(_Base):
     def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
         return Int4TritonLinear(tensors, None if bias is None else bias.to(self.dtype))
 
-    def reference(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return packing.dequantize_w4(packing.unpack_w4_columns(dict(tensors)))
+    def unpack(self, tensors: Mapping[str, Tensor]) -> Quant:
+        return packing.unpack_w4_columns(dict(tensors))
 
 
-CANDIDATES: tuple[type[W8A8Vnni | W8A8Onednn | W8A16 | W4A8Vnni | W4A16 | W4A16Triton], ...] = (
-    W8A8Vnni,
-    W8A8Onednn,
-    W8A16,
-    W4A8Vnni,
-    W4A16,
-    W4A16Triton,
-)  # within a format, the first that passes its self-test is used
-FORMATS = tuple(dict.fromkeys(kernel.format for kernel in CANDIDATES))
+for _kernel in (W8A8Vnni, W8A8Onednn, W8A16, W4A8Vnni, W4A16, W4A16Triton):
+    register(_kernel)

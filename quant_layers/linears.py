@@ -43,11 +43,11 @@ def _op(name: str) -> Callable[..., Any]:
     return operator
 
 
-def _bytes(*tensors: Tensor | None) -> int:
+def nbytes_of(*tensors: Tensor | None) -> int:
     return sum(t.nbytes for t in tensors if t is not None)
 
 
-class _Rows:
+class Rows:
     """Shared edge handling. The operators want contiguous [M, K] and fault on M = 0."""
 
     __slots__ = ("k", "n", "nbytes")
@@ -65,7 +65,7 @@ class _Rows:
         return self(x.reshape(-1, self.k).contiguous()).view(*x.shape[:-1], self.n)
 
 
-class Int8VnniLinear(_Rows):
+class Int8VnniLinear(Rows):
     __slots__ = ("_bias", "_dtype", "_run", "_scale", "_weight")
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
@@ -73,7 +73,7 @@ class Int8VnniLinear(_Rows):
         self._run = _op("int8_scaled_mm_with_quant")
         self._weight, self._scale, self._dtype = weight, scale, dtype
         self._bias = None if bias is None else bias.float()
-        self.nbytes = _bytes(weight, scale, self._bias)
+        self.nbytes = nbytes_of(weight, scale, self._bias)
 
     @property
     def native(self) -> Native:
@@ -87,7 +87,7 @@ class Int8VnniLinear(_Rows):
         return out
 
 
-class Int4VnniLinear(_Rows):
+class Int4VnniLinear(Rows):
     __slots__ = ("_bias", "_run", "_scale", "_weight", "_zero")
 
     def __init__(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> None:
@@ -95,7 +95,7 @@ class Int4VnniLinear(_Rows):
         self._run = _op("int4_scaled_mm_cpu")
         self._bias = None if bias is None else bias.float()
         self.n, self.k = packing.w4_vnni_shape(self._weight)
-        self.nbytes = _bytes(self._weight, self._zero, self._scale, self._bias)
+        self.nbytes = nbytes_of(self._weight, self._zero, self._scale, self._bias)
 
     @property
     def native(self) -> Native:
@@ -109,7 +109,7 @@ class Int4VnniLinear(_Rows):
         return out
 
 
-class Int8OnednnLinear(_Rows):
+class Int8OnednnLinear(Rows):
     """Owns a oneDNN matmul, whose reordered weight lives outside torch's tensors."""
 
     __slots__ = ("_bias", "_handler", "_quantize", "_release", "_run", "_scale")
@@ -124,7 +124,7 @@ class Int8OnednnLinear(_Rows):
         self._handler = torch.tensor(pointer, dtype=torch.int64)
         self._scale = scale  # the handler does not copy the scales
         self._bias = None if bias is None else bias.to(dtype)
-        self.nbytes = weight.nbytes + _bytes(scale, self._bias)
+        self.nbytes = weight.nbytes + nbytes_of(scale, self._bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dim() != 2 or not x.is_contiguous() or not x.numel():
@@ -141,7 +141,7 @@ class Int8OnednnLinear(_Rows):
             self._release(self._handler.item())
 
 
-class Int4WeightOnlyLinear(_Rows):
+class Int4WeightOnlyLinear(Rows):
     __slots__ = ("_bias", "_run", "_scale", "_weight", "_zero")
 
     def __init__(self, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> None:
@@ -149,7 +149,7 @@ class Int4WeightOnlyLinear(_Rows):
         self._run = _op("cpu_gemm_wna16")
         self._bias = None if bias is None else bias.to(dtype)
         self.n, self.k = self._scale.shape[1], self._weight.shape[1] // 2
-        self.nbytes = _bytes(self._weight, self._zero, self._scale, self._bias)
+        self.nbytes = nbytes_of(self._weight, self._zero, self._scale, self._bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dim() != 2 or not x.is_contiguous() or not x.numel():
@@ -159,14 +159,14 @@ class Int4WeightOnlyLinear(_Rows):
         return out
 
 
-class Int8WeightOnlyLinear(_Rows):
+class Int8WeightOnlyLinear(Rows):
     __slots__ = ("_bias", "_scale", "_weight")
 
     def __init__(self, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> None:
         self._weight, self._scale = tensors["weight"], tensors["scale"].to(dtype)
         self._bias = None if bias is None else bias.to(dtype)
         self.n, self.k = self._weight.shape
-        self.nbytes = _bytes(self._weight, self._scale, self._bias)
+        self.nbytes = nbytes_of(self._weight, self._scale, self._bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dim() != 2 or not x.is_contiguous() or not x.numel():
@@ -175,7 +175,7 @@ class Int8WeightOnlyLinear(_Rows):
         return out if self._bias is None else out.add_(self._bias)
 
 
-class Int4TritonLinear(_Rows):
+class Int4TritonLinear(Rows):
     __slots__ = ("_bias", "_run", "_scale", "_weight", "_zero")
 
     def __init__(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> None:
@@ -185,7 +185,7 @@ class Int4TritonLinear(_Rows):
         self._weight, self._zero, self._scale = tensors["weight"], tensors["zero"], tensors["scale"]
         self._bias = bias
         self.n, self.k = self._weight.shape[1], self._weight.shape[0] * 8
-        self.nbytes = _bytes(self._weight, self._zero, self._scale, self._bias)
+        self.nbytes = nbytes_of(self._weight, self._zero, self._scale, self._bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dim() != 2 or not x.is_contiguous() or not x.numel():

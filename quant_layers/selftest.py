@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from .errors import KernelError
-from .kernels import CANDIDATES, FORMATS, Kernel
 from .linears import LinearImpl
+from .registry import CANDIDATES, FORMATS, Kernel
 
 _SHAPES = ((960, 576), (576, 1536), (64, 32))  # [N, K]; group sizes 64, 64 and 32
 _ROWS = (1, 17)
 _SIGMAS = 6.0  # of the error that rounding alone causes; the inputs are seeded, so this is no coin toss
-_INT8_STEPS = 127
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +27,15 @@ class KernelReport:
     worst_error: float  # largest error seen as a share of what rounding explains; nan if it never ran
 
 
-def probe(dtype: torch.dtype = torch.bfloat16) -> dict[str, KernelReport]:
+def probe(dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> dict[str, KernelReport]:
     """Self-test every kernel for activations of `dtype`. Never raises; takes a few tenths of a second."""
-    return {kernel.name: check_kernel(kernel) for kernel in (make(dtype) for make in CANDIDATES)}
+    return {make.name: check_kernel(make(dtype), device) for make in CANDIDATES}
 
 
-def choose(format: str, dtype: torch.dtype = torch.bfloat16, name: str | None = None) -> Kernel:
+def choose(format: str, dtype: torch.dtype = torch.bfloat16, name: str | None = None, device: str = "cpu") -> Kernel:
     """The first kernel for `format` that passes its self-test here, or the one with this name.
+
+    Kernels that are slow on this type of device are tried last.
 
     Raises:
         KernelError: unknown format or name, or no kernel passes; names each candidate and why it failed.
@@ -42,6 +43,7 @@ def choose(format: str, dtype: torch.dtype = torch.bfloat16, name: str | None = 
     if format not in FORMATS:
         raise KernelError(f"unknown format {format!r}; known are {', '.join(FORMATS)}")
     candidates = [make for make in CANDIDATES if make.format == format]
+    candidates.sort(key=lambda make: device in make.slow_on)
     if name is not None:
         known = ", ".join(make.name for make in candidates)
         candidates = [make for make in candidates if make.name == name]
@@ -49,7 +51,7 @@ def choose(format: str, dtype: torch.dtype = torch.bfloat16, name: str | None = 
             raise KernelError(f"unknown kernel {name!r} for {format}; known are {known}")
     failed = []
     for kernel in (make(dtype) for make in candidates):
-        report = check_kernel(kernel)
+        report = check_kernel(kernel, device)
         if report.ok:
             return kernel
         failed.append(f"{report.name}: {report.reason}")
@@ -59,13 +61,13 @@ def choose(format: str, dtype: torch.dtype = torch.bfloat16, name: str | None = 
     )
 
 
-def check_kernel(kernel: Kernel) -> KernelReport:
+def check_kernel(kernel: Kernel, device: str = "cpu") -> KernelReport:
     """Run one kernel on small random linears and compare with its own dequantization in float64."""
     worst = float("nan")
     try:
         reason = kernel.unavailable()
         if not reason:
-            worst = max(_worst_error(kernel, n, k) for n, k in _SHAPES)
+            worst = max(_worst_error(kernel, n, k, device) for n, k in _SHAPES)
             if not worst <= 1.0:  # also catches nan
                 reason = f"self-test error is {worst:.3g} times what rounding explains, limit 1"
     except Exception as error:  # a kernel that fails in any way is one that is not used
@@ -73,33 +75,32 @@ def check_kernel(kernel: Kernel) -> KernelReport:
     return KernelReport(kernel.name, kernel.format, not reason, reason, worst)
 
 
-def _worst_error(kernel: Kernel, n: int, k: int) -> float:
+def _worst_error(kernel: Kernel, n: int, k: int, device: str) -> float:
     """Largest error over batch sizes, with and without bias, as a share of the bound."""
     dtype = kernel.dtype
     generator = torch.Generator().manual_seed(n * k)
     weight = torch.randn(n, k, generator=generator) * torch.rand(n, 1, generator=generator)
     # Off-centre, so that zero points lie off the middle of the grid and a kernel that drops them is caught.
-    weight = ((weight + 0.5) * 0.05).to(dtype)
+    weight = ((weight + 0.5) * 0.05).to(device, dtype)
     tensors = kernel.pack(weight)
     meaning = kernel.reference(tensors).double()
     worst = float(_packing_error(kernel, weight, meaning))
-    for bias in (None, torch.randn(n, generator=generator).to(dtype)):
+    for bias in (None, torch.randn(n, generator=generator).to(device, dtype)):
         impl = kernel.build(tensors, bias)
         for rows in _ROWS:
             x = torch.randn(rows, k, generator=generator)
             x[:, 0] *= 20.0  # an outlier channel, as real activations have
             x[rows // 2 + 1 :] *= 0.01
             x[rows - 1] *= rows == 1  # padding rows are zero
-            worst = max(worst, _run_error(kernel, impl, x.to(dtype), meaning, bias))
-        _check_views(impl, torch.randn(6, 2 * k, generator=generator).to(dtype), k)
+            worst = max(worst, _run_error(kernel, impl, x.to(device, dtype), meaning, bias))
+        _check_views(impl, torch.randn(6, 2 * k, generator=generator).to(device, dtype), k)
     return worst
 
 
 def _packing_error(kernel: Kernel, weight: Tensor, meaning: Tensor) -> Tensor:
     """Distance of the packed from the original weight, as a share of one step of the widest possible grid."""
-    levels = 255 if kernel.format == "w8" else 15
     values = weight.double()
-    step = 2 * values.abs().amax(dim=1, keepdim=True) / levels
+    step = 2 * values.abs().amax(dim=1, keepdim=True) / kernel.neutral.coarsest_levels
     return ((meaning - values).abs() / step).max()
 
 
@@ -111,9 +112,8 @@ def _run_error(kernel: Kernel, impl: LinearImpl, x: Tensor, meaning: Tensor, bia
     spread = x.double().square() @ meaning.square().t()
     eps = torch.finfo(x.dtype).eps
     bound = eps * (exact.abs() + _SIGMAS * spread.sqrt())
-    if kernel.quantizes_activations:
-        step = x.double().abs().amax(dim=1, keepdim=True) / _INT8_STEPS
-        bound = bound + _SIGMAS * step / 12**0.5 * meaning.square().sum(dim=1).sqrt()
+    variance = kernel.activation_half_step(x).square() / 3  # of what is spread evenly between the half steps
+    bound = bound + _SIGMAS * (variance @ meaning.square().t()).sqrt()
     got = impl(x)
     if got.dtype != x.dtype or got.shape != exact.shape:
         raise KernelError(f"returned {got.dtype} {tuple(got.shape)}, expected {x.dtype} {tuple(exact.shape)}")

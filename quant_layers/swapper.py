@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .errors import StoreError, SwapError
 from .halves import HALVES, Half, format_of, half_of, join_format, split_format
-from .kernels import Kernel
 from .linears import LinearImpl
 from .memory import trim
+from .registry import Kernel
 from .store import BASE, VariantStore
 
 BIAS = "bias"  # tensor name under which a variant stores a bias that is not the base's

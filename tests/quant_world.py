@@ -8,8 +8,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quant_layers import LayerSwapper, LinearImpl, LinearSlot, QuantW4, QuantW8, VariantStore, digest
-from quant_layers.packing import dequantize_w4, dequantize_w8, quantize_w4, quantize_w8
+from quant_layers import (
+    LayerSwapper,
+    LinearImpl,
+    LinearSlot,
+    QuantW4,
+    QuantW8,
+    VariantStore,
+    dequantize_w4,
+    dequantize_w8,
+    digest,
+    quantize_w4,
+    quantize_w8,
+)
 
 LINEARS = {"self_attn.qkv_proj": (96, 64), "mlp.down_proj": (64, 128)}
 NUM_LAYERS = 3

@@ -8,17 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quant_layers import (
+    CANDIDATES,
+    FORMATS,
+    Kernel,
     KernelError,
+    Quant,
+    QuantW4,
     choose_group_size,
     dequantize_w4,
-    dequantize_w8,
     digest,
     quantize_w4,
     quantize_w8,
 )
-from quant_layers.kernels import CANDIDATES
 from quant_layers.packing import (
-    QuantW4,
     pack_w4_int32,
     pack_w4_vnni,
     pack_w8_vnni,
@@ -58,14 +60,55 @@ def _random_w4(n: int, k: int, size: int, seed: int = 0) -> QuantW4:
     )
 
 
+@pytest.mark.parametrize("neutral", FORMATS.values(), ids=FORMATS)
 @settings(deadline=None, max_examples=200)
-@given(weight=weights)
-def test_w8_is_within_half_a_step(weight: torch.Tensor) -> None:
-    """Guards against a scale that clips the largest weight, or divides by zero on an all-zero channel."""
-    quant = quantize_w8(weight)
+@given(weight=weights, scale_dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
+def test_every_format_is_within_half_a_step(
+    neutral: type[Quant], weight: torch.Tensor, scale_dtype: torch.dtype
+) -> None:
+    """Guards against a scale that clips the largest weight or is zero, and a format that errs by more than it says."""
+    quant = neutral.of(weight, scale_dtype)
     assert (quant.scale > 0).all()  # a zero step would make q the cast of a nan
-    error = (dequantize_w8(quant).double() - weight.double()).abs()
-    assert (error <= _HALF_STEP * quant.scale.double()[:, None]).all()
+    error = (quant.dequantize().double() - weight.double()).abs()
+    assert (error <= 2 * _HALF_STEP * quant.half_step().double()).all()
+
+
+@pytest.mark.parametrize("neutral", FORMATS.values(), ids=FORMATS)
+def test_no_format_claims_a_coarser_grid_than_it_has(neutral: type[Quant]) -> None:
+    """Guards against half steps so wide that a test against them proves nothing."""
+    order = torch.randperm(4096, generator=torch.Generator().manual_seed(0))  # every group has the whole range
+    weight = torch.linspace(-1, 1, 4096)[order].repeat(2, 1)
+    quant = neutral.of(weight)
+    error = (quant.dequantize() - weight).abs() / quant.half_step()
+    assert 0.9 < float(error.max()) <= 1 + 1e-3
+    assert 0.9 < float(quant.half_step().max()) * quant.coarsest_levels < 1.1
+
+
+def test_fp8_is_what_torch_rounds_to() -> None:
+    """Guards against a largest weight that becomes NaN, and against steps of another float8."""
+    weight = torch.tensor([[448.0, -448.0, 1.0, 1.06, 0.0, 2**-6, 2**-9, 2**-11]])
+    quant = FORMATS["fp8"].of(weight)
+    assert quant.scale.item() == 1 and quant.q.dtype == torch.float8_e4m3fn
+    assert quant.dequantize().tolist() == [[448.0, -448.0, 1.0, 1.0, 0.0, 2**-6, 2**-9, 0.0]]
+    assert quant.half_step().tolist() == [[16.0, 16.0, 2**-4, 2**-4, 2**-10, 2**-10, 2**-10, 2**-10]]
+    assert FORMATS["fp8"].of(torch.tensor([[9e-43]])).dequantize().isfinite().all()  # its scale rounds down to a third
+
+
+@pytest.mark.parametrize("make", CANDIDATES, ids=lambda make: make.name)
+def test_every_kernel_unpacks_what_it_packed(make: type[Kernel]) -> None:
+    """Guards against a layout that loses or permutes weights, and a weight of another format taken for ours."""
+    kernel = make(torch.bfloat16)
+    weight = _weight(64, 192, 3, 0.05, 0.5, torch.bfloat16)
+    for neutral in FORMATS.values():
+        quant = neutral.of(weight, torch.bfloat16)
+        if neutral is not kernel.neutral:
+            with pytest.raises(KernelError, match=f"this weight is {neutral.format}; name it under {neutral.format}"):
+                kernel.pack_quant(quant)
+            continue
+        back = kernel.unpack(kernel.pack_quant(quant))
+        assert torch.equal(back.q.float(), quant.q.float())
+        assert torch.equal(back.dequantize(), quant.dequantize())
+        assert torch.equal(kernel.reference(kernel.pack_quant(quant)), quant.dequantize())
 
 
 @settings(deadline=None, max_examples=300)
@@ -158,8 +201,10 @@ _LAYOUTS = {
     "w8a8_onednn": "e5bde145c48616ae",
     "w4a8_vnni": "207023fb4185d6cc",
     "w4a16": "5e9738cfeb70cb34",
-    "w8a16_aten": "bfef92f515884544",
+    "w8a16_aten": "3e5cb267d7e35e8f",
     "w4a16_triton": "4287451f2b28c6c0",
+    "fp8_torch": "fd45206e2f4edaf0",
+    "fp8a16": "fd45206e2f4edaf0",
 }
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant_layers import KernelError, LinearImpl, check_kernel, choose, probe, selftest
+from quant_layers import KernelError, LinearImpl, check_kernel, choose, dequantize_w4, probe, selftest
 from quant_layers.kernels import W4A8Vnni, W8A8Vnni
-from quant_layers.packing import dequantize_w4, unpack_w4_vnni
+from quant_layers.packing import unpack_w4_vnni
 
 Twist = Callable[[Tensor, Tensor], Tensor]  # (x [..., K], honest output [..., N]) -> output
 
@@ -124,7 +124,7 @@ def test_without_vllm_every_kernel_says_why_it_cannot_run(monkeypatch: pytest.Mo
     """Guards against an AttributeError where vLLM's extension is not loaded."""
     monkeypatch.setattr(torch.ops, "_C", SimpleNamespace())
     reports = probe(torch.bfloat16)
-    of_torch = {"w8a16_aten"}
+    of_torch = {"w8a16_aten", "fp8_torch", "fp8a16"}
     assert set(reports) == {"w8a8_vnni", "w8a8_onednn", "w4a8_vnni", "w4a16", "w4a16_triton"} | of_torch
     assert {name for name, report in reports.items() if report.ok} == of_torch
     for name, report in reports.items():
@@ -143,10 +143,15 @@ def test_choose_takes_the_first_that_passes(monkeypatch: pytest.MonkeyPatch) -> 
     late = type("_Late", (_FakeW8,), {"name": "late"})
     monkeypatch.setattr(selftest, "CANDIDATES", (bad, good, late))
     assert choose("w8").name == "good"
+    slow = type("_Slow", (_FakeW8,), {"name": "slow", "slow_on": ("cpu",)})
+    monkeypatch.setattr(selftest, "CANDIDATES", (slow, good))
+    assert choose("w8").name == "good" and choose("w8", name="slow").name == "slow"
+    monkeypatch.setattr(selftest, "CANDIDATES", (slow, bad))
+    assert choose("w8").name == "slow"
     monkeypatch.setattr(selftest, "CANDIDATES", (bad,))
     with pytest.raises(KernelError, match="no kernel can run w8 .*w8a8_vnni: self-test error is"):
         choose("w8")
-    with pytest.raises(KernelError, match="unknown format 'w3'; known are w8, w4"):
+    with pytest.raises(KernelError, match="unknown format 'w3'; known are w8, w4, fp8"):
         choose("w3")
 
 

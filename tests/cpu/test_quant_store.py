@@ -34,6 +34,7 @@ def _layer(seed: int = 0) -> Tensors:
             "bias": torch.randn(32, generator=generator).bfloat16(),
             "empty": torch.empty(0, 3),
             "scalar": torch.tensor(seed),
+            "float8": torch.randn(8, 3, generator=generator).to(torch.float8_e4m3fn),
         },
     }
 
@@ -64,7 +65,8 @@ def test_files_are_plain_safetensors(tmp_path: Path) -> None:
     row = VariantStore.open(tmp_path, "fp").write(0, "base", given)
     loaded = load_file(tmp_path / row.file)
     assert torch.equal(loaded["mlp.down_proj/weight"], given["mlp.down_proj"]["weight"])
-    assert len(loaded) == 6
+    assert torch.equal(loaded["mlp.down_proj/float8"].float(), given["mlp.down_proj"]["float8"].float())
+    assert len(loaded) == 7
 
 
 def test_tensors_own_their_memory(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from quant_layers import (  # noqa: E402
     LayerSwapper,
     LinearImpl,
     LinearSlot,
+    QuantW4,
     VariantStore,
     choose,
     probe,
@@ -27,7 +28,7 @@ from quant_layers import (  # noqa: E402
     quantize_w8,
 )
 from quant_layers.kernels import W4A8Vnni, W8A8Onednn, W8A8Vnni  # noqa: E402
-from quant_layers.packing import QuantW4, pack_w4_vnni, pack_w8_vnni  # noqa: E402
+from quant_layers.packing import pack_w4_vnni, pack_w8_vnni  # noqa: E402
 
 _SHAPES = {
     "qkv_proj": (960, 576),
