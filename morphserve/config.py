@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from morphserve.errors import ConfigError
 from policies.config import PolicyConfig, ThresholdConfig
+
+
+# Which formats there are, the kernels say, and these need torch: `check_formats` asks later. "/" joins two halves.
+FormatName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
 class _Section(BaseModel):
@@ -19,7 +24,9 @@ class _Section(BaseModel):
 class LadderStep(_Section):
     """A run of levels that put more and more layers into one format."""
 
-    format: Literal["w8", "w4"] = Field(description="w8 = W8A8 int8, w4 = 4 bit, group 64/32")
+    format: FormatName = Field(
+        description="w8 = W8A8 int8, w4 = 4 bit, group 64/32, fp8; `python -m morphserve check` lists all"
+    )
     layers: int | Literal["all"] = Field("all", description="how many layers, in `order`")
     layers_per_level: int = Field(5, ge=1, description="layers one level adds to the one before")
 
@@ -75,11 +82,11 @@ class MorphServeConfig(_Section):
     kv: KVConfig = KVConfig()
     transition: TransitionConfig = TransitionConfig()
     policy: PolicyConfig = Field(default_factory=lambda: ThresholdConfig(kind="threshold"))
-    variants: dict[Literal["w8", "w4"], str] = Field(
+    variants: dict[FormatName, str] = Field(
         default_factory=dict,
         description="by format: directory or hub name of a GPTQ, AWQ or compressed-tensors checkpoint of this model",
     )
-    kernels: dict[Literal["w8", "w4"], str] = Field(
+    kernels: dict[FormatName, str] = Field(
         default_factory=dict, description="by format: the kernel to use; else the first that passes its self-test"
     )
     profile: Path | None = Field(
@@ -89,6 +96,24 @@ class MorphServeConfig(_Section):
         Path("~/.cache/morphserve"), description="packed variants; built once, verified, then read"
     )
     decision_log: Path | None = Field(None, description="JSONL of signals and decisions; null = off")
+
+
+def check_formats(config: MorphServeConfig, known: Collection[str]) -> None:
+    """Refuse names of formats that do not exist.
+
+    Raises:
+        ConfigError: says where they stand.
+    """
+    steps = config.ladder.steps if isinstance(config.ladder.steps, list) else []
+    named = [(f"ladder.steps[{number}].format", step.format) for number, step in enumerate(steps)]
+    for section, formats in (
+        ("ladder.expected_kl", config.ladder.expected_kl),
+        ("variants", config.variants),
+        ("kernels", config.kernels),
+    ):
+        named += [(section, fmt) for fmt in formats]
+    if unknown := [f"{where}: {fmt!r}" for where, fmt in named if fmt not in known]:
+        raise ConfigError(f"unknown format in {', '.join(unknown)}; known are {', '.join(known)}. Use one of these.")
 
 
 def load_config(path: str | Path) -> MorphServeConfig:

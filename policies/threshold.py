@@ -32,6 +32,7 @@ class Thresholds:
 
 
 # degrade_above, queue_delay_s, target_usage, restore_below, restore_after_s
+_ACCURATE = frozenset({"w8", "fp8"})  # what mode accuracy may use: 8 bits cost every model little
 _PRESETS: dict[str, tuple[float, float, float, float, float]] = {
     "accuracy": (0.92, 0.50, 0.85, 0.75, 1.0),
     "default": (0.85, 0.20, 0.65, 0.60, 2.0),
@@ -49,11 +50,11 @@ def fill_in(config: ThresholdConfig, ladder: Ladder) -> Thresholds:
     if config.max_level is not None:
         max_level = resolve_level(ladder, config.max_level)
     elif config.mode == "accuracy":
-        max_level = deepest_level_within(ladder, frozenset({"w8"}))
+        max_level = deepest_level_within(ladder, _ACCURATE)
         if max_level == 0 and len(ladder) > 1:
             raise ValueError(
-                "policy.mode accuracy uses no format but w8, and the ladder has no w8 step: it would "
-                "never leave level 0. Add a w8 step, or set policy.max_level."
+                f"policy.mode accuracy uses no format but {' and '.join(sorted(_ACCURATE))}, and the ladder has no w8 "
+                "step: it would never leave level 0. Add a w8 step, or set policy.max_level."
             )
     else:
         max_level = len(ladder) - 1

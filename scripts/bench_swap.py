@@ -36,10 +36,12 @@ class _Wanted:
 
 
 def main(argv: list[str] | None = None) -> int:
+    from quant_layers import FORMATS
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--layers", type=int, default=15)
-    parser.add_argument("--format", choices=["w8", "w4"], default="w8")
+    parser.add_argument("--format", choices=list(FORMATS), default="w8")
     parser.add_argument("--cycles", type=int, default=20)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--enforce-eager", action="store_true")

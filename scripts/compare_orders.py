@@ -23,11 +23,13 @@ from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
+    from quant_layers import FORMATS
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="directory or hub name")
     parser.add_argument("--text", nargs="+", type=Path, required=True, help="calibration text")
     parser.add_argument("--eval-text", nargs="+", type=Path, required=True)
-    parser.add_argument("--format", default="w4", choices=["w8", "w4"])
+    parser.add_argument("--format", default="w4", choices=list(FORMATS))
     parser.add_argument("--counts", nargs="+", type=int, default=[1, 2, 4, 8, 15])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=4, help="calibration windows of 512 tokens per file")

@@ -23,13 +23,16 @@ from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
+    from morphserve.ladder import DEFAULT_FORMATS
+    from quant_layers import FORMATS
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="directory or hub name")
     parser.add_argument("--text", nargs="+", type=Path, required=True, help="calibration text, one domain each")
     parser.add_argument("--eval-text", nargs="+", type=Path, help="what levels are measured on; default: other "
                         "windows of the same text")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="directory of the profile; must not exist yet")
-    parser.add_argument("--formats", nargs="+", default=["w8", "w4"], choices=["w8", "w4"])
+    parser.add_argument("--formats", nargs="+", default=list(DEFAULT_FORMATS), choices=list(FORMATS))
     parser.add_argument("--windows", type=int, default=6, help="windows per file")
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
     parser.add_argument("--draws", type=int, default=2, help="answers drawn per token: more = less noise")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from morphserve.config import MorphServeConfig
+from morphserve.config import MorphServeConfig, check_formats
 from morphserve.errors import ConfigError
 from morphserve.integration.settings import read_ladder, read_settings
 from morphserve.ladder import build_ladder, check_floor, ladder_formats
 from policies import build_policy
 from policies.types import BASE_FORMAT, Ladder, Policy
-from quant_layers import split_format
+from quant_layers import FORMATS, split_format
 
-_FORMAT_BITS = {BASE_FORMAT: 16, "w8": 8, "w4": 4}
+_BASE_BITS = 16
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -24,6 +24,7 @@ def check_engine(vllm_config: Any) -> None:
     config = read_settings(vllm_config.additional_config)
     if config is None:
         return
+    check_formats(config, FORMATS)
     _check_platform()
     _check_model(vllm_config)
     _check_features(vllm_config)
@@ -104,7 +105,7 @@ def _check_ladder(config: MorphServeConfig, vllm_config: Any) -> None:
     """Walk the ladder with nominal sizes: a bad order or level shows here, not in a worker."""
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
     profile = read_ladder(config)
-    formats = dict.fromkeys((*_FORMAT_BITS, *ladder_formats(config.ladder, profile)))
+    formats = dict.fromkeys((BASE_FORMAT, *FORMATS, *ladder_formats(config.ladder, profile)))
     nominal = {fmt: [_nominal_bytes(fmt)] * num_layers for fmt in formats}
     ladder = build_ladder(num_layers, nominal, config.ladder, 64, 1024, profile=profile)
     make_policy(config, ladder)
@@ -112,5 +113,16 @@ def _check_ladder(config: MorphServeConfig, vllm_config: Any) -> None:
 
 def _nominal_bytes(fmt: str) -> int:
     """A sixth of the weights are in the attention of a usual layer."""
-    attention, mlp = (_FORMAT_BITS[half] for half in split_format(fmt))
+    attention, mlp = (_bits(half) for half in split_format(fmt))
     return (attention + 5 * mlp) * 1024
+
+
+def _bits(fmt: str) -> int:
+    if fmt == BASE_FORMAT:
+        return _BASE_BITS
+    if fmt not in FORMATS:  # the settings' own were checked before
+        raise ConfigError(
+            f"the profile's ladder has format {fmt!r}; known are {', '.join(FORMATS)}. Make it again with "
+            "scripts/profile_layers.py."
+        )
+    return FORMATS[fmt].bits

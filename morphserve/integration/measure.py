@@ -11,6 +11,9 @@ from typing import Any
 
 def main(argv: list[str] | None = None, description: str = "What does a format cost?") -> int:
     """See scripts/measure_kl.py."""
+    from morphserve.ladder import DEFAULT_FORMATS
+    from quant_layers import FORMATS
+
     parser = argparse.ArgumentParser(
         prog="measure_kl", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -23,7 +26,7 @@ def main(argv: list[str] | None = None, description: str = "What does a format c
     parser.add_argument("--variant", action="append", default=[], metavar="FORMAT=CHECKPOINT",
                         help="where a format's layers come from")  # fmt: skip
     parser.add_argument("--kernel", action="append", default=[], metavar="FORMAT=NAME", help="which kernel runs it")
-    parser.add_argument("--formats", nargs="+", default=["w8", "w4"], choices=["w8", "w4"])
+    parser.add_argument("--formats", nargs="+", default=list(DEFAULT_FORMATS), choices=list(FORMATS))
     parser.add_argument("--rungs", type=Path, help="JSON: a list of {layer: format}, to measure instead of formats")
     parser.add_argument("--predict-text", nargs="+", type=Path, help="measure on this text too, as `kl_predicted`")
     parser.add_argument("--timed", action="store_true", help="also measure decode steps")

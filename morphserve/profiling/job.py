@@ -24,6 +24,7 @@ from morphserve.profiling.variants import RoundToNearest
 from morphserve.profiling.workspace import Workspace
 from morphserve.version import __version__
 from quant_layers import (
+    FORMATS,
     HALVES,
     Change,
     Move,
@@ -34,7 +35,6 @@ from quant_layers import (
     Scale,
     Unit,
     base_fingerprint,
-    choose_group_size,
     greedy,
     half_of,
     join_format,
@@ -135,9 +135,7 @@ def estimated_bytes(model: StreamedModel, formats: Sequence[str]) -> dict[str, d
 def _linear_bytes(fmt: str, n: int, k: int) -> int:
     if fmt == "base":
         return 2 * n * k
-    if fmt == "w8":
-        return n * k + 8 * n  # compensation and scale of every row
-    return n * k // 2 + 9 * n * (k // choose_group_size(k))  # compensation, zero point and scale of every group
+    return FORMATS[fmt].packed_bytes(n, k)
 
 
 def _sweeps(

@@ -11,14 +11,10 @@ from torch import Tensor
 
 from morphserve.profiling.model import LayerTensors, StreamedModel
 from quant_layers import (
+    FORMATS,
     apply_scales,
-    choose_group_size,
-    dequantize_w4,
-    dequantize_w8,
     folds_of,
     half_of,
-    quantize_w4,
-    quantize_w8,
 )
 
 # What vLLM fuses into one linear, by the names in transformers.
@@ -62,7 +58,7 @@ def round_activations(x: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class RoundToNearest:
-    """W8 or W4 made here, W8 with the profile's input scales where it has some."""
+    """A format made here, W8 with the profile's input scales where it has some."""
 
     format: str
     scales: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)  # layer |-> fused linear |-> [K]
@@ -72,7 +68,8 @@ class RoundToNearest:
     def run(self, model: StreamedModel, index: int, base: LayerTensors, hidden: Tensor, arguments: Arguments) -> Tensor:
         if self._cached is None or self._cached[0] != index:  # once a layer, not once a window
             self._cached = index, self._tensors(index, base, self._linears(model, index), _norm_offset(model, index))
-        with model.rounding_inputs(index, round_activations, self._linears(model, index)):
+        rounded = self._linears(model, index) if FORMATS[self.format].int8_activations else set()
+        with model.rounding_inputs(index, round_activations, rounded):
             return model.run(index, self._cached[1], hidden, arguments)
 
     def _linears(self, model: StreamedModel, index: int) -> set[str]:
@@ -80,16 +77,13 @@ class RoundToNearest:
 
     def _tensors(self, index: int, base: LayerTensors, linears: set[str], offset: float) -> LayerTensors:
         tensors = dict(base)
-        if self.format == "w8":
+        neutral = FORMATS[self.format]
+        if neutral.per_row and neutral.int8_activations:
             fused = parts_of(linears)
             scales = {name: scale for name, scale in self.scales.get(index, {}).items() if name in fused}
             tensors |= _scaled(base, fused, scales, offset)
         for name in linears:
-            weight = tensors[f"{name}.weight"]
-            if self.format == "w8":
-                tensors[f"{name}.weight"] = dequantize_w8(quantize_w8(weight))
-            else:
-                tensors[f"{name}.weight"] = dequantize_w4(quantize_w4(weight, choose_group_size(weight.shape[1])))
+            tensors[f"{name}.weight"] = neutral.of(tensors[f"{name}.weight"]).dequantize()
         return tensors
 
 

@@ -77,7 +77,7 @@ def _run_options(group: Any) -> None:
         type=_names,
         default=(STOCK,),
         metavar="RUNS",
-        help="comma-separated: stock, morphserve, static_w8, static_w4",
+        help="comma-separated: stock, morphserve, static_FORMAT (static_w8: all layers always in w8)",
     )
     add(
         "--config",

@@ -22,8 +22,7 @@ from morphserve.replay.server import ServerOptions, serve
 log = logging.getLogger(__name__)
 
 STOCK, MORPHSERVE = "stock", "morphserve"
-STATIC_LEVELS = {"static_w8": "w8", "static_w4": "w4"}  # run name -> level of its static policy
-RUN_NAMES = (STOCK, MORPHSERVE, *STATIC_LEVELS)
+_STATIC = "static_"  # before the format that all layers of an anchor have
 
 
 class Progress(Protocol):
@@ -59,10 +58,11 @@ class Comparison:
             ReplayError: unknown or repeated run names, or a missing --config.
             ConfigError: a config that MorphServe would refuse.
         """
-        unknown = [n for n in self.names if n not in RUN_NAMES]
+        unknown = [n for n in self.names if n not in (STOCK, MORPHSERVE) and not static_format(n)]
         if unknown or not self.names or len(set(self.names)) != len(self.names):
             raise ReplayError(
-                f"--compare {','.join(self.names)}: choose from {', '.join(RUN_NAMES)}, each at most once."
+                f"--compare {','.join(self.names)}: choose from {STOCK}, {MORPHSERVE} and static_FORMAT (static_w8), "
+                "each at most once."
             )
         if self.repeats < 1:
             raise ReplayError(f"--repeats is {self.repeats}, must be at least 1.")
@@ -70,6 +70,11 @@ class Comparison:
             if self.config is None:
                 raise ReplayError(f"--compare {','.join(self.names)} needs --config with a MorphServe YAML.")
             load_config(self.config)
+
+
+def static_format(name: str) -> str:
+    """The format of an anchor, by the name of its run; empty for other runs."""
+    return name.removeprefix(_STATIC) if name.startswith(_STATIC) else ""
 
 
 def run_all(comparison: Comparison, progress: Progress) -> list[RunResult]:
@@ -111,8 +116,8 @@ def derived_config(base: Path, name: str, directory: Path) -> dict[str, Any]:
     """
     load_config(base)  # its errors name the user's file, not ours
     raw = yaml.safe_load(base.read_text(encoding="utf-8")) or {}
-    if name in STATIC_LEVELS:
-        raw["policy"] = {"kind": "static", "level": STATIC_LEVELS[name]}
+    if fmt := static_format(name):
+        raw["policy"] = {"kind": "static", "level": fmt}
     if raw.get("decision_log"):
         raw["decision_log"] = str((directory / "decisions.jsonl").resolve())
     parse_config(raw, source=f"config derived for {name}")
@@ -147,7 +152,7 @@ def _measure(
     progress: Progress,
 ) -> RunResult:
     what = replace(comparison.measurement, client=replace(comparison.measurement.client, url=url))
-    if name in STATIC_LEVELS:
+    if static_format(name):
         what = replace(what, restore_wait_s=0.0)  # it stays where it is
     progress.measuring(_title(comparison, name, repeat), len(what.workload.requests))
     setup = (comparison.setup or {}) | describe_machine() | setup

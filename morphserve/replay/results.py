@@ -140,7 +140,7 @@ class RunResult:
             json.dumps(self.document(), allow_nan=False), encoding="utf-8"
         )
         _write_csv(self.directory / "requests.csv", [self._request_row(i) for i in self._order()])
-        _write_csv(self.directory / "series.csv", [_series_row(s) for s in self.series])
+        _write_csv(self.directory / "series.csv", _series_rows(self.series))
 
     def _order(self) -> range:
         return range(len(self.replayed.outcomes))
@@ -167,6 +167,11 @@ class RunResult:
         }
 
 
+def _series_rows(series: Sequence[Snapshot]) -> list[dict[str, Any]]:
+    formats = dict.fromkeys(("base", *(fmt for s in series for fmt in s.layers)))
+    return [_series_row(s) | {f"layers_{fmt}": s.layers.get(fmt) for fmt in formats} for s in series]
+
+
 def _series_row(s: Snapshot) -> dict[str, Any]:
     return {
         "t_s": round(s.t_s, 3),
@@ -178,7 +183,6 @@ def _series_row(s: Snapshot) -> dict[str, Any]:
         "blocks_published": s.blocks_published,
         "blocks_backed": s.blocks_backed,
         "blocks_used": s.blocks_used,
-        **{f"layers_{fmt}": s.layers.get(fmt) for fmt in ("base", "w8", "w4")},
     }
 
 

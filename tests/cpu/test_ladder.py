@@ -6,10 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from morphserve.config import LadderConfig, LadderStep
+from morphserve.config import LadderConfig, LadderStep, check_formats, parse_config
 from morphserve.errors import ConfigError
 from morphserve.ladder import ProfileLadder, build_ladder, check_floor, ladder_formats, resolve_level
 from policies import BASE_FORMAT, Ladder
+from policies.config import ThresholdConfig
+from policies.threshold import fill_in
 
 pytestmark = pytest.mark.cpu
 
@@ -92,7 +94,6 @@ def test_deeper_is_never_less_kv_and_never_over_budget(
         ({"steps": [{"format": "w8", "layers": 5}]}, ["5", "4 decoder layers"]),
         ({"steps": [{"format": "w8", "layers": 0}]}, ["0", "4 decoder layers"]),
         ({"steps": [{"format": "w4"}, {"format": "w8"}]}, ["frees nothing", "wide to narrow"]),
-        ({"expected_kl": {"int8": 0.1}}, ["int8", "w8, w4"]),
         ({"expected_kl": {"w8": -0.1}}, ["-0.1", "0 or more"]),
         ({"max_num_blocks": 5}, ["5", "10 blocks"]),
     ],
@@ -111,6 +112,35 @@ def test_missing_layers_are_refused(sizes: dict[str, list[int]]) -> None:
     """Guards: a model without the expected layers."""
     with pytest.raises(ConfigError, match="decoder layers that MorphServe expects"):
         build_ladder(4, sizes, LadderConfig(), 10, 30)
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [
+        ({"ladder": {"steps": [{"format": "w8"}, {"format": "int8"}]}}, "ladder.steps[1].format: 'int8'"),
+        ({"ladder": {"expected_kl": {"int8": 0.1}}}, "ladder.expected_kl: 'int8'"),
+        ({"variants": {"int8": "/models/x"}}, "variants: 'int8'"),
+        ({"kernels": {"int8": "fast"}}, "kernels: 'int8'"),
+    ],
+)
+def test_formats_that_do_not_exist_are_refused(fields: dict[str, object], where: str) -> None:
+    """Guards: a misspelt format that is silently without effect, or is found out in a worker."""
+    config = parse_config(fields)
+    with pytest.raises(ConfigError) as error:
+        check_formats(config, ("w8", "w4"))
+    assert where in str(error.value) and "known are w8, w4" in str(error.value)
+    check_formats(config, ("w8", "int8"))
+    with pytest.raises(ConfigError, match="String should match pattern"):
+        parse_config({"kernels": {"w8/w4": "x"}})
+
+
+def test_fp8_is_for_who_names_it() -> None:
+    """Guards: a ladder that takes by itself what is slow on CPU; an accurate policy that shuns what was named."""
+    sizes = {**SIZES, "fp8": [55] * 4}
+    assert {fmt for level in build_ladder(4, sizes, LadderConfig(), 10, 30) for fmt in level.formats} == set(SIZES)
+    steps = [{"format": fmt, "layers_per_level": 4} for fmt in ("w8", "fp8", "w4")]
+    ladder = build_ladder(4, sizes, LadderConfig.model_validate({"steps": steps}), 10, 30)
+    assert fill_in(ThresholdConfig(kind="threshold", mode="accuracy"), ladder).max_level == resolve_level(ladder, "fp8")
 
 
 def test_floor_is_one_longest_request() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,8 +88,10 @@ def test_smoothing_changes_nothing_at_full_precision(tiny: Any, family: str, mon
     model = StreamedModel(directory)
     windows = torch.randint(3, 64, (2, 24))
     hidden, arguments = model.begin(windows)
-    monkeypatch.setattr(module, "quantize_w8", lambda weight: weight)
-    monkeypatch.setattr(module, "dequantize_w8", lambda weight: weight)
+    exact_w8 = SimpleNamespace(
+        of=lambda weight: SimpleNamespace(dequantize=lambda: weight), per_row=True, int8_activations=True
+    )
+    monkeypatch.setattr(module, "FORMATS", {"w8": exact_w8})
     monkeypatch.setattr(module, "round_activations", lambda x: x)
     sizes = {"self_attn.qkv_proj": 64, "mlp.gate_up_proj": 64, "mlp.down_proj": 96}
     scales = {0: {name: 2.0 ** torch.randint(-2, 3, (size,)) for name, size in sizes.items()}}
