@@ -19,6 +19,8 @@ from torch import Tensor
 from quant_layers import QuantW4, quantize_w4, quantize_w8
 
 KINDS = ("gptq", "gptq_asym", "gptq_v2_asym", "awq", "ct_w4_sym", "ct_w4_asym", "ct_w8", "ct_int8")
+# To serve as they are: a scale for every row, or one for a whole weight; activations by token, or as calibrated.
+BASES = ("ct_int8", "ct_int8_asym", "ct_int8_tensor", "ct_int8_static", "ct_fp8", "ct_fp8_tensor", "ct_fp8_static")
 _FOLDS = {  # AWQ: what reads a norm, by the norm
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
@@ -59,17 +61,30 @@ def quantization_config(kind: str, group_size: int) -> dict[str, Any]:
                 "sym": "asym" not in kind, "checkpoint_format": version, "lm_head": False}  # fmt: skip
     if kind == "awq":
         return {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm"}
-    int8 = kind == "ct_int8"
+    if kind in BASES:
+        return _config_of_base(kind)
     weights = {
         "num_bits": 4 if "w4" in kind else 8, "type": "int", "symmetric": "asym" not in kind, "dynamic": False,
         "strategy": "group" if "w4" in kind else "channel", "group_size": group_size if "w4" in kind else None,
     }  # fmt: skip
-    activations = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations if int8 else None}
+    return _compressed_tensors("pack-quantized", weights, None)
+
+
+def _config_of_base(kind: str) -> dict[str, Any]:
+    kinds = {"num_bits": 8, "type": "float" if "fp8" in kind else "int"}
+    static, one_scale = "static" in kind, "static" in kind or "tensor" in kind
+    weights = {**kinds, "symmetric": True, "dynamic": False, "strategy": "tensor" if one_scale else "channel"}
+    activations = {
+        **kinds, "symmetric": "asym" not in kind, "dynamic": not static, "strategy": "tensor" if static else "token",
+    }  # fmt: skip
+    return _compressed_tensors("float-quantized" if "fp8" in kind else "int-quantized", weights, activations)
+
+
+def _compressed_tensors(format: str, weights: dict[str, Any], activations: dict[str, Any] | None) -> dict[str, Any]:
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized" if int8 else "pack-quantized",
-        "config_groups": {"group_0": group},
+        "format": format,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}},
         "ignore": ["lm_head"],
         "quantization_status": "compressed",
     }
@@ -92,14 +107,14 @@ def _packed(weight: Tensor, kind: str, group_size: int) -> Iterator[tuple[str, T
     from vllm.model_executor.layers.quantization.utils.quant_utils import awq_pack, gptq_pack, pack_cols
 
     n, k = weight.shape
-    if kind in ("ct_w8", "ct_int8"):
+    if kind in BASES:
+        yield from _base_parts(weight, kind)
+        return
+    if kind == "ct_w8":
         eight = quantize_w8(weight)
-        yield "weight_scale", eight.scale[:, None].to(torch.bfloat16 if kind == "ct_w8" else torch.float32)
-        if kind == "ct_int8":
-            yield "weight", eight.q
-        else:
-            yield "weight_packed", pack_to_int32(eight.q, 8)
-            yield "weight_shape", torch.tensor([n, k])
+        yield "weight_scale", eight.scale[:, None].to(torch.bfloat16)
+        yield "weight_packed", pack_to_int32(eight.q, 8)
+        yield "weight_shape", torch.tensor([n, k])
         return
     symmetric = "asym" not in kind and kind != "awq"
     dtype = torch.bfloat16 if kind.startswith("ct") else torch.float16
@@ -121,3 +136,14 @@ def _packed(weight: Tensor, kind: str, group_size: int) -> Iterator[tuple[str, T
         yield "weight_shape", torch.tensor([n, k])
         if not symmetric:
             yield "weight_zero_point", pack_to_int32((zero - 8).to(torch.int8), 4, packed_dim=0)
+
+
+def _base_parts(weight: Tensor, kind: str) -> Iterator[tuple[str, Tensor]]:
+    dtype, largest = (torch.float8_e4m3fn, 448.0) if "fp8" in kind else (torch.int8, 127.0)
+    peaks = weight.float().abs().amax(dim=1, keepdim=True)
+    scale = (peaks.max().reshape(1) if "tensor" in kind or "static" in kind else peaks) / largest
+    steps = weight.float() / scale
+    yield "weight", steps.to(dtype) if "fp8" in kind else steps.round().to(dtype)
+    yield "weight_scale", scale
+    if "static" in kind:
+        yield "input_scale", torch.full((1,), 8.0 / largest)

@@ -24,7 +24,7 @@ _SLOTS: list[LinearSlot] = []
 _libraries: list[torch.library.Library] = []  # kept: a Library that is collected takes its ops with it
 _is_native = False
 
-_KINDS = {"onednn": 1, "int8_vnni": 2, "int4_vnni": 3}  # as in csrc/opaque_linear.cpp
+_KINDS = {"onednn": 1, "int8_vnni": 2, "int4_vnni": 3, "int8_onednn": 4}  # as in csrc/opaque_linear.cpp
 
 
 def _linear(x: torch.Tensor, slot: int, num_outputs: int) -> torch.Tensor:
@@ -126,13 +126,18 @@ class OpaqueMorphLinearMethod(UnquantizedLinearMethod):
         return torch.ops.morphserve.linear(x, self._slot_index, self._num_outputs)
 
 
+def is_compiled(vllm_config: Any) -> bool:
+    """Whether vLLM compiles the model."""
+    from vllm.config import CompilationMode
+
+    return vllm_config.compilation_config.mode not in (None, CompilationMode.NONE)
+
+
 def install(
     vllm_config: Any, cache_dir: Path, linear: Any, name: str, impl: LinearImpl, format: str, bias: Any
 ) -> LinearSlot:
     """Give `linear` a slot and the method that goes through it; which one, the engine's mode decides."""
-    from vllm.config import CompilationMode
-
-    if vllm_config.compilation_config.mode in (None, CompilationMode.NONE):
+    if not is_compiled(vllm_config):
         slot = LinearSlot(name=name, impl=impl, format=format, bias=bias)
         linear.quant_method = MorphLinearMethod(slot)
         return slot

@@ -164,7 +164,7 @@ class Importer(Plain):
         targets = {
             name: p
             for name, p in self._parameters[layer].items()
-            if not (p.dim() == 2 and _owner(_inside(name)) in self._linears[layer])
+            if _owner(_inside(name)) not in self._linears[layer] or name.endswith(f".{BIAS}")
         }
         has_bias = any(name.endswith(".bias") for name in targets)
         tensors = {

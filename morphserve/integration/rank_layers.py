@@ -1,9 +1,7 @@
 """One rank's decoder linears: found while the weights can still be read, made swappable right after.
 
-vLLM's CPU backend turns a bf16 weight into an opaque oneDNN matmul and drops the tensor
-(vllm/model_executor/layers/utils.py, dispatch_cpu_unquantized_gemm). So the loaded tensors (fused and
-TP-sliced, exactly as vLLM has them) go to a file once, next to their packed variants, and restoring a layer
-rebuilds the same matmul from the same bytes.
+The loaded tensors (fused and TP-sliced, exactly as vLLM has them) go to a file once, next to their packed variants,
+and restoring a layer rebuilds what vLLM made of them from the same bytes (rank_base.py).
 """
 
 from __future__ import annotations
@@ -12,14 +10,12 @@ import hashlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.model_executor.layers.linear import LinearBase
 
 from morphserve.config import MorphServeConfig
 from morphserve.errors import ConfigError
@@ -27,16 +23,19 @@ from morphserve.errors import StoreError as MorphStoreError
 from morphserve.integration import opaque_linear
 from morphserve.integration.describe import RankDescription
 from morphserve.integration.host_memory import FREED_WEIGHTS_RETURN, weights_on_their_own_pages
+from morphserve.integration.rank_base import BaseLinear, applied_bias, base_of, method_of
 from morphserve.integration.rank_import import Importer
 from morphserve.integration.rank_profile import Plain, Smoother
 from morphserve.integration.settings import read_ladder
 from morphserve.ladder import ladder_formats
 from policies.types import BASE_FORMAT
 from quant_layers import (
+    FORMATS,
     STORE_SCHEMA,
     Kernel,
     KernelError,
     LayerSwapper,
+    LinearImpl,
     LinearSlot,
     StoreError,
     TensorSlot,
@@ -51,36 +50,11 @@ logger = logging.getLogger("vllm.morphserve")
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 Linears = dict[int, dict[str, LinearBase]]  # decoder layer id |-> name inside the layer |-> linear
-
-
-class BaseImpl:
-    """vLLM's own full-precision linear, as a callable that owns the matmul."""
-
-    __slots__ = ("_bias", "_linear", "native", "nbytes")
-
-    def __init__(self, linear: Any, bias: torch.Tensor | None, nbytes: int) -> None:
-        self._linear, self._bias, self.nbytes = linear, bias, nbytes
-        handler = _onednn_handler(linear)
-        self.native = None if handler is None else ("onednn", (handler,), bias)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._linear(x, None, self._bias)
-
-
-def _onednn_handler(linear: Any) -> torch.Tensor | None:
-    """The tensor by which vLLM's closure names its oneDNN matmul; None when it chose another kernel.
-
-    Only a shortcut for the native op: without it the closure itself is called.
-    """
-    for cell in getattr(linear, "__closure__", None) or ():
-        handler = getattr(cell.cell_contents, "handler_tensor", None)
-        if isinstance(handler, torch.Tensor):
-            return handler
-    return None
+Bases = dict[int, dict[str, BaseLinear]]  # the same |-> what it is at level 0
 
 
 def find_linears(model: torch.nn.Module) -> Linears:
-    """All unquantized linears inside decoder layers of this rank.
+    """All linears inside decoder layers of this rank.
 
     Raises:
         ConfigError: there are none, or the layers do not all have the same ones.
@@ -88,11 +62,11 @@ def find_linears(model: torch.nn.Module) -> Linears:
     found: Linears = {}
     for name, module in model.named_modules():
         match = _LAYER.search(name)
-        if match and isinstance(module, LinearBase) and isinstance(module.quant_method, UnquantizedLinearMethod):
+        if match and isinstance(module, LinearBase):
             found.setdefault(int(match[1]), {})[match[2]] = module
     if not found:
         raise ConfigError(
-            f"{type(model).__name__} has no unquantized linear under '...layers.<id>.'. MorphServe morphs dense "
+            f"{type(model).__name__} has no linear under '...layers.<id>.'. MorphServe morphs dense "
             "decoder layers: start without --plugin morphserve for this model."
         )
     names = {tuple(sorted(linears)) for linears in found.values()}
@@ -102,6 +76,26 @@ def find_linears(model: torch.nn.Module) -> Linears:
             "uniform dense layers: start without --plugin morphserve for this model."
         )
     return found
+
+
+def find_bases(linears: Linears) -> Bases:
+    """What each linear is at level 0. Before vLLM packs the weights.
+
+    Raises:
+        ConfigError: vLLM runs one in a way that cannot be stored and rebuilt.
+    """
+    bases: Bases = {}
+    for layer, mine in linears.items():
+        for name, linear in mine.items():
+            base = base_of(linear)
+            if base is None:
+                raise ConfigError(
+                    f"layer {layer} {name} runs {method_of(linear)}; level 0 must be bf16 or fp16 weights, or "
+                    "compressed-tensors int8 or float8 with a scale for every row or matrix. Serve such a checkpoint "
+                    "of this model; one in 4 bits can be a step of its ladder (`variants: {w4: CHECKPOINT}`)."
+                )
+            bases.setdefault(layer, {})[name] = base
+    return bases
 
 
 def leave_heap(model: torch.nn.Module) -> None:
@@ -120,39 +114,31 @@ def leave_heap(model: torch.nn.Module) -> None:
     trim()
 
 
-def fingerprint(linears: Linears) -> str:
+def fingerprint(bases: Bases) -> str:
     """Digest of the loaded weights: the cache is addressed by what the weights ARE, not by their path."""
     digest = hashlib.sha256()
-    for layer, name, tensor_name, tensor in _tensors(linears):
-        digest.update(f"{layer}/{name}/{tensor_name}/{tuple(tensor.shape)}/{tensor.dtype}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    for layer, linears in sorted(bases.items()):
+        for name, base in sorted(linears.items()):
+            for tensor_name, tensor in base.tensors().items():
+                digest.update(f"{layer}/{name}/{tensor_name}/{tuple(tensor.shape)}/{tensor.dtype}".encode())
+                digest.update(tensor.contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def _tensors(linears: Linears) -> Iterator[tuple[int, str, str, torch.Tensor]]:
-    for layer in sorted(linears):
-        for name in sorted(linears[layer]):
-            for tensor_name, tensor in base_tensors(linears[layer][name]).items():
-                yield layer, name, tensor_name, tensor
+class Weights(Mapping[str, torch.Tensor]):
+    """A layer's weights by name, each made when it is asked for: in fp32 a quantized one is four times as large."""
 
+    def __init__(self, bases: Mapping[str, BaseLinear]) -> None:
+        self._bases = bases
 
-def base_tensors(linear: LinearBase) -> dict[str, torch.Tensor]:
-    """The tensors that define a linear at full precision: weight [N, K], bias [N] if its forward adds one."""
-    tensors = {"weight": linear.weight.data}
-    if (bias := applied_bias(linear)) is not None:
-        tensors["bias"] = bias.data
-    return tensors
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._bases[name].weight()
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bases)
 
-def applied_bias(linear: LinearBase) -> torch.Tensor | None:
-    """The bias that this linear's forward hands to `apply` (vllm/model_executor/layers/linear.py)."""
-    bias = getattr(linear, "bias", None)
-    if bias is None or linear.skip_bias_add:
-        return None
-    # RowParallelLinear adds the bias on one tensor-parallel rank only, before the all-reduce.
-    if getattr(linear, "input_is_parallel", False) and linear.tp_rank > 0:
-        return None
-    return bias
+    def __len__(self) -> int:
+        return len(self._bases)
 
 
 class RankLayers:
@@ -164,6 +150,8 @@ class RankLayers:
         self.rank = rank
         self._cache_dir = Path(config.cache_dir).expanduser()
         self.linears: Linears = {}
+        self._bases: Bases = {}
+        self._base_bytes: dict[int, dict[str, int]] = {}  # that a linear takes at level 0, its bias left out
         self.kernels: dict[str, Kernel] = {}
         self._ladder_formats: tuple[str, ...] = ()  # of layers: halves may differ
         self.store: VariantStore | None = None
@@ -176,20 +164,22 @@ class RankLayers:
         """Write what is missing in the cache (base tensors and packed variants), verify the rest.
 
         Raises:
-            ConfigError: no such layers, or no kernel on this machine for a configured format.
+            ConfigError: no such layers, or a configured format that they or this machine cannot have.
             StoreError: the cache cannot be written, or holds damaged files.
         """
         self.linears = find_linears(model)
+        self._bases = find_bases(self.linears)
         self._ladder_formats = ladder_formats(self.config.ladder, read_ladder(self.config))
         halves = (half for fmt in self._ladder_formats for half in split_format(fmt))
         formats = [fmt for fmt in dict.fromkeys(halves) if fmt != BASE_FORMAT]
-        dtype = next(iter(next(iter(self.linears.values())).values())).weight.dtype
+        self._check_quantized(formats)
+        dtype = next(iter(next(iter(self.linears.values())).values())).params_dtype
         try:
             self.kernels = {fmt: choose(fmt, dtype, self.config.kernels.get(fmt)) for fmt in formats}
         except KernelError as e:
             raise ConfigError(f"{e} Take that format out of ladder.steps.") from e
         self._recipes = {fmt: self._recipe(fmt, model) for fmt in formats}
-        mark = fingerprint(self.linears)
+        mark = fingerprint(self._bases)
         directory = self._cache_dir / "variants" / f"{mark[:24]}-{STORE_SCHEMA}"
         try:
             names = {fmt: self._recipes[fmt].layout(kernel) for fmt, kernel in self.kernels.items()}
@@ -199,6 +189,30 @@ class RankLayers:
         except StoreError as e:
             raise MorphStoreError(str(e)) from e
         leave_heap(model)
+
+    def _check_quantized(self, formats: list[str]) -> None:
+        """Refuse what cannot be had with weights that are quantized at level 0."""
+        every = [base for bases in self._bases.values() for base in bases.values()]
+        quantized = [base for base in every if base.bits == 8]
+        if not quantized:
+            return
+        if self.config.profile is not None:
+            raise ConfigError(
+                f"profile {self.config.profile} is of bf16 or fp16 weights, these run {quantized[0].method}. "
+                "Leave out `profile`; ladder.order and ladder.steps say what is swapped, and when."
+            )
+        for fmt in formats:
+            if FORMATS[fmt].bits >= max(base.bits for base in every):
+                raise ConfigError(
+                    f"ladder.steps has format {fmt} of {FORMATS[fmt].bits} bits, which frees nothing: the model's own "
+                    f"weights have no more ({quantized[0].method}). Set ladder.steps to [{{format: w4}}]."
+                )
+        inlined = [base for base in quantized if not base.opaque]
+        if inlined and opaque_linear.is_compiled(self.vllm_config):
+            raise ConfigError(
+                f"vLLM runs {inlined[0].method}, whose rounding of activations torch.compile makes one with what comes "
+                "before it; behind our operator level 0 would give other tokens. Start with --enforce-eager."
+            )
 
     def _recipe(self, fmt: str, model: torch.nn.Module) -> Plain:
         """Where the layers of a format come from: a checkpoint, the profile, or the weights as they are."""
@@ -218,14 +232,13 @@ class RankLayers:
     def _fill_store(self) -> None:
         assert self.store is not None
         built = 0
-        for layer, linears in sorted(self.linears.items()):
+        for layer, bases in sorted(self._bases.items()):
             if not self.store.has(layer, BASE_FORMAT):
-                self.store.write(layer, BASE_FORMAT, {n: base_tensors(m) for n, m in linears.items()})
+                self.store.write(layer, BASE_FORMAT, {name: base.tensors() for name, base in bases.items()})
                 built += 1
             for fmt, kernel in self.kernels.items():
                 if not self.store.has(layer, fmt):
-                    weights = {name: linear.weight.data for name, linear in linears.items()}
-                    packed = self._recipes[fmt].pack(layer, kernel, weights)
+                    packed = self._recipes[fmt].pack(layer, kernel, Weights(bases))
                     self.store.write(layer, fmt, packed, self._recipes[fmt].layout(kernel))
                     built += 1
         if built:
@@ -240,14 +253,8 @@ class RankLayers:
         for layer, linears in self.linears.items():
             slots[layer] = {}
             for name, linear in linears.items():
-                if linear.weight.numel():
-                    raise ConfigError(
-                        f"layer {layer} {name}: vLLM kept the weight tensor instead of packing it (no oneDNN on "
-                        "this CPU), so swapping it would free nothing. Start without --plugin morphserve here."
-                    )
-                bias = applied_bias(linear)
-                size = opaque_linear.num_outputs(linear) * linear.input_size_per_partition
-                impl = BaseImpl(linear.__dict__.pop("cpu_linear"), bias, size * linear.params_dtype.itemsize)
+                impl, bias = self._bases[layer][name].take(), applied_bias(linear)
+                self._base_bytes.setdefault(layer, {})[name] = impl.nbytes
                 slots[layer][name] = opaque_linear.install(
                     self.vllm_config, self._cache_dir, linear, name, impl, BASE_FORMAT, bias
                 )
@@ -258,16 +265,8 @@ class RankLayers:
                 self._tensors[layer] = tensors | self._tensors.get(layer, {})
         self.swapper = LayerSwapper(slots, self.store, self.kernels, self._build_base, reclaim, self._tensors)
 
-    def _build_base(self, layer: int, name: str, tensors: dict[str, torch.Tensor]) -> BaseImpl:
-        """vLLM's own constructor on a stand-in module, so that level 0 is stock down to the kernel choice."""
-        bias = self._slots[layer][name].bias  # the module keeps it at every level: no second copy
-        shadow = SimpleNamespace(weight=torch.nn.Parameter(tensors["weight"], requires_grad=False), bias=bias)
-        nbytes = tensors["weight"].nbytes
-        dispatch_cpu_unquantized_gemm(shadow, remove_weight=True)  # type: ignore[arg-type]
-        if shadow.weight.numel():
-            # vLLM swallows the failure and falls back to a matmul on the tensor: not what level 0 runs.
-            raise KernelError(f"layer {layer} {name}: vLLM could not build its matmul (out of memory?)")
-        return BaseImpl(shadow.cpu_linear, bias, nbytes)
+    def _build_base(self, layer: int, name: str, tensors: dict[str, torch.Tensor]) -> LinearImpl:
+        return self._bases[layer][name].build(tensors)
 
     def describe(self) -> RankDescription:
         """Bytes of every decoder layer of the model on this rank, per format."""
@@ -290,14 +289,12 @@ class RankLayers:
         )
 
     def _linear_bytes(self, layer: int, name: str, fmt: str) -> int:
-        assert self.store is not None
-        bias = self._slots[layer][name].bias
-        stored = self.store.entry(layer, fmt).sizes[name]
-        if bias is None:
-            return stored
         if fmt == BASE_FORMAT:
-            return stored - bias.nbytes
-        return stored + bias.numel() * torch.float32.itemsize  # a variant makes a copy of it, in fp32 at most
+            return self._base_bytes[layer][name]
+        assert self.store is not None
+        stored, bias = self.store.entry(layer, fmt).sizes[name], self._slots[layer][name].bias
+        # A variant makes a copy of the bias, in fp32 at most.
+        return stored if bias is None else stored + bias.numel() * torch.float32.itemsize
 
     def prepare(self, changes: dict[int, str]) -> None:
         """Build the new implementations beside the live ones. Layers of other ranks are not ours."""
@@ -305,4 +302,3 @@ class RankLayers:
         mine = {layer: fmt for layer, fmt in changes.items() if layer in self.linears}
         with weights_on_their_own_pages():
             self.swapper.prepare(mine)
-

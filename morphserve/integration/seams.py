@@ -49,6 +49,7 @@ _SPEC = "vllm.v1.kv_cache_interface"
 _OUTPUT = "vllm.v1.core.sched.output"
 _INPUT = "vllm.v1.worker.gpu_input_batch"
 _LINEAR = "vllm.model_executor.layers.linear"
+_CT = "vllm.model_executor.layers.quantization.compressed_tensors"
 
 SEAMS: tuple[Seam, ...] = (
     Seam("cli_flags", "vllm.engine.arg_utils:EngineArgs.add_cli_args", ("parser",),
@@ -156,7 +157,7 @@ SEAMS: tuple[Seam, ...] = (
          ("model", "model_config", "target_device"),
          "the last moment at which the weights can be read: oneDNN swallows them"),
     Seam("linear", f"{_LINEAR}:LinearBase", (), "what a morphable linear is",
-         ("quant_method", "output_size", "params_dtype", "skip_bias_add", "tp_rank")),
+         ("quant_method", "prefix", "output_size", "params_dtype", "skip_bias_add", "tp_rank")),
     Seam("linear_column", f"{_LINEAR}:ColumnParallelLinear", (), "this rank's slice",
          ("input_size_per_partition", "output_size_per_partition")),
     Seam("linear_row", f"{_LINEAR}:RowParallelLinear", (), "this rank's slice; who adds the bias",
@@ -164,7 +165,19 @@ SEAMS: tuple[Seam, ...] = (
     Seam("linear_apply", "vllm.model_executor.layers.linear:UnquantizedLinearMethod.apply",
          ("layer", "x", "bias"), "the one indirection of a morphable linear"),
     Seam("linear_build", "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
-         ("layer", "remove_weight"), "rebuilds the full-precision linear"),
+         ("layer", "remove_weight"), "rebuilds a linear that is not quantized"),
+    Seam("linear_scaled", f"{_CT}.compressed_tensors:CompressedTensorsLinearMethod", (),
+         "a quantized linear at level 0: packed again, and run, on a module of our own",
+         ("process_weights_after_loading", "apply")),
+    Seam("linear_int8", f"{_CT}.schemes:CompressedTensorsW8A8Int8", (), "whose parameters say all",
+         ("strategy", "is_static_input_scheme", "input_symmetric")),
+    Seam("linear_fp8", f"{_CT}.schemes:CompressedTensorsW8A8Fp8", (), "whose parameters say all", ("strategy",)),
+    Seam("linear_kernel", "vllm.model_executor.kernels.linear:ScaledMMLinearKernel", (),
+         "what a scheme keeps packed weights in"),
+    Seam("linear_fused", "vllm.model_executor.layers.fusion.quant_activation:get_input_quant_key", ("layer",),
+         "a linear that is handed quantized activations is refused"),
+    Seam("build_dtype", "vllm.utils.torch_utils:set_default_torch_dtype", ("dtype",),
+         "kernels are built under the dtype that vLLM loads under"),
     Seam("loaded_config", "vllm.config:get_current_vllm_config_or_none", (), "is this model one of ours"),
     Seam("loaded_rank", "vllm.distributed:get_world_group", (), "which rank's slice this is"),
     Seam("compiled", "vllm.config:CompilationMode.NONE", (), "which of the two indirections a linear gets"),

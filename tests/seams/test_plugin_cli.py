@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from morphserve.__main__ import main
@@ -246,7 +247,8 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function that does what a rank does with the weights it has loaded; returns the variant files."""
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(128, 64, dtype=torch.bfloat16), requires_grad=False)
-    linears = {0: {"proj": SimpleNamespace(weight=weight)}}
+    method = UnquantizedLinearMethod()
+    linears = {0: {"proj": SimpleNamespace(weight=weight, quant_method=method, params_dtype=weight.dtype)}}
     monkeypatch.setattr(rank_layers, "find_linears", lambda model: linears)
     config = parse_config({"cache_dir": str(tmp_path), "ladder": {"steps": [{"format": "w8"}]}})
 

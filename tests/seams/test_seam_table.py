@@ -31,8 +31,8 @@ _OURS = {
     "register",
     "reset",
 }
-_OURS |= {"revision", "sleep", "status", "_executor", "clone", "verify"}
-_OURS |= {"prompt_token_ids", "positions"}  # keys: of a prompt, of what measuring prints
+_OURS |= {"revision", "sleep", "status", "_executor", "clone", "verify", "__del__"}
+_OURS |= {"prompt_token_ids", "positions", "config"}  # keys: of a prompt, of what measuring prints; our settings
 _ADDED = "morphserve_"  # what we add to their classes, as an engine started earlier in this process did
 
 

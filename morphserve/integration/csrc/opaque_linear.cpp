@@ -20,6 +20,7 @@ enum Kind : int64_t {
   kOnednn = 1,      // tensors: handler, [bias]
   kInt8Vnni = 2,    // tensors: weight, scale, [bias]
   kInt4Vnni = 3,    // tensors: weight, zero, scale, [bias]
+  kInt8Onednn = 4,  // tensors: handler, azp_adj, [bias]; activations by token, without zero points
 };
 
 struct Slot {
@@ -46,6 +47,20 @@ void set_slot(int64_t index, int64_t kind, int64_t num_inputs, const std::vector
 
 using OnednnMm = void(at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&);
 
+// As vLLM's CPUInt8ScaledMMLinearKernel calls the two operators.
+at::Tensor int8_onednn(const Slot& slot, const at::Tensor& rows, int64_t num_outputs, const c10::IValue& bias) {
+  static const auto quantize = op("_C::dynamic_scaled_int8_quant");
+  static const auto multiply = op("_C::onednn_scaled_mm");
+  at::Tensor q = at::empty(rows.sizes(), rows.options().dtype(at::kChar));
+  at::Tensor scale = at::empty({rows.size(0), 1}, rows.options().dtype(at::kFloat));
+  at::Tensor out = at::empty({rows.size(0), num_outputs}, rows.options());
+  std::vector<c10::IValue> stack{q, rows, scale, c10::IValue()};
+  quantize.callBoxed(&stack);
+  stack = {out, q, scale, c10::IValue(), slot.tensors[1], bias, slot.tensors[0]};
+  multiply.callBoxed(&stack);
+  return out;
+}
+
 at::Tensor run(const Slot& slot, const at::Tensor& rows, int64_t num_outputs) {
   if (slot.kind == kOnednn) {
     static const auto onednn = op("_C::onednn_mm").typed<OnednnMm>();
@@ -54,6 +69,9 @@ at::Tensor run(const Slot& slot, const at::Tensor& rows, int64_t num_outputs) {
     return out;
   }
   const c10::IValue bias = slot.bias.has_value() ? c10::IValue(*slot.bias) : c10::IValue();
+  if (slot.kind == kInt8Onednn) {
+    return int8_onednn(slot, rows, num_outputs, bias);
+  }
   std::vector<c10::IValue> stack;
   if (slot.kind == kInt8Vnni) {
     static const auto int8 = op("_C::int8_scaled_mm_with_quant");

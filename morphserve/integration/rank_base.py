@@ -1,0 +1,283 @@
+"""What a decoder linear is at level 0: vLLM's own, whatever the weights were loaded as.
+
+vLLM packs a weight for its kernel right after loading and drops the tensor. So each linear is seen twice: before,
+when its tensors can be stored and variants be made from them, and after, when what vLLM built is taken over. Level
+0 is rebuilt from the stored tensors by the very function of vLLM that built it first.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from vllm.model_executor.kernels.linear import ScaledMMLinearKernel
+from vllm.model_executor.layers.fusion.quant_activation import get_input_quant_key
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsLinearMethod
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    CompressedTensorsW8A8Fp8,
+    CompressedTensorsW8A8Int8,
+)
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from morphserve.errors import ConfigError
+from quant_layers import BIAS, KernelError, LinearImpl, Native
+
+_WEIGHT, _SCALE = "weight", "weight_scale"
+
+
+class BaseLinear(Protocol):
+    """One linear of the model on this rank, with what it takes to store, replace and restore it."""
+
+    method: str  # how the weights were loaded, for messages
+    bits: int  # of a weight
+    opaque: bool  # an operator to torch.compile in stock vLLM too: only then a compiled level 0 is stock
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What defines it, as loaded, fused and sliced. Before vLLM packs it."""
+        ...
+
+    def weight(self) -> Tensor:
+        """What variants are made from: [N, K], in the model's dtype or fp32. Before vLLM packs it."""
+        ...
+
+    def take(self) -> LinearImpl:
+        """vLLM's own implementation, which from then on belongs to the caller. After vLLM packed it.
+
+        Raises:
+            ConfigError: dropping it would free nothing.
+        """
+        ...
+
+    def build(self, tensors: Mapping[str, Tensor]) -> LinearImpl:
+        """The same implementation again, from stored `tensors`."""
+        ...
+
+
+def base_of(linear: LinearBase) -> BaseLinear | None:
+    """None when vLLM runs this linear in a way that cannot be taken apart here."""
+    if isinstance(linear.quant_method, UnquantizedLinearMethod):
+        return UnquantizedBase(linear)
+    return ScaledBase(linear) if ScaledBase.fits(linear) else None
+
+
+def method_of(linear: LinearBase) -> str:
+    """Names of vLLM's classes that run the linear."""
+    scheme = getattr(linear, "scheme", None)
+    return type(linear.quant_method).__name__ + ("" if scheme is None else f" ({type(scheme).__name__})")
+
+
+def applied_bias(linear: LinearBase) -> Tensor | None:
+    """The bias that this linear's forward hands to `apply` (vllm/model_executor/layers/linear.py)."""
+    bias = getattr(linear, BIAS, None)
+    if bias is None or linear.skip_bias_add:
+        return None
+    # RowParallelLinear adds the bias on one tensor-parallel rank only, before the all-reduce.
+    if getattr(linear, "input_is_parallel", False) and linear.tp_rank > 0:
+        return None
+    return bias
+
+
+def _with_bias(tensors: dict[str, Tensor], linear: LinearBase) -> dict[str, Tensor]:
+    bias = applied_bias(linear)
+    return tensors if bias is None else tensors | {BIAS: bias.data}
+
+
+class UnquantizedImpl:
+    """vLLM's own full-precision linear, as a callable that owns the matmul."""
+
+    __slots__ = ("_bias", "_linear", "native", "nbytes")
+
+    def __init__(self, linear: Any, bias: Tensor | None, nbytes: int) -> None:
+        self._linear, self._bias, self.nbytes = linear, bias, nbytes
+        handler = _onednn_handler(linear)
+        self.native = None if handler is None else ("onednn", (handler,), bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._linear(x, None, self._bias)
+
+
+def _onednn_handler(linear: Any) -> Tensor | None:
+    """The tensor by which vLLM's closure names its oneDNN matmul; None when it chose another kernel.
+
+    Only a shortcut for the native op: without it the closure itself is called.
+    """
+    for cell in getattr(linear, "__closure__", None) or ():
+        handler = getattr(cell.cell_contents, "handler_tensor", None)
+        if isinstance(handler, Tensor):
+            return handler
+    return None
+
+
+class UnquantizedBase:
+    """bf16 or fp16: vLLM's CPU backend makes a oneDNN matmul of the weight (dispatch_cpu_unquantized_gemm)."""
+
+    opaque = True
+
+    def __init__(self, linear: LinearBase) -> None:
+        self._linear = linear
+        self.method = method_of(linear)
+        self.bits = linear.weight.dtype.itemsize * 8
+
+    def tensors(self) -> dict[str, Tensor]:
+        return _with_bias({_WEIGHT: self._linear.weight.data}, self._linear)
+
+    def weight(self) -> Tensor:
+        return self._linear.weight.data
+
+    def take(self) -> LinearImpl:
+        linear = self._linear
+        if linear.weight.numel():
+            raise ConfigError(
+                f"{linear.prefix}: vLLM kept the weight tensor instead of packing it (no oneDNN on this CPU), so "
+                "swapping it would free nothing. Start without --plugin morphserve here."
+            )
+        num_outputs = int(getattr(linear, "output_size_per_partition", linear.output_size))
+        nbytes = num_outputs * linear.input_size_per_partition * linear.params_dtype.itemsize
+        return UnquantizedImpl(linear.__dict__.pop("cpu_linear"), applied_bias(linear), nbytes)
+
+    def build(self, tensors: Mapping[str, Tensor]) -> LinearImpl:
+        bias = applied_bias(self._linear)  # the module keeps it at every level: no second copy
+        shadow = SimpleNamespace(weight=torch.nn.Parameter(tensors[_WEIGHT], requires_grad=False), bias=bias)
+        nbytes = tensors[_WEIGHT].nbytes
+        dispatch_cpu_unquantized_gemm(shadow, remove_weight=True)  # type: ignore[arg-type]
+        if shadow.weight.numel():
+            # vLLM swallows the failure and falls back to a matmul on the tensor: not what level 0 runs.
+            raise KernelError(f"{self._linear.prefix}: vLLM could not build its matmul (out of memory?)")
+        return UnquantizedImpl(shadow.cpu_linear, bias, nbytes)
+
+
+class ScaledImpl:
+    """vLLM's own quantized linear: its method applied to a module that nobody else has.
+
+    Dropping it frees the packed weight at once. vLLM's kernel holds a bound method of itself, so its count of
+    references never falls to zero: the weight would stay until Python looks for cycles.
+    """
+
+    __slots__ = ("_bias", "_kernels", "_method", "_module", "native", "nbytes")
+
+    def __init__(self, method: Any, module: LinearBase, bias: Tensor | None, weight_bytes: int) -> None:
+        """
+        Args:
+            method: vLLM's, for `module`.
+            module: after packing.
+            bias: that the model's own module keeps.
+            weight_bytes: of the weight, where packing took it out of the module.
+        """
+        self._method, self._module, self._bias = method, module, bias
+        self._kernels = tuple(kernel for _, kernel in _kernels(module.scheme))
+        kept = {name: p.nbytes for name, p in module.named_parameters() if name != BIAS}
+        self.nbytes = sum(kept.values()) + (0 if _WEIGHT in kept else weight_bytes)
+        self.native = _native(module, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._method.apply(self._module, x, self._bias)
+
+    def __del__(self) -> None:
+        for kernel in self._kernels:
+            kernel.__dict__.clear()
+
+
+def _native(module: LinearBase, bias: Tensor | None) -> Native | None:
+    """What oneDNN's int8 matmul is called with; None when vLLM runs another. Only a shortcut, as above."""
+    scheme = module.scheme
+    if not isinstance(scheme, CompressedTensorsW8A8Int8) or scheme.is_static_input_scheme or not scheme.input_symmetric:
+        return None
+    adjust = getattr(module, "azp_adj", None)  # passed on as vLLM does; unused without zero points
+    for _, kernel in _kernels(scheme):
+        handler = getattr(getattr(kernel, "dnnl_handler", None), "handler_tensor", None)
+        if isinstance(handler, Tensor) and isinstance(adjust, Tensor):
+            return "int8_onednn", (handler, adjust), bias
+    return None
+
+
+class ScaledBase:
+    """8-bit weights with a scale for every row or for a whole matrix, through vLLM's quantized kernels."""
+
+    bits = 8
+
+    @staticmethod
+    def fits(linear: LinearBase) -> bool:
+        """Whether the loaded parameters say all: integers or floats of 8 bits, and scales."""
+        scheme = getattr(linear, "scheme", None)
+        return (
+            type(linear.quant_method) is CompressedTensorsLinearMethod  # not those that transform activations too
+            and isinstance(scheme, CompressedTensorsW8A8Int8 | CompressedTensorsW8A8Fp8)
+            and scheme.strategy in ("channel", "tensor")
+            # The layer before would hand over activations that it quantized: no variant could read them.
+            and get_input_quant_key(linear) is None
+        )
+
+    def __init__(self, linear: LinearBase) -> None:
+        """Before vLLM packs it."""
+        self._linear = linear
+        self._method = linear.quant_method
+        self.method = method_of(linear)
+        self.opaque = isinstance(linear.scheme, CompressedTensorsW8A8Int8)  # float8 is plain torch on CPU
+        self._names = tuple(name for name, p in linear.named_parameters() if name != BIAS)
+        self._unpacked = _copy(linear)  # what packing starts from, parameters left out
+        self._unpacked.scheme = _copy_scheme(linear.scheme)
+        for name in self._names:
+            self._unpacked._parameters[name] = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        return _with_bias({name: getattr(self._linear, name).data for name in self._names}, self._linear)
+
+    def weight(self) -> Tensor:
+        linear = self._linear
+        return dequantize(linear.weight.data, linear.weight_scale.data, linear.logical_widths)
+
+    def take(self) -> LinearImpl:
+        linear, module = self._linear, _copy(self._linear)
+        linear.scheme = None
+        for name in [name for name, _ in linear.named_parameters() if name != BIAS]:
+            linear._parameters[name] = None
+        num_weights = sum(linear.logical_widths) * linear.input_size_per_partition
+        return ScaledImpl(self._method, module, applied_bias(linear), num_weights)
+
+    def build(self, tensors: Mapping[str, Tensor]) -> LinearImpl:
+        module = _copy(self._unpacked)
+        module.scheme = _copy_scheme(module.scheme)
+        for name in self._names:
+            module._parameters[name] = torch.nn.Parameter(tensors[name], requires_grad=False)
+        with set_default_torch_dtype(self._linear.params_dtype):  # as when vLLM loads: kernels take it for outputs
+            self._method.process_weights_after_loading(module)
+        return ScaledImpl(self._method, module, applied_bias(self._linear), tensors[_WEIGHT].nbytes)
+
+
+def _copy(module: LinearBase) -> LinearBase:
+    """Another module over the same tensors; giving it others leaves the first as it is."""
+    twin = copy.copy(module)
+    twin._parameters = dict(module._parameters)
+    return twin
+
+
+def _copy_scheme(scheme: Any) -> Any:
+    """Scheme and kernel before packing: vLLM keeps what it packs in the kernel."""
+    twin = copy.copy(scheme)
+    for name, kernel in _kernels(scheme):
+        setattr(twin, name, copy.copy(kernel))
+    return twin
+
+
+def _kernels(scheme: Any) -> Iterator[tuple[str, Any]]:
+    """Each scheme has another name for its kernel."""
+    return ((name, value) for name, value in vars(scheme).items() if isinstance(value, ScaledMMLinearKernel))
+
+
+def dequantize(weight: Tensor, scale: Tensor, widths: list[int]) -> Tensor:
+    """What an 8-bit weight means: fp32 [N, K].
+
+    Args:
+        weight: [N, K], int8 or float8.
+        scale: of every row ([N, 1]), or of each of the matrices that were fused into one.
+        widths: rows of each of those.
+    """
+    if scale.numel() != len(weight):
+        scale = scale.reshape(-1).repeat_interleave(torch.tensor(widths))
+    return weight.float() * scale.float().reshape(-1, 1)
