@@ -73,10 +73,11 @@ def _check_model(vllm_config: Any) -> None:
     ):
         if bad:
             raise ConfigError(f"{model.model}: {what}. {remedy}")
-    if model.quantization is not None:
+    if model.quantization not in (None, "compressed-tensors"):  # of which rank_base.py takes some
         raise ConfigError(
-            f"{model.model}: quantization {model.quantization!r}; level 0 must be bf16 or fp16 weights. "
-            "Serve the unquantized checkpoint."
+            f"{model.model}: quantization {model.quantization!r}; level 0 must be bf16 or fp16 weights, or "
+            "compressed-tensors int8 or float8. Serve such a checkpoint of this model; one in 4 bits can be a step of "
+            "its ladder (`variants: {w4: CHECKPOINT}`)."
         )
 
 
