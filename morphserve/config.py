@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from morphserve.errors import ConfigError
 from policies.config import PolicyConfig, ThresholdConfig
 
-
 # Which formats there are, the kernels say, and these need torch: `check_formats` asks later. "/" joins two halves.
 FormatName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 
@@ -54,6 +53,10 @@ class KVConfig(_Section):
     )
     max_num_blocks: int | None = Field(None, ge=2, description="never publish more than this")
     migrate_blocks_per_step: int = Field(16, ge=1, description="live blocks moved per engine step")
+    prefix_reuse: Literal["any", "not_worse", "exact"] = Field(
+        "not_worse",
+        description="which cached KV a request may reuse: any; what its level or a better one wrote; what its level wrote",
+    )
     drain_timeout_s: float = Field(
         5.0, gt=0, description="a shrink that found no room for live blocks gives up after this"
     )

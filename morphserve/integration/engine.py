@@ -26,7 +26,8 @@ from morphserve.integration.block_pool import VllmBlockPool, check_supported
 from morphserve.integration.checks import make_policy
 from morphserve.integration.describe import RankDescription, common_layer_bytes
 from morphserve.integration.executor import RpcExecutor
-from morphserve.integration.provenance import Provenance, requests_with_kv
+from morphserve.integration.provenance import Provenance
+from morphserve.integration.receipts import Receipts
 from morphserve.integration.settings import read_ladder, read_settings
 from morphserve.ladder import build_ladder, check_floor
 from morphserve.monitor import Monitor
@@ -107,6 +108,7 @@ class Morph:
         self.failed = False  # tripped outside the controller's own guard
         self.tokens_by_level = [0] * len(runtime.ladder)
         self._levels_in_flight: dict[int, int] = {}  # id(scheduler output) |-> exposure level
+        self._level_of_outputs = 0  # of those that vLLM reads now, or read last
         self._awaiting_first_token: list[Any] = []
         self._last_preemption_wall_s = 0.0
         self._heap_used = False  # a transition has been since the ranks last gave free heap back
@@ -114,7 +116,8 @@ class Morph:
         self._stop = threading.Event()
         self.pool = VllmBlockPool(scheduler)
         self._publish_base()
-        self.provenance = Provenance(scheduler.kv_cache_manager.block_pool)
+        self.provenance = Provenance(scheduler.kv_cache_manager, runtime.config.kv.prefix_reuse)
+        self.receipts = Receipts(self.provenance, scheduler.cache_config.block_size)
         self.monitor = Monitor()
         self.executor = RpcExecutor(self._engine.model_executor, len(runtime.ranks))
         path = runtime.config.decision_log
@@ -186,18 +189,23 @@ class Morph:
     def after_schedule(self, output: Any) -> None:
         self._guard(self._after_schedule, output)
 
-    def after_update(self, output: Any, model_output: Any) -> None:
-        self._guard(self._after_update, output, model_output)
+    def before_update(self, output: Any) -> None:
+        """Requests that end while vLLM reads `output` end at the level it was made at."""
+        self._level_of_outputs = self._levels_in_flight.get(id(output), self._level_of_outputs)
 
-    def on_arrival(self) -> None:
-        self._guard(self._on_arrival)
+    def after_update(self, output: Any, model_output: Any, made: Any) -> None:
+        self._guard(self._after_update, output, model_output)
+        self._guard(self._attach_receipts, made)
+
+    def on_arrival(self, request: Any) -> None:
+        self._guard(self._on_arrival, request)
 
     def on_preemption(self) -> None:
         self._guard(self._on_preemption)
 
     def on_finish(self, request: Any) -> None:
-        self.provenance.forget(request.request_id)
         self._guard(self._on_finish, request)
+        self.provenance.forget(request.request_id)
 
     def _guard(self, call: Callable[..., None], *args: Any) -> None:
         if self.failed:
@@ -236,11 +244,10 @@ class Morph:
     def _after_schedule(self, output: Any) -> None:
         level = self.controller.exposure_level
         self._levels_in_flight[id(output)] = level
+        self.receipts.on_scheduled(output.num_scheduled_tokens, level)
         new = output.scheduled_new_reqs
         if not new:
             return
-        if level > 0:
-            self.provenance.taint(r.req_id for r in new)
         now, wall = time.monotonic(), time.time()
         for data in new:
             request = self._scheduler.requests.get(data.req_id)
@@ -252,6 +259,7 @@ class Morph:
         level = self._levels_in_flight.pop(id(output), self.controller.exposure_level)
         num_tokens = sum(map(len, model_output.sampled_token_ids or ()))
         self.tokens_by_level[level] += num_tokens
+        self.receipts.on_sampled(level)
         self.monitor.on_step(time.monotonic(), num_tokens)
         if self._awaiting_first_token:
             wall = time.time()
@@ -274,8 +282,12 @@ class Morph:
             self._heap_used = False
             self.executor.trim()
 
-    def _on_arrival(self) -> None:
+    def _attach_receipts(self, made: Any) -> None:
+        self.receipts.attach(output for outputs in made.values() for output in outputs.outputs)
+
+    def _on_arrival(self, request: Any) -> None:
         self.monitor.on_arrival(time.monotonic())
+        self.receipts.on_arrival(request)
 
     def _on_preemption(self) -> None:
         self._last_preemption_wall_s = time.time()
@@ -284,11 +296,11 @@ class Morph:
     def _on_finish(self, request: Any) -> None:
         num_blocks = sum(map(len, self._scheduler.kv_cache_manager.get_block_ids(request.request_id)))
         self.monitor.on_finish(num_blocks, time.monotonic())
+        self.receipts.on_finish(request, self._level_of_outputs)
 
     def _on_level(self, level: int) -> None:
-        """The next forward pass runs at `level`; what holds KV now carries on with KV of both."""
+        """The next forward pass runs at `level`."""
         self._heap_used = True
-        self.provenance.taint(requests_with_kv(self._scheduler))
         self.provenance.set_level(level)
 
     # -- idle ---------------------------------------------------------------------------------------

@@ -1,58 +1,83 @@
-"""Keeps KV that quantized layers wrote out of the prefix cache of level 0.
+"""Which cached KV a request may reuse, by the levels that wrote it.
 
-vLLM's block hashes cover tokens, not the weights that computed the KV. While the level is above 0 the
-prefix cache is used as ever and newly cached blocks are remembered. Back at level 0 their hashes are
-dropped, and requests that still carry such KV in their context cache nothing more until they end: what
-they compute now depends on it. So a request that starts at level 0 never reads degraded KV.
+vLLM's block hashes cover tokens, not the weights that computed the KV. So each cached block remembers its *span*: the
+best and the deepest level that anything in it depends on, which are those of all tokens before it too. A request has
+the span of its context: the levels its tokens were computed at, and those of the blocks it took from the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock, make_block_hash_with_group_id
 
+PrefixReuse = Literal["any", "not_worse", "exact"]
 _PRUNE_AT = 4096  # remembered blocks before the first look for stale ones
 
 
-def requests_with_kv(scheduler: Any) -> list[str]:
-    """Ids of the requests that hold KV blocks now, the argument of `Provenance.taint`. O(running)."""
-    manager = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
-    return list(manager.req_to_blocks)
+class Span(NamedTuple):
+    """Levels that KV depends on: all lie between these two."""
+
+    best: int
+    deepest: int
+
+    def with_level(self, level: int) -> Span:
+        """Also of KV written at `level`."""
+        return Span(min(self.best, level), max(self.deepest, level))
+
+    def joined(self, other: Span) -> Span:
+        """Of both."""
+        return Span(min(self.best, other.best), max(self.deepest, other.deepest))
+
+
+CLEAN = Span(0, 0)
 
 
 class Provenance:
-    """Which cached blocks and which requests carry KV of a level above 0.
+    """What the blocks and requests of one block pool depend on, and who may reuse what.
 
-    The scheduler hook calls, between two `schedule()` calls:
+    A request at level k may reuse a cached block, by `rule`:
 
-    * leaving level 0: `set_level(k)` and `taint(requests_with_kv(scheduler))` before the first step
-      that runs with any quantized layer;
-    * returning to level 0: `taint(requests_with_kv(scheduler))` and `set_level(0)` when every layer of
-      the next step is at full precision;
-    * `forget(request_id)` when a request ends, however it ends.
+    * `any`: always;
+    * `not_worse`: if nothing in it comes from a level deeper than k. At level 0 blocks of other levels are dropped
+      from the cache, so that they do not keep room that clean ones could use;
+    * `exact`: if everything in it comes from level k.
 
-    Cost: O(1) per cached block while the level is above 0, one set lookup per call at level 0.
+    A request that demands full precision reuses level 0's blocks only, whatever the rule.
+
+    Between two `schedule()` calls the scheduler hook says `set_level` before the first step at another level, and
+    `forget` when a request ends. The rest is seen by call-through wrappers on this pool and its manager.
+    Cost: O(1) per call of vLLM's that is wrapped, a few comparisons when nothing degraded is left.
     """
 
-    def __init__(self, pool: BlockPool) -> None:
-        """Wrap the two methods by which vLLM adds to the prefix cache, on this pool only."""
-        self._pool = pool
+    def __init__(self, manager: KVCacheManager, rule: PrefixReuse = "not_worse") -> None:
+        """Wrap, on these objects only, how vLLM looks into the prefix cache, adds to it, and gives out slots."""
+        self.rule: PrefixReuse = rule
+        self._manager = manager
+        self._pool = manager.block_pool
         self._level = 0
-        self._tainted: set[str] = set()
-        # By identity: a block may be renamed meanwhile, and KVCacheBlock is not hashable.
-        self._degraded: dict[int, KVCacheBlock] = {}
+        self._spans: dict[str, Span] = {}  # request id |-> span; absent = clean
+        self._found: dict[str, tuple[KVCacheBlock, ...]] = {}  # request id |-> degraded blocks of its last lookup
+        self._reused: dict[str, dict[int, int]] = {}  # request id |-> deepest level |-> degraded blocks it has taken
+        self._demanding: set[str] = set()  # request ids that take level 0's blocks only
+        # By identity: a block may be renamed meanwhile, and KVCacheBlock is not hashable. Absent = clean.
+        self._written: dict[int, tuple[KVCacheBlock, Span]] = {}
         self._prune_at = _PRUNE_AT
-        self._cache_full = pool.cache_full_blocks
-        self._cache_partial = pool.cache_partial_block
-        self._wrappers = {
-            "cache_full_blocks": self._cache_full_blocks,
-            "cache_partial_block": self._cache_partial_block,
-        }
-        for name, wrapper in self._wrappers.items():
-            setattr(pool, name, wrapper)
+        self._asking: str | None = None  # the request whose lookup is under way
+        self._wrapped: list[tuple[Any, str, Any]] = []
+        self._original: dict[str, Any] = {}
+        for owner, name, wrapper in (
+            (self._pool, "cache_full_blocks", self._cache_full_blocks),
+            (self._pool, "cache_partial_block", self._cache_partial_block),
+            (self._pool, "get_cached_block", self._get_cached_block),
+            (manager, "get_computed_blocks", self._get_computed_blocks),
+            (manager, "allocate_slots", self._allocate_slots),
+        ):
+            self._original[name] = getattr(owner, name)
+            setattr(owner, name, wrapper)
+            self._wrapped.append((owner, name, wrapper))
 
     @property
     def level(self) -> int:
@@ -61,65 +86,146 @@ class Provenance:
 
     @property
     def num_degraded_blocks(self) -> int:
-        """Blocks remembered as cached with KV of a level above 0; 0 at level 0."""
-        return len(self._degraded)
+        """Blocks remembered as cached with KV of a level above 0."""
+        return len(self._written)
 
-    def is_tainted(self, request_id: str) -> bool:
-        """Whether this request's context holds KV of a level above 0."""
-        return request_id in self._tainted
+    def span(self, request_id: str) -> Span:
+        """What a live request's context depends on."""
+        return self._spans.get(request_id, CLEAN)
 
-    def taint(self, request_ids: Iterable[str]) -> None:
-        """These requests hold KV and run, or may have run, at a level above 0."""
-        self._tainted.update(request_ids)
+    def block_span(self, block: KVCacheBlock) -> Span:
+        """What a cached block depends on."""
+        known = self._written.get(id(block))
+        return CLEAN if known is None else known[1]
+
+    def reused(self, request_id: str) -> dict[int, int]:
+        """Degraded blocks that a live request took from the cache, by their deepest level."""
+        return self._reused.get(request_id, {})
+
+    def demand_full_precision(self, request_id: str) -> None:
+        """This request reuses only what level 0 wrote. Say it before its first lookup."""
+        self._demanding.add(request_id)
 
     def forget(self, request_id: str) -> None:
         """The request has ended. Unknown ids are fine."""
-        self._tainted.discard(request_id)
+        self._spans.pop(request_id, None)
+        self._found.pop(request_id, None)
+        self._reused.pop(request_id, None)
+        self._demanding.discard(request_id)
 
     def set_level(self, level: int) -> None:
-        """The level of the next step. 0 drops every degraded block from the prefix cache."""
+        """The level of the next step."""
         self._level = level
-        if level > 0:
+        if level > 0 or self.rule != "not_worse":
             return
-        for block in self._degraded.values():
+        for block, _ in self._written.values():
             # Without a hash it was evicted, perhaps fenced and forgotten: its id may be another's now.
             if block.block_hash is not None:
                 self._pool._maybe_evict_cached_block(block)
-        self._degraded.clear()
+        self._written.clear()
 
     def uninstall(self) -> None:
-        """Leave the pool as found."""
-        for name, wrapper in self._wrappers.items():
-            if self._pool.__dict__.get(name) == wrapper:
-                delattr(self._pool, name)
+        """Leave the pool and its manager as found."""
+        for owner, name, wrapper in self._wrapped:
+            if owner.__dict__.get(name) == wrapper:
+                delattr(owner, name)
 
-    # ---- call-through wrappers ----
+    # ---- looking into the cache ----
 
-    def _may_cache(self, request: Any) -> bool:
-        """Settle the request's taint; False if it must not add to the prefix cache."""
+    def _admits(self, request_id: str, block: KVCacheBlock) -> bool:
+        span = self.block_span(block)
+        if request_id in self._demanding:
+            return span == CLEAN
+        if self.rule == "any":
+            return True
+        if self.rule == "not_worse":
+            return span.deepest <= self._level
+        return span == Span(self._level, self._level)
+
+    def _get_computed_blocks(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        self._asking = request.request_id
+        try:
+            result = self._original["get_computed_blocks"](request, *args, **kwargs)
+        finally:
+            self._asking = None
+        self._found.pop(request.request_id, None)
+        if self._written:
+            degraded = tuple(b for group in result[0].blocks for b in group if id(b) in self._written)
+            if degraded:
+                self._found[request.request_id] = degraded
+        return result
+
+    def _get_cached_block(self, block_hash: BlockHash, group_ids: list[int]) -> list[KVCacheBlock] | None:
+        blocks: list[KVCacheBlock] | None = self._original["get_cached_block"](block_hash, group_ids)
+        asking = self._asking
+        if blocks is None or asking is None or (self._level == 0 and not self._written):
+            return blocks
+        admitted = []
+        for block, group_id in zip(blocks, group_ids, strict=True):
+            # The same tokens may be cached more than once, written at different levels.
+            same = (block, *self._duplicates(make_block_hash_with_group_id(block_hash, group_id)))
+            fit = next((b for b in same if self._admits(asking, b)), None)
+            if fit is None:
+                return None
+            admitted.append(fit)
+        return admitted
+
+    def _duplicates(self, key: BlockHashWithGroupId) -> Iterable[KVCacheBlock]:
+        entry = self._pool.cached_block_hash_to_block._cache.get(key)
+        return entry.values() if isinstance(entry, dict) else ()
+
+    # ---- what is computed, and put into the cache ----
+
+    def _allocate_slots(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """Slots given out now are written in the next step, at its level."""
+        if self._level == 0 and not self._spans and not self._found and not self._reused:
+            return self._original["allocate_slots"](request, *args, **kwargs)
         request_id = request.request_id
-        if self._level > 0:
-            self._tainted.add(request_id)
-            return True
-        if request_id not in self._tainted:
-            return True
-        if request.num_computed_tokens == 0:
-            # Preempted and starting over: its blocks are prefix hits (clean at level 0) or will be
-            # computed in this step.
-            self._tainted.discard(request_id)
-            return True
-        return False
+        before = self._spans.get(request_id)
+        if request.num_computed_tokens == 0:  # new, or preempted and starting over
+            span = Span(self._level, self._level)
+            for block in self._found.get(request_id, ()):
+                span = span.joined(self.block_span(block))
+        else:
+            span = (before or CLEAN).with_level(self._level)
+        self._put(request_id, span)
+        result = self._original["allocate_slots"](request, *args, **kwargs)
+        if result is None:
+            self._put(request_id, before or CLEAN)
+        elif request.num_computed_tokens == 0:
+            self._took(request_id, self._found.pop(request_id, ()))
+        return result
 
-    def _remember(self, block: KVCacheBlock) -> None:
-        if self._level > 0 and block.block_hash is not None:
-            self._degraded[id(block)] = block
-            if len(self._degraded) > self._prune_at:
-                self._prune()
+    def _took(self, request_id: str, degraded: tuple[KVCacheBlock, ...]) -> None:
+        self._reused.pop(request_id, None)
+        if degraded:
+            levels = [self.block_span(block).deepest for block in degraded]
+            self._reused[request_id] = {level: levels.count(level) for level in set(levels)}
+
+    def _put(self, request_id: str, span: Span) -> None:
+        if span == CLEAN:
+            self._spans.pop(request_id, None)
+        else:
+            self._spans[request_id] = span
+
+    def _may_cache(self, request_id: str) -> bool:
+        """Whether what this request computes now is of use to anybody who comes at this level."""
+        return self._level > 0 or self.rule != "not_worse" or request_id not in self._spans
+
+    def _remember(self, block: KVCacheBlock, span: Span) -> None:
+        if block.block_hash is None:
+            return
+        if span == CLEAN:
+            self._written.pop(id(block), None)  # it was another level's, was evicted, and is new now
+            return
+        self._written[id(block)] = (block, span)
+        if len(self._written) > self._prune_at:
+            self._prune()
 
     def _prune(self) -> None:
         """Forget blocks that have lost their hash. Doubling the mark keeps it O(1) per remembered block."""
-        self._degraded = {key: b for key, b in self._degraded.items() if b.block_hash is not None}
-        self._prune_at = max(_PRUNE_AT, 2 * len(self._degraded))
+        self._written = {key: known for key, known in self._written.items() if known[0].block_hash is not None}
+        self._prune_at = max(_PRUNE_AT, 2 * len(self._written))
 
     def _cache_full_blocks(
         self,
@@ -130,18 +236,19 @@ class Provenance:
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        if not self._may_cache(request):
+        if not self._may_cache(request.request_id):
             return  # the caller counts these blocks as cached and does not come back to them
-        self._cache_full(request, blocks, num_cached_blocks, num_full_blocks, *args, **kwargs)
-        if self._level > 0:
+        self._original["cache_full_blocks"](request, blocks, num_cached_blocks, num_full_blocks, *args, **kwargs)
+        span = self.span(request.request_id)
+        if span != CLEAN or self._written:
             for block in blocks[num_cached_blocks:num_full_blocks]:
-                self._remember(block)
+                self._remember(block, span)
 
     def _cache_partial_block(
         self, request: Any, block: KVCacheBlock, *args: Any, **kwargs: Any
     ) -> BlockHashWithGroupId | None:
-        if not self._may_cache(request):
+        if not self._may_cache(request.request_id):
             return None
-        key = self._cache_partial(request, block, *args, **kwargs)
-        self._remember(block)
+        key: BlockHashWithGroupId | None = self._original["cache_partial_block"](request, block, *args, **kwargs)
+        self._remember(block, self.span(request.request_id))
         return key

@@ -28,13 +28,14 @@ class _MorphScheduler:
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        self.morph.before_update(scheduler_output)
         result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
-        self.morph.after_update(scheduler_output, model_runner_output)
+        self.morph.after_update(scheduler_output, model_runner_output, result)
         return result
 
     def add_request(self, request: Any) -> None:
         super().add_request(request)  # type: ignore[misc]
-        self.morph.on_arrival()
+        self.morph.on_arrival(request)
 
     def _preempt_request(self, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(*args, **kwargs)  # type: ignore[misc]

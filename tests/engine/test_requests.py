@@ -34,7 +34,7 @@ def nothing_left_behind(llm: Any) -> Iterator[None]:
     assert (status["phase"], status["level"], status["num_kv_blocks"]) == ("idle", 0, 49)
     assert status["used_kv_blocks"] == 0 and status["ledger"]["staging_bytes"] == 0
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 48
-    assert not scheduler.requests and not morph.provenance._tainted and not morph._levels_in_flight
+    assert not scheduler.requests and not morph.provenance._spans and not morph._levels_in_flight
     assert not llm.llm_engine.has_unfinished_requests()
 
 
@@ -135,3 +135,35 @@ def test_shared_blocks_move(llm: Any) -> None:
     with kv_script(llm, {0: 191, 6: 30, 12: 60, 18: 22}) as driver:
         assert sample() == expected
         assert driver.num_copied > 0
+
+
+def test_receipts_come_with_the_answers(llm: Any) -> None:
+    """Guards: a receipt that never leaves the engine, or full precision that reuses what a burst has left behind."""
+    from vllm import SamplingParams
+
+    prompt = {"prompt_token_ids": [500 + k for k in range(100)]}  # three full blocks of 32
+
+    def ask(**extra: Any) -> Any:
+        params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, extra_args=extra)
+        given = llm.generate([prompt], params, use_tqdm=False)[0].kv_transfer_params
+        return given and given["morphserve"]
+
+    provenance = morph_of(llm).provenance
+    assert ask() is None
+    llm.reset_prefix_cache()
+    provenance.rule = "any"
+    try:
+        follow(llm, {0: 6})
+        settle(llm, 6)
+        burst = ask(morphserve_receipt=1)
+        assert burst["computed_tokens"] == {"6": 103} and burst["output_tokens"] == {"6": 4}
+        assert not burst["full_precision"]
+        follow(llm, {0: 0})
+        settle(llm, 0)
+        after = ask(morphserve_receipt=1)
+        assert after["reused_tokens"] == {"6": 96} and after["computed_tokens"] == {"0": 7}
+        assert not after["full_precision"]
+        strict = ask(morphserve_precision="full")
+        assert strict["reused_tokens"] == {} and strict["computed_tokens"] == {"0": 103} and strict["full_precision"]
+    finally:
+        provenance.rule = "not_worse"

@@ -18,7 +18,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request
 
 from morphserve.integration.block_pool import VllmBlockPool
-from morphserve.integration.provenance import Provenance
+from morphserve.integration.provenance import PrefixReuse, Provenance
 
 BLOCK = 4  # tokens per block
 MAX_MODEL_LEN = 24
@@ -79,12 +79,12 @@ def make_request(request_id: str, tokens: list[int]) -> Request:
 class KVModel:
     """A tiny engine: allocates through vLLM, writes and reads modelled KV, obeys copies."""
 
-    def __init__(self, **manager_options: Any) -> None:
+    def __init__(self, rule: PrefixReuse = "not_worse", **manager_options: Any) -> None:
         self.scheduler = make_scheduler(**manager_options)
         self.manager: KVCacheManager = self.scheduler.kv_cache_manager
         self.pool = self.manager.block_pool
         self.port = VllmBlockPool(self.scheduler)
-        self.provenance = Provenance(self.pool)
+        self.provenance = Provenance(self.manager, rule)
         self.level = 0
         self.requests: dict[str, Request] = {}
         self.clean: set[str] = set()  # started at level 0 and has run at level 0 only
@@ -142,8 +142,6 @@ class KVModel:
 
     def set_level(self, level: int) -> None:
         """What the scheduler hook does at a switch."""
-        if (self.level == 0) != (level == 0):
-            self.provenance.taint(self.requests)
         self.provenance.set_level(level)
         self.level = level
 

@@ -1,18 +1,29 @@
-"""Provenance on vLLM's real KVCacheManager: level 0 never reads KV of another level."""
+"""Provenance on vLLM's real KVCacheManager: who may reuse KV of which level."""
 
 from __future__ import annotations
 
-import pytest
-from seams.pool_harness import KVModel, make_request
+from types import SimpleNamespace
+from typing import Any
 
-from morphserve.integration.provenance import Provenance, requests_with_kv
+import pytest
+from seams.pool_harness import BLOCK, KVModel, make_request
+
+from morphserve.integration.provenance import CLEAN, Provenance, Span
+from morphserve.integration.receipts import PRECISION_ARG, RECEIPT_ARG, Receipts
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9]  # two full blocks and one token
 
 
-def hits(kv: KVModel, tokens: list[int]) -> int:
+def hits(kv: KVModel, tokens: list[int], name: str = "probe") -> int:
     """Tokens a new request with this prompt would take from the prefix cache."""
-    return kv.manager.get_computed_blocks(make_request("probe", tokens))[1]
+    return kv.manager.get_computed_blocks(make_request(name, tokens))[1]
+
+
+def written_at(kv: KVModel, level: int, tokens: list[int] = PROMPT) -> None:
+    """A request with these tokens ran at `level`, where the engine still is, and has ended."""
+    kv.set_level(level)
+    assert kv.step(make_request(f"at{level}", tokens))
+    kv.end(f"at{level}")
 
 
 def test_only_degraded_blocks_leave_the_cache_at_level_0() -> None:
@@ -23,7 +34,7 @@ def test_only_degraded_blocks_leave_the_cache_at_level_0() -> None:
     degraded = [0, *PROMPT]
     assert kv.step(make_request("degraded", degraded))
     assert kv.step(make_request("extends", [*PROMPT, 1, 1, 1, 1]))
-    assert kv.provenance.is_tainted("degraded")
+    assert kv.provenance.span("degraded") == Span(1, 1)
     assert hits(kv, degraded) == 8
     assert hits(kv, [*PROMPT, 1, 1, 1, 1]) == 12
     kv.set_level(0)
@@ -43,10 +54,10 @@ def test_a_request_that_ran_degraded_caches_nothing_more() -> None:
         request.append_output_token_ids(token)
         assert kv.step(request)
     tokens = list(request.all_token_ids)
-    assert kv.provenance.is_tainted("short")
+    assert kv.provenance.span("short") == Span(0, 1)
     assert hits(kv, tokens) == 0
     kv.end("short")
-    assert not kv.provenance.is_tainted("short")
+    assert kv.provenance.span("short") == CLEAN
     assert kv.step(make_request("short", tokens))  # the same id again, clean
     assert hits(kv, [*tokens, 1]) == 12
 
@@ -58,8 +69,108 @@ def test_a_request_recomputed_at_level_0_is_clean_again() -> None:
     assert kv.step(make_request("r", PROMPT))
     kv.set_level(0)
     assert kv.step(kv.preempt("r"))
-    assert not kv.provenance.is_tainted("r")
+    assert kv.provenance.span("r") == CLEAN
     assert hits(kv, PROMPT) == 8
+
+
+@pytest.mark.parametrize(
+    ("rule", "admitted"),
+    [
+        ("any", {(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)}),
+        ("not_worse", {(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)}),
+        ("exact", {(0, 0), (1, 1), (2, 2)}),
+    ],
+)
+def test_each_rule_between_any_two_levels(rule: Any, admitted: set[tuple[int, int]]) -> None:
+    """Guards against a rule that lets through what it forbids, or forbids what it lets through."""
+    found = set()
+    for written in range(3):
+        for asking in range(3):
+            kv = KVModel(rule)
+            written_at(kv, written)
+            kv.set_level(asking)
+            if hits(kv, [*PROMPT, 1]):
+                found.add((written, asking))
+    assert found == admitted
+
+
+@pytest.mark.parametrize("rule", ["any", "not_worse", "exact"])
+@pytest.mark.parametrize("level", [0, 2])
+def test_full_precision_is_level_0_whatever_the_rule(rule: Any, level: int) -> None:
+    """Guards against a request that must have full precision and gets KV that quantized layers wrote."""
+    kv = KVModel(rule)
+    written_at(kv, 0, [7, *PROMPT])
+    written_at(kv, 1)
+    kv.set_level(level)
+    kv.provenance.demand_full_precision("strict")
+    assert hits(kv, [*PROMPT, 1], "strict") == 0
+    assert hits(kv, [7, *PROMPT, 1], "strict") == 8
+    kv.provenance.forget("strict")
+    assert hits(kv, [*PROMPT, 1], "strict") == (8 if rule == "any" or (rule == "not_worse" and level == 2) else 0)
+
+
+def test_among_duplicates_the_one_that_may_be_reused_is_found() -> None:
+    """Guards against a clean block that is never found again behind a degraded one with the same tokens."""
+    kv = KVModel("exact")
+    kv.set_level(1)
+    assert kv.step(make_request("first", PROMPT))
+    kv.set_level(0)
+    assert hits(kv, PROMPT) == 0
+    assert kv.step(make_request("second", PROMPT))  # computes the same blocks again, at level 0
+    for level, owner in ((0, "second"), (1, "first")):
+        kv.set_level(level)
+        blocks = kv.manager.get_computed_blocks(make_request("third", PROMPT))[0].blocks[0]
+        assert [b.block_id for b in blocks] == kv.manager.get_block_ids(owner)[0][:2]
+
+
+def test_a_mixed_context_is_as_bad_as_its_worst_part() -> None:
+    """Guards against tokens computed at level 0 over reused degraded KV that pass for clean, or for exact."""
+    kv = KVModel("any")
+    written_at(kv, 2)
+    kv.set_level(0)
+    longer = [*PROMPT, 1, 1, 1, 1]
+    assert kv.step(make_request("mixed", longer))
+    assert kv.provenance.span("mixed") == Span(0, 2)
+    assert kv.provenance.reused("mixed") == {2: 2}
+    third = kv.pool.blocks[kv.manager.get_block_ids("mixed")[0][2]]
+    assert kv.provenance.block_span(third) == Span(0, 2)
+    kv.provenance.rule = "exact"
+    for level in (0, 2):
+        kv.set_level(level)
+        assert hits(kv, longer) == (8 if level == 2 else 0)
+    kv.end("mixed")
+    assert kv.provenance.reused("mixed") == {}
+
+
+def test_what_found_no_room_depends_on_nothing_yet() -> None:
+    """Guards against a request that waits through a burst at level 1 and counts as degraded ever after."""
+    kv = KVModel()
+    kv.begin(7)
+    kv.finish()
+    kv.set_level(1)
+    assert kv.step(make_request("big", [3] * 20))
+    assert not kv.step(make_request("waits", PROMPT))
+    assert kv.provenance.span("waits") == CLEAN
+    kv.end("big")
+    kv.set_level(0)
+    waiting = make_request("waits", PROMPT)
+    assert kv.step(waiting) and kv.provenance.span("waits") == CLEAN
+
+
+def test_a_block_that_is_written_anew_is_of_its_new_level() -> None:
+    """Guards against a block that stays degraded after it was evicted and written again at level 0."""
+    kv = KVModel("any")
+    kv.begin(7)
+    kv.finish()
+    kv.set_level(1)
+    assert kv.step(make_request("old", PROMPT))
+    blocks = kv.pool.blocks[1:3]
+    assert all(kv.provenance.block_span(b) == Span(1, 1) for b in blocks)
+    kv.end("old")
+    kv.set_level(0)
+    assert kv.step(make_request("new", [6] * 23))
+    assert any(b.block_hash is not None for b in blocks)
+    assert all(kv.provenance.block_span(b) == CLEAN for b in kv.pool.blocks if b.block_hash is not None)
 
 
 def test_a_degraded_block_that_was_unmapped_is_left_alone() -> None:
@@ -83,10 +194,10 @@ def test_a_degraded_block_that_was_unmapped_is_left_alone() -> None:
 def test_partial_entries_follow_the_same_rules() -> None:
     """Guards against the second way into vLLM's prefix cache, which block hashes finer than blocks use."""
     kv = KVModel()
+    kv.set_level(1)
     request = make_request("r", [1, 2, 3, 4])
     assert kv.step(request)
     block = kv.pool.blocks[30]
-    kv.set_level(1)
     assert kv.pool.cache_partial_block(request, block, 4, 0, 4) == block.block_hash
     assert block.block_hash is not None
     kv.set_level(0)
@@ -98,21 +209,24 @@ def test_partial_entries_follow_the_same_rules() -> None:
     assert kv.provenance.num_degraded_blocks == 0
 
 
-def test_who_holds_kv() -> None:
-    """Guards against a switch that misses a request with KV, or names one without."""
-    kv = KVModel()
-    for name in "abc":
-        assert kv.step(make_request(name, [ord(name)] * 5))
-    kv.preempt("b")
-    assert requests_with_kv(kv.scheduler) == ["a", "c"]
+def test_stale_entries_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against books that grow with every block that was ever cached."""
+    monkeypatch.setattr("morphserve.integration.provenance._PRUNE_AT", 4)
+    kv = KVModel("any")
+    kv.provenance._prune_at = 4
+    kv.set_level(1)
+    for number in range(50):
+        written_at(kv, 1, [number] * 20)
+    assert kv.provenance.num_degraded_blocks <= 2 * len(kv.pool.blocks)
 
 
 def test_uninstall_leaves_the_pool_as_found() -> None:
     """Guards against wrappers that outlive the plugin."""
     kv = KVModel()
     kv.provenance.uninstall()
-    assert not {"cache_full_blocks", "cache_partial_block"} & set(vars(kv.pool))
-    again = Provenance(kv.pool)
+    assert not {"cache_full_blocks", "cache_partial_block", "get_cached_block"} & set(vars(kv.pool))
+    assert not {"get_computed_blocks", "allocate_slots"} & set(vars(kv.manager))
+    again = Provenance(kv.manager)
     again.set_level(2)
     assert kv.step(make_request("r", PROMPT))
     assert (again.level, again.num_degraded_blocks) == (2, 2)
@@ -125,3 +239,100 @@ def test_cached_blocks_are_unchanged_by_the_wrapper(level: int) -> None:
     kv.set_level(level)
     assert kv.step(make_request("r", PROMPT))
     assert [b.block_id for b in kv.pool.blocks if b.block_hash is not None] == [1, 2]
+
+
+# ---- receipts ----
+
+
+def asking(name: str, tokens: list[int], **extra: Any) -> Any:
+    request = make_request(name, tokens)
+    request.sampling_params.extra_args = extra
+    return request
+
+
+def served(kv: KVModel, receipts: Receipts, request: Any, levels: list[int]) -> dict[str, Any] | None:
+    """Receipt of a request whose prompt runs at the first level and one more token at each of the others."""
+    receipts.on_arrival(request)
+    for number, level in enumerate(levels):
+        kv.set_level(level)
+        if number:
+            request.append_output_token_ids(number)
+            receipts.on_sampled(levels[number - 1])
+        before = request.num_computed_tokens
+        known = kv.manager.get_computed_blocks(request)[1] if before == 0 else before
+        assert kv.step(request)
+        receipts.on_scheduled({request.request_id: request.num_computed_tokens - known}, level)
+    request.append_output_token_ids(0)
+    receipts.on_finish(request, levels[-1])
+    kv.end(request.request_id)
+    output = SimpleNamespace(request_id=request.request_id, finish_reason=1, kv_transfer_params=None)
+    running = SimpleNamespace(request_id="other", finish_reason=None, kv_transfer_params=None)
+    receipts.attach([running, output])
+    assert running.kv_transfer_params is None
+    return None if output.kv_transfer_params is None else output.kv_transfer_params["morphserve"]
+
+
+def test_a_receipt_says_what_the_answer_depends_on() -> None:
+    """Guards against a receipt that leaves out reused blocks, levels in between, or the last token."""
+    kv = KVModel("any")
+    receipts = Receipts(kv.provenance, BLOCK)
+    written_at(kv, 0)
+    written_at(kv, 2, [*PROMPT[:8], 4, 4, 4, 4, 4])
+    request = asking("r", [*PROMPT[:8], 4, 4, 4, 4, 5], **{RECEIPT_ARG: 1})
+    assert served(kv, receipts, request, [1, 1, 0]) == {
+        "demanded": "any",
+        "reuse_rule": "any",
+        "reused_tokens": {"0": 8, "2": 4},
+        "computed_tokens": {"0": 1, "1": 2},
+        "output_tokens": {"0": 1, "1": 2},
+        "deepest_level": 2,
+        "full_precision": False,
+    }
+
+
+def test_a_receipt_proves_full_precision() -> None:
+    """Guards against a demand that is ignored, and against a proof that does not look at the cache."""
+    kv = KVModel("any")
+    receipts = Receipts(kv.provenance, BLOCK)
+    written_at(kv, 1)
+    loose = served(kv, receipts, asking("loose", PROMPT, **{RECEIPT_ARG: 1}), [0])
+    assert loose is not None and loose["reused_tokens"] == {"1": 8} and not loose["full_precision"]
+    strict = served(kv, receipts, asking("strict", PROMPT, **{PRECISION_ARG: "full"}), [0])
+    assert strict is not None and strict["reused_tokens"] == {} and strict["full_precision"]
+    assert strict["demanded"] == "full" and strict["computed_tokens"] == {"0": 9}
+
+
+def test_a_life_that_was_preempted_does_not_count() -> None:
+    """Guards against a receipt that adds up KV which is long gone."""
+    kv = KVModel()
+    receipts = Receipts(kv.provenance, BLOCK)
+    kv.set_level(1)
+    request = asking("r", PROMPT, **{RECEIPT_ARG: 1})
+    receipts.on_arrival(request)
+    assert kv.step(request)
+    receipts.on_scheduled({"r": 9}, 1)
+    kv.set_level(0)
+    kv.preempt("r")
+    request.num_preemptions += 1
+    assert kv.step(request)
+    receipts.on_scheduled({"r": 9}, 0)
+    receipts.on_finish(request, 0)
+    output = SimpleNamespace(request_id="r", finish_reason=1, kv_transfer_params=None)
+    receipts.attach([output])
+    assert output.kv_transfer_params["morphserve"]["computed_tokens"] == {"0": 9}
+
+
+def test_who_asks_for_nothing_gets_nothing() -> None:
+    """Guards against fields that appear in answers nobody asked for them."""
+    kv = KVModel()
+    receipts = Receipts(kv.provenance, BLOCK)
+    assert served(kv, receipts, asking("a", PROMPT, other=1), [0]) is None
+    assert served(kv, receipts, make_request("b", PROMPT), [0]) is None
+
+
+def test_a_precision_nobody_knows_is_named() -> None:
+    """Guards against a typing error that silently drops the demand."""
+    kv = KVModel()
+    receipts = Receipts(kv.provenance, BLOCK)
+    receipt = served(kv, receipts, asking("r", PROMPT, **{PRECISION_ARG: "ful"}), [0])
+    assert receipt is not None and "'ful'" in receipt["error"] and receipt["demanded"] == "any"
