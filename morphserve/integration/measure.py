@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None, description: str = "What does a format c
     parser.add_argument("--formats", nargs="+", default=list(DEFAULT_FORMATS), choices=list(FORMATS))
     parser.add_argument("--rungs", type=Path, help="JSON: a list of {layer: format}, to measure instead of formats")
     parser.add_argument("--predict-text", nargs="+", type=Path, help="measure on this text too, as `kl_predicted`")
+    parser.add_argument("--predict-windows", type=int, help="of that text, per file; default: as many as --windows")
+    parser.add_argument("--predict-offset", type=float, default=0.0, help="like --offset, for that text")
     parser.add_argument("--timed", action="store_true", help="also measure decode steps")
     parser.add_argument("--compiled", action="store_true", help="as a server runs by default")
     args = parser.parse_args(argv)
@@ -57,8 +59,9 @@ def main(argv: list[str] | None = None, description: str = "What does a format c
         texts = token_windows(model.tokenizer, args.text, args.windows, args.length, args.offset).tolist()
         rows = measure_rungs(model, rungs, texts, args.timed)
         if args.predict_text is not None:
-            texts = token_windows(model.tokenizer, args.predict_text, args.windows, args.length).tolist()
-            for row, predicted in zip(rows, measure_rungs(model, rungs, texts), strict=True):
+            count = args.predict_windows or args.windows
+            predict = token_windows(model.tokenizer, args.predict_text, count, args.length, args.predict_offset)
+            for row, predicted in zip(rows, measure_rungs(model, rungs, predict.tolist()), strict=True):
                 row["kl_predicted"] = predicted["kl"]
     except MorphServeError as error:
         sys.stderr.write(f"measure_kl: {error}\n")

@@ -44,6 +44,7 @@ from quant_layers import (
 )
 
 _MEASURE = "morphserve.integration.measure"  # runs vLLM, which nothing here may import
+_BETWEEN = 0.5  # of a window's share of the text: where profiling did not look
 Progress = Callable[[str, int, int], Any]  # what, done, of how many
 
 
@@ -180,15 +181,17 @@ def _measured(
 ) -> list[Rung]:  # fmt: skip
     """The ladder with what its levels cost where they are served. vLLM runs in a process of its own.
 
-    What is expected of a level is then its KL on the calibration text: the prices that made the ladder are of second
-    order, and 15 to 41 % low on SmolLM2-135M.
+    What is expected of a level is then its KL on the calibration text, in windows between those that chose the scales
+    (these would flatter it) and twice as many (one window's KL varies by 10 to 20 %): the prices that made the ladder
+    are of second order, and 15 to 41 % low on SmolLM2-135M.
     """
     rungs = scratch / "rungs.json"
     rungs.write_text(json.dumps([rung.layers for rung in ladder[1:]]))
     command = [sys.executable, "-m", _MEASURE, job.model, "--profile", str(predicted), "--rungs", str(rungs), "--timed"]
     command += ["--windows", str(job.windows), "--length", str(job.length), *arguments]
-    command += ["--text", *map(str, texts or job.text), *(() if texts else ("--offset", "0.5"))]
-    command += ["--predict-text", *map(str, job.text)]
+    command += ["--text", *map(str, texts or job.text), *(() if texts else ("--offset", str(_BETWEEN)))]
+    command += ["--predict-text", *map(str, job.text), "--predict-windows", str(2 * job.windows)]
+    command += ["--predict-offset", str(_BETWEEN)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ProfilingError(
