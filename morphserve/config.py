@@ -71,6 +71,12 @@ class TransitionConfig(_Section):
     max_pause_ms: float = Field(
         30.0, gt=0, description="fewer layers per step when they take longer than this"
     )
+    rank_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        description="a chunk that a rank has not prepared this long after it was asked is given up on all ranks; "
+        "the steps ahead of it count, so stay above three of the longest",
+    )
     backoff_s: float = Field(5.0, ge=0, description="no new transition this long after a failure")
     backoff_max_s: float = Field(
         60.0, ge=0, description="what keeps failing waits twice as long each time, up to this or backoff_s"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NoReturn
 
 import policies.levels
 from morphserve.config import LadderConfig, LadderStep
 from morphserve.errors import ConfigError
+from morphserve.rank_bytes import RankBytes, balance, paid_blocks, stage_of
 from policies.types import BASE_FORMAT, Ladder, MorphLevel
 
-LayerBytes = Mapping[str, Sequence[int]]  # format -> bytes of each decoder layer on one rank
 # What a ladder takes by itself: fast wherever MorphServe serves. No list of all formats: fp8 is slow on CPU, and a new
 # one is for who names it.
 DEFAULT_FORMATS = ("w8", "w4")
@@ -36,34 +37,37 @@ def ladder_formats(config: LadderConfig, profile: ProfileLadder | None = None) -
 
 def build_ladder(
     num_layers: int,
-    layer_bytes: LayerBytes,
+    ranks: Sequence[RankBytes],
     config: LadderConfig,
     base_num_blocks: int,
-    kv_block_bytes: int,
     max_num_blocks: int | None = None,
     profile: ProfileLadder | None = None,
 ) -> Ladder:
     """All levels, from full precision to the last step's last layer, or those of the profile.
 
+    One ladder for all ranks: a level publishes the blocks that EVERY rank has freed the bytes of. So that no
+    pipeline stage waits for another, steps take layers of all stages in turn, each stage's in the given order.
+    The levels of a profile were measured, and are taken as they are.
+
     Args:
         num_layers: decoder layers of the model.
-        layer_bytes: bytes on one rank of each layer's morphable linears, by format; must hold
-            'base' and every format the steps use, `num_layers` figures each.
+        ranks: bytes of each layer's morphable linears, by format; must hold 'base' and every format
+            the steps use, `num_layers` figures each.
         config: the swap order and the steps.
         base_num_blocks: KV blocks at level 0, null block included.
-        kv_block_bytes: bytes of one KV block on one rank, all layers together.
         max_num_blocks: no level publishes more than this.
         profile: of this model, where the section leaves the order or the steps to it.
 
     Returns:
         Levels with `ladder[k].index == k`; `num_kv_blocks` never decreases, `weight_bytes` never
-        increases with k.
+        increases with k and is the most that any rank holds.
 
     Raises:
         ConfigError: the section does not fit this model or these bytes.
     """
-    _check_blocks(base_num_blocks, kv_block_bytes, max_num_blocks)
-    _check_layer_bytes(num_layers, layer_bytes, ladder_formats(config, profile), config.expected_kl)
+    _check_blocks(base_num_blocks, ranks, max_num_blocks)
+    _check_layer_bytes(num_layers, ranks, ladder_formats(config, profile))
+    _check_expected_kl(config.expected_kl)
     if profile is not None and len(profile.order) != num_layers:
         raise ConfigError(
             f"the profile is of a model with {len(profile.order)} decoder layers, this one has {num_layers}. "
@@ -74,21 +78,17 @@ def build_ladder(
         assert profile is not None
         rungs = [tuple(rung.get(layer, BASE_FORMAT) for layer in range(num_layers)) for rung in known]
         kls: Sequence[float | None] = profile.kl
-        _check_rungs(rungs, layer_bytes)
+        _check_rungs(rungs, ranks)
     else:
-        rungs = _rungs_of_steps(num_layers, layer_bytes, config, profile)
+        rungs = _rungs_of_steps(num_layers, ranks, config, profile)
         kls = [_expected_kl(rung, config.expected_kl) for rung in rungs]
 
-    def weight(rung: tuple[str, ...]) -> int:
-        return sum(layer_bytes[fmt][layer] for layer, fmt in enumerate(rung))
-
-    base_bytes = weight(rungs[0])
     ladder = []
     for index, rung in enumerate(rungs):
-        num_blocks = base_num_blocks + (base_bytes - weight(rung)) // kv_block_bytes
+        num_blocks = base_num_blocks + paid_blocks(ranks, rungs[0], rung)
         if max_num_blocks is not None:
             num_blocks = min(num_blocks, max_num_blocks)
-        ladder.append(MorphLevel(index, rung, weight(rung), num_blocks, kls[index]))
+        ladder.append(MorphLevel(index, rung, max(rank.weight(rung) for rank in ranks), num_blocks, kls[index]))
     return tuple(ladder)
 
 
@@ -107,29 +107,31 @@ def _profile_rungs(config: LadderConfig, profile: ProfileLadder | None) -> tuple
     return profile.rungs if profile is not None and (config.steps == "profile" or own) and profile.rungs[1:] else ()
 
 
-def _check_rungs(rungs: Sequence[tuple[str, ...]], layer_bytes: LayerBytes) -> None:
+def _check_rungs(rungs: Sequence[tuple[str, ...]], ranks: Sequence[RankBytes]) -> None:
     """A level that takes more than the one before would shrink the KV cache on the way down: refuse it."""
-    sizes = [sum(layer_bytes[fmt][layer] for layer, fmt in enumerate(rung)) for rung in rungs]
-    for level, (before, after) in enumerate(pairwise(sizes), start=1):
-        if after > before:
-            raise ConfigError(
-                f"level {level} of the profile takes {after} B, level {level - 1} takes {before} B: it was made for "
-                "other kernels. Make it again here with scripts/profile_layers.py, or list ladder.steps."
-            )
+    for rank in ranks:
+        sizes = [rank.weight(rung) for rung in rungs]
+        for level, (before, after) in enumerate(pairwise(sizes), start=1):
+            if after > before:
+                raise ConfigError(
+                    f"level {level} of the profile takes {after} B, level {level - 1} takes {before} B: it was made "
+                    "for other kernels. Make it again here with scripts/profile_layers.py, or list ladder.steps."
+                )
 
 
 def _rungs_of_steps(
-    num_layers: int, layer_bytes: LayerBytes, config: LadderConfig, profile: ProfileLadder | None
+    num_layers: int, ranks: Sequence[RankBytes], config: LadderConfig, profile: ProfileLadder | None
 ) -> list[tuple[str, ...]]:
     """Formats by layer, level by level, as the steps put them."""
     order = _swap_order(num_layers, config.order, profile)
     formats = [BASE_FORMAT] * num_layers
     rungs = [tuple(formats)]
     for number, step in enumerate(_steps(config)):
-        layers = order[: _num_step_layers(num_layers, step, number)]
+        count = _num_step_layers(num_layers, step, number)
+        layers = balance(ranks, order, formats, step.format)[:count]
         for start in range(0, len(layers), step.layers_per_level):
             for layer in layers[start : start + step.layers_per_level]:
-                _check_frees(layer, formats[layer], step.format, layer_bytes, number)
+                _check_frees(layer, formats[layer], step.format, ranks, number)
                 formats[layer] = step.format
             rungs.append(tuple(formats))
     return rungs
@@ -205,10 +207,11 @@ def _num_step_layers(num_layers: int, step: LadderStep, number: int) -> int:
     return step.layers
 
 
-def _check_blocks(base_num_blocks: int, kv_block_bytes: int, max_num_blocks: int | None) -> None:
+def _check_blocks(base_num_blocks: int, ranks: Sequence[RankBytes], max_num_blocks: int | None) -> None:
     """Block size and cap make sense."""
-    if kv_block_bytes < 1:
-        raise ConfigError(f"kv_block_bytes is {kv_block_bytes}, must be at least 1. Give one block's bytes.")
+    smallest = min(rank.kv_block_bytes for rank in ranks)
+    if smallest < 1:
+        raise ConfigError(f"kv_block_bytes is {smallest}, must be at least 1. Give one block's bytes.")
     if max_num_blocks is not None and max_num_blocks < base_num_blocks:
         raise ConfigError(
             f"kv.max_num_blocks {max_num_blocks} is below the {base_num_blocks} blocks of level 0. "
@@ -216,30 +219,42 @@ def _check_blocks(base_num_blocks: int, kv_block_bytes: int, max_num_blocks: int
         )
 
 
-def _check_layer_bytes(
-    num_layers: int, layer_bytes: LayerBytes, formats: Sequence[str], expected_kl: Mapping[str, float]
-) -> None:
-    """Every format in use has one positive figure per layer, and no KL figure is negative."""
+def _check_layer_bytes(num_layers: int, ranks: Sequence[RankBytes], formats: Sequence[str]) -> None:
+    """Every format in use has one figure per layer, above 0 on the ranks that hold the layer and on no other."""
     for fmt in (BASE_FORMAT, *formats):
-        figures = layer_bytes.get(fmt)
-        if figures is None or len(figures) != num_layers or min(figures, default=0) < 1:
-            found = "none" if figures is None else f"{len(figures)}, least {min(figures, default=0)}"
-            raise ConfigError(
-                f"ladder: format {fmt!r} needs {num_layers} layer sizes of 1 byte or more, found {found}. "
-                "Does this model have the decoder layers that MorphServe expects?"
-            )
-    negative = {fmt: kl for fmt, kl in expected_kl.items() if not kl >= 0}
+        for rank in ranks:
+            figures = rank.layers.get(fmt)
+            if figures is None or len(figures) != num_layers:
+                _refuse_layer_bytes(num_layers, fmt, "none" if figures is None else str(len(figures)))
+        for layer in range(num_layers):
+            holders = stage_of(ranks, layer)
+            found = [rank.layers[fmt][layer] for rank in ranks]
+            if not holders or any((size < 1) is (i in holders) for i, size in enumerate(found)):
+                _refuse_layer_bytes(num_layers, fmt, f"{found} for layer {layer}, one figure a rank")
+
+
+def _refuse_layer_bytes(num_layers: int, fmt: str, found: str) -> NoReturn:
+    raise ConfigError(
+        f"ladder: format {fmt!r} needs {num_layers} layer sizes of 1 byte or more, found {found}. "
+        "Does this model have the decoder layers that MorphServe expects?"
+    )
+
+
+def _check_expected_kl(figures: Mapping[str, float]) -> None:
+    negative = {fmt: kl for fmt, kl in figures.items() if not kl >= 0}
     if negative:
         raise ConfigError(f"ladder.expected_kl {negative} must be 0 or more nats per token. Measure again.")
 
 
-def _check_frees(layer: int, old: str, new: str, layer_bytes: LayerBytes, number: int) -> None:
+def _check_frees(layer: int, old: str, new: str, ranks: Sequence[RankBytes], number: int) -> None:
     """A step that makes a layer larger would shrink the KV cache on the way down: refuse it."""
-    if layer_bytes[new][layer] > layer_bytes[old][layer]:
-        raise ConfigError(
-            f"ladder.steps[{number}] turns layer {layer} from {old} ({layer_bytes[old][layer]} B) into {new} "
-            f"({layer_bytes[new][layer]} B), which frees nothing. Order the steps from wide to narrow."
-        )
+    for rank in ranks:
+        before, after = rank.layers[old][layer], rank.layers[new][layer]
+        if after > before:
+            raise ConfigError(
+                f"ladder.steps[{number}] turns layer {layer} from {old} ({before} B) into {new} "
+                f"({after} B), which frees nothing. Order the steps from wide to narrow."
+            )
 
 
 def _expected_kl(rung: Sequence[str], figures: Mapping[str, float]) -> float | None:

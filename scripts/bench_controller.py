@@ -19,9 +19,10 @@ import time
 from dataclasses import dataclass
 
 from morphserve.config import LadderConfig, MorphServeConfig
-from morphserve.controller import Controller, EngineView, Plan, Reply, ShrinkProgress, largest_chunk_bytes, make_ledger
+from morphserve.controller import Controller, EngineView, Plan, Reply, ShrinkProgress, largest_chunk_bytes, make_ledgers
 from morphserve.ladder import build_ladder
 from morphserve.monitor import Monitor
+from morphserve.rank_bytes import RankBytes
 from policies import build_policy
 from policies.config import ThresholdConfig
 
@@ -84,7 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     config = MorphServeConfig()
-    ladder = build_ladder(30, LAYER_BYTES, LadderConfig(), 49, BLOCK_BYTES)
+    ranks = [RankBytes(LAYER_BYTES, BLOCK_BYTES)] * 2
+    ladder = build_ladder(30, ranks, LadderConfig(), 49)
     pool, monitor, now = Pool(49), Monitor(), [0.0]
     controller = Controller(
         ladder,
@@ -93,8 +95,8 @@ def main(argv: list[str] | None = None) -> int:
         Executor(),
         monitor,
         config,
-        make_ledger(ladder, BLOCK_BYTES, largest_chunk_bytes(LAYER_BYTES, 5)),
-        layer_bytes=LAYER_BYTES,
+        make_ledgers(ladder, ranks, [largest_chunk_bytes(LAYER_BYTES, 5)] * 2),
+        ranks=ranks,
         clock=lambda: now[0],
     )
     took_us: list[float] = []

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from morphserve.config import LadderConfig, LadderStep, MorphServeConfig, TransitionConfig
 from morphserve.controller import (
     Controller,
     DecisionLog,
     EngineView,
+    Ledgers,
     Phase,
     Plan,
     Reply,
     ShrinkProgress,
     largest_chunk_bytes,
-    make_ledger,
+    make_ledgers,
 )
 from morphserve.ladder import build_ladder
 from morphserve.monitor import Monitor
+from morphserve.rank_bytes import RankBytes
 from policies import BASE_FORMAT, Decision, Ladder, Policy, Signals
 
 Fail = Callable[[str, Plan, int], str]  # (command, plan, rank) -> error, '' = none
@@ -117,21 +120,22 @@ class FakePool:
 
 @dataclass(slots=True)
 class FakeTicket:
-    """Replies that arrive `delay` polls after they exist."""
+    """Replies that arrive `delay` polls after all of them exist."""
 
     delay: int
-    replies: tuple[Reply, ...] | None = None
+    num_ranks: int
+    replies: dict[int, Reply] = field(default_factory=dict)
     taken: bool = False
 
     def poll(self) -> tuple[Reply, ...] | None:
         assert not self.taken, "polled again after the replies were taken"
-        if self.replies is None:
+        if len(self.replies) < self.num_ranks:
             return None
         if self.delay > 0:
             self.delay -= 1
             return None
         self.taken = True
-        return self.replies
+        return tuple(self.replies[rank] for rank in sorted(self.replies))
 
 
 @dataclass(slots=True)
@@ -154,21 +158,16 @@ class FakeExecutor:
         delay: asked per command: how many polls its replies are late.
         immediate: carry commands out when sent (one process), not before the next forward pass.
         map_at_most: a rank maps no more blocks than this.
+        stuck: ranks that carry nothing out, so that no forward pass can end either.
     """
 
     def __init__(
-        self,
-        ladder: Ladder,
-        layer_bytes: Mapping[str, Sequence[int]],
-        kv_block_bytes: int,
-        budget_bytes: int,
-        *,
-        num_ranks: int = 2,
-        immediate: bool = False,
+        self, ladder: Ladder, sizes: Sequence[RankBytes], ledgers: Ledgers, *, immediate: bool = False
     ) -> None:
         self.ranks = [
-            FakeRank(i, list(ladder[0].layer_formats), ladder[0].num_kv_blocks) for i in range(num_ranks)
+            FakeRank(i, list(ladder[0].layer_formats), ladder[0].num_kv_blocks) for i in range(len(sizes))
         ]
+        self.stuck: set[int] = set()
         self.fail: Fail = lambda command, plan, rank: ""
         self.delay: Callable[[], int] = lambda: 0
         self.immediate = immediate
@@ -177,10 +176,9 @@ class FakeExecutor:
         self.sent: list[tuple[str, Plan]] = []
         self.keep_sent = True
         self.tickets: list[FakeTicket] = []
-        self._queue: list[tuple[str, Plan, FakeTicket]] = []
-        self._layer_bytes = layer_bytes
-        self._kv_block_bytes = kv_block_bytes
-        self._budget_bytes = budget_bytes
+        self._queues: list[list[tuple[str, Plan, FakeTicket]]] = [[] for _ in sizes]
+        self._sizes = sizes
+        self._budgets_bytes = [ledger.budget_bytes for ledger in ledgers]
 
     def prepare(self, plan: Plan) -> FakeTicket:
         return self._send("prepare", plan)
@@ -201,6 +199,7 @@ class FakeExecutor:
 
     def forward(self, pool: FakePool) -> None:
         """Carry out what was sent, then read every live block on every rank."""
+        assert not self.stuck, "a rank that is stuck does not come to its forward pass"
         self.run_commands()
         first = self.ranks[0]
         for rank in self.ranks:
@@ -215,10 +214,11 @@ class FakeExecutor:
         pool.unwritten.clear()
 
     def run_commands(self) -> None:
-        """Carry out what was sent, in order."""
-        queue, self._queue = self._queue, []
-        for command, plan, ticket in queue:
-            ticket.replies = tuple(self._obey(command, plan, rank) for rank in self.ranks)
+        """Carry out what was sent, in order, on ranks that are not stuck."""
+        for rank, queue in zip(self.ranks, self._queues, strict=True):
+            while queue and rank.index not in self.stuck:
+                command, plan, ticket = queue.pop(0)
+                ticket.replies[rank.index] = self._obey(command, plan, rank)
 
     @property
     def num_undrained(self) -> int:
@@ -226,12 +226,13 @@ class FakeExecutor:
         return len(self.tickets)
 
     def _send(self, command: str, plan: Plan) -> FakeTicket:
-        ticket = FakeTicket(self.delay())
+        ticket = FakeTicket(self.delay(), self.num_ranks)
         if self.keep_sent:
             self.sent.append((command, plan))
         self.tickets.append(ticket)
         assert self.num_undrained <= 10, "the ring is full: the engine would dead-lock"
-        self._queue.append((command, plan, ticket))
+        for queue in self._queues:
+            queue.append((command, plan, ticket))
         if self.immediate:
             self.run_commands()
         return ticket
@@ -291,15 +292,16 @@ class FakeExecutor:
         self._check_budget(rank)
 
     def _weight_bytes(self, rank: FakeRank) -> int:
-        return sum(self._layer_bytes[fmt][layer] for layer, fmt in enumerate(rank.formats))
+        return self._sizes[rank.index].weight(rank.formats)
 
     def _staging_bytes(self, rank: FakeRank) -> int:
         staged = () if rank.staged is None else rank.staged.layer_formats
-        return sum(self._layer_bytes[fmt][layer] for layer, fmt in staged)
+        return sum(self._sizes[rank.index].layers[fmt][layer] for layer, fmt in staged)
 
     def _check_budget(self, rank: FakeRank) -> None:
-        total = self._weight_bytes(rank) + self._staging_bytes(rank) + rank.mapped * self._kv_block_bytes
-        assert total <= self._budget_bytes, f"rank {rank.index} holds {total} B of {self._budget_bytes}"
+        kv_bytes = rank.mapped * self._sizes[rank.index].kv_block_bytes
+        total, budget = self._weight_bytes(rank) + self._staging_bytes(rank) + kv_bytes, self._budgets_bytes[rank.index]
+        assert total <= budget, f"rank {rank.index} holds {total} B of {budget}"
 
 
 class ScriptedPolicy:
@@ -326,6 +328,19 @@ KV_BLOCK_BYTES = 130
 BASE_BLOCKS = 20
 
 
+def pipeline(layers: Mapping[str, Sequence[int]], kv_block_bytes: int, *cuts: int) -> list[RankBytes]:
+    """Stages of a model: `cuts` are the first layers of all stages but the first. KV goes with the layers."""
+    num_layers = len(layers[BASE_FORMAT])
+    edges = (0, *cuts, num_layers)
+    return [
+        RankBytes(
+            {fmt: [size if start <= i < end else 0 for i, size in enumerate(sizes)] for fmt, sizes in layers.items()},
+            kv_block_bytes * (end - start) // num_layers,
+        )
+        for start, end in pairwise(edges)
+    ]
+
+
 class Rig:
     """Controller, fakes and a clock, wired up."""
 
@@ -335,6 +350,7 @@ class Rig:
         policy: Policy | None = None,
         config: MorphServeConfig | None = None,
         num_ranks: int = 2,
+        ranks: Sequence[RankBytes] | None = None,
         immediate: bool = False,
         max_num_blocks: int | None = None,
         layers_per_level: int = 3,
@@ -347,22 +363,17 @@ class Rig:
             LadderStep(format="w8", layers_per_level=layers_per_level),
             LadderStep(format="w4", layers_per_level=layers_per_level),
         ]
-        self.ladder = build_ladder(
-            8, LAYER_BYTES, LadderConfig(steps=steps), BASE_BLOCKS, KV_BLOCK_BYTES, max_num_blocks
-        )
-        staging = staging_bytes
-        if staging is None:
-            staging = largest_chunk_bytes(LAYER_BYTES, self.config.transition.max_layers_per_step)
-        self.ledger = make_ledger(self.ladder, KV_BLOCK_BYTES, staging)
+        self.ranks = ranks or [RankBytes(LAYER_BYTES, KV_BLOCK_BYTES)] * num_ranks
+        self.ladder = build_ladder(8, self.ranks, LadderConfig(steps=steps), BASE_BLOCKS, max_num_blocks)
+        per_step = self.config.transition.max_layers_per_step
+        staging = [
+            largest_chunk_bytes(rank.layers, per_step) if staging_bytes is None else staging_bytes
+            for rank in self.ranks
+        ]
+        self.ledgers = make_ledgers(self.ladder, self.ranks, staging)
+        self.ledger = self.ledgers[0]
         self.pool = FakePool(BASE_BLOCKS)
-        self.executor = FakeExecutor(
-            self.ladder,
-            LAYER_BYTES,
-            KV_BLOCK_BYTES,
-            self.ledger.budget_bytes,
-            num_ranks=num_ranks,
-            immediate=immediate,
-        )
+        self.executor = FakeExecutor(self.ladder, self.ranks, self.ledgers, immediate=immediate)
         self.monitor = Monitor()
         self.now_s = 0.0
         self.levels: list[int] = []
@@ -373,8 +384,8 @@ class Rig:
             self.executor,
             self.monitor,
             self.config,
-            self.ledger,
-            layer_bytes=LAYER_BYTES,
+            self.ledgers,
+            ranks=self.ranks,
             clock=lambda: self.now_s,
             log=log,
             on_level=self.levels.append,
@@ -395,7 +406,7 @@ class Rig:
     def check(self) -> None:
         """What must hold between any two steps."""
         self.pool.check_whole()
-        assert self.ledger.used_bytes <= self.ledger.budget_bytes
+        assert all(ledger.used_bytes <= ledger.budget_bytes for ledger in self.ledgers)
         exposure = self.controller.exposure_level
         assert self.pool.num_kv_blocks <= self.ladder[exposure].num_kv_blocks, "more than the ladder allows"
         allowed = [self.ladder[exposure].layer_formats, self.ladder[max(exposure - 1, 0)].layer_formats]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from morphserve.controller.chunk import LayerBytes
 from morphserve.controller.controller import Controller
 from morphserve.controller.counters import Counters
 from morphserve.controller.decision_log import DecisionLog
-from morphserve.controller.ledger import Ledger, largest_chunk_bytes, make_ledger
+from morphserve.controller.ledger import Ledger, Ledgers, largest_chunk_bytes, make_ledgers
 from morphserve.controller.ports import (
     BlockPoolPort,
     EngineView,
@@ -25,13 +24,13 @@ __all__ = [
     "DecisionLog",
     "EngineView",
     "ExecutorPort",
-    "LayerBytes",
     "Ledger",
+    "Ledgers",
     "Phase",
     "Plan",
     "Reply",
     "ShrinkProgress",
     "Ticket",
     "largest_chunk_bytes",
-    "make_ledger",
+    "make_ledgers",
 ]

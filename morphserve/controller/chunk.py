@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from morphserve.config import MorphServeConfig
-from morphserve.controller.ledger import Ledger
+from morphserve.controller.ledger import Ledgers
+from morphserve.controller.picking import LayerFormats, LayerPicker
 from morphserve.controller.ports import BlockPoolPort, ExecutorPort, Plan, Reply, Ticket
 from morphserve.controller.replies import CommandFailed, ReplyDesk, failures, require_success, slowest
 from morphserve.controller.transition import Direction, Outcome, Phase, check_move
 from morphserve.errors import ConfigError
+from morphserve.rank_bytes import RankBytes, paid_blocks
 from policies.types import Ladder
 
 logger = logging.getLogger(__name__)
-
-LayerBytes = Mapping[str, Sequence[int]]  # format -> bytes of each decoder layer on one rank
-_COST_SHARE = 0.5  # weight of the newest measurement of seconds per layer
-# Until a direction has been measured. Reading and rebuilding a layer ran at 0.6 to 1 GB/s on one core.
-_FIRST_S_PER_BYTE = 1 / 0.6e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,21 +27,23 @@ class ChunkEnd:
     num_layers: int = 0
     format: str = ""
     error: str = ""
-    drain_timeout: bool = False
+    place: str = "prepare"  # what an abort counts as among the errors; "" = as none
 
 
 @dataclass(slots=True)
 class _Chunk:
     toward: int  # the rung it approaches
     direction: Direction
-    layers: tuple[tuple[int, str], ...]
-    new_bytes: int  # staged
-    old_bytes: int  # freed on commit
+    layers: LayerFormats
+    new_bytes: tuple[int, ...]  # by rank: staged
+    old_bytes: tuple[int, ...]  # by rank: freed on commit
     blocks_before: int
     blocks_after: int
     revision: int
     plan: Plan | None = None
     ticket: Ticket | None = None
+    sent_s: float = 0.0  # when the ticket's command was sent
+    said_late: bool = False  # that the ranks do not answer it
     progress_s: float = 0.0  # when draining last got anywhere
     num_live_tail: int = -1
     worker_s: float = 0.0  # what prepare took on the slowest rank
@@ -59,8 +58,9 @@ class ChunkRunner:
     Promises:
         1. `pool.grow` is called with no more blocks than every rank has answered to have mapped.
         2. A rank is told to unmap only blocks that `pool.finish_shrink` has forgotten.
-        3. The ledger holds every byte before a rank is asked to make it resident.
+        3. The ledgers hold every byte before a rank is asked to make it resident.
         4. Copies leave for the ranks within the call that renamed the blocks.
+        5. No rank is told to switch before all have prepared, within `transition.rank_timeout_s`.
 
     Attributes:
         lower: deepest level whose formats all layers have at least.
@@ -68,10 +68,10 @@ class ChunkRunner:
     """
 
     ladder: Ladder
-    layer_bytes: LayerBytes
+    ranks: Sequence[RankBytes]
     pool: BlockPoolPort
     executor: ExecutorPort
-    ledger: Ledger
+    ledgers: Ledgers
     config: MorphServeConfig
     phase: Phase = Phase.IDLE
     lower: int = 0
@@ -80,18 +80,18 @@ class ChunkRunner:
     short_grows: int = 0
     desk: ReplyDesk = field(default_factory=ReplyDesk)
     formats: list[str] = field(init=False)
-    _weight_bytes: int = field(init=False)
+    _picker: LayerPicker = field(init=False)
     _chunk: _Chunk | None = None
-    _seconds_per_layer: dict[Direction, float] = field(default_factory=dict)
+    _now_s: float = 0.0
 
     def __post_init__(self) -> None:
         base = self.ladder[0]
         for level in self.ladder:
-            found = sum(self.layer_bytes[fmt][i] for i, fmt in enumerate(level.layer_formats))
+            found = max(rank.weight(level.layer_formats) for rank in self.ranks)
             if found != level.weight_bytes:
                 raise ConfigError(
                     f"level {level.index} has weight_bytes {level.weight_bytes}, its layers sum to {found}. "
-                    "Build the ladder from the same layer_bytes."
+                    "Build the ladder from the same bytes."
                 )
         if self.pool.num_kv_blocks != base.num_kv_blocks:
             raise ConfigError(
@@ -99,7 +99,7 @@ class ChunkRunner:
                 f"{base.num_kv_blocks}. Set kv.base_num_blocks to what the pool has."
             )
         self.formats = list(base.layer_formats)
-        self._weight_bytes = base.weight_bytes
+        self._picker = LayerPicker(self.ranks, self.ledgers, self.config.transition)
 
     # ---- questions
 
@@ -120,21 +120,24 @@ class ChunkRunner:
 
     def start(self, now_s: float, rung: int) -> None:
         """Open a chunk toward `rung`, a neighbour as `next_rung` names it. Follow with `advance`."""
+        self._now_s = now_s
         direction: Direction = "degrade" if rung > self.lower else "restore"
-        layers = self._pick_layers(rung, direction)
-        new_bytes = sum(self.layer_bytes[fmt][layer] for layer, fmt in layers)
-        old_bytes = sum(self.layer_bytes[self.formats[layer]][layer] for layer, _ in layers)
-        deeper = max(rung, self.upper)
-        freed = self.ladder[0].weight_bytes - (self._weight_bytes - old_bytes + new_bytes)
-        paid = self.ladder[0].num_kv_blocks + freed // self.ledger.kv_block_bytes
+        layers = self._picker.pick(self.formats, self.ladder[rung].layer_formats, direction)
+        after = list(self.formats)
+        for layer, fmt in layers:
+            after[layer] = fmt
+        base, deeper = self.ladder[0], self.ladder[max(rung, self.upper)]
+        paid = base.num_kv_blocks + paid_blocks(self.ranks, base.layer_formats, after)
         chunk = _Chunk(
             toward=rung,
             direction=direction,
             layers=layers,
-            new_bytes=new_bytes,
-            old_bytes=old_bytes,
+            new_bytes=tuple(sum(rank.layers[fmt][layer] for layer, fmt in layers) for rank in self.ranks),
+            old_bytes=tuple(
+                sum(rank.layers[self.formats[layer]][layer] for layer, _ in layers) for rank in self.ranks
+            ),
             blocks_before=self.pool.num_kv_blocks,
-            blocks_after=min(paid, self.ladder[deeper].num_kv_blocks),
+            blocks_after=min(paid, deeper.num_kv_blocks),
             revision=self.next_revision(),
             progress_s=now_s,
         )
@@ -142,7 +145,7 @@ class ChunkRunner:
         if chunk.blocks_after < chunk.blocks_before:
             self.pool.begin_shrink(chunk.blocks_after)
             self._move(Phase.DRAINING)
-        elif self.ledger["kv_blocks"] <= chunk.blocks_after * self.ledger.kv_block_bytes:
+        elif self.ledgers.num_kv_blocks <= chunk.blocks_after:
             self._send_layers(chunk)
         else:
             # Some rank mapped less than the others and decided what is published: those give it back.
@@ -164,10 +167,11 @@ class ChunkRunner:
         """
         chunk = self._chunk
         assert chunk is not None
+        self._now_s = now_s
         if self.phase is Phase.DRAINING:
             self._drain(chunk, now_s, wanted)
         if self.phase is Phase.SHRINKING and not self.desk.copies and self._answered(chunk) is not None:
-            self._book_kv(chunk.blocks_after)
+            self.ledgers.book_kv(chunk.blocks_after)
             if wanted:
                 self._send_layers(chunk)
             else:
@@ -197,7 +201,7 @@ class ChunkRunner:
             self.pool.cancel_shrink()
         if self._votes and self.phase is Phase.PREPARING and chunk is not None and chunk.plan is not None:
             if chunk.ticket is not None:
-                self.desk.copies.append(chunk.ticket)
+                self.desk.late.append(chunk.ticket)
             chunk.ticket = self.executor.abort(chunk.plan)
 
     def drain_replies(self) -> None:
@@ -206,6 +210,7 @@ class ChunkRunner:
         if chunk is not None and chunk.ticket is not None and chunk.ticket.poll() is not None:
             chunk.ticket = None
         self.desk.copies = [ticket for ticket in self.desk.copies if ticket.poll() is None]
+        self.desk.drop_late()
 
     # ---- phases
 
@@ -219,7 +224,7 @@ class ChunkRunner:
             if wanted:
                 tail = f"{chunk.num_live_tail} live blocks above {chunk.blocks_after}"
                 error = f"{tail} found no room in {stuck_s:.1f} s"
-                chunk.end = ChunkEnd("aborted", error=error, drain_timeout=True)
+                chunk.end = ChunkEnd("aborted", error=error, place="")
             return
         if self.desk.is_full:
             return
@@ -239,11 +244,11 @@ class ChunkRunner:
     def _unmap(self, chunk: _Chunk, copies: tuple[tuple[int, int], ...]) -> None:
         """Send the last copies and the unmapping; a single rank gets the layers in the same command."""
         if self._votes:
-            chunk.ticket = self.executor.commit(Plan(chunk.revision, (), chunk.blocks_after, copies))
+            self._sent(chunk, self.executor.commit(Plan(chunk.revision, (), chunk.blocks_after, copies)))
             chunk.revision = self.next_revision()
         else:
             # It unmaps before it builds, so the bytes are there when it does.
-            self._book_kv(chunk.blocks_after)
+            self.ledgers.book_kv(chunk.blocks_after)
             self._send_layers(chunk, copies)
 
     @property
@@ -252,27 +257,25 @@ class ChunkRunner:
         return self.executor.num_ranks > 1
 
     def _send_layers(self, chunk: _Chunk, copies: tuple[tuple[int, int], ...] = ()) -> None:
-        self.ledger.reserve("staging", chunk.new_bytes)
+        self.ledgers.reserve_staging(chunk.new_bytes)
         chunk.plan = Plan(chunk.revision, chunk.layers, chunk.blocks_after, copies)
         if self._votes:
-            chunk.ticket = self.executor.prepare(chunk.plan)
+            self._sent(chunk, self.executor.prepare(chunk.plan))
         else:
             chunk.exposure_before = self.upper
             self.upper = max(self.upper, chunk.toward)  # from the next forward pass on
-            chunk.ticket = self.executor.apply(chunk.plan)
+            self._sent(chunk, self.executor.apply(chunk.plan))
         self._move(Phase.PREPARING)
 
     def _await_apply(self, chunk: _Chunk) -> None:
         """One rank: its answer to `apply` says that it has switched, or that no layer has changed."""
-        assert chunk.ticket is not None
         before = {rank: figures.weight_bytes for rank, figures in self.desk.ranks.items()}
-        replies = self.desk.poll(chunk.ticket)
+        replies = self._replies(chunk)
         if replies is None:
             return
-        chunk.ticket = None
         if failed := failures(replies):
-            # Against the rank's own last word: what the ladder counts may be a bound (`common_layer_bytes`).
-            switched = any(r.weight_bytes != before.get(r.rank, self._weight_bytes) for r in replies)
+            # Against the rank's own last word: what the ledger counts may be a bound.
+            switched = any(r.weight_bytes != before.get(r.rank, self.ledgers[0]["weights"]) for r in replies)
             if switched or not all(reply.kv_moved for reply in replies):
                 raise CommandFailed(f"apply stopped half-way: {failed}")
             self.upper = chunk.exposure_before
@@ -285,34 +288,51 @@ class ChunkRunner:
 
     def _undo(self, chunk: _Chunk) -> None:
         """The layers stay what they were; give back the KV that was to pay for them."""
-        self.ledger.release("staging", chunk.new_bytes)
+        self.ledgers.release_staging(chunk.new_bytes)
         if self.pool.num_kv_blocks < chunk.blocks_before:
             self._send_regrow(chunk)
         else:
             self._move(Phase.IDLE)
 
     def _await_prepare(self, chunk: _Chunk, wanted: bool) -> None:
+        """Count the votes; one that is against, or later than the time-out, decides for all ranks."""
         assert chunk.plan is not None and chunk.ticket is not None
+        timeout_s = self.config.transition.rank_timeout_s
         replies = self.desk.poll(chunk.ticket)
         if replies is None:
+            if not self._is_overdue(chunk):
+                return
+            self.desk.late.append(chunk.ticket)
+            silence_s = self._now_s - chunk.sent_s
+            error = f"a rank has not prepared in {silence_s:.1f} s, transition.rank_timeout_s is {timeout_s:g}"
+            self._abort(chunk, ChunkEnd("aborted", error=error, place="rank_timeout"))
             return
-        chunk.ticket = None
         chunk.worker_s = slowest(replies)
-        failed = failures(replies)
-        if not failed and wanted:
+        late = [reply for reply in replies if reply.elapsed_s > timeout_s]
+        if failed := failures(replies):
+            self._abort(chunk, ChunkEnd("aborted", error=failed))
+        elif late:
+            self._picker.learn(chunk.direction, chunk.layers, chunk.worker_s)  # the next attempt takes fewer layers
+            took = ", ".join(f"rank {reply.rank} took {reply.elapsed_s:.1f} s" for reply in late)
+            error = f"{took} to prepare, transition.rank_timeout_s is {timeout_s:g}"
+            self._abort(chunk, ChunkEnd("aborted", error=error, place="rank_timeout"))
+        elif not wanted:
+            self._abort(chunk, ChunkEnd("cancelled"))
+        else:
             self.upper = max(self.upper, chunk.toward)  # from the next forward pass on
-            chunk.ticket = self.executor.commit(chunk.plan)
+            self._sent(chunk, self.executor.commit(chunk.plan))
             self._move(Phase.COMMITTING)
-            return
-        chunk.end = ChunkEnd("aborted", error=failed) if failed else ChunkEnd("cancelled")
-        chunk.ticket = self.executor.abort(chunk.plan)
+
+    def _abort(self, chunk: _Chunk, end: ChunkEnd) -> None:
+        """Have every rank forget what it has staged, or is still about to: commands keep their order."""
+        assert chunk.plan is not None
+        chunk.end = end
+        self._sent(chunk, self.executor.abort(chunk.plan))
         self._move(Phase.ABORTING)
 
     def _settle(self, chunk: _Chunk, replies: tuple[Reply, ...]) -> None:
         """All ranks have switched: make that the truth here too."""
-        self.ledger.transfer("staging", "weights", chunk.new_bytes)
-        self.ledger.release("weights", chunk.old_bytes)
-        self._weight_bytes += chunk.new_bytes - chunk.old_bytes
+        self.ledgers.switch(chunk.new_bytes, chunk.old_bytes)
         for layer, fmt in chunk.layers:
             self.formats[layer] = fmt
         deeper = max(chunk.toward, self.upper)
@@ -321,11 +341,9 @@ class ChunkRunner:
         else:
             self.lower, self.upper = deeper - 1, deeper
         if chunk.blocks_after > self.pool.num_kv_blocks:
-            self._book_kv(chunk.blocks_after)
+            self.ledgers.book_kv(chunk.blocks_after)
             self._grow(chunk.blocks_after, replies)
-        cost = (chunk.worker_s + slowest(replies)) / len(chunk.layers)
-        known = self._seconds_per_layer.get(chunk.direction, cost)
-        self._seconds_per_layer[chunk.direction] = known + _COST_SHARE * (cost - known)
+        self._picker.learn(chunk.direction, chunk.layers, chunk.worker_s + slowest(replies))
         chunk.end = ChunkEnd("committed", num_layers=len(chunk.layers), format=chunk.layers[-1][1])
         self._move(Phase.IDLE)
 
@@ -336,42 +354,11 @@ class ChunkRunner:
         logger.debug("morph r%d: %s -> %s", revision, self.phase.name, phase.name)
         self.phase = check_move(revision, self.phase, phase)
 
-    def _pick_layers(self, rung: int, direction: Direction) -> tuple[tuple[int, str], ...]:
-        """Layers to switch next: as many as the pause and the staging reserve allow, at least one.
-
-        What a layer takes beyond the budget of the level it leaves is the smaller of its two sizes: going
-        down the new one is staged beside the old; going up, the KV given back has paid the difference.
-        """
-        wanted = [
-            (layer, fmt) for layer, fmt in enumerate(self.ladder[rung].layer_formats) if fmt != self.formats[layer]
-        ]
-        largest = max((self.layer_bytes[fmt][layer] for layer, fmt in wanted), default=0)
-        limit = self.config.transition.max_layers_per_step
-        cost = self._seconds_per_layer.get(direction, largest * _FIRST_S_PER_BYTE)
-        if cost > 0:
-            limit = max(1, min(limit, int(self.config.transition.max_pause_ms / 1000 / cost)))
-        layers: list[tuple[int, str]] = []
-        excess = 0
-        for layer, fmt in wanted:
-            excess += min(self.layer_bytes[fmt][layer], self.layer_bytes[self.formats[layer]][layer])
-            if layers and (len(layers) == limit or excess > self.ledger.staging_reserve_bytes):
-                break
-            layers.append((layer, fmt))
-        return tuple(layers)
-
     def _send_regrow(self, chunk: _Chunk) -> None:
         """Map again what was unmapped for a switch that does not happen."""
-        self._book_kv(chunk.blocks_before)
-        chunk.ticket = self.executor.commit(Plan(self.next_revision(), (), chunk.blocks_before))
+        self.ledgers.book_kv(chunk.blocks_before)
+        self._sent(chunk, self.executor.commit(Plan(self.next_revision(), (), chunk.blocks_before)))
         self._move(Phase.REGROWING)
-
-    def _book_kv(self, num_kv_blocks: int) -> None:
-        """Make the ledger's KV account what ranks hold, or are about to be told to hold."""
-        change = num_kv_blocks * self.ledger.kv_block_bytes - self.ledger["kv_blocks"]
-        if change >= 0:
-            self.ledger.reserve("kv_blocks", change)
-        else:
-            self.ledger.release("kv_blocks", -change)
 
     def _grow(self, num_kv_blocks: int, replies: tuple[Reply, ...]) -> None:
         """Publish what every rank has mapped, which may be less than it was asked for."""
@@ -386,10 +373,31 @@ class ChunkRunner:
 
     def _answered(self, chunk: _Chunk) -> tuple[Reply, ...] | None:
         """All ranks' replies to a command that cannot fail, None while one is missing."""
+        replies = self._replies(chunk)
+        if replies is not None:
+            require_success(replies, self.phase.name.lower())
+        return replies
+
+    def _replies(self, chunk: _Chunk) -> tuple[Reply, ...] | None:
+        """To a command that cannot be taken back: all one can do about a late rank is to wait, and to say so."""
         if chunk.ticket is None:
             return None
         replies = self.desk.poll(chunk.ticket)
         if replies is not None:
             chunk.ticket = None
-            require_success(replies, self.phase.name.lower())
+        elif self._is_overdue(chunk) and not chunk.said_late:
+            chunk.said_late = True
+            logger.warning(
+                "morph r%d: no answer of all ranks in %s for %.1f s; the engine goes on with %d KV blocks and waits",
+                chunk.revision,
+                self.phase.name,
+                self._now_s - chunk.sent_s,
+                self.pool.num_kv_blocks,
+            )
         return replies
+
+    def _sent(self, chunk: _Chunk, ticket: Ticket) -> None:
+        chunk.ticket, chunk.sent_s, chunk.said_late = ticket, self._now_s, False
+
+    def _is_overdue(self, chunk: _Chunk) -> bool:
+        return self._now_s - chunk.sent_s > self.config.transition.rank_timeout_s

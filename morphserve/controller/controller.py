@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from morphserve.config import MorphServeConfig
 from morphserve.controller.backoff import BackOff
-from morphserve.controller.chunk import ChunkEnd, ChunkRunner, LayerBytes
+from morphserve.controller.chunk import ChunkEnd, ChunkRunner
 from morphserve.controller.counters import Counters
 from morphserve.controller.decision_log import DecisionLog
-from morphserve.controller.ledger import Ledger
+from morphserve.controller.ledger import Ledgers
 from morphserve.controller.ports import BlockPoolPort, EngineView, ExecutorPort
 from morphserve.controller.transition import Direction, Outcome, Phase, Transition
 from morphserve.monitor import Monitor
+from morphserve.rank_bytes import RankBytes
 from policies.types import Decision, Ladder, Policy, Signals
 
 logger = logging.getLogger(__name__)
@@ -27,8 +28,9 @@ class Controller:
     Promises:
         1. The scheduler never hands out a block that some rank has not mapped.
         2. No rank unmaps a block that the scheduler can still hand out.
-        3. weights + KV + staging stay within the ledger's budget, also in mid-transition.
-        4. A failed prepare leaves the old level in force, one WARNING and one count, and a back-off.
+        3. weights + KV + staging stay within the budget of every rank's ledger, also in mid-transition.
+        4. A rank that fails to prepare, or does not in time, leaves the old level in force on all ranks, one
+           WARNING and one count, and a back-off.
         5. `tick` never raises: an error trips the controller, which finishes or undoes what is under
            way and then leaves the engine at the level it has.
     """
@@ -41,9 +43,9 @@ class Controller:
         executor: ExecutorPort,
         monitor: Monitor,
         config: MorphServeConfig,
-        ledger: Ledger,
+        ledgers: Ledgers,
         *,
-        layer_bytes: LayerBytes,
+        ranks: Sequence[RankBytes],
         clock: Callable[[], float],
         log: DecisionLog | None = None,
         on_level: Callable[[int], None] | None = None,
@@ -51,31 +53,31 @@ class Controller:
         """Start at level 0, idle.
 
         Args:
-            ladder: all levels, as `build_ladder` made them from `layer_bytes`.
+            ladder: all levels, as `build_ladder` made them from `ranks`.
             policy: asked once per tick.
             pool: the scheduler's blocks, at level 0's count.
             executor: sends plans to all ranks.
             monitor: turns counters into signals.
             config: uses `kv` and `transition`.
-            ledger: of a rank at level 0, see `make_ledger`.
-            layer_bytes: bytes on one rank of each layer, by format.
+            ledgers: of the ranks at level 0, see `make_ledgers`.
+            ranks: bytes of each rank's layers and KV blocks.
             clock: monotonic seconds, the one the monitor's events use.
             log: where decisions are recorded; None = nowhere.
             on_level: told the exposure level whenever that changes.
 
         Raises:
-            ConfigError: ladder, layer_bytes and pool contradict each other.
+            ConfigError: ladder, ranks and pool contradict each other.
         """
         self._ladder = ladder
         self._policy = policy
         self._pool = pool
         self._monitor = monitor
         self._config = config
-        self._ledger = ledger
+        self._ledgers = ledgers
         self._clock = clock
         self._log = log
         self._on_level = on_level
-        self._runner = ChunkRunner(ladder, layer_bytes, pool, executor, ledger, config)
+        self._runner = ChunkRunner(ladder, ranks, pool, executor, ledgers, config)
         self.counters = Counters(
             num_blocks_published=pool.num_kv_blocks, num_blocks_mapped=pool.num_kv_blocks
         )
@@ -133,6 +135,7 @@ class Controller:
         """Everything an operator may ask, ready for JSON."""
         transitions = {f"{d}_{outcome}": n for (d, outcome), n in self.counters.transitions.items()}
         layers: dict[str, int] = {}
+        ledgers = self._ledgers.snapshots()
         for fmt in self._runner.formats:
             layers[fmt] = layers.get(fmt, 0) + 1
         return {
@@ -148,7 +151,8 @@ class Controller:
             "layers_by_format": layers,
             "num_kv_blocks": self._pool.num_kv_blocks,
             "used_kv_blocks": self._pool.num_used_blocks,
-            "ledger": self._ledger.snapshot(),
+            "ledger": ledgers[self._ledgers.tightest],
+            "ledgers": ledgers,
             "ranks": {
                 str(rank): asdict(figures) for rank, figures in sorted(self._runner.desk.ranks.items())
             },
@@ -212,6 +216,7 @@ class Controller:
         runner = self._runner
         runner.desk.pause_s = 0.0
         runner.desk.poll_copies()
+        runner.desk.drop_late()
         if runner.phase is not Phase.IDLE and not self._advance(now):
             return
         rung = self._next_rung(now)
@@ -314,9 +319,9 @@ class Controller:
 
     def _back_off(self, now: float, direction: Direction, end: ChunkEnd) -> float:
         """Returns for how many seconds there is no new attempt."""
-        if end.drain_timeout:
+        if not end.place:  # the drain timed out
             return self._backoff.drain_timed_out(now)
-        self.counters.count_error("prepare")
+        self.counters.count_error(end.place)
         return self._backoff.failed(now, direction)
 
     def _publish(self) -> None:

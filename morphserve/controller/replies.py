@@ -30,11 +30,12 @@ class ReplyDesk:
     ranks: dict[int, RankFigures] = field(default_factory=dict)
     pause_s: float = 0.0  # worker seconds in the replies taken since it was last set to 0
     copies: list[Ticket] = field(default_factory=list)
+    late: list[Ticket] = field(default_factory=list)  # answers that nobody waits for any more; ranks still give them
 
     @property
     def is_full(self) -> bool:
         """True when no further copies may be sent before replies have come."""
-        return len(self.copies) >= _MAX_UNDRAINED
+        return len(self.copies) + len(self.late) >= _MAX_UNDRAINED
 
     def poll(self, ticket: Ticket) -> tuple[Reply, ...] | None:
         """All ranks' replies, None while one is missing."""
@@ -62,6 +63,10 @@ class ReplyDesk:
             else:
                 answered.extend(replies)
         require_success(tuple(answered), "copy")
+
+    def drop_late(self) -> None:
+        """Take late answers off the ring without looking at them: their plan has been aborted."""
+        self.late = [ticket for ticket in self.late if ticket.poll() is None]
 
 
 def require_success(replies: tuple[Reply, ...], command: str) -> None:

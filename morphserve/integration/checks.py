@@ -8,6 +8,7 @@ from morphserve.config import MorphServeConfig, check_formats
 from morphserve.errors import ConfigError
 from morphserve.integration.settings import read_ladder, read_settings
 from morphserve.ladder import build_ladder, check_floor, ladder_formats
+from morphserve.rank_bytes import RankBytes
 from policies import build_policy
 from policies.types import BASE_FORMAT, Ladder, Policy
 from quant_layers import FORMATS, split_format
@@ -25,7 +26,7 @@ def check_engine(vllm_config: Any) -> None:
     if config is None:
         return
     check_formats(config, FORMATS)
-    _check_platform()
+    check_platform()
     _check_model(vllm_config)
     _check_features(vllm_config)
     _check_ladder(config, vllm_config)
@@ -49,7 +50,12 @@ def make_policy(config: MorphServeConfig, ladder: Ladder) -> Policy:
         raise ConfigError(f"policy: {e}") from e
 
 
-def _check_platform() -> None:
+def check_platform() -> None:
+    """Refuse a device that MorphServe cannot morph on.
+
+    Raises:
+        ConfigError: says which device vLLM has found.
+    """
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -82,6 +88,8 @@ def _check_model(vllm_config: Any) -> None:
 
 
 def _check_features(vllm_config: Any) -> None:
+    from vllm.config import CompilationMode
+
     v = vllm_config
     backend = v.parallel_config.distributed_executor_backend
     if backend not in ("mp", "uni") or (backend == "uni" and v.parallel_config.world_size > 1):
@@ -94,8 +102,18 @@ def _check_features(vllm_config: Any) -> None:
         (v.model_config.enable_sleep_mode, "sleep mode frees weights on its own", "--enable-sleep-mode"),
         (v.lora_config is not None, "LoRA wraps the linears that are swapped", "--enable-lora"),
         (v.speculative_config is not None, "speculative decoding is not proven", "--speculative-config"),
-        (v.parallel_config.data_parallel_size > 1, "data parallel is not proven", "--data-parallel-size"),
-        (v.parallel_config.pipeline_parallel_size > 1, "stages free different bytes", "--pipeline-parallel-size"),
+        (
+            # Seen with and without MorphServe: vLLM makes the buffer between stages in a warm-up that only a compiled
+            # model gets (vllm/v1/worker/cpu_model_runner.py, warming_up_model).
+            v.parallel_config.pipeline_parallel_size > 1 and v.compilation_config.mode == CompilationMode.NONE,
+            "vLLM on CPU cannot run pipeline stages eagerly, its first step fails",
+            "--enforce-eager",
+        ),
+        (
+            v.parallel_config.data_parallel_size > 1 and v.parallel_config.data_parallel_backend != "mp",
+            f"data parallel backend {v.parallel_config.data_parallel_backend!r} is not proven, 'mp' is",
+            "--data-parallel-backend",
+        ),
         (v.parallel_config.enable_expert_parallel, "expert parallel", "--enable-expert-parallel"),
     ):
         if bad:
@@ -108,7 +126,7 @@ def _check_ladder(config: MorphServeConfig, vllm_config: Any) -> None:
     profile = read_ladder(config)
     formats = dict.fromkeys((BASE_FORMAT, *FORMATS, *ladder_formats(config.ladder, profile)))
     nominal = {fmt: [_nominal_bytes(fmt)] * num_layers for fmt in formats}
-    ladder = build_ladder(num_layers, nominal, config.ladder, 64, 1024, profile=profile)
+    ladder = build_ladder(num_layers, [RankBytes(nominal, 1024)], config.ladder, 64, profile=profile)
     make_policy(config, ladder)
 
 

@@ -17,20 +17,21 @@ from typing import Any
 from vllm.v1.core.sched.interface import PauseState
 
 from morphserve.config import MorphServeConfig
-from morphserve.controller import Controller, DecisionLog, largest_chunk_bytes, make_ledger
+from morphserve.controller import Controller, DecisionLog, largest_chunk_bytes, make_ledgers
 from morphserve.controller.ports import EngineView, Plan
 from morphserve.errors import ConfigError
 from morphserve.histogram import TimeHistogram
 from morphserve.integration import seams
 from morphserve.integration.block_pool import VllmBlockPool, check_supported
 from morphserve.integration.checks import make_policy
-from morphserve.integration.describe import RankDescription, common_layer_bytes
+from morphserve.integration.describe import RankDescription
 from morphserve.integration.executor import RpcExecutor
 from morphserve.integration.provenance import Provenance
 from morphserve.integration.receipts import Receipts
 from morphserve.integration.settings import read_ladder, read_settings
 from morphserve.ladder import build_ladder, check_floor
 from morphserve.monitor import Monitor
+from morphserve.rank_bytes import RankBytes
 from policies.types import Ladder
 
 logger = logging.getLogger("vllm.morphserve")
@@ -46,10 +47,9 @@ class EngineRuntime:
         self.vllm_config = vllm_config
         self.config = config
         self.ranks: list[RankDescription] = engine_core.model_executor.collective_rpc("morphserve_describe")
-        self.layer_bytes = common_layer_bytes(self.ranks)
+        self.rank_bytes: list[RankBytes] = []
         self.ladder: Ladder = ()
         self.base_num_blocks = 0
-        self.kv_block_bytes = 0
 
     def plan_kv(self, original: Callable[..., Any], specs: Any, available_memory: Any) -> Any:
         """KV cache configs for the deepest level's blocks; the scheduler starts with level 0's.
@@ -58,7 +58,8 @@ class EngineRuntime:
             ConfigError: the budget does not hold one request, or the pool is not one we can resize.
         """
         base = original(self.vllm_config, specs, available_memory)
-        check_supported(self.vllm_config, base[0])
+        for kv_cache_config in base:
+            check_supported(self.vllm_config, kv_cache_config)
         kv = self.config.kv
         self.base_num_blocks = min(c.num_blocks for c in base)
         if kv.base_num_blocks is not None:
@@ -74,8 +75,8 @@ class EngineRuntime:
             self.vllm_config.cache_config.block_size,
         )
         block_bytes = [c.kv_cache_tensors[0].size // c.num_blocks for c in base]
-        self.kv_block_bytes = max(block_bytes)
-        self.ladder = self._ladder(block_bytes)
+        self.rank_bytes = [RankBytes(r.layer_bytes, size) for r, size in zip(self.ranks, block_bytes, strict=True)]
+        self.ladder = self._ladder()
         cache_config = self.vllm_config.cache_config
         override = cache_config.num_gpu_blocks_override
         cache_config.num_gpu_blocks_override = self.ladder[-1].num_kv_blocks
@@ -84,17 +85,30 @@ class EngineRuntime:
         finally:
             cache_config.num_gpu_blocks_override = override
 
-    def _ladder(self, block_bytes: list[int]) -> Ladder:
-        """One ladder for all ranks: see `common_layer_bytes`."""
-        return build_ladder(
+    @property
+    def kv_block_bytes(self) -> int:
+        """Of one block on the rank where it is largest: pipeline stages differ in their number of layers."""
+        return max(rank.kv_block_bytes for rank in self.rank_bytes)
+
+    def _ladder(self) -> Ladder:
+        """One for all ranks. Says so when some pipeline stage frees nothing that others could use."""
+        ladder = build_ladder(
             self.vllm_config.model_config.get_total_num_hidden_layers(),
-            self.layer_bytes,
+            self.rank_bytes,
             self.config.ladder,
             self.base_num_blocks,
-            max(block_bytes),
             self.config.kv.max_num_blocks,
             read_ladder(self.config),
         )
+        formats = ladder[-1].layer_formats
+        idle = [r.rank for r, held in zip(self.ranks, self.rank_bytes, strict=True)
+                if held.weight(formats) == held.weight(ladder[0].layer_formats)]  # fmt: skip
+        if idle and len(idle) < len(self.ranks):
+            logger.warning(
+                "morphserve: no level frees anything on ranks %s, so none gives more KV blocks. Name layers of every "
+                "pipeline stage in ladder.order.", idle,
+            )  # fmt: skip
+        return ladder
 
 
 class Morph:
@@ -141,9 +155,11 @@ class Morph:
     def _make_controller(self) -> Controller:
         """At level 0, which pool and ranks must be at."""
         runtime, config = self.runtime, self.runtime.config
-        staging = largest_chunk_bytes(runtime.layer_bytes, config.transition.max_layers_per_step)
         # A matmul that keeps a copy of its own (oneDNN) is built while the tensor it reads is still there.
-        staging += max(rank.largest_linear_bytes for rank in runtime.ranks)
+        staging = [
+            largest_chunk_bytes(rank.layer_bytes, config.transition.max_layers_per_step) + rank.largest_linear_bytes
+            for rank in runtime.ranks
+        ]
         return Controller(
             runtime.ladder,
             make_policy(config, runtime.ladder),
@@ -151,8 +167,8 @@ class Morph:
             self.executor,
             self.monitor,
             config,
-            make_ledger(runtime.ladder, runtime.kv_block_bytes, staging),
-            layer_bytes=runtime.layer_bytes,
+            make_ledgers(runtime.ladder, runtime.rank_bytes, staging),
+            ranks=runtime.rank_bytes,
             clock=time.monotonic,
             log=self.log,
             on_level=self._on_level,
@@ -165,8 +181,14 @@ class Morph:
             self.pool.begin_shrink(base)
             self.pool.advance_shrink(0)
             self.pool.finish_shrink()
+        rpc = self._engine.model_executor.collective_rpc
+        worst = rpc("morphserve_worst_forward", args=(False,))
+        if None in worst:  # a forward pass is all ranks' together
+            worst = rpc("morphserve_worst_forward", args=(True,))
+        self.worst_forward_bytes = sum(worst)
+        rpc("morphserve_keep_free", args=(self.worst_forward_bytes, len(worst)))
         plan = Plan(revision=0, layer_formats=(), num_kv_blocks=base)
-        replies = self._engine.model_executor.collective_rpc("morphserve_commit", args=(plan,))
+        replies = rpc("morphserve_commit", args=(plan,))
         short = [r for r in replies if not r.ok or r.num_kv_blocks < base]
         if short:
             raise ConfigError(
@@ -340,6 +362,7 @@ class Morph:
             "controller_time": self.tick_times.as_json(),
             "kernels": dict(self.runtime.ranks[0].kernels),
             "kv_block_bytes": self.runtime.kv_block_bytes,
+            "worst_forward_bytes": self.worst_forward_bytes,
             "tokens_by_level": {str(k): n for k, n in enumerate(self.tokens_by_level)},
             "pause_ms": {
                 "count": len(pauses),

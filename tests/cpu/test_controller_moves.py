@@ -10,6 +10,7 @@ from morphserve.config import KVConfig, MorphServeConfig, TransitionConfig
 from morphserve.controller import Controller, EngineView, Phase, Plan
 from morphserve.controller.transition import check_move
 from morphserve.errors import ConfigError, IllegalTransition
+from morphserve.rank_bytes import RankBytes
 from tests.fakes import BASE_BLOCKS, LAYER_BYTES, Rig
 
 pytestmark = pytest.mark.cpu
@@ -77,7 +78,7 @@ def test_slow_layers_make_small_chunks() -> None:
 def test_the_first_chunk_goes_by_bytes() -> None:
     """Guards: five layers of a large model in the first gap, because none has been measured yet."""
     rig = Rig()
-    largest = max(max(sizes) for fmt, sizes in rig.controller._runner.layer_bytes.items() if fmt != "base")
+    largest = max(max(sizes) for fmt, sizes in rig.ranks[0].layers.items() if fmt != "base")
     config = MorphServeConfig(
         transition=TransitionConfig(max_layers_per_step=3, max_pause_ms=1000 * 2.5 * largest / 0.6e9)
     )
@@ -220,8 +221,8 @@ def test_contradicting_inputs_are_refused() -> None:
         rig.pool.num_kv_blocks = blocks
         with pytest.raises(ConfigError):
             Controller(
-                rig.ladder, rig.script, rig.pool, rig.executor, rig.monitor, rig.config, rig.ledger,
-                layer_bytes=layer_bytes, clock=lambda: 0.0,
+                rig.ladder, rig.script, rig.pool, rig.executor, rig.monitor, rig.config, rig.ledgers,
+                ranks=[RankBytes(layer_bytes, 130)], clock=lambda: 0.0,
             )  # fmt: skip
 
 

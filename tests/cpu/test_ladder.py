@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from morphserve.config import LadderConfig, LadderStep, check_formats, parse_config
 from morphserve.errors import ConfigError
 from morphserve.ladder import ProfileLadder, build_ladder, check_floor, ladder_formats, resolve_level
+from morphserve.rank_bytes import RankBytes
 from policies import BASE_FORMAT, Ladder
 from policies.config import ThresholdConfig
 from policies.threshold import fill_in
@@ -20,7 +21,7 @@ SIZES = {BASE_FORMAT: [100] * 4, "w8": [60] * 4, "w4": [40] * 4}
 
 def build(base_num_blocks: int = 10, max_num_blocks: int | None = None, **fields: object) -> Ladder:
     config = LadderConfig.model_validate(fields)
-    return build_ladder(4, SIZES, config, base_num_blocks, 30, max_num_blocks)
+    return build_ladder(4, [RankBytes(SIZES, 30)], config, base_num_blocks, max_num_blocks)
 
 
 def test_levels_take_formats_in_order() -> None:
@@ -77,7 +78,7 @@ def test_deeper_is_never_less_kv_and_never_over_budget(
         BASE_FORMAT: [w4 + more + most for w4, more, most in layers],
     }
     steps = [LadderStep(format=fmt, layers_per_level=per_level) for fmt in ("w8", "w4")]
-    ladder = build_ladder(len(layers), sizes, LadderConfig(steps=steps), 20, block_bytes, cap)
+    ladder = build_ladder(len(layers), [RankBytes(sizes, block_bytes)], LadderConfig(steps=steps), 20, cap)
     budget = ladder[0].weight_bytes + 20 * block_bytes
     for shallow, deep in zip(ladder, ladder[1:], strict=False):
         assert deep.num_kv_blocks >= shallow.num_kv_blocks and deep.weight_bytes < shallow.weight_bytes
@@ -111,7 +112,7 @@ def test_refusals_say_value_and_limit(fields: dict[str, object], words: list[str
 def test_missing_layers_are_refused(sizes: dict[str, list[int]]) -> None:
     """Guards: a model without the expected layers."""
     with pytest.raises(ConfigError, match="decoder layers that MorphServe expects"):
-        build_ladder(4, sizes, LadderConfig(), 10, 30)
+        build_ladder(4, [RankBytes(sizes, 30)], LadderConfig(), 10)
 
 
 @pytest.mark.parametrize(
@@ -137,9 +138,10 @@ def test_formats_that_do_not_exist_are_refused(fields: dict[str, object], where:
 def test_fp8_is_for_who_names_it() -> None:
     """Guards: a ladder that takes by itself what is slow on CPU; an accurate policy that shuns what was named."""
     sizes = {**SIZES, "fp8": [55] * 4}
-    assert {fmt for level in build_ladder(4, sizes, LadderConfig(), 10, 30) for fmt in level.formats} == set(SIZES)
+    taken = build_ladder(4, [RankBytes(sizes, 30)], LadderConfig(), 10)
+    assert {fmt for level in taken for fmt in level.formats} == set(SIZES)
     steps = [{"format": fmt, "layers_per_level": 4} for fmt in ("w8", "fp8", "w4")]
-    ladder = build_ladder(4, sizes, LadderConfig.model_validate({"steps": steps}), 10, 30)
+    ladder = build_ladder(4, [RankBytes(sizes, 30)], LadderConfig.model_validate({"steps": steps}), 10)
     assert fill_in(ThresholdConfig(kind="threshold", mode="accuracy"), ladder).max_level == resolve_level(ladder, "fp8")
 
 
@@ -169,7 +171,7 @@ PROFILE = ProfileLadder((2, 0, 3, 1), ({}, {2: "w8", 0: "w8"}, {2: "w4", 0: "w8"
 
 
 def build_with(profile: ProfileLadder, **fields: object) -> Ladder:
-    return build_ladder(4, SIZES, LadderConfig.model_validate(fields), 10, 30, profile=profile)
+    return build_ladder(4, [RankBytes(SIZES, 30)], LadderConfig.model_validate(fields), 10, profile=profile)
 
 
 @pytest.mark.parametrize("fields", [{}, {"steps": "profile"}, {"order": "profile"}])
@@ -206,4 +208,4 @@ def test_steps_take_the_profiles_order() -> None:
 def test_profiles_that_do_not_fit(profile: ProfileLadder | None, fields: dict[str, object], words: str) -> None:
     """Guards: a ladder of another model, or one that shrinks the KV cache on the way down."""
     with pytest.raises(ConfigError, match=words):
-        build_ladder(4, SIZES, LadderConfig.model_validate(fields), 10, 30, profile=profile)
+        build_ladder(4, [RankBytes(SIZES, 30)], LadderConfig.model_validate(fields), 10, profile=profile)

@@ -8,6 +8,7 @@ import pytest
 
 from morphserve.config import LadderConfig, MorphServeConfig, load_config
 from morphserve.ladder import build_ladder
+from morphserve.rank_bytes import RankBytes
 from policies import (
     Ladder,
     Signals,
@@ -26,7 +27,7 @@ YAML = Path(__file__).parents[2] / "policies" / "yaml"
 
 def make_ladder(**fields: object) -> Ladder:
     sizes = {"base": [100] * 6, "w8": [50] * 6, "w4": [30] * 6}
-    return build_ladder(6, sizes, LadderConfig.model_validate(fields), 20, 10)
+    return build_ladder(6, [RankBytes(sizes, 10)], LadderConfig.model_validate(fields), 20)
 
 
 @pytest.mark.parametrize("mode", ["default", "accuracy", "performance"])

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import pytest
 
 from morphserve.config import LadderConfig, MorphServeConfig
-from morphserve.controller import Controller, EngineView, Phase, largest_chunk_bytes, make_ledger
+from morphserve.controller import Controller, EngineView, Phase, largest_chunk_bytes, make_ledgers
 from morphserve.ladder import build_ladder
 from morphserve.monitor import Monitor
+from morphserve.rank_bytes import RankBytes
 from policies import ThresholdConfig, ThresholdPolicy
 from tests.fakes import FakeExecutor, FakePool
 
@@ -35,17 +36,18 @@ class Engine:
 
     def __init__(self, mode: str = "default", max_num_seqs: int = 64, morph: bool = True) -> None:
         config = MorphServeConfig(policy=ThresholdConfig(kind="threshold", mode=mode))  # type: ignore[arg-type]
-        self.ladder = build_ladder(30, SIZES, LadderConfig(), 49, 105)
-        ledger = make_ledger(self.ladder, 105, largest_chunk_bytes(SIZES, 5))
+        ranks = [RankBytes(SIZES, 105)] * 2
+        self.ladder = build_ladder(30, ranks, LadderConfig(), 49)
+        ledgers = make_ledgers(self.ladder, ranks, [largest_chunk_bytes(SIZES, 5)] * 2)
         self.pool = FakePool(49)
-        self.executor = FakeExecutor(self.ladder, SIZES, 105, ledger.budget_bytes)
+        self.executor = FakeExecutor(self.ladder, ranks, ledgers)
         self.monitor = Monitor()
         assert isinstance(config.policy, ThresholdConfig)
         policy = ThresholdPolicy(config.policy, self.ladder)
         self.now_s = 0.0
         self.controller = Controller(
-            self.ladder, policy, self.pool, self.executor, self.monitor, config, ledger,
-            layer_bytes=SIZES, clock=lambda: self.now_s,
+            self.ladder, policy, self.pool, self.executor, self.monitor, config, ledgers,
+            ranks=ranks, clock=lambda: self.now_s,
         )  # fmt: skip
         self.morph = morph
         self.max_num_seqs = max_num_seqs

@@ -76,7 +76,7 @@ class Command:
 def record_commands(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[Command]:
     """Every command from now on, as the rank carries it out."""
     commands: list[Command] = []
-    ledger, answer = morph_of(llm).controller._ledger, worker._answer
+    ledger, answer = morph_of(llm).controller._ledgers[0], worker._answer
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         staged, begin = ledger.used_bytes, time.monotonic()
@@ -97,7 +97,7 @@ def test_never_above_the_budget_in_between(llm: Any, monkeypatch: pytest.MonkeyP
     before it is packed linear by linear, so one layer's stored tensors come on top of the budget. Each command
     must also stay below what the ledger holds for it, which is less than the budget for most of them.
     """
-    layer_bytes = {fmt: max(sizes) for fmt, sizes in morph_of(llm).runtime.layer_bytes.items()}
+    layer_bytes = {fmt: max(sizes) for fmt, sizes in morph_of(llm).runtime.rank_bytes[0].layers.items()}
     ledger, start = go(llm, 0), anonymous()
     other = start - ledger["weights_bytes"] - ledger["kv_blocks_bytes"]
     commands = record_commands(llm, monkeypatch)
