@@ -175,6 +175,8 @@ class Importer(Plain):
         }
         for name, tensor in self._load(targets, tensors.items(), None).items():
             inside = _inside(name)
+            if tensor.numel() == 1 and tensor.isnan():
+                continue  # a scale for the KV cache, which a quantized model has room for: no variant must bring it
             if tensor.isnan().any():
                 raise CheckpointError(f"{self._checkpoint.directory} lacks {inside}; fetch the checkpoint again")
             if torch.equal(tensor, targets[name].data):
