@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from morphserve.config import KVConfig, MorphServeConfig, TransitionConfig
 from morphserve.controller import Phase
-from tests.fakes import BASE_BLOCKS, Rig
+from tests.fakes import BASE_BLOCKS, KV_BLOCK_BYTES, LAYER_BYTES, Rig, pipeline
 
 pytestmark = pytest.mark.cpu
 
@@ -24,17 +24,27 @@ class AnyHistory(RuleBasedStateMachine):
         per_level=st.integers(1, 8),
         copies=st.integers(1, 4),
         cap=st.none() | st.integers(BASE_BLOCKS, BASE_BLOCKS + 40),
+        cuts=st.sets(st.integers(1, 7), max_size=2),
     )
     def build(
-        self, num_ranks: int, immediate: bool, layers: int, per_level: int, copies: int, cap: int | None
+        self,
+        num_ranks: int,
+        immediate: bool,
+        layers: int,
+        per_level: int,
+        copies: int,
+        cap: int | None,
+        cuts: set[int],
     ) -> None:
         config = MorphServeConfig(
             kv=KVConfig(migrate_blocks_per_step=copies, drain_timeout_s=0.5),
-            transition=TransitionConfig(max_layers_per_step=layers, backoff_s=0.3),
+            transition=TransitionConfig(max_layers_per_step=layers, backoff_s=0.3, rank_timeout_s=0.5),
         )
+        stages = pipeline(LAYER_BYTES, KV_BLOCK_BYTES * 8, *sorted(cuts)) if cuts else None
         self.rig = Rig(
             config=config,
             num_ranks=num_ranks,
+            ranks=stages,
             immediate=immediate,
             layers_per_level=per_level,
             max_num_blocks=cap,
@@ -67,6 +77,17 @@ class AnyHistory(RuleBasedStateMachine):
             "broken" if command in ("prepare", "apply") and r == rank else ""
         )
 
+    @rule(ranks=st.sets(st.integers(0, 2), min_size=1), ticks=st.integers(1, 25))
+    def stall(self, ranks: set[int], ticks: int) -> None:
+        """Some ranks stand still for a while, and no step ends; the time-out is 10 ticks."""
+        self.rig.executor.stuck = ranks
+        for _ in range(ticks):
+            self.rig.now_s += 0.05
+            self.rig.tick()
+            self.rig.executor.run_commands()
+            self.rig.check()
+        self.rig.executor.stuck = set()
+
     @rule(limit=st.integers(BASE_BLOCKS, BASE_BLOCKS + 60))
     def map_short(self, limit: int) -> None:
         self.rig.executor.map_at_most = limit
@@ -98,8 +119,10 @@ class AnyHistory(RuleBasedStateMachine):
             rig.go_to(level, steps=600)
             rig.step(3)
             assert rig.controller.phase is Phase.IDLE
-            assert rig.ledger["weights"] == rig.ladder[level].weight_bytes
-            assert rig.ledger["staging"] == 0
+            for ledger, rank in zip(rig.ledgers, rig.ranks, strict=True):
+                assert ledger["weights"] == rank.weight(rig.ladder[level].layer_formats)
+                assert ledger["staging"] == 0
+            assert rig.executor.num_undrained == 0
         assert rig.pool.num_kv_blocks == BASE_BLOCKS and len(rig.pool.free) == BASE_BLOCKS - 1
         assert not rig.controller.wants_wakeup
 
