@@ -46,6 +46,15 @@ def down_and_back(llm: Any) -> list[Any]:
     return found
 
 
+def tensors_kept(worker: Any) -> set[str]:
+    """Names of what the model's own linears hold."""
+    return {
+        name.rpartition(".")[2]
+        for name, parameter in worker.model_runner.model.named_parameters()
+        if "_proj." in name and parameter.numel()
+    }
+
+
 @pytest.mark.parametrize("kind", ["ct_int8", "ct_int8_asym", "ct_int8_static", "ct_fp8"])
 def test_level_0_is_stock_and_comes_back(tiny_llama: Path, tmp_path: Path, kind: str) -> None:
     """Guards: a scale lost or a matmul built for another dtype when a layer is restored, a bias added twice."""
@@ -53,6 +62,8 @@ def test_level_0_is_stock_and_comes_back(tiny_llama: Path, tmp_path: Path, kind:
     with engine(model, tmp_path / "variants", all_layers("w4"), **PLAIN) as llm:
         base, swapped, restored = down_and_back(llm)
         full, quarter = (level.weight_bytes for level in morph_of(llm).runtime.ladder)
+        kept = morph_of(llm).executor._executor.collective_rpc(tensors_kept)[0]
+    assert kept == {"bias"}, "swapped out, a weight stays in the model"
     assert quarter < 0.67 * full  # small rows: scales and biases weigh more than in a real model
     assert swapped != base
     assert restored == base == stock(model, [PROMPTS[:4]], 16, **PLAIN)[0]
