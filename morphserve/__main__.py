@@ -1,22 +1,26 @@
-"""`python -m morphserve check`: which seams hold on the installed vLLM. `inspect PROFILE`: what is in a profile."""
+"""`python -m morphserve check`: can MorphServe run here, in which formats. `inspect PROFILE`: what is in a profile."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from morphserve.version import SUPPORTED_VLLM, __version__
-
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0 when every seam holds or the profile is sound, 1 otherwise."""
+    """Exit status 0 when MorphServe can run here or the profile is sound, 1 otherwise."""
     parser = argparse.ArgumentParser(prog="python -m morphserve", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("check", help="import every vLLM symbol MorphServe touches and compare signatures")
+    check = commands.add_parser("check", help="versions, every vLLM symbol that MorphServe touches, every kernel")
+    check.add_argument("--json", action="store_true", help="print one JSON document")
+    check.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="of the model")
     inspect = commands.add_parser("inspect", help="print a profile as tables")
     inspect.add_argument("profile", help="directory that scripts/profile_layers.py made")
     args = parser.parse_args(argv)
-    return _inspect(args.profile) if args.command == "inspect" else _check()
+    if args.command == "inspect":
+        return _inspect(args.profile)
+    from morphserve.check import check as check_machine
+
+    return check_machine(args.dtype, args.json)
 
 
 def _inspect(directory: str) -> int:
@@ -30,20 +34,6 @@ def _inspect(directory: str) -> int:
         return 1
     sys.stdout.write(describe(profile))
     return 0
-
-
-def _check() -> int:
-    from morphserve.integration.seams import check_all
-
-    results = check_all()
-    width = max(len(r.seam.name) for r in results)
-    for r in results:
-        sys.stdout.write(f"{'ok  ' if r.ok else 'FAIL'} {r.seam.name:<{width}}  {r.seam.target}\n")
-        sys.stdout.write(f"     {'':<{width}}  {r.detail}; {r.seam.why}\n")
-    broken = sum(not r.ok for r in results)
-    verdict = "all hold" if not broken else f"{broken} do NOT hold: the plugin will refuse to start"
-    sys.stdout.write(f"morphserve {__version__}, vLLM {SUPPORTED_VLLM}: {len(results)} seams, {verdict}\n")
-    return 1 if broken else 0
 
 
 if __name__ == "__main__":

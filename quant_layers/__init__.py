@@ -23,7 +23,7 @@ from .neutral import (
 )
 from .profile import LayerScales, Profile, Rung, base_fingerprint, read_profile, write_profile
 from .registry import CANDIDATES, FORMATS, Kernel, register, unregister
-from .selftest import KernelReport, check_kernel, choose, probe
+from .selftest import KernelReport, by_preference, check_kernel, choose, probe
 from .sensitivity import Change, Move, QuadraticCost, Unit, greedy, layer_importance_order
 from .smoothing import Fold, Scale, apply_scales, choose_scale, folds_of
 from .store import BASE, StoredLayer, VariantStore
@@ -36,6 +36,7 @@ __all__ = [
     "BASE",
     "base_fingerprint",
     "BIAS",
+    "by_preference",
     "CANDIDATES",
     "Change",
     "check_kernel",

@@ -42,8 +42,7 @@ def choose(format: str, dtype: torch.dtype = torch.bfloat16, name: str | None = 
     """
     if format not in FORMATS:
         raise KernelError(f"unknown format {format!r}; known are {', '.join(FORMATS)}")
-    candidates = [make for make in CANDIDATES if make.format == format]
-    candidates.sort(key=lambda make: device in make.slow_on)
+    candidates = by_preference(format, device)
     if name is not None:
         known = ", ".join(make.name for make in candidates)
         candidates = [make for make in candidates if make.name == name]
@@ -59,6 +58,11 @@ def choose(format: str, dtype: torch.dtype = torch.bfloat16, name: str | None = 
         f"no kernel can run {format} with {dtype} activations here ({'; '.join(failed)}); "
         f"remove {format} from the configured formats, or use another dtype or machine"
     )
+
+
+def by_preference(format: str, device: str = "cpu") -> list[type[Kernel]]:
+    """The kernels of a format, in the order in which they are tried."""
+    return sorted((make for make in CANDIDATES if make.format == format), key=lambda make: device in make.slow_on)
 
 
 def check_kernel(kernel: Kernel, device: str = "cpu") -> KernelReport:
