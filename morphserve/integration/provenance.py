@@ -59,7 +59,7 @@ class Provenance:
         self._pool = manager.block_pool
         self._level = 0
         self._spans: dict[str, Span] = {}  # request id |-> span; absent = clean
-        self._found: dict[str, tuple[KVCacheBlock, ...]] = {}  # request id |-> degraded blocks of its last lookup
+        self._found: dict[str, tuple[KVCacheBlock, ...]] = {}  # request id |-> what its last lookup found
         self._reused: dict[str, dict[int, int]] = {}  # request id |-> deepest level |-> degraded blocks it has taken
         self._demanding: set[str] = set()  # request ids that take level 0's blocks only
         # By identity: a block may be renamed meanwhile, and KVCacheBlock is not hashable. Absent = clean.
@@ -149,10 +149,9 @@ class Provenance:
         finally:
             self._asking = None
         self._found.pop(request.request_id, None)
-        if self._written:
-            degraded = tuple(b for group in result[0].blocks for b in group if id(b) in self._written)
-            if degraded:
-                self._found[request.request_id] = degraded
+        if self._written or self._level > 0:
+            if hits := tuple(block for group in result[0].blocks for block in group):
+                self._found[request.request_id] = hits
         return result
 
     def _get_cached_block(self, block_hash: BlockHash, group_ids: list[int]) -> list[KVCacheBlock] | None:
@@ -196,10 +195,9 @@ class Provenance:
             self._took(request_id, self._found.pop(request_id, ()))
         return result
 
-    def _took(self, request_id: str, degraded: tuple[KVCacheBlock, ...]) -> None:
+    def _took(self, request_id: str, hits: tuple[KVCacheBlock, ...]) -> None:
         self._reused.pop(request_id, None)
-        if degraded:
-            levels = [self.block_span(block).deepest for block in degraded]
+        if levels := [span.deepest for span in map(self.block_span, hits) if span != CLEAN]:
             self._reused[request_id] = {level: levels.count(level) for level in set(levels)}
 
     def _put(self, request_id: str, span: Span) -> None:

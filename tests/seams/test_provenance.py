@@ -184,11 +184,24 @@ def test_a_degraded_block_that_was_unmapped_is_left_alone() -> None:
         kv.end(request.request_id)
     kv.end("tail")
     kv.begin(20)
+    assert kv.advance(99) == 0
     kv.finish()
     kv.port.grow(40)
     kv.pool.cached_block_hashes_by_block[25] = {b"of the new block 25"}  # type: ignore[arg-type]
     kv.set_level(0)
     assert 25 in kv.pool.cached_block_hashes_by_block
+
+
+def test_clean_hits_of_a_deeper_level_count() -> None:
+    """Guards the rule `exact`: a request that demands level 0's blocks at level 2 writes KV that depends on both."""
+    kv = KVModel("exact")
+    assert kv.step(make_request("clean", PROMPT))
+    kv.end("clean")
+    kv.set_level(2)
+    kv.provenance.demand_full_precision("mixed")
+    assert kv.step(make_request("mixed", [*PROMPT, *PROMPT]))
+    assert kv.provenance.span("mixed") == Span(0, 2)
+    assert kv.provenance.reused("mixed") == {}
 
 
 def test_partial_entries_follow_the_same_rules() -> None:
