@@ -4,7 +4,7 @@ The workers' KV configuration stays at the maximum number of blocks for ever: st
 block table widths never change. Only the scheduler's pool changes, through vLLM's own objects:
 
 * Grow appends new `KVCacheBlock`s. Shrink takes blocks off the end.
-* A live block is moved by exchanging ids between two block objects. Request tables, the prefix cache,
+* A block is moved by exchanging ids between two block objects. Request tables, the prefix cache,
   deferred frees and copy-on-write lists hold the object, so none of them is touched, whatever its
   reference count. The workers then copy the KV and rewrite the ids in their cached block tables.
 """
@@ -22,6 +22,11 @@ from morphserve.controller.ports import ShrinkProgress
 from morphserve.errors import ConfigError, IllegalTransition, LedgerError
 
 _OFFER_WALK = 4096  # free blocks looked at before new ones are put among them
+
+
+def _is_empty(block: KVCacheBlock) -> bool:
+    """Free, and holds nothing that a request could hit."""
+    return block.ref_cnt == 0 and block.block_hash is None
 
 
 def check_supported(vllm_config: Any, kv_cache_config: KVCacheConfig) -> None:
@@ -74,14 +79,16 @@ def _check_groups(kv_cache_config: KVCacheConfig) -> None:
 class VllmBlockPool:
     """`BlockPoolPort` on a live vLLM scheduler. Call it between two `schedule()` calls only.
 
-    1. From `begin_shrink(n)` on, the free queue holds no block with id >= n: free ones leave at
-       once, live ones at the moment vLLM frees them. (A prefix hit may still add a reference to a
-       live tail block; it is moved or drained like any other.)
-    2. `pool.num_gpu_blocks` is at every moment the null block + free + used, fenced ones excluded,
-       so vLLM's own usage gauge stays in [0, 1] and counts what can be used.
+    1. From `begin_shrink(n)` on, fenced blocks (id >= n) are never handed out, and their number only rises.
+       A tail block in use, live or cached, keeps a vacant block below it in reserve, so that traffic cannot
+       take the room it will move to. Only if fewer blocks are free than the shrink gives up, some tail
+       blocks have none yet: whatever is freed then becomes theirs first.
+    2. `pool.num_gpu_blocks` is at every moment the null block + free + used, fenced and vacant ones
+       excluded, so vLLM's own usage gauge stays in [0, 1] and counts what can be used.
     3. Block 0, vLLM's null block, never moves.
     4. No call costs more than the blocks it changes and a look at `_OFFER_WALK` free ones, however large the
        pool is.
+    5. The prefix cache hits what an LRU of the pool's size at that moment would hit.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -100,7 +107,8 @@ class VllmBlockPool:
         self.min_num_blocks: int = -(-self._manager.max_model_len // block_size) + 1
         self._published = self.max_num_blocks
         self._limit: int | None = None  # first fenced id while a shrink is in progress
-        self._live_tail: dict[int, KVCacheBlock] = {}  # id >= _limit, ref count above 0
+        self._tail: dict[int, KVCacheBlock] = {}  # id >= _limit, not fenced: live, or cached and free
+        self._vacant: list[KVCacheBlock] = []  # id < _limit, empty, out of the free queue: where the tail goes
 
     @property
     def num_kv_blocks(self) -> int:
@@ -145,9 +153,10 @@ class VllmBlockPool:
         self._publish(num_kv_blocks)
 
     def begin_shrink(self, num_kv_blocks: int) -> None:
-        """Fence: no block with id >= `num_kv_blocks` is handed out from now on.
+        """From now on the pool offers no more blocks than `num_kv_blocks` have room for.
 
-        Free tail blocks leave the free queue and the prefix cache (with the usual KV events).
+        What the prefix cache loses is what an LRU of that size would: empty blocks first, then the least
+        recently used ones (with the usual KV events), wherever they lie.
 
         Raises:
             IllegalTransition: A shrink is in progress, or the pool is not larger than that.
@@ -168,62 +177,78 @@ class VllmBlockPool:
                 f"needs {self.min_num_blocks}. Lower --max-model-len or raise kv.base_num_blocks."
             )
         self._limit = num_kv_blocks
-        for block in self._pool.blocks[num_kv_blocks:]:
-            if block.ref_cnt == 0:
+        self._tail = {block.block_id: block for block in self._pool.blocks[num_kv_blocks:]}
+        for block in list(self._tail.values()):
+            if _is_empty(block):
                 self._fence(block)
-            else:
-                self._live_tail[block.block_id] = block
+        self._balance()
         self._hook_free()
 
     def advance_shrink(self, max_copies: int) -> ShrinkProgress:
-        """Rename up to `max_copies` live tail blocks downwards, as free low blocks allow.
+        """Rename up to `max_copies` tail blocks downwards: live ones, and cached ones worth keeping.
 
         Returns:
             The (source, destination) ids whose KV every rank must copy before its next forward
-            pass, sources all >= the new end and destinations all below it, and what is still live.
+            pass, sources all >= the new end and destinations all below it, and how many are left.
 
         Raises:
             IllegalTransition: No shrink is in progress.
         """
         limit = self._require_shrink("advance_shrink")
-        pool = self._pool
-        room = min(max_copies, pool.get_num_free_blocks())
-        # A block with a reuse watcher is read by somebody who knows it by its id: leave it to drain.
-        movable = (b for b in self._live_tail.values() if b.block_id not in pool._reuse_watchers)
-        chosen = list(islice(movable, max(room, 0)))
+        self._balance()
+        room = min(max_copies, len(self._vacant))
+        moving: list[KVCacheBlock] = []
+        worthless: list[KVCacheBlock] = []
+        for block in self._tail.values():
+            # A block with a reuse watcher is read by somebody who knows it by its id: leave it to drain.
+            watched = block.block_id in self._pool._reuse_watchers
+            if block.ref_cnt == 0 and (watched or block.block_hash is None):
+                worthless.append(block)
+            elif watched:
+                continue
+            elif len(moving) < room:
+                moving.append(block)
+            else:
+                break
         copies = []
-        for block, target in zip(chosen, pool.get_new_blocks(len(chosen)), strict=True):
+        for block in moving:
+            target = self._vacant.pop()
             assert target.block_id < limit <= block.block_id
             copies.append((block.block_id, target.block_id))
             self._exchange_ids(block, target)
-        return ShrinkProgress(copies=tuple(copies), num_live_tail=len(self._live_tail))
+        for block in worthless:
+            self._fence(block)
+        self._balance()
+        return ShrinkProgress(copies=tuple(copies), num_live_tail=len(self._tail))
 
     def finish_shrink(self) -> None:
         """Forget the fenced tail.
 
         Raises:
-            IllegalTransition: No shrink is in progress, or live blocks are still in the tail.
+            IllegalTransition: No shrink is in progress, or blocks in use are still in the tail.
         """
         limit = self._require_shrink("finish_shrink")
-        if self._live_tail:
+        if self._tail:
             raise IllegalTransition(
-                f"finish_shrink at {limit} blocks with {len(self._live_tail)} live blocks above. "
+                f"finish_shrink at {limit} blocks with {len(self._tail)} live or cached blocks above. "
                 "Call advance_shrink until num_live_tail is 0, or cancel_shrink."
             )
+        assert not self._vacant, "a vacant block that no tail block waits for"
         del self._pool.blocks[limit:]
         self._end_shrink()
         self._publish(limit)
 
     def cancel_shrink(self) -> None:
-        """Give the fenced blocks back to the scheduler. Renames already done stay (harmless).
+        """Give fenced and vacant blocks back to the scheduler. Renames already done stay (harmless).
 
         Raises:
             IllegalTransition: No shrink is in progress.
         """
         limit = self._require_shrink("cancel_shrink")
-        fenced = [b for b in self._pool.blocks[limit:] if b.block_id not in self._live_tail]
+        fenced = [b for b in self._pool.blocks[limit:] if b.block_id not in self._tail]
+        back = sorted(self._vacant, key=lambda block: block.block_id) + fenced
         self._end_shrink()
-        self._offer(fenced)
+        self._offer(back)
         self._pool.num_gpu_blocks = self._published
 
     # ---- internals ----
@@ -235,7 +260,8 @@ class VllmBlockPool:
 
     def _end_shrink(self) -> None:
         self._limit = None
-        self._live_tail.clear()
+        self._tail.clear()
+        self._vacant.clear()
         self._unhook_free()
 
     def _publish(self, num_kv_blocks: int) -> None:
@@ -259,16 +285,42 @@ class VllmBlockPool:
         num_empty = sum(1 for _ in takewhile(lambda block: block.block_hash is None, first))
         queue.prepend_n(queue.popleft_n(num_empty) + blocks)
 
+    def _balance(self) -> None:
+        """Have one vacant block below for each tail block that is not fenced.
+
+        Too few: take the free blocks that vLLM would reuse next. Those of the tail are fenced, the others
+        become vacant. Too many, because a tail block became empty and needs no copy: give some back.
+        """
+        pool, limit = self._pool, self._require_shrink("_balance")
+        short = len(self._tail) - len(self._vacant)
+        if short < 0:
+            back = [self._vacant.pop() for _ in range(-short)]
+            pool.free_block_queue.prepend_n(back)
+            pool.num_gpu_blocks += len(back)
+            return
+        taken = pool.free_block_queue.popleft_n(min(short, pool.get_num_free_blocks()))
+        for block in taken:
+            self._empty(block)
+            if block.block_id < limit:
+                self._vacant.append(block)
+            else:
+                del self._tail[block.block_id]
+
     def _fence(self, block: KVCacheBlock) -> None:
-        """Take a free tail block out of the free queue and the prefix cache."""
+        """Take a free tail block out of use."""
         self._pool.free_block_queue.remove(block)
+        self._empty(block)
+        del self._tail[block.block_id]
+
+    def _empty(self, block: KVCacheBlock) -> None:
+        """`block` has left the free queue: nobody finds it any more."""
         self._pool._maybe_evict_cached_block(block)
         if self._pool._reuse_watchers:
             self._pool._notify_reuse([block])
         self._pool.num_gpu_blocks -= 1
 
     def _exchange_ids(self, block: KVCacheBlock, target: KVCacheBlock) -> None:
-        """Give live tail `block` the id of `target`, which was just taken and becomes fenced."""
+        """Give tail `block` the id of vacant `target`, which becomes fenced. Its place in the queue stays."""
         pool = self._pool
         high, low = block.block_id, target.block_id
         extra = pool.cached_block_hashes_by_block.pop(high, None)
@@ -278,9 +330,7 @@ class VllmBlockPool:
 
         block.block_id, target.block_id = low, high
         pool.blocks[low], pool.blocks[high] = block, target
-        target.ref_cnt = 0
-        del self._live_tail[high]
-        pool.num_gpu_blocks -= 1
+        del self._tail[high]
 
         for key in hashes:
             lookup.insert(key, block)
@@ -288,16 +338,14 @@ class VllmBlockPool:
             pool.cached_block_hashes_by_block[low] = extra
         if pool.metrics_collector is not None:
             ages = pool.metrics_collector.block_metrics
-            ages.pop(low, None)  # sampled when `target` was taken; it holds nothing
             if (age := ages.pop(high, None)) is not None:
                 ages[low] = age
 
     def _hook_free(self) -> None:
-        """While a shrink lasts, fence tail blocks in the call that frees them.
+        """While a shrink lasts, what is freed pays first for what the shrink still lacks.
 
-        Without it a freed tail block would be back in the free queue until the next
-        `advance_shrink` and could be handed out again: not unsafe, it is still mapped, but a busy
-        scheduler could keep the tail alive for ever. Calls vLLM's method, then looks at the result.
+        Without it a busy scheduler could take the freed blocks again and keep the tail alive for ever.
+        Calls vLLM's method, then looks at the result.
         """
         pool = self._pool
         original = pool.free_blocks
@@ -306,14 +354,16 @@ class VllmBlockPool:
             blocks = list(ordered_blocks)
             original(blocks, *args, **kwargs)
             for block in blocks:
-                if block.ref_cnt == 0 and self._live_tail.pop(block.block_id, None) is not None:
+                if block.block_id in self._tail and _is_empty(block):
                     self._fence(block)
+            if self._limit is not None:
+                self._balance()
 
         self._free_hook = free_blocks
         pool.free_blocks = free_blocks
 
     def _unhook_free(self) -> None:
         """Back to the class's method. A wrapper that somebody put over ours stays: ours is then
-        inert, since the live tail is empty."""
+        inert, since there is no shrink."""
         if self._pool.__dict__.get("free_blocks") is self._free_hook:
             del self._pool.free_blocks

@@ -138,7 +138,6 @@ SEAMS: tuple[Seam, ...] = (
          "level a block was written at"),
     Seam("pool_evict", f"{_POOL}._maybe_evict_cached_block", ("block",), "tail blocks leave the prefix cache"),
     Seam("pool_notify", f"{_POOL}._notify_reuse", ("blocks",), "watchers of a tail block hear that it goes"),
-    Seam("pool_alloc", f"{_POOL}.get_new_blocks", ("num_blocks",), "destinations of a migration"),
     Seam("pool_free", f"{_POOL}.free_blocks", ("ordered_blocks",), "a tail block is fenced when it is freed"),
     Seam("pool_lookup", "vllm.v1.core.block_pool:BlockHashToBlockMap", (), "a cached block changes its id",
          ("pop", "insert")),
