@@ -129,6 +129,7 @@ def renew(llm: Any) -> None:
     if pool.shrinking:
         pool.cancel_shrink()
     if pool.num_kv_blocks > base:
+        morph._scheduler.kv_cache_manager.reset_prefix_cache()  # nothing is worth moving below
         pool.begin_shrink(base)
         pool.advance_shrink(0)
         pool.finish_shrink()
