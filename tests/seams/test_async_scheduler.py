@@ -1,0 +1,68 @@
+"""One step under way while levels change: vLLM's AsyncScheduler, which the CPU platform turns off in an engine."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from seams.async_world import NUM_LAYERS, VOCABULARY, World
+
+pytestmark = pytest.mark.seams
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that vLLM takes for a Llama; nobody loads weights."""
+    directory = tmp_path_factory.mktemp("model")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 256,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def drive(world: World, seed: int, num_steps: int = 250) -> None:
+    """Requests come, end and are aborted, with common prefixes, while the level wanders."""
+    random_ = random.Random(seed)
+    common = [random_.randrange(VOCABULARY) for _ in range(10)]
+    deepest = len(world.morph.runtime.ladder) - 1
+    for step in range(num_steps):
+        if random_.random() < 0.25:
+            prompt = common[: random_.randrange(11)] + [random_.randrange(VOCABULARY) for _ in range(5)]
+            world.add(f"r{step}", prompt, random_.randrange(1, 40))
+        if random_.random() < 0.03 and world.scheduler.running:
+            world.abort(random_.choice(world.scheduler.running).request_id)
+        if random_.random() < 0.08:
+            world.policy.level = random_.choice((0, 0, 1, deepest, random_.randrange(deepest + 1)))
+        world.step()
+    world.run_dry()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("seed", range(6))
+def test_no_block_of_a_step_under_way_is_lost(model: Path, num_ranks: int, seed: int) -> None:
+    """Guards rules 1 and 2: a step that was sent before its blocks were renamed, unmapped or handed out again."""
+    world = World(model, num_ranks)
+    drive(world, seed)
+    assert world.ranks.num_moved_in_flight > 0, "no live block was renamed while a step was under way"
+    counters = world.morph.controller.counters
+    assert counters.transitions.get(("restore", "committed"), 0) > 0 and not counters.errors
+
+
+def test_a_command_that_overtakes_a_step_is_seen(model: Path) -> None:
+    """Guards the test above: with ranks that carry commands out before the step under way, it must fail."""
+    world = World(model, 1)
+    world.ranks.overtake = True
+    with pytest.raises(AssertionError, match="is not mapped|KV of another token"):
+        for seed in range(6):
+            drive(world, seed)
