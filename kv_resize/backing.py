@@ -97,6 +97,8 @@ class HostBacking:
             ) from e
         if not huge_pages:
             self._advise(_MADV_NOHUGEPAGE, 0, self._mapped_bytes)
+        self.keep_free_bytes = 0  # of the system's memory, for others than this cache
+        self.num_sharers = 1  # caches on this host that grow at the same time by as much
         self._whole = torch.frombuffer(self._map, dtype=torch.int8)
         self._buffer = self._whole[:size_bytes]
         self._can_populate = True
@@ -110,9 +112,14 @@ class HostBacking:
         """Make pages resident, without touching the contents of those that are."""
         self._check_pages(ranges)
         wanted = sum(end - start for start, end in ranges)
-        if (available := available_bytes()) is not None and wanted > available:
+        available = available_bytes()
+        if available is not None and wanted * self.num_sharers + self.keep_free_bytes > available:
             # Linux grants memory it does not have and then kills the process that uses it.
-            raise BackingError(f"no memory for {wanted:,} B of KV cache, {available:,} B are available.")
+            shared = f" on each of {self.num_sharers} ranks" if self.num_sharers > 1 else ""
+            raise BackingError(
+                f"no memory for {wanted:,} B of KV cache{shared}: {available:,} B are available, "
+                f"{self.keep_free_bytes:,} B are kept free for a worst-case forward pass."
+            )
         for start, end in ranges:
             if self._can_populate:
                 error = self._advise(_MADV_POPULATE_WRITE, start, end)

@@ -85,6 +85,10 @@ class RankKV:
         """What the kernel says is resident of this cache."""
         return self._cache.resident_bytes()
 
+    def keep_free(self, num_bytes: int, num_sharers: int) -> None:
+        """Map nothing that would leave less memory than this on the host, where so many ranks map at once."""
+        self._backing.keep_free_bytes, self._backing.num_sharers = num_bytes, num_sharers
+
     def start(self, num_blocks: int) -> None:
         """Forget what vLLM's warm-up wrote anywhere in the range, then back the first `num_blocks`."""
         if self._cache.num_mapped == 0:

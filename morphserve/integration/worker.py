@@ -15,7 +15,7 @@ from typing import Any
 
 from morphserve.controller.ports import Plan, Reply
 from morphserve.errors import ConfigError
-from morphserve.integration import seams
+from morphserve.integration import rank_proof, seams
 from morphserve.integration.describe import RankDescription
 from morphserve.integration.host_memory import resident_bytes, weights_on_their_own_pages
 from morphserve.integration.rank_kv import RankKV
@@ -97,6 +97,14 @@ class MorphServeWorker:
                 "safetensors or dummy."
             )
         return _RANK.layers.describe()
+
+    def morphserve_worst_forward(self, measure: bool) -> int | None:
+        """Bytes that a worst-case forward pass takes on this rank at most; None = unknown yet, and not measured."""
+        return (rank_proof.measure if measure else rank_proof.known)(self, rank_layers())
+
+    def morphserve_keep_free(self, num_bytes: int, num_ranks: int) -> None:
+        """Before any block is mapped: what all ranks of this host need beside the KV cache."""
+        _kv().keep_free(num_bytes, num_ranks)
 
     def morphserve_prepare(self, plan: Plan) -> Reply:
         """Build the plan's layer variants beside the live ones. May fail; then nothing has changed."""

@@ -1,0 +1,116 @@
+"""How much memory a worst-case forward pass takes beside everything else: measured, not assumed.
+
+Growth may not take the memory that the next long prefill needs. So before anything is published the ranks run the worst
+case of vLLM's own (`profile_run`: max_num_batched_tokens tokens, max_num_seqs requests sampled), at full precision and
+with a layer in each format of the ladder, since each kernel has scratch memory of its own. What it took at most is kept
+free whenever blocks are mapped. The figures are stored beside the variants, for the next start.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+from vllm.v1.worker.cpu_model_runner import _set_global_compilation_settings
+
+from morphserve.integration.host_memory import peak_beyond_now
+from policies.types import BASE_FORMAT
+
+logger = logging.getLogger("vllm.morphserve")
+
+_FILE = "worst_forward.json"
+_RUNS = 2  # the system's allocator makes the same pass differ by 10 to 15 %: the larger one counts
+# vLLM's dummy pass skips the attention. With it a full prefill took 1.03 to 1.17 of the figure (SmolLM2-135M, 2,048
+# tokens); a CPU attention needs scratch for a few rows of scores only, so its share does not grow with the model.
+_WITH_ATTENTION = 1.3
+
+
+def known(worker: Any, layers: Any) -> int | None:
+    """Bytes that this rank's worst forward pass takes at most, at any level; None = to be measured.
+
+    Args:
+        worker: vLLM's.
+        layers: this rank's `RankLayers`.
+    """
+    sizes = _read(layers.store.directory / _FILE).get(_conditions(worker, layers), {})
+    return max(sizes.values()) if set(sizes) == {BASE_FORMAT, *layers.kernels} else None
+
+
+def measure(worker: Any, layers: Any) -> int:
+    """The same, measured and stored. All ranks at once: a forward pass is theirs together. At full precision."""
+    config = worker.vllm_config
+
+    def forward() -> None:
+        with _set_global_compilation_settings(config):
+            worker.model_runner.profile_run()
+
+    state = torch.get_rng_state()
+    forward()  # what is allocated once and stays (buffers, compiled code) is not the price of a forward pass
+    sizes = {}
+    for fmt in (BASE_FORMAT, *layers.kernels):
+        with _one_layer(layers, fmt):
+            sizes[fmt] = int(_WITH_ATTENTION * max(peak_beyond_now(forward) for _ in range(_RUNS)))
+    torch.set_rng_state(state)
+    shown = ", ".join(f"{fmt} {size / 2**20:.0f}" for fmt, size in sizes.items())
+    logger.info("morphserve: rank %d, a worst-case forward pass takes (MiB): %s", worker.rank, shown)
+    file = layers.store.directory / _FILE
+    _write(file, _read(file) | {_conditions(worker, layers): sizes})
+    return max(sizes.values())
+
+
+@contextmanager
+def _one_layer(layers: Any, fmt: str) -> Iterator[None]:
+    """Inside, one layer is in this format: a kernel's scratch memory is gone when it returns, all take no more."""
+    first = min(layers.linears)
+    _put(layers, first, fmt)
+    try:
+        yield
+    finally:
+        _put(layers, first, BASE_FORMAT)
+
+
+def _put(layers: Any, layer: int, fmt: str) -> None:
+    layers.prepare({layer: fmt})
+    layers.swapper.commit()
+
+
+def _conditions(worker: Any, layers: Any) -> str:
+    """What the figures depend on, besides the formats."""
+    config = worker.vllm_config
+    return json.dumps(
+        {
+            "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+            "max_num_seqs": config.scheduler_config.max_num_seqs,
+            "compiled": int(config.compilation_config.mode),
+            "threads": torch.get_num_threads(),
+            "kernels": {fmt: kernel.name for fmt, kernel in layers.kernels.items()},
+            "ranks": config.parallel_config.world_size,
+            "layers": len(layers.linears),  # of this pipeline stage
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
+        },
+        sort_keys=True,
+    )
+
+
+def _read(file: Path) -> dict[str, dict[str, int]]:
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        return {key: {fmt: int(size) for fmt, size in sizes.items()} for key, sizes in stored.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}  # absent or damaged: measured again
+
+
+def _write(file: Path, figures: dict[str, dict[str, int]]) -> None:
+    partial = file.with_suffix(".partial")
+    try:
+        partial.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        partial.replace(file)
+    except OSError as e:
+        logger.warning("morphserve: %s cannot be kept (%s); it is measured again at the next start", file, e)
