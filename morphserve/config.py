@@ -55,7 +55,7 @@ class KVConfig(_Section):
     migrate_blocks_per_step: int = Field(16, ge=1, description="live blocks moved per engine step")
     prefix_reuse: Literal["any", "not_worse", "exact"] = Field(
         "not_worse",
-        description="which cached KV a request may reuse: any; what its level or a better one wrote; what its level wrote",
+        description="cached KV a request may reuse: any; what its level or a better one wrote; what its level wrote",
     )
     drain_timeout_s: float = Field(
         5.0, gt=0, description="a shrink that found no room for live blocks gives up after this"

@@ -149,9 +149,9 @@ class Provenance:
         finally:
             self._asking = None
         self._found.pop(request.request_id, None)
-        if self._written or self._level > 0:
-            if hits := tuple(block for group in result[0].blocks for block in group):
-                self._found[request.request_id] = hits
+        degraded = self._written or self._level > 0
+        if degraded and (hits := tuple(block for group in result[0].blocks for block in group)):
+            self._found[request.request_id] = hits
         return result
 
     def _get_cached_block(self, block_hash: BlockHash, group_ids: list[int]) -> list[KVCacheBlock] | None:
