@@ -353,6 +353,7 @@ class Morph:
         counters = status["counters"]
         return {
             **status,
+            "engine": self.runtime.vllm_config.parallel_config.data_parallel_index,
             "failed": self.failed or status["tripped"],
             "mapped_kv_blocks": counters["num_blocks_mapped"],
             "transitions": counters["transitions"],

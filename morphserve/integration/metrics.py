@@ -1,7 +1,8 @@
 """`GET /morphserve/status` and the `morphserve:*` metrics on vLLM's own /metrics.
 
-The engine core is asked twice a second; a scrape reads the last answer. vLLM's own cache_config_info label is
-fixed at start and goes stale after a resize: `morphserve:kv_blocks` is the one to watch.
+The engine cores are asked twice a second; a scrape reads the last answers. Each data-parallel replica is an engine of
+its own, told by its index. vLLM's own cache_config_info label is fixed at start and goes stale after a resize:
+`morphserve:kv_blocks` is the one to watch.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
+from operator import itemgetter
 from typing import Any
 
 from fastapi import APIRouter, HTTPException
@@ -25,83 +27,101 @@ POLL_INTERVAL_S = 0.5
 PREFIX = "morphserve:"
 
 
+_Status = dict[str, Any]
+_Row = tuple[tuple[str, ...], float]  # values of the labels beside `engine`, value
+
+
 class StatusCollector(Collector):
-    """Turns the last status into metric families."""
+    """Turns the last statuses into metric families, every sample with the index of its engine."""
 
     def __init__(self) -> None:
-        self.status: dict[str, Any] | None = None
+        self.statuses: list[_Status] = []
 
     def collect(self) -> Iterator[Metric]:
-        status = self.status
-        if status is None:
+        if not self.statuses:
             return
-        yield from _gauges(status)
-        yield from _counters(status)
-        yield from _histograms(status)
+        for kind, name, doc, labels, rows_of in _FAMILIES:
+            family = kind(PREFIX + name, doc, labels=[*labels, "engine"])
+            for status in self.statuses:
+                for values, value in rows_of(status):
+                    family.add_metric([*values, str(status["engine"])], value)
+            yield family
+        yield self._times()
 
     def describe(self) -> Iterator[Metric]:
         """Nothing is known before the first poll; without this the registry would call collect()."""
         return iter(())
 
-
-def _gauge(name: str, doc: str, value: float) -> GaugeMetricFamily:
-    return GaugeMetricFamily(PREFIX + name, doc, value=value)
-
-
-def _gauges(s: dict[str, Any]) -> Iterator[Metric]:
-    yield _gauge("level", "Morph level that tokens count for; 0 = full precision.", s["exposure_level"])
-    yield _gauge("target_level", "Level the transition in progress is heading for.", s["target_level"])
-    blocks = GaugeMetricFamily(
-        PREFIX + "kv_blocks", "KV blocks per rank, null block included.", labels=["state"]
-    )
-    blocks.add_metric(["published"], s["num_kv_blocks"])
-    blocks.add_metric(["backed"], s["mapped_kv_blocks"])
-    blocks.add_metric(["used"], s["used_kv_blocks"])
-    yield blocks
-    layers = GaugeMetricFamily(PREFIX + "layers", "Decoder layers by format.", labels=["format"])
-    for fmt, count in s["layers_by_format"].items():
-        layers.add_metric([fmt], count)
-    yield layers
-    memory = GaugeMetricFamily(PREFIX + "memory_bytes", "Ledger of one rank.", labels=["account"])
-    for account, size in s["ledger"].items():
-        memory.add_metric([account], size)
-    yield memory
-    if s["pause_ms"]["max"] is not None:
-        yield _gauge("pause_ms_max", "Longest time a command kept a rank from its next step.",
-                     s["pause_ms"]["max"])
-    yield _gauge("failed", "1 when MorphServe gave up and the server goes on without it.", bool(s["failed"]))
+    def _times(self) -> Metric:
+        doc = "Time of monitor, policy and controller in one engine step."
+        family = HistogramMetricFamily(PREFIX + "controller_seconds", doc, labels=["engine"])
+        for status in self.statuses:
+            times = status["controller_time"]
+            edges = [*(f"{edge:g}" for edge in times["edges_s"]), "+Inf"]
+            buckets = list(zip(edges, accumulate(times["counts"]), strict=True))
+            family.add_metric([str(status["engine"])], buckets, sum_value=times["sum_s"])
+        return family
 
 
-def _histograms(s: dict[str, Any]) -> Iterator[Metric]:
-    times = s["controller_time"]
-    edges = [*(f"{edge:g}" for edge in times["edges_s"]), "+Inf"]
-    yield HistogramMetricFamily(
-        PREFIX + "controller_seconds",
-        "Time of monitor, policy and controller in one engine step.",
-        buckets=list(zip(edges, accumulate(times["counts"]), strict=True)),
-        sum_value=times["sum_s"],
-    )
+def _one(key: str) -> Callable[[_Status], list[_Row]]:
+    return lambda s: [((), s[key])]
 
 
-def _counters(s: dict[str, Any]) -> Iterator[Metric]:
-    transitions = CounterMetricFamily(
-        PREFIX + "transitions", "Transitions by direction and outcome.", labels=["direction", "outcome"]
-    )
-    for key, count in s["transitions"].items():
-        direction, _, outcome = key.partition("_")
-        transitions.add_metric([direction, outcome], count)
-    yield transitions
-    tokens = CounterMetricFamily(PREFIX + "tokens", "Generated tokens by morph level.", labels=["level"])
-    for level, count in s["tokens_by_level"].items():
-        tokens.add_metric([level], count)
-    yield tokens
-    yield CounterMetricFamily(
-        PREFIX + "transition_seconds", "Time spent in transitions.", value=s["transition_seconds"]
-    )
-    errors = CounterMetricFamily(PREFIX + "errors", "Errors by the part they came from.", labels=["where"])
-    for where, count in s["errors"].items():
-        errors.add_metric([where], count)
-    yield errors
+def _by(key: str) -> Callable[[_Status], list[_Row]]:
+    return lambda s: [((name,), value) for name, value in s[key].items()]
+
+
+def _blocks(s: _Status) -> list[_Row]:
+    keys = {"published": "num_kv_blocks", "backed": "mapped_kv_blocks", "used": "used_kv_blocks"}
+    return [((state,), s[key]) for state, key in keys.items()]
+
+
+def _longest_pause(s: _Status) -> list[_Row]:
+    longest = s["pause_ms"]["max"]
+    return [] if longest is None else [((), longest)]
+
+
+def _transitions(s: _Status) -> list[_Row]:
+    return [(tuple(key.split("_", 1)), count) for key, count in s["transitions"].items()]
+
+
+_FAMILIES: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, tuple[str, ...], Any], ...] = (
+    (
+        GaugeMetricFamily,
+        "level",
+        "Morph level that tokens count for; 0 = full precision.",
+        (),
+        _one("exposure_level"),
+    ),
+    (GaugeMetricFamily, "target_level", "Level the transition in progress heads for.", (), _one("target_level")),
+    (GaugeMetricFamily, "kv_blocks", "KV blocks per rank, null block included.", ("state",), _blocks),
+    (GaugeMetricFamily, "layers", "Decoder layers by format.", ("format",), _by("layers_by_format")),
+    (GaugeMetricFamily, "memory_bytes", "Ledger of the rank with the least left.", ("account",), _by("ledger")),
+    (
+        GaugeMetricFamily,
+        "pause_ms_max",
+        "Longest time a command kept a rank from its next step.",
+        (),
+        _longest_pause,
+    ),
+    (
+        GaugeMetricFamily,
+        "failed",
+        "1 when MorphServe gave up and the server goes on without it.",
+        (),
+        lambda s: [((), float(bool(s["failed"])))],
+    ),
+    (
+        CounterMetricFamily,
+        "transitions",
+        "Transitions by direction and outcome.",
+        ("direction", "outcome"),
+        _transitions,
+    ),
+    (CounterMetricFamily, "tokens", "Generated tokens by morph level.", ("level",), _by("tokens_by_level")),
+    (CounterMetricFamily, "transition_seconds", "Time spent in transitions.", (), _one("transition_seconds")),
+    (CounterMetricFamily, "errors", "Errors by the part they came from.", ("where",), _by("errors")),
+)
 
 
 class MorphServeEndpoint:
@@ -119,12 +139,19 @@ class MorphServeEndpoint:
         router = APIRouter(prefix="/morphserve")
 
         @router.get("/status")
-        async def status() -> dict[str, Any]:
-            """Level, capacity, ladder and counters of the engine, read between two of its steps."""
-            answer = await self._ask()
-            if answer is None:
+        async def status(engine: int | None = None) -> dict[str, Any]:
+            """Level, capacity, ladder and counters of an engine, read between two of its steps.
+
+            Of several engines (data parallel) `engine` names one; without it they are all under `engines`.
+            """
+            answers = await self._ask()
+            if not answers:
                 raise HTTPException(503, "the engine runs without MorphServe")
-            return answer
+            if engine is not None:
+                answers = [answer for answer in answers if answer["engine"] == engine]
+                if not answers:
+                    raise HTTPException(404, f"no engine {engine} behind this API server")
+            return answers[0] if len(answers) == 1 else {"engines": answers}
 
         app.include_router(router)
 
@@ -141,22 +168,24 @@ class MorphServeEndpoint:
             REGISTRY.register(self._collector)
         self._task = asyncio.create_task(self._poll())
 
-    async def _ask(self) -> dict[str, Any] | None:
+    async def _ask(self) -> list[_Status]:
+        """Of every engine behind this API server."""
         core = getattr(self._client, "engine_core", None)
         if core is None:
-            return None
-        return await core.call_utility_async("morphserve_status")
+            return []
+        answers = await core.call_utility_all_async("morphserve_status")
+        return sorted((answer for answer in answers if answer is not None), key=itemgetter("engine"))
 
     async def _poll(self) -> None:
         warned = False
         while True:
             try:
-                self._collector.status = await self._ask()
+                self._collector.statuses = await self._ask()
                 warned = False
             except asyncio.CancelledError:
                 raise
             except Exception as e:  # the engine may be starting, stopping or dead; the metrics go quiet
-                self._collector.status = None
+                self._collector.statuses = []
                 if not warned:
                     logger.warning("morphserve: no status from the engine (%s)", e)
                 warned = True

@@ -117,7 +117,7 @@ SEAMS: tuple[Seam, ...] = (
          ("max_num_batched_tokens", "max_num_seqs")),
     Seam("engine_core", "vllm.v1.engine.core:EngineCoreProc", (), "wake-ups, commands and the status page",
          ("input_queue", "model_executor", "scheduler")),
-    Seam("utility_call", "vllm.v1.engine.core_client:AsyncMPClient.call_utility_async", ("method",),
+    Seam("utility_call", "vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async", ("method",),
          "status and metrics are asked for between two steps"),
     Seam("kv_manager", "vllm.v1.core.kv_cache_manager:KVCacheManager", (), "sizes follow the published blocks",
          ("block_pool", "coordinator", "max_model_len", "watermark_blocks", "get_block_ids")),

@@ -59,9 +59,9 @@ class Server:
         return dict(json.loads(self.get("/morphserve/status")))
 
     def metrics(self) -> dict[tuple[str, str], float]:
-        """morphserve:* samples by (name, value of the first label)."""
+        """morphserve:* samples by (name, value of the first label beside `engine`)."""
         return {
-            (sample.name.removeprefix("morphserve:"), next(iter(sample.labels.values()), "")): sample.value
+            (sample.name.removeprefix("morphserve:"), _first_label(sample.labels)): sample.value
             for family in text_string_to_metric_families(self.get("/metrics"))
             if family.name.startswith("morphserve:")
             for sample in family.samples
@@ -99,6 +99,10 @@ class Server:
                 if int(session) == self.process.pid and state != "Z":
                     found.append(stat.with_name("cmdline").read_text().replace("\0", " "))
         return [line for line in found if line and "multiprocessing.resource_tracker" not in line]
+
+
+def _first_label(labels: dict[str, str]) -> str:
+    return next((value for name, value in labels.items() if name != "engine"), "")
 
 
 @contextmanager

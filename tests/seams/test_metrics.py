@@ -1,0 +1,86 @@
+"""One page of metrics for several engines, and the status of each."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from morphserve.integration.metrics import MorphServeEndpoint, StatusCollector
+
+pytestmark = pytest.mark.seams
+
+
+def status(engine: int, level: int) -> dict[str, Any]:
+    return {
+        "engine": engine,
+        "exposure_level": level,
+        "target_level": level,
+        "num_kv_blocks": 49 + 10 * level,
+        "mapped_kv_blocks": 49 + 10 * level,
+        "used_kv_blocks": level,
+        "layers_by_format": {"w8": level} if level else {"base": 6},
+        "ledger": {"budget_bytes": 1000, "weights_bytes": 900 - level},
+        "pause_ms": {"count": level, "p50": None, "max": 2.5 if level else None},
+        "failed": bool(level),
+        "transitions": {"degrade_committed": level} if level else {},
+        "tokens_by_level": {"0": 5, "1": level},
+        "transition_seconds": 0.5 * level,
+        "errors": {"prepare": level} if level else {},
+        "controller_time": {"edges_s": [0.001], "counts": [3, level], "sum_s": 0.1},
+    }
+
+
+def samples(statuses: list[dict[str, Any]]) -> dict[tuple[str, ...], float]:
+    registry, collector = CollectorRegistry(), StatusCollector()
+    registry.register(collector)
+    collector.statuses = statuses
+    return {
+        (sample.name, *(f"{k}={v}" for k, v in sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(generate_latest(registry).decode())
+        for sample in family.samples
+    }
+
+
+def test_engines_are_told_apart() -> None:
+    """Guards: replicas whose figures are added up, overwrite each other, or make two families of one name."""
+    found = samples([status(0, 0), status(1, 3)])
+    assert found["morphserve:level", "engine=0"] == 0 and found["morphserve:level", "engine=1"] == 3
+    assert found["morphserve:kv_blocks", "engine=1", "state=published"] == 79
+    assert found["morphserve:kv_blocks", "engine=0", "state=used"] == 0
+    assert found["morphserve:transitions_total", "direction=degrade", "engine=1", "outcome=committed"] == 3
+    assert ("morphserve:pause_ms_max", "engine=0") not in found and found["morphserve:pause_ms_max", "engine=1"] == 2.5
+    assert found["morphserve:failed", "engine=0"] == 0 and found["morphserve:failed", "engine=1"] == 1
+    assert found["morphserve:controller_seconds_bucket", "engine=1", "le=+Inf"] == 6
+    assert found["morphserve:controller_seconds_count", "engine=0"] == 3
+    assert samples([]) == {}
+
+
+@pytest.mark.parametrize("num_engines", [0, 1, 2])
+def test_status_of_each_engine(num_engines: int) -> None:
+    """Guards: the page of one replica shown for all, an order that changes, or another page for a single engine."""
+
+    async def answer(method: str) -> list[Any]:
+        assert method == "morphserve_status"
+        return [status(i, i) for i in reversed(range(num_engines))] or [None]
+
+    endpoint, app = MorphServeEndpoint(), FastAPI()
+    endpoint.attach_router(app)
+    endpoint._client = SimpleNamespace(engine_core=SimpleNamespace(call_utility_all_async=answer))
+    client = TestClient(app)
+    page = client.get("/morphserve/status")
+    if num_engines == 0:
+        assert page.status_code == 503
+        return
+    engines = page.json()["engines"] if num_engines == 2 else [page.json()]
+    assert [(engine["engine"], engine["exposure_level"]) for engine in engines] == [(i, i) for i in range(num_engines)]
+    last = num_engines - 1
+    assert client.get(f"/morphserve/status?engine={last}").json()["engine"] == last
+    assert client.get(f"/morphserve/status?engine={num_engines}").status_code == 404
+    assert len(asyncio.run(endpoint._ask())) == num_engines
