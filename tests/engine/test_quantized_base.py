@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from checkpoints import write_checkpoint
 from engine.harness import engine, follow, generate, morph_of, settle, stock
-from engine.rank_harness import NUM_LAYERS, PROMPTS
+from engine.rank_harness import NUM_LAYERS, PARALLEL, PROMPTS, needs_two_cores
 
 from morphserve.errors import ConfigError
 from morphserve.integration import opaque_linear
@@ -33,7 +33,7 @@ def go(llm: Any, level: int) -> dict[str, Any]:
     memory: dict[str, Any] = morph_of(llm).executor._executor.collective_rpc("morphserve_memory")[0]
     announced = morph_of(llm).runtime.ladder[level].weight_bytes
     # A bias that a variant copies is announced in fp32; the weight-only kernel keeps it in bf16.
-    assert memory["weight_bytes"] <= announced and (level or memory["weight_bytes"] == announced)
+    assert memory["weight_bytes"] <= announced and (level or memory["weight_bytes"] == announced), (memory, announced)
     return memory
 
 
@@ -67,6 +67,18 @@ def test_level_0_is_stock_and_comes_back(tiny_llama: Path, tmp_path: Path, kind:
     assert quarter < 0.67 * full  # small rows: scales and biases weigh more than in a real model
     assert swapped != base
     assert restored == base == stock(model, [PROMPTS[:4]], 16, **PLAIN)[0]
+
+
+@needs_two_cores
+@pytest.mark.usefixtures("two_cores")
+def test_two_ranks_rebuild_their_slices(tiny_llama: Path, tmp_path: Path) -> None:
+    """Guards: a rank that restores another's rows or scales, or adds a bias that only rank 0 adds."""
+    model = write_checkpoint(tiny_llama, tmp_path / "ct_int8", "ct_int8", 0)
+    parallel = {**PARALLEL, "enable_prefix_caching": False}
+    with engine(model, tmp_path / "variants", all_layers("w4"), **parallel) as llm:
+        base, swapped, restored = down_and_back(llm)
+    assert swapped != base
+    assert restored == base == stock(model, [PROMPTS[:4]], 16, **parallel)[0]
 
 
 def test_compiled_steps_run_int8_natively(tiny_llama: Path, tmp_path: Path) -> None:
