@@ -102,9 +102,7 @@ def test_late_answers_are_dropped_by_revision() -> None:
 
 
 @pytest.mark.parametrize("command", ["commit", "abort", "apply"])
-def test_what_cannot_be_taken_back_is_waited_for_and_said_once(
-    command: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_cannot_be_taken_back_is_waited_for_and_said_once(command: str, caplog: pytest.LogCaptureFixture) -> None:
     """Guards: blocks published while a rank has not answered, a log line at every step, or silence for ever."""
     rig = lagging(num_ranks=1 if command == "apply" else 2)
     if command == "abort":

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from kv_resize import MapError
+from morphserve.integration import worker as worker_module
 from morphserve.integration.worker import _RANK
 
 _PLANTED = pytest.MonkeyPatch()
+_EVENTS: list[tuple[str, int]] = []
 
 
 def stored_files(worker: Any) -> dict[str, tuple[int, int]]:
@@ -22,8 +24,10 @@ def stored_files(worker: Any) -> dict[str, tuple[int, int]]:
 
 
 def variant_file(worker: Any, layer: int, fmt: str) -> str:
-    """Where this rank reads a layer from."""
+    """Where this rank reads a layer from, "" for one of another stage."""
     store = _RANK.layers.store
+    if layer not in _RANK.layers.linears:
+        return ""
     return str(store.directory / store.entry(layer, fmt).file)
 
 
@@ -62,3 +66,42 @@ def swap_alone(worker: Any, rank: int, fmt: str) -> None:
 def heal(worker: Any) -> None:
     """Take back whatever was planted."""
     _PLANTED.undo()
+
+
+def record(worker: Any) -> None:
+    """From now on, keep the order in which this rank meets steps and plans."""
+    _EVENTS.clear()
+    execute, answer = worker.model_runner.execute_model, worker_module._answer
+
+    def execute_model(output: Any, *args: Any, **kwargs: Any) -> Any:
+        _EVENTS.append(("step", sum(output.num_scheduled_tokens.values())))
+        return execute(output, *args, **kwargs)
+
+    def answered(worker: Any, plan: Any, action: Any, final: bool = False) -> Any:
+        _EVENTS.append((action.__name__, plan.revision))
+        return answer(worker, plan, action, final)
+
+    _PLANTED.setattr(worker.model_runner, "execute_model", execute_model)
+    _PLANTED.setattr(worker_module, "_answer", answered)
+
+
+def recorded(worker: Any) -> list[tuple[str, int]]:
+    """("step", tokens) and (command, revision), in order."""
+    return list(_EVENTS)
+
+
+def swap_late(worker: Any, rank: int) -> None:
+    """On one rank, layers are switched after the next step instead of before it."""
+    if worker.rank != rank:
+        return
+    execute, swapper = worker.model_runner.execute_model, _RANK.layers.swapper
+    commit, due = swapper.commit, []
+
+    def execute_model(output: Any, *args: Any, **kwargs: Any) -> Any:
+        result = execute(output, *args, **kwargs)
+        while output.num_scheduled_tokens and due:
+            due.pop()()
+        return result
+
+    _PLANTED.setattr(worker.model_runner, "execute_model", execute_model)
+    _PLANTED.setattr(swapper, "commit", lambda: due.append(commit))

@@ -27,14 +27,14 @@ EXIT_TIMEOUT_S = 30
 class Server:
     """A server process in a session of its own, so that whatever it leaves behind can be found."""
 
-    def __init__(self, model: Path, directory: Path, settings: dict[str, Any] | None) -> None:
+    def __init__(self, model: Path, directory: Path, settings: dict[str, Any] | None, *arguments: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--enforce-eager"]
         command += ["--served-model-name", "demo", "--port", str(self.port), "--host", "127.0.0.1"]
         command += ["--block-size", "32", "--num-gpu-blocks-override", "49", "--max-model-len", "512"]
-        command += ["--max-num-seqs", "16"]
+        command += ["--max-num-seqs", "16", *arguments]
         if settings is not None:
             file = directory / "morph.yaml"
             file.write_text(yaml.safe_dump(settings))
@@ -106,8 +106,8 @@ def _first_label(labels: dict[str, str]) -> str:
 
 
 @contextmanager
-def serve(model: Path, directory: Path, settings: dict[str, Any] | None) -> Iterator[Server]:
-    server = Server(model, directory, settings)
+def serve(model: Path, directory: Path, settings: dict[str, Any] | None, *arguments: str) -> Iterator[Server]:
+    server = Server(model, directory, settings, *arguments)
     try:
         yield server
     finally:

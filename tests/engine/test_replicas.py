@@ -1,0 +1,69 @@
+"""Two data-parallel replicas of a dense model: two engines behind one server, each with a level of its own."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine.rank_harness import needs_two_cores
+from engine.test_server import Server, serve
+from prometheus_client.parser import text_string_to_metric_families
+
+pytestmark = needs_two_cores
+
+# Degrades as soon as anybody asks for something; restores when nobody does.
+POLICY = {
+    "kind": "threshold",
+    "mode": "performance",
+    "degrade_above": 0.05,
+    "target_usage": 0.04,
+    "restore_below": 0.02,
+}
+
+
+def engines(server: Server) -> list[dict[str, Any]]:
+    return list(server.status()["engines"])
+
+
+def by_engine(server: Server, name: str) -> dict[str, float]:
+    """A metric without other labels, or the sum over them."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(server.get("/metrics")):
+        for sample in family.samples:
+            if sample.name == f"morphserve:{name}":
+                engine = sample.labels["engine"]
+                found[engine] = found.get(engine, 0) + sample.value
+    return found
+
+
+def test_replicas_morph_independently(
+    demo_model: Path, variant_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: one replica's load moves another's level, or their figures are mixed."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the tests' own binding is for one engine
+    settings = {"cache_dir": str(variant_cache), "policy": POLICY}
+    with serve(demo_model, tmp_path, settings, "--data-parallel-size", "2", "--api-server-count", "1") as server:
+        server.wait_until_healthy()
+        assert [(engine["engine"], engine["level"]) for engine in engines(server)] == [(0, 0), (1, 0)]
+        body = json.dumps({"model": "demo", "prompt": "Once upon a time " * 40, "max_tokens": 100, "ignore_eos": True})
+        clients = [http.client.HTTPConnection("127.0.0.1", server.port) for _ in range(8)]
+        for client in clients:
+            headers = {"Content-Type": "application/json", "X-data-parallel-rank": "1"}
+            client.request("POST", "/v1/completions", body, headers)
+        for client in clients:
+            assert json.loads(client.getresponse().read())["usage"]["completion_tokens"] == 100
+        idle, busy = engines(server)
+        assert idle["level"] == 0 and idle["num_kv_blocks"] == 49 and not idle["transitions"]
+        assert busy["transitions"]["degrade_committed"] == 1
+        server.wait_for("level 0", lambda: engines(server)[1]["level"] == 0)
+        idle, busy = engines(server)
+        assert not idle["transitions"] and busy["transitions"]["restore_committed"] == 1
+        assert (idle["num_kv_blocks"], busy["num_kv_blocks"]) == (49, 49)
+        server.wait_for("fresh metrics", lambda: by_engine(server, "tokens_total") == {"0": 0, "1": 800})
+        assert by_engine(server, "transitions_total") == {"1": 2}
+        assert by_engine(server, "level") == {"0": 0, "1": 0}
+        assert server.terminate() == 0
+        assert server.processes() == []
