@@ -167,10 +167,12 @@ class World:
             self._drop(name)
         while self._held_back:
             self.give_back()
-        for _ in range(400):
+        for _ in range(4000):  # a back-off may last a minute
             self.tick()
             self.run_all()
             self.check_cheaply()
+            if self.controller.exposure_level == 0 and not self.controller.in_transition:
+                break
         self.check_all()
         assert self.controller.exposure_level == 0 and not self.controller.in_transition, self.controller.status()
         assert self.port.num_kv_blocks == BASE_BLOCKS == len(self.model.free) + 1
