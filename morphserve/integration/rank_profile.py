@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.linear import LinearBase
 
 from morphserve.errors import ConfigError
@@ -76,7 +78,7 @@ class Smoother(Plain):
                 norms.setdefault(int(match[2]), {})[match[3]] = model.get_submodule(name.rpartition(".")[0])
         try:
             profile = read_profile(directory)
-            profile.check_base(base_fingerprint(weights), type(model).__name__)
+            profile.check_base(base_fingerprint(_of_all_stages(weights)), type(model).__name__)
         except ProfileError as e:
             raise ConfigError(str(e)) from e
         return cls(profile, linears, norms)
@@ -109,6 +111,16 @@ class Smoother(Plain):
             layer: {name: TensorSlot(norm.weight.data) for name, norm in norms.items()}
             for layer, norms in self._norms.items()
         }
+
+
+def _of_all_stages(norms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A pipeline stage has the norms of its own layers only. All stages come here at the same time, while they load."""
+    stages = get_pp_group()
+    if stages.world_size == 1:
+        return norms
+    found: list[Any] = [None] * stages.world_size
+    torch.distributed.all_gather_object(found, norms, group=stages.cpu_group)
+    return {name: tensor for own in found for name, tensor in own.items()}
 
 
 def _gains(kernel: Kernel) -> bool:
