@@ -13,6 +13,7 @@ from torch import Tensor
 
 from morphserve.config import LadderConfig, check_formats, parse_config
 from morphserve.ladder import build_ladder
+from morphserve.rank_bytes import RankBytes
 from quant_layers import (
     CANDIDATES,
     FORMATS,
@@ -153,7 +154,8 @@ def test_a_registered_format_is_packed_stored_swapped_and_restored(tmp_path: Pat
     base, packed = store.nbytes(1, "base"), store.nbytes(1, "w3")
     assert packed == sum(QuantW3.packed_bytes(*t["weight"].shape) for t in world.base[1].values())
     sizes = {"base": [base] * 3, "w3": [packed] * 3}
-    ladder = build_ladder(3, sizes, LadderConfig.model_validate({"steps": [{"format": "w3"}]}), 10, 64)
+    config = LadderConfig.model_validate({"steps": [{"format": "w3"}]})
+    ladder = build_ladder(3, [RankBytes(sizes, 64)], config, 10)
     assert ladder[-1].layer_formats == ("w3",) * 3 and ladder[-1].weight_bytes == 3 * packed
     swapper.prepare({1: "base"})
     swapper.commit()
