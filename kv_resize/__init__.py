@@ -1,20 +1,28 @@
 """KV cache memory that grows and shrinks at its end. Needs torch, knows nothing of vLLM."""
 
+from kv_resize.arena import ArenaBacking, PagePool
 from kv_resize.backing import Backing, FakeBacking, HostBacking
 from kv_resize.elastic_cache import ElasticCache
-from kv_resize.errors import BackingError, KVResizeError, MapError
+from kv_resize.errors import BackingError, KVResizeError, MapError, PagerError
 from kv_resize.geometry import ByteRange, KVGeometry, Placement, Run
+from kv_resize.pager import FakePager, Page, Pager
 
 __all__ = [
+    "ArenaBacking",
     "Backing",
     "BackingError",
     "ByteRange",
     "ElasticCache",
     "FakeBacking",
+    "FakePager",
     "HostBacking",
     "KVGeometry",
     "KVResizeError",
     "MapError",
+    "Page",
+    "PagePool",
+    "Pager",
+    "PagerError",
     "Placement",
     "Run",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import torch
 
 from kv_resize.backing import Backing, BlockPairs
@@ -81,11 +83,23 @@ class ElasticCache:
             self.backing.populate(wanted)
         except BackingError as e:
             ours = self.geometry.release_ranges(old, num_blocks)  # none of it was resident
-            gained = self.backing.resident_bytes(ours)
+            possible = old + self.backing.resident_bytes(ours) // self.block_bytes
             self.backing.release(ours)
-            raise MapError(num_blocks, old, old + gained // self.block_bytes, str(e)) from e
+            if e.available_bytes is not None:
+                possible = self._num_possible(num_blocks, e.available_bytes)
+            raise MapError(num_blocks, old, possible, str(e)) from e
         self.backing.zero(self.geometry.fringe_ranges(old, num_blocks))
         self._num_mapped = num_blocks
+
+    def _num_possible(self, num_blocks: int, available_bytes: int) -> int:
+        """Most blocks, below `num_blocks`, whose missing pages `available_bytes` pay for."""
+
+        def is_too_many(count: int) -> bool:
+            pages = self.geometry.populate_ranges(self._num_mapped, count)
+            return total(pages) - self.backing.resident_bytes(pages) > available_bytes
+
+        counts = range(self._num_mapped, num_blocks)
+        return counts[bisect_left(counts, True, key=is_too_many) - 1]
 
     def unmap(self, num_blocks: int) -> None:
         """Give back the memory of blocks from `num_blocks` on.

@@ -10,6 +10,15 @@ class KVResizeError(RuntimeError):
 class BackingError(KVResizeError):
     """The system refused memory, or an access left what is mapped."""
 
+    def __init__(self, message: str, available_bytes: int | None = None) -> None:
+        """`available_bytes`: what could have been had, where that is known."""
+        self.available_bytes = available_bytes
+        super().__init__(message)
+
+
+class PagerError(KVResizeError):
+    """The device refused a call of its memory management, which has then done nothing."""
+
 
 class MapError(KVResizeError):
     """`ElasticCache.map` failed and was undone."""

@@ -1,4 +1,4 @@
-"""ElasticCache on real host memory and on the bookkeeping fake."""
+"""ElasticCache on real host memory, on the bookkeeping fake, and on a device arena over the fake pager."""
 
 from __future__ import annotations
 
@@ -14,18 +14,40 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import kv_resize.backing
 from kv_resize import (
+    ArenaBacking,
+    Backing,
     BackingError,
     ElasticCache,
     FakeBacking,
+    FakePager,
     HostBacking,
     KVGeometry,
     KVResizeError,
     MapError,
+    PagePool,
 )
 from kv_resize.host_memory import available_bytes
 
 PAGE = HostBacking(1).page_bytes
 Layout = Callable[[int, int, int, int], KVGeometry]
+MakeBacking = Callable[..., Backing]
+
+
+def host(size_bytes: int, page_bytes: int = PAGE, limit_bytes: int | None = None) -> Backing:
+    assert page_bytes == PAGE and limit_bytes is None
+    return HostBacking(size_bytes)
+
+
+def fake(size_bytes: int, page_bytes: int = PAGE, limit_bytes: int | None = None) -> Backing:
+    return FakeBacking(size_bytes, page_bytes, limit_bytes)
+
+
+def arena(size_bytes: int, page_bytes: int = PAGE, limit_bytes: int | None = None) -> Backing:
+    num_pages = (-(-size_bytes // page_bytes)) if limit_bytes is None else limit_bytes // page_bytes
+    return ArenaBacking(PagePool(FakePager(num_pages, page_bytes), num_pages), size_bytes)
+
+
+BACKINGS = pytest.mark.parametrize("make", [host, fake, arena])
 LAYOUTS = pytest.mark.parametrize("layout", [KVGeometry.layer_outermost, KVGeometry.block_outermost])
 
 
@@ -72,12 +94,13 @@ def test_resident_memory_follows_the_mapped_blocks(layout: Layout) -> None:
         assert kernel_resident_bytes(cache) == pytest.approx(expected, rel=0.02)
 
 
+@BACKINGS
 @LAYOUTS
 @pytest.mark.parametrize("size", [24_576, 5_000, 700])
-def test_remapped_blocks_are_zero_and_live_ones_keep_their_bytes(layout: Layout, size: int) -> None:
+def test_remapped_blocks_are_zero_and_live_ones_keep_their_bytes(make: MakeBacking, layout: Layout, size: int) -> None:
     """Guards against stale KV in a block whose page straddles a live one, and against losing that one."""
     g = layout(3, size, 40, PAGE)
-    cache = ElasticCache(HostBacking(g.size_bytes), g, 40)
+    cache = ElasticCache(make(g.size_bytes), g, 40)
     for live in (39, 21, 20, 3):
         for b in range(40):
             write(cache, b, b + 1)
@@ -87,11 +110,12 @@ def test_remapped_blocks_are_zero_and_live_ones_keep_their_bytes(layout: Layout,
             assert (block_bytes(cache, b) == (b + 1 if b < live else 0)).all(), (live, b)
 
 
+@BACKINGS
 @LAYOUTS
-def test_copy_moves_all_layers(layout: Layout) -> None:
+def test_copy_moves_all_layers(make: MakeBacking, layout: Layout) -> None:
     """Guards against a copy that misses a layer, hits a neighbour or mixes up the direction."""
     g = layout(4, 1000, 32, PAGE)
-    cache = ElasticCache(HostBacking(g.size_bytes), g, 32)
+    cache = ElasticCache(make(g.size_bytes), g, 32)
     for b in range(32):
         write(cache, b, b)
     cache.copy([(31, 2), (20, 7), (21, 3)])
@@ -100,11 +124,12 @@ def test_copy_moves_all_layers(layout: Layout) -> None:
     assert [int(block_bytes(cache, b).unique()) for b in range(32)] == expected
 
 
+@BACKINGS
 @pytest.mark.parametrize("pairs", [[(5, 3), (6, 3)], [(5, 3), (3, 2)], [(8, 1)], [(3, 8)], [(-1, 2)]])
-def test_unsafe_copies_are_refused(pairs: list[tuple[int, int]]) -> None:
+def test_unsafe_copies_are_refused(make: MakeBacking, pairs: list[tuple[int, int]]) -> None:
     """Guards against copies whose result depends on their order or that touch unmapped memory."""
     g = KVGeometry.layer_outermost(2, 100, 10, PAGE)
-    cache = ElasticCache(HostBacking(g.size_bytes), g, 8)
+    cache = ElasticCache(make(g.size_bytes), g, 8)
     write(cache, 5, 5)
     before = cache.buffer.clone()
     with pytest.raises(KVResizeError, match="copy"):
@@ -112,24 +137,25 @@ def test_unsafe_copies_are_refused(pairs: list[tuple[int, int]]) -> None:
     assert torch.equal(cache.buffer, before)
 
 
-def test_sizes_out_of_range_are_refused() -> None:
+@BACKINGS
+def test_sizes_out_of_range_are_refused(make: MakeBacking) -> None:
     """Guards against a plan that maps beyond the reservation or unmaps the null block."""
     g = KVGeometry.layer_outermost(2, 100, 10, PAGE)
-    cache = ElasticCache(HostBacking(g.size_bytes), g, 5)
+    cache = ElasticCache(make(g.size_bytes), g, 5)
     for call, blocks in ((cache.map, 11), (cache.map, 4), (cache.unmap, 6), (cache.unmap, 0)):
         with pytest.raises(KVResizeError):
             call(blocks)
         assert cache.num_mapped == 5
     with pytest.raises(KVResizeError, match="Build both"):
-        ElasticCache(HostBacking(g.size_bytes - 1), g, 5)
+        ElasticCache(make(g.size_bytes - 1), g, 5)
 
 
+@pytest.mark.parametrize("make", [fake, arena])
 @LAYOUTS
-def test_failed_map_changes_nothing(layout: Layout) -> None:
+def test_failed_map_changes_nothing(make: MakeBacking, layout: Layout) -> None:
     """Guards against half a map staying behind: memory, contents and count must be as before."""
     g = layout(4, 10_000, 40, 4096)
-    backing = FakeBacking(g.size_bytes, 4096, limit_bytes=30 * g.block_bytes)
-    cache = ElasticCache(backing, g, 10)
+    cache = ElasticCache(make(g.size_bytes, 4096, limit_bytes=30 * g.block_bytes), g, 10)
     for b in range(10):
         write(cache, b, b)
     resident = cache.resident_bytes()
@@ -206,7 +232,7 @@ def test_buffer_outlives_its_owner() -> None:
 @pytest.mark.parametrize("byte_range", [(1, PAGE), (0, PAGE + 1), (0, 99 * PAGE), (PAGE, PAGE), (-PAGE, 0)])
 def test_unaligned_ranges_are_refused(byte_range: tuple[int, int]) -> None:
     """Guards against madvise rounding a range into a neighbour."""
-    for backing in (HostBacking(4 * PAGE), FakeBacking(4 * PAGE, PAGE)):
+    for backing in (host(4 * PAGE), fake(4 * PAGE), arena(4 * PAGE)):
         for call in (backing.populate, backing.release):
             with pytest.raises(BackingError, match="aligned"):
                 call([byte_range])
@@ -247,12 +273,13 @@ class ElasticCacheMachine(RuleBasedStateMachine):
     """Any sequence of map, unmap, copy and write against a list of block contents."""
 
     layout: Layout = KVGeometry.layer_outermost
+    make: MakeBacking = fake
 
     def __init__(self) -> None:
         super().__init__()
         g = type(self).layout(3, 37, 12, 32)
         limit = g.populate_ranges(0, 9)
-        self.cache = ElasticCache(FakeBacking(g.size_bytes, 32, sum(b - a for a, b in limit)), g, 2)
+        self.cache = ElasticCache(type(self).make(g.size_bytes, 32, sum(b - a for a, b in limit)), g, 2)
         self.content = [0, 0]
         self.next = 1
 
@@ -298,8 +325,15 @@ class BlockOutermostMachine(ElasticCacheMachine):
     layout = KVGeometry.block_outermost
 
 
+class ArenaMachine(ElasticCacheMachine):
+    """The same on device pages."""
+
+    make = arena
+
+
 TestLayerOutermost = ElasticCacheMachine.TestCase
 TestBlockOutermost = BlockOutermostMachine.TestCase
-TestLayerOutermost.settings = TestBlockOutermost.settings = settings(
+TestArena = ArenaMachine.TestCase
+TestLayerOutermost.settings = TestBlockOutermost.settings = TestArena.settings = settings(
     max_examples=60, stateful_step_count=30, deadline=None
 )

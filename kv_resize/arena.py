@@ -1,0 +1,173 @@
+"""A KV cache's memory on a device: reserved addresses, and pages that go back and forth between arenas.
+
+Weights and KV blocks each have an arena, with one pool of pages between them: what one gives back, the other may take.
+No page is created or destroyed while serving; a page changes owner by being unmapped here and mapped there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+
+from kv_resize.backing import BlockPairs, check_pages, copy_rows
+from kv_resize.errors import BackingError, PagerError
+from kv_resize.geometry import ByteRange
+from kv_resize.pager import Page, Pager
+
+logger = logging.getLogger(__name__)
+
+
+class PagePool:
+    """Pages that no arena maps. Filled once."""
+
+    def __init__(self, pager: Pager, num_pages: int) -> None:
+        """Create all pages there will be.
+
+        Raises:
+            BackingError: The device does not have them.
+        """
+        self.pager = pager
+        self._free: list[Page] = []
+        try:
+            self._free += (pager.create() for _ in range(num_pages))
+        except PagerError as e:
+            raise BackingError(f"cannot create {num_pages} pages of {pager.granularity_bytes:,} B: {e}") from e
+
+    @property
+    def num_free(self) -> int:
+        """Pages an arena could take now."""
+        return len(self._free)
+
+    def take(self, num_pages: int) -> list[Page]:
+        """All of them or none.
+
+        Raises:
+            BackingError: Fewer are free.
+        """
+        if num_pages > len(self._free):
+            page_bytes = self.pager.granularity_bytes
+            raise BackingError(
+                f"{num_pages} pages of {page_bytes:,} B wanted, {len(self._free)} are free. Release some elsewhere.",
+                available_bytes=len(self._free) * page_bytes,
+            )
+        taken = self._free[len(self._free) - num_pages :]
+        del self._free[len(self._free) - num_pages :]
+        return taken
+
+    def give(self, pages: Sequence[Page]) -> None:
+        """They are mapped nowhere any more."""
+        self._free += pages
+
+
+class ArenaBacking:
+    """`Backing` on a pager.
+
+    1. Every page is in the pool or mapped in one arena, whatever call of the pager fails.
+    2. A `populate` that raises has changed nothing.
+    3. Populated pages are zero: a recycled one would hold another arena's bytes, which may read as NaN.
+    4. Pages are unmapped only when the work queued before is done.
+    """
+
+    def __init__(self, pool: PagePool, size_bytes: int) -> None:
+        """Reserve addresses for `size_bytes`, rounded up to whole pages.
+
+        Raises:
+            PagerError: The device refuses the address range.
+        """
+        self.page_bytes = pool.pager.granularity_bytes
+        self.size_bytes = size_bytes
+        self._pool, self._pager = pool, pool.pager
+        self._reserved_bytes = -(-size_bytes // self.page_bytes) * self.page_bytes
+        self._address = self._pager.reserve(self._reserved_bytes)
+        self._whole = self._pager.view(self._address, self._reserved_bytes)
+        self._held: dict[int, Page] = {}  # page number in the range -> page that is mapped there
+        self._usable: set[int] = set()  # of these, the accessible ones that have been zeroed
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """int8 [size_bytes]."""
+        return self._whole[: self.size_bytes]
+
+    def populate(self, ranges: Sequence[ByteRange]) -> None:
+        """Map pages from the pool where there are none.
+
+        Raises:
+            BackingError: The pool has too few, or the pager refused. Nothing has changed.
+        """
+        new = sorted(number for number in self._numbers(ranges) if number not in self._usable)
+        missing = [number for number in new if number not in self._held]
+        taken = self._pool.take(len(missing))
+        try:
+            for number in missing:
+                self._pager.map(self._at(number), taken[-1])
+                self._held[number] = taken.pop()
+            for first, end in _runs(new):
+                self._pager.set_access(self._at(first), (end - first) * self.page_bytes)
+        except PagerError as e:
+            self._pool.give(taken)
+            self._unmap([number for number in missing if number in self._held])
+            raise BackingError(f"no memory mapped for {len(new)} pages: {e}") from e
+        for first, end in _runs(new):
+            self._whole[first * self.page_bytes : end * self.page_bytes].zero_()
+        self._usable.update(new)
+
+    def release(self, ranges: Sequence[ByteRange]) -> None:
+        """Give pages to the pool. One that the pager does not let go stays mapped here, unused."""
+        numbers = [number for number in self._numbers(ranges) if number in self._held]
+        if numbers:
+            self._pager.wait()
+            self._unmap(numbers)
+
+    def resident_bytes(self, ranges: Sequence[ByteRange]) -> int:
+        """Bytes of mapped pages."""
+        return sum(number in self._held for number in self._numbers(ranges)) * self.page_bytes
+
+    def zero(self, ranges: Sequence[ByteRange]) -> None:
+        """Overwrite with zero."""
+        for start, end in ranges:
+            self._check_usable(start, end)
+            self._whole[start:end].zero_()
+
+    def copy_rows(self, offset: int, stride: int, pairs: BlockPairs) -> None:
+        """Copy rows."""
+        for row in chain.from_iterable(pairs):
+            self._check_usable(offset + row * stride, offset + (row + 1) * stride)
+        copy_rows(self.buffer, offset, stride, pairs)
+
+    def _unmap(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self._usable.discard(number)
+            try:
+                self._pager.unmap(self._at(number))
+            except PagerError as e:
+                logger.warning("morphserve: a page of KV cache cannot be given back: %s", e)
+            else:
+                self._pool.give([self._held.pop(number)])
+
+    def _at(self, number: int) -> int:
+        return self._address + number * self.page_bytes
+
+    def _numbers(self, ranges: Sequence[ByteRange]) -> list[int]:
+        check_pages(ranges, self.page_bytes, self._reserved_bytes)
+        page = self.page_bytes
+        # Two ranges may meet in a page.
+        return list(dict.fromkeys(n for start, end in ranges for n in range(start // page, end // page)))
+
+    def _check_usable(self, start: int, end: int) -> None:
+        for number in range(start // self.page_bytes, -(-end // self.page_bytes)):
+            if number not in self._usable:
+                raise BackingError(f"bytes [{start}, {end}) touch page {number}, which is not populated.")
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Consecutive numbers as [first, end): one call a run, since access is what costs."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number:
+            runs[-1] = (runs[-1][0], number + 1)
+        else:
+            runs.append((number, number + 1))
+    return runs

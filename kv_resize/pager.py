@@ -1,0 +1,145 @@
+"""Device memory by the page: reserved addresses, page handles, and mappings of one handle each.
+
+The calls are those of a driver's virtual memory management (CUDA: cuMemAddressReserve, cuMemCreate, cuMemMap,
+cuMemSetAccess, cuMemUnmap). `FakePager` keeps books in place of a device and refuses what the driver would.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from kv_resize.errors import PagerError
+
+Page = int  # handle of `granularity_bytes` of device memory
+
+
+class Pager(Protocol):
+    """Every call may raise `PagerError` and has then changed nothing. None is ordered with work on a stream."""
+
+    granularity_bytes: int
+
+    def reserve(self, size_bytes: int) -> int:
+        """Address of a range that nothing is mapped in. `size_bytes` is a multiple of the granularity."""
+        ...
+
+    def view(self, address: int, size_bytes: int) -> torch.Tensor:
+        """int8 [size_bytes] over a reserved range. Touching what is not mapped and accessible is the caller's error."""
+        ...
+
+    def create(self) -> Page:
+        """One page of memory. Slow (hundreds of microseconds): before serving only."""
+        ...
+
+    def map(self, address: int, page: Page) -> None:
+        """Put a page that is mapped nowhere at `address`, without access yet."""
+        ...
+
+    def set_access(self, address: int, size_bytes: int) -> None:
+        """Allow reads and writes in a range that is mapped throughout."""
+        ...
+
+    def unmap(self, address: int) -> None:
+        """Take the page that was mapped at `address` away, whole. Its bytes stay with it."""
+        ...
+
+    def wait(self) -> None:
+        """Until all work that has been queued so far is done: only then may its pages be unmapped."""
+        ...
+
+
+class FakePager:
+    """Bookkeeping in place of a device.
+
+    Refuses: unaligned addresses, mapping outside of a reservation or over a mapping, mapping a page twice, unmapping
+    what is not the beginning of a mapping or what queued work may still read, access to what is not mapped, more pages
+    than there are. A page keeps its bytes when it moves; addresses without a page show poison.
+    """
+
+    POISON = 0x55
+
+    def __init__(self, num_pages: int, granularity_bytes: int = 2 << 20) -> None:
+        self.granularity_bytes = granularity_bytes
+        self.num_pages = num_pages
+        self.num_created = 0
+        self.busy = False  # work is queued that may touch any mapped page
+        self.fail_at: int | None = None  # the call to map, set_access or unmap that fails, counted from 0
+        self.num_calls = 0
+        self.mapped: dict[int, Page] = {}  # address -> page
+        self.accessible: set[int] = set()  # addresses of mappings
+        self._bytes: dict[Page, torch.Tensor] = {}
+        self._ranges: list[tuple[int, torch.Tensor]] = []
+        self._next = granularity_bytes << 20
+
+    def reserve(self, size_bytes: int) -> int:
+        """A new range, with unused addresses behind it."""
+        self._check_aligned(size_bytes)
+        address, self._next = self._next, self._next + size_bytes + self.granularity_bytes
+        self._ranges.append((address, torch.full((size_bytes,), self.POISON, dtype=torch.int8)))
+        return address
+
+    def view(self, address: int, size_bytes: int) -> torch.Tensor:
+        """Host memory that stands for the range."""
+        start, memory = self._range_of(address)
+        return memory[address - start : address - start + size_bytes]
+
+    def create(self) -> Page:
+        """Pages are numbered; a new one holds poison."""
+        if self.num_created == self.num_pages:
+            raise PagerError(f"out of memory: all {self.num_pages} pages exist. Create fewer.")
+        self.num_created += 1
+        self._bytes[self.num_created] = torch.full((self.granularity_bytes,), self.POISON, dtype=torch.int8)
+        return self.num_created
+
+    def map(self, address: int, page: Page) -> None:
+        """The page's bytes appear at `address`."""
+        self._count_call("map")
+        self._check_aligned(address)
+        if address in self.mapped or page in self.mapped.values():
+            raise PagerError(f"map page {page} at {address:#x}: one of them is in use. Unmap first.")
+        self._window(address).copy_(self._bytes[page])
+        self.mapped[address] = page
+
+    def set_access(self, address: int, size_bytes: int) -> None:
+        """For whole mappings only."""
+        self._count_call("set_access")
+        self._check_aligned(address)
+        self._check_aligned(size_bytes)
+        addresses = range(address, address + size_bytes, self.granularity_bytes)
+        if missing := [a for a in addresses if a not in self.mapped]:
+            raise PagerError(f"access to {missing[0]:#x}, where nothing is mapped. Map first.")
+        self.accessible.update(addresses)
+
+    def unmap(self, address: int) -> None:
+        """The bytes leave with the page."""
+        self._count_call("unmap")
+        if address not in self.mapped:
+            raise PagerError(f"unmap {address:#x}: no mapping begins there. Unmap a mapping as a whole, once.")
+        if self.busy:
+            raise PagerError(f"unmap {address:#x} while work is queued. Wait first.")
+        self._bytes[self.mapped.pop(address)].copy_(self._window(address))
+        self.accessible.discard(address)
+        self._window(address).fill_(self.POISON)
+
+    def wait(self) -> None:
+        """Queued work is done."""
+        self.busy = False
+
+    def _count_call(self, name: str) -> None:
+        self.num_calls += 1
+        if self.num_calls - 1 == self.fail_at:
+            raise PagerError(f"{name} failed, as planned")
+
+    def _window(self, address: int) -> torch.Tensor:
+        return self.view(address, self.granularity_bytes)
+
+    def _range_of(self, address: int) -> tuple[int, torch.Tensor]:
+        for start, memory in self._ranges:
+            if start <= address < start + memory.numel():
+                return start, memory
+        raise PagerError(f"{address:#x} lies in no reserved range.")
+
+    def _check_aligned(self, value: int) -> None:
+        if value % self.granularity_bytes:
+            raise PagerError(f"{value:#x} is no multiple of the granularity, {self.granularity_bytes} B.")
