@@ -104,7 +104,9 @@ class MorphServeConfig(_Section):
     cache_dir: Path = Field(
         Path("~/.cache/morphserve"), description="packed variants; built once, verified, then read"
     )
-    decision_log: Path | None = Field(None, description="JSONL of signals and decisions; null = off")
+    decision_log: Path | None = Field(
+        None, description="JSONL of signals and decisions, replica 1 of several in NAME.1.jsonl; null = off"
+    )
 
 
 def check_formats(config: MorphServeConfig, known: Collection[str]) -> None:

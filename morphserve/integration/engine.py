@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from vllm.v1.core.sched.interface import PauseState
@@ -90,6 +91,19 @@ class EngineRuntime:
         """Of one block on the rank where it is largest: pipeline stages differ in their number of layers."""
         return max(rank.kv_block_bytes for rank in self.rank_bytes)
 
+    @property
+    def index(self) -> int:
+        """Of this data-parallel replica, 0 where there is only one."""
+        return int(self.vllm_config.parallel_config.data_parallel_index)
+
+    @property
+    def decision_log(self) -> Path | None:
+        """Replicas would write into one another's lines: all but the first put their index into the name."""
+        path = self.config.decision_log
+        if path is None or self.index == 0:
+            return path
+        return path.with_name(f"{path.stem}.{self.index}{path.suffix}")
+
     def _ladder(self) -> Ladder:
         """One for all ranks. Says so when some pipeline stage frees nothing that others could use."""
         ladder = build_ladder(
@@ -134,8 +148,8 @@ class Morph:
         self.receipts = Receipts(self.provenance, scheduler.cache_config.block_size)
         self.monitor = Monitor()
         self.executor = RpcExecutor(self._engine.model_executor, len(runtime.ranks))
-        path = runtime.config.decision_log
-        self.log = DecisionLog(path.expanduser()) if path else None
+        path = runtime.decision_log
+        self.log = DecisionLog(path) if path else None
         self.controller = self._make_controller()
         self._ladder_page = [
             {
@@ -353,7 +367,7 @@ class Morph:
         counters = status["counters"]
         return {
             **status,
-            "engine": self.runtime.vllm_config.parallel_config.data_parallel_index,
+            "engine": self.runtime.index,
             "failed": self.failed or status["tripped"],
             "mapped_kv_blocks": counters["num_blocks_mapped"],
             "transitions": counters["transitions"],

@@ -5,6 +5,7 @@ A module of its own, because a worker imports it: functions travel by name.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -105,3 +106,16 @@ def swap_late(worker: Any, rank: int) -> None:
 
     _PLANTED.setattr(worker.model_runner, "execute_model", execute_model)
     _PLANTED.setattr(swapper, "commit", lambda: due.append(commit))
+
+
+def lag(worker: Any, rank: int, seconds: float) -> None:
+    """One rank says that it took so long to prepare."""
+    if worker.rank != rank:
+        return
+    answer = worker_module._answer
+
+    def answered(worker: Any, plan: Any, action: Any, final: bool = False) -> Any:
+        reply = answer(worker, plan, action, final)
+        return replace(reply, elapsed_s=seconds) if action.__name__ == "prepare" else reply
+
+    _PLANTED.setattr(worker_module, "_answer", answered)

@@ -254,3 +254,24 @@ def test_one_stage_that_cannot_prepare_stops_both(
     go(llm, 0)
     llm.reset_prefix_cache()
     assert run(llm) == stock_rounds[0]
+
+
+def test_a_stage_that_lags_stops_both(llm: Any, stock_rounds: list[Any], logged: pytest.LogCaptureFixture) -> None:
+    """Guards: the other stage switches, or a stage keeps what it staged; a plan given up that is prepared after all."""
+    before, status = rpc(llm, "morphserve_memory"), morph_of(llm).status()
+    rpc(llm, rank_probe.lag, 1, 99.0)
+    follow(llm, {0: 0, 4: 1})
+    assert run(llm) == stock_rounds[0]
+    after, now = rpc(llm, "morphserve_memory"), morph_of(llm).status()
+    for key in ("formats", "kv_mapped_bytes", "weight_bytes", "staging_bytes"):
+        assert [rank[key] for rank in after] == [rank[key] for rank in before], key
+    assert (now["level"], now["phase"], now["failed"], now["num_kv_blocks"]) == (0, "idle", False, 49)
+    assert now["errors"]["rank_timeout"] == status["errors"].get("rank_timeout", 0) + 1
+    said = [r.getMessage() for r in logged.records if r.levelno >= logging.WARNING and "morph r" in r.getMessage()]
+    assert len(said) == 1 and "rank 1 took 99.0 s to prepare, transition.rank_timeout_s is 30" in said[0]
+    rpc(llm, rank_probe.heal)
+    late = Plan(now["revision"], ((0, "w8"), (4, "w8")), 49)
+    replies = rpc(llm, "morphserve_prepare", late)
+    assert [reply.ok for reply in replies] == [False, False] and "refused" in replies[0].error
+    assert [reply.staging_bytes for reply in replies] == [0, 0]
+    go(llm, 1)

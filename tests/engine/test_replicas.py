@@ -44,7 +44,8 @@ def test_replicas_morph_independently(
 ) -> None:
     """Guards: one replica's load moves another's level, or their figures are mixed."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the tests' own binding is for one engine
-    settings = {"cache_dir": str(variant_cache), "policy": POLICY}
+    log = tmp_path / "decisions.jsonl"
+    settings = {"cache_dir": str(variant_cache), "policy": POLICY, "decision_log": str(log)}
     with serve(demo_model, tmp_path, settings, "--data-parallel-size", "2", "--api-server-count", "1") as server:
         server.wait_until_healthy()
         assert [(engine["engine"], engine["level"]) for engine in engines(server)] == [(0, 0), (1, 0)]
@@ -67,3 +68,8 @@ def test_replicas_morph_independently(
         assert by_engine(server, "level") == {"0": 0, "1": 0}
         assert server.terminate() == 0
         assert server.processes() == []
+    deepest = [
+        max(json.loads(line)["level"] for line in file.read_text().splitlines())
+        for file in (log, log.with_name("decisions.1.jsonl"))
+    ]
+    assert deepest[0] == 0 < deepest[1]
