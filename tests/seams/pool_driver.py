@@ -10,19 +10,16 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
-from seams.pool_harness import MAX_MODEL_LEN, WATERMARK, full_attention, kv_config, vllm_config
+from seams.pool_harness import MAX_MODEL_LEN, WATERMARK
 from seams.pool_model import BLOCK, PoolModel, Prefix
+from seams.pool_parts import CheckedPool, make_manager, new_request
 from seams.pool_ranks import Forward, Ranks, Work
-from vllm import SamplingParams
-from vllm.v1.core import kv_cache_utils
-from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import Request, RequestStatus
 
 from morphserve.config import KVConfig, MorphServeConfig, TransitionConfig
-from morphserve.controller import EngineView, ShrinkProgress, largest_chunk_bytes
+from morphserve.controller import EngineView, largest_chunk_bytes
 from morphserve.integration.block_pool import VllmBlockPool
 from morphserve.integration.provenance import PrefixReuse, Provenance
 from tests.fakes import BASE_BLOCKS, KV_BLOCK_BYTES, LAYER_BYTES, Rig
@@ -31,60 +28,11 @@ _STEP_S = 0.05
 _VOCABULARY = 2  # few tokens: prefixes meet again
 
 
-def _exact(parts: tuple[bytes, tuple[int, ...], Any]) -> bytes:
-    """A block hash that is the tokens themselves: what the cache holds can be read, and nothing collides."""
-    parent, tokens, _ = parts
-    return (b"" if parent == kv_cache_utils.NONE_HASH else parent) + bytes(tokens)
-
-
-_HASHER = kv_cache_utils.get_request_block_hasher(BLOCK, _exact)
-_PARAMS = SamplingParams(max_tokens=MAX_MODEL_LEN)
 _MAY_REUSE = {
     "any": lambda best, deepest, level: True,
     "not_worse": lambda best, deepest, level: deepest <= level,
     "exact": lambda best, deepest, level: best == deepest == level,
 }
-
-
-class CheckedPool:
-    """The controller's pool: the real one, and the model after it."""
-
-    def __init__(self, real: VllmBlockPool, model: PoolModel, counts: Counter[str]) -> None:
-        self.real = real
-        self.model = model
-        self._counts = counts
-
-    num_kv_blocks = property(lambda self: self.real.num_kv_blocks)
-    num_used_blocks = property(lambda self: self.real.num_used_blocks)
-
-    def grow(self, num_kv_blocks: int) -> None:
-        self._counts["grow"] += 1
-        self.real.grow(num_kv_blocks)
-        self.model.grow(num_kv_blocks)
-
-    def begin_shrink(self, num_kv_blocks: int) -> None:
-        self._counts["begin_shrink"] += 1
-        self.real.begin_shrink(num_kv_blocks)
-        self.model.begin_shrink(num_kv_blocks)
-
-    def advance_shrink(self, max_copies: int) -> ShrinkProgress:
-        progress = self.real.advance_shrink(max_copies)
-        assert len(progress.copies) <= max_copies
-        assert list(progress.copies) == self.model.advance_shrink(max_copies), "copies"
-        assert progress.num_live_tail == len(self.model.tail)
-        self._counts["advance_shrink"] += 1
-        self._counts["blocks_copied"] += len(progress.copies)
-        return progress
-
-    def finish_shrink(self) -> None:
-        self._counts["finish_shrink"] += 1
-        self.real.finish_shrink()
-        self.model.finish_shrink()
-
-    def cancel_shrink(self) -> None:
-        self._counts["cancel_shrink"] += 1
-        self.real.cancel_shrink()
-        self.model.cancel_shrink()
 
 
 class World:
@@ -107,7 +55,7 @@ class World:
             layers_per_level=rng.choice((2, 4, 8)),
         )
         ladder = self.rig.ladder
-        self.manager, scheduler = _make_manager(ladder[-1].num_kv_blocks)
+        self.manager, scheduler = make_manager(ladder[-1].num_kv_blocks)
         self.port = VllmBlockPool(scheduler)
         self._spy_on_caching()
         self.provenance = Provenance(self.manager, self.rule)
@@ -133,13 +81,13 @@ class World:
         self._ended: list[str] = []
         self._held_back: list[list[Any]] = []
         self._next = 0
-        self._operations, self._weights = zip(*_OPERATIONS.items(), strict=True)
+        self._names, self._weights = zip(*OPERATIONS.items(), strict=True)
 
     # ---- driving
 
     def run(self, operations: int) -> None:
         """Any `operations` of them."""
-        chosen = self.random.choices(self._operations, self._weights, k=operations)
+        chosen = self.random.choices(self._names, self._weights, k=operations)
         for number, name in enumerate(chosen, 1):
             getattr(self, name)()
             self.counts["operations"] += 1
@@ -189,7 +137,7 @@ class World:
             tokens = (list(rng.choice(list(self.prefixes.values()))[-1]) + tokens[: rng.randint(0, 3)])[:20]
         self._next += 1
         name = f"r{self._next}"
-        request = Request(name, tokens, _PARAMS, None, block_hasher=_HASHER)
+        request = new_request(name, tokens)
         self.prefixes[name] = [bytes(tokens[: i + 1]) for i in range(len(tokens))]
         if rng.random() < 0.2:
             self.demanding.add(name)
@@ -241,6 +189,14 @@ class World:
     def preempt(self) -> None:
         if self.running:
             self._preempt(self.random.choice(list(self.running)))
+
+    def evict(self) -> None:
+        """Cached blocks are found out to be of no use, in whatever state they are."""
+        if known := list(self.model.hashes):
+            blocks = self.random.sample(known, min(3, len(known)))
+            self.manager.evict_blocks(set(blocks))
+            for block in blocks:
+                self.model.uncache(block)
 
     # ---- operations of the controller and its ranks
 
@@ -393,7 +349,7 @@ class World:
         pool._insert_block_hash = spy
 
 
-_OPERATIONS = {
+OPERATIONS = {
     "arrive": 14,
     "admit": 8,
     "decode": 34,
@@ -401,6 +357,7 @@ _OPERATIONS = {
     "end_late": 1,
     "give_back": 1,
     "preempt": 2,
+    "evict": 0.5,
     "want": 1,
     "turn_around": 2,
     "tick": 20,
@@ -411,26 +368,6 @@ _OPERATIONS = {
     "fail_rank": 0.4,
     "mend": 1,
 }
-
-
-def _make_manager(num_blocks: int) -> tuple[KVCacheManager, Any]:
-    config = kv_config(full_attention(), num_blocks=num_blocks)
-    manager = KVCacheManager(
-        config,
-        max_model_len=MAX_MODEL_LEN,
-        scheduler_block_size=BLOCK,
-        hash_block_size=BLOCK,
-        enable_caching=True,
-        watermark=WATERMARK,
-    )
-    scheduler = SimpleNamespace(
-        vllm_config=vllm_config(),
-        kv_cache_config=config,
-        kv_cache_manager=manager,
-        cache_config=SimpleNamespace(num_gpu_blocks=num_blocks),
-        scheduler_config=SimpleNamespace(watermark=WATERMARK),
-    )
-    return manager, scheduler
 
 
 def drive(

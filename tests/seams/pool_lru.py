@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from seams.pool_driver import _HASHER, _PARAMS, _make_manager
 from seams.pool_model import BLOCK
+from seams.pool_parts import make_manager, new_request
 from vllm.v1.request import Request
 
 from morphserve.integration.block_pool import VllmBlockPool
@@ -98,7 +98,7 @@ class RealCache:
     """The same questions to vLLM's pool, resized by `VllmBlockPool`, which moves `copies` blocks per request."""
 
     def __init__(self, size: int, copies: int) -> None:
-        self.manager, scheduler = _make_manager(size + 1)
+        self.manager, scheduler = make_manager(size + 1)
         self.manager.watermark_blocks = 0
         self.port = VllmBlockPool(scheduler)
         self.copies = copies
@@ -107,7 +107,7 @@ class RealCache:
 
     def start(self, tokens: Tokens) -> tuple[int, Request] | None:
         self._drain()
-        request = Request(f"r{next(self._names)}", list(tokens), _PARAMS, None, block_hasher=_HASHER)
+        request = new_request(f"r{next(self._names)}", list(tokens))
         found, num_hit, _ = self.manager.get_computed_blocks(request)
         if self.manager.allocate_slots(request, len(tokens) - num_hit, num_hit, found) is None:
             return None
