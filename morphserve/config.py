@@ -52,7 +52,7 @@ class KVConfig(_Section):
         None, ge=2, description="blocks at level 0; null = what vLLM itself would have published"
     )
     max_num_blocks: int | None = Field(None, ge=2, description="never publish more than this")
-    migrate_blocks_per_step: int = Field(16, ge=1, description="live blocks moved per engine step")
+    migrate_blocks_per_step: int = Field(16, ge=1, description="live and cached blocks moved per engine step")
     prefix_reuse: Literal["any", "not_worse", "exact"] = Field(
         "not_worse",
         description="cached KV a request may reuse: any; what its level or a better one wrote; what its level wrote",

@@ -79,7 +79,7 @@ class ShrinkProgress:
     """What one call of `advance_shrink` did."""
 
     copies: tuple[tuple[int, int], ...]  # must reach every rank before the next forward pass
-    num_live_tail: int  # live blocks still above the new end; 0 = finish_shrink may be called
+    num_live_tail: int  # blocks worth keeping still above the new end; 0 = finish_shrink may be called
 
 
 class BlockPoolPort(Protocol):
@@ -100,11 +100,11 @@ class BlockPoolPort(Protocol):
         ...
 
     def begin_shrink(self, num_kv_blocks: int) -> None:
-        """Fence: no block with id >= num_kv_blocks is handed out from now on."""
+        """From now on the pool offers no more blocks than that; fenced ones, with higher ids, never again."""
         ...
 
     def advance_shrink(self, max_copies: int) -> ShrinkProgress:
-        """Fence tail blocks freed since, and rename up to `max_copies` live ones downwards."""
+        """Fence tail blocks freed since, and rename up to `max_copies` of those worth keeping downwards."""
         ...
 
     def finish_shrink(self) -> None:
