@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from policies.types import BASE_FORMAT
+from policies.types import BASE_FORMAT, Ladder
 
 LayerBytes = Mapping[str, Sequence[int]]  # format -> bytes of each decoder layer on one rank
 Stage = tuple[int, ...]  # indices of the ranks that hold a layer
@@ -26,6 +26,22 @@ class RankBytes:
 def paid_blocks(ranks: Sequence[RankBytes], base: Sequence[str], formats: Sequence[str]) -> int:
     """KV blocks that every rank has freed the bytes of, once its layers are in `formats` instead of `base`."""
     return min((rank.weight(base) - rank.weight(formats)) // rank.kv_block_bytes for rank in ranks)
+
+
+def most_uneven(ranks: Sequence[RankBytes], ladder: Ladder) -> tuple[int, int, int] | None:
+    """The level on which stages differ most in the blocks they pay for, by more than one layer does.
+
+    Returns:
+        Level, blocks of the scarcest and of the richest rank; None where all levels are even.
+    """
+    base = ladder[0].layer_formats
+    paid = [
+        (level.index, [(rank.weight(base) - rank.weight(level.layer_formats)) // rank.kv_block_bytes for rank in ranks])
+        for level in ladder
+    ]
+    layer = max(max(rank.layers[BASE_FORMAT]) // rank.kv_block_bytes for rank in ranks)
+    level, blocks = max(paid, key=lambda row: max(row[1]) - min(row[1]))
+    return (level, min(blocks), max(blocks)) if max(blocks) - min(blocks) > layer else None
 
 
 def stage_of(ranks: Sequence[RankBytes], layer: int) -> Stage:

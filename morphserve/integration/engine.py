@@ -32,7 +32,7 @@ from morphserve.integration.receipts import Receipts
 from morphserve.integration.settings import read_ladder, read_settings
 from morphserve.ladder import build_ladder, check_floor
 from morphserve.monitor import Monitor
-from morphserve.rank_bytes import RankBytes
+from morphserve.rank_bytes import RankBytes, most_uneven
 from policies.types import Ladder
 
 logger = logging.getLogger("vllm.morphserve")
@@ -105,7 +105,7 @@ class EngineRuntime:
         return path.with_name(f"{path.stem}.{self.index}{path.suffix}")
 
     def _ladder(self) -> Ladder:
-        """One for all ranks. Says so when some pipeline stage frees nothing that others could use."""
+        """One for all ranks. Says so when a pipeline stage frees what waits for another."""
         ladder = build_ladder(
             self.vllm_config.model_config.get_total_num_hidden_layers(),
             self.rank_bytes,
@@ -114,13 +114,13 @@ class EngineRuntime:
             self.config.kv.max_num_blocks,
             read_ladder(self.config),
         )
-        formats = ladder[-1].layer_formats
-        idle = [r.rank for r, held in zip(self.ranks, self.rank_bytes, strict=True)
-                if held.weight(formats) == held.weight(ladder[0].layer_formats)]  # fmt: skip
-        if idle and len(idle) < len(self.ranks):
+        if (worst := most_uneven(self.rank_bytes, ladder)) is not None:
+            level, least, most = worst
             logger.warning(
-                "morphserve: no level frees anything on ranks %s, so none gives more KV blocks. Name layers of every "
-                "pipeline stage in ladder.order.", idle,
+                "morphserve: level %d frees the bytes of %d KV blocks on one pipeline stage and of %d on another, and "
+                "only the fewer can be published. Name layers of every stage in ladder.order; ladder.steps take the "
+                "stages in turn, a profile's own levels are taken as they were measured.",
+                level, least, most,
             )  # fmt: skip
         return ladder
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from morphserve.config import LadderConfig, LadderStep
 from morphserve.errors import ConfigError
-from morphserve.ladder import build_ladder
-from morphserve.rank_bytes import RankBytes, alternate, balance, paid_blocks, stage_of
-from policies import BASE_FORMAT
+from morphserve.ladder import ProfileLadder, build_ladder
+from morphserve.rank_bytes import RankBytes, alternate, balance, most_uneven, paid_blocks, stage_of
+from policies import BASE_FORMAT, Ladder
 from tests.fakes import pipeline
 
 pytestmark = pytest.mark.cpu
@@ -120,6 +120,22 @@ def test_the_scarcest_rank_decides() -> None:
     ranks = pipeline({BASE_FORMAT: [100] * 4, "w8": [60] * 4}, 40, 2)
     assert paid_blocks(ranks, [BASE_FORMAT] * 4, ["w8", "w8", BASE_FORMAT, BASE_FORMAT]) == 0
     assert paid_blocks(ranks, [BASE_FORMAT] * 4, ["w8", "w8", "w8", BASE_FORMAT]) == 2
+
+
+def test_levels_that_wait_for_one_stage_are_found() -> None:
+    """Guards: a ladder that frees memory nobody gets, and nobody is told; or a warning about every ladder."""
+    ranks = pipeline({BASE_FORMAT: [100] * 8, "w8": [40] * 8}, 40, 4)
+
+    def ladder(**fields: object) -> Ladder:
+        steps = [{"format": "w8", "layers_per_level": 2}]
+        return build_ladder(8, ranks, LadderConfig.model_validate({"steps": steps, **fields}), 10)
+
+    assert most_uneven(ranks, ladder()) is None
+    assert most_uneven(ranks, ladder(order=[0, 1, 2, 3])) == (2, 0, 12)
+    rungs = ({}, {0: "w8", 1: "w8"}, dict.fromkeys(range(4), "w8"), dict.fromkeys(range(8), "w8"))
+    profile = ProfileLadder(tuple(range(8)), rungs, (0.0, 0.1, 0.2, 0.3))
+    assert most_uneven(ranks, build_ladder(8, ranks, LadderConfig(), 10, profile=profile)) == (2, 0, 12)
+    assert most_uneven(ranks[:1], ladder()[:1]) is None
 
 
 @pytest.mark.parametrize(
