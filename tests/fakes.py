@@ -230,7 +230,7 @@ class FakeExecutor:
         if self.keep_sent:
             self.sent.append((command, plan))
         self.tickets.append(ticket)
-        assert self.num_undrained <= 10, "the ring is full: the engine would dead-lock"
+        assert self.num_undrained <= 4, "beside a pipeline's own steps the ring is full: the engine would dead-lock"
         for queue in self._queues:
             queue.append((command, plan, ticket))
         if self.immediate:

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from morphserve.controller.ports import Reply, Ticket
 from morphserve.errors import MorphServeError
 
-_MAX_UNDRAINED = 8  # replies under way; about ten fill the ring between engine and workers and dead-lock it
+# Replies under way that nobody waits for one by one. The rings between engine and workers hold ten messages each way
+# and dead-lock when both are full; a step under way takes two, and a pipeline has as many steps under way as stages.
+# With the command that is waited for, eight stages fit.
+_MAX_UNDRAINED = 3
 
 
 class CommandFailed(MorphServeError, RuntimeError):
