@@ -8,7 +8,8 @@ import pytest
 
 from morphserve.config import MorphServeConfig, TransitionConfig
 from morphserve.controller import Phase, Plan
-from tests.fakes import BASE_BLOCKS, KV_BLOCK_BYTES, LAYER_BYTES, FakeRank, Rig, pipeline
+from morphserve.controller.replies import ReplyDesk
+from tests.fakes import BASE_BLOCKS, KV_BLOCK_BYTES, LAYER_BYTES, FakeRank, FakeTicket, Rig, pipeline
 
 pytestmark = pytest.mark.cpu
 
@@ -160,3 +161,11 @@ def test_a_rank_over_its_budget_is_refused_on_all() -> None:
             call()
         assert rig.ledgers.snapshots() == before and rig.ledgers.num_kv_blocks == BASE_BLOCKS
     assert isinstance(rig.executor.ranks[1], FakeRank)
+
+
+def test_answers_that_nobody_waits_for_count_too() -> None:
+    """Guards: a plan that was given up leaves its answers on the ring, and copies fill the rest."""
+    desk = ReplyDesk(copies=[FakeTicket(9, 1)] * 2)
+    assert not desk.is_full
+    desk.late.append(FakeTicket(9, 1))
+    assert desk.is_full
