@@ -36,7 +36,7 @@ class Reply:
     revision: int
     ok: bool
     error: str = ""
-    elapsed_s: float = 0.0
+    elapsed_s: float = 0.0  # by the rank's own clock, without what it waited for its turn
     num_kv_blocks: int = 0  # mapped on this rank now
     weight_bytes: int = 0  # resident morphable weights on this rank now
     staging_bytes: int = 0  # prepared but not yet committed

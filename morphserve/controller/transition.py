@@ -31,7 +31,7 @@ class Phase(Enum):
 
     DRAINING: the tail is fenced, live blocks move below it. SHRINKING: the tail left the pool (or was
     never published: another rank had mapped less), its unmapping is on its way. PREPARING: ranks stage
-    the new layers; the only phase in which a rank may fail (a single rank switches in it as well).
+    the new layers; the only phase in which a rank may fail or be too late (a single rank switches in it as well).
     COMMITTING: ranks switch; cannot fail. ABORTING: ranks forget what they staged.
     REGROWING: blocks that were unmapped for nothing come back.
     """
