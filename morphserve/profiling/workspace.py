@@ -36,7 +36,12 @@ class Workspace:
                     f"{directory} holds an unfinished profile that was begun with other settings. Finish that one, "
                     f"or delete {directory}."
                 )
-            file.write_text(text, encoding="utf-8")
+            partial = file.with_suffix(".partial")
+            try:
+                partial.write_text(text, encoding="utf-8")
+                os.replace(partial, file)
+            finally:
+                partial.unlink(missing_ok=True)
         except OSError as error:
             raise ProfilingError(f"{directory}: {error.strerror}. Give an --out on a disk with room.") from error
 
