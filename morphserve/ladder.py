@@ -137,24 +137,26 @@ def _rungs_of_steps(
     return rungs
 
 
-def check_floor(base_num_blocks: int, max_model_len: int, block_size: int) -> None:
+def check_floor(base_num_blocks: int, max_model_len: int, block_size: int, needed: int | None = None) -> None:
     """Refuse a level 0 that could not hold one request of the longest length.
 
     Args:
         base_num_blocks: KV blocks at level 0, null block included.
         max_model_len: tokens.
         block_size: tokens per block.
+        needed: blocks of one request, null block included, where they are not all of one kind.
 
     Raises:
         ConfigError: fewer blocks than one request of `max_model_len` needs.
     """
-    needed = -(-max_model_len // block_size) + 1  # the null block holds no tokens
+    if needed is None:
+        needed = -(-max_model_len // block_size) + 1  # the null block holds no tokens
     if base_num_blocks < needed:
         raise ConfigError(
             f"KV cache of {base_num_blocks} blocks at level 0 cannot hold one request: max_model_len "
             f"{max_model_len} needs {needed} blocks of {block_size} tokens (null block included). "
             f"Raise kv.base_num_blocks or the KV cache memory, or lower --max-model-len to "
-            f"{max(base_num_blocks - 1, 0) * block_size}."
+            f"{max(base_num_blocks - 1, 0) * max_model_len // (needed - 1) // block_size * block_size}."
         )
 
 

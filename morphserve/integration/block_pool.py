@@ -16,11 +16,12 @@ from itertools import islice, takewhile
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec, UniformTypeKVCacheSpecs
 
 from morphserve.controller.ports import ShrinkProgress
 from morphserve.errors import ConfigError, IllegalTransition, LedgerError
 
+_KINDS = (FullAttentionSpec, SlidingWindowSpec)  # by their names: a kind derived from one may be something else
 _OFFER_WALK = 4096  # free blocks looked at before new ones are put among them
 
 
@@ -45,11 +46,6 @@ def check_supported(vllm_config: Any, kv_cache_config: KVCacheConfig) -> None:
             f"KV connector {vllm_config.kv_transfer_config.kv_connector!r} is configured: it may read or "
             "write blocks between steps, so they cannot be moved. Remove --kv-transfer-config."
         )
-    if vllm_config.speculative_config is not None:
-        raise ConfigError(
-            "speculative decoding is configured: draft models keep block tables that MorphServe does "
-            "not rewrite. Remove --speculative-config."
-        )
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if (size := getattr(parallel, name)) != 1:
@@ -57,23 +53,33 @@ def check_supported(vllm_config: Any, kv_cache_config: KVCacheConfig) -> None:
 
 
 def _check_groups(kv_cache_config: KVCacheConfig) -> None:
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        kinds = ", ".join(sorted({type(g.kv_cache_spec).__name__ for g in groups})) or "none"
+    kinds = {type(spec).__name__ for group in kv_cache_config.kv_cache_groups for spec in _members(group.kv_cache_spec)}
+    known = {kind.__name__ for kind in _KINDS}
+    if not kinds or kinds - known:
         raise ConfigError(
-            f"the model has {len(groups)} KV cache groups ({kinds}), exactly 1 of full attention is "
-            "supported. Sliding-window hybrids: try --disable-hybrid-kv-cache-manager; Mamba, "
-            "encoder-decoder and attention-free models: run without --plugin morphserve."
+            f"the KV cache is of kind {', '.join(sorted(kinds)) or 'none'}, supported are {', '.join(sorted(known))}: "
+            "of other kinds a block is not all there is to move. Run this model without --plugin morphserve."
         )
-    spec = groups[0].kv_cache_spec
-    members: Iterable[Any] = [spec]
-    if isinstance(spec, UniformTypeKVCacheSpecs):
-        members = spec.kv_cache_specs.values()
-    if wrong := sorted({type(s).__name__ for s in members if not isinstance(s, FullAttentionSpec)}):
-        raise ConfigError(
-            f"the KV cache is of kind {', '.join(wrong)}, only full attention is supported. "
-            "Run this model without --plugin morphserve."
-        )
+
+
+def _members(spec: Any) -> Iterable[Any]:
+    return spec.kv_cache_specs.values() if isinstance(spec, UniformTypeKVCacheSpecs) else (spec,)
+
+
+def blocks_of_one_request(vllm_config: Any, kv_cache_config: KVCacheConfig) -> int:
+    """Blocks that the longest request may hold at once, over all KV cache groups, and the null block.
+
+    Below this a request of max_model_len never runs. Groups share one pool: a sliding window needs its own blocks.
+    """
+    longest = vllm_config.model_config.max_model_len
+    needed = 1
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        blocks = -(-longest // spec.block_size)
+        if isinstance(spec, SlidingWindowSpec):
+            blocks = min(blocks, -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes))
+        needed += blocks
+    return needed
 
 
 class VllmBlockPool:
@@ -102,9 +108,7 @@ class VllmBlockPool:
         self._manager = scheduler.kv_cache_manager
         self._pool = self._manager.block_pool
         self.max_num_blocks: int = len(self._pool.blocks)
-        block_size = self._manager.coordinator.single_type_managers[0].block_size
-        # One request of max_model_len and the null block: below this a long request never runs.
-        self.min_num_blocks: int = -(-self._manager.max_model_len // block_size) + 1
+        self.min_num_blocks: int = blocks_of_one_request(scheduler.vllm_config, scheduler.kv_cache_config)
         self._published = self.max_num_blocks
         self._limit: int | None = None  # first fenced id while a shrink is in progress
         self._tail: dict[int, KVCacheBlock] = {}  # id >= _limit, not fenced: live, or cached and free

@@ -15,6 +15,8 @@ from quant_layers import FORMATS, split_format
 
 _BASE_BITS = 16
 
+_PROPOSERS = ("ngram",)
+
 
 def check_engine(vllm_config: Any) -> None:
     """Refuse what MorphServe cannot serve.
@@ -29,6 +31,8 @@ def check_engine(vllm_config: Any) -> None:
     check_platform()
     _check_model(vllm_config)
     _check_features(vllm_config)
+    _check_speculation(vllm_config)
+    _check_lora(config, vllm_config)
     _check_ladder(config, vllm_config)
     if config.kv.base_num_blocks is not None:
         check_floor(
@@ -100,8 +104,6 @@ def _check_features(vllm_config: Any) -> None:
     for bad, what, remedy in (
         (v.kv_transfer_config is not None, "a KV connector registers KV memory", "--kv-transfer-config"),
         (v.model_config.enable_sleep_mode, "sleep mode frees weights on its own", "--enable-sleep-mode"),
-        (v.lora_config is not None, "LoRA wraps the linears that are swapped", "--enable-lora"),
-        (v.speculative_config is not None, "speculative decoding is not proven", "--speculative-config"),
         (
             # Seen with and without MorphServe: vLLM makes the buffer between stages in a warm-up that only a compiled
             # model gets (vllm/v1/worker/cpu_model_runner.py, warming_up_model).
@@ -118,6 +120,28 @@ def _check_features(vllm_config: Any) -> None:
     ):
         if bad:
             raise ConfigError(f"not supported together with MorphServe: {what}. Leave out {remedy}.")
+
+
+def _check_speculation(vllm_config: Any) -> None:
+    """N-gram proposals come from the text alone; draft models have weights and a KV cache of their own."""
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in _PROPOSERS:
+        raise ConfigError(
+            f"speculative decoding with {speculative.method!r}: draft models keep weights and block tables that "
+            f"MorphServe does not follow, supported is {', '.join(_PROPOSERS)}. Leave out --speculative-config."
+        )
+
+
+def _check_lora(config: MorphServeConfig, vllm_config: Any) -> None:
+    """An adapter reads the input of the linear it belongs to: a variant must not scale that input."""
+    if vllm_config.lora_config is None:
+        return
+    for name, given in (("profile", config.profile), ("variants", config.variants)):
+        if given:
+            raise ConfigError(
+                f"{name}: {given} together with --enable-lora: its layers change norms, and so what adapters read. "
+                f"Leave {name} out (layers are then rounded to nearest), or serve without LoRA."
+            )
 
 
 def _check_ladder(config: MorphServeConfig, vllm_config: Any) -> None:

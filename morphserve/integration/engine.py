@@ -23,7 +23,7 @@ from morphserve.controller.ports import EngineView, Plan
 from morphserve.errors import ConfigError
 from morphserve.histogram import TimeHistogram
 from morphserve.integration import seams
-from morphserve.integration.block_pool import VllmBlockPool, check_supported
+from morphserve.integration.block_pool import VllmBlockPool, blocks_of_one_request, check_supported
 from morphserve.integration.checks import make_policy
 from morphserve.integration.describe import RankDescription
 from morphserve.integration.executor import RpcExecutor
@@ -74,6 +74,7 @@ class EngineRuntime:
             self.base_num_blocks,
             self.vllm_config.model_config.max_model_len,
             self.vllm_config.cache_config.block_size,
+            max(blocks_of_one_request(self.vllm_config, kv_cache_config) for kv_cache_config in base),
         )
         block_bytes = [c.kv_cache_tensors[0].size // c.num_blocks for c in base]
         self.rank_bytes = [RankBytes(r.layer_bytes, size) for r, size in zip(self.ranks, block_bytes, strict=True)]

@@ -44,9 +44,7 @@ def distance(a: Any, b: Any) -> float:
 def test_a_family_goes_down_and_comes_back(family: str, tmp_path: Path, variant_cache: Path) -> None:
     """Guards: a bias, a norm or a fused linear of a family that is lost when its layers are swapped."""
     model = make_family(tmp_path / family, family)
-    # One kind of KV block for sliding and full attention: the others' pool cannot be resized.
-    hybrid = {"disable_hybrid_kv_cache_manager": True} if "gemma" in family else {}
-    with engine(model, variant_cache, CONFIG, skip_tokenizer_init=True, enable_prefix_caching=False, **hybrid) as llm:
+    with engine(model, variant_cache, CONFIG, skip_tokenizer_init=True, enable_prefix_caching=False) as llm:
         base = generate(llm, PROMPTS[:4], 12)
         found = []
         for level in (1, 2, 0):

@@ -42,7 +42,8 @@ def kv_config(*specs: Any, num_blocks: int = MAX_BLOCKS) -> KVCacheConfig:
 
 def vllm_config(**changes: Any) -> SimpleNamespace:
     parallel = SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1)
-    fields = {"kv_transfer_config": None, "speculative_config": None, "parallel_config": parallel}
+    model = SimpleNamespace(max_model_len=MAX_MODEL_LEN)
+    fields = {"kv_transfer_config": None, "parallel_config": parallel, "model_config": model}
     return SimpleNamespace(**(fields | changes))
 
 

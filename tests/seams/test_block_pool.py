@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -22,10 +23,10 @@ from seams.pool_harness import (
 from vllm.distributed.kv_events import BlockRemoved
 from vllm.v1.core.kv_cache_metrics import KVCacheMetricsCollector
 from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
-from vllm.v1.kv_cache_interface import SlidingWindowSpec
+from vllm.v1.kv_cache_interface import MambaSpec, SlidingWindowSpec
 
 from morphserve.errors import ConfigError, IllegalTransition, LedgerError
-from morphserve.integration.block_pool import check_supported
+from morphserve.integration.block_pool import blocks_of_one_request, check_supported
 
 FLOOR = 7  # blocks: one request of 24 tokens and the null block
 
@@ -365,20 +366,30 @@ def test_illegal_moves_are_refused_and_change_nothing() -> None:
     check_invariants(kv)
 
 
+MAMBA = MambaSpec(block_size=BLOCK, shapes=((1, 1),), dtypes=(torch.float32,))
+
+
+def sliding(window: int) -> SlidingWindowSpec:
+    return SlidingWindowSpec(
+        block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=window
+    )
+
+
+def test_the_floor_counts_every_group() -> None:
+    """Guards against a pool in which the longest request waits for ever: each group holds blocks of its own."""
+    config = vllm_config(max_in_flight_tokens=8)
+    assert blocks_of_one_request(config, kv_config(full_attention())) == FLOOR
+    assert blocks_of_one_request(config, kv_config(full_attention(), sliding(1000))) == 2 * FLOOR - 1
+    # A window of 5 tokens, of which the last is new, 8 in flight: 12 tokens, from the middle of a block.
+    assert blocks_of_one_request(config, kv_config(full_attention(), sliding(5))) == FLOOR + 4
+
+
 @pytest.mark.parametrize(
     ("config", "kv_cache", "message"),
     [
-        ({}, kv_config(full_attention(), full_attention(block_size=2 * BLOCK)), "2 KV cache groups"),
-        ({}, kv_config(), "0 KV cache groups"),
-        (
-            {},
-            kv_config(
-                SlidingWindowSpec(block_size=4, num_kv_heads=1, head_size=8, dtype=None, sliding_window=8)
-            ),
-            "SlidingWindowSpec",
-        ),
+        ({}, kv_config(), "of kind none"),
+        ({}, kv_config(full_attention(), MAMBA), "of kind .*MambaSpec"),
         ({"kv_transfer_config": SimpleNamespace(kv_connector="Nixl")}, None, "--kv-transfer-config"),
-        ({"speculative_config": object()}, None, "--speculative-config"),
         (
             {
                 "parallel_config": SimpleNamespace(
