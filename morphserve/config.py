@@ -53,6 +53,9 @@ class KVConfig(_Section):
     )
     max_num_blocks: int | None = Field(None, ge=2, description="never publish more than this")
     migrate_blocks_per_step: int = Field(16, ge=1, description="live and cached blocks moved per engine step")
+    max_preemptions: int = Field(
+        0, ge=0, description="requests one way back may preempt when it finds no room, one per half a drain_timeout_s"
+    )
     prefix_reuse: Literal["any", "not_worse", "exact"] = Field(
         "not_worse",
         description="cached KV a request may reuse: any; what its level or a better one wrote; what its level wrote",

@@ -42,6 +42,7 @@ class FakePool:
         self.unwritten: set[int] = set()  # allocated since the last forward pass
         self.fence: int | None = None
         self.fenced_free: set[int] = set()
+        self.preempted: list[int] = []
         self._next_tag = 0
 
     @property
@@ -92,6 +93,13 @@ class FakePool:
                     self.tags[destination] = self.tags.pop(source)
                     copies.append((source, destination))
         return ShrinkProgress(tuple(copies), sum(block >= self.fence for block in self.tags))
+
+    def preempt_one(self) -> bool:
+        if len(self.held) < 2:
+            return False
+        self.preempted.append(min(self.held, key=lambda request: len(self.held[request])))
+        self.finish(self.preempted[-1])
+        return True
 
     def finish_shrink(self) -> None:
         assert self.fence is not None, "finish without begin"

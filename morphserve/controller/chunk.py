@@ -78,6 +78,8 @@ class ChunkRunner:
     upper: int = 0
     revision: int = 0
     short_grows: int = 0
+    forced_preemptions: int = 0
+    _preempted: int = 0  # on the way back from the deepest level so far
     desk: ReplyDesk = field(default_factory=ReplyDesk)
     formats: list[str] = field(init=False)
     _picker: LayerPicker = field(init=False)
@@ -122,6 +124,8 @@ class ChunkRunner:
         """Open a chunk toward `rung`, a neighbour as `next_rung` names it. Follow with `advance`."""
         self._now_s = now_s
         direction: Direction = "degrade" if rung > self.lower else "restore"
+        if direction == "degrade":
+            self._preempted = 0
         layers = self._picker.pick(self.formats, self.ladder[rung].layer_formats, direction)
         after = list(self.formats)
         for layer, fmt in layers:
@@ -240,6 +244,15 @@ class ChunkRunner:
             plan = Plan(chunk.revision, (), chunk.blocks_before, step.copies)
             self.desk.copies.append(self.executor.commit(plan))
             chunk.revision = self.next_revision()
+        elif now_s - chunk.progress_s > self.config.kv.drain_timeout_s / 2:
+            self._preempt(chunk, now_s)
+
+    def _preempt(self, chunk: _Chunk, now_s: float) -> None:
+        """The last resort of a shrink: draining got nowhere for half of its time."""
+        if self._preempted < self.config.kv.max_preemptions and self.pool.preempt_one():
+            self._preempted += 1
+            self.forced_preemptions += 1
+            chunk.progress_s = now_s
 
     def _unmap(self, chunk: _Chunk, copies: tuple[tuple[int, int], ...]) -> None:
         """Send the last copies and the unmapping; a single rank gets the layers in the same command."""

@@ -329,6 +329,7 @@ class Controller:
         counters, runner = self.counters, self._runner
         counters.num_blocks_published = self._pool.num_kv_blocks
         counters.short_grows = runner.short_grows
+        counters.forced_preemptions = runner.forced_preemptions
         if runner.desk.ranks:
             counters.num_blocks_mapped = min(rank.num_kv_blocks for rank in runner.desk.ranks.values())
         if runner.desk.pause_s > 0:

@@ -107,6 +107,10 @@ class BlockPoolPort(Protocol):
         """Fence tail blocks freed since, and rename up to `max_copies` of those worth keeping downwards."""
         ...
 
+    def preempt_one(self) -> bool:
+        """Put the running request that costs least to compute again back to the waiting ones; False = none can go."""
+        ...
+
     def finish_shrink(self) -> None:
         """Forget the fenced tail. Every tail block must be free (num_live_tail == 0)."""
         ...

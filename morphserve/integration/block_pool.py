@@ -11,11 +11,14 @@ block table widths never change. Only the scheduler's pool changes, through vLLM
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from itertools import islice, takewhile
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec, UniformTypeKVCacheSpecs
 
 from morphserve.controller.ports import ShrinkProgress
@@ -224,6 +227,28 @@ class VllmBlockPool:
             self._fence(block)
         self._balance()
         return ShrinkProgress(copies=tuple(copies), num_live_tail=len(self._tail))
+
+    def preempt_one(self) -> bool:
+        """Preempt, as vLLM itself does, the running request that costs least to compute again.
+
+        Of several with the same number of computed tokens the one admitted last; under priority scheduling one of
+        the least urgent. The last running request stays: without progress nothing would ever be free.
+
+        Returns:
+            False: none can go.
+        """
+        running = self._scheduler.running
+        if len(running) < 2:
+            return False
+        by_priority = self._scheduler.policy == SchedulingPolicy.PRIORITY
+        victim = min(
+            reversed(running), key=lambda r: (-r.priority if by_priority else 0, r.num_computed_tokens)
+        )
+        running.remove(victim)
+        # Past our own override: it counts what vLLM preempts, which the policy takes for a lack of memory.
+        Scheduler._preempt_request(self._scheduler, victim, time.monotonic(), drop_stale_output=True)
+        self._scheduler.prev_step_scheduled_req_ids.discard(victim.request_id)  # as in Scheduler.reset_prefix_cache
+        return True
 
     def finish_shrink(self) -> None:
         """Forget the fenced tail.

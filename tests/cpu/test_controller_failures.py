@@ -32,6 +32,35 @@ def test_drain_timeout_keeps_the_old_level_and_allows_degrading() -> None:
     rig.go_to(4, steps=6)
 
 
+@pytest.mark.parametrize("allowed", [0, 1, 2, 20])
+def test_a_shrink_without_room_preempts_within_its_bound(allowed: int) -> None:
+    """Guards: requests started again although nobody allowed it, more of them than allowed, or the last one."""
+    rig = Rig(config=MorphServeConfig.model_validate({"kv": {"max_preemptions": allowed}}))
+    rig.go_to(3)
+    blocks = rig.pool.num_kv_blocks - 1
+    for request in range(8):
+        assert rig.pool.allocate(request, blocks // 8)
+    rig.step()
+    rig.script.level = 0
+    rig.step(60 * (allowed + 2))  # 3 s each: more than half of the time that a drain has
+    counters = rig.controller.counters
+    assert len(rig.pool.preempted) == counters.forced_preemptions <= allowed
+    assert (counters.forced_preemptions > 0) == (allowed > 0)
+    assert (rig.controller.level == 0) == (allowed == 20)
+    assert rig.pool.held
+    rig.script.level = 3
+    rig.step(200)
+    assert rig.controller.level == 3 and counters.forced_preemptions <= allowed
+    before = counters.forced_preemptions
+    for request in range(100, 108):  # a new burst, a new bound
+        rig.pool.allocate(request, min(blocks // 8, len(rig.pool.free)))
+    rig.step()
+    rig.script.level = 0
+    rig.step(60 * (allowed + 2))
+    assert (counters.forced_preemptions > before) == (allowed > 0)
+    assert counters.forced_preemptions <= before + allowed
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(("start", "target"), [(0, 2), (4, 1)])
 def test_failed_prepare_leaves_the_old_level(

@@ -167,3 +167,42 @@ def test_receipts_come_with_the_answers(llm: Any) -> None:
         assert strict["reused_tokens"] == {} and strict["computed_tokens"] == {"0": 103} and strict["full_precision"]
     finally:
         provenance.rule = "not_worse"
+
+
+def test_a_shrink_without_room_may_preempt(llm: Any) -> None:
+    """Guards: a request that a shrink has preempted is lost, repeats tokens, or answers otherwise."""
+
+    def answers() -> dict[str, tuple[int, ...]]:
+        found = {}
+        while llm.llm_engine.has_unfinished_requests():
+            for output in llm.llm_engine.step():
+                if output.finished:
+                    found[output.request_id] = tuple(output.outputs[0].token_ids)
+        return found
+
+    submit(llm, max_tokens=40)
+    expected = answers()
+    llm.reset_prefix_cache()
+    morph = morph_of(llm)
+    runner, config = morph.controller._runner, morph.controller._runner.config
+    impatient = {"kv": config.kv.model_copy(update={"max_preemptions": 3, "drain_timeout_s": 0.5})}
+    # Growth without quantized layers, so that answers can be compared.
+    with kv_script(llm, {0: 191}) as driver:
+        submit(llm, max_tokens=40)
+        for _ in range(12):
+            llm.llm_engine.step()
+        assert morph.pool.num_used_blocks > 150
+        assert morph.pool.preempt_one() and morph.pool.preempt_one()
+        assert answers() == expected
+        assert driver.sizes
+    settle(llm, 0)
+    runner.config = config.model_copy(update=impatient)
+    follow(llm, {0: 6})
+    settle(llm, 6)
+    ids = submit(llm, max_tokens=140)
+    for _ in range(12):
+        llm.llm_engine.step()
+    follow(llm, {0: 0})
+    assert finish(llm) == dict.fromkeys(ids, 140)
+    assert 0 < morph.controller.counters.forced_preemptions <= 3
+    runner.config = config
