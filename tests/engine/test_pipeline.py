@@ -6,12 +6,13 @@ Compiled without code generation: vLLM's CPU runner cannot run stages eagerly, a
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import rank_probe
+from engine import oracle, rank_probe
 from engine.harness import KVDriver, engine, follow, kv_script, morph_of, settle, stock
 from engine.rank_harness import (
     CONFIG,
@@ -275,3 +276,8 @@ def test_a_stage_that_lags_stops_both(llm: Any, stock_rounds: list[Any], logged:
     assert [reply.ok for reply in replies] == [False, False] and "refused" in replies[0].error
     assert [reply.staging_bytes for reply in replies] == [0, 0]
     go(llm, 1)
+
+
+def test_a_mix_of_requests_is_answered_as_without_resizing(llm: Any) -> None:
+    """Guards: a copy, a table, a hash or an order of commands that fails under some mix of requests only."""
+    sys.stdout.write(f"oracle, two pipeline stages: {oracle.check(llm)}\n")

@@ -6,13 +6,14 @@ The ranks do not hold the same number of bytes, see `make_model`.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import rank_probe
+from engine import oracle, rank_probe
 from engine.harness import engine, follow, kv_script, morph_of, settle, stock
 from engine.rank_harness import (
     CONFIG,
@@ -266,3 +267,8 @@ def test_history_decides_tokens(llm: Any, first: dict[str, Any]) -> None:
     assert first["num_copied"] > 0, "no live block was moved: the script no longer reaches the tail"
     again = scripted(llm)
     assert again["runs"] == first["runs"]
+
+
+def test_a_mix_of_requests_is_answered_as_without_resizing(llm: Any) -> None:
+    """Guards: a copy, a table, a hash or an order of commands that fails under some mix of requests only."""
+    sys.stdout.write(f"oracle, two tensor-parallel ranks: {oracle.check(llm)}\n")
