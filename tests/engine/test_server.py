@@ -135,6 +135,11 @@ def test_status_and_metrics_agree(demo_model: Path, variant_cache: Path, tmp_pat
         assert metrics["level", ""] == metrics["target_level", ""] == 6 and metrics["failed", ""] == 0
         assert metrics["transitions_total", "degrade"] == status["transitions"]["degrade_committed"] == 1
         assert metrics["memory_bytes", "staging_bytes"] == 0 < metrics["memory_bytes", "weights_bytes"]
+        assert answer["kv_transfer_params"] is None
+        asked = json.loads(server.get("/v1/completions", {**body, "vllm_xargs": {"morphserve_precision": "full"}}))
+        receipt = asked["kv_transfer_params"]["morphserve"]
+        assert receipt["demanded"] == "full" and not receipt["full_precision"]  # the level is 6, and it says so
+        assert receipt["output_tokens"] == {"6": 12} and receipt["reused_tokens"] == {}
         assert server.processes()
         assert server.terminate() == 0
         assert server.processes() == []
