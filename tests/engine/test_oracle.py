@@ -21,7 +21,7 @@ from morphserve.integration.rank_kv import RankKV
 
 CYCLES = int(os.environ.get("CYCLES", "30"))
 pytestmark = pytest.mark.skipif(
-    "ORACLE_REQUESTS" not in os.environ, reason="by hand: ORACLE_REQUESTS=500 OMP_NUM_THREADS=1; two ranks run it always"
+    "ORACLE_REQUESTS" not in os.environ, reason="by hand, on one thread: ORACLE_REQUESTS=500 OMP_NUM_THREADS=1"
 )
 
 
