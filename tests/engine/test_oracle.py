@@ -15,30 +15,19 @@ from typing import Any
 import pytest
 from engine import oracle
 from engine.harness import engine, kv_script, morph_of
-from engine.rank_harness import CONFIG, CORES, ROUNDS, rpc, run
+from engine.rank_harness import CONFIG, ROUNDS, rpc, run
 
 from morphserve.integration.rank_kv import RankKV
 
 CYCLES = int(os.environ.get("CYCLES", "30"))
+# On several threads vLLM's matmuls round otherwise in a batch of another size, resizing or not.
 pytestmark = pytest.mark.skipif(
     "ORACLE_REQUESTS" not in os.environ, reason="by hand, on one thread: ORACLE_REQUESTS=500 OMP_NUM_THREADS=1"
 )
 
 
 @pytest.fixture(scope="module")
-def one_core() -> Iterator[None]:
-    """On several threads vLLM's matmuls round otherwise in a batch of another size, resizing or not."""
-    from vllm import envs
-
-    with pytest.MonkeyPatch.context() as patch:
-        envs.disable_envs_cache()
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(CORES[0]))
-        yield
-    envs.disable_envs_cache()
-
-
-@pytest.fixture(scope="module")
-def llm(tiny_llama: Path, variant_cache: Path, one_core: None) -> Iterator[Any]:
+def llm(tiny_llama: Path, variant_cache: Path) -> Iterator[Any]:
     with engine(tiny_llama, variant_cache, CONFIG, skip_tokenizer_init=True) as started:
         yield started
 
