@@ -62,7 +62,7 @@ def resizes(seed: int, num_steps: int) -> dict[int, int]:
     return script
 
 
-def serve(llm: Any, asks: list[Ask]) -> dict[int, Answer]:
+def serve(llm: Any, asks: list[Ask], seeded: bool) -> dict[int, Answer]:
     """Answers of all requests that were not given up, by index."""
     from vllm import SamplingParams
 
@@ -75,8 +75,8 @@ def serve(llm: Any, asks: list[Ask]) -> dict[int, Answer]:
         while pending and pending[0][1].arrives <= step:
             index, ask = pending.pop(0)
             params = SamplingParams(
-                n=ask.num_samples, temperature=float(ask.num_samples > 1), seed=index,
-                max_tokens=ask.max_tokens, ignore_eos=True, logprobs=1,
+                n=ask.num_samples, temperature=float(ask.num_samples > 1), max_tokens=ask.max_tokens,
+                ignore_eos=True, logprobs=1, **({"seed": index} if seeded else {"top_k": 1}),
             )  # fmt: skip
             llm.llm_engine.add_request(f"ask-{index}", {"prompt_token_ids": ask.prompt}, params)
             if ask.aborted_after is not None:
@@ -98,14 +98,19 @@ def _answer(completion: Any) -> tuple[tuple[int, ...], tuple[float, ...]]:
     return tuple(completion.token_ids), tuple(probabilities)
 
 
-def check(llm: Any, seed: int = 0) -> dict[str, int]:
+def check(llm: Any, seed: int = 0, seeded: bool = True) -> dict[str, int]:
     """Serve the mix twice, and raise unless all answers are the same.
+
+    Args:
+        seeded: False = where two samples are asked for, both are the likeliest tokens. vLLM 0.32 on CPU fails for a
+            request with a seed whose prompt comes in several steps ("CPU Generator does not use offset",
+            vllm/v1/worker/gpu_model_runner.py, _bookkeeping_sync).
 
     Returns:
         What happened under way: blocks copied, sizes reached, preemptions, prefix hits.
     """
     asks = mix(seed, NUM_REQUESTS)
-    expected = serve(llm, asks)
+    expected = serve(llm, asks, seeded)
     morph = morph_of(llm)
     preempted = [0]
     on_preemption = morph.on_preemption
@@ -117,7 +122,7 @@ def check(llm: Any, seed: int = 0) -> dict[str, int]:
     morph.on_preemption = counted
     try:
         with kv_script(llm, resizes(seed + 1, 40 * NUM_REQUESTS)) as driver:
-            found = serve(llm, asks)
+            found = serve(llm, asks, seeded)
             happened = {
                 "requests": len(found),
                 "blocks_copied": driver.num_copied,

@@ -280,4 +280,4 @@ def test_a_stage_that_lags_stops_both(llm: Any, stock_rounds: list[Any], logged:
 
 def test_a_mix_of_requests_is_answered_as_without_resizing(llm: Any) -> None:
     """Guards: a copy, a table, a hash or an order of commands that fails under some mix of requests only."""
-    sys.stdout.write(f"oracle, two pipeline stages: {oracle.check(llm)}\n")
+    sys.stdout.write(f"oracle, two pipeline stages: {oracle.check(llm, seeded=False)}\n")
