@@ -82,6 +82,8 @@ class FakePager:
     def view(self, address: int, size_bytes: int) -> torch.Tensor:
         """Host memory that stands for the range."""
         start, memory = self._range_of(address)
+        if address + size_bytes > start + memory.numel():
+            raise PagerError(f"{address:#x} to {address + size_bytes:#x} lies in no reserved range.")
         return memory[address - start : address - start + size_bytes]
 
     def create(self) -> Page:
@@ -96,6 +98,8 @@ class FakePager:
         """The page's bytes appear at `address`."""
         self._count_call("map")
         self._check_aligned(address)
+        if page not in self._bytes:
+            raise PagerError(f"map page {page}: no page {page} was made. Create it first.")
         if address in self.mapped or page in self.mapped.values():
             raise PagerError(f"map page {page} at {address:#x}: one of them is in use. Unmap first.")
         self._window(address).copy_(self._bytes[page])
