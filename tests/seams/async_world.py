@@ -28,6 +28,7 @@ from morphserve.config import MorphServeConfig
 from morphserve.controller.ports import Plan, Reply
 from morphserve.integration import engine
 from morphserve.integration.describe import RankDescription
+from morphserve.integration.runtime import EngineRuntime
 from morphserve.integration.scheduler import make_scheduler
 from tests.fakes import ScriptedPolicy
 
@@ -204,7 +205,7 @@ class World:
                 "policy": {"kind": "static", "level": 0},
             }
         )
-        runtime = engine.EngineRuntime(core, vllm_config, config)
+        runtime = EngineRuntime(core, vllm_config, config)
         engine._RUNTIMES[id(vllm_config)] = runtime
         kv_config = runtime.plan_kv(kv_cache_configs, [{}] * num_ranks, [])[0]
         vllm_config.cache_config.num_gpu_blocks = kv_config.num_blocks

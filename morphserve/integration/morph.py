@@ -1,0 +1,193 @@
+"""What the scheduler calls at every step: the controller's way in, and what the controller is told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from vllm.v1.core.sched.interface import PauseState
+
+from morphserve.controller import Controller, DecisionLog
+from morphserve.controller.ports import EngineView
+from morphserve.histogram import TimeHistogram
+from morphserve.integration.block_pool import VllmBlockPool
+from morphserve.integration.checks import make_policy
+from morphserve.integration.executor import RpcExecutor
+from morphserve.integration.provenance import Provenance
+from morphserve.integration.publish import publish_base
+from morphserve.integration.receipts import Receipts
+from morphserve.integration.runtime import EngineRuntime
+from morphserve.integration.status_page import StatusPage
+from morphserve.integration.traffic import Traffic
+from morphserve.integration.wake import IdleWaker
+from morphserve.monitor import Monitor
+
+
+class Morph:
+    """What the scheduler calls. Nothing in here may raise: an exception would kill the engine."""
+
+    def __init__(self, scheduler: Any, runtime: EngineRuntime) -> None:
+        self._scheduler = scheduler
+        self.runtime = runtime
+        self.wake_due = False
+        self.failed = False  # tripped outside the controller's own guard
+        self.tokens_by_level = [0] * len(runtime.ladder)
+        self._levels_in_flight: dict[int, int] = {}  # id(scheduler output) |-> exposure level
+        self._level_of_outputs = 0  # of those that vLLM reads now, or read last
+        self._heap_used = False  # a transition has been since the ranks last gave free heap back
+        self.tick_times = TimeHistogram()
+        model_executor = runtime.engine_core.model_executor
+        self.pool = VllmBlockPool(scheduler)
+        self.worst_forward_bytes = publish_base(self.pool, model_executor.collective_rpc, runtime.base_num_blocks)
+        self.provenance = Provenance(scheduler.kv_cache_manager, runtime.config.kv.prefix_reuse)
+        self.receipts = Receipts(self.provenance, scheduler.cache_config.block_size)
+        self.monitor = Monitor()
+        self.traffic = Traffic(scheduler, self.monitor)
+        self.executor = RpcExecutor(model_executor, len(runtime.ranks))
+        path = runtime.decision_log
+        self.log = DecisionLog(path) if path else None
+        self.controller = self._make_controller()
+        self._page = StatusPage(runtime, self.executor, self.worst_forward_bytes)
+        self._waker: IdleWaker | None = None
+        if hasattr(runtime.engine_core, "input_queue"):  # an in-process engine has none, and nobody to wake
+            self.wake_due = True  # a step before the first request: the policy may want another level
+            self._waker = IdleWaker(runtime.engine_core.input_queue, self._claims_step)
+
+    def _make_controller(self) -> Controller:
+        """At level 0, which pool and ranks must be at."""
+        runtime, config = self.runtime, self.runtime.config
+        return Controller(
+            runtime.ladder,
+            make_policy(config, runtime.ladder),
+            self.pool,
+            self.executor,
+            self.monitor,
+            config,
+            runtime.make_ledgers(),
+            ranks=runtime.rank_bytes,
+            clock=time.monotonic,
+            log=self.log,
+            on_level=self._on_level,
+        )
+
+    # -- called by the scheduler, once per engine step --------------------------------------------
+
+    def before_schedule(self) -> None:
+        """Controller first, then vLLM's own schedule()."""
+        start = time.perf_counter()
+        self.wake_due = False
+        if self.failed:
+            self._tick()
+        else:
+            self._guard(self._tick)
+        self.tick_times.add(time.perf_counter() - start)
+
+    def after_schedule(self, output: Any) -> None:
+        self._guard(self._after_schedule, output)
+
+    def before_update(self, output: Any) -> None:
+        """Requests that end while vLLM reads `output` end at the level it was made at."""
+        self._level_of_outputs = self._levels_in_flight.get(id(output), self._level_of_outputs)
+
+    def after_update(self, output: Any, model_output: Any, made: Any) -> None:
+        self._guard(self._after_update, output, model_output)
+        self._guard(self._attach_receipts, made)
+
+    def on_arrival(self, request: Any) -> None:
+        self._guard(self._on_arrival, request)
+
+    def on_preemption(self) -> None:
+        self._guard(self.traffic.on_preemption)
+
+    def on_finish(self, request: Any) -> None:
+        self._guard(self._on_finish, request)
+        self.provenance.forget(request.request_id)
+
+    def _guard(self, call: Callable[..., None], *args: Any) -> None:
+        if self.failed:
+            return
+        try:
+            call(*args)
+        except Exception:
+            # Without its signals the policy must rest. The controller is ticked on: it finishes or undoes
+            # what is under way, and the server goes on at the level it then has.
+            self.failed = True
+            self.controller.trip("glue")  # logs the error under way
+
+    def _tick(self) -> None:
+        view = EngineView(0, 0, 0.0) if self.failed else self.traffic.view()
+        self.controller.tick(view)
+        # Idle in mid-transition: ask for the next step at once instead of waiting to be woken.
+        busy = view.num_running + view.num_waiting > 0
+        self.wake_due = not busy and self.controller.in_transition and self._may_wake()
+
+    def _may_wake(self) -> bool:
+        """A paused engine was promised to be idle."""
+        return self._scheduler.pause_state == PauseState.UNPAUSED
+
+    def _after_schedule(self, output: Any) -> None:
+        level = self.controller.exposure_level
+        self._levels_in_flight[id(output)] = level
+        self.receipts.on_scheduled(output.num_scheduled_tokens, level)
+        new = output.scheduled_new_reqs
+        if new:
+            self.traffic.on_scheduled(new)
+
+    def _after_update(self, output: Any, model_output: Any) -> None:
+        level = self._levels_in_flight.pop(id(output), self.controller.exposure_level)
+        num_tokens = sum(map(len, model_output.sampled_token_ids or ()))
+        self.tokens_by_level[level] += num_tokens
+        self.receipts.on_sampled(level)
+        self.traffic.on_step(num_tokens)
+        if self._heap_used:
+            self._trim_when_idle()
+
+    def _trim_when_idle(self) -> None:
+        """Small tensors of the variants live in the heap and leave free pages there: give them back, once
+        after each return to level 0, when no request can notice the milliseconds."""
+        controller = self.controller
+        restored = controller.exposure_level == 0 and not controller.in_transition
+        if restored and not self._scheduler.has_unfinished_requests():
+            self._heap_used = False
+            self.executor.trim()
+
+    def _attach_receipts(self, made: Any) -> None:
+        self.receipts.attach(output for outputs in made.values() for output in outputs.outputs)
+
+    def _on_arrival(self, request: Any) -> None:
+        self.traffic.on_arrival()
+        self.receipts.on_arrival(request)
+
+    def _on_finish(self, request: Any) -> None:
+        self.traffic.on_finish(request)
+        self.receipts.on_finish(request, self._level_of_outputs)
+
+    def _on_level(self, level: int) -> None:
+        """The next forward pass runs at `level`."""
+        self._heap_used = True
+        self.provenance.set_level(level)
+
+    # -- idle ---------------------------------------------------------------------------------------
+
+    def _claims_step(self) -> bool:
+        """Asked by the wake-up thread: a level above 0 waits to be restored, and nothing else makes steps."""
+        idle = not self._scheduler.has_unfinished_requests() and self._may_wake()
+        if idle and self.controller.wants_wakeup and not self.wake_due:
+            self.wake_due = True
+            return True
+        return False
+
+    def close(self) -> None:
+        """Stop the wake-ups and flush the decision log. Re-entrant."""
+        if self._waker is not None:
+            self._waker.close()
+        self.wake_due = False
+        if self.log is not None:
+            self.log.close()
+
+    # -- status ---------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """Plain values for the status page and the metrics."""
+        return self._page.render(self.controller.status(), self.failed, self.tick_times, self.tokens_by_level)

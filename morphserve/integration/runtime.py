@@ -1,0 +1,116 @@
+"""What is known before the scheduler exists: what the ranks' layers weigh, and the KV cache for the whole ladder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from morphserve.config import MorphServeConfig
+from morphserve.controller import Ledgers, largest_chunk_bytes, make_ledgers
+from morphserve.errors import ConfigError
+from morphserve.integration.block_pool import blocks_of_one_request, check_supported
+from morphserve.integration.describe import RankDescription
+from morphserve.integration.settings import read_ladder
+from morphserve.ladder import build_ladder, check_floor
+from morphserve.rank_bytes import RankBytes, most_uneven
+from policies.types import Ladder
+
+logger = logging.getLogger("vllm.morphserve")
+
+
+class EngineRuntime:
+    """What is known before the scheduler exists."""
+
+    def __init__(self, engine_core: Any, vllm_config: Any, config: MorphServeConfig) -> None:
+        self.engine_core = engine_core
+        self.vllm_config = vllm_config
+        self.config = config
+        self.ranks: list[RankDescription] = engine_core.model_executor.collective_rpc("morphserve_describe")
+        self.rank_bytes: list[RankBytes] = []
+        self.ladder: Ladder = ()
+        self.base_num_blocks = 0
+
+    def plan_kv(self, original: Callable[..., Any], specs: Any, available_memory: Any) -> Any:
+        """KV cache configs for the deepest level's blocks; the scheduler starts with level 0's.
+
+        Raises:
+            ConfigError: the budget does not hold one request, or the pool is not one we can resize.
+        """
+        base = original(self.vllm_config, specs, available_memory)
+        for kv_cache_config in base:
+            check_supported(self.vllm_config, kv_cache_config)
+        kv = self.config.kv
+        self.base_num_blocks = min(c.num_blocks for c in base)
+        if kv.base_num_blocks is not None:
+            if kv.base_num_blocks > self.base_num_blocks:
+                raise ConfigError(
+                    f"kv.base_num_blocks is {kv.base_num_blocks}, memory for the KV cache holds "
+                    f"{self.base_num_blocks}. Lower it, or leave it out."
+                )
+            self.base_num_blocks = kv.base_num_blocks
+        check_floor(
+            self.base_num_blocks,
+            self.vllm_config.model_config.max_model_len,
+            self.vllm_config.cache_config.block_size,
+            max(blocks_of_one_request(self.vllm_config, kv_cache_config) for kv_cache_config in base),
+        )
+        block_bytes = [c.kv_cache_tensors[0].size // c.num_blocks for c in base]
+        self.rank_bytes = [RankBytes(r.layer_bytes, size) for r, size in zip(self.ranks, block_bytes, strict=True)]
+        self.ladder = self._ladder()
+        cache_config = self.vllm_config.cache_config
+        override = cache_config.num_gpu_blocks_override
+        cache_config.num_gpu_blocks_override = self.ladder[-1].num_kv_blocks
+        try:
+            return original(self.vllm_config, specs, available_memory)
+        finally:
+            cache_config.num_gpu_blocks_override = override
+
+    @property
+    def kv_block_bytes(self) -> int:
+        """Of one block on the rank where it is largest: pipeline stages differ in their number of layers."""
+        return max(rank.kv_block_bytes for rank in self.rank_bytes)
+
+    @property
+    def index(self) -> int:
+        """Of this data-parallel replica, 0 where there is only one."""
+        return int(self.vllm_config.parallel_config.data_parallel_index)
+
+    @property
+    def decision_log(self) -> Path | None:
+        """Replicas would write into one another's lines: all but the first put their index into the name."""
+        path = self.config.decision_log
+        if path is None or self.index == 0:
+            return path
+        return path.with_name(f"{path.stem}.{self.index}{path.suffix}")
+
+    def make_ledgers(self) -> Ledgers:
+        """Of all ranks, at level 0."""
+        # A matmul that keeps a copy of its own (oneDNN) is built while the tensor it reads is still there.
+        staging = [
+            largest_chunk_bytes(rank.layer_bytes, self.config.transition.max_layers_per_step)
+            + rank.largest_linear_bytes
+            for rank in self.ranks
+        ]
+        return make_ledgers(self.ladder, self.rank_bytes, staging)
+
+    def _ladder(self) -> Ladder:
+        """One for all ranks. Says so when a pipeline stage frees what waits for another."""
+        ladder = build_ladder(
+            self.vllm_config.model_config.get_total_num_hidden_layers(),
+            self.rank_bytes,
+            self.config.ladder,
+            self.base_num_blocks,
+            self.config.kv.max_num_blocks,
+            read_ladder(self.config),
+        )
+        if (worst := most_uneven(self.rank_bytes, ladder)) is not None:
+            level, least, most = worst
+            logger.warning(
+                "morphserve: level %d frees the bytes of %d KV blocks on one pipeline stage and of %d on another, and "
+                "only the fewer can be published. Name layers of every stage in ladder.order; ladder.steps take the "
+                "stages in turn, a profile's own levels are taken as they were measured.",
+                level, least, most,
+            )  # fmt: skip
+        return ladder
