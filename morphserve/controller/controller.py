@@ -9,11 +9,12 @@ from typing import Any
 
 from morphserve.config import MorphServeConfig
 from morphserve.controller.backoff import BackOff
-from morphserve.controller.chunk import ChunkEnd, ChunkRunner
+from morphserve.controller.chunk import ChunkEnd
 from morphserve.controller.counters import Counters
 from morphserve.controller.decision_log import DecisionLog
 from morphserve.controller.ledger import Ledgers
 from morphserve.controller.ports import BlockPoolPort, EngineView, ExecutorPort
+from morphserve.controller.runner import ChunkRunner
 from morphserve.controller.transition import Direction, Outcome, Phase, Transition
 from morphserve.monitor import Monitor
 from morphserve.rank_bytes import RankBytes
@@ -78,6 +79,7 @@ class Controller:
         self._log = log
         self._on_level = on_level
         self._runner = ChunkRunner(ladder, ranks, pool, executor, ledgers, config)
+        self._standing = self._runner.standing
         self.counters = Counters(
             num_blocks_published=pool.num_kv_blocks, num_blocks_mapped=pool.num_kv_blocks
         )
@@ -93,7 +95,7 @@ class Controller:
     @property
     def level(self) -> int:
         """Committed level: the deepest that is fully reached."""
-        return self._runner.lower
+        return self._standing.lower
 
     @property
     def target_level(self) -> int:
@@ -103,7 +105,7 @@ class Controller:
     @property
     def exposure_level(self) -> int:
         """The level that tokens count for: between two levels, the deeper one."""
-        return self._runner.upper
+        return self._standing.upper
 
     @property
     def phase(self) -> Phase:
@@ -136,7 +138,7 @@ class Controller:
         transitions = {f"{d}_{outcome}": n for (d, outcome), n in self.counters.transitions.items()}
         layers: dict[str, int] = {}
         ledgers = self._ledgers.snapshots()
-        for fmt in self._runner.formats:
+        for fmt in self._standing.formats:
             layers[fmt] = layers.get(fmt, 0) + 1
         return {
             "level": self.level,
@@ -253,17 +255,15 @@ class Controller:
         if self._tripped:
             return False
         if direction == "degrade":
-            return self._decision.level > self._runner.lower
-        return self._decision.level < self._runner.upper
+            return self._decision.level > self._standing.lower
+        return self._decision.level < self._standing.upper
 
     def _next_rung(self, now: float) -> int | None:
         """The rung for the next chunk; closes the transition when it is done or must turn."""
-        runner = self._runner
-        rung = None if self._tripped else runner.next_rung(self._decision.level)
+        standing = self._standing
+        rung = None if self._tripped else standing.next_rung(self._decision.level)
         transition = self._transition
-        direction: Direction | None = None
-        if rung is not None:
-            direction = "degrade" if rung > runner.lower else "restore"
+        direction = None if rung is None else standing.direction(rung)
         if transition is not None and direction != transition.direction:
             self._close_transition(now, "committed" if rung is None and not self._tripped else "cancelled")
         if direction is not None and not self._backoff.allows(now, direction):
@@ -273,12 +273,12 @@ class Controller:
     # ---- transitions
 
     def _open_transition(self, now: float, rung: int) -> None:
-        runner = self._runner
-        direction: Direction = "degrade" if rung > runner.lower else "restore"
+        standing = self._standing
+        direction = standing.direction(rung)
         self._transition = Transition(
-            revision=runner.revision + 1,
+            revision=self._runner.revision + 1,
             direction=direction,
-            from_level=runner.upper if direction == "restore" else runner.lower,
+            from_level=standing.upper if direction == "restore" else standing.lower,
             reason=self._decision.reason,
             started_s=now,
             blocks_before=self._pool.num_kv_blocks,
@@ -326,19 +326,19 @@ class Controller:
 
     def _publish(self) -> None:
         """Bring gauges up to date and tell of a new exposure level."""
-        counters, runner = self.counters, self._runner
+        counters, runner, exposure = self.counters, self._runner, self.exposure_level
         counters.num_blocks_published = self._pool.num_kv_blocks
         counters.short_grows = runner.short_grows
-        counters.forced_preemptions = runner.forced_preemptions
+        counters.forced_preemptions = runner.preemptions.total
         if runner.desk.ranks:
             counters.num_blocks_mapped = min(rank.num_kv_blocks for rank in runner.desk.ranks.values())
         if runner.desk.pause_s > 0:
             counters.last_pause_s = runner.desk.pause_s
             counters.max_pause_s = max(counters.max_pause_s, runner.desk.pause_s)
-        if self._on_level is not None and runner.upper != self._told_level:
+        if self._on_level is not None and exposure != self._told_level:
             try:
-                self._on_level(runner.upper)
-                self._told_level = runner.upper
+                self._on_level(exposure)
+                self._told_level = exposure
             except Exception:
                 # Who must know of the level does not: told again at the next step, and no new transition.
                 self._trip("on_level")
@@ -374,6 +374,6 @@ class Controller:
 
     def _drain_replies(self) -> None:
         try:
-            self._runner.drain_replies()
+            self._runner.desk.drain()
         except Exception:
             self.counters.count_error("drain_replies")

@@ -15,7 +15,7 @@ from seams.pool_driver import OPERATIONS, World, drive
 from seams.pool_ranks import Command, Forward, Rank
 
 from morphserve.controller import Plan
-from morphserve.controller.chunk import ChunkRunner
+from morphserve.controller.runner import ChunkRunner
 
 _HAPPENED = ("grow", "begin_shrink", "blocks_copied", "finish_shrink", "cancel_shrink", "preempt", "prefix_hits")
 _HAPPENED += ("no_room", "levels", "rank_failures", "held_back", "forwards")
