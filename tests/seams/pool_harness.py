@@ -6,6 +6,8 @@ computed from. Whoever reads a wrong block, or a stale one, sees other tokens th
 
 from __future__ import annotations
 
+from collections import Counter
+from math import isclose
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +26,7 @@ BLOCK = 4  # tokens per block
 MAX_MODEL_LEN = 24
 MAX_BLOCKS = 40
 WATERMARK = 0.1
+FLOOR = 7  # blocks: one request of 24 tokens and the null block
 
 init_none_hash(sha256)
 _HASHER = get_request_block_hasher(BLOCK, sha256)
@@ -177,3 +180,43 @@ class KVModel:
         for block in blocks:
             for slot in range(BLOCK):
                 self.slots.pop((block, slot), None)
+
+
+def check_invariants(kv: KVModel) -> None:
+    """Everything that must hold between two steps."""
+    pool, port = kv.pool, kv.port
+    limit = port.num_kv_blocks if kv.fence is None else kv.fence
+    assert [b.block_id for b in pool.blocks] == list(range(port.num_kv_blocks))
+    assert pool.blocks[0] is pool.null_block
+
+    tables = {r: kv.manager.coordinator.single_type_managers[0].req_to_blocks[r] for r in kv.requests}
+    held = Counter(b.block_id for blocks in tables.values() for b in blocks)
+    assert {b.block_id: b.ref_cnt for b in pool.blocks[1:] if b.ref_cnt} == held
+    assert all(pool.blocks[b.block_id] is b for blocks in tables.values() for b in blocks)
+
+    free = [b.block_id for b in pool.free_block_queue.get_all_free_blocks()]
+    vacant = [b.block_id for b in port._vacant]
+    tail = {i for i in (*free, *held) if i >= limit}
+    assert tail == port._tail.keys()
+    assert sorted([*free, *held, *vacant]) == [*range(1, limit), *sorted(tail)]
+    assert len(vacant) == len(tail) or (len(vacant) < len(tail) and not free), "traffic can take the tail's room"
+    assert pool.get_num_free_blocks() == len(free)
+
+    assert port.num_used_blocks == len(held)
+    assert isclose(pool.get_usage(), len(held) / (len(held) + len(free)))
+    for block_hash, entry in pool.cached_block_hash_to_block._cache.items():
+        blocks = entry if isinstance(entry, dict) else {entry.block_id: entry}
+        for block_id, block in blocks.items():
+            assert pool.blocks[block_id] is block
+            assert block.block_hash == block_hash
+            assert block_id < limit or block_id in tail
+    for block in pool.blocks:
+        if block.block_hash is not None:
+            assert pool.cached_block_hash_to_block.contain(block.block_hash, block.block_id)
+
+    for request_id, request in kv.requests.items():
+        tokens = tuple(request.all_token_ids)
+        context = kv.context(request)
+        assert [read for read, _ in context] == [tokens[: p + 1] for p in range(len(context))]
+        if request_id in kv.clean:
+            assert not any(degraded for _, degraded in context), f"{request_id} reads degraded KV"
