@@ -10,23 +10,16 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
-from seams.pool_harness import MAX_MODEL_LEN, WATERMARK
-from seams.pool_model import BLOCK, PoolModel, Prefix
-from seams.pool_parts import CheckedPool, make_manager, new_request
-from seams.pool_ranks import Forward, Ranks, Work
-from vllm.v1.request import Request, RequestStatus
+from seams.pool_ranks import Ranks
+from seams.pool_requests import Requests
 
 from morphserve.config import KVConfig, MorphServeConfig, TransitionConfig
 from morphserve.controller import EngineView, largest_chunk_bytes
-from morphserve.integration.block_pool import VllmBlockPool
-from morphserve.integration.provenance import PrefixReuse, Provenance
+from morphserve.integration.provenance import PrefixReuse
 from tests.fakes import BASE_BLOCKS, KV_BLOCK_BYTES, LAYER_BYTES, Rig
 
 _STEP_S = 0.05
-_VOCABULARY = 2  # few tokens: prefixes meet again
-
 
 _MAY_REUSE = {
     "any": lambda best, deepest, level: True,
@@ -35,16 +28,14 @@ _MAY_REUSE = {
 }
 
 
-class World:
+class World(Requests):
     """One engine of `num_ranks` ranks, driven by `operate`."""
 
     def __init__(self, seed: int, *, check_every: int = 50) -> None:
-        self.random = rng = random.Random(seed)
-        self.counts: Counter[str] = Counter()
+        rng = random.Random(seed)
         self.check_every = check_every
         num_ranks = rng.choice((1, 2, 2, 3))
-        self.rule: PrefixReuse = rng.choice(("any", "not_worse", "exact"))
-        self.depth = 1  # steps in flight
+        rule: PrefixReuse = rng.choice(("any", "not_worse", "exact"))
         layers = rng.choice((1, 2, 3))
         self.rig = Rig(
             config=MorphServeConfig(
@@ -55,32 +46,19 @@ class World:
             layers_per_level=rng.choice((2, 4, 8)),
         )
         ladder = self.rig.ladder
-        self.manager, scheduler = make_manager(ladder[-1].num_kv_blocks)
-        self.port = VllmBlockPool(scheduler)
-        self._spy_on_caching()
-        self.provenance = Provenance(self.manager, self.rule)
-        self.model = PoolModel(ladder[-1].num_kv_blocks, WATERMARK)
-        self.pool = CheckedPool(self.port, self.model, self.counts)
+        super().__init__(rng, rule, ladder[-1].num_kv_blocks)
         self.pool.begin_shrink(BASE_BLOCKS)
         self.pool.advance_shrink(0)
         self.pool.finish_shrink()
         budget = ladder[0].weight_bytes + BASE_BLOCKS * KV_BLOCK_BYTES + largest_chunk_bytes(LAYER_BYTES, layers)
-        self.ranks = Ranks(num_ranks, ladder, LAYER_BYTES, KV_BLOCK_BYTES, budget, _MAY_REUSE[self.rule])
+        self.ranks = Ranks(num_ranks, ladder, LAYER_BYTES, KV_BLOCK_BYTES, budget, _MAY_REUSE[rule])
         self.ranks.published = lambda: self.port.num_kv_blocks
         # The rig's controller, with a real pool and ranks that lag in the place of its fakes.
         self.controller = self.rig.controller
         self.runner = self.controller._runner
         self.controller._pool = self.runner.pool = self.pool  # type: ignore[assignment]
         self.runner.executor = self.ranks
-        self.controller._on_level = self._on_level
-        self.running: dict[str, Request] = {}
-        self.waiting: dict[str, Request] = {}
-        self.prefixes: dict[str, list[Prefix]] = {}
-        self.demanding: set[str] = set()
-        self.level = 0
-        self._ended: list[str] = []
-        self._held_back: list[list[Any]] = []
-        self._next = 0
+        self.controller._on_level = self.on_level
         self._names, self._weights = zip(*OPERATIONS.items(), strict=True)
 
     # ---- driving
@@ -111,10 +89,7 @@ class World:
             rank.fails, rank.map_at_most = False, None
         self.ranks.delay = 0
         self.rig.script.level = 0
-        for name in [*self.running, *self.waiting]:
-            self._drop(name)
-        while self._held_back:
-            self.give_back()
+        self.drop_all()
         for _ in range(4000):  # a back-off may last a minute
             self.tick()
             self.run_all()
@@ -124,79 +99,6 @@ class World:
         self.check_all()
         assert self.controller.exposure_level == 0 and not self.controller.in_transition, self.controller.status()
         assert self.port.num_kv_blocks == BASE_BLOCKS == len(self.model.free) + 1
-
-    # ---- operations of the engine
-
-    def arrive(self) -> None:
-        """A new prompt, or one that shares its beginning with another's."""
-        if len(self.waiting) > 3:
-            return
-        rng = self.random
-        tokens = rng.choices(range(_VOCABULARY), k=rng.randint(1, 18))
-        if self.prefixes and rng.random() < 0.4:
-            tokens = (list(rng.choice(list(self.prefixes.values()))[-1]) + tokens[: rng.randint(0, 3)])[:20]
-        self._next += 1
-        name = f"r{self._next}"
-        request = new_request(name, tokens)
-        self.prefixes[name] = [bytes(tokens[: i + 1]) for i in range(len(tokens))]
-        if rng.random() < 0.2:
-            self.demanding.add(name)
-            self.provenance.demand_full_precision(name)
-        self.waiting[name] = request
-        self._admit(name)
-
-    def admit(self) -> None:
-        """A waiting request, perhaps one that was preempted, tries again."""
-        if self.waiting:
-            self._admit(self.random.choice(list(self.waiting)))
-
-    def decode(self) -> None:
-        """Another chunk of the prompt, or one token more."""
-        if not self.running:
-            return
-        name = self.random.choice(list(self.running))
-        request = self.running[name]
-        if request.num_computed_tokens == request.num_tokens:
-            if request.num_tokens >= MAX_MODEL_LEN - 1:
-                self._drop(name)
-                return
-            token = self.random.randrange(_VOCABULARY)
-            request.append_output_token_ids(token)
-            self.prefixes[name].append(self.prefixes[name][-1] + bytes((token,)))
-        if not self._schedule(name, request, [], 0):
-            self._preempt(name)
-
-    def end(self) -> None:
-        """A request ends or is aborted, in whatever state."""
-        if live := [*self.running, *self.waiting]:
-            self._drop(self.random.choice(live))
-
-    def end_late(self) -> None:
-        """The scheduler has done with a request and gives its blocks back some steps later."""
-        if self.running and len(self._held_back) < 2:
-            name = self.random.choice(list(self.running))
-            blocks = self.manager.pop_blocks_for_free(self.running[name])
-            self.model.held_back.append(self.model.tables.pop(name))
-            self._held_back.append(blocks)
-            self._forget(name)
-
-    def give_back(self) -> None:
-        if self._held_back:
-            self.counts["held_back"] += 1
-            self.manager.block_pool.free_blocks(reversed(self._held_back.pop(0)))
-            self.model.release(self.model.held_back.pop(0))
-
-    def preempt(self) -> None:
-        if self.running:
-            self._preempt(self.random.choice(list(self.running)))
-
-    def evict(self) -> None:
-        """Cached blocks are found out to be of no use, in whatever state they are."""
-        if known := list(self.model.hashes):
-            blocks = self.random.sample(known, min(3, len(known)))
-            self.manager.evict_blocks(set(blocks))
-            for block in blocks:
-                self.model.uncache(block)
 
     # ---- operations of the controller and its ranks
 
@@ -240,113 +142,6 @@ class World:
     def mend(self) -> None:
         for rank in self.ranks.ranks:
             rank.fails, rank.map_at_most = False, None
-
-    # ---- parts
-
-    def _admit(self, name: str) -> None:
-        request = self.waiting[name]
-        found, num_hit, _ = self.manager.get_computed_blocks(request)
-        hits = [block.block_id for block in found.blocks[0]]
-        prefixes = self.prefixes[name]
-        for i, block in enumerate(hits):
-            assert self.model.hashes.get(block) == prefixes[(i + 1) * BLOCK - 1], "a hit on other tokens"
-        if self.rule == "any" and name not in self.demanding:
-            assert hits == self._expected_hits(prefixes), "hits"
-        self.counts["lookups"] += 1
-        self.counts["prefix_hits"] += len(hits)
-        if self._schedule(name, request, hits, num_hit, found):
-            del self.waiting[name]
-            self.running[name] = request
-            request.status = RequestStatus.RUNNING
-
-    def _expected_hits(self, prefixes: list[Prefix]) -> list[int]:
-        hits = []
-        for end in range(BLOCK, len(prefixes), BLOCK):
-            blocks = self.model.cached.get(prefixes[end - 1])
-            if blocks is None:
-                break
-            hits.append(blocks[0])
-        return hits
-
-    def _schedule(self, name: str, request: Request, hits: list[int], num_hit: int, found: Any = None) -> bool:
-        """Slots for all or, of a prompt, some of what is not computed; then the forward pass is on its way."""
-        first = request.num_computed_tokens + num_hit
-        count = request.num_tokens - first
-        if count > 4 and self.random.random() < 0.3:
-            count = self.random.randint(1, count)
-        starts = name not in self.running
-        self._cached_now: list[tuple[int, Prefix]] = []
-        before = len(self.model.tables.get(name, ()))
-        new = self.manager.allocate_slots(request, count, num_hit, found)
-        expected = self.model.allocate(name, first + count, hits, admission=starts)
-        assert (new is not None) == expected, "room"
-        if new is None:
-            self.counts["no_room"] += 1
-            return False
-        ids = [block.block_id for block in self.manager.get_blocks(name).blocks[0]]
-        assert ids == self.model.tables[name], "blocks of an allocation"
-        for block, prefix in self._cached_now:
-            assert prefix == self.prefixes[name][len(prefix) - 1], "cached under other tokens"
-            self.model.cache(block, prefix)
-        request.num_computed_tokens = first + count
-        work = Work(
-            name,
-            starts,
-            ids if starts else ids[before:],
-            first,
-            self.prefixes[name][: first + count],
-            demands_full=name in self.demanding,
-        )
-        step = Forward(self.level, self.port.num_kv_blocks, [work], self._ended)
-        self._ended = []
-        self.ranks.forward(step, self.depth)
-        self.counts["forwards"] += 1
-        return True
-
-    def _preempt(self, name: str) -> None:
-        self.counts["preempt"] += 1
-        request = self.running.pop(name)
-        self.manager.free(request)
-        self.model.release(self.model.tables.pop(name))
-        request.num_computed_tokens = 0
-        request.status = RequestStatus.PREEMPTED
-        self.waiting[name] = request
-        self._ended.append(name)
-
-    def _drop(self, name: str) -> None:
-        request = self.running.get(name)
-        if request is not None:
-            self.manager.free(request)
-            self.model.release(self.model.tables.pop(name))
-        self._forget(name)
-
-    def _forget(self, name: str) -> None:
-        self.running.pop(name, None)
-        self.waiting.pop(name, None)
-        self.demanding.discard(name)
-        del self.prefixes[name]
-        self.provenance.forget(name)
-        self._ended.append(name)
-
-    def _on_level(self, level: int) -> None:
-        """What the engine's glue does at a switch. Which blocks leave the cache then is the provenance's choice."""
-        self.counts["levels"] += 1
-        self.provenance.set_level(level)
-        self.level = level
-        blocks = self.manager.block_pool.blocks
-        for block in [i for i in self.model.hashes if blocks[i].block_hash is None]:
-            self.model.uncache(block)
-
-    def _spy_on_caching(self) -> None:
-        """Note what enters the prefix cache: whether it may is the provenance's choice, under what is not."""
-        pool = self.manager.block_pool
-        insert = pool._insert_block_hash
-
-        def spy(key: Any, block: Any, num_tokens: int | None) -> None:
-            insert(key, block, num_tokens=num_tokens)
-            self._cached_now.append((block.block_id, key[:-4]))
-
-        pool._insert_block_hash = spy
 
 
 OPERATIONS = {
