@@ -7,7 +7,7 @@ blocks, then `executor.forward(pool)`, which carries out the commands sent befor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from morphserve.config import LadderConfig, LadderStep, MorphServeConfig, TransitionConfig
@@ -18,7 +18,6 @@ from morphserve.controller import (
     Ledgers,
     Phase,
     Plan,
-    Reply,
     ShrinkProgress,
     largest_chunk_bytes,
     make_ledgers,
@@ -27,6 +26,7 @@ from morphserve.ladder import build_ladder
 from morphserve.monitor import Monitor
 from morphserve.rank_bytes import RankBytes
 from policies import BASE_FORMAT, Decision, Ladder, Policy, Signals
+from tests.rank_rules import FakeTicket, RankRules, RankState
 
 Fail = Callable[[str, Plan, int], str]  # (command, plan, rank) -> error, '' = none
 
@@ -127,38 +127,14 @@ class FakePool:
 
 
 @dataclass(slots=True)
-class FakeTicket:
-    """Replies that arrive `delay` polls after all of them exist."""
-
-    delay: int
-    num_ranks: int
-    replies: dict[int, Reply] = field(default_factory=dict)
-    taken: bool = False
-
-    def poll(self) -> tuple[Reply, ...] | None:
-        assert not self.taken, "polled again after the replies were taken"
-        if len(self.replies) < self.num_ranks:
-            return None
-        if self.delay > 0:
-            self.delay -= 1
-            return None
-        self.taken = True
-        return tuple(self.replies[rank] for rank in sorted(self.replies))
-
-
-@dataclass(slots=True)
-class FakeRank:
+class FakeRank(RankState):
     """One worker: its layers, its mapped blocks, and what they contain."""
 
-    index: int
-    formats: list[str]
-    mapped: int
+    mapped: int = 0
     contents: dict[int, int] = field(default_factory=dict)
-    staged: Plan | None = None
-    revision: int = 0
 
 
-class FakeExecutor:
+class FakeExecutor(RankRules[FakeRank]):
     """Ranks that obey in order, and assert what the ports promise them.
 
     Attributes:
@@ -172,38 +148,18 @@ class FakeExecutor:
     def __init__(
         self, ladder: Ladder, sizes: Sequence[RankBytes], ledgers: Ledgers, *, immediate: bool = False
     ) -> None:
-        self.ranks = [
-            FakeRank(i, list(ladder[0].layer_formats), ladder[0].num_kv_blocks) for i in range(len(sizes))
-        ]
+        base = ladder[0]
+        ranks = [FakeRank(i, list(base.layer_formats), mapped=base.num_kv_blocks) for i in range(len(sizes))]
+        super().__init__(ranks, sizes, ledgers)
         self.stuck: set[int] = set()
         self.fail: Fail = lambda command, plan, rank: ""
         self.delay: Callable[[], int] = lambda: 0
         self.immediate = immediate
         self.map_at_most: int | None = None
-        self.seconds_per_layer = 0.001
         self.sent: list[tuple[str, Plan]] = []
         self.keep_sent = True
         self.tickets: list[FakeTicket] = []
         self._queues: list[list[tuple[str, Plan, FakeTicket]]] = [[] for _ in sizes]
-        self._sizes = sizes
-        self._budgets_bytes = [ledger.budget_bytes for ledger in ledgers]
-
-    def prepare(self, plan: Plan) -> FakeTicket:
-        return self._send("prepare", plan)
-
-    def commit(self, plan: Plan) -> FakeTicket:
-        return self._send("commit", plan)
-
-    def abort(self, plan: Plan) -> FakeTicket:
-        return self._send("abort", plan)
-
-    def apply(self, plan: Plan) -> FakeTicket:
-        assert self.num_ranks == 1, "apply without a vote"
-        return self._send("apply", plan)
-
-    @property
-    def num_ranks(self) -> int:
-        return len(self.ranks)
 
     def forward(self, pool: FakePool) -> None:
         """Carry out what was sent, then read every live block on every rank."""
@@ -245,71 +201,23 @@ class FakeExecutor:
             self.run_commands()
         return ticket
 
-    def _obey(self, command: str, plan: Plan, rank: FakeRank) -> Reply:
-        assert plan.revision >= rank.revision, "a rank met a revision it has passed"
-        rank.revision = plan.revision
-        error = self.fail(command, plan, rank.index)
-        if command == "apply":
-            self._apply(plan, rank, prepares=not error)
-        elif not error:
-            getattr(self, f"_{command}")(plan, rank)
-        return Reply(
-            rank=rank.index,
-            revision=plan.revision,
-            ok=not error,
-            error=error,
-            elapsed_s=self.seconds_per_layer * len(plan.layer_formats),
-            num_kv_blocks=rank.mapped,
-            weight_bytes=self._weight_bytes(rank),
-            staging_bytes=self._staging_bytes(rank),
-        )
+    def _error(self, command: str, plan: Plan, rank: FakeRank) -> str:
+        return self.fail(command, plan, rank.index)
 
-    def _prepare(self, plan: Plan, rank: FakeRank) -> None:
-        assert rank.staged is None, "two plans prepared at once"
-        assert plan.layer_formats, "nothing to prepare"
-        rank.staged = plan
-        self._check_budget(rank)
+    def _mapped(self, rank: FakeRank) -> int:
+        return rank.mapped
 
-    def _apply(self, plan: Plan, rank: FakeRank, prepares: bool) -> None:
-        self._commit(replace(plan, layer_formats=(), num_kv_blocks=min(plan.num_kv_blocks, rank.mapped)), rank)
-        if prepares:
-            layers = replace(plan, copies=())
-            self._prepare(layers, rank)
-            self._commit(layers, rank)
-
-    def _abort(self, plan: Plan, rank: FakeRank) -> None:
-        assert rank.staged is None or rank.staged == plan
-        rank.staged = None
-
-    def _commit(self, plan: Plan, rank: FakeRank) -> None:
-        sources, destinations = {s for s, _ in plan.copies}, {d for _, d in plan.copies}
-        assert not sources & destinations, "copies overlap"
+    def _copy(self, plan: Plan, rank: FakeRank) -> None:
         for source, destination in plan.copies:
             rank.contents[destination] = rank.contents[source]
-        if plan.num_kv_blocks < rank.mapped:
-            rank.mapped = plan.num_kv_blocks
-            rank.contents = {b: tag for b, tag in rank.contents.items() if b < rank.mapped}
-        if plan.layer_formats:
-            assert rank.staged == plan, "commit without prepare"
-            for layer, fmt in plan.layer_formats:
-                rank.formats[layer] = fmt
-            rank.staged = None
-        self._check_budget(rank)
-        limit = plan.num_kv_blocks if self.map_at_most is None else self.map_at_most
-        rank.mapped = max(rank.mapped, min(plan.num_kv_blocks, limit))
-        self._check_budget(rank)
 
-    def _weight_bytes(self, rank: FakeRank) -> int:
-        return self._sizes[rank.index].weight(rank.formats)
+    def _unmap(self, num_kv_blocks: int, rank: FakeRank) -> None:
+        rank.mapped = num_kv_blocks
+        rank.contents = {block: tag for block, tag in rank.contents.items() if block < num_kv_blocks}
 
-    def _staging_bytes(self, rank: FakeRank) -> int:
-        staged = () if rank.staged is None else rank.staged.layer_formats
-        return sum(self._sizes[rank.index].layers[fmt][layer] for layer, fmt in staged)
-
-    def _check_budget(self, rank: FakeRank) -> None:
-        kv_bytes = rank.mapped * self._sizes[rank.index].kv_block_bytes
-        total, budget = self._weight_bytes(rank) + self._staging_bytes(rank) + kv_bytes, self._budgets_bytes[rank.index]
-        assert total <= budget, f"rank {rank.index} holds {total} B of {budget}"
+    def _map(self, num_kv_blocks: int, rank: FakeRank) -> None:
+        limit = num_kv_blocks if self.map_at_most is None else self.map_at_most
+        rank.mapped = max(rank.mapped, min(num_kv_blocks, limit))
 
 
 class ScriptedPolicy:

@@ -9,7 +9,8 @@ import pytest
 from morphserve.config import MorphServeConfig, TransitionConfig
 from morphserve.controller import Phase, Plan
 from morphserve.controller.replies import ReplyDesk
-from tests.fakes import BASE_BLOCKS, KV_BLOCK_BYTES, LAYER_BYTES, FakeRank, FakeTicket, Rig, pipeline
+from tests.fakes import BASE_BLOCKS, KV_BLOCK_BYTES, LAYER_BYTES, FakeRank, Rig, pipeline
+from tests.rank_rules import FakeTicket
 
 pytestmark = pytest.mark.cpu
 

@@ -15,9 +15,9 @@ from seams.pool_ranks import Ranks
 from seams.pool_requests import Requests
 
 from morphserve.config import KVConfig, MorphServeConfig, TransitionConfig
-from morphserve.controller import EngineView, largest_chunk_bytes
+from morphserve.controller import EngineView
 from morphserve.integration.provenance import PrefixReuse
-from tests.fakes import BASE_BLOCKS, KV_BLOCK_BYTES, LAYER_BYTES, Rig
+from tests.fakes import BASE_BLOCKS, Rig
 
 _STEP_S = 0.05
 
@@ -50,8 +50,7 @@ class World(Requests):
         self.pool.begin_shrink(BASE_BLOCKS)
         self.pool.advance_shrink(0)
         self.pool.finish_shrink()
-        budget = ladder[0].weight_bytes + BASE_BLOCKS * KV_BLOCK_BYTES + largest_chunk_bytes(LAYER_BYTES, layers)
-        self.ranks = Ranks(num_ranks, ladder, LAYER_BYTES, KV_BLOCK_BYTES, budget, _MAY_REUSE[rule])
+        self.ranks = Ranks(ladder, self.rig.ranks, self.rig.ledgers, _MAY_REUSE[rule])
         self.ranks.published = lambda: self.port.num_kv_blocks
         # The rig's controller, with a real pool and ranks that lag in the place of its fakes.
         self.controller = self.rig.controller

@@ -8,42 +8,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from seams.pool_model import BLOCK, Prefix
 
-from morphserve.controller import Plan, Reply
+from morphserve.controller import Ledgers, Plan
+from morphserve.rank_bytes import RankBytes
 from policies.types import Ladder
+from tests.rank_rules import FakeTicket, RankRules, RankState
 
 Reuse = Callable[[int, int, int], bool]  # (best, deepest level in a block, level of the request) -> may be reused
-
-
-@dataclass(slots=True)
-class Ticket:
-    """Replies, `delay` polls after the last rank has answered, and never before those of an earlier command."""
-
-    num_ranks: int
-    delay: int
-    earlier: list[Ticket]
-    replies: list[Reply] = field(default_factory=list)
-    taken: bool = False
-
-    def poll(self) -> tuple[Reply, ...] | None:
-        assert not self.taken, "polled again after the replies were taken"
-        if len(self.replies) < self.num_ranks or not all(ticket.taken for ticket in self.earlier):
-            return None
-        if self.delay > 0:
-            self.delay -= 1
-            return None
-        self.taken, self.earlier = True, []
-        return tuple(self.replies)
 
 
 @dataclass(slots=True)
 class Command:
     kind: str
     plan: Plan
-    ticket: Ticket
+    ticket: FakeTicket
 
 
 @dataclass(slots=True)
@@ -68,64 +49,30 @@ class Forward:
 
 
 @dataclass(slots=True)
-class Rank:
-    index: int
-    formats: list[str]
-    kv: dict[int, list[Prefix]]  # mapped block -> tokens of its slots
+class Rank(RankState):
+    kv: dict[int, list[Prefix]] = field(default_factory=dict)  # mapped block -> tokens of its slots
     spans: dict[int, tuple[int, int]] = field(default_factory=dict)  # block -> best and deepest level in it
     tables: dict[str, list[int]] = field(default_factory=dict)
-    staged: Plan | None = None
-    revision: int = 0
     position: int = 0  # of the next item in the queue
     map_at_most: int | None = None
     fails: bool = False  # to prepare
 
 
-class Ranks:
-    """An `ExecutorPort`."""
-
-    def __init__(
-        self,
-        num_ranks: int,
-        ladder: Ladder,
-        layer_bytes: Mapping[str, Sequence[int]],
-        kv_block_bytes: int,
-        budget_bytes: int,
-        may_reuse: Reuse,
-    ) -> None:
+class Ranks(RankRules[Rank]):
+    def __init__(self, ladder: Ladder, sizes: Sequence[RankBytes], ledgers: Ledgers, may_reuse: Reuse) -> None:
         base = ladder[0]
-        self.ranks = [
-            Rank(i, list(base.layer_formats), {b: [] for b in range(base.num_kv_blocks)}) for i in range(num_ranks)
-        ]
+        blocks = range(base.num_kv_blocks)
+        ranks = [Rank(i, list(base.layer_formats), kv={block: [] for block in blocks}) for i in range(len(sizes))]
+        super().__init__(ranks, sizes, ledgers)
         self.delay = 0
         self.published: Callable[[], int] = lambda: base.num_kv_blocks
         self._base_formats = list(base.layer_formats)
-        self._layer_bytes = layer_bytes
-        self._kv_block_bytes = kv_block_bytes
-        self._budget_bytes = budget_bytes
         self._may_reuse = may_reuse
         self._queue: deque[Command | Forward] = deque()
         self._first = 0  # position of the queue's head
-        self._undrained: list[Ticket] = []
+        self._undrained: list[FakeTicket] = []
 
     # ---- what the controller and the scheduler send
-
-    @property
-    def num_ranks(self) -> int:
-        return len(self.ranks)
-
-    def prepare(self, plan: Plan) -> Ticket:
-        return self._send("prepare", plan)
-
-    def commit(self, plan: Plan) -> Ticket:
-        return self._send("commit", plan)
-
-    def abort(self, plan: Plan) -> Ticket:
-        return self._send("abort", plan)
-
-    def apply(self, plan: Plan) -> Ticket:
-        assert self.num_ranks == 1, "apply without a vote"
-        return self._send("apply", plan)
 
     def forward(self, step: Forward, max_in_flight: int) -> None:
         """Queue a forward pass; ranks run until no more than `max_in_flight` are under way."""
@@ -142,7 +89,7 @@ class Ranks:
         item = self._queue[at]
         rank.position += 1
         if type(item) is Command:
-            item.ticket.replies.append(self._obey(item.kind, item.plan, rank))
+            item.ticket.replies[rank.index] = self._obey(item.kind, item.plan, rank)
         else:
             self._run_forward(item, rank)
         while self._queue and all(r.position > self._first for r in self.ranks):
@@ -161,12 +108,12 @@ class Ranks:
     def _ahead(self, rank: Rank) -> list[Command | Forward]:
         return [self._queue[i] for i in range(rank.position - self._first, len(self._queue))]
 
-    def _send(self, kind: str, plan: Plan) -> Ticket:
+    def _send(self, command: str, plan: Plan) -> FakeTicket:
         self._undrained = [t for t in self._undrained if not t.taken]
-        ticket = Ticket(self.num_ranks, self.delay, self._undrained[:])
+        ticket = FakeTicket(self.delay, self.num_ranks, earlier=self._undrained[:])
         self._undrained.append(ticket)
         assert len(self._undrained) <= 10, "the ring is full: the engine would dead-lock"
-        self._queue.append(Command(kind, plan, ticket))
+        self._queue.append(Command(command, plan, ticket))
         return ticket
 
     def _run_forward(self, step: Forward, rank: Rank) -> None:
@@ -207,62 +154,29 @@ class Ranks:
             kv[block][slot:] = [prefixes[position]]
             rank.spans[block] = span
 
-    def _obey(self, kind: str, plan: Plan, rank: Rank) -> Reply:
-        assert plan.revision >= rank.revision, "a rank met a revision it has passed"
-        rank.revision = plan.revision
-        fails = rank.fails and kind in ("prepare", "apply")
-        if kind == "apply":
-            self._commit(replace(plan, layer_formats=(), num_kv_blocks=min(plan.num_kv_blocks, len(rank.kv))), rank)
-            if not fails:
-                plan = replace(plan, copies=())
-                self._prepare(plan, rank)
-                self._commit(plan, rank)
-        elif kind == "abort":
-            rank.staged = None
-        elif kind == "commit":
-            self._commit(plan, rank)
-        elif not fails:
-            self._prepare(plan, rank)
-        return Reply(
-            rank=rank.index,
-            revision=plan.revision,
-            ok=not fails,
-            error="planned" if fails else "",
-            elapsed_s=0.001 * len(plan.layer_formats),
-            num_kv_blocks=len(rank.kv),
-            weight_bytes=self._weight_bytes(rank),
-            staging_bytes=self._staging_bytes(rank),
-        )
+    def _error(self, command: str, plan: Plan, rank: Rank) -> str:
+        return "planned" if rank.fails and command in ("prepare", "apply") else ""
 
-    def _prepare(self, plan: Plan, rank: Rank) -> None:
-        assert rank.staged is None, "two plans prepared at once"
-        rank.staged = plan
-        self._check_budget(rank)
+    def _mapped(self, rank: Rank) -> int:
+        return len(rank.kv)
 
-    def _commit(self, plan: Plan, rank: Rank) -> None:
-        if plan.copies:
-            self.copy(rank, plan.copies)
-            self.rewrite(rank, dict(plan.copies))
-        if plan.num_kv_blocks < len(rank.kv):
-            assert plan.num_kv_blocks >= self.published(), "unmaps what the scheduler can hand out"
-            for block in range(plan.num_kv_blocks, len(rank.kv)):
-                del rank.kv[block]
-                rank.spans.pop(block, None)
-        if plan.layer_formats:
-            assert rank.staged == plan, "commit without prepare"
-            for layer, fmt in plan.layer_formats:
-                rank.formats[layer] = fmt
-            rank.staged = None
-        self._check_budget(rank)
-        top = plan.num_kv_blocks if rank.map_at_most is None else min(plan.num_kv_blocks, rank.map_at_most)
+    def _copy(self, plan: Plan, rank: Rank) -> None:
+        self.copy(rank, plan.copies)
+        self.rewrite(rank, dict(plan.copies))
+
+    def _unmap(self, num_kv_blocks: int, rank: Rank) -> None:
+        assert num_kv_blocks >= self.published(), "unmaps what the scheduler can hand out"
+        for block in range(num_kv_blocks, len(rank.kv)):
+            del rank.kv[block]
+            rank.spans.pop(block, None)
+
+    def _map(self, num_kv_blocks: int, rank: Rank) -> None:
+        top = num_kv_blocks if rank.map_at_most is None else min(num_kv_blocks, rank.map_at_most)
         for block in range(len(rank.kv), top):
             rank.kv[block] = []
-        self._check_budget(rank)
 
     def copy(self, rank: Rank, copies: Sequence[tuple[int, int]]) -> None:
         """The KV of each source to its destination."""
-        destinations = {d for _, d in copies}
-        assert len(destinations) == len(copies) and not destinations & {s for s, _ in copies}, "copies overlap"
         for source, destination in copies:
             assert source in rank.kv and destination in rank.kv, f"copy of unmapped KV on rank {rank.index}"
             rank.kv[destination] = list(rank.kv[source])
@@ -272,14 +186,3 @@ class Ranks:
         """Block tables that the rank keeps between steps."""
         for table in rank.tables.values():
             table[:] = [renamed.get(block, block) for block in table]
-
-    def _weight_bytes(self, rank: Rank) -> int:
-        return sum(self._layer_bytes[fmt][layer] for layer, fmt in enumerate(rank.formats))
-
-    def _staging_bytes(self, rank: Rank) -> int:
-        staged = () if rank.staged is None else rank.staged.layer_formats
-        return sum(self._layer_bytes[fmt][layer] for layer, fmt in staged)
-
-    def _check_budget(self, rank: Rank) -> None:
-        total = self._weight_bytes(rank) + self._staging_bytes(rank) + len(rank.kv) * self._kv_block_bytes
-        assert total <= self._budget_bytes, f"rank {rank.index} holds {total} B of {self._budget_bytes}"

@@ -155,7 +155,7 @@ def one_rank_late(world: World) -> None:
             return run(rank)
         rank.position += 1
         run(rank)
-        item.ticket.replies.append(ranks._obey(item.kind, item.plan, rank))
+        item.ticket.replies[rank.index] = ranks._obey(item.kind, item.plan, rank)
         return True
 
     ranks.run = run_late  # type: ignore[method-assign]
