@@ -3,43 +3,40 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engine import proof_run
 from engine.harness import engine, follow, generate, morph_of, settle
-from vllm import SamplingParams
 
 from kv_resize import backing
 from morphserve.integration import rank_proof, worker
-from morphserve.integration.host_memory import peak_beyond_now
-
-BATCH_TOKENS = 2048
 
 
 @pytest.fixture(scope="module")
 def llm(demo_model: Path, variant_cache: Path) -> Iterator[Any]:
-    with engine(demo_model, variant_cache, max_num_batched_tokens=BATCH_TOKENS) as started:
+    with engine(demo_model, variant_cache, max_num_batched_tokens=proof_run.BATCH_TOKENS) as started:
         yield started
 
 
-def test_a_full_prefill_takes_no_more_than_was_proven(llm: Any) -> None:
+def test_a_full_prefill_takes_no_more_than_was_proven(demo_model: Path, tmp_path: Path) -> None:
     """Guards: a figure measured on something smaller than what the scheduler may ask for."""
-    proven = morph_of(llm).worst_forward_bytes
-    assert proven > BATCH_TOKENS * 576 * 2  # at least one hidden state per token
-    params = SamplingParams(temperature=0.0, max_tokens=1)
-    prompts = [{"prompt_token_ids": [100 + 7 * i + k for k in range(500)]} for i in range(8)]
-    for level in (0, 6, 12):
-        follow(llm, {0: level})
-        settle(llm, level)
-        llm.reset_prefix_cache()
-        llm.generate(prompts, params, use_tqdm=False)  # what is allocated once and stays is no forward pass's
-        llm.reset_prefix_cache()
-        taken = peak_beyond_now(lambda: llm.generate(prompts, params, use_tqdm=False))
-        assert taken <= proven, (level, taken, proven)
-    follow(llm, {0: 0})
-    settle(llm, 0)
+    done = subprocess.run(
+        [sys.executable, proof_run.__file__, str(demo_model), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found["taken"]) == {"0", "6", "12"}
+    for level, taken in found["taken"].items():
+        assert proof_run.BATCH_TOKENS * 576 * 2 < taken <= found["proven"], (level, found)
 
 
 def test_growth_into_that_memory_is_refused(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +65,7 @@ def test_the_figure_is_kept(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = json.loads(whole)[rank_proof._conditions(driver, rank)]
     assert set(sizes) == {"base", "w8", "w4"}
     assert rank_proof.known(driver, rank) == max(sizes.values()) == morph_of(llm).worst_forward_bytes
-    monkeypatch.setattr(driver.vllm_config.scheduler_config, "max_num_batched_tokens", BATCH_TOKENS // 2)
+    monkeypatch.setattr(driver.vllm_config.scheduler_config, "max_num_batched_tokens", proof_run.BATCH_TOKENS // 2)
     assert rank_proof.known(driver, rank) is None
     monkeypatch.undo()
     try:
