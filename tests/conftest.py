@@ -19,6 +19,9 @@ settings.load_profile("repeatable")
 # The model is a local directory: nothing may look for it, or report, elsewhere.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# Threads of an engine sleep while they wait: with two engines, or anything else, on the same cores, waiting in a loop
+# takes ten times what is waited for. Read when torch is loaded; the number of threads, so the rounding, stays.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from engine import stock_runs
 from engine.rank_harness import CORES, make_model
 
 
@@ -14,6 +15,13 @@ from engine.rank_harness import CORES, make_model
 def variant_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Packed variants of the demo model: built by the first engine, read by the others."""
     return tmp_path_factory.mktemp("variants")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_stock_process_left() -> Iterator[None]:
+    """The process that `stock` starts serves all modules, and ends with them."""
+    yield
+    stock_runs.close()
 
 
 @pytest.fixture(scope="session")

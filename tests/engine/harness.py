@@ -6,14 +6,16 @@ server runs.
 
 from __future__ import annotations
 
-import json
+import functools
+import gc
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from engine.stock_runs import stock as stock
+from engine.stock_runs import stock_later as stock_later
 
 from morphserve.controller.ports import Plan
 from policies.types import Decision, Signals
@@ -53,6 +55,7 @@ def engine(
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM
 
+    _register_kernels_once()
     settings: dict[str, Any] = dict(
         model=str(model),
         enforce_eager=True,
@@ -73,11 +76,27 @@ def engine(
         }
         settings["additional_config"] = {"morphserve": merged}
     settings.update(overrides)
-    llm = LLM(**settings)
+    # A start collects garbage again and again, each time through all that torch and vLLM have imported. vLLM freezes
+    # all objects, too, but only at the end of a start.
+    gc.freeze()
     try:
-        yield llm
+        llm = LLM(**settings)
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        gc.unfreeze()  # shutdown does so; a start that was refused does not get there
+
+
+def _register_kernels_once() -> None:
+    """At each start vLLM looks for its kernels in every attribute of every module: a second that finds nothing new."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    register = platform.register_triton_kernel_overrides
+    if not hasattr(register, "cache_info"):
+        platform.register_triton_kernel_overrides = staticmethod(functools.cache(register))
 
 
 def morph_of(llm: Any) -> Any:
@@ -143,22 +162,6 @@ def renew(llm: Any) -> None:
     morph.failed = False
     morph.controller = morph._make_controller()
     morph.controller._runner.revision = runner.revision  # the ranks remember it
-
-
-def stock(model: Path, rounds: list[tuple[str, ...]], max_tokens: int = 48, **overrides: Any) -> list[Any]:
-    """What stock vLLM generates for each round, in a process that never saw the plugin switched on."""
-    job = {"rounds": [list(prompts) for prompts in rounds], "max_tokens": max_tokens, "engine": overrides}
-    script = Path(__file__).with_name("stock_run.py")
-    tests = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, str(script), str(model), json.dumps(job)],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
-    )
-    rounds_out = json.loads(done.stdout.strip().splitlines()[-1])
-    return [[(tuple(tokens), tuple(probs)) for tokens, probs in one] for one in rounds_out]
 
 
 class KVDriver:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine.harness import PROMPTS, engine, follow, generate, kv_script, morph_of, settle, stock
+from engine.harness import PROMPTS, engine, follow, generate, kv_script, morph_of, settle, stock_later
 
 from morphserve.integration.worker import _RANK
 
@@ -17,16 +18,20 @@ RESIZES = {3: 191, 9: 38, 14: 120, 18: 22, 20: 30, 27: 49, 33: 244, 36: 40, 40: 
 
 
 @pytest.fixture(scope="module")
-def stock_rounds(demo_model: Path) -> list[Any]:
-    """Short prompts, long ones, and the long ones again (prefix hits), from stock vLLM."""
-    return stock(demo_model, [PROMPTS, LONG, LONG])
+def asked(demo_model: Path) -> Future[Any]:
+    """Short prompts, long ones, and the long ones again (prefix hits), for stock vLLM while our engine starts."""
+    return stock_later(demo_model, [PROMPTS, LONG, LONG])
 
 
 @pytest.fixture(scope="module")
-def llm(demo_model: Path, tmp_path_factory: pytest.TempPathFactory, stock_rounds: Any) -> Iterator[Any]:
-    # stock_rounds first: two engines at once would share the cores.
+def llm(demo_model: Path, tmp_path_factory: pytest.TempPathFactory, asked: Future[Any]) -> Iterator[Any]:
     with engine(demo_model, tmp_path_factory.mktemp("variants")) as started:
         yield started
+
+
+@pytest.fixture(scope="module")
+def stock_rounds(asked: Future[Any], llm: Any) -> list[Any]:
+    return list(asked.result())
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import quantization_config, write_checkpoint
-from engine.harness import engine, follow, generate, settle, stock
+from engine.harness import engine, follow, generate, settle, stock, stock_later
 from engine.rank_harness import NUM_LAYERS, PARALLEL, PROMPTS, needs_two_cores
 from safetensors.torch import load_file, save_file
 
@@ -40,6 +40,7 @@ def test_all_layers_swapped_give_the_tokens_of_static_serving(
     """Guards: a layout misread, halves of a fused linear in the wrong order, norms left behind."""
     checkpoint = write_checkpoint(tiny_llama, tmp_path / kind, kind, group_size)
     format = "w8" if kind == "ct_int8" else "w4"
+    expected = stock_later(checkpoint, [PROMPTS[:4]], 24, **PLAIN)
     with engine(tiny_llama, variant_cache, config(format, checkpoint), **PLAIN) as llm:
         base = generate(llm, PROMPTS[:4], 24)
         follow(llm, {0: 1})
@@ -49,7 +50,7 @@ def test_all_layers_swapped_give_the_tokens_of_static_serving(
         settle(llm, 0)
         assert generate(llm, PROMPTS[:4], 24) == base
     assert swapped != base
-    assert swapped == stock(checkpoint, [PROMPTS[:4]], 24, **PLAIN)[0]
+    assert swapped == expected.result()[0]
 
 
 @needs_two_cores

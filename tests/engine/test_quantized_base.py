@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from checkpoints import write_checkpoint
-from engine.harness import engine, follow, generate, morph_of, settle, stock
+from engine.harness import engine, follow, generate, morph_of, settle, stock, stock_later
 from engine.rank_harness import NUM_LAYERS, PARALLEL, PROMPTS, needs_two_cores
 
 from morphserve.errors import ConfigError
@@ -59,6 +59,7 @@ def tensors_kept(worker: Any) -> set[str]:
 def test_level_0_is_stock_and_comes_back(tiny_llama: Path, tmp_path: Path, kind: str) -> None:
     """Guards: a scale lost or a matmul built for another dtype when a layer is restored, a bias added twice."""
     model = write_checkpoint(tiny_llama, tmp_path / kind, kind, 0)
+    expected = stock_later(model, [PROMPTS[:4]], 16, **PLAIN)
     with engine(model, tmp_path / "variants", all_layers("w4"), **PLAIN) as llm:
         base, swapped, restored = down_and_back(llm)
         full, quarter = (level.weight_bytes for level in morph_of(llm).runtime.ladder)
@@ -66,7 +67,7 @@ def test_level_0_is_stock_and_comes_back(tiny_llama: Path, tmp_path: Path, kind:
     assert kept == {"bias"}, "swapped out, a weight stays in the model"
     assert quarter < 0.67 * full  # small rows: scales and biases weigh more than in a real model
     assert swapped != base
-    assert restored == base == stock(model, [PROMPTS[:4]], 16, **PLAIN)[0]
+    assert restored == base == expected.result()[0]
 
 
 @needs_two_cores
@@ -85,12 +86,13 @@ def test_compiled_steps_run_int8_natively(tiny_llama: Path, tmp_path: Path) -> N
     """Guards: the compiled graph's operator calls oneDNN with other arguments than vLLM's own kernel."""
     model = write_checkpoint(tiny_llama, tmp_path / "ct_int8", "ct_int8", 0)
     compiled = {**PLAIN, "enforce_eager": False}
+    expected = stock_later(model, [PROMPTS[:4]], 16, **compiled)
     with engine(model, tmp_path / "variants", all_layers("w4"), **compiled) as llm:
         base, swapped, restored = down_and_back(llm)
         kinds = {slot.impl.native[0] for slot in opaque_linear._SLOTS}
     assert kinds == {"int8_onednn"}
     assert swapped != base
-    assert restored == base == stock(model, [PROMPTS[:4]], 16, **compiled)[0]
+    assert restored == base == expected.result()[0]
 
 
 @pytest.mark.skipif(not FREED_WEIGHTS_RETURN, reason="not glibc's allocator")
@@ -124,10 +126,11 @@ def test_a_checkpoint_in_4_bits_is_a_step(tiny_llama: Path, tmp_path: Path) -> N
     model = write_checkpoint(tiny_llama, tmp_path / "ct_int8", "ct_int8", 0)
     source = write_checkpoint(tiny_llama, tmp_path / "awq", "awq", 64)
     config = all_layers("w4", variants={"w4": str(source)}, kernels={"w4": "w4a16"})
+    expected = stock_later(source, [PROMPTS[:4]], 16, **PLAIN)
     with engine(model, tmp_path / "variants", config, **PLAIN) as llm:
         base, swapped, restored = down_and_back(llm)
     assert restored == base
-    assert swapped == stock(source, [PROMPTS[:4]], 16, **PLAIN)[0]
+    assert swapped == expected.result()[0]
 
 
 @pytest.mark.parametrize(
