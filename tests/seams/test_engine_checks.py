@@ -9,7 +9,7 @@ import pytest
 
 from morphserve.config import parse_config
 from morphserve.errors import ConfigError
-from morphserve.integration.checks import _check_lora, _check_model, _check_speculation
+from morphserve.integration.checks import _check_features, _check_lora, _check_model, _check_speculation
 
 PLAIN: dict[str, Any] = dict.fromkeys(
     ("is_hybrid", "is_attention_free", "is_moe", "use_mla", "is_encoder_decoder", "is_multimodal_model"), False
@@ -68,3 +68,23 @@ def test_adapters_are_refused_beside_layers_that_change_norms(given: dict[str, A
     _check_lora(parse_config({}), SimpleNamespace(lora_config=object()))
     with pytest.raises(ConfigError, match=f"{next(iter(given))}: .* together with --enable-lora"):
         _check_lora(config, SimpleNamespace(lora_config=object()))
+
+
+def check_features(kv_transfer_config: Any = None, enable_sleep_mode: bool = False) -> None:
+    parallel = SimpleNamespace(
+        distributed_executor_backend="uni", world_size=1, pipeline_parallel_size=1, data_parallel_size=1,
+        data_parallel_backend="mp", enable_expert_parallel=False,
+    )  # fmt: skip
+    model = SimpleNamespace(enable_sleep_mode=enable_sleep_mode)
+    _check_features(
+        SimpleNamespace(parallel_config=parallel, model_config=model, kv_transfer_config=kv_transfer_config)
+    )
+
+
+def test_what_else_moves_weights_or_kv_is_refused() -> None:
+    """Guards: a KV connector that reads blocks while they move, or sleep that frees weights a second time."""
+    check_features()
+    with pytest.raises(ConfigError, match="Leave out --kv-transfer-config"):
+        check_features(kv_transfer_config=object())
+    with pytest.raises(ConfigError, match="Leave out --enable-sleep-mode"):
+        check_features(enable_sleep_mode=True)

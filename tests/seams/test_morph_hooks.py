@@ -1,0 +1,115 @@
+"""What the scheduler calls may fail inside, and vLLM never hears of it."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from morphserve.integration.morph import Morph
+from morphserve.integration.traffic import Traffic
+
+
+class Broken:
+    """Fails at whatever it is asked."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise OSError(f"planted: {name}")
+
+
+class CountingController:
+    """As far as the hooks know it."""
+
+    exposure_level = 0
+    in_transition = wants_wakeup = False
+
+    def __init__(self) -> None:
+        self.num_ticks = 0
+        self.tripped: list[tuple[str, Any]] = []
+
+    def tick(self, view: Any) -> None:
+        self.num_ticks += 1
+
+    def trip(self, where: str) -> None:
+        self.tripped.append((where, sys.exc_info()[1]))
+
+
+def make_morph(**parts: Any) -> Any:
+    """A `Morph` around these parts; what is not given fails at the first touch."""
+    morph = object.__new__(Morph)
+    rest = ("_scheduler", "monitor", "receipts", "executor")
+    morph.__dict__ |= dict.fromkeys(rest, Broken())
+    morph.__dict__ |= {
+        "failed": False,
+        "wake_due": False,
+        "tokens_by_level": [0],
+        "controller": CountingController(),
+        "provenance": SimpleNamespace(forget=lambda request_id: None, set_level=lambda level: None),
+        "tick_times": SimpleNamespace(add=lambda seconds: None),
+        "_levels_in_flight": {},
+        "_level_of_outputs": 0,
+        "_heap_used": False,
+        **parts,
+    }
+    morph.traffic = Traffic(morph._scheduler, morph.monitor)
+    return morph
+
+
+OUTPUT = SimpleNamespace(num_scheduled_tokens={}, scheduled_new_reqs=[])
+MODEL_OUTPUT = SimpleNamespace(sampled_token_ids=[[1]])
+REQUEST = SimpleNamespace(request_id="asked")
+HOOKS: dict[str, tuple[Any, ...]] = {
+    "before_schedule": (),
+    "after_schedule": (OUTPUT,),
+    "after_update": (OUTPUT, MODEL_OUTPUT, {0: SimpleNamespace(outputs=[])}),
+    "on_arrival": (REQUEST,),
+    "on_preemption": (),
+    "on_finish": (REQUEST,),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_an_exception_in_a_hook_trips_and_stays_inside(hook: str) -> None:
+    """Guards: an exception of ours ends vLLM's engine loop, is lost in silence, or is met again at every step."""
+    morph = make_morph()
+    for _ in range(3):
+        getattr(morph, hook)(*HOOKS[hook])
+    assert morph.failed
+    ((where, error),) = morph.controller.tripped
+    assert where == "glue" and isinstance(error, OSError) and "planted" in str(error)
+
+
+def test_a_tripped_controller_is_ticked_on() -> None:
+    """Guards: a transition under way is left half done, with its blocks fenced, after the glue has failed."""
+    morph = make_morph()
+    morph.on_arrival(REQUEST)
+    assert morph.failed and morph.controller.num_ticks == 0
+    for _ in range(2):
+        morph.before_schedule()
+    assert morph.controller.num_ticks == 2 and len(morph.controller.tripped) == 1
+
+
+def test_what_has_failed_looks_at_nothing_more() -> None:
+    """Guards: a hook that goes on half-fed after another has failed, and fails at every request."""
+    seen: list[str] = []
+    monitor = SimpleNamespace(on_preemption=lambda now: seen.append("preemption"))
+    morph = make_morph(monitor=monitor)
+    morph.on_preemption()
+    assert seen == ["preemption"] and not morph.failed
+    morph.on_finish(REQUEST)
+    morph.on_preemption()
+    assert seen == ["preemption"] and morph.failed
+
+
+def test_what_ends_the_process_is_let_through() -> None:
+    """Guards: Ctrl-C during a hook is swallowed."""
+
+    def interrupt(now: float) -> None:
+        raise KeyboardInterrupt
+
+    morph = make_morph(monitor=SimpleNamespace(on_preemption=interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        morph.on_preemption()
+    assert not morph.failed
