@@ -159,8 +159,11 @@ class HostBacking:
             self._buffer[start:end].zero_()
 
     def copy_rows(self, offset: int, stride: int, pairs: BlockPairs) -> None:
-        """One memory copy per row: 8 times faster than indexing int8 rows with a tensor."""
-        copy_rows(self._buffer, offset, stride, pairs)
+        """One memmove(3) per row: a row is some kilobytes, and a tensor operation costs as much as copying it."""
+        address, end = self._whole.data_ptr() + offset, (self.size_bytes - offset) // stride
+        for src, dst in pairs:
+            assert 0 <= src < end and 0 <= dst < end, (src, dst, end)
+            ctypes.memmove(address + dst * stride, address + src * stride, stride)
 
     def _advise(self, advice: int, start: int, end: int) -> int:
         """errno of madvise(2), 0 for success."""
