@@ -104,6 +104,9 @@ class MorphServeConfig(_Section):
     profile: Path | None = Field(
         None, description="directory that scripts/profile_layers.py made for this model; null = none"
     )
+    step_times: Path | None = Field(
+        None, description="file that scripts/calibrate.py made; null = the profile's, if it has one"
+    )
     cache_dir: Path = Field(
         Path("~/.cache/morphserve"), description="packed variants; built once, verified, then read"
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from math import exp
 from typing import TYPE_CHECKING
 
-from policies.types import Signals
+from morphserve.waiting import NO_LIMITS, RequestLimits, WaitingBook
+from policies.types import Signals, StepLoad
 
 if TYPE_CHECKING:  # the controller package imports this module
     from morphserve.controller.ports import EngineView
@@ -100,47 +101,96 @@ class Monitor:
         self._tpot = DecayingMean(_LATENCY_TAU_S)
         self._step = DecayingMean(_LATENCY_TAU_S)
         self._blocks = DecayingMean(_REQUEST_SIZE_TAU_S)
+        self._prompt = DecayingMean(_REQUEST_SIZE_TAU_S)
+        self._output = DecayingMean(_REQUEST_SIZE_TAU_S)
         self._arrivals = WindowRate()
         self._preempted = WindowRate()
         self._preemptions = 0
+        self._waiting = WaitingBook()
+        self._tpot_limits: dict[str, float] = {}  # running request |-> its own limit, if it has one
+        self._tightest_tpot_s: float | None = None
         self._last_step_s: float | None = None
+        self._last_step: StepLoad | None = None
         self._now_s = 0.0  # newest time seen, for events that carry none
 
-    def on_arrival(self, now: float) -> None:
-        """A request entered the waiting queue."""
+    def on_arrival(
+        self, now: float, request_id: str = "", num_tokens: int = 0, limits: RequestLimits = NO_LIMITS, priority: int = 0
+    ) -> None:
+        """A request with a prompt of `num_tokens` entered the waiting queue."""
         self._now_s = now
         self._arrivals.add(now)
+        if num_tokens:
+            self._prompt.add(now, float(num_tokens))
+            self._waiting.add(request_id, now, num_tokens, limits=limits, priority=priority)
 
-    def on_scheduled(self, now: float, wait_s: float) -> None:
+    def on_scheduled(self, now: float, wait_s: float, request_id: str = "", tpot_limit_s: float | None = None) -> None:
         """A request was scheduled for the first time, `wait_s` after its arrival."""
         self._now_s = now
         self._queue_delay.add(now, wait_s)
+        self.on_resumed(request_id, tpot_limit_s)
+
+    def on_resumed(self, request_id: str, tpot_limit_s: float | None = None) -> None:
+        """A request runs that waited."""
+        self._waiting.remove(request_id)
+        if tpot_limit_s is not None:
+            self._tpot_limits[request_id] = tpot_limit_s
+            self._tightest_tpot_s = min(self._tpot_limits.values())
 
     def on_first_token(self, ttft_s: float) -> None:
         """A request got its first token, `ttft_s` after its arrival."""
         self._ttft.add(self._now_s, ttft_s)
 
-    def on_preemption(self, now: float) -> None:
-        """A running request lost its blocks and waits again."""
+    def on_preemption(
+        self,
+        now: float,
+        request_id: str = "",
+        num_tokens: int = 0,
+        limits: RequestLimits = NO_LIMITS,
+        priority: int = 0,
+        has_token: bool = True,
+    ) -> None:
+        """A running request lost its blocks and waits again, with `num_tokens` to compute."""
         self._now_s = now
         self._preemptions += 1
         self._preempted.add(now)
+        self._leaves_running(request_id)
+        if num_tokens:
+            self._waiting.add(request_id, now, num_tokens, limits=limits, priority=priority, has_token=has_token)
 
-    def on_finish(self, num_blocks: int, now: float) -> None:
+    def on_finish(self, num_blocks: int, now: float, request_id: str = "", output_tokens: int = 0) -> None:
         """A request ended, for whatever reason, holding `num_blocks`; 0 = it never ran."""
         self._now_s = now
+        self._waiting.remove(request_id)
+        self._leaves_running(request_id)
         if num_blocks > 0:
             self._blocks.add(now, float(num_blocks))
+            if output_tokens > 0:
+                self._output.add(now, float(output_tokens))
 
-    def on_step(self, now: float, num_decodes: int) -> None:
-        """The engine begins a step with work, in which `num_decodes` requests get one more token."""
+    def on_step(
+        self, now: float, num_decodes: int, num_seqs: int = 0, prefill_tokens: int = 0, context_tokens: int = 0,
+        level: int | None = None,
+    ) -> None:
+        """An engine step has ended, in which `num_decodes` requests got one more token.
+
+        Args:
+            num_seqs, prefill_tokens, context_tokens: as in `StepLoad`.
+            level: all layers of the step ran at; None = something else took a part of its time.
+        """
         self._now_s = now
         last, self._last_step_s = self._last_step_s, now
+        self._last_step = None
         if last is None or not 0 < now - last <= _MAX_STEP_S:
             return
         self._step.add(now, now - last)
         if num_decodes > 0:
             self._tpot.add(now, now - last, num_decodes)
+        if level is not None and num_seqs > 0:
+            self._last_step = StepLoad(now - last, num_seqs, prefill_tokens, context_tokens, level)
+
+    def _leaves_running(self, request_id: str) -> None:
+        if self._tpot_limits.pop(request_id, None) is not None:
+            self._tightest_tpot_s = min(self._tpot_limits.values(), default=None)
 
     def on_idle(self) -> None:
         """The engine has no work: the time until the next step is no step time."""
@@ -176,4 +226,9 @@ class Monitor:
             tpot_s=self._tpot.value,
             step_s=self._step.value,
             blocks_per_request=self._blocks.value,
+            waiting=self._waiting.cohorts(),
+            last_step=self._last_step,
+            prompt_tokens=self._prompt.value,
+            output_tokens=self._output.value,
+            tightest_tpot_s=self._tightest_tpot_s,
         )

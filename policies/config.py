@@ -47,4 +47,34 @@ class ThresholdConfig(_Section):
     )
 
 
-PolicyConfig = Annotated[StaticConfig | ThresholdConfig, Field(discriminator="kind")]
+class SloConfig(_Section):
+    """Predicts, for every level, who would be late, and takes the level of least quality cost that keeps the promise."""
+
+    kind: Literal["slo"]
+    mode: Literal["accuracy", "default", "performance"] = Field(
+        "default", description="presets for every field below that is left out"
+    )
+    ttft_s: float = Field(2.0, gt=0, description="promised time to first token, for requests that bring no limit")
+    tpot_s: float = Field(0.150, gt=0, description="promised time per output token, likewise")
+    target: float | None = Field(
+        None, gt=0, lt=1, description="share of requests that may be predicted to break a promise"
+    )
+    horizon_s: float | None = Field(None, gt=0, description="how far ahead arrivals are forecast and counted")
+    dwell_s: float | None = Field(
+        None, ge=0, description="how long a shallower level must have been predicted to do before we restore to it"
+    )
+    max_level: int | str | None = Field(
+        None, description="never deeper than this: index, 'deepest', or a format name; null = mode's"
+    )
+    transitions_per_minute: float = Field(
+        20.0, gt=0, description="token bucket: that many changes of the level on average, a third of them at once"
+    )
+    quality_budget: float | None = Field(
+        None, ge=0, description="KL that may be spent per hour, nats summed over tokens; null = no limit"
+    )
+    shed: bool = Field(
+        False, description="with the deepest level predicted to break the promise, refuse new requests (503)"
+    )
+
+
+PolicyConfig = Annotated[StaticConfig | ThresholdConfig | SloConfig, Field(discriminator="kind")]

@@ -41,6 +41,30 @@ Ladder = tuple[MorphLevel, ...]  # ladder[k].index == k; num_kv_blocks never dec
 
 
 @dataclass(frozen=True, slots=True)
+class Cohort:
+    """Neighbours in the waiting queue, so alike that one prediction serves them all."""
+
+    num_requests: int
+    num_tokens: int  # all of them together: prompts, and what preempted ones had generated
+    first_arrival_s: float  # monotonic clock
+    last_arrival_s: float
+    ttft_s: float | None = None  # their own limit; None = the policy's
+    tpot_s: float | None = None
+    has_token: bool = False  # preempted: their first token is out, what suffers is the time per token
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoad:
+    """What the engine step before this boundary computed, and what it took."""
+
+    seconds: float  # from its boundary to the next
+    num_seqs: int
+    prefill_tokens: int  # beyond one token per sequence
+    context_tokens: int  # KV that its attention read
+    level: int  # that it ran at
+
+
+@dataclass(frozen=True, slots=True)
 class Signals:
     """The engine as a policy sees it at one step boundary."""
 
@@ -60,6 +84,11 @@ class Signals:
     tpot_s: float  # EWMA
     step_s: float  # EWMA of the time between two engine steps that had work
     blocks_per_request: float  # EWMA of the blocks a request held when it ended; 0 = unknown
+    waiting: tuple[Cohort, ...] = ()  # who waits, next one first
+    last_step: StepLoad | None = None  # None: none yet, or something other than the step took part of that time
+    prompt_tokens: float = 0.0  # EWMA over requests that arrived; 0 = unknown
+    output_tokens: float = 0.0  # EWMA over requests that ended; 0 = unknown
+    tightest_tpot_s: float | None = None  # of the running requests that bring a limit of their own
 
     @property
     def kv_usage(self) -> float:
@@ -69,11 +98,21 @@ class Signals:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What of the engine's own settings a prediction needs."""
+
+    block_size: int  # tokens per KV block
+    max_num_seqs: int
+    max_num_batched_tokens: int  # of one step
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """The level a policy wants, and why, in words a log reader understands."""
 
     level: int
     reason: str
+    max_queued_tokens: int | None = None  # refuse requests beyond this queue; None = take all
 
 
 class Policy(Protocol):

@@ -1,0 +1,159 @@
+"""The waiting queue in a few figures: what a policy predicts from, whatever the queue's length."""
+
+from __future__ import annotations
+
+from bisect import bisect
+from dataclasses import dataclass
+from math import inf
+
+from policies.types import Cohort
+
+_SPAN_S = 0.1  # requests that came within it count as one
+_MAX_COHORTS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What a request brought along; None = what the policy promises everyone."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+    def stricter(self, other: RequestLimits) -> RequestLimits:
+        """The lower of each; a limit of one's own before none."""
+        return RequestLimits(_lower(self.ttft_s, other.ttft_s), _lower(self.tpot_s, other.tpot_s))
+
+
+NO_LIMITS = RequestLimits()
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """A cohort that still changes."""
+
+    priority: int
+    has_token: bool
+    limits: RequestLimits
+    first_s: float
+    last_s: float
+    num_requests: int = 0
+    num_tokens: int = 0
+    into: _Group | None = None  # the neighbour it was merged into
+
+    @property
+    def place(self) -> tuple[int, bool, float]:
+        """Preempted ones are served before those that never ran."""
+        return (self.priority, not self.has_token, self.first_s)
+
+    def alike(self, other: _Group) -> bool:
+        return (self.priority, self.has_token, self.limits) == (other.priority, other.has_token, other.limits)
+
+    def frozen(self) -> Cohort:
+        return Cohort(
+            self.num_requests,
+            self.num_tokens,
+            self.first_s,
+            self.last_s,
+            self.limits.ttft_s,
+            self.limits.tpot_s,
+            self.has_token,
+        )
+
+
+class WaitingBook:
+    """Who waits, as at most `_MAX_COHORTS` cohorts in the order they will be served. Constant cost per event."""
+
+    def __init__(self) -> None:
+        self._groups: list[_Group] = []  # ordered by _place
+        self._members: dict[str, tuple[_Group, int]] = {}  # request id |-> the group it came into, and its tokens
+        self._frozen: tuple[Cohort, ...] | None = ()
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def add(
+        self,
+        request_id: str,
+        arrival_s: float,
+        num_tokens: int,
+        *,
+        limits: RequestLimits = NO_LIMITS,
+        priority: int = 0,
+        has_token: bool = False,
+    ) -> None:
+        """A request waits, with `num_tokens` to compute before its next token.
+
+        Args:
+            priority: 0 for all where the scheduler serves first come, first served.
+            has_token: it was preempted after its first token.
+        """
+        self.remove(request_id)
+        self._frozen = None
+        new = _Group(priority, has_token, limits, arrival_s, arrival_s)
+        group = self._home(new)
+        group.num_requests += 1
+        group.num_tokens += num_tokens
+        group.first_s = min(group.first_s, arrival_s)
+        group.last_s = max(group.last_s, arrival_s)
+        self._members[request_id] = (group, num_tokens)
+
+    def remove(self, request_id: str) -> None:
+        """It was scheduled, or has gone. Unknown ids are ignored."""
+        member = self._members.pop(request_id, None)
+        if member is None:
+            return
+        self._frozen = None
+        group, num_tokens = member
+        while group.into is not None:
+            group = group.into
+        group.num_requests -= 1
+        group.num_tokens -= num_tokens
+        if group.num_requests == 0:
+            self._groups.remove(group)
+
+    def cohorts(self) -> tuple[Cohort, ...]:
+        """Next one to be served first."""
+        if self._frozen is None:
+            self._frozen = tuple(group.frozen() for group in self._groups)
+        return self._frozen
+
+    def _home(self, new: _Group) -> _Group:
+        """The group for a request like `new`: one that is there, or `new` itself."""
+        groups = self._groups
+        at = bisect(groups, new.place, key=_place)
+        if at > 0:
+            before = groups[at - 1]
+            if before.alike(new) and (new.first_s - before.first_s <= _SPAN_S or before.has_token):
+                return before
+        groups.insert(at, new)
+        if len(groups) > _MAX_COHORTS:
+            self._merge_closest()
+            while new.into is not None:
+                new = new.into
+        return new
+
+    def _merge_closest(self) -> None:
+        """Two neighbours that differ least become one."""
+
+        def span_s(at: int) -> float:
+            a, b = self._groups[at], self._groups[at + 1]
+            return b.last_s - a.first_s if a.alike(b) else inf
+
+        at = min(range(len(self._groups) - 1), key=span_s)
+        kept, gone = self._groups[at], self._groups.pop(at + 1)
+        if not kept.alike(gone):  # more classes of requests than cohorts: the stricter limits count for both
+            kept.limits = kept.limits.stricter(gone.limits)
+            kept.has_token = kept.has_token and gone.has_token
+        kept.num_requests += gone.num_requests
+        kept.num_tokens += gone.num_tokens
+        kept.last_s = max(kept.last_s, gone.last_s)
+        gone.into = kept
+
+
+def _place(group: _Group) -> tuple[int, bool, float]:
+    return group.place
+
+
+def _lower(a: float | None, b: float | None) -> float | None:
+    known = [limit for limit in (a, b) if limit is not None]
+    return min(known, default=None)

@@ -1,0 +1,139 @@
+"""How long an engine step takes, by what is in it and by the format of the layers: fitted by `scripts/calibrate.py`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from policies.types import BASE_FORMAT, Ladder, MorphLevel
+
+SCHEMA = 1
+_ATTENTION_SHARE = 1 / 6  # of the weights of a usual decoder layer, and so about of its matmuls' time
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """seconds = base + per_seq * seqs + per_prefill_token * prefill tokens + per_context_token * context tokens."""
+
+    base_s: float
+    per_seq_s: float
+    per_prefill_token_s: float  # of tokens beyond one a sequence
+    per_context_token_s: float  # of KV that attention reads
+
+    def seconds(self, num_seqs: float, prefill_tokens: float, context_tokens: float) -> float:
+        """Of one step."""
+        return (
+            self.base_s
+            + self.per_seq_s * num_seqs
+            + self.per_prefill_token_s * prefill_tokens
+            + self.per_context_token_s * context_tokens
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMove:
+    """What switching layers costs, on the slowest rank."""
+
+    degrade_s: float  # a layer
+    restore_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """What calibration measured on one machine with one model.
+
+    Layers in different formats add up: a step of a level takes the mean over its layers of what it takes with
+    all layers in that format.
+    """
+
+    formats: Mapping[str, StepTime]  # all layers in that format; BASE_FORMAT is always there
+    move: LayerMove
+    offset_s: float = 0.0  # from a request's arrival to the queue, and from its token to the client
+    residuals: Mapping[str, float] | None = None  # by format: root mean square of the relative error of the fit
+    model: str = ""
+    machine: str = ""
+
+    def of_level(self, level: MorphLevel) -> StepTime:
+        """The mean over the layers.
+
+        Raises:
+            ValueError: a format of the level was never calibrated.
+        """
+        parts = [self._of_format(fmt) for fmt in level.layer_formats]
+        return StepTime(*(math.fsum(column) / len(parts) for column in zip(*parts, strict=True)))
+
+    def of_ladder(self, ladder: Ladder) -> tuple[StepTime, ...]:
+        """One for each level.
+
+        Raises:
+            ValueError: as `of_level`.
+        """
+        return tuple(self.of_level(level) for level in ladder)
+
+    def _of_format(self, fmt: str) -> tuple[float, float, float, float]:
+        halves = fmt.split("/")
+        shares = (1.0,) if len(halves) == 1 else (_ATTENTION_SHARE, 1 - _ATTENTION_SHARE)
+        total = [0.0, 0.0, 0.0, 0.0]
+        for half, share in zip(halves, shares, strict=True):
+            time = self.formats.get(half)
+            if time is None:
+                raise ValueError(
+                    f"step times of format {half!r} are not known, only those of {', '.join(self.formats)}. Run "
+                    "scripts/calibrate.py with the config whose ladder has it."
+                )
+            own = (time.base_s, time.per_seq_s, time.per_prefill_token_s, time.per_context_token_s)
+            total = [a + share * b for a, b in zip(total, own, strict=True)]
+        return (total[0], total[1], total[2], total[3])
+
+    def save(self, path: Path) -> None:
+        """Write JSON, whole or not at all."""
+        document = {"schema": SCHEMA, **asdict(self), "formats": {k: asdict(v) for k, v in self.formats.items()}}
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        part.replace(path)
+
+
+def load_step_times(path: Path) -> StepTimes:
+    """Read what `StepTimes.save` wrote.
+
+    Raises:
+        ValueError: unreadable, of another schema, or with figures that are no times.
+    """
+    remedy = "Make it with scripts/calibrate.py."
+    try:
+        raw = json.loads(path.expanduser().read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ValueError(f"step times {path}: {e.strerror}. {remedy}") from e
+    except ValueError as e:
+        raise ValueError(f"step times {path}: not JSON ({e}). {remedy}") from e
+    if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
+        found = raw.get("schema") if isinstance(raw, dict) else type(raw).__name__
+        raise ValueError(f"step times {path}: schema {found!r}, this version reads {SCHEMA}. {remedy}")
+    try:
+        times = StepTimes(
+            formats={str(fmt): StepTime(**figures) for fmt, figures in raw["formats"].items()},
+            move=LayerMove(**raw["move"]),
+            offset_s=raw["offset_s"],
+            residuals=raw.get("residuals"),
+            model=raw.get("model", ""),
+            machine=raw.get("machine", ""),
+        )
+        _check(times)
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise ValueError(f"step times {path}: {e}. {remedy}") from e
+    return times
+
+
+def _check(times: StepTimes) -> None:
+    if BASE_FORMAT not in times.formats:
+        raise ValueError(f"no times of {BASE_FORMAT!r}, only of {', '.join(times.formats) or 'nothing'}")
+    for fmt, time in times.formats.items():
+        figures: Sequence[float] = (time.base_s, time.per_seq_s, time.per_prefill_token_s, time.per_context_token_s)
+        if not all(isinstance(f, int | float) and math.isfinite(f) and f >= 0 for f in figures) or time.base_s <= 0:
+            raise ValueError(f"times of {fmt!r} are {figures}, must be 0 s or more, and the first above 0")
+    for name, seconds in (("degrade_s", times.move.degrade_s), ("restore_s", times.move.restore_s)):
+        if not (isinstance(seconds, int | float) and math.isfinite(seconds) and seconds >= 0):
+            raise ValueError(f"move.{name} is {seconds!r}, must be 0 s or more")
