@@ -106,6 +106,7 @@ class Monitor:
         self._arrivals = WindowRate()
         self._preempted = WindowRate()
         self._preemptions = 0
+        self._num_arrivals = 0
         self._waiting = WaitingBook()
         self._tpot_limits: dict[str, float] = {}  # running request |-> its own limit, if it has one
         self._tightest_tpot_s: float | None = None
@@ -119,6 +120,7 @@ class Monitor:
         """A request with a prompt of `num_tokens` entered the waiting queue."""
         self._now_s = now
         self._arrivals.add(now)
+        self._num_arrivals += 1
         if num_tokens:
             self._prompt.add(now, float(num_tokens))
             self._waiting.add(request_id, now, num_tokens, limits=limits, priority=priority)
@@ -188,6 +190,11 @@ class Monitor:
         if level is not None and num_seqs > 0:
             self._last_step = StepLoad(now - last, num_seqs, prefill_tokens, context_tokens, level)
 
+    @property
+    def last_step(self) -> StepLoad | None:
+        """The step that ended last; None when something else took a part of its time."""
+        return self._last_step
+
     def _leaves_running(self, request_id: str) -> None:
         if self._tpot_limits.pop(request_id, None) is not None:
             self._tightest_tpot_s = min(self._tpot_limits.values(), default=None)
@@ -230,5 +237,6 @@ class Monitor:
             last_step=self._last_step,
             prompt_tokens=self._prompt.value,
             output_tokens=self._output.value,
+            num_arrivals=self._num_arrivals,
             tightest_tpot_s=self._tightest_tpot_s,
         )

@@ -88,6 +88,7 @@ class Signals:
     last_step: StepLoad | None = None  # None: none yet, or something other than the step took part of that time
     prompt_tokens: float = 0.0  # EWMA over requests that arrived; 0 = unknown
     output_tokens: float = 0.0  # EWMA over requests that ended; 0 = unknown
+    num_arrivals: int = 0  # since start
     tightest_tpot_s: float | None = None  # of the running requests that bring a limit of their own
 
     @property

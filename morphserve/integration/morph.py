@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.core.sched.interface import PauseState
@@ -24,6 +25,15 @@ from morphserve.integration.wake import IdleWaker
 from morphserve.monitor import Monitor
 
 
+@dataclass(frozen=True, slots=True)
+class _StepInFlight:
+    """The engine as it was when a step was scheduled."""
+
+    level: int  # exposure
+    settled: bool = False  # no transition took a part of its time
+    used_blocks: int = 0
+
+
 class Morph:
     """What the scheduler calls. Nothing in here may raise: an exception would kill the engine."""
 
@@ -33,7 +43,7 @@ class Morph:
         self.wake_due = False
         self.failed = False  # tripped outside the controller's own guard
         self.tokens_by_level = [0] * len(runtime.ladder)
-        self._levels_in_flight: dict[int, int] = {}  # id(scheduler output) |-> exposure level
+        self._in_flight: dict[int, _StepInFlight] = {}  # by id(scheduler output)
         self._level_of_outputs = 0  # of those that vLLM reads now, or read last
         self._heap_used = False  # a transition has been since the ranks last gave free heap back
         self.tick_times = TimeHistogram()
@@ -88,7 +98,8 @@ class Morph:
 
     def before_update(self, output: Any) -> None:
         """Requests that end while vLLM reads `output` end at the level it was made at."""
-        self._level_of_outputs = self._levels_in_flight.get(id(output), self._level_of_outputs)
+        step = self._in_flight.get(id(output))
+        self._level_of_outputs = self._level_of_outputs if step is None else step.level
 
     def after_update(self, output: Any, model_output: Any, made: Any) -> None:
         self._guard(self._after_update, output, model_output)
@@ -97,8 +108,8 @@ class Morph:
     def on_arrival(self, request: Any) -> None:
         self._guard(self._on_arrival, request)
 
-    def on_preemption(self) -> None:
-        self._guard(self.traffic.on_preemption)
+    def on_preemption(self, request: Any) -> None:
+        self._guard(self.traffic.on_preemption, request)
 
     def on_finish(self, request: Any) -> None:
         self._guard(self._on_finish, request)
@@ -127,19 +138,19 @@ class Morph:
         return self._scheduler.pause_state == PauseState.UNPAUSED
 
     def _after_schedule(self, output: Any) -> None:
-        level = self.controller.exposure_level
-        self._levels_in_flight[id(output)] = level
+        controller = self.controller
+        level = controller.exposure_level
+        self._in_flight[id(output)] = _StepInFlight(level, not controller.in_transition, self.pool.num_used_blocks)
         self.receipts.on_scheduled(output.num_scheduled_tokens, level)
-        new = output.scheduled_new_reqs
-        if new:
-            self.traffic.on_scheduled(new)
+        self.traffic.on_scheduled(output.scheduled_new_reqs, output.scheduled_cached_reqs.resumed_req_ids)
 
     def _after_update(self, output: Any, model_output: Any) -> None:
-        level = self._levels_in_flight.pop(id(output), self.controller.exposure_level)
+        step = self._in_flight.pop(id(output), None) or _StepInFlight(self.controller.exposure_level)
+        level = step.level
         num_tokens = sum(map(len, model_output.sampled_token_ids or ()))
         self.tokens_by_level[level] += num_tokens
         self.receipts.on_sampled(level)
-        self.traffic.on_step(num_tokens)
+        self.traffic.on_step(num_tokens, output, step.used_blocks, level if step.settled else None)
         if self._heap_used:
             self._trim_when_idle()
 
@@ -156,7 +167,7 @@ class Morph:
         self.receipts.attach(output for outputs in made.values() for output in outputs.outputs)
 
     def _on_arrival(self, request: Any) -> None:
-        self.traffic.on_arrival()
+        self.traffic.on_arrival(request)
         self.receipts.on_arrival(request)
 
     def _on_finish(self, request: Any) -> None:

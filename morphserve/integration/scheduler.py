@@ -37,9 +37,9 @@ class _MorphScheduler:
         super().add_request(request)  # type: ignore[misc]
         self.morph.on_arrival(request)
 
-    def _preempt_request(self, *args: Any, **kwargs: Any) -> None:
-        super()._preempt_request(*args, **kwargs)  # type: ignore[misc]
-        self.morph.on_preemption()
+    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
+        self.morph.on_preemption(request)
 
     def _free_blocks(self, request: Any) -> None:
         self.morph.on_finish(request)

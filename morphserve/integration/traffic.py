@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+
 from morphserve.controller.ports import EngineView
+from morphserve.integration.request_limits import limits_of
 from morphserve.monitor import Monitor
 
 
@@ -35,22 +38,39 @@ class Traffic:
             oldest = max(0.0, time.time() - since)
         return EngineView(num_waiting, num_running, oldest)
 
-    def on_arrival(self) -> None:
+    def on_arrival(self, request: Any) -> None:
         """A request entered the waiting queue."""
-        self._monitor.on_arrival(time.monotonic())
+        now = time.monotonic()
+        self._monitor.on_arrival(now, request.request_id, request.num_tokens, limits_of(request), self._rank(request))
 
-    def on_scheduled(self, new: Sequence[Any]) -> None:
-        """Requests (`NewRequestData`) were scheduled for the first time."""
+    def on_scheduled(self, new: Sequence[Any], resumed: Iterable[str]) -> None:
+        """Requests were scheduled for the first time (`NewRequestData`), or again after a preemption (ids)."""
+        if not new and not resumed:
+            return
         now, wall = time.monotonic(), time.time()
         for data in new:
             request = self._scheduler.requests.get(data.req_id)
             if request is not None:
-                self._monitor.on_scheduled(now, max(0.0, wall - request.arrival_time))
+                wait_s = max(0.0, wall - request.arrival_time)
+                self._monitor.on_scheduled(now, wait_s, data.req_id, limits_of(request).tpot_s)
                 self._awaiting_first_token.append(request)
+        for request_id in resumed:
+            request = self._scheduler.requests.get(request_id)
+            self._monitor.on_resumed(request_id, None if request is None else limits_of(request).tpot_s)
 
-    def on_step(self, num_tokens: int) -> None:
-        """The requests have got the tokens of a step, so many of them."""
-        self._monitor.on_step(time.monotonic(), num_tokens)
+    def on_step(self, num_tokens: int, output: Any, used_blocks: int, level: int | None) -> None:
+        """The requests have got the tokens of a step, so many of them.
+
+        Args:
+            output: vLLM's SchedulerOutput of the step.
+            used_blocks: that live requests held when it was scheduled.
+            level: all of its layers ran at, None while they were changing.
+        """
+        num_seqs, block_size = len(output.num_scheduled_tokens), self._scheduler.block_size
+        context = max(used_blocks * block_size - num_seqs * block_size // 2, 0)  # half of each last block is empty
+        self._monitor.on_step(
+            time.monotonic(), num_tokens, num_seqs, output.total_num_scheduled_tokens - num_seqs, context, level
+        )
         if not self._awaiting_first_token:
             return
         wall = time.time()
@@ -62,12 +82,23 @@ class Traffic:
                 still.append(request)
         self._awaiting_first_token = still
 
-    def on_preemption(self) -> None:
+    def on_preemption(self, request: Any) -> None:
         """A running request lost its blocks."""
         self._last_preemption_wall_s = time.time()
-        self._monitor.on_preemption(time.monotonic())
+        self._monitor.on_preemption(
+            time.monotonic(),
+            request.request_id,
+            request.num_tokens,
+            limits_of(request),
+            self._rank(request),
+            has_token=request.num_output_tokens > 0,
+        )
 
     def on_finish(self, request: Any) -> None:
         """A request ends; its blocks are still its own."""
         num_blocks = sum(map(len, self._scheduler.kv_cache_manager.get_block_ids(request.request_id)))
-        self._monitor.on_finish(num_blocks, time.monotonic())
+        self._monitor.on_finish(num_blocks, time.monotonic(), request.request_id, request.num_output_tokens)
+
+    def _rank(self, request: Any) -> int:
+        """Its place in the queue: by priority, where the scheduler goes by that."""
+        return int(request.priority) if self._scheduler.policy == SchedulingPolicy.PRIORITY else 0

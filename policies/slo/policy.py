@@ -1,15 +1,240 @@
-"""The `slo` policy."""
+"""Predicts every level, and takes the one of least quality cost that keeps the promise."""
 
 from __future__ import annotations
 
-from policies.config import SloConfig
+from dataclasses import dataclass
+
+from policies.config import SloConfig, ThresholdConfig
+from policies.levels import deepest_level_within, resolve_level
+from policies.slo.correction import Correction
+from policies.slo.forecast import ArrivalForecast
+from policies.slo.limits import QualityBudget, TokenBucket
+from policies.slo.predictor import Load, Outlook, Predictor, Typical
 from policies.step_times import StepTimes
+from policies.threshold import ThresholdPolicy
 from policies.types import Decision, EngineLimits, Ladder, Signals
+
+_EIGHT_BITS = frozenset({"w8", "fp8"})
+_THINK_S = 0.05  # predictions are made anew this often at most; a preemption cannot wait
+_WORTH_REQUESTS = 0.5  # a round trip must save so many
+_SAFETY = 1.15  # arrivals and errors are taken so much larger before a restore
+_FILL_AFTER_RESTORE = 0.95  # of the blocks: a shallower level must hold what lives, with air
+_REENTRY_S = 20.0  # degrading so soon after a restore means that the restore was too early
+_MAX_DWELL_S = 5.0  # level 0 must be reached within 10 s of the end of pressure
+_DWELL_DECAY_S = 30.0
+_LOST_TRUST = 0.9  # relative error of predictions beyond which thresholds decide
+_TRUST_AGAIN = 0.6
+_REFUSE_SHARE = 0.3  # of requests late at the deepest level before new ones are refused
+
+
+@dataclass(frozen=True, slots=True)
+class SloTargets:
+    """SloConfig with every field filled in."""
+
+    target: float
+    horizon_s: float
+    dwell_s: float
+    max_level: int
+
+
+_PRESETS: dict[str, tuple[float, float, float]] = {  # target, horizon_s, dwell_s
+    "accuracy": (0.05, 2.0, 0.5),
+    "default": (0.01, 3.0, 1.0),
+    "performance": (0.002, 6.0, 3.0),
+}
+
+
+def fill_in(config: SloConfig, ladder: Ladder) -> SloTargets:
+    """The mode's presets, under what the user set.
+
+    Raises:
+        ValueError: `max_level` is not on the ladder.
+    """
+    target, horizon_s, dwell_s = _PRESETS[config.mode]
+    if config.max_level is not None:
+        max_level = resolve_level(ladder, config.max_level)
+    elif config.mode == "accuracy":
+        max_level = deepest_level_within(ladder, _EIGHT_BITS)
+    else:
+        max_level = len(ladder) - 1
+    return SloTargets(
+        target if config.target is None else config.target,
+        horizon_s if config.horizon_s is None else config.horizon_s,
+        dwell_s if config.dwell_s is None else config.dwell_s,
+        max_level,
+    )
 
 
 class SloPolicy:
+    """Deeper at once when that saves requests, shallower when a prediction with air in it has held for a dwell.
+
+    1. Degrades only while KV is what binds, and only for requests that the deeper level saves.
+    2. Level changes stay within the token bucket; a way down is always paid for before a way up is taken.
+    3. When predictions have been wrong, thresholds decide until they are right again.
+    """
+
     def __init__(self, config: SloConfig, ladder: Ladder, times: StepTimes, limits: EngineLimits) -> None:
-        self.ladder = ladder
+        """Fix targets and predictions.
+
+        Raises:
+            ValueError: `max_level` is not on the ladder, or a format of the ladder was never calibrated.
+        """
+        self.targets = fill_in(config, ladder)
+        self._config = config
+        self._ladder = ladder[: self.targets.max_level + 1]
+        by_level = times.of_ladder(ladder)
+        self._usable = [level.num_kv_blocks - 1 for level in ladder]
+        self._costs = [_cost(level.expected_kl, level.index, ladder) for level in ladder]
+        self._move = times.move
+        self._predictor = Predictor(self._usable, by_level, limits)
+        self._limits = limits
+        self.correction = Correction(by_level)
+        self._forecast = ArrivalForecast()
+        self._bucket = TokenBucket(config.transitions_per_minute)
+        self.budget = QualityBudget(config.quality_budget)
+        self._fallback = ThresholdPolicy(ThresholdConfig(kind="threshold", max_level=self.targets.max_level), ladder)
+        self.distrusts = False
+        self.dwell_s = self.targets.dwell_s
+        self._fits_since: list[float | None] = [None] * len(self._ladder)
+        self._thought_s = float("-inf")
+        self._preemptions = 0
+        self._restored_s = float("-inf")
+        self._reentry_s = float("-inf")
+        self._last = Decision(0, "start at full precision")
 
     def decide(self, signals: Signals) -> Decision:
-        return Decision(0, "not written yet")
+        """The level to serve at now. Cost: levels times cohorts, at most every `_THINK_S`."""
+        s = signals
+        self._forecast.update(s.now_s, s.num_arrivals)
+        self.correction.learn(s)
+        if s.last_step is not None:
+            self.budget.update(s.now_s, s.last_step.num_seqs, self._costs[min(s.last_step.level, len(self._costs) - 1)])
+        preempted, self._preemptions = s.preemptions > self._preemptions, s.preemptions
+        if s.now_s - self._thought_s < _THINK_S and not preempted:
+            return self._last
+        self._thought_s = s.now_s
+        self._bucket.refill(s.now_s)
+        self._weigh_trust()
+        by_threshold = self._fallback.decide(s)  # always asked, so that its dwell is right when it must take over
+        self._last = by_threshold if self.distrusts else self._think(s)
+        return self._last
+
+    # ---- the decision
+
+    def _think(self, s: Signals) -> Decision:
+        heading = min(s.target_level, len(self._ladder) - 1)
+        if self.budget.exhausted:
+            if heading == 0:
+                return self._stay(0, "quality budget spent")
+            return self._go(s, 0, "quality budget spent")
+        load = self._load(s, 1.0)
+        if self._is_calm(s, load, heading):
+            return self._stay(heading, "nothing to do")
+        outlooks = [self._predictor.outlook(level, load, self._delay_s(s, level)) for level in range(len(self._ladder))]
+        here = outlooks[heading]
+        if s.waiting and not s.waiting[-1].has_token:
+            self.correction.watch(s.waiting[-1], s.now_s + here.last_wait_s)
+        best = self._cheapest(outlooks)
+        if best > heading:
+            saved = here.violations - outlooks[best].violations
+            if not here.binds:
+                return self._stay(heading, f"late {here.share:.0%}, but KV does not bind")
+            if saved < _WORTH_REQUESTS:
+                return self._stay(heading, f"level {best} would save {saved:.1f} requests")
+            if self._bucket.level < 1.0:
+                return self._stay(heading, "too many changes of the level lately")
+            what = f"late {here.share:.0%} -> {outlooks[best].share:.0%} of {here.requests:.0f}"
+            return self._go(s, best, f"{what}, wait {here.last_wait_s:.1f} s, tpot {here.tpot_s * 1000:.0f} ms")
+        if heading > 0:
+            level = self._rested(s, heading)
+            if level < heading and self._bucket.level >= 2.0:
+                return self._go(s, level, f"level {level} has been predicted to do for {self.dwell_s:.1f} s")
+        return self._stay(heading, f"late {here.share:.0%}")
+
+    def _is_calm(self, s: Signals, load: Load, heading: int) -> bool:
+        """Level 0, nobody waits, and what runs and comes will not fill half of it."""
+        if heading > 0 or s.num_waiting > 0:
+            return False
+        coming = load.arrival_rate * load.horizon_s
+        return (s.num_running + coming) * load.typical.final_blocks < 0.5 * self._usable[0]
+
+    def _cheapest(self, outlooks: list[Outlook]) -> int:
+        """Least quality cost among the levels that do about as well as any can; else the target decides."""
+        fewest = min(outlook.violations for outlook in outlooks)
+        requests = max(outlooks[0].requests, 1.0)
+        allowed = max(self.targets.target * requests, fewest + self.targets.target * requests)
+        fitting = [level for level, outlook in enumerate(outlooks) if outlook.violations <= allowed]
+        return min(fitting, key=lambda level: (self._costs[level], level))
+
+    def _rested(self, s: Signals, heading: int) -> int:
+        """Shallowest level that would do with air, and has throughout the dwell."""
+        load = self._load(s, _SAFETY)
+        now = s.now_s
+        if self.dwell_s > self.targets.dwell_s and now - self._reentry_s >= _DWELL_DECAY_S:
+            self.dwell_s = max(self.targets.dwell_s, self.dwell_s / 2)
+            self._reentry_s = now
+        chosen = heading
+        for level in reversed(range(heading)):
+            outlook = self._predictor.outlook(level, load, self._delay_s(s, level))
+            holds = s.used_kv_blocks <= _FILL_AFTER_RESTORE * self._usable[level]
+            late = outlook.violations > self.targets.target * max(outlook.requests, 1.0)
+            if not holds or late or outlook.binds:
+                self._fits_since[level] = None
+                continue
+            since = self._fits_since[level]
+            if since is None:
+                self._fits_since[level] = now
+            elif now - since >= self.dwell_s and self._costs[level] <= self._costs[chosen]:
+                chosen = level
+        return chosen
+
+    # ---- parts
+
+    def _load(self, s: Signals, safety: float) -> Load:
+        horizon_s = self.targets.horizon_s
+        return Load(
+            s,
+            Typical.of(s, self._limits),
+            self._forecast.rate(horizon_s) * safety,
+            horizon_s,
+            self._config.ttft_s,
+            self._config.tpot_s,
+            self.correction.sigma * safety,
+            self.correction.step_sigma * safety + 0.02,
+            self.correction.factor * safety,
+        )
+
+    def _delay_s(self, s: Signals, level: int) -> float:
+        """How long the way from the committed level takes."""
+        here = self._ladder[min(s.level, len(self._ladder) - 1)].layer_formats
+        layers = sum(a != b for a, b in zip(here, self._ladder[level].layer_formats, strict=True))
+        return layers * (self._move.degrade_s if level > s.level else self._move.restore_s)
+
+    def _weigh_trust(self) -> None:
+        sigma = max(self.correction.sigma, self.correction.step_sigma)
+        self.distrusts = sigma > (_TRUST_AGAIN if self.distrusts else _LOST_TRUST)
+
+    def _go(self, s: Signals, level: int, reason: str) -> Decision:
+        if self._last.level != level:
+            self._bucket.take()
+            self.correction.forget()
+            if level > s.target_level:
+                if s.now_s - self._restored_s < _REENTRY_S + self.dwell_s:
+                    self.dwell_s = max(self.targets.dwell_s, min(2 * max(self.dwell_s, 0.5), _MAX_DWELL_S))
+                    self._reentry_s, self._restored_s = s.now_s, float("-inf")
+                self._fits_since = [None] * len(self._ladder)
+            else:
+                self._restored_s = s.now_s
+            return Decision(level, reason)
+        return self._last
+
+    def _stay(self, heading: int, reason: str) -> Decision:
+        # The figures of an unchanged decision move; a new object each time would be a new log line.
+        return self._last if self._last.level == heading else Decision(heading, reason)
+
+
+def _cost(expected_kl: float | None, index: int, ladder: Ladder) -> float:
+    """Nats per token; where nobody measured them, deeper is worse."""
+    if all(level.expected_kl is not None or level.index == 0 for level in ladder):
+        return expected_kl or 0.0
+    return float(index)

@@ -35,7 +35,7 @@ def nothing_left_behind(llm: Any) -> Iterator[None]:
     assert (status["phase"], status["level"], status["num_kv_blocks"]) == ("idle", 0, 49)
     assert status["used_kv_blocks"] == 0 and status["ledger"]["staging_bytes"] == 0
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 48
-    assert not scheduler.requests and not morph.provenance._spans and not morph._levels_in_flight
+    assert not scheduler.requests and not morph.provenance._spans and not morph._in_flight
     assert not llm.llm_engine.has_unfinished_requests()
 
 

@@ -48,7 +48,8 @@ def make_morph(**parts: Any) -> Any:
         "controller": CountingController(),
         "provenance": SimpleNamespace(forget=lambda request_id: None, set_level=lambda level: None),
         "tick_times": SimpleNamespace(add=lambda seconds: None),
-        "_levels_in_flight": {},
+        "_in_flight": {},
+        "pool": SimpleNamespace(num_used_blocks=0),
         "_level_of_outputs": 0,
         "_heap_used": False,
         **parts,
@@ -57,15 +58,20 @@ def make_morph(**parts: Any) -> Any:
     return morph
 
 
-OUTPUT = SimpleNamespace(num_scheduled_tokens={}, scheduled_new_reqs=[])
+OUTPUT = SimpleNamespace(
+    num_scheduled_tokens={},
+    total_num_scheduled_tokens=0,
+    scheduled_new_reqs=[],
+    scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set()),
+)
 MODEL_OUTPUT = SimpleNamespace(sampled_token_ids=[[1]])
-REQUEST = SimpleNamespace(request_id="asked")
+REQUEST = SimpleNamespace(request_id="asked", num_tokens=3, num_output_tokens=1, priority=0)
 HOOKS: dict[str, tuple[Any, ...]] = {
     "before_schedule": (),
     "after_schedule": (OUTPUT,),
     "after_update": (OUTPUT, MODEL_OUTPUT, {0: SimpleNamespace(outputs=[])}),
     "on_arrival": (REQUEST,),
-    "on_preemption": (),
+    "on_preemption": (REQUEST,),
     "on_finish": (REQUEST,),
 }
 
@@ -94,22 +100,22 @@ def test_a_tripped_controller_is_ticked_on() -> None:
 def test_what_has_failed_looks_at_nothing_more() -> None:
     """Guards: a hook that goes on half-fed after another has failed, and fails at every request."""
     seen: list[str] = []
-    monitor = SimpleNamespace(on_preemption=lambda now: seen.append("preemption"))
-    morph = make_morph(monitor=monitor)
-    morph.on_preemption()
+    monitor = SimpleNamespace(on_preemption=lambda *args, **kwargs: seen.append("preemption"))
+    morph = make_morph(monitor=monitor, _scheduler=SimpleNamespace(policy=None))
+    morph.on_preemption(REQUEST)
     assert seen == ["preemption"] and not morph.failed
     morph.on_finish(REQUEST)
-    morph.on_preemption()
+    morph.on_preemption(REQUEST)
     assert seen == ["preemption"] and morph.failed
 
 
 def test_what_ends_the_process_is_let_through() -> None:
     """Guards: Ctrl-C during a hook is swallowed."""
 
-    def interrupt(now: float) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    morph = make_morph(monitor=SimpleNamespace(on_preemption=interrupt))
+    morph = make_morph(monitor=SimpleNamespace(on_preemption=interrupt), _scheduler=SimpleNamespace(policy=None))
     with pytest.raises(KeyboardInterrupt):
-        morph.on_preemption()
+        morph.on_preemption(REQUEST)
     assert not morph.failed

@@ -1,0 +1,83 @@
+"""What predictions have been worth so far: a factor on step times, and an error that is admitted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import exp, log, sqrt
+
+from policies.step_times import StepTime
+from policies.types import Cohort, Signals, StepLoad
+
+_TAU_S = 5.0  # time constant of factor and error, in seconds of measured steps
+_PRIOR_S = 1.0  # seconds of steps that the calibration counts as
+_PRIOR_SIGMA = 0.15  # its relative error until seen
+_WAIT_SIGMA = 0.30  # relative error of predicted waits until seen
+_WAIT_WEIGHT = 0.15  # of the newest
+_LEAST_WAIT_S = 0.25  # errors of shorter waits matter to nobody
+
+
+class Correction:
+    """Learns from each step how far the calibration is off on this machine, now."""
+
+    def __init__(self, times: Sequence[StepTime]) -> None:
+        self._times = times
+        self._weight = _PRIOR_S
+        self._mean = 0.0  # of the logarithm of measured over predicted
+        self._square = _PRIOR_SIGMA**2
+        self._wait_square = _WAIT_SIGMA**2
+        self._watched: tuple[float, float] | None = None  # arrival of a waiting request, and when it was to be served
+        self._seen: StepLoad | None = None
+
+    @property
+    def factor(self) -> float:
+        """Measured over predicted step time."""
+        return exp(self._mean)
+
+    @property
+    def step_sigma(self) -> float:
+        """Relative error of a step's prediction after the factor."""
+        return sqrt(max(self._square - self._mean**2, 0.0))
+
+    @property
+    def sigma(self) -> float:
+        """Relative error of a predicted wait."""
+        return sqrt(self._wait_square + self.step_sigma**2 / 4)  # a wait averages over steps
+
+    def learn(self, signals: Signals) -> None:
+        """Compare the step that has just ended with its prediction. Each step counts once."""
+        step = signals.last_step
+        if step is not None and step is not self._seen:
+            self._seen = step
+            if step.level < len(self._times):
+                self._learn_step(step)
+        self._learn_wait(signals)
+
+    def _learn_step(self, step: StepLoad) -> None:
+        predicted = self._times[step.level].seconds(step.num_seqs, step.prefill_tokens, step.context_tokens)
+        error = min(max(log(step.seconds / predicted), -2.0), 2.0)  # a stall of the machine is one step, not a trend
+        keep = exp(-step.seconds / _TAU_S)
+        self._weight = self._weight * keep + step.seconds
+        share = step.seconds / self._weight
+        self._mean += share * (error - self._mean)
+        self._square += share * (error * error - self._square)
+
+    def watch(self, cohort: Cohort, served_at_s: float) -> None:
+        """Remember one prediction to be judged: unless one is pending."""
+        if self._watched is None:
+            self._watched = (cohort.last_arrival_s, served_at_s)
+
+    def forget(self) -> None:
+        """The level changes: what was predicted for the old one is no error."""
+        self._watched = None
+
+    def _learn_wait(self, signals: Signals) -> None:
+        if self._watched is None:
+            return
+        arrival_s, served_at_s = self._watched
+        if any(not c.has_token and c.first_arrival_s <= arrival_s for c in signals.waiting):
+            if signals.now_s - arrival_s <= 2 * max(served_at_s - arrival_s, _LEAST_WAIT_S):
+                return  # still waits
+        self._watched = None
+        predicted, real = served_at_s - arrival_s, signals.now_s - arrival_s
+        error = log(max(real, _LEAST_WAIT_S) / max(predicted, _LEAST_WAIT_S))
+        self._wait_square += _WAIT_WEIGHT * (error * error - self._wait_square)

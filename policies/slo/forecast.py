@@ -1,0 +1,61 @@
+"""How many requests will come: exponential averages, a trend, and an alarm for bursts."""
+
+from __future__ import annotations
+
+from math import exp
+
+_BIN_S = 0.25
+_FAST_TAU_S = 1.5
+_SLOW_TAU_S = 15.0
+_DRIFT = 0.5  # CUSUM: standard deviations above the slow average that are no news
+_ALARM = 4.0  # CUSUM: standard deviations in excess, added up, that are
+_MAX_TREND_GAIN = 2.0  # the forecast is at most so many times what was seen
+
+
+class ArrivalForecast:
+    """Requests per second over the next seconds.
+
+    In steady traffic the slow average, which forgets noise. Once more has come than chance explains (a one-sided
+    CUSUM over bins of 0.25 s, in standard deviations of a Poisson count), the fast one with its trend, until the fast one
+    is back at the slow.
+    """
+
+    def __init__(self) -> None:
+        self._bin_end_s: float | None = None
+        self._count_at_bin = 0
+        self._fast = 0.0
+        self._slow = 0.0
+        self._before = 0.0  # fast average one fast time constant ago, roughly
+        self._cusum = 0.0
+        self.alarm = False
+
+    def update(self, now_s: float, num_arrivals: int) -> None:
+        """Take in how many have arrived since start. O(1): a gap counts as one long empty bin."""
+        if self._bin_end_s is None:
+            self._bin_end_s, self._count_at_bin = now_s + _BIN_S, num_arrivals
+            return
+        if now_s < self._bin_end_s:
+            return
+        width_s = now_s - self._bin_end_s + _BIN_S
+        self._bin_end_s = now_s + _BIN_S
+        count, self._count_at_bin = num_arrivals - self._count_at_bin, num_arrivals
+        rate = count / width_s
+        expected = self._slow * width_s
+        excess = (count - expected) / max(expected, 1.0) ** 0.5
+        self._cusum = max(0.0, self._cusum + excess - _DRIFT)
+        self._before += (self._fast - self._before) * (1 - exp(-width_s / _FAST_TAU_S))
+        self._fast += (rate - self._fast) * (1 - exp(-width_s / _FAST_TAU_S))
+        self._slow += (rate - self._slow) * (1 - exp(-width_s / _SLOW_TAU_S))
+        if self._cusum > _ALARM:
+            self.alarm = True
+        elif self.alarm and self._fast <= self._slow:
+            self.alarm, self._cusum = False, 0.0
+
+    def rate(self, horizon_s: float) -> float:
+        """Mean requests per second over the next `horizon_s`."""
+        if not self.alarm:
+            return self._slow
+        # Bursts end: the trend counts for half of the horizon at most, and cannot multiply what was seen.
+        slope = (self._fast - self._before) / _FAST_TAU_S
+        ahead = self._fast + slope * min(horizon_s, _FAST_TAU_S) / 2
+        return min(max(ahead, self._slow), _MAX_TREND_GAIN * max(self._fast, self._slow))

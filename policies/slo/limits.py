@@ -1,0 +1,50 @@
+"""How often the level may change, and how much quality may be spent."""
+
+from __future__ import annotations
+
+_HOUR_S = 3600.0
+
+
+class TokenBucket:
+    """So many changes a minute on average, a third of a minute's worth at once."""
+
+    def __init__(self, per_minute: float) -> None:
+        self._rate = per_minute / 60.0
+        self.capacity = max(per_minute / 3.0, 2.0)
+        self.level = self.capacity
+        self._last_s: float | None = None
+
+    def refill(self, now_s: float) -> None:
+        """Time has passed."""
+        if self._last_s is not None:
+            self.level = min(self.capacity, self.level + max(now_s - self._last_s, 0.0) * self._rate)
+        self._last_s = now_s
+
+    def take(self) -> None:
+        """One change."""
+        self.level -= 1.0
+
+
+class QualityBudget:
+    """KL that may be spent per hour, as a bucket that an hour fills. Spent to nothing, it must be a tenth full again."""
+
+    def __init__(self, per_hour: float | None) -> None:
+        self._per_hour = per_hour
+        self._left = per_hour or 0.0
+        self._last_s: float | None = None
+        self.spent = 0.0  # nats since start
+        self.exhausted = False
+
+    def update(self, now_s: float, num_tokens: int, kl_per_token: float) -> None:
+        """`num_tokens` came out at a level that costs so much."""
+        cost = num_tokens * kl_per_token
+        self.spent += cost
+        if self._per_hour is None:
+            return
+        elapsed_s = 0.0 if self._last_s is None else max(now_s - self._last_s, 0.0)
+        self._last_s = now_s
+        self._left = min(self._per_hour, self._left - cost + elapsed_s * self._per_hour / _HOUR_S)
+        if self._left <= 0:
+            self.exhausted = True
+        elif self._left >= 0.1 * self._per_hour:
+            self.exhausted = False
