@@ -133,6 +133,14 @@ def check_formats(config: MorphServeConfig, known: Collection[str]) -> None:
         raise ConfigError(f"unknown format in {', '.join(unknown)}; known are {', '.join(known)}. Use one of these.")
 
 
+def step_times_file(config: MorphServeConfig) -> Path | None:
+    """The file that the config names, else the profile's, if there is one."""
+    if config.step_times is not None or config.profile is None:
+        return config.step_times
+    own = config.profile.expanduser() / "step_times.json"
+    return own if own.is_file() else None
+
+
 def load_config(path: str | Path) -> MorphServeConfig:
     """Read and check a YAML file.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from morphserve.config import MorphServeConfig, check_formats
+from morphserve.config import MorphServeConfig, check_formats, step_times_file
 from morphserve.errors import ConfigError
 from morphserve.integration.settings import read_ladder, read_settings
 from morphserve.ladder import build_ladder, check_floor, ladder_formats
 from morphserve.rank_bytes import RankBytes
-from policies import build_policy
+from policies import EngineLimits, build_policy, load_step_times
 from policies.types import BASE_FORMAT, Ladder, Policy
 from quant_layers import FORMATS, split_format
 
@@ -42,14 +42,22 @@ def check_engine(vllm_config: Any) -> None:
         )
 
 
-def make_policy(config: MorphServeConfig, ladder: Ladder) -> Policy:
+def make_policy(config: MorphServeConfig, ladder: Ladder, vllm_config: Any) -> Policy:
     """The policy that the `policy:` section asks for.
 
     Raises:
-        ConfigError: the section does not fit the ladder. Policies do not know our errors.
+        ConfigError: the section does not fit the ladder, or the step times it needs are not there. Policies do not
+            know our errors.
     """
+    limits = EngineLimits(
+        vllm_config.cache_config.block_size,
+        vllm_config.scheduler_config.max_num_seqs,
+        vllm_config.scheduler_config.max_num_batched_tokens,
+    )
     try:
-        return build_policy(config.policy, ladder)
+        file = step_times_file(config)
+        times = None if file is None or config.policy.kind != "slo" else load_step_times(file)
+        return build_policy(config.policy, ladder, times, limits)
     except ValueError as e:
         raise ConfigError(f"policy: {e}") from e
 
@@ -151,7 +159,7 @@ def _check_ladder(config: MorphServeConfig, vllm_config: Any) -> None:
     formats = dict.fromkeys((BASE_FORMAT, *FORMATS, *ladder_formats(config.ladder, profile)))
     nominal = {fmt: [_nominal_bytes(fmt)] * num_layers for fmt in formats}
     ladder = build_ladder(num_layers, [RankBytes(nominal, 1024)], config.ladder, 64, profile=profile)
-    make_policy(config, ladder)
+    make_policy(config, ladder, vllm_config)
 
 
 def _nominal_bytes(fmt: str) -> int:

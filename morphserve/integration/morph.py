@@ -69,7 +69,7 @@ class Morph:
         runtime, config = self.runtime, self.runtime.config
         return Controller(
             runtime.ladder,
-            make_policy(config, runtime.ladder),
+            make_policy(config, runtime.ladder, runtime.vllm_config),
             self.pool,
             self.executor,
             self.monitor,

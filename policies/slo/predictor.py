@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from math import erfc, log, sqrt
 
 from policies.step_times import StepTime
-from policies.types import EngineLimits, Signals
+from policies.types import Cohort, EngineLimits, Signals
 
 _UNKNOWN_OUTPUT_TOKENS = 128.0  # until a request has ended
 _FORECAST_POINTS = 4
+_LOST_WEIGHT = 0.2
 _SQRT2 = sqrt(2.0)
 
 
@@ -99,24 +100,14 @@ class Predictor:
             return delay_s + max(queue_s, 0.0) + tokens_ahead * prefill_s + step_s
 
         violations = requests = ahead = tokens = 0.0
-        last_wait_s = 0.0
         for cohort in s.waiting:
-            middle = (cohort.first_arrival_s + cohort.last_arrival_s) / 2
-            own = cohort.num_requests
-            wait = wait_s(ahead + (own - 1) / 2, tokens + cohort.num_tokens / 2)
-            ahead, tokens = ahead + own, tokens + cohort.num_tokens
-            last_wait_s = wait_s(max(ahead - 1, 0.0), tokens)
-            if cohort.has_token:
-                limit = cohort.tpot_s or load.tpot_s
-                age_s = s.now_s - cohort.last_arrival_s
-                violations += own * _late((age_s + wait) / typical.output_tokens + tpot_s, limit, load.sigma)
-                requests += own
-                continue
-            left_s = (cohort.ttft_s or load.ttft_s) - (s.now_s - middle)
-            if left_s <= step_s:
-                continue  # lost at every level: no reason for any
-            violations += own * _late(wait, left_s, load.sigma)
-            requests += own
+            for part in _parts(cohort, s.now_s, load, step_s, typical, tpot_s):
+                wait = wait_s(ahead + (part.num_requests - 1) / 2, tokens + part.num_tokens / 2)
+                ahead, tokens = ahead + part.num_requests, tokens + part.num_tokens
+                weight = part.num_requests * (_LOST_WEIGHT if part.is_lost else 1.0)
+                violations += weight * _late(wait, part.left_s, load.sigma)
+                requests += weight
+        last_wait_s = wait_s(max(ahead - 1, 0.0), tokens)
         more, number = self._forecast(level, load, room - ahead, release, delay_s)
         violations += more
         requests += number
@@ -181,6 +172,44 @@ class Predictor:
         stay = s.num_running - evicted
         late = stay * _late(tpot_s, limit, load.step_sigma) + evicted * _late(tpot_s + gap_s, limit, load.sigma)
         return late, evicted >= 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Of a cohort: those that can still make it, or those that cannot."""
+
+    num_requests: float
+    num_tokens: float
+    left_s: float  # from now to the limit
+    is_lost: bool
+
+
+def _parts(
+    cohort: Cohort, now_s: float, load: Load, step_s: float, typical: Typical, tpot_s: float
+) -> tuple[_Part, ...]:
+    """A cohort came evenly between its first and its last; the early ones may be lost already.
+
+    A lost request is no reason for any level to keep its promise, but its answer is still wanted: it counts a little,
+    as one that has just come.
+    """
+    count, tokens = float(cohort.num_requests), float(cohort.num_tokens)
+    if cohort.has_token:  # may spend on waiting what its tokens leave of its time
+        spare_s = ((cohort.tpot_s or load.tpot_s) - tpot_s) * typical.output_tokens
+        left_s = spare_s - (now_s - cohort.last_arrival_s)
+        lost = left_s <= step_s
+        return (_Part(count, tokens, max(spare_s, load.ttft_s) if lost else left_s, lost),)
+    limit_s = cohort.ttft_s or load.ttft_s
+    first, last = cohort.first_arrival_s, cohort.last_arrival_s
+    alive_from = now_s - limit_s + step_s
+    if alive_from <= first:
+        return (_Part(count, tokens, (first + last) / 2 + limit_s - now_s, False),)
+    if alive_from >= last:
+        return (_Part(count, tokens, limit_s, True),)
+    alive = (last - alive_from) / (last - first)
+    return (
+        _Part(count * (1 - alive), tokens * (1 - alive), limit_s, True),
+        _Part(count * alive, tokens * alive, (alive_from + last) / 2 + limit_s - now_s, False),
+    )
 
 
 def _late(predicted: float, limit: float, sigma: float) -> float:
