@@ -14,6 +14,7 @@ from policies.step_times import StepTimes
 from policies.threshold import ThresholdPolicy
 from policies.types import Decision, EngineLimits, Ladder, Signals
 
+_LAYERS_PER_STEP = 4  # switched between two steps, about: transition.max_layers_per_step and the pause allow so many
 _EIGHT_BITS = frozenset({"w8", "fp8"})
 _THINK_S = 0.05  # predictions are made anew this often at most; a preemption cannot wait
 _WORTH_REQUESTS = 0.5  # a round trip must save so many
@@ -208,7 +209,8 @@ class SloPolicy:
         """How long the way from the committed level takes."""
         here = self._ladder[min(s.level, len(self._ladder) - 1)].layer_formats
         layers = sum(a != b for a, b in zip(here, self._ladder[level].layer_formats, strict=True))
-        return layers * (self._move.degrade_s if level > s.level else self._move.restore_s)
+        own_s = layers * (self._move.degrade_s if level > s.level else self._move.restore_s)
+        return own_s + layers / _LAYERS_PER_STEP * s.step_s
 
     def _weigh_trust(self) -> None:
         sigma = max(self.correction.sigma, self.correction.step_sigma)
