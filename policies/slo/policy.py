@@ -18,6 +18,10 @@ _LAYERS_PER_STEP = 4  # switched between two steps, about: transition.max_layers
 _EIGHT_BITS = frozenset({"w8", "fp8"})
 _THINK_S = 0.05  # predictions are made anew this often at most; a preemption cannot wait
 _WORTH_REQUESTS = 0.5  # a round trip must save so many
+_HORIZON_PER_WAIT = 4.0
+_MAX_HORIZON_S = 15.0
+_WORTH_SHARE = 0.1  # and such a share of those that would be late: a smaller one is within the error
+_QUICKER = 0.95  # a queue that much shorter is worth a drain
 _SAFETY = 1.15  # arrivals and errors are taken so much larger before a restore
 _FILL_AFTER_RESTORE = 0.95  # of the blocks: a shallower level must hold what lives, with air
 _REENTRY_S = 20.0  # degrading so soon after a restore means that the restore was too early
@@ -140,7 +144,7 @@ class SloPolicy:
             saved = here.violations - outlooks[best].violations
             if not here.binds:
                 return self._stay(heading, f"late {here.share:.0%}, but KV does not bind")
-            if saved < _WORTH_REQUESTS:
+            if saved < max(_WORTH_REQUESTS, _WORTH_SHARE * here.violations):
                 return self._stay(heading, f"level {best} would save {saved:.1f} requests")
             if self._bucket.level < 1.0:
                 return self._stay(heading, "too many changes of the level lately")
@@ -174,12 +178,14 @@ class SloPolicy:
         if self.dwell_s > self.targets.dwell_s and now - self._reentry_s >= _DWELL_DECAY_S:
             self.dwell_s = max(self.targets.dwell_s, self.dwell_s / 2)
             self._reentry_s = now
-        chosen = heading
+        chosen, here = heading, self._predictor.outlook(heading, load, 0.0)
         for level in reversed(range(heading)):
             outlook = self._predictor.outlook(level, load, self._delay_s(s, level))
             holds = s.used_kv_blocks <= _FILL_AFTER_RESTORE * self._usable[level]
             late = outlook.violations > self.targets.target * max(outlook.requests, 1.0)
-            if not holds or late or outlook.binds:
+            # Deeper is not always faster: in an overload all levels are late, and one that computes faster is late less.
+            quicker = outlook.last_wait_s < _QUICKER * here.last_wait_s and outlook.violations <= here.violations
+            if not quicker and (not holds or late or outlook.binds):
                 self._fits_since[level] = None
                 continue
             since = self._fits_since[level]
@@ -192,7 +198,8 @@ class SloPolicy:
     # ---- parts
 
     def _load(self, s: Signals, safety: float) -> Load:
-        horizon_s = self.targets.horizon_s
+        # In a long overload what lasts counts: the rate at which requests end, not the room that a level opens once.
+        horizon_s = max(self.targets.horizon_s, min(_HORIZON_PER_WAIT * s.oldest_wait_s, _MAX_HORIZON_S))
         return Load(
             s,
             Typical.of(s, self._limits),
