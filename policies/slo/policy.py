@@ -21,6 +21,8 @@ _WORTH_REQUESTS = 0.5  # a round trip must save so many
 _HORIZON_PER_WAIT = 4.0
 _MAX_HORIZON_S = 15.0
 _WORTH_SHARE = 0.1  # and such a share of those that would be late: a smaller one is within the error
+_PROMPT_S = 0.1  # who fits is admitted within
+_KV_SHARE = 0.3  # of what a level saves must be due to its blocks
 _QUICKER = 0.95  # a queue that much shorter is worth a drain
 _SAFETY = 1.15  # arrivals and errors are taken so much larger before a restore
 _FILL_AFTER_RESTORE = 0.95  # of the blocks: a shallower level must hold what lives, with air
@@ -142,7 +144,10 @@ class SloPolicy:
         best = self._cheapest(outlooks)
         if best > heading:
             saved = here.violations - outlooks[best].violations
-            if not here.binds:
+            # What would the deeper level's blocks do alone? If that is little, it is compute that lacks, not KV.
+            roomier = self._predictor.outlook(heading, load, self._delay_s(s, best), blocks_of=best)
+            by_blocks = here.violations - roomier.violations
+            if not here.binds or by_blocks < _KV_SHARE * saved or self._wait_elsewhere(s, load):
                 return self._stay(heading, f"late {here.share:.0%}, but KV does not bind")
             if saved < max(_WORTH_REQUESTS, _WORTH_SHARE * here.violations):
                 return self._stay(heading, f"level {best} would save {saved:.1f} requests")
@@ -162,6 +167,11 @@ class SloPolicy:
             return False
         coming = load.arrival_rate * load.horizon_s
         return (s.num_running + coming) * load.typical.final_blocks < 0.5 * self._usable[0]
+
+    def _wait_elsewhere(self, s: Signals, load: Load) -> bool:
+        """Requests have been waiting although the next ones would fit: for prefill, or for max_num_seqs."""
+        free = self._usable[min(s.level, len(self._usable) - 1)] - s.used_kv_blocks
+        return free >= 2 * load.typical.final_blocks and s.oldest_wait_s > max(_PROMPT_S, 3 * s.step_s)
 
     def _cheapest(self, outlooks: list[Outlook]) -> int:
         """Least quality cost among the levels that do about as well as any can; else the target decides."""

@@ -81,13 +81,14 @@ class Predictor:
         self._times = times
         self._limits = limits
 
-    def outlook(self, level: int, load: Load, delay_s: float) -> Outlook:
-        """Predict `level`, reached in `delay_s`."""
+    def outlook(self, level: int, load: Load, delay_s: float, blocks_of: int | None = None) -> Outlook:
+        """Predict `level`, reached in `delay_s`; with the KV blocks of level `blocks_of` instead, where that is given."""
         s, typical, time = load.signals, load.typical, self._times[level]
-        seats = self.seats(level, typical)
+        usable = self._usable[level if blocks_of is None else blocks_of]
+        seats = self._seats(usable, typical)
         need = max(float(s.used_kv_blocks), s.num_running * typical.mean_blocks)
         # Room now: what stays free while those that run grow, in requests of which each takes its mean.
-        room = max(0.0, min(seats - s.num_running, (self._usable[level] - need) / typical.mean_blocks))
+        room = max(0.0, min(seats - s.num_running, (usable - need) / typical.mean_blocks))
         release = self.release_rate(level, load, seats)  # nobody waits before all seats are taken
         crowd = min(seats, max(s.num_running + s.num_waiting, self._steady(level, load)))
         tpot_s = self.tpot_s(level, load, max(crowd, 1.0))
@@ -115,9 +116,9 @@ class Predictor:
         binds = squeezed or ahead > room or (number > 0 and self._overflows(load, room - ahead, release))
         return Outlook(violations + running, requests + s.num_running, binds, last_wait_s, tpot_s)
 
-    def seats(self, level: int, typical: Typical) -> float:
+    def _seats(self, usable_blocks: int, typical: Typical) -> float:
         """Sequences that the KV cache, and the engine's own limit, let run side by side."""
-        return max(min(float(self._limits.max_num_seqs), self._usable[level] / typical.mean_blocks), 1.0)
+        return max(min(float(self._limits.max_num_seqs), usable_blocks / typical.mean_blocks), 1.0)
 
     def tpot_s(self, level: int, load: Load, num_seqs: float) -> float:
         """Time per output token with so many side by side, their successors' prefill included."""
