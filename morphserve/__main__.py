@@ -1,4 +1,5 @@
-"""`python -m morphserve check`: can MorphServe run here, in which formats. `inspect PROFILE`: what is in a profile."""
+"""`python -m morphserve check`: can MorphServe run here, in which formats. `inspect PROFILE`: what is in a profile.
+`replay-log FILE`: does a decision log's policy, asked again, answer the same."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0 when MorphServe can run here or the profile is sound, 1 otherwise."""
+    """Exit status 0 when MorphServe can run here, the profile is sound or the log replays, 1 otherwise."""
     parser = argparse.ArgumentParser(prog="python -m morphserve", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="versions, every vLLM symbol that MorphServe touches, every kernel")
@@ -15,9 +16,16 @@ def main(argv: list[str] | None = None) -> int:
     check.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="of the model")
     inspect = commands.add_parser("inspect", help="print a profile as tables")
     inspect.add_argument("profile", help="directory that scripts/profile_layers.py made")
+    replay = commands.add_parser("replay-log", help="ask a policy again what a decision log says it was asked")
+    replay.add_argument("file", help="written with `decision_log_detail: all`")
+    replay.add_argument("--policy", metavar="YAML", help="ask this file's policy instead, and show where it differs")
     args = parser.parse_args(argv)
     if args.command == "inspect":
         return _inspect(args.profile)
+    if args.command == "replay-log":
+        from morphserve.replay_log import run
+
+        return run(args.file, args.policy)
     from morphserve.check import check as check_machine
 
     return check_machine(args.dtype, args.json)

@@ -113,6 +113,10 @@ class MorphServeConfig(_Section):
     decision_log: Path | None = Field(
         None, description="JSONL of signals and decisions, replica 1 of several in NAME.1.jsonl; null = off"
     )
+    decision_log_detail: Literal["changes", "all"] = Field(
+        "changes",
+        description="changes = new levels, else one line a second; all = all that the policy was asked, to be replayed",
+    )
 
 
 def check_formats(config: MorphServeConfig, known: Collection[str]) -> None:

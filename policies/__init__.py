@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from policies.build import build_policy
 from policies.config import PolicyConfig, SloConfig, StaticConfig, ThresholdConfig
 from policies.levels import deepest_level_within, resolve_level
+from policies.setup import PolicySetup
 from policies.slo import SloPolicy
 from policies.static import StaticPolicy
-from policies.step_times import LayerMove, StepTime, StepTimes, load_step_times
+from policies.step_times import LayerMove, StepTime, StepTimes, load_step_times, parse_step_times
 from policies.threshold import ThresholdPolicy
 from policies.types import BASE_FORMAT, Cohort, Decision, EngineLimits, Ladder, MorphLevel, Policy, Signals, StepLoad
 
@@ -20,6 +22,7 @@ __all__ = [
     "MorphLevel",
     "Policy",
     "PolicyConfig",
+    "PolicySetup",
     "Signals",
     "SloConfig",
     "SloPolicy",
@@ -33,35 +36,6 @@ __all__ = [
     "build_policy",
     "deepest_level_within",
     "load_step_times",
+    "parse_step_times",
     "resolve_level",
 ]
-
-
-def build_policy(
-    config: StaticConfig | ThresholdConfig | SloConfig,
-    ladder: Ladder,
-    times: StepTimes | None = None,
-    limits: EngineLimits | None = None,
-) -> Policy:
-    """The policy that the `policy:` section asks for, on this ladder.
-
-    Args:
-        config: the section.
-        ladder: all levels.
-        times: what calibration measured; `slo` needs it.
-        limits: of the engine; `slo` needs them.
-
-    Raises:
-        ValueError: the section names a level that the ladder does not have, its thresholds
-            contradict each other, or what it needs is missing; the message says value, limit and remedy.
-    """
-    if isinstance(config, StaticConfig):
-        return StaticPolicy(config, ladder)
-    if isinstance(config, ThresholdConfig):
-        return ThresholdPolicy(config, ladder)
-    if times is None or limits is None:
-        raise ValueError(
-            "policy.kind slo predicts from measured step times, and there are none. Run scripts/calibrate.py and give "
-            "its file as `step_times`, or take kind threshold."
-        )
-    return SloPolicy(config, ladder, times, limits)

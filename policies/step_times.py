@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from policies.types import BASE_FORMAT, Ladder, MorphLevel
 
@@ -88,11 +89,14 @@ class StepTimes:
             total = [a + share * b for a, b in zip(total, own, strict=True)]
         return (total[0], total[1], total[2], total[3])
 
+    def document(self) -> dict[str, Any]:
+        """Plain values for JSON, as `parse_step_times` reads them."""
+        return {"schema": SCHEMA, **asdict(self), "formats": {k: asdict(v) for k, v in self.formats.items()}}
+
     def save(self, path: Path) -> None:
         """Write JSON, whole or not at all."""
-        document = {"schema": SCHEMA, **asdict(self), "formats": {k: asdict(v) for k, v in self.formats.items()}}
         part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(self.document(), indent=2) + "\n", encoding="utf-8")
         part.replace(path)
 
 
@@ -109,9 +113,19 @@ def load_step_times(path: Path) -> StepTimes:
         raise ValueError(f"step times {path}: {e.strerror}. {remedy}") from e
     except ValueError as e:
         raise ValueError(f"step times {path}: not JSON ({e}). {remedy}") from e
+    return parse_step_times(raw, f"step times {path}")
+
+
+def parse_step_times(raw: object, source: str) -> StepTimes:
+    """Check what was read already.
+
+    Raises:
+        ValueError: of another schema, or with figures that are no times; says `source`.
+    """
+    remedy = "Make it with scripts/calibrate.py."
     if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
         found = raw.get("schema") if isinstance(raw, dict) else type(raw).__name__
-        raise ValueError(f"step times {path}: schema {found!r}, this version reads {SCHEMA}. {remedy}")
+        raise ValueError(f"{source}: schema {found!r}, this version reads {SCHEMA}. {remedy}")
     try:
         times = StepTimes(
             formats={str(fmt): StepTime(**figures) for fmt, figures in raw["formats"].items()},
@@ -123,7 +137,7 @@ def load_step_times(path: Path) -> StepTimes:
         )
         _check(times)
     except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise ValueError(f"step times {path}: {e}. {remedy}") from e
+        raise ValueError(f"{source}: {e}. {remedy}") from e
     return times
 
 

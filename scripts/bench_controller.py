@@ -3,10 +3,14 @@
 Drives the real controller, monitor and threshold policy through simulated steps of a load that comes and goes, with
 ranks that answer at the next step, and times every tick.
 
+With --decision-log the decisions are written too. Pace the steps then, as an engine's are: else the writer has to keep
+up with steps of 10 us. Compare with `--decision-log off` at the same pace: a core that has rested is slower.
+
 Output columns: microseconds (upper edge of the bucket), steps in it; then the median of the first and the last tenth.
 Last stdout line: one JSON document.
 
     python scripts/bench_controller.py --steps 100000
+    python scripts/bench_controller.py --steps 1000 --decision-log all --pace-ms 5
 """
 
 from __future__ import annotations
@@ -15,16 +19,27 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from morphserve.config import LadderConfig, MorphServeConfig
-from morphserve.controller import Controller, EngineView, Plan, Reply, ShrinkProgress, largest_chunk_bytes, make_ledgers
+from morphserve.controller import (
+    Controller,
+    DecisionLog,
+    EngineView,
+    Plan,
+    Reply,
+    ShrinkProgress,
+    largest_chunk_bytes,
+    make_header,
+    make_ledgers,
+)
 from morphserve.ladder import build_ladder
 from morphserve.monitor import Monitor
 from morphserve.rank_bytes import RankBytes
-from policies import build_policy
-from policies.config import ThresholdConfig
+from policies import EngineLimits, PolicySetup, ThresholdConfig
 
 EDGES_US = (2, 5, 10, 20, 50, 100, 200, 500, 1000)
 LAYER_BYTES = {"base": [7_077_888] * 30, "w8": [3_585_000] * 30, "w4": [2_270_000] * 30}
@@ -82,15 +97,25 @@ class Executor:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100_000)
+    parser.add_argument("--decision-log", choices=["off", "changes", "all"], default="off")
+    parser.add_argument("--pace-ms", type=float, default=0.0, help="wait so long after each step")
     args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as directory:
+        return _drive(args, Path(directory) / "decisions.jsonl")
 
+
+def _drive(args: argparse.Namespace, log_file: Path) -> int:
     config = MorphServeConfig()
     ranks = [RankBytes(LAYER_BYTES, BLOCK_BYTES)] * 2
     ladder = build_ladder(30, ranks, LadderConfig(), 49)
     pool, monitor, now = Pool(49), Monitor(), [0.0]
+    setup = PolicySetup(ThresholdConfig(kind="threshold"), None, EngineLimits(32, 64, 2048))
+    log = None
+    if args.decision_log != "off":
+        log = DecisionLog(log_file, header=make_header(setup, ladder) if args.decision_log == "all" else None)
     controller = Controller(
         ladder,
-        build_policy(ThresholdConfig(kind="threshold"), ladder),
+        setup.build(ladder),
         pool,
         Executor(),
         monitor,
@@ -98,7 +123,9 @@ def main(argv: list[str] | None = None) -> int:
         make_ledgers(ladder, ranks, [largest_chunk_bytes(LAYER_BYTES, 5)] * 2),
         ranks=ranks,
         clock=lambda: now[0],
+        log=log,
     )
+    cpu_s = time.process_time() - time.thread_time()
     took_us: list[float] = []
     for step in range(args.steps):
         now[0] += STEP_S
@@ -106,20 +133,31 @@ def main(argv: list[str] | None = None) -> int:
         pool.num_used_blocks = min(running * 8, pool.num_kv_blocks - 1)
         start = time.perf_counter()
         if step % 20 == 0:
-            monitor.on_arrival(now[0])
-            monitor.on_scheduled(now[0], 0.02)
-            monitor.on_finish(8, now[0])
-        monitor.on_step(now[0], running)
+            monitor.on_arrival(now[0], str(step), 400)
+        if step % 20 == 5:
+            monitor.on_scheduled(now[0], 0.2, str(step - 5))
+            monitor.on_finish(8, now[0], "", 100)
+        monitor.on_step(now[0], running, running, 0, 2000, controller.level)
         controller.tick(EngineView(0, running, 0.0))
         took_us.append(1e6 * (time.perf_counter() - start))
+        if args.pace_ms:
+            time.sleep(args.pace_ms / 1e3)
+    controller.close()
+    cpu_s = time.process_time() - time.thread_time() - cpu_s
     if controller.tripped:
         sys.stderr.write("bench_controller: the controller tripped\n")
         return 1
-    _report(took_us, sum(controller.counters.transitions.values()))
+    more = {
+        "decision_log": args.decision_log,
+        "writer_us_per_step": round(1e6 * cpu_s / args.steps, 2),
+        "bytes_per_step": round(log_file.stat().st_size / args.steps, 1) if log else 0,
+        "dropped": log.num_dropped if log else 0,
+    }
+    _report(took_us, sum(controller.counters.transitions.values()), more)
     return 0
 
 
-def _report(took_us: list[float], num_transitions: int) -> None:
+def _report(took_us: list[float], num_transitions: int, more: dict[str, object]) -> None:
     counts = [0] * (len(EDGES_US) + 1)
     for value in took_us:
         counts[next((i for i, edge in enumerate(EDGES_US) if value <= edge), len(EDGES_US))] += 1
@@ -137,6 +175,7 @@ def _report(took_us: list[float], num_transitions: int) -> None:
         "first_tenth_p50_us": round(first, 2),
         "last_tenth_p50_us": round(last, 2),
         "histogram": dict(zip(labels, counts, strict=True)),
+        **more,
     }
     sys.stdout.write(json.dumps(document) + "\n")
 

@@ -6,6 +6,7 @@ from morphserve.controller.controller import Controller
 from morphserve.controller.counters import Counters
 from morphserve.controller.decision_log import DecisionLog
 from morphserve.controller.ledger import Ledger, Ledgers, largest_chunk_bytes, make_ledgers
+from morphserve.controller.log_format import make_header
 from morphserve.controller.ports import (
     BlockPoolPort,
     EngineView,
@@ -32,5 +33,6 @@ __all__ = [
     "ShrinkProgress",
     "Ticket",
     "largest_chunk_bytes",
+    "make_header",
     "make_ledgers",
 ]

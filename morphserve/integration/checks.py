@@ -9,7 +9,7 @@ from morphserve.errors import ConfigError
 from morphserve.integration.settings import read_ladder, read_settings
 from morphserve.ladder import build_ladder, check_floor, ladder_formats
 from morphserve.rank_bytes import RankBytes
-from policies import EngineLimits, build_policy, load_step_times
+from policies import EngineLimits, PolicySetup, load_step_times
 from policies.types import BASE_FORMAT, Ladder, Policy
 from quant_layers import FORMATS, split_format
 
@@ -42,12 +42,11 @@ def check_engine(vllm_config: Any) -> None:
         )
 
 
-def make_policy(config: MorphServeConfig, ladder: Ladder, vllm_config: Any) -> Policy:
-    """The policy that the `policy:` section asks for.
+def policy_setup(config: MorphServeConfig, vllm_config: Any) -> PolicySetup:
+    """What the policy is made of, beside the ladder.
 
     Raises:
-        ConfigError: the section does not fit the ladder, or the step times it needs are not there. Policies do not
-            know our errors.
+        ConfigError: the step times it needs cannot be read. Policies do not know our errors.
     """
     limits = EngineLimits(
         vllm_config.cache_config.block_size,
@@ -57,7 +56,19 @@ def make_policy(config: MorphServeConfig, ladder: Ladder, vllm_config: Any) -> P
     try:
         file = step_times_file(config)
         times = None if file is None or config.policy.kind != "slo" else load_step_times(file)
-        return build_policy(config.policy, ladder, times, limits)
+    except ValueError as e:
+        raise ConfigError(f"policy: {e}") from e
+    return PolicySetup(config.policy, times, limits)
+
+
+def make_policy(setup: PolicySetup, ladder: Ladder) -> Policy:
+    """The policy that the `policy:` section asks for.
+
+    Raises:
+        ConfigError: the section does not fit the ladder, or there are no step times and it needs them.
+    """
+    try:
+        return setup.build(ladder)
     except ValueError as e:
         raise ConfigError(f"policy: {e}") from e
 
@@ -159,7 +170,7 @@ def _check_ladder(config: MorphServeConfig, vllm_config: Any) -> None:
     formats = dict.fromkeys((BASE_FORMAT, *FORMATS, *ladder_formats(config.ladder, profile)))
     nominal = {fmt: [_nominal_bytes(fmt)] * num_layers for fmt in formats}
     ladder = build_ladder(num_layers, [RankBytes(nominal, 1024)], config.ladder, 64, profile=profile)
-    make_policy(config, ladder, vllm_config)
+    make_policy(policy_setup(config, vllm_config), ladder)
 
 
 def _nominal_bytes(fmt: str) -> int:

@@ -9,11 +9,11 @@ from typing import Any
 
 from vllm.v1.core.sched.interface import PauseState
 
-from morphserve.controller import Controller, DecisionLog
+from morphserve.controller import Controller, DecisionLog, make_header
 from morphserve.controller.ports import EngineView
 from morphserve.histogram import TimeHistogram
 from morphserve.integration.block_pool import VllmBlockPool
-from morphserve.integration.checks import make_policy
+from morphserve.integration.checks import make_policy, policy_setup
 from morphserve.integration.executor import RpcExecutor
 from morphserve.integration.provenance import Provenance
 from morphserve.integration.publish import publish_base
@@ -55,8 +55,8 @@ class Morph:
         self.monitor = Monitor()
         self.traffic = Traffic(scheduler, self.monitor)
         self.executor = RpcExecutor(model_executor, len(runtime.ranks))
-        path = runtime.decision_log
-        self.log = DecisionLog(path) if path else None
+        self.setup = policy_setup(runtime.config, runtime.vllm_config)
+        self.log = self._open_log()
         self.controller = self._make_controller()
         self._page = StatusPage(runtime, self.executor, self.worst_forward_bytes)
         self._waker: IdleWaker | None = None
@@ -64,12 +64,20 @@ class Morph:
             self.wake_due = True  # a step before the first request: the policy may want another level
             self._waker = IdleWaker(runtime.engine_core.input_queue, self._claims_step)
 
+    def _open_log(self) -> DecisionLog | None:
+        runtime = self.runtime
+        if runtime.decision_log is None:
+            return None
+        is_full = runtime.config.decision_log_detail == "all"
+        header = make_header(self.setup, runtime.ladder, runtime.index) if is_full else None
+        return DecisionLog(runtime.decision_log, header=header)
+
     def _make_controller(self) -> Controller:
         """At level 0, which pool and ranks must be at."""
         runtime, config = self.runtime, self.runtime.config
         return Controller(
             runtime.ladder,
-            make_policy(config, runtime.ladder, runtime.vllm_config),
+            make_policy(self.setup, runtime.ladder),
             self.pool,
             self.executor,
             self.monitor,
