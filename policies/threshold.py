@@ -112,6 +112,8 @@ class ThresholdPolicy:
         """The level to serve at now. O(levels) at most."""
         s = signals
         heading = s.target_level
+        if self._last_preemptions is None and heading > 0:  # it replaces another policy, at the level that one left
+            self._last = Decision(heading, f"hold level {heading}")
         preempted = self._last_preemptions is not None and s.preemptions > self._last_preemptions
         self._last_preemptions = s.preemptions
         if s.num_waiting > 0:

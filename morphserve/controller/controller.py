@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from morphserve.config import MorphServeConfig
@@ -16,11 +17,22 @@ from morphserve.controller.ledger import Ledgers
 from morphserve.controller.ports import BlockPoolPort, EngineView, ExecutorPort
 from morphserve.controller.runner import ChunkRunner
 from morphserve.controller.transition import Direction, Outcome, Phase, Transition
+from morphserve.errors import ConfigError
 from morphserve.monitor import Monitor
 from morphserve.rank_bytes import RankBytes
+from policies import PolicySetup
 from policies.types import Decision, Ladder, Policy, Signals
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Replacement:
+    """A policy that is to be asked from the next tick on."""
+
+    policy: Policy
+    note: str
+    document: dict[str, Any]
 
 
 class Controller:
@@ -84,6 +96,7 @@ class Controller:
             num_blocks_published=pool.num_kv_blocks, num_blocks_mapped=pool.num_kv_blocks
         )
         self._decision = Decision(0, "start at full precision")
+        self._next_policy: deque[_Replacement] = deque(maxlen=1)  # put in by any thread, taken by the next tick
         self._transition: Transition | None = None
         self._told_level = 0
         self._tripped = False  # the policy is asked no more; what is under way is undone
@@ -131,7 +144,9 @@ class Controller:
             return False
         if self._runner.phase is not Phase.IDLE:
             return True
-        return not self._tripped and (self.exposure_level > 0 or self._decision.level != self.level)
+        if self._tripped:
+            return False
+        return bool(self._next_policy) or self.exposure_level > 0 or self._decision.level != self.level
 
     def status(self) -> dict[str, Any]:
         """Everything an operator may ask, ready for JSON."""
@@ -161,6 +176,32 @@ class Controller:
             "counters": {**asdict(self.counters), "transitions": transitions},
         }
 
+    # ---- another policy
+
+    def replace_policy(self, policy: Policy, note: str, setup: PolicySetup) -> None:
+        """Ask `policy` from the next tick on; it goes on from the level and the transition that are then.
+
+        May be called by any thread. Of two before one tick the later counts.
+
+        Args:
+            policy: that has been asked nothing yet.
+            note: why, in words, for the log.
+            setup: what it was made of, for the decision log.
+
+        Raises:
+            ConfigError: no policy is asked any more.
+        """
+        if self._tripped:
+            raise ConfigError("MorphServe gave up after an error, no policy is asked any more. Restart the server.")
+        self._next_policy.append(_Replacement(policy, note, setup.document()))
+
+    def _take_policy(self) -> None:
+        new = self._next_policy.popleft()
+        self._policy = new.policy
+        logger.info("morph: another policy at level %d (%s)", self.level, new.note)
+        if self._log is not None:
+            self._log.policy_changed(new.note, new.document)
+
     # ---- one step
 
     def tick(self, view: EngineView) -> None:
@@ -182,6 +223,8 @@ class Controller:
                     self.target_level,
                 )
                 place = "policy"
+                if self._next_policy:
+                    self._take_policy()
                 self._consult(signals)
         except Exception:
             self._trip(place)

@@ -33,8 +33,8 @@ class DecisionLog:
     pair of signals and decision, which `python -m morphserve replay-log` can ask again (see `log_format`).
 
     A line without a header: {"wall_s", "changed", "level" (wanted), "reason", "kv_usage", "signals": {...}}. Every pair
-    is about 120 bytes, and costs a step 14 us and the writer 30 us (`scripts/bench_controller.py --steps 1500 --pace-ms 4
-    --decision-log all`, on a busy machine where a step's tick without a log takes 66 us at that pace).
+    is about 120 bytes, and costs a step 14 us and the writer 30 us (`scripts/bench_controller.py --steps 1500
+    --pace-ms 4 --decision-log all`, on a busy machine where a tick without a log takes 66 us at that pace).
     """
 
     def __init__(

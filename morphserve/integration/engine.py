@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from morphserve.integration import seams
@@ -28,6 +29,7 @@ def install() -> None:
 
     if not hasattr(EngineCore, "morphserve_status"):
         EngineCore.morphserve_status = _status
+        EngineCore.morphserve_reload = _reload
 
 
 def _initialize_kv_caches(original: Callable[..., Any]) -> Any:
@@ -63,3 +65,9 @@ def _status(self: Any) -> dict[str, Any] | None:
     """Utility method of EngineCore; runs between two steps, on the engine's own thread."""
     morph = getattr(self.scheduler, "morph", None)
     return None if morph is None else morph.status()
+
+
+def _reload(self: Any, cause: str) -> Future[dict[str, Any]] | None:
+    """Utility method of EngineCore: vLLM sends the answer when the thread that reads the file has it."""
+    morph = getattr(self.scheduler, "morph", None)
+    return None if morph is None else morph.reload(cause)

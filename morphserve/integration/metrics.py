@@ -1,4 +1,4 @@
-"""`GET /morphserve/status` and the `morphserve:*` metrics on vLLM's own /metrics.
+"""`GET /morphserve/status` and the `morphserve:*` metrics on vLLM's own /metrics; reloads are in `reload_api.py`.
 
 The engine cores are asked twice a second; a scrape reads the last answers. Each data-parallel replica is an engine of
 its own, told by its index. vLLM's own cache_config_info label is fixed at start and goes stale after a resize:
@@ -20,6 +20,8 @@ from fastapi import APIRouter, HTTPException
 from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from morphserve.integration.reload_api import add_route, on_hangup
 
 logger = logging.getLogger("vllm.morphserve")
 
@@ -85,6 +87,10 @@ def _transitions(s: _Status) -> list[_Row]:
     return [(tuple(key.split("_", 1)), count) for key, count in s["transitions"].items()]
 
 
+def _reloads(s: _Status) -> list[_Row]:
+    return [(("ok",), s["policy"]["reloads"]), (("refused",), s["policy"]["refused"])]
+
+
 _FAMILIES: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, tuple[str, ...], Any], ...] = (
     (
         GaugeMetricFamily,
@@ -120,6 +126,7 @@ _FAMILIES: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, 
     ),
     (CounterMetricFamily, "tokens", "Generated tokens by morph level.", ("level",), _by("tokens_by_level")),
     (CounterMetricFamily, "transition_seconds", "Time spent in transitions.", (), _one("transition_seconds")),
+    (CounterMetricFamily, "policy_reloads", "Policies taken from an edited file.", ("outcome",), _reloads),
     (CounterMetricFamily, "errors", "Errors by the part they came from.", ("where",), _by("errors")),
 )
 
@@ -153,6 +160,7 @@ class MorphServeEndpoint:
                     raise HTTPException(404, f"no engine {engine} behind this API server")
             return answers[0] if len(answers) == 1 else {"engines": answers}
 
+        add_route(router, self._reload)
         app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
@@ -167,13 +175,21 @@ class MorphServeEndpoint:
         with contextlib.suppress(ValueError):  # a second app in this process: already registered
             REGISTRY.register(self._collector)
         self._task = asyncio.create_task(self._poll())
+        on_hangup(self._reload)
 
     async def _ask(self) -> list[_Status]:
-        """Of every engine behind this API server."""
+        """The status of every engine behind this API server."""
+        return await self._call("morphserve_status")
+
+    async def _reload(self, cause: str) -> list[_Status]:
+        """What came of it in every engine."""
+        return await self._call("morphserve_reload", cause)
+
+    async def _call(self, method: str, *args: str) -> list[dict[str, Any]]:
         core = getattr(self._client, "engine_core", None)
         if core is None:
             return []
-        answers = await core.call_utility_all_async("morphserve_status")
+        answers = await core.call_utility_all_async(method, *args)
         return sorted((answer for answer in answers if answer is not None), key=itemgetter("engine"))
 
     async def _poll(self) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm.v1.core.sched.interface import PauseState
@@ -23,6 +24,8 @@ from morphserve.integration.status_page import StatusPage
 from morphserve.integration.traffic import Traffic
 from morphserve.integration.wake import IdleWaker
 from morphserve.monitor import Monitor
+from morphserve.reload import PolicyReloader, ReloadWatch
+from policies import PolicySetup
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ class Morph:
         self.log = self._open_log()
         self.controller = self._make_controller()
         self._page = StatusPage(runtime, self.executor, self.worst_forward_bytes)
+        self._watch = self._watch_settings()
         self._waker: IdleWaker | None = None
         if hasattr(runtime.engine_core, "input_queue"):  # an in-process engine has none, and nobody to wake
             self.wake_due = True  # a step before the first request: the policy may want another level
@@ -87,6 +91,23 @@ class Morph:
             clock=time.monotonic,
             log=self.log,
             on_level=self._on_level,
+        )
+
+    def _watch_settings(self) -> ReloadWatch:
+        """A thread that hands an edited policy to the controller, which asks it from its next tick on."""
+        runtime = self.runtime
+
+        def install(setup: PolicySetup, note: str) -> None:
+            self.controller.replace_policy(make_policy(setup, runtime.ladder), note, setup)
+
+        return ReloadWatch(
+            PolicyReloader(
+                runtime.config_file,
+                runtime.config,
+                self.setup,
+                setup_of=lambda config: policy_setup(config, runtime.vllm_config),
+                install=install,
+            )
         )
 
     # -- called by the scheduler, once per engine step --------------------------------------------
@@ -198,7 +219,8 @@ class Morph:
         return False
 
     def close(self) -> None:
-        """Stop the wake-ups and flush the decision log. Re-entrant."""
+        """Stop the wake-ups and the watch, and flush the decision log. Re-entrant."""
+        self._watch.close()
         if self._waker is not None:
             self._waker.close()
         self.wake_due = False
@@ -209,4 +231,12 @@ class Morph:
 
     def status(self) -> dict[str, Any]:
         """Plain values for the status page and the metrics."""
-        return self._page.render(self.controller.status(), self.failed, self.tick_times, self.tokens_by_level)
+        page = self._page.render(self.controller.status(), self.failed, self.tick_times, self.tokens_by_level)
+        return {**page, "policy": asdict(self._watch.reloads)}
+
+    def reload(self, cause: str) -> Future[dict[str, Any]]:
+        """Read the policy from the settings' file now; the answer comes from the thread that does."""
+        answer: Future[dict[str, Any]] = Future()
+        index = self.runtime.index
+        self._watch.ask(cause).add_done_callback(lambda done: answer.set_result({**done.result(), "engine": index}))
+        return answer

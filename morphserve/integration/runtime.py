@@ -12,7 +12,7 @@ from morphserve.controller import Ledgers, largest_chunk_bytes, make_ledgers
 from morphserve.errors import ConfigError
 from morphserve.integration.block_pool import blocks_of_one_request, check_supported
 from morphserve.integration.describe import RankDescription
-from morphserve.integration.settings import read_ladder
+from morphserve.integration.settings import config_file, read_ladder
 from morphserve.ladder import build_ladder, check_floor
 from morphserve.rank_bytes import RankBytes, most_uneven
 from policies.types import Ladder
@@ -76,6 +76,11 @@ class EngineRuntime:
     def index(self) -> int:
         """Of this data-parallel replica, 0 where there is only one."""
         return int(self.vllm_config.parallel_config.data_parallel_index)
+
+    @property
+    def config_file(self) -> Path | None:
+        """That the settings came from; None where they were given as a mapping."""
+        return config_file(self.vllm_config.additional_config)
 
     @property
     def decision_log(self) -> Path | None:

@@ -6,6 +6,7 @@ hash, and a changed threshold must not recompile the model.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from morphserve.config import MorphServeConfig, load_config, parse_config
@@ -30,9 +31,15 @@ def read_settings(additional_config: Any) -> MorphServeConfig | None:
     if not is_active(additional_config):
         return None
     raw = additional_config[KEY]
-    if isinstance(raw, dict) and set(raw) == {CONFIG_FILE}:
-        return load_config(raw[CONFIG_FILE])
+    if (file := config_file(additional_config)) is not None:
+        return load_config(file)
     return parse_config({} if raw is None else raw, source='additional_config["morphserve"]')
+
+
+def config_file(additional_config: Any) -> Path | None:
+    """The YAML that the settings are in; None when they were given as a mapping, or not at all."""
+    raw = additional_config.get(KEY) if is_active(additional_config) else None
+    return Path(raw[CONFIG_FILE]) if isinstance(raw, dict) and set(raw) == {CONFIG_FILE} else None
 
 
 def read_ladder(config: MorphServeConfig) -> ProfileLadder | None:

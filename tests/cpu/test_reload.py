@@ -1,0 +1,393 @@
+"""An edited YAML while the server runs: what is taken, what is refused, and what the new policy starts from."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from morphserve.config import load_config, parse_config, step_times_file
+from morphserve.controller import DecisionLog, Phase, make_header
+from morphserve.errors import ConfigError
+from morphserve.reload import PolicyReloader, ReloadWatch
+from morphserve.replay_log import replay
+from policies import (
+    BASE_FORMAT,
+    EngineLimits,
+    LayerMove,
+    PolicySetup,
+    SloConfig,
+    StepTime,
+    StepTimes,
+    ThresholdConfig,
+    load_step_times,
+)
+from tests.fakes import Rig, ScriptedPolicy
+
+pytestmark = pytest.mark.cpu
+
+LIMITS = EngineLimits(32, 16, 2048)
+START = "kv: {max_preemptions: 2}\npolicy: {kind: threshold, restore_after_s: 3.0}\n"
+EDITED = START.replace("3.0", "1.5")
+
+
+def setup_of(config: Any) -> PolicySetup:
+    file = step_times_file(config) if config.policy.kind == "slo" else None
+    return PolicySetup(config.policy, None if file is None else load_step_times(file), LIMITS)
+
+
+class Desk:
+    """A YAML in a directory, a reloader, and what it has handed over."""
+
+    def __init__(self, directory: Path, text: str = START) -> None:
+        self.file = directory / "morph.yaml"
+        self.taken: list[tuple[PolicySetup, str]] = []
+        self._ticks = 0
+        self.write(text)
+        self.rig = Rig()
+        running = load_config(self.file)
+        self.reloader = PolicyReloader(
+            self.file, running, setup_of(running), setup_of=setup_of, install=self._install, wall_clock=lambda: 7.0
+        )
+
+    def _install(self, setup: PolicySetup, note: str) -> None:
+        try:
+            setup.build(self.rig.ladder)
+        except ValueError as e:
+            raise ConfigError(f"policy: {e}") from e
+        self.taken.append((setup, note))
+
+    def write(self, text: str) -> None:
+        """As an editor does, with a time of its own whatever the file system's clock can tell apart."""
+        self.file.write_text(text)
+        self._ticks += 1
+        os.utime(self.file, ns=(self._ticks, self._ticks))
+
+    def look(self, times: int = 3) -> None:
+        for _ in range(times):
+            self.reloader.look()
+
+
+def test_edited_policy_is_taken_once(tmp_path: Path) -> None:
+    """Guards: an edit that nobody notices, or a new policy at every look."""
+    desk = Desk(tmp_path)
+    desk.look()
+    assert desk.taken == [] and desk.reloader.reloads.last_outcome is None
+    desk.write(EDITED)
+    desk.look(10)
+    ((setup, note),) = desk.taken
+    assert isinstance(setup.section, ThresholdConfig) and setup.section.restore_after_s == 1.5
+    assert note == f"{desk.file} has changed: policy.restore_after_s 3.0 -> 1.5"
+    reloads = desk.reloader.reloads
+    assert (reloads.reloads, reloads.refused, reloads.last_outcome, reloads.last_s) == (1, 0, "ok", 7.0)
+
+
+def test_edit_before_the_first_look_counts(tmp_path: Path) -> None:
+    """Guards: a file that was edited while the model was loading is taken for what the server has read."""
+    desk = Desk(tmp_path)
+    desk.write(EDITED)
+    desk.look()
+    assert len(desk.taken) == 1
+
+
+def test_another_kind(tmp_path: Path) -> None:
+    """Guards: only figures of the same kind can change."""
+    desk = Desk(tmp_path)
+    desk.write("kv: {max_preemptions: 2}\npolicy: {kind: static, level: w8}\n")
+    desk.look()
+    assert desk.taken[0][1].endswith("policy.kind threshold -> static")
+    assert desk.reloader.reloads.kind == "static"
+    assert desk.reloader.answer()["policy"] == {"kind": "static", "level": "w8"}
+
+
+def test_other_file_of_the_same_content_changes_nothing(tmp_path: Path) -> None:
+    """Guards: a touched file, a new comment or a default written out makes the policy forget what it has seen."""
+    desk = Desk(tmp_path)
+    desk.look()
+    desk.write("# tuned\n" + START.replace("threshold,", "threshold, mode: default,"))
+    desk.look()
+    assert desk.taken == [] and desk.reloader.reloads.last_outcome == "unchanged"
+    assert desk.reloader.reload("SIGHUP") | {"policy": 0} == {
+        "ok": True, "outcome": "unchanged", "error": None, "policy": 0,
+    }  # fmt: skip
+    assert desk.taken == [] and desk.reloader.reloads.reloads == 0
+
+
+def test_half_written_file_is_left_alone(tmp_path: Path) -> None:
+    """Guards: what an editor has written so far is served, or refused with an ERROR a second later proven wrong."""
+    desk = Desk(tmp_path)
+    desk.look()
+    for text in (EDITED[:20], EDITED[:50], EDITED):
+        desk.write(text)
+        desk.look(1)
+        assert desk.taken == [] and desk.reloader.reloads.refused == 0
+    desk.look(1)
+    assert len(desk.taken) == 1
+
+
+@pytest.mark.parametrize("gap", ["empty", "gone"])
+def test_file_that_is_replaced_slowly(gap: str, tmp_path: Path) -> None:
+    """Guards: a truncated file means all defaults; a file that was moved away is an error; its successor is missed."""
+    desk = Desk(tmp_path)
+    desk.look()
+    desk.write("") if gap == "empty" else desk.file.unlink()
+    desk.look(5)
+    assert desk.taken == [] and desk.reloader.reloads.refused == 0
+    desk.write(EDITED)
+    desk.look()
+    assert len(desk.taken) == 1
+
+
+def test_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
+    """Guards: half of the old file and half of the new one."""
+    desk = Desk(tmp_path)
+    desk.look()
+    desk.write(EDITED.replace("1.5", "1.0"))
+    desk.look(1)
+    original = desk.reloader._setup_of
+
+    def written_meanwhile(config: Any) -> PolicySetup:
+        desk.reloader._setup_of = original
+        desk.write(EDITED)
+        return original(config)
+
+    desk.reloader._setup_of = written_meanwhile
+    desk.look(1)
+    assert desk.taken == []
+    desk.look()
+    assert [note[-10:] for _, note in desk.taken] == ["3.0 -> 1.5"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("kv: {max_preemptions: 3, drain_timeout_s: 1}\nladder: {order: back_to_front}\n" + EDITED.splitlines()[1],
+         "ladder.order, kv.max_preemptions, kv.drain_timeout_s. Only `policy` can change .*: restart"),
+        (EDITED + "cache_dir: /elsewhere\ndecision_log_detail: all\n", "cache_dir, decision_log_detail. Only"),
+        (EDITED + "step_times: other.json\n", "step_times. Only"),
+        ("kv: {max_preemptions: 2}\npolicy: {kind: static, level: 77}\n", "policy: level 77 is not on the ladder"),
+        ("kv: {max_preemptions: 2}\npolicy: {kind: slo}\n", "there are none. Run scripts/calibrate.py"),
+        ("kv: {max_preemptions: 2}\npolicy: {kind: threshold, degrade_above: 7}\n", "degrade_above.*less than or"),
+        ("kv: {max_preemptions: 2}\npolicy: {kind: threshold, restore_below: 0.9}\n", "restore_below 0.9 is above"),
+        ("policy: [", "not valid YAML"),
+        ("- 1\n", "top level is list"),
+        ("\udcff", "UnicodeDecodeError"),
+    ],
+)  # fmt: skip
+def test_bad_file_keeps_the_policy(text: str, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Guards: a refused file half taken, an engine that dies of it, an ERROR a second, or one without reason."""
+    desk = Desk(tmp_path)
+    desk.look()
+    desk.file.write_text(text, errors="surrogateescape")
+    desk.look(6)
+    reloads = desk.reloader.reloads
+    assert desk.taken == [] and (reloads.refused, reloads.last_outcome) == (1, "refused")
+    assert reloads.last_error is not None
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert re.search(words, record.getMessage(), re.DOTALL), record.getMessage()
+    answer = desk.reloader.reload("SIGHUP")
+    assert not answer["ok"] and answer["error"] == reloads.last_error and answer["policy"]["restore_after_s"] == 3.0
+    desk.write(START)
+    desk.look()
+    reloads = desk.reloader.reloads
+    assert (reloads.refused, reloads.last_error, reloads.last_outcome) == (2, None, "unchanged") and desk.taken == []
+
+
+def test_asked_for_an_empty_file(tmp_path: Path) -> None:
+    """Guards: SIGHUP in the moment in which an editor has truncated the file makes the server one of defaults."""
+    desk = Desk(tmp_path, "policy: {kind: static}\n")
+    desk.write("")
+    answer = desk.reloader.reload("SIGHUP")
+    assert not answer["ok"] and "is empty" in answer["error"] and desk.taken == []
+
+
+def test_step_times_of_slo_are_watched(tmp_path: Path) -> None:
+    """Guards: a new calibration that needs a restart; one that restarts a policy which does not predict."""
+    times = {fmt: StepTime(0.012, 0.0004, 0.00025, 1.2e-6) for fmt in (BASE_FORMAT, "w8", "w4")}
+    file = tmp_path / "times.json"
+    StepTimes(times, LayerMove(0.001, 0.002)).save(file)
+    rest = f"step_times: {file}\n"
+    desk = Desk(tmp_path, "policy: {kind: threshold}\n" + rest)
+    desk.look()
+    StepTimes(times, LayerMove(0.001, 0.003)).save(file)
+    desk.look()
+    assert desk.taken == []
+    desk.write("policy: {kind: slo}\n" + rest)
+    desk.look()
+    assert desk.taken[0][0].times is not None and len(desk.taken) == 1
+    StepTimes(times, LayerMove(0.001, 0.004)).save(file)
+    desk.look()
+    assert len(desk.taken) == 2 and desk.taken[1][1].endswith("step times")
+
+
+def test_thread_answers_and_ends(tmp_path: Path) -> None:
+    """Guards: a question that waits for ever; a thread that outlives the engine."""
+    desk = Desk(tmp_path)
+    watch = ReloadWatch(desk.reloader, interval_s=0.001)
+    desk.write(EDITED)
+    assert watch.ask("SIGHUP").result(30)["ok"] and len(desk.taken) == 1
+    seen = threading.Event()
+    original = desk.reloader.look
+    desk.reloader.look = lambda: (original(), seen.set())  # type: ignore[method-assign,assignment,func-returns-value]
+    assert seen.wait(30)
+    watch.close()
+    watch.close()
+    for thread in threading.enumerate():
+        if thread.name == "morphserve-reload":
+            thread.join(30)
+            assert not thread.is_alive()
+    assert watch.ask("late").result(0)["error"] == "the engine is shutting down"
+
+
+def test_look_that_fails_is_no_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Guards: the watch ends with the first surprise, or fills the log with it."""
+    desk = Desk(tmp_path)
+    looked, count = threading.Event(), [0]
+
+    def look() -> None:
+        count[0] += 1
+        if count[0] > 3:
+            looked.set()
+        raise RuntimeError("planted")
+
+    desk.reloader.look = look  # type: ignore[method-assign]
+    watch = ReloadWatch(desk.reloader, interval_s=0.001)
+    assert looked.wait(30) and watch.ask("SIGHUP").result(30)["ok"]
+    watch.close()
+    assert caplog.text.count("Traceback") == 1
+
+
+def test_settings_without_a_file() -> None:
+    """Guards: an exception, or a thread that watches nothing."""
+    config = parse_config({})
+    before = threading.active_count()
+    watch = ReloadWatch(
+        PolicyReloader(None, config, setup_of(config), setup_of=setup_of, install=lambda setup, note: None)
+    )
+    assert threading.active_count() == before
+    answer = watch.ask("SIGHUP").result(0)
+    assert not answer["ok"] and "without a file" in answer["error"] and watch.reloads.source == "additional_config"
+    watch.close()
+
+
+# ---- the controller
+
+
+class Recorder(ScriptedPolicy):
+    """Follows the engine where nobody tells it otherwise."""
+
+    follows = True
+
+    def decide(self, signals: Any) -> Any:
+        if self.follows and self.seen is None:
+            self.level = signals.target_level
+        return super().decide(signals)
+
+
+def test_new_policy_is_asked_from_the_next_tick(tmp_path: Path) -> None:
+    """Guards: a policy asked in the middle of a step, the old one asked on, or the log that does not know."""
+    path = tmp_path / "log"
+    first = PolicySetup(ThresholdConfig(kind="threshold"), None, LIMITS)
+    second = PolicySetup(ThresholdConfig(kind="threshold", mode="performance", restore_after_s=0.1), None, LIMITS)
+    rig = Rig()
+    rig = Rig(policy=first.build(rig.ladder), log=DecisionLog(path, header=make_header(first, rig.ladder)))
+    rig.pool.allocate(1, 18)
+    rig.step(10)
+    reached = rig.controller.level
+    assert reached > 0
+    rig.controller.replace_policy(second.build(rig.ladder), "edited", second)
+    rig.step(10)
+    assert rig.controller.level >= reached
+    rig.pool.finish(1)
+    rig.step(100)
+    assert rig.controller.level == 0 and not rig.controller.tripped
+    rig.controller.close()
+    found = replay(path)
+    assert found.agrees and found.compared == 120 and found.policies == ["threshold default", "threshold performance"]
+
+
+@pytest.mark.parametrize("policy", ["threshold", "threshold_without_dwell", "slo"])
+@pytest.mark.parametrize("burst", [True, False])
+def test_new_policy_goes_on_from_the_level(policy: str, burst: bool) -> None:
+    """Guards: a policy that believes the engine at level 0, so a restore in the middle of the burst that it is for."""
+    rig = Rig()
+    rig.go_to(3)
+    if burst:
+        rig.pool.allocate(1, rig.pool.num_kv_blocks - 3)
+    setups = {
+        "threshold": PolicySetup(ThresholdConfig(kind="threshold"), None, LIMITS),
+        "threshold_without_dwell": PolicySetup(ThresholdConfig(kind="threshold", restore_after_s=0), None, LIMITS),
+        "slo": _slo(),
+    }
+    rig.controller.replace_policy(setups[policy].build(rig.ladder), "edited", setups[policy])
+    levels = []
+    for _ in range(20):
+        rig.step()
+        levels.append(rig.controller.level)
+    assert not rig.controller.tripped
+    if burst:
+        assert min(levels) >= 3
+    elif policy == "threshold":
+        assert levels == [3] * 20  # 1 s is not the dwell
+    status = rig.controller.status()
+    assert burst or policy != "threshold_without_dwell" or "start at full precision" not in status["reason"]
+
+
+def _slo() -> PolicySetup:
+    times = {fmt: StepTime(0.012, 0.0004, 0.00025, 1.2e-6) for fmt in (BASE_FORMAT, "w8", "w4")}
+    return PolicySetup(SloConfig(kind="slo"), StepTimes(times, LayerMove(0.001, 0.002)), LIMITS)
+
+
+@pytest.mark.parametrize("direction", ["degrade", "restore"])
+@pytest.mark.parametrize("steps", range(1, 8))
+def test_transition_under_way_goes_on(direction: str, steps: int) -> None:
+    """Guards: a reload in mid-transition turns it around, aborts it, or leaves fenced blocks or staged layers."""
+    rig = Rig(num_ranks=2)
+    if direction == "restore":
+        rig.go_to(4)
+    rig.script.level = 4 if direction == "degrade" else 0
+    rig.step(steps)
+    new = Recorder()
+    rig.controller.replace_policy(new, "edited", _slo())
+    rig.step(60)
+    assert new.level == (4 if direction == "degrade" else 0) == rig.controller.level
+    assert rig.controller.phase is Phase.IDLE and not rig.controller.tripped
+    outcomes = {key: n for key, n in rig.controller.counters.transitions.items() if key[1] != "committed"}
+    assert outcomes == {}
+
+
+def test_two_before_one_tick(tmp_path: Path) -> None:
+    """Guards: the earlier of two edits wins, or both are asked."""
+    rig = Rig()
+    first, second = Recorder(), Recorder()
+    rig.controller.replace_policy(first, "one", _slo())
+    rig.controller.replace_policy(second, "two", _slo())
+    rig.step()
+    assert first.seen is None and second.seen is not None and rig.script.seen is None
+
+
+def test_tripped_controller_refuses() -> None:
+    """Guards: "ok" for a policy that nobody will ask."""
+    rig = Rig()
+    rig.script.error = RuntimeError("planted")
+    rig.step()
+    with pytest.raises(ConfigError, match="no policy is asked any more. Restart"):
+        rig.controller.replace_policy(Recorder(), "edited", _slo())
+    assert not rig.controller.wants_wakeup
+
+
+def test_idle_engine_is_woken_for_it() -> None:
+    """Guards: an idle server at level 0 that takes `static: w8` with the next request, an hour later."""
+    rig = Rig()
+    rig.step()
+    assert not rig.controller.wants_wakeup
+    rig.controller.replace_policy(Recorder(), "edited", _slo())
+    assert rig.controller.wants_wakeup
+    rig.step()
+    assert not rig.controller.wants_wakeup
