@@ -122,8 +122,6 @@ SEAMS: tuple[Seam, ...] = (
          ("input_queue", "model_executor", "scheduler")),
     Seam("utility_call", "vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async", ("method",),
          "status and metrics are asked for between two steps"),
-    Seam("utility_future", "vllm.v1.engine.core:EngineCoreProc._invoke_utility_method", ("name", "get_result"),
-         "a reload answers when its own thread has read the file"),
     Seam("kv_manager", "vllm.v1.core.kv_cache_manager:KVCacheManager", (), "sizes follow the published blocks",
          ("block_pool", "max_model_len", "watermark_blocks", "get_block_ids")),
     Seam("kv_config", f"{_SPEC}:KVCacheConfig", (), "how many blocks, laid out how",

@@ -1,0 +1,151 @@
+"""How an operator asks for a reload: by SIGHUP, by POST, and what vLLM makes of the engine's answer."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import uvloop
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from vllm.v1.engine import UtilityOutput
+from vllm.v1.engine.core import EngineCoreProc
+
+from morphserve.integration import engine
+from morphserve.integration.metrics import MorphServeEndpoint
+from morphserve.integration.morph import Morph
+from morphserve.integration.reload_api import on_hangup
+from morphserve.integration.settings import config_file
+
+SECTION = {"kind": "static", "level": 0}
+
+
+def answer(index: int, error: str | None = None) -> dict[str, Any]:
+    outcome = "ok" if error is None else "refused"
+    return {"ok": error is None, "outcome": outcome, "error": error, "policy": SECTION, "engine": index}
+
+
+def client_of(answers: list[Any], endpoint: MorphServeEndpoint) -> TestClient:
+    async def call(method: str, cause: str) -> list[Any]:
+        assert (method, cause) == ("morphserve_reload", "POST /morphserve/reload")
+        return answers
+
+    app = FastAPI()
+    endpoint.attach_router(app)
+    endpoint._client = SimpleNamespace(engine_core=SimpleNamespace(call_utility_all_async=call))
+    return TestClient(app)
+
+
+def test_post_says_what_came_of_it() -> None:
+    """Guards: a refused file with status 200, an answer of one replica for all, or none without the plugin."""
+    done = client_of([answer(0)], MorphServeEndpoint()).post("/morphserve/reload")
+    assert done.status_code == 200
+    assert done.json() == {"ok": True, "outcome": "ok", "error": None, "policy": SECTION}
+    half = client_of([answer(1, "no such level"), answer(0)], MorphServeEndpoint()).post("/morphserve/reload")
+    assert half.status_code == 422 and not half.json()["ok"] and half.json()["error"] == "no such level"
+    assert [each["ok"] for each in half.json()["engines"]] == [True, False]
+    assert client_of([None], MorphServeEndpoint()).post("/morphserve/reload").status_code == 503
+    assert client_of([answer(0)], MorphServeEndpoint()).get("/morphserve/reload").status_code == 405
+
+
+# ---- SIGHUP
+
+
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    """A test that fails must not leave a handler to the others."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_hangup_asks_the_engines(run: Callable[[Any], Any], fails: bool, hangup: None) -> None:
+    """Guards: a server that SIGHUP ends, or that hears it once; an engine's error that ends the event loop."""
+    causes: list[str] = []
+
+    async def serve() -> None:
+        asked = asyncio.Event()
+
+        async def ask(cause: str) -> list[Any]:
+            causes.append(cause)
+            asked.set()
+            if fails:
+                raise RuntimeError("the engine is dead")
+            return [answer(0), answer(1, "refused")]
+
+        assert on_hangup(ask)
+        for _ in range(2):
+            asked.clear()
+            signal.raise_signal(signal.SIGHUP)
+            await asyncio.wait_for(asked.wait(), 30)
+
+    run(serve())
+    assert causes == ["SIGHUP", "SIGHUP"]
+
+
+@pytest.mark.parametrize("theirs", [signal.SIG_IGN, lambda number, frame: None], ids=["nohup", "handled"])
+def test_handler_of_somebody_else_stays(theirs: Any, hangup: None) -> None:
+    """Guards: nohup undone, or another package's handler lost."""
+    signal.signal(signal.SIGHUP, theirs)
+
+    async def serve() -> bool:
+        return on_hangup(None)  # type: ignore[arg-type]
+
+    assert not asyncio.run(serve())
+    assert signal.getsignal(signal.SIGHUP) is theirs
+
+
+def test_no_handler_outside_of_the_main_thread(hangup: None) -> None:
+    """Guards: an API server that runs in a thread does not start."""
+
+    async def serve() -> bool:
+        return await asyncio.to_thread(lambda: asyncio.run(inner()))
+
+    async def inner() -> bool:
+        return on_hangup(None)  # type: ignore[arg-type]
+
+    assert not asyncio.run(serve())
+
+
+# ---- the engine
+
+
+def test_vllm_sends_the_answer_when_it_is_there() -> None:
+    """Guards: an engine that reads the file between two steps; a future that vLLM sends as a value, or never."""
+    asked: Future[dict[str, Any]] = Future()
+    morph = object.__new__(Morph)
+    morph._watch = SimpleNamespace(ask=lambda cause: asked)  # type: ignore[assignment]
+    morph.runtime = SimpleNamespace(index=1)  # type: ignore[assignment]
+    core = SimpleNamespace(scheduler=SimpleNamespace(morph=morph))
+    sent: list[Any] = []
+    name, output = "morphserve_reload", UtilityOutput(5)
+    EngineCoreProc._invoke_utility_method(name, lambda: engine._reload(core, "SIGHUP"), output, sent.append)
+    assert sent == []
+    asked.set_result({"ok": True})
+    assert sent == [output] and output.failure_message is None
+    assert output.result.result == {"ok": True, "engine": 1}
+    assert engine._reload(SimpleNamespace(scheduler=object()), "SIGHUP") is None
+
+
+@pytest.mark.parametrize(
+    ("additional", "file"),
+    [
+        ({"morphserve": {"config_file": "/a/b.yaml"}}, Path("/a/b.yaml")),
+        ({"morphserve": {"policy": {"kind": "static"}}}, None),
+        ({"morphserve": {}}, None),
+        ({"morphserve": None}, None),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_which_file_is_watched(additional: Any, file: Path | None) -> None:
+    """Guards: inline settings that look for a file, or a file that nobody looks for."""
+    assert config_file(additional) == file
