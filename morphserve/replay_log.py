@@ -207,7 +207,7 @@ def replay(file: Path, other: MorphServeConfig | None = None) -> Replay:
                     line = json.loads(text)
                 except ValueError:
                     line = None
-                if isinstance(line, dict | list) and text.endswith("\n"):
+                if isinstance(line, dict | list):  # a line that was cut lacks its last bracket
                     replayer.take(at, line)
                 else:
                     replayer.lost(at, "the line is cut")

@@ -217,7 +217,7 @@ def test_step_times_of_slo_are_watched(tmp_path: Path) -> None:
     desk.look()
     StepTimes(times, LayerMove(0.001, 0.003)).save(file)
     desk.look()
-    assert desk.taken == []
+    assert desk.taken == [] and desk.reloader.reloads.last_outcome is None
     desk.write("policy: {kind: slo}\n" + rest)
     desk.look()
     assert desk.taken[0][0].times is not None and len(desk.taken) == 1

@@ -157,6 +157,14 @@ def test_equal_steps_stay_two_and_one_stays_one() -> None:
     assert back[3] is None and back[4] == second
 
 
+@pytest.mark.parametrize("missing", ["signal", "decision"])
+def test_pair_that_builds_on_nothing(missing: str) -> None:
+    """Guards: a placeholder handed to a policy as a signal."""
+    line = json.loads(PairWriter().line(1, load(0, 1)[0], Decision(0, "")))
+    with pytest.raises(LogError, match="builds on lines which are not there"):
+        PairReader().pair([line[0], line[1][2:], line[2]] if missing == "signal" else line[:2])
+
+
 def test_lines_are_small() -> None:
     """Guards: every pair written out in full fills a disk."""
     writer, base = PairWriter(), load(0, 1)[0]
