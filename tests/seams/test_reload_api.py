@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 from vllm.v1.engine import UtilityOutput
 from vllm.v1.engine.core import EngineCoreProc
 
-from morphserve.integration import engine
+from morphserve.integration import engine, reload_api
 from morphserve.integration.metrics import MorphServeEndpoint
 from morphserve.integration.morph import Morph
 from morphserve.integration.reload_api import on_hangup
@@ -67,16 +67,24 @@ def hangup() -> Iterator[None]:
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_hangup_asks_the_engines(run: Callable[[Any], Any], fails: bool, hangup: None) -> None:
-    """Guards: a server that SIGHUP ends, or that hears it once; an engine's error that ends the event loop."""
+def test_hangup_asks_the_engines(
+    run: Callable[[Any], Any], fails: bool, hangup: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a server that SIGHUP ends, or that hears it once; an operator who never learns what came of it."""
     causes: list[str] = []
+    told: list[str] = []
 
     async def serve() -> None:
         asked = asyncio.Event()
 
+        def tell(text: str, *args: Any) -> None:
+            told.append(text % args)
+            asked.set()
+
+        monkeypatch.setattr(reload_api, "logger", SimpleNamespace(info=tell, error=tell))
+
         async def ask(cause: str) -> list[Any]:
             causes.append(cause)
-            asked.set()
             if fails:
                 raise RuntimeError("the engine is dead")
             return [answer(0), answer(1, "refused")]
@@ -89,6 +97,10 @@ def test_hangup_asks_the_engines(run: Callable[[Any], Any], fails: bool, hangup:
 
     run(serve())
     assert causes == ["SIGHUP", "SIGHUP"]
+    if fails:
+        assert told == ["morphserve: SIGHUP reached no engine (RuntimeError: the engine is dead); the policy stays"] * 2
+    else:
+        assert told == [f"morphserve: SIGHUP, engine {at}" for at in ("0: ok", "1: refused")] * 2
 
 
 @pytest.mark.parametrize("theirs", [signal.SIG_IGN, lambda number, frame: None], ids=["nohup", "handled"])
