@@ -6,8 +6,9 @@ from typing import Any
 
 from morphserve.config import MorphServeConfig, check_formats, step_times_file
 from morphserve.errors import ConfigError
-from morphserve.integration.settings import read_ladder, read_settings
+from morphserve.integration.settings import read_settings
 from morphserve.ladder import build_ladder, check_floor, ladder_formats
+from morphserve.profile_ladder import read_ladder
 from morphserve.rank_bytes import RankBytes
 from policies import EngineLimits, PolicySetup, load_step_times
 from policies.types import BASE_FORMAT, Ladder, Policy

@@ -26,8 +26,8 @@ from morphserve.integration.host_memory import FREED_WEIGHTS_RETURN, weights_on_
 from morphserve.integration.rank_base import BaseLinear, applied_bias, base_of, method_of
 from morphserve.integration.rank_import import Importer
 from morphserve.integration.rank_profile import Plain, Smoother
-from morphserve.integration.settings import read_ladder
 from morphserve.ladder import ladder_formats
+from morphserve.profile_ladder import read_ladder
 from policies.types import BASE_FORMAT
 from quant_layers import (
     FORMATS,

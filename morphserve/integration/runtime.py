@@ -12,8 +12,9 @@ from morphserve.controller import Ledgers, largest_chunk_bytes, make_ledgers
 from morphserve.errors import ConfigError
 from morphserve.integration.block_pool import blocks_of_one_request, check_supported
 from morphserve.integration.describe import RankDescription
-from morphserve.integration.settings import config_file, read_ladder
+from morphserve.integration.settings import config_file
 from morphserve.ladder import build_ladder, check_floor
+from morphserve.profile_ladder import read_ladder
 from morphserve.rank_bytes import RankBytes, most_uneven
 from policies.types import Ladder
 

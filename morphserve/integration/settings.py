@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from morphserve.config import MorphServeConfig, load_config, parse_config
-from morphserve.errors import ConfigError
-from morphserve.ladder import ProfileLadder
 
 KEY = "morphserve"
 CONFIG_FILE = "config_file"
@@ -40,22 +38,3 @@ def config_file(additional_config: Any) -> Path | None:
     """The YAML that the settings are in; None when they were given as a mapping, or not at all."""
     raw = additional_config.get(KEY) if is_active(additional_config) else None
     return Path(raw[CONFIG_FILE]) if isinstance(raw, dict) and set(raw) == {CONFIG_FILE} else None
-
-
-def read_ladder(config: MorphServeConfig) -> ProfileLadder | None:
-    """What the configured profile says about the ladder; None without a profile.
-
-    Raises:
-        ConfigError: the profile is missing or damaged.
-    """
-    if config.profile is None:
-        return None
-    from quant_layers import ProfileError, read_profile  # torch: only where a model is served
-
-    try:
-        profile = read_profile(config.profile, with_scales=False)
-    except ProfileError as e:
-        raise ConfigError(str(e)) from e
-    return ProfileLadder(
-        profile.order, tuple(rung.layers for rung in profile.ladder), tuple(rung.kl for rung in profile.ladder)
-    )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 STOCK, MORPHSERVE = "stock", "morphserve"
 _STATIC = "static_"  # before the format that all layers of an anchor have
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")  # a directory is called by it
 
 
 class Progress(Protocol):
@@ -48,6 +50,7 @@ class Comparison:
     measurement: Measurement  # its client.url is set per server
     out: Path
     config: Path | None = None  # YAML of the morphserve run; the static runs derive theirs from it
+    policies: Mapping[str, Path] = field(default_factory=dict)  # YAML of further runs by name
     repeats: int = 1
     setup: dict[str, Any] | None = None  # recorded with every run
 
@@ -58,18 +61,34 @@ class Comparison:
             ReplayError: unknown or repeated run names, or a missing --config.
             ConfigError: a config that MorphServe would refuse.
         """
-        unknown = [n for n in self.names if n not in (STOCK, MORPHSERVE) and not static_format(n)]
+        if taken := [n for n in self.policies if n in (STOCK, MORPHSERVE) or static_format(n) or not _NAME.match(n)]:
+            raise ReplayError(
+                f"--policy {', '.join(taken)}: a name is of letters, digits, '.', '_' and '-', and none of {STOCK}, "
+                f"{MORPHSERVE} and {_STATIC}FORMAT."
+            )
+        known = (STOCK, MORPHSERVE, *self.policies)
+        unknown = [n for n in self.names if n not in known and not static_format(n)]
         if unknown or not self.names or len(set(self.names)) != len(self.names):
             raise ReplayError(
-                f"--compare {','.join(self.names)}: choose from {STOCK}, {MORPHSERVE} and static_FORMAT (static_w8), "
+                f"--compare {','.join(self.names)}: choose from {', '.join(known)} and static_FORMAT (static_w8), "
                 "each at most once."
             )
         if self.repeats < 1:
             raise ReplayError(f"--repeats is {self.repeats}, must be at least 1.")
-        if any(n != STOCK for n in self.names):
-            if self.config is None:
-                raise ReplayError(f"--compare {','.join(self.names)} needs --config with a MorphServe YAML.")
-            load_config(self.config)
+        for name in self.names:
+            if name != STOCK:
+                load_config(self.config_of(name))
+
+    def config_of(self, name: str) -> Path:
+        """YAML of a run with the plugin.
+
+        Raises:
+            ReplayError: there is none.
+        """
+        path = self.policies.get(name, self.config)
+        if path is None:
+            raise ReplayError(f"--compare {','.join(self.names)} needs --config with a MorphServe YAML.")
+        return path
 
 
 def static_format(name: str) -> str:
@@ -100,7 +119,7 @@ def measure_url(comparison: Comparison, name: str, url: str, progress: Progress)
     """Measure a server that somebody else started."""
     results = []
     for repeat in range(1, comparison.repeats + 1):
-        directory = _directory(comparison, name, repeat)
+        directory = run_directory(comparison, name, repeat)
         result = _measure(comparison, name, repeat, directory, url, {"url": url}, progress)
         result.save()
         progress.finished(result)
@@ -125,17 +144,16 @@ def derived_config(base: Path, name: str, directory: Path) -> dict[str, Any]:
 
 
 def _run_one(comparison: Comparison, name: str, repeat: int, progress: Progress) -> RunResult:
-    directory = _directory(comparison, name, repeat)
+    directory = run_directory(comparison, name, repeat)
     own_args: tuple[str, ...] = ()
     if name != STOCK:
-        assert comparison.config is not None  # check() has seen to it
         config_path = directory / "config.yaml"
         config_path.write_text(
-            yaml.safe_dump(derived_config(comparison.config, name, directory), sort_keys=False),
+            yaml.safe_dump(derived_config(comparison.config_of(name), name, directory), sort_keys=False),
             encoding="utf-8",
         )
         own_args = ("--plugin", "morphserve", "--morphserve-config", str(config_path.resolve()))
-    progress.starting(_title(comparison, name, repeat))
+    progress.starting(run_title(comparison, name, repeat))
     with serve(comparison.server, directory / "server.log", own_args, progress.waiting) as server:
         log.info("%s: up after %.0f s, log %s", name, server.start_s, directory / "server.log")
         setup = {"command": server.command, "server_start_s": round(server.start_s, 1)}
@@ -154,18 +172,19 @@ def _measure(
     what = replace(comparison.measurement, client=replace(comparison.measurement.client, url=url))
     if static_format(name):
         what = replace(what, restore_wait_s=0.0)  # it stays where it is
-    progress.measuring(_title(comparison, name, repeat), len(what.workload.requests))
+    progress.measuring(run_title(comparison, name, repeat), len(what.workload.requests))
     setup = (comparison.setup or {}) | describe_machine() | setup
     return asyncio.run(measure(what, name, repeat, directory, setup, progress.request_done))
 
 
-def _directory(comparison: Comparison, name: str, repeat: int) -> Path:
+def run_directory(comparison: Comparison, name: str, repeat: int) -> Path:
+    """Where a run's files go; made if it is not there."""
     directory = comparison.out / (name if comparison.repeats == 1 else f"{name}.{repeat}")
     directory.mkdir(parents=True, exist_ok=True)
     return directory
 
 
-def _title(comparison: Comparison, name: str, repeat: int) -> str:
+def run_title(comparison: Comparison, name: str, repeat: int) -> str:
     return name if comparison.repeats == 1 else f"{name} {repeat}/{comparison.repeats}"
 
 

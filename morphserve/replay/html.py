@@ -207,27 +207,35 @@ def _how(summary: Summary, shown: Sequence[RunResult]) -> str:
         f"{w.input_tokens:,} prompt tokens, "
         f"{w.output_tokens:,} output tokens, greedy, sent at the trace's times whatever the server does",
         f"SLO: TTFT {summary.slo.ttft_s:g} s and TPOT {summary.slo.tpot_s * 1000:g} ms, both",
-        f"machine: {machine.get('cores', '?')} cores, {machine.get('cpu', 'unknown processor')}, "
+        f"**simulated, no server was started**: {machine['simulated']}"
+        if "simulated" in machine
+        else f"machine: {machine.get('cores', '?')} cores, {machine.get('cpu', 'unknown processor')}, "
         f"{machine.get('memory_gib', '?')} GiB",
         "versions: "
         + ", ".join(f"{n} {machine[n]}" for n in ("vllm", "torch", "morphserve", "python") if n in machine),
     ]
     runs = []
     for run in shown:
-        lag = run.figures()["dispatch_lag"]
         runs.append(
-            f"<dt>{_text(run.name)}</dt><dd class='muted'>load average before "
-            f"{run.setup.get('load_average_before', 0):.1f}, after "
-            f"{run.setup.get('load_average_after', 0):.1f}; "
-            f"client sent {_ms(lag['p99_ms'])} late at P99</dd><pre>"
+            f"<dt>{_text(run.name)}</dt><dd class='muted'>{_circumstances(run)}</dd><pre>"
             f"{_text(str(run.setup.get('command') or run.setup.get('url', '')), code=True)}</pre>"
         )
     terms = "".join(f"<dt>{_text(term)}</dt><dd>{_text(what)}</dd>" for term, what in _DEFINITIONS)
     return (
-        "<h2>How it was measured</h2><ul>"
+        f"<h2>How it was {'simulated' if 'simulated' in machine else 'measured'}</h2><ul>"
         + "".join(f"<li>{_text(fact)}</li>" for fact in facts)
-        + f"</ul><details open><summary>Commands</summary><dl>{''.join(runs)}</dl></details>"
+        + f"</ul><details open><summary>Runs</summary><dl>{''.join(runs)}</dl></details>"
         + f"<details><summary>What the words mean</summary><dl>{terms}</dl></details>"
+    )
+
+
+def _circumstances(run: RunResult) -> str:
+    if "simulated" in run.setup:
+        return f"simulated: {run.setup['num_steps']:,} engine steps; its config:"
+    lag = run.figures()["dispatch_lag"]
+    return (
+        f"load average before {run.setup.get('load_average_before', 0):.1f}, after "
+        f"{run.setup.get('load_average_after', 0):.1f}; client sent {_ms(lag['p99_ms'])} late at P99"
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from morphserve.replay.compare import MORPHSERVE, STOCK, by_name
+from morphserve.replay.compare import MORPHSERVE, STOCK, by_name, static_format
 from morphserve.replay.metrics import Slo
 from morphserve.replay.results import ROW_KEYS, RunResult
 from morphserve.replay.workload import Workload
@@ -44,9 +44,14 @@ def summarize(workload: Workload, workload_path: str, slo: Slo, results: Sequenc
         workload_path=workload_path,
         slo=slo,
         rows=rows,
-        headline=_headline(rows),
+        headline=_simulated(results) + _headline(rows),
         notes=(*_verdicts(rows), *_warnings(rows)),
     )
+
+
+def _simulated(results: Sequence[RunResult]) -> str:
+    """So that nobody takes a simulation for a measurement."""
+    return "Simulated: " if any("simulated" in result.setup for result in results) else ""
 
 
 def representative(group: Sequence[RunResult]) -> RunResult:
@@ -134,10 +139,12 @@ def _verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
         if row["name"] == STOCK and not (subject["share_above_level_0"] or 0.0):
             notes.append("MorphServe never left full precision here and does not violate less than stock.")
         elif own_kl is not None and kl <= own_kl:
+            without_policy = row["name"] == STOCK or static_format(row["name"])
+            verdict = "Morphing did not pay here." if without_policy else "Its config is the better one here."
             notes.append(
                 f"**{row['name']} dominates on this workload**: it has no more violations "
                 f"({percent(row['violation_rate'])} against {percent(subject['violation_rate'])}) and no "
-                f"more quality cost ({kl:.3g} against {own_kl:.3g} nats/token). Morphing did not pay here."
+                f"more quality cost ({kl:.3g} against {own_kl:.3g} nats/token). {verdict}"
             )
     return notes
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from morphserve.replay import synthetic
 from morphserve.replay.errors import WorkloadError
 from morphserve.replay.formats import MOONCAKE_BLOCK_TOKENS, TraceRequest, read_canonical, read_trace
 
@@ -17,7 +18,7 @@ from morphserve.replay.formats import MOONCAKE_BLOCK_TOKENS, TraceRequest, read_
 class WorkloadSpec:
     """What to replay of a trace; the defaults replay all of it as it is."""
 
-    path: Path
+    path: Path  # a file, or synthetic:SEED,...
     window_s: tuple[float, float] | None = None  # start and length; the cut is re-based to 0
     thin: float = 1.0  # keep every k-th request: rate / k, burst time scale kept
     rate_scale: float = 1.0  # divide every arrival time: rate * r, bursts get shorter too
@@ -62,7 +63,12 @@ def load_workload(spec: WorkloadSpec) -> Workload:
     _check(spec)
     # A saved window must replay as it was saved: its lead-in silence belongs to it.
     canonical = spec.window_s is None and spec.path.suffix in (".jsonl", ".json")
-    requests = read_canonical(spec.path) if canonical else read_trace(spec.path, spec.seed)
+    name = str(spec.path)
+    if synthetic.is_synthetic(name):
+        requests = synthetic.generate(synthetic.parse_synthetic(name))
+    else:
+        name = spec.path.stem
+        requests = read_canonical(spec.path) if canonical else read_trace(spec.path, spec.seed)
     if spec.window_s is not None:
         requests = _cut(requests, *spec.window_s)
     requests = _thin(requests, spec.thin)[: spec.limit]
@@ -71,7 +77,7 @@ def load_workload(spec: WorkloadSpec) -> Workload:
             f"workload {spec.path}: nothing left after window {spec.window_s}, thin {spec.thin:g}."
         )
     return Workload(
-        name=spec.path.stem,
+        name=name,
         requests=tuple(
             TraceRequest(
                 arrival_s=r.arrival_s / spec.rate_scale,

@@ -28,7 +28,9 @@ class Calibration:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{fmt!r} has {len(sizes)} layers" for fmt, sizes in self.rank.layers.items() if len(sizes) != self.num_layers
+            f"{fmt!r} has {len(sizes)} layers"
+            for fmt, sizes in self.rank.layers.items()
+            if len(sizes) != self.num_layers
         ]
         if BASE_FORMAT not in self.rank.layers:
             problems.append(f"no bytes of {BASE_FORMAT!r}")

@@ -66,6 +66,7 @@ class SimExecutor:
             self._pace.set_formats(self.formats)
         self._mapped = plan.num_kv_blocks
         self.pause_s += seconds
+        weights = self._weight_bytes
         return _Answered(
-            Reply(0, plan.revision, True, elapsed_s=seconds, num_kv_blocks=self._mapped, weight_bytes=self._weight_bytes)
+            Reply(0, plan.revision, True, elapsed_s=seconds, num_kv_blocks=self._mapped, weight_bytes=weights)
         )

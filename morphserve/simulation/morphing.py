@@ -33,7 +33,7 @@ def plan_ladder(
     base = server.num_blocks if config.kv.base_num_blocks is None else config.kv.base_num_blocks
     if base > server.num_blocks:
         raise ConfigError(
-            f"kv.base_num_blocks is {base}, memory for the KV cache holds {server.num_blocks}. Lower it, or leave it out."
+            f"kv.base_num_blocks is {base}, the server has {server.num_blocks} blocks. Lower it, or leave it out."
         )
     if config.profile is not None and profile is None:
         raise ConfigError(

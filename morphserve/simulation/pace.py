@@ -16,7 +16,9 @@ class Pace:
         factor: on all times; 1.1 = a machine 10 % slower.
     """
 
-    def __init__(self, times: StepTimes, num_layers: int, factor: float = 1.0, noise: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self, times: StepTimes, num_layers: int, factor: float = 1.0, noise: float = 0.0, seed: int = 0
+    ) -> None:
         """Start with all layers as they were loaded.
 
         Args:

@@ -13,8 +13,8 @@ class SimPool:
 
     1. `used <= num_kv_blocks - 1` at every moment: block 0 is the null block.
     2. From `begin_shrink(n)` on nothing is handed out while `n - 1` blocks or more are held.
-    3. Blocks lie anywhere. Of those held, the share that expectation puts above the fence must be copied below it, as far
-       as there is room; of those freed meanwhile the same share was above it.
+    3. Blocks lie anywhere. Of those held, the share that expectation puts above the fence must be copied below it, as
+       far as there is room; of those freed meanwhile the same share was above it.
 
     Attributes:
         capacity: blocks that may be held; below `used` while a shrink has not found room for all of them.

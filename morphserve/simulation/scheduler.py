@@ -1,7 +1,7 @@
 """vLLM's V1 scheduler as a model: the same requests run, wait and are preempted in the same steps.
 
-A step that only decodes costs the same however many requests run: every running request advances by one token a step, so
-what happens to it next (a block more, its last token) is known by step number when it begins to decode.
+A step that only decodes costs the same however many requests run: each advances by one token a step, so what happens to it
+next (a block more, its last token) is known by step number when it begins to decode.
 """
 
 from __future__ import annotations

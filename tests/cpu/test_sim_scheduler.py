@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-import pytest
 from cpu.sim_reference import ReferenceScheduler, Request
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,9 +28,8 @@ class Traffic:
 
     @property
     def server(self) -> SimServer:
-        return SimServer(
-            self.num_blocks, self.block_size, 10_000, self.max_num_seqs, self.max_tokens, async_scheduling=self.depth > 1
-        )
+        sizes = (self.num_blocks, self.block_size, 10_000, self.max_num_seqs, self.max_tokens)
+        return SimServer(*sizes, async_scheduling=self.depth > 1)
 
 
 @dataclass

@@ -1,0 +1,25 @@
+"""The ladder of the profile that the settings name, for who serves it and for who simulates that."""
+
+from __future__ import annotations
+
+from morphserve.config import MorphServeConfig
+from morphserve.errors import ConfigError
+from morphserve.ladder import ProfileLadder
+
+
+def read_ladder(config: MorphServeConfig) -> ProfileLadder | None:
+    """What the configured profile says about the ladder; None without a profile.
+
+    Raises:
+        ConfigError: the profile is missing or damaged.
+    """
+    if config.profile is None:
+        return None
+    from quant_layers import ProfileError, read_profile  # torch: only where there is a profile
+
+    try:
+        profile = read_profile(config.profile, with_scales=False)
+    except ProfileError as e:
+        raise ConfigError(str(e)) from e
+    rungs = tuple(rung.layers for rung in profile.ladder)
+    return ProfileLadder(profile.order, rungs, tuple(rung.kl for rung in profile.ladder))
