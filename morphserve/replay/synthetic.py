@@ -1,8 +1,8 @@
 """Bursty traffic by seed, in the form that studies of production traces give it.
 
 Gaps between arrivals are gamma or Weibull with a coefficient of variation of their own (1 = Poisson), on a clock that
-bursts speed up; prompts and answers are log-normal. Production varies at two scales at once, and so does this: gaps within
-seconds, the rate over tens of seconds.
+bursts speed up; prompts and answers are log-normal. Production varies at two scales at once, and so does this: gaps
+within seconds, the rate over tens of seconds.
 """
 
 from __future__ import annotations

@@ -79,6 +79,7 @@ class SimEngine:
             pause_s = morphing.tick(scheduler)
             level = morphing.controller.exposure_level
             rung = None if pause_s else morphing.rung
+            scheduler.level = level
             self._pause_s += pause_s
             if self._depth == 1:
                 self.now_s += pause_s

@@ -19,6 +19,7 @@ from morphserve.simulation.engine import SimEngine
 from morphserve.simulation.morphing import Morphing, plan_ladder
 from morphserve.simulation.pace import Pace
 from morphserve.simulation.pool import SimPool
+from morphserve.simulation.prefix import CachingScheduler, PromptContents
 from morphserve.simulation.recorder import Recorder
 from morphserve.simulation.request import SimRequest, State
 from morphserve.simulation.scheduler import SimScheduler
@@ -160,7 +161,7 @@ def simulate(
     pace = Pace(calibration.times, calibration.num_layers, speed, server.step_noise, seed)
     ladder = None if config is None else plan_ladder(config, server, calibration, profile)
     pool = SimPool(server.num_blocks if ladder is None else ladder[0].num_kv_blocks)
-    scheduler = SimScheduler(server, pool)
+    scheduler = _scheduler(workload, server, config, pool)
     engine = SimEngine(server, requests, pace, scheduler)
     morphing = None
     if config is not None and ladder is not None:
@@ -175,3 +176,12 @@ def simulate(
     return Simulated(
         workload, server, offset_s, requests, engine.ends, engine.refused, engine.timed_out, recorder.series, status
     )  # fmt: skip
+
+
+def _scheduler(
+    workload: Workload, server: SimServer, config: MorphServeConfig | None, pool: SimPool
+) -> SimScheduler:
+    if not server.prefix_caching:
+        return SimScheduler(server, pool)
+    reuse = "any" if config is None else config.kv.prefix_reuse
+    return CachingScheduler(server, pool, PromptContents.of(workload, server.block_size), reuse)

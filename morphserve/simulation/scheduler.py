@@ -1,7 +1,7 @@
 """vLLM's V1 scheduler as a model: the same requests run, wait and are preempted in the same steps.
 
-A step that only decodes costs the same however many requests run: each advances by one token a step, so what happens to it
-next (a block more, its last token) is known by step number when it begins to decode.
+A step that only decodes costs the same however many requests run: each advances by one token a step, so what happens to
+it next (a block more, its last token) is known by step number when it begins to decode.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class SimScheduler:
         self.waiting: deque[SimRequest] = deque()
         self.running: dict[SimRequest, None] = {}  # in order of admission
         self.num_preempted = 0
+        self.level = 0  # that the next step runs at
         self._in_flight = 0  # steps planned whose tokens are not known yet
         self._block_size = server.block_size
         self._max_num_seqs = server.max_num_seqs
@@ -82,7 +83,7 @@ class SimScheduler:
             for request in ends:
                 self._stop_decoding(request)
                 request.state = State.ENDING
-            batch.ends += ends
+            batch.ends = ends + batch.ends  # in the order in which they run
         if batch.num_seqs:
             self.step += 1
             self._in_flight += 1

@@ -2,147 +2,145 @@
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import replace
 
-from cpu.sim_reference import ReferenceScheduler, Request
+import pytest
+from cpu.sim_traffic import Traffic, run_model, run_reference, traffics
 from hypothesis import given
-from hypothesis import strategies as st
 
+from morphserve.errors import ConfigError
 from morphserve.simulation.pool import SimPool
-from morphserve.simulation.request import SimRequest
+from morphserve.simulation.request import SimRequest, State
 from morphserve.simulation.scheduler import Batch, SimScheduler
 from morphserve.simulation.server import SimServer
 
-
-@dataclass(frozen=True)
-class Traffic:
-    """Requests as (step before which it arrives, prompt, output), and the server."""
-
-    requests: tuple[tuple[int, int, int], ...]
-    num_blocks: int
-    block_size: int
-    max_num_seqs: int
-    max_tokens: int
-    depth: int = 1  # 2 = a step is planned before the one before is known
-
-    @property
-    def server(self) -> SimServer:
-        sizes = (self.num_blocks, self.block_size, 10_000, self.max_num_seqs, self.max_tokens)
-        return SimServer(*sizes, async_scheduling=self.depth > 1)
-
-
-@dataclass
-class Told:
-    """What happened in one step, in numbers only."""
-
-    admitted: list[int]
-    preempted: list[int]
-    num_seqs: int
-    num_scheduled: int
-    context: int
-    num_tokens: int
-    used: int  # blocks, after planning
-    ended: list[int] = field(default_factory=list)
-
-
-def run_model(traffic: Traffic) -> list[Told]:
-    pool = SimPool(traffic.num_blocks)
-    scheduler = SimScheduler(traffic.server, pool)
-    arrivals = deque(
-        (at, SimRequest(i, str(i), prompt, output, 0.0)) for i, (at, prompt, output) in enumerate(traffic.requests)
-    )
-    story: list[Told] = []
-    under_way: deque[tuple[Batch, Told]] = deque()
-
-    def plan() -> bool:
-        batch = scheduler.schedule()
-        told = Told(
-            [r.index for r in batch.admitted], [r.index for r in batch.preempted], batch.num_seqs,
-            batch.num_seqs + batch.prefill_tokens, batch.context_tokens, batch.num_tokens, pool.used,
-        )  # fmt: skip
-        assert pool.used <= pool.capacity
-        if batch.num_seqs:
-            story.append(told)
-            under_way.append((batch, told))
-        return batch.num_seqs > 0
-
-    def end() -> None:
-        batch, told = under_way.popleft()
-        scheduler.complete(batch)
-        told.ended = [r.index for r in batch.ends]
-
-    _drive(traffic, arrivals, scheduler.add, plan, end, under_way, lambda: bool(scheduler.running or scheduler.waiting))
-    return story
-
-
-def run_reference(traffic: Traffic) -> list[Told]:
-    scheduler = ReferenceScheduler(
-        traffic.num_blocks, traffic.block_size, traffic.max_num_seqs, traffic.max_tokens, traffic.depth > 1
-    )
-    arrivals = deque((at, Request(i, prompt, output)) for i, (at, prompt, output) in enumerate(traffic.requests))
-    story: list[Told] = []
-    under_way: deque = deque()
-
-    def plan() -> bool:
-        step = scheduler.schedule()
-        told = Told(
-            [r.index for r in step.admitted], [r.index for r in step.preempted], len(step.scheduled),
-            sum(step.scheduled.values()), step.context, len(step.makes), scheduler.capacity - scheduler.free,
-        )  # fmt: skip
-        if step.scheduled:
-            story.append(told)
-            under_way.append((step, told))
-        return bool(step.scheduled)
-
-    def end() -> None:
-        step, told = under_way.popleft()
-        told.ended = [r.index for r in scheduler.update(step)]
-
-    _drive(
-        traffic, arrivals, scheduler.waiting.append, plan, end, under_way,
-        lambda: bool(scheduler.running or scheduler.waiting),
-    )  # fmt: skip
-    return story
-
-
-def _drive(traffic, arrivals, add, plan, end, under_way, busy) -> None:  # type: ignore[no-untyped-def]
-    """As vLLM's engine core does: `step`, or with depth 2 `step_with_batch_queue`."""
-    planned = 0
-    for _ in range(20_000):
-        while arrivals and (arrivals[0][0] <= planned or not busy() and not under_way):
-            add(arrivals.popleft()[1])
-        if not busy() and not under_way:
-            return
-        computes = busy() and plan()
-        planned += computes
-        if len(under_way) < traffic.depth and computes:
-            continue
-        if under_way:
-            end()
-    raise AssertionError("it never ends")
-
-
-@st.composite
-def traffics(draw: st.DrawFn) -> Traffic:
-    block_size = draw(st.sampled_from([1, 2, 4, 7]))
-    max_num_seqs = draw(st.integers(1, 8))
-    lengths = st.tuples(st.integers(0, 12), st.integers(1, 40), st.integers(1, 30))
-    requests = draw(st.lists(lengths, min_size=1, max_size=14))
-    requests.sort(key=lambda r: r[0])
-    longest = max(prompt + output for _, prompt, output in requests)
-    floor = -(-longest // block_size) + 1
-    return Traffic(
-        tuple(requests),
-        num_blocks=floor + draw(st.integers(0, 12)),
-        block_size=block_size,
-        max_num_seqs=max_num_seqs,
-        max_tokens=max_num_seqs + draw(st.integers(0, 40)),
-        depth=draw(st.sampled_from([1, 1, 2])),
-    )
+# Six blocks of four tokens for two requests that end with four blocks each.
+TIGHT = Traffic(((0, 6, 10), (0, 6, 10)), num_blocks=7, block_size=4, max_num_seqs=4, max_tokens=16)
 
 
 @given(traffics())
 def test_same_steps_as_the_plain_version(traffic: Traffic) -> None:
     """Guards: a shortcut of the model (buckets, step numbers, running sums) changes who runs when."""
     assert run_model(traffic) == run_reference(traffic)
+
+
+def test_the_plain_version_meets_what_is_rare() -> None:
+    """Guards the test above: traffic so light that nothing is preempted, chunked or cut off by the limits."""
+    counts = {"preempted": 0, "chunked": 0, "stale": 0}
+
+    @given(traffics())
+    def look(traffic: Traffic) -> None:
+        story = run_reference(traffic)
+        counts["preempted"] += sum(len(told.preempted) for told in story)
+        counts["chunked"] += sum(told.num_tokens < told.num_seqs for told in story)
+        if traffic.depth == 2:
+            lost = {index for told in story for index in told.preempted}
+            counts["stale"] += len(lost)
+
+    look()
+    assert min(counts.values()) > 20, counts
+
+
+def test_the_last_admitted_is_preempted_and_comes_back_first() -> None:
+    """Guards: another victim than vLLM's, or one that loses its tokens or its place."""
+    story = run_model(replace(TIGHT, requests=(*TIGHT.requests, (1, 3, 2)), max_num_seqs=2))
+    (step,) = [i for i, told in enumerate(story) if told.preempted]
+    assert story[step].preempted == [1]
+    assert story[step].admitted == [], "nobody is admitted in a step in which somebody was preempted"
+    back = next(told for told in story[step:] if told.admitted)
+    assert back.admitted == [1, 2], "the newcomer waits behind"
+    # All it has is computed again: 6 tokens of prompt and those it had generated when it lost its blocks.
+    assert back.num_scheduled == (6 + step) + 3
+
+
+def test_admission_reserves_all_tokens_but_gives_blocks_for_the_chunk() -> None:
+    """Guards: admission by the first chunk alone (thrashing), or blocks that are held before they are needed."""
+    long = Traffic(((0, 4, 20), (0, 16, 2)), num_blocks=8, block_size=4, max_num_seqs=4, max_tokens=8)
+    first, second = run_model(long)[:2]
+    assert first.admitted == [0, 1] and first.num_scheduled == 8 and first.used == 1 + 1
+    assert (second.num_scheduled, second.used) == (1 + 7, 2 + 3)
+    crowded = replace(long, num_blocks=7, requests=((0, 9, 12), (0, 16, 2)))
+    assert run_model(crowded)[0].admitted == [0], "16 tokens need 4 blocks, 3 are free"
+
+
+def test_the_budget_goes_to_running_requests_first() -> None:
+    """Guards: a prompt that takes the tokens of those who decode."""
+    story = run_model(Traffic(((0, 4, 30), (1, 40, 1)), 30, 4, max_num_seqs=2, max_tokens=10))
+    assert [told.num_scheduled for told in story[:7]] == [4, 10, 10, 10, 10, 5, 1]
+
+
+def test_async_scheduling_frees_a_step_later() -> None:
+    """Guards: the place of a request is given away before its last token is known."""
+    one_place = Traffic(((0, 4, 3), (0, 4, 3)), 20, 4, max_num_seqs=1, max_tokens=8)
+    assert [told.admitted for told in run_model(one_place)] == [[0], [], [], [1], [], []]
+    late = run_model(replace(one_place, depth=2, requests=((0, 4, 3), (0, 4, 1), (0, 4, 3)), max_num_seqs=2))
+    # Request 1 makes its only token in step 0, which is known once step 1 has been planned.
+    assert [told.admitted for told in late][:3] == [[0, 1], [], [2]]
+
+
+def scheduled(scheduler: SimScheduler) -> Batch:
+    batch = scheduler.schedule()
+    scheduler.complete(batch)
+    return batch
+
+
+def make(num_blocks: int, *requests: tuple[int, int]) -> tuple[SimScheduler, list[SimRequest]]:
+    scheduler = SimScheduler(SimServer(num_blocks, 4, 200, 8, 32), SimPool(num_blocks))
+    made = [SimRequest(i, str(i), prompt, output, 0.0) for i, (prompt, output) in enumerate(requests)]
+    for request in made:
+        scheduler.add(request)
+    return scheduler, made
+
+
+def test_a_shrink_preempts_the_cheapest_and_never_the_last() -> None:
+    """Guards: a shrink without room that throws away the most work, or stops the engine."""
+    scheduler, (long, short, longer) = make(40, (12, 9), (3, 9), (13, 9))
+    scheduled(scheduler)
+    scheduled(scheduler)
+    assert scheduler.preempt_cheapest()
+    assert (short.state, short.generated, short.runs) == (State.WAITING, 2, [(0, 2)])
+    assert list(scheduler.running) == [long, longer] and scheduler.pool.used == 4 + 4
+    assert scheduler.preempt_cheapest() and not scheduler.preempt_cheapest()
+    assert long.state is State.WAITING and list(scheduler.running) == [longer]
+
+
+def test_a_shrink_drops_a_token_that_is_under_way() -> None:
+    """Guards: with async scheduling a token that the engine drops is counted, and its request ends a token short."""
+    scheduler, (a, b) = make(40, (4, 2), (8, 2))
+    first = scheduler.schedule()
+    assert scheduler.preempt_cheapest()
+    scheduler.complete(first)
+    assert (a.generated, a.first_step, a.runs, b.generated) == (0, -1, [], 0)
+    for _ in range(4):
+        scheduled(scheduler)
+    assert a.state is State.DONE and (a.generated, a.runs) == (2, [(1, 2)])
+    assert scheduler.pool.used == 0
+
+
+@pytest.mark.parametrize(("steps", "blocks"), [(0, 0), (1, 8), (2, 13), (3, 13)])
+def test_abort_gives_everything_back(steps: int, blocks: int) -> None:
+    """Guards: blocks, places or sums of a request whose client has gone, in whatever state."""
+    scheduler, (gone, stays) = make(40, (50, 3), (5, 5))
+    for _ in range(steps):
+        scheduled(scheduler)
+    assert scheduler.abort(gone) == blocks
+    while scheduler.running or scheduler.waiting:
+        scheduled(scheduler)
+    assert stays.generated == 5 and scheduler.pool.used == 0
+    assert scheduler.schedule().num_seqs == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_num_batched_tokens": 8}, "max_num_batched_tokens 8 is below max_num_seqs 64"),
+        ({"block_size": 0}, "block_size is 0"),
+        ({"max_num_queued_tokens": -1}, "max_num_queued_tokens is -1"),
+        ({"request_timeout_s": 0.0}, "request_timeout_s is 0.0"),
+        ({"step_noise": float("nan")}, "step_noise is nan"),
+    ],
+)
+def test_settings_that_make_no_server_are_refused(change: dict, message: str) -> None:
+    """Guards: a simulation of a server that cannot be started, or that never ends."""
+    with pytest.raises(ConfigError, match=message):
+        replace(SimServer(49, 32, 512), **change)
