@@ -8,7 +8,7 @@ from typing import Literal
 
 from morphserve.replay.workload import Workload
 from morphserve.simulation.pool import SimPool
-from morphserve.simulation.request import SimRequest
+from morphserve.simulation.request import SimRequest, State
 from morphserve.simulation.scheduler import SimScheduler
 from morphserve.simulation.server import SimServer
 
@@ -132,7 +132,7 @@ class CachingScheduler(SimScheduler):
 
     def _release(self, request: SimRequest) -> None:
         # Contents of its answer are nobody else's: soon enough to keep them now.
-        self._keep(request, self._computed(request))
+        self._keep(request, self._computed(request) - self._unsure(request))
         freed = 0
         for block in reversed(self._tables.pop(request)):
             block.num_holders -= 1
@@ -142,6 +142,11 @@ class CachingScheduler(SimScheduler):
                     self._idle[block] = None
         self.pool.release(freed)
         self._trim()
+
+    def _unsure(self, request: SimRequest) -> int:
+        """Tokens in its blocks that vLLM does not vouch for yet: one, while a step of its answer is under way."""
+        decodes = request.state is State.DECODE or (request.state is State.ENDING and request.last_step == self.step - 1)
+        return int(self._in_flight > 0 and decodes and request.joined < self.step - 1)
 
     def _take_one(self, request: SimRequest) -> None:
         self._tables[request].append(self._new_block())

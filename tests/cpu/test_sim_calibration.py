@@ -1,0 +1,61 @@
+"""The file that calibration leaves and a simulation reads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cpu.sim_world import CALIBRATION, TIMES
+
+from morphserve.errors import ConfigError
+from morphserve.simulation import load_calibration
+from policies import load_step_times
+
+
+def test_comes_back_as_it_was(tmp_path: Path) -> None:
+    """Guards: a figure that is lost on the way, or a file that the serving policy cannot read."""
+    path = tmp_path / "times.json"
+    CALIBRATION.save(path)
+    assert load_calibration(path) == CALIBRATION
+    assert load_step_times(path) == TIMES
+    assert [file.name for file in tmp_path.iterdir()] == ["times.json"], "parts are left over"
+
+
+def test_kv_blocks_of_another_size() -> None:
+    """Guards: a ladder of blocks that cost what other blocks cost."""
+    assert CALIBRATION.rank_with(16).kv_block_bytes * 2 == CALIBRATION.rank_with(32).kv_block_bytes == 737_280
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_bytes": None}, "NoneType"),
+        ({"model_bytes": {"layers": {"base": [5]}, "kv_block_bytes": 1}}, "'block_size' is missing"),
+        ({"model_bytes": {"layers": {"w8": [5]}, "kv_block_bytes": 1, "block_size": 1}}, "no bytes of 'base'"),
+        ({"model_bytes": {"layers": {"base": [5], "w8": [5, 5]}, "kv_block_bytes": 1, "block_size": 1}}, "'w8' has 2 layers"),
+        ({"model_bytes": {"layers": {"base": [0]}, "kv_block_bytes": 1, "block_size": 1}}, "1 byte or more"),
+        ({"model_bytes": {"layers": {"base": [5]}, "kv_block_bytes": 0.5, "block_size": 1}}, "kv_block_bytes is 0.5"),
+        ({"schema": 99}, "schema 99"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    """Guards: a traceback, or a simulation of nonsense, as the answer to a file of somebody's own making."""
+    path = tmp_path / "times.json"
+    CALIBRATION.save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ConfigError, match=message) as error:
+        load_calibration(path)
+    assert "scripts/calibrate.py" in str(error.value)
+
+
+def test_step_times_alone_are_no_calibration(tmp_path: Path) -> None:
+    """Guards: a KeyError for a file that serves well."""
+    path = tmp_path / "times.json"
+    replace(TIMES, model="m").save(path)
+    with pytest.raises(ConfigError, match="no 'model_bytes'"):
+        load_calibration(path)
+    with pytest.raises(ConfigError, match="No such file"):
+        load_calibration(tmp_path / "none.json")
