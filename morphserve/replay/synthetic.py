@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -61,14 +62,16 @@ def parse_synthetic(text: str) -> SyntheticSpec:
     except ValueError as e:
         raise WorkloadError(f"{text}: seed {seed!r} is no whole number. Write synthetic:7,rate=2.") from e
     known = {field.name for field in fields(SyntheticSpec)} - {"seed"}
+    given: dict[str, Any] = {}
     for setting in settings:
         key, _, value = setting.partition("=")
         if key not in known:
             raise WorkloadError(f"{text}: unknown key {key!r}; known are {', '.join(sorted(known))}.")
         try:
-            spec = replace(spec, **{key: value if key == "gaps" else float(value)})
+            given[key] = value if key == "gaps" else float(value)
         except ValueError as e:
             raise WorkloadError(f"{text}: {key} is {value!r}, must be a number.") from e
+    spec = replace(spec, **given)
     _check(spec, text)
     return spec
 

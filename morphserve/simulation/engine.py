@@ -9,8 +9,8 @@ from math import inf
 from morphserve.simulation.morphing import Morphing
 from morphserve.simulation.pace import Pace
 from morphserve.simulation.recorder import Recorder
-from morphserve.simulation.request import SimRequest, State
-from morphserve.simulation.scheduler import Batch, SimScheduler
+from morphserve.simulation.request import Batch, SimRequest, State
+from morphserve.simulation.scheduler import SimScheduler
 from morphserve.simulation.server import SimServer
 
 Flight = tuple[Batch, float, int, int | None]  # batch, its end, the level of its tokens, the level of all layers

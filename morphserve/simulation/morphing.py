@@ -14,8 +14,8 @@ from morphserve.simulation.calibration import Calibration
 from morphserve.simulation.executor import SimExecutor
 from morphserve.simulation.pace import Pace
 from morphserve.simulation.pool import SimPool
-from morphserve.simulation.request import SimRequest
-from morphserve.simulation.scheduler import Batch, SimScheduler
+from morphserve.simulation.request import Batch, SimRequest
+from morphserve.simulation.scheduler import SimScheduler
 from morphserve.simulation.server import SimServer
 from policies import EngineLimits, Ladder, build_policy
 

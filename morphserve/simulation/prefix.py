@@ -145,7 +145,8 @@ class CachingScheduler(SimScheduler):
 
     def _unsure(self, request: SimRequest) -> int:
         """Tokens in its blocks that vLLM does not vouch for yet: one, while a step of its answer is under way."""
-        decodes = request.state is State.DECODE or (request.state is State.ENDING and request.last_step == self.step - 1)
+        ends = request.state is State.ENDING and request.last_step == self.step - 1
+        decodes = ends or request.state is State.DECODE
         return int(self._in_flight > 0 and decodes and request.joined < self.step - 1)
 
     def _take_one(self, request: SimRequest) -> None:

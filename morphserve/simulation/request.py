@@ -1,4 +1,4 @@
-"""One request inside the simulated engine."""
+"""One request inside the simulated engine, and one step."""
 
 from __future__ import annotations
 
@@ -38,9 +38,23 @@ class SimRequest:
     first_step: int = -1  # step that made its first token; -1 = none has
     runs: list[tuple[int, int]] = field(default_factory=list)  # (first step, tokens): one a step each
     preemptions: int = 0
-    ended_s: float | None = None
 
     @property
     def num_tokens(self) -> int:
         """All that must be in the KV cache before its next token. Not while it decodes."""
         return self.prompt_tokens + self.generated
+
+
+@dataclass(slots=True)
+class Batch:
+    """One engine step: what it computes, and what is known once it has ended."""
+
+    step: int
+    num_seqs: int
+    prefill_tokens: int  # beyond one token a sequence
+    context_tokens: int  # in the KV cache after the step, of its sequences: what attention reads
+    num_tokens: int  # that it makes
+    ends: list[SimRequest]  # their last token is among them
+    firsts: list[SimRequest]  # their first token is
+    admitted: list[SimRequest]
+    preempted: list[SimRequest]  # for want of blocks

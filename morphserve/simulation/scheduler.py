@@ -7,26 +7,10 @@ it next (a block more, its last token) is known by step number when it begins to
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 
 from morphserve.simulation.pool import SimPool
-from morphserve.simulation.request import SimRequest, State
+from morphserve.simulation.request import Batch, SimRequest, State
 from morphserve.simulation.server import SimServer
-
-
-@dataclass(slots=True)
-class Batch:
-    """One engine step: what it computes, and what is known once it has ended."""
-
-    step: int
-    num_seqs: int
-    prefill_tokens: int  # beyond one token a sequence
-    context_tokens: int  # in the KV cache after the step, of its sequences: what attention reads
-    num_tokens: int  # that it makes
-    ends: list[SimRequest]  # their last token is among them
-    firsts: list[SimRequest]  # their first token is
-    admitted: list[SimRequest]
-    preempted: list[SimRequest]  # for want of blocks
 
 
 class SimScheduler:

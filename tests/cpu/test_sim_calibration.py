@@ -14,6 +14,8 @@ from morphserve.errors import ConfigError
 from morphserve.simulation import load_calibration
 from policies import load_step_times
 
+SIZES = {"layers": {"base": [5]}, "kv_block_bytes": 1, "block_size": 1}
+
 
 def test_comes_back_as_it_was(tmp_path: Path) -> None:
     """Guards: a figure that is lost on the way, or a file that the serving policy cannot read."""
@@ -34,10 +36,10 @@ def test_kv_blocks_of_another_size() -> None:
     [
         ({"model_bytes": None}, "NoneType"),
         ({"model_bytes": {"layers": {"base": [5]}, "kv_block_bytes": 1}}, "'block_size' is missing"),
-        ({"model_bytes": {"layers": {"w8": [5]}, "kv_block_bytes": 1, "block_size": 1}}, "no bytes of 'base'"),
-        ({"model_bytes": {"layers": {"base": [5], "w8": [5, 5]}, "kv_block_bytes": 1, "block_size": 1}}, "'w8' has 2 layers"),
-        ({"model_bytes": {"layers": {"base": [0]}, "kv_block_bytes": 1, "block_size": 1}}, "1 byte or more"),
-        ({"model_bytes": {"layers": {"base": [5]}, "kv_block_bytes": 0.5, "block_size": 1}}, "kv_block_bytes is 0.5"),
+        ({"model_bytes": {**SIZES, "layers": {"w8": [5]}}}, "no bytes of 'base'"),
+        ({"model_bytes": {**SIZES, "layers": {"base": [5], "w8": [5, 5]}}}, "'w8' has 2 layers"),
+        ({"model_bytes": {**SIZES, "layers": {"base": [0]}}}, "1 byte or more"),
+        ({"model_bytes": {**SIZES, "kv_block_bytes": 0.5}}, "kv_block_bytes is 0.5"),
         ({"schema": 99}, "schema 99"),
     ],
 )

@@ -10,8 +10,8 @@ from hypothesis import given
 
 from morphserve.errors import ConfigError
 from morphserve.simulation.pool import SimPool
-from morphserve.simulation.request import SimRequest, State
-from morphserve.simulation.scheduler import Batch, SimScheduler
+from morphserve.simulation.request import Batch, SimRequest, State
+from morphserve.simulation.scheduler import SimScheduler
 from morphserve.simulation.server import SimServer
 
 # Six blocks of four tokens for two requests that end with four blocks each.
