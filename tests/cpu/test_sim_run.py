@@ -60,7 +60,7 @@ def test_speed_stretches_every_time() -> None:
 def test_figures_are_those_of_a_measured_run(tmp_path: Path) -> None:
     """Guards: a tuner's figures that say something else than the report's."""
     for settings in (None, config()):
-        done = run(settings)
+        done = run(settings, max_num_batched_tokens=64)  # prompts come in chunks
         figures = RunResult("x", 1, tmp_path, SLO, done.replayed, done.series, done.status).figures()
         assert figures["violation_rate"] == pytest.approx(done.violation_rate(SLO))
         assert figures["preemptions"] == done.preemptions
@@ -125,6 +125,8 @@ def test_a_static_run_is_at_its_level_before_the_first_request() -> None:
     done = run(config(kind="static", level="w4"), restore_wait_s=0.0)
     assert done.series[0].layers == {"w4": 30} and done.series[0].t_s == 0.0
     assert list(done.tokens_by_level) == [str(done.series[0].level)] and done.transitions == 0
+    alone = simulate(workload([(0.0, 10, 1)]), SERVER, config(kind="static", level="w4"), CALIBRATION).outcomes[0]
+    assert alone.ttft_s == pytest.approx(TIMES.offset_s + TIMES.formats["w4"].seconds(1, 9, 10))
 
 
 def test_a_transition_costs_time() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 
 from morphserve.errors import ConfigError
 from morphserve.simulation.pool import SimPool
+from morphserve.simulation.prefix import CachingScheduler, PromptContents
 from morphserve.simulation.request import Batch, SimRequest, State
 from morphserve.simulation.scheduler import SimScheduler
 from morphserve.simulation.server import SimServer
@@ -115,6 +116,32 @@ def test_a_shrink_drops_a_token_that_is_under_way() -> None:
         scheduled(scheduler)
     assert a.state is State.DONE and (a.generated, a.runs) == (2, [(1, 2)])
     assert scheduler.pool.used == 0
+
+
+def test_a_last_token_that_is_dropped_is_made_again() -> None:
+    """Guards: a request that is taken for ended because its last token was under way when a shrink preempted it."""
+    scheduler, (gone, _) = make(40, (4, 1), (8, 2))
+    first = scheduler.schedule()
+    assert scheduler.preempt_cheapest()
+    scheduler.complete(first)
+    assert gone.state is State.WAITING and first.ends == []
+    while scheduler.running or scheduler.waiting:
+        scheduled(scheduler)
+    assert (gone.state, gone.runs) == (State.DONE, [(1, 1)])
+
+
+def test_a_shrink_evicts_what_was_freed_first() -> None:
+    """Guards: hits on cached blocks that the smaller pool has no room for."""
+    pool = SimPool(21)
+    contents = PromptContents(4, 512, [(1,), (2,), (1,)])
+    scheduler = CachingScheduler(SimServer(21, 4, 80, 8, 64), pool, contents)
+    for index in range(3):
+        if index == 2:
+            pool.begin_shrink(11)
+        scheduler.add(SimRequest(index, str(index), 32, 1, 0.0))
+        scheduled(scheduler)
+    # Of 16 cached blocks 10 have room: the 8 of the newer prompt, and the first two of the older one.
+    assert scheduler.hit_tokens == 2 * 4
 
 
 @pytest.mark.parametrize(("steps", "blocks"), [(0, 0), (1, 8), (2, 13), (3, 13)])
