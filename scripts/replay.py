@@ -14,6 +14,10 @@ Example:
     python scripts/replay.py --workload scripts/workloads/convD.jsonl --model MODEL_DIR \\
         --compare stock,morphserve --config policies/yaml/default.yaml --out reports/convD
 
+    # the same without servers, and one more config beside it
+    python scripts/replay.py --workload scripts/workloads/convD.jsonl --simulate --step-times times.json \\
+        --compare stock,morphserve,mine --config policies/yaml/default.yaml --policy mine=mine.yaml --out reports/sim
+
     # cut a workload of one's own out of the Azure trace
     python scripts/replay.py --workload AzureLLMInferenceTrace_conv.csv --window 221,72 --thin 4.75 \\
         --input-scale 1/16 --input-clip 8,120 --output-clip 4,384 --save-workload mine.jsonl --dry-run

@@ -118,7 +118,7 @@ class _TimedEngine:
     def __init__(self, args: argparse.Namespace, config: MorphServeConfig) -> None:
         from vllm import LLM
 
-        from morphserve.integration.settings import read_ladder
+        from morphserve.profile_ladder import read_ladder
         from quant_layers import FORMATS
 
         halves = [half for fmt in ladder_formats(config.ladder, read_ladder(config)) for half in fmt.split("/")]
