@@ -115,7 +115,12 @@ class Monitor:
         self._now_s = 0.0  # newest time seen, for events that carry none
 
     def on_arrival(
-        self, now: float, request_id: str = "", num_tokens: int = 0, limits: RequestLimits = NO_LIMITS, priority: int = 0
+        self,
+        now: float,
+        request_id: str = "",
+        num_tokens: int = 0,
+        limits: RequestLimits = NO_LIMITS,
+        priority: int = 0,
     ) -> None:
         """A request with a prompt of `num_tokens` entered the waiting queue."""
         self._now_s = now

@@ -48,7 +48,7 @@ class ThresholdConfig(_Section):
 
 
 class SloConfig(_Section):
-    """Predicts, for every level, who would be late, and takes the level of least quality cost that keeps the promise."""
+    """Predicts who would be late at every level, and takes the one of least quality cost that keeps the promise."""
 
     kind: Literal["slo"]
     mode: Literal["accuracy", "default", "performance"] = Field(

@@ -8,7 +8,8 @@ sequences, short and long contexts, with and without a prefill among them. Fits,
 and measures what switching a layer takes, and what a server adds outside of the steps. Writes one JSON file: the
 `slo` policy predicts with it, scripts/replay.py --simulate and scripts/tune.py run on it.
 
-Output columns: format, the four coefficients, root mean square of the relative error. Last stdout line: one JSON document.
+Output columns: format, the four coefficients, root mean square of the relative error.
+Last stdout line: one JSON document.
 
     python scripts/calibrate.py MODEL_DIR --config policies/yaml/demo.yaml --out step_times.json
 """

@@ -55,8 +55,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--enforce-eager", action="store_true", help="as the server that the figures are for")
     parser.add_argument("--cpu-bind", default="0", metavar="CORES", help="cores of the engine")
-    parser.add_argument("--no-server", action="store_true",
-                        help="do not start a server: no figure for what lies outside of the engine's steps")  # fmt: skip
+    parser.add_argument(
+        "--no-server", action="store_true", help="do not start a server: no figure for what lies outside of the steps"
+    )
     return parser
 
 
@@ -76,7 +77,7 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
         engine.go_to(0)
         fits = {fmt: fit_step_time(engine.steps[fmt]) for fmt in engine.formats}
         times = StepTimes(
-            formats={fmt: time for fmt, (time, _) in fits.items()},
+            formats={fmt: fit for fmt, (fit, _) in fits.items()},
             move=engine.move(),
             residuals={fmt: round(error, 4) for fmt, (_, error) in fits.items()},
             model=str(args.model),
@@ -88,10 +89,10 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     if not args.no_server:
         calibration = _as_served(args, calibration)
     calibration.save(out)
-    for fmt, (time, error) in fits.items():
+    for fmt, (fit, error) in fits.items():
         sys.stdout.write(
-            f"{fmt:<6} {1e3 * time.base_s:.2f} ms + {1e3 * time.per_seq_s:.3f} ms/sequence + "
-            f"{1e6 * time.per_prefill_token_s:.1f} us/prefill token + {1e6 * time.per_context_token_s:.3f} us/context "
+            f"{fmt:<6} {1e3 * fit.base_s:.2f} ms + {1e3 * fit.per_seq_s:.3f} ms/sequence + "
+            f"{1e6 * fit.per_prefill_token_s:.1f} us/prefill token + {1e6 * fit.per_context_token_s:.3f} us/context "
             f"token, error {error:.1%} of {len(engine.steps[fmt])} steps\n"
         )
     return {

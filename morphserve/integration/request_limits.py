@@ -1,4 +1,4 @@
-"""A request's own promise: `vllm_xargs` (offline: `SamplingParams.extra_args`) `morphserve_ttft_s`, `morphserve_tpot_s`."""
+"""A request's own promise: `morphserve_ttft_s`, `morphserve_tpot_s` in `vllm_xargs` (offline: `extra_args`)."""
 
 from __future__ import annotations
 

@@ -66,6 +66,10 @@ class Traffic:
             used_blocks: that live requests held when it was scheduled.
             level: all of its layers ran at, None while they were changing.
         """
+        if not output.total_num_scheduled_tokens:
+            # vLLM makes such a step after the last request has ended; the next one may be long in coming.
+            self._monitor.on_idle()
+            return
         num_seqs, block_size = len(output.num_scheduled_tokens), self._scheduler.block_size
         context = max(used_blocks * block_size - num_seqs * block_size // 2, 0)  # half of each last block is empty
         self._monitor.on_step(

@@ -74,9 +74,10 @@ class Correction:
         if self._watched is None:
             return
         arrival_s, served_at_s = self._watched
-        if any(not c.has_token and c.first_arrival_s <= arrival_s for c in signals.waiting):
-            if signals.now_s - arrival_s <= 2 * max(served_at_s - arrival_s, _LEAST_WAIT_S):
-                return  # still waits
+        patience_s = 2 * max(served_at_s - arrival_s, _LEAST_WAIT_S)
+        waits = any(not c.has_token and c.first_arrival_s <= arrival_s for c in signals.waiting)
+        if waits and signals.now_s - arrival_s <= patience_s:
+            return
         self._watched = None
         predicted, real = served_at_s - arrival_s, signals.now_s - arrival_s
         error = log(max(real, _LEAST_WAIT_S) / max(predicted, _LEAST_WAIT_S))

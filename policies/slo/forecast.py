@@ -15,9 +15,9 @@ _MAX_TREND_GAIN = 2.0  # the forecast is at most so many times what was seen
 class ArrivalForecast:
     """Requests per second over the next seconds.
 
-    In steady traffic the slow average, which forgets noise. Once more has come than chance explains (a one-sided
-    CUSUM over bins of 0.25 s, in standard deviations of a Poisson count), the fast one with its trend, until the fast one
-    is back at the slow.
+    In steady traffic the slow average, which forgets noise. Once more has come than chance explains (a one-sided CUSUM
+    over bins of 0.25 s, in standard deviations of a Poisson count), the fast one with its trend, until it is back at
+    the slow.
     """
 
     def __init__(self) -> None:

@@ -26,7 +26,7 @@ class TokenBucket:
 
 
 class QualityBudget:
-    """KL that may be spent per hour, as a bucket that an hour fills. Spent to nothing, it must be a tenth full again."""
+    """KL that may be spent per hour, as a bucket that an hour fills. Once empty, it must be a tenth full again."""
 
     def __init__(self, per_hour: float | None) -> None:
         self._per_hour = per_hour

@@ -193,7 +193,7 @@ class SloPolicy:
             outlook = self._predictor.outlook(level, load, self._delay_s(s, level))
             holds = s.used_kv_blocks <= _FILL_AFTER_RESTORE * self._usable[level]
             late = outlook.violations > self.targets.target * max(outlook.requests, 1.0)
-            # Deeper is not always faster: in an overload all levels are late, and one that computes faster is late less.
+            # Deeper is not always faster: in an overload all are late, and a level that computes faster is less.
             quicker = outlook.last_wait_s < _QUICKER * here.last_wait_s and outlook.violations <= here.violations
             if not quicker and (not holds or late or outlook.binds):
                 self._fits_since[level] = None

@@ -82,7 +82,7 @@ class Predictor:
         self._limits = limits
 
     def outlook(self, level: int, load: Load, delay_s: float, blocks_of: int | None = None) -> Outlook:
-        """Predict `level`, reached in `delay_s`; with the KV blocks of level `blocks_of` instead, where that is given."""
+        """Predict `level`, reached in `delay_s`; with the KV blocks of level `blocks_of` where that is given."""
         s, typical, time = load.signals, load.typical, self._times[level]
         usable = self._usable[level if blocks_of is None else blocks_of]
         seats = self._seats(usable, typical)

@@ -1,4 +1,4 @@
-"""The `slo` policy on simulated traffic: no entry in quiet times, no oscillation, back in time, cheaper than thresholds."""
+"""The `slo` policy on simulated traffic: quiet times, bursts, other machines, and what it costs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from morphserve.replay.metrics import Slo
 from morphserve.replay.timeline import level_zero_after_s
 from morphserve.replay.workload import Workload
 from morphserve.simulation import SimServer, Simulated, simulate
+from morphserve.simulation.morphing import plan_ladder
 from policies import EngineLimits, Ladder, SloConfig, SloPolicy, StepTime, build_policy
 from policies.slo.policy import fill_in
-from morphserve.simulation.morphing import plan_ladder
 from tests.cpu.sim_world import CALIBRATION, SERVER, config, workload
 
 LIMITS = EngineLimits(32, 64, 2048)
@@ -26,8 +26,9 @@ def poisson(rate: float, start_s: float, seconds: float, rng: random.Random) -> 
     """Requests of usual length."""
     out, at = [], start_s
     while (at := at + rng.expovariate(rate)) < start_s + seconds:
-        out.append((at, min(max(int(rng.lognormvariate(4.0, 0.7)), 8), 200), min(max(int(rng.lognormvariate(4.6, 0.6)), 8), 250)))
-    return out  # fmt: skip
+        prompt, output = int(rng.lognormvariate(4.0, 0.7)), int(rng.lognormvariate(4.6, 0.6))
+        out.append((at, min(max(prompt, 8), 200), min(max(output, 8), 250)))
+    return out
 
 
 def bursts(count: int, gap_s: float, seed: int, rate: float = 9.0, seconds: float = 6.0) -> Workload:

@@ -17,6 +17,9 @@ W8 = StepTime(0.006, 3e-4, 1e-4, 1e-6)
 TIMES = StepTimes({"base": BASE, "w8": W8}, LayerMove(0.001, 0.002), 0.004, {"base": 0.02}, "m", "cpu")
 
 
+NEGATIVE = {"base_s": -1, "per_seq_s": 0, "per_prefill_token_s": 0, "per_context_token_s": 0}
+
+
 def steps(time: StepTime, count: int, noise: float = 0.0, seed: int = 0) -> list[StepLoad]:
     """Timed steps of a machine that obeys `time`."""
     rng = random.Random(seed)
@@ -82,7 +85,7 @@ def test_written_and_read_again(tmp_path: Path) -> None:
         ({"schema": 7}, "schema 7, this version reads 1"),
         ({"formats": {}}, "no times of 'base'"),
         ({"formats": {"base": {"base_s": 0.01}}}, "missing"),
-        ({"formats": {"base": {"base_s": -1, "per_seq_s": 0, "per_prefill_token_s": 0, "per_context_token_s": 0}}}, "0 s or more"),
+        ({"formats": {"base": NEGATIVE}}, "0 s or more"),
         ({"move": {"degrade_s": float("nan"), "restore_s": 0}}, "move.degrade_s is nan"),
         ({"move": None}, "must be a mapping|mapping"),
     ],

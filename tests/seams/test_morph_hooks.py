@@ -60,7 +60,7 @@ def make_morph(**parts: Any) -> Any:
 
 OUTPUT = SimpleNamespace(
     num_scheduled_tokens={},
-    total_num_scheduled_tokens=0,
+    total_num_scheduled_tokens=1,
     scheduled_new_reqs=[],
     scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set()),
 )
