@@ -32,6 +32,7 @@ _OURS = {
     "reset",
 }
 _OURS |= {"revision", "sleep", "status", "_executor", "clone", "verify", "__del__"}
+_OURS |= {"enforce_eager", "temperature", "max_tokens", "ignore_eos", "cpu"}  # arguments, keys of a request, figures
 _OURS |= {"prompt_token_ids", "positions", "config"}  # keys: of a prompt, of what measuring prints; our settings
 _ADDED = "morphserve_"  # what we add to their classes, as an engine started earlier in this process did
 
