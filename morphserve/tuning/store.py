@@ -1,0 +1,95 @@
+"""The file that keeps a study, and what it must agree with to be gone on with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, create_trial
+
+from morphserve.tuning.errors import TuningError
+
+SCHEMA = 1
+_NAME = "morphserve"
+_SETTINGS = "morphserve_settings"
+
+
+class StudyFile:
+    """Finished trials in Optuna's journal, which Optuna's own tools read."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Open the study, or begin it.
+
+        Raises:
+            TuningError: the file is no study, or one with other settings; the message names them.
+        """
+        self.path = path
+        remedy = "Give another --out for a new study, or the settings of this one to go on with it."
+        existed = path.exists() and path.stat().st_size > 0
+        _drop_torn_line(path)
+        try:
+            # Opening reads the whole file.
+            storage = JournalStorage(JournalFileBackend(str(path)))
+            names = [study.study_name for study in storage.get_all_studies()]
+            if existed and names and names != [_NAME]:
+                raise TuningError(f"{path} holds the studies {', '.join(names)}, none of them made by this tool. {remedy}")
+            self._study = optuna.create_study(
+                storage=storage, study_name=_NAME, directions=["minimize", "minimize"], load_if_exists=True
+            )
+        except OSError as e:
+            raise TuningError(f"study {path}: {e.strerror}. {remedy}") from e
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            if isinstance(e, TuningError):
+                raise
+            raise TuningError(f"{path} is no study that Optuna {optuna.__version__} can read ({e}). {remedy}") from e
+        recorded = self._study.user_attrs.get(_SETTINGS)
+        wanted = {"schema": SCHEMA, **settings}
+        if recorded is None and not self._study.trials:
+            self._study.set_user_attr(_SETTINGS, wanted)
+        elif different := differences(recorded or {}, wanted):
+            raise TuningError(
+                f"{path} is a study with other settings:\n  " + "\n  ".join(different) + f"\n{remedy}"
+            )
+
+    def trials(self) -> list[FrozenTrial]:
+        """By number."""
+        return self._study.get_trials(deepcopy=False)
+
+    def add(self, trial: FrozenTrial) -> None:
+        """A finished trial; the one after the last."""
+        assert trial.number == len(self.trials())
+        self._study.add_trial(
+            create_trial(
+                state=trial.state,
+                values=trial.values,
+                params=trial.params,
+                distributions=trial.distributions,
+                user_attrs=trial.user_attrs,
+                system_attrs=trial.system_attrs,
+            )
+        )
+
+
+def differences(recorded: object, wanted: object, path: str = "") -> list[str]:
+    """Every value that is not the same in both, as `key: then -> now`."""
+    if isinstance(recorded, dict) and isinstance(wanted, dict):
+        keys = [*recorded, *(key for key in wanted if key not in recorded)]
+        found = []
+        for key in keys:
+            where = f"{path}.{key}" if path else str(key)
+            found += differences(recorded.get(key, "(not there)"), wanted.get(key, "(not there)"), where)
+        return found
+    return [] if recorded == wanted else [f"{path}: {recorded!r} in the study, {wanted!r} now"]
+
+
+def _drop_torn_line(path: Path) -> None:
+    """A run that was killed while it wrote leaves half a line, which the next one would be glued to."""
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        path.write_bytes(content[: content.rfind(b"\n") + 1])
