@@ -1,4 +1,4 @@
-"""A dotted key such as `policy.degrade_above` or `ladder.steps.1.layers_per_level`: what stands there, and how to set it."""
+"""A dotted key such as `policy.degrade_above` or `ladder.steps.1.layers_per_level`: what stands there, how to set it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def _field(model: type[BaseModel], name: str, path: str, kind: str) -> Any:
     if name in model.model_fields:
         return model.model_fields[name].annotation
     names = ", ".join(n for n in model.model_fields if n != "kind")
-    owners = [k for k, other in _POLICIES.items() if k != kind and path == f"policy.{name}" and name in other.model_fields]
+    others = _POLICIES.items() if path == f"policy.{name}" else ()
+    owners = [other for other, fields in others if other != kind and name in fields.model_fields]
     if owners:
         raise TuningError(
             f"{path} is a key of policy.kind {owners[0]}, and --config has kind {kind}, whose keys are {names}. "

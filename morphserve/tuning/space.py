@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -83,7 +83,9 @@ class Space:
         """
         raw = as_mapping(self.config)
         for parameter in self.parameters:
-            parameter.key.put(raw, values[parameter.key.path])
+            value = values[parameter.key.path]
+            # 0.82, where a sampler's steps arrive at 0.8200000000000001.
+            parameter.key.put(raw, float(f"{value:.12g}") if isinstance(value, float) else value)
         return parse_config(raw, source="policy of this trial")
 
     def document(self) -> dict[str, Any]:
@@ -189,10 +191,3 @@ def _check_ends(parameter: Parameter, space: Space) -> None:
             reason = str(e).splitlines()[1].strip() if len(str(e).splitlines()) > 1 else str(e)
             raise TuningError(f"{parameter.key.path}: {value!r} is out of bounds: {reason}. Move the end.") from e
 
-
-def problems_of(values: Sequence[str]) -> dict[str, int]:
-    """How often each message came, most frequent first."""
-    counts: dict[str, int] = {}
-    for value in values:
-        counts[value] = counts.get(value, 0) + 1
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

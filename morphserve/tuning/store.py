@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import optuna
 from optuna.storages import JournalStorage
@@ -29,14 +30,15 @@ class StudyFile:
         """
         self.path = path
         remedy = "Give another --out for a new study, or the settings of this one to go on with it."
-        existed = path.exists() and path.stat().st_size > 0
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._lock = _lock(path)
         _drop_torn_line(path)
         try:
             # Opening reads the whole file.
             storage = JournalStorage(JournalFileBackend(str(path)))
             names = [study.study_name for study in storage.get_all_studies()]
-            if existed and names and names != [_NAME]:
-                raise TuningError(f"{path} holds the studies {', '.join(names)}, none of them made by this tool. {remedy}")
+            if names and names != [_NAME]:
+                raise TuningError(f"{path} holds other studies ({', '.join(names)}). {remedy}")
             self._study = optuna.create_study(
                 storage=storage, study_name=_NAME, directions=["minimize", "minimize"], load_if_exists=True
             )
@@ -54,6 +56,15 @@ class StudyFile:
             raise TuningError(
                 f"{path} is a study with other settings:\n  " + "\n  ".join(different) + f"\n{remedy}"
             )
+
+    @property
+    def study(self) -> optuna.Study:
+        """To read from."""
+        return self._study
+
+    def close(self) -> None:
+        """Let another run have it."""
+        self._lock.close()
 
     def trials(self) -> list[FrozenTrial]:
         """By number."""
@@ -86,10 +97,27 @@ def differences(recorded: object, wanted: object, path: str = "") -> list[str]:
     return [] if recorded == wanted else [f"{path}: {recorded!r} in the study, {wanted!r} now"]
 
 
+def _lock(path: Path) -> IO[bytes]:
+    """Two runs that add to one study would number their trials alike. Held until `close`, or until the process ends.
+
+    Raises:
+        TuningError: another one has it, or the file cannot be opened.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("ab")
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise TuningError(f"study {path}: another run is at work on it. Wait for it, or give another --out.") from e
+    except OSError as e:
+        raise TuningError(f"study {path}: {e.strerror}. Give a directory that can be written as --out.") from e
+    return stream
+
+
 def _drop_torn_line(path: Path) -> None:
     """A run that was killed while it wrote leaves half a line, which the next one would be glued to."""
     if not path.is_file():
         return
     content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
+    if content.startswith(b'{"op_code"') and not content.endswith(b"\n"):
         path.write_bytes(content[: content.rfind(b"\n") + 1])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -31,8 +31,7 @@ BATCH = 10
 _RANDOM_TRIALS = 30  # before the model of the earlier ones says anything
 _SCORES, _REASON = "scores", "reason"
 
-# Scores of configs, one by one, in order.
-Evaluate = Callable[[Sequence[MorphServeConfig]], Any]
+Evaluate = Callable[[Sequence[MorphServeConfig]], Iterator[Scored]]  # in order, as they become known
 
 
 def make_sampler(seed: int, number: int) -> optuna.samplers.BaseSampler:
@@ -67,7 +66,6 @@ class Search:
         Raises:
             TuningError: its trials are not those that this seed gives.
         """
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space = space
         self._seed = seed
         self._file = file
@@ -98,16 +96,12 @@ class Search:
             self._tell(trial, stored.state, stored.values, stored.user_attrs)
         fresh = asked[len(rest) :]
         configs = [self._config(trial.params) for trial in fresh]
-        answers = iter(evaluate([config for config in configs if isinstance(config, MorphServeConfig)]))
-        try:
-            for trial, config in zip(fresh, configs, strict=True):
-                scored = config if isinstance(config, Invalid) else next(answers)
-                frozen = self._tell(trial, *_outcome(scored))
-                self._file.add(frozen)
-                done(frozen)
-        except BaseException:
-            # What was asked and not answered is asked again by who resumes; this study is not to be used any more.
-            raise
+        answers = evaluate([config for config in configs if isinstance(config, MorphServeConfig)])
+        for trial, config in zip(fresh, configs, strict=True):
+            scored = config if isinstance(config, Invalid) else next(answers)
+            frozen = self._tell(trial, *_outcome(scored))
+            self._file.add(frozen)
+            done(frozen)
 
     def _ask(self) -> optuna.Trial:
         self._study.sampler = make_sampler(self._seed, len(self._study.get_trials(deepcopy=False)))

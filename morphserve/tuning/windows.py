@@ -114,7 +114,9 @@ def _entry(path: Path, number: int, entry: object) -> str:
         entry = {"file": entry}
     if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
         raise TuningError(f"windows {path}: entry {number} is {entry!r}, needs a `file`.")
-    file = path.parent / Path(entry["file"]).expanduser()  # relative to the list, not to who reads it
+    file: str | Path = entry["file"]
+    if not entry["file"].startswith("synthetic:"):
+        file = path.parent / Path(file).expanduser()  # relative to the list, not to who reads it
     options = [
         f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in entry.items()

@@ -1,0 +1,217 @@
+"""Command line of `scripts/tune.py`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from morphserve.config import MorphServeConfig, load_config
+from morphserve.errors import MorphServeError
+from morphserve.profile_ladder import read_ladder
+from morphserve.replay import Slo
+from morphserve.replay.workload import check_fits
+from morphserve.simulation import SimServer, load_calibration
+from morphserve.tuning.errors import TuningError
+from morphserve.tuning.evaluate import World
+from morphserve.tuning.space import Space, load_space
+from morphserve.tuning.windows import Window, load_windows
+
+STUDY_FILE = "study.journal"
+
+
+def build_parser(description: str, space: Path) -> argparse.ArgumentParser:
+    """All options; `space` is the default search space."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    _study_options(parser.add_argument_group("study"), space)
+    _server_options(parser.add_argument_group("server (as of scripts/replay.py, simulated)"))
+    return parser
+
+
+def _study_options(group: Any, space: Path) -> None:
+    add = group.add_argument
+    trace = "a trace and what to take of it: FILE[:window=START,LEN][:thin=K][:rate_scale=R][:input_scale=F]"
+    add("--config", type=Path, required=True, metavar="YAML", help="MorphServe config: the current policy")
+    add("--step-times", type=Path, required=True, metavar="FILE", help="what scripts/calibrate.py measured")
+    add("--space", type=Path, default=space, metavar="YAML", help="which keys may move; default: %(default)s")
+    add(
+        "--dev",
+        action="append",
+        default=[],
+        metavar="WINDOW",
+        help=f"{trace}[:input_clip=LO,HI][:output_scale=F][:output_clip=LO,HI][:num_requests=N][:seed=S], or a YAML "
+        "list of such; policies are tuned on these; repeatable",
+    )
+    add(
+        "--held-out",
+        action="append",
+        default=[],
+        metavar="WINDOW",
+        help="likewise; the front is scored on these, and never chosen by them",
+    )
+    add("--trials", type=int, default=300, metavar="N", help="in all, those of an interrupted run included")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, required=True, metavar="DIR", help="study and report; an unfinished study is gone on with")
+    add(
+        "--constraints",
+        type=_limits,
+        default=(0.0, 0.01, 0.05),
+        metavar="PCT,...",
+        help="violations in %% of requests, for each of which the cheapest policy is written; default 0,1,5",
+    )
+    add("--slo-ttft-s", type=float, default=2.0, help="limit of the time to first token")
+    add("--slo-tpot-ms", type=float, default=150.0, help="limit of the time per output token")
+    add("--jobs", type=int, default=0, metavar="N", help="simulating processes; 0 = one a core; the result is the same")
+    add("--quiet", action="store_true", help="no progress display")
+
+
+def _server_options(group: Any) -> None:
+    add = group.add_argument
+    add("--max-model-len", type=int, default=512)
+    add("--max-num-seqs", type=int, default=64)
+    add("--max-num-batched-tokens", type=int, default=2048)
+    add("--block-size", type=int, default=32, help="tokens per KV block")
+    add("--num-blocks", type=int, default=49, help="KV blocks at full precision, null block included")
+    add("--max-num-queued-tokens", type=int, metavar="N", help="beyond it requests get a 503")
+    add("--async-scheduling", action="store_true")
+    add("--prefix-caching", action="store_true")
+
+
+def main(description: str, space: Path, argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the last line on stdout is one JSON document."""
+    args = build_parser(description, space).parse_args(argv)
+    try:
+        document = _tune(args)
+    except MorphServeError as e:
+        sys.stderr.write(f"tune: {e}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("tune: interrupted; finished trials are kept, run again to go on\n")
+        return 130
+    sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
+    return 0
+
+
+def _tune(args: argparse.Namespace) -> dict[str, Any]:
+    config, space, world = _inputs(args)
+    try:
+        import matplotlib  # noqa: F401
+        import optuna  # noqa: F401
+    except ImportError as e:
+        raise TuningError(f"{e}. Install what tuning needs: pip install -e '.[tune]'.") from e
+    # Slow to import, and not needed to refuse bad input.
+    from morphserve.tuning.job import run_study
+
+    settings = _settings(args, config, space, world)
+    made = {"command": _command(args)} | {
+        key: str(getattr(args, key)) for key in ("config", "space", "step_times", "seed")
+    } | {"versions": settings["versions"], "code": settings["code"]}  # fmt: skip
+    jobs = args.jobs or len(os.sched_getaffinity(0))
+    findings, page = run_study(
+        space, world, settings, made, args.out / STUDY_FILE,
+        num_trials=args.trials, limits=args.constraints, seed=args.seed, jobs=jobs, step_times=args.step_times,
+        quiet=args.quiet,
+    )  # fmt: skip
+    for warning in findings.warnings:
+        sys.stderr.write(f"warning: {warning}\n")
+    sys.stderr.write(f"{page}\n")
+    return findings.document({"report": str(page), "study": str(args.out / STUDY_FILE)})
+
+
+def _inputs(args: argparse.Namespace) -> tuple[MorphServeConfig, Space, World]:
+    """Read and check everything that a user can get wrong.
+
+    Raises:
+        MorphServeError: value, limit, remedy.
+    """
+    for option, value, least in (("--trials", args.trials, 1), ("--jobs", args.jobs, 0)):
+        if value < least:
+            raise TuningError(f"{option} is {value}, must be at least {least}.")
+    for option, limit in (("--slo-ttft-s", args.slo_ttft_s), ("--slo-tpot-ms", args.slo_tpot_ms)):
+        if not (math.isfinite(limit) and limit > 0):
+            raise TuningError(f"{option} is {limit:g}, must be above 0.")
+    config = load_config(args.config)
+    space = load_space(args.space, config)
+    dev, held_out = load_windows(args.dev, args.held_out)
+    for window in (*dev, *held_out):
+        check_fits(window.workload, args.max_model_len)
+    server = SimServer(
+        num_blocks=args.num_blocks,
+        block_size=args.block_size,
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        async_scheduling=args.async_scheduling,
+        prefix_caching=args.prefix_caching,
+        max_num_queued_tokens=args.max_num_queued_tokens,
+        restore_wait_s=0.0,  # no tokens come then: nothing that is scored
+    )
+    slo = Slo(args.slo_ttft_s, args.slo_tpot_ms / 1000.0)
+    calibration = load_calibration(args.step_times)
+    return config, space, World((*dev, *held_out), len(dev), server, calibration, slo, read_ladder(config))
+
+
+def _settings(args: argparse.Namespace, config: MorphServeConfig, space: Space, world: World) -> dict[str, Any]:
+    """All that decides what a trial is and scores: a study is gone on with only where they agree."""
+    import numpy
+    import optuna
+
+    from morphserve.version import __version__
+
+    dev, held_out = [[world.windows[i] for i in indices] for indices in (world.dev, world.held_out)]
+    return {
+        "versions": {"morphserve": __version__, "optuna": optuna.__version__, "numpy": numpy.__version__},
+        "code": _digest(*sorted(_SOURCES.rglob("*.py")), *sorted((_SOURCES.parent / "policies").rglob("*.py"))),
+        "seed": args.seed,
+        "config": config.model_dump(mode="json", exclude={"cache_dir", "decision_log"}),
+        "profile": None if world.profile is None else hashlib.sha256(repr(world.profile).encode()).hexdigest()[:16],
+        "space": space.document(),
+        "step_times": _digest(args.step_times.expanduser()),
+        "slo": {"ttft_s": world.slo.ttft_s, "tpot_s": world.slo.tpot_s},
+        "server": {name: getattr(world.server, name) for name in world.server.__slots__},
+        "dev": _window_settings(dev),
+        "held_out": _window_settings(held_out),
+    }
+
+
+_SOURCES = Path(__file__).resolve().parents[1]  # the simulator, the controller and all they stand on
+
+
+def _window_settings(windows: Sequence[Window]) -> dict[str, str]:
+    return {f"{number}": f"{w.source} ({w.digest})" for number, w in enumerate(windows)}
+
+
+def _digest(*files: Path) -> str:
+    """Of their contents."""
+    together = hashlib.sha256()
+    for file in files:
+        together.update(hashlib.sha256(file.read_bytes()).digest())
+    return together.hexdigest()[:16]
+
+
+def _command(args: argparse.Namespace) -> str:
+    windows = [f"--dev {text}" for text in args.dev] + [f"--held-out {text}" for text in args.held_out]
+    return (
+        f"scripts/tune.py --config {args.config} --step-times {args.step_times} --space {args.space} "
+        f"{' '.join(windows)} --trials {args.trials} --seed {args.seed} --num-blocks {args.num_blocks}"
+    )
+
+
+def _limits(text: str) -> tuple[float, ...]:
+    try:
+        limits = tuple(sorted({float(part) / 100.0 for part in text.split(",")}))
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of percentages such as 0,1,5") from e
+    if not all(0 <= limit <= 1 for limit in limits):
+        raise argparse.ArgumentTypeError(f"{text!r} must be percentages of requests, 0 to 100")
+    return limits
+
+
