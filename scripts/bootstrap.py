@@ -236,8 +236,8 @@ class Environment:
         wanted: list[str] = extras[self.extra]
         name, _, pin = wanted[0].partition("==")
         if not pin or self.dist_info(f"{name.replace('-', '_')}-{pin}") is None:
-            return ["--editable", f"{root}[{self.extra},replay,dev]"]
-        return ["--editable", f"{root}[replay,dev]", *wanted[1:]]
+            return ["--editable", f"{root}[{self.extra},replay,tune,dev]"]
+        return ["--editable", f"{root}[replay,tune,dev]", *wanted[1:]]
 
     def pip_install(self, root: Path) -> None:
         """Install the project, editable, with everything the Makefile's targets use."""
@@ -247,7 +247,7 @@ class Environment:
         code, output = self.run([*command, *self.requirements(root)])
         self.log.write_text(output, encoding="utf-8")
         if code != 0:
-            what = f"installing {root.name}[{self.extra},replay,dev]"
+            what = f"installing {root.name}[{self.extra},replay,tune,dev]"
             raise SetupError(explain_pip_failure(output, what, self.log, self.torch_index))
 
     def provide_vllm_metadata(self) -> None:

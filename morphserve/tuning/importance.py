@@ -22,13 +22,13 @@ def importances(study: optuna.Study) -> dict[str, dict[str, float]]:
         values = sorted(trial.values[index] for trial in complete)
         if values[len(values) // 10] == values[-1]:
             continue  # the best tenth is everybody
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            evaluator = optuna.importance.PedAnovaImportanceEvaluator()
 
         def target(trial: optuna.trial.FrozenTrial, index: int = index) -> float:
             return float(trial.values[index])
 
-        # Keys with a single value have no say, and Optuna leaves them out.
-        found[name] = dict(optuna.importance.get_param_importances(study, evaluator=evaluator, target=target))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "experimental", and that low values count as good: they are
+            evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+            # Keys with a single value have no say, and Optuna leaves them out.
+            found[name] = dict(optuna.importance.get_param_importances(study, evaluator=evaluator, target=target))
     return found

@@ -1,4 +1,4 @@
-"""A dotted key such as `policy.degrade_above` or `ladder.steps.1.layers_per_level`: what stands there, how to set it."""
+"""A dotted key such as `policy.degrade_above` or `ladder.steps.1.layers_per_level`: what is there, how to set it."""
 
 from __future__ import annotations
 

@@ -118,7 +118,8 @@ def load_space(path: Path, config: MorphServeConfig) -> Space:
             f"Give one of kind {' or '.join(KINDS)}."
         )
     try:
-        parameters = tuple(Parameter(resolve_key(key, config), spec) for key, spec in specs.items())
+        # Sorted: lines of the file may change places, and trials must not change with them.
+        parameters = tuple(Parameter(resolve_key(key, config), specs[key]) for key in sorted(specs))
         space = Space(config, parameters)
         for parameter in parameters:
             _check_spec(parameter)

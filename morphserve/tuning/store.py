@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +18,7 @@ from morphserve.tuning.errors import TuningError
 SCHEMA = 1
 _NAME = "morphserve"
 _SETTINGS = "morphserve_settings"
+_REMEDY = "Give another --out for a new study, or the settings of this one to go on with it."
 
 
 class StudyFile:
@@ -28,34 +30,25 @@ class StudyFile:
         Raises:
             TuningError: the file is no study, or one with other settings; the message names them.
         """
-        self.path = path
-        remedy = "Give another --out for a new study, or the settings of this one to go on with it."
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.path = path
         self._lock = _lock(path)
-        _drop_torn_line(path)
         try:
-            # Opening reads the whole file.
-            storage = JournalStorage(JournalFileBackend(str(path)))
-            names = [study.study_name for study in storage.get_all_studies()]
-            if names and names != [_NAME]:
-                raise TuningError(f"{path} holds other studies ({', '.join(names)}). {remedy}")
-            self._study = optuna.create_study(
-                storage=storage, study_name=_NAME, directions=["minimize", "minimize"], load_if_exists=True
-            )
-        except OSError as e:
-            raise TuningError(f"study {path}: {e.strerror}. {remedy}") from e
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            if isinstance(e, TuningError):
-                raise
-            raise TuningError(f"{path} is no study that Optuna {optuna.__version__} can read ({e}). {remedy}") from e
+            _drop_torn_line(path)
+            self._study = _open(path)
+            self._agree({"schema": SCHEMA, **settings})
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _agree(self, settings: Mapping[str, Any]) -> None:
+        """Record the settings of a new study, compare those of an old one."""
         recorded = self._study.user_attrs.get(_SETTINGS)
-        wanted = {"schema": SCHEMA, **settings}
         if recorded is None and not self._study.trials:
-            self._study.set_user_attr(_SETTINGS, wanted)
-        elif different := differences(recorded or {}, wanted):
-            raise TuningError(
-                f"{path} is a study with other settings:\n  " + "\n  ".join(different) + f"\n{remedy}"
-            )
+            self._study.set_user_attr(_SETTINGS, dict(settings))
+        elif different := differences(recorded or {}, settings):
+            what = "\n  ".join(different)
+            raise TuningError(f"{self.path} is a study with other settings:\n  {what}\n{_REMEDY}")
 
     @property
     def study(self) -> optuna.Study:
@@ -97,6 +90,27 @@ def differences(recorded: object, wanted: object, path: str = "") -> list[str]:
     return [] if recorded == wanted else [f"{path}: {recorded!r} in the study, {wanted!r} now"]
 
 
+def _open(path: Path) -> optuna.Study:
+    """The study in the file, made where it is empty.
+
+    Raises:
+        TuningError: something else is in it; it stays as it is.
+    """
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if not isinstance(json.loads(line).get("op_code"), int):  # Optuna itself would skip some of these
+                raise ValueError(f"line {line[:40]!r} is no record")
+        storage = JournalStorage(JournalFileBackend(str(path)))
+        names = [study.study_name for study in storage.get_all_studies()]
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as e:
+        raise TuningError(f"{path} is no study that Optuna {optuna.__version__} can read ({e}). {_REMEDY}") from e
+    if names and names != [_NAME]:
+        raise TuningError(f"{path} holds other studies ({', '.join(names)}). {_REMEDY}")
+    if names:
+        return optuna.load_study(storage=storage, study_name=_NAME)
+    return optuna.create_study(storage=storage, study_name=_NAME, directions=["minimize", "minimize"])
+
+
 def _lock(path: Path) -> IO[bytes]:
     """Two runs that add to one study would number their trials alike. Held until `close`, or until the process ends.
 
@@ -106,11 +120,13 @@ def _lock(path: Path) -> IO[bytes]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = path.open("ab")
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        raise TuningError(f"study {path}: another run is at work on it. Wait for it, or give another --out.") from e
     except OSError as e:
         raise TuningError(f"study {path}: {e.strerror}. Give a directory that can be written as --out.") from e
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        stream.close()
+        raise TuningError(f"study {path}: another run is at work on it. Wait for it, or give another --out.") from e
     return stream
 
 

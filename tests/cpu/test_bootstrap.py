@@ -129,7 +129,7 @@ def test_fresh_machine_then_nothing_to_do(root: Path, machine: FakeMachine) -> N
 def test_changed_dependencies_run_pip_again(root: Path, machine: FakeMachine) -> None:
     """Guards: a new dependency in pyproject.toml is never installed in an existing environment."""
     set_up(root, machine.venv, ENV, machine)
-    assert machine.ran("install")[0][-1] == f"{root}[cpu,replay,dev]"
+    assert machine.ran("install")[0][-1] == f"{root}[cpu,replay,tune,dev]"
     (root / "pyproject.toml").write_text(PYPROJECT + "tune = ['new']\n")
     machine.commands.clear()
     assert set_up(root, machine.venv, ENV, machine)["changed"] is True
@@ -141,10 +141,10 @@ def test_vllm_that_is_there_is_not_asked_for_again(root: Path, machine: FakeMach
     set_up(root, machine.venv, ENV, machine)
     (root / "pyproject.toml").write_text(PYPROJECT + "tune = ['new']\n")
     set_up(root, machine.venv, ENV, machine)
-    assert machine.ran("install")[-1][-2:] == [f"{root}[replay,dev]", "gguf>=0.17"]
+    assert machine.ran("install")[-1][-2:] == [f"{root}[replay,tune,dev]", "gguf>=0.17"]
     (root / "pyproject.toml").write_text(PYPROJECT.replace("0.32.0", "0.32.1"))
     set_up(root, machine.venv, ENV, machine)
-    assert machine.ran("install")[-1][-1] == f"{root}[cpu,replay,dev]"
+    assert machine.ran("install")[-1][-1] == f"{root}[cpu,replay,tune,dev]"
 
 
 def test_too_little_disk_is_refused_before_anything_is_written(
