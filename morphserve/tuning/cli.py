@@ -16,7 +16,6 @@ from morphserve.config import MorphServeConfig, load_config
 from morphserve.errors import MorphServeError
 from morphserve.profile_ladder import read_ladder
 from morphserve.replay import Slo
-from morphserve.replay.workload import check_fits
 from morphserve.simulation import SimServer, load_calibration
 from morphserve.tuning.errors import TuningError
 from morphserve.tuning.evaluate import World
@@ -141,8 +140,6 @@ def _inputs(args: argparse.Namespace) -> tuple[MorphServeConfig, Space, World]:
     config = load_config(args.config)
     space = load_space(args.space, config)
     dev, held_out = load_windows(args.dev, args.held_out)
-    for window in (*dev, *held_out):
-        check_fits(window.workload, args.max_model_len)
     server = SimServer(
         num_blocks=args.num_blocks,
         block_size=args.block_size,

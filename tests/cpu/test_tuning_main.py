@@ -13,6 +13,7 @@ from cpu import sim_world
 from cpu.tuning_world import burst, write_inputs
 
 from morphserve.config import load_config
+from morphserve.simulation import Simulated, simulate
 from morphserve.tuning import main
 from policies import LayerMove, StepTimes, ThresholdConfig
 
@@ -160,6 +161,28 @@ def test_a_space_without_a_single_policy(tmp_path: Path, capsys: pytest.CaptureF
 def test_bad_options(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], words: str) -> None:
     """Guards: a traceback, or a study of what nobody asked for."""
     assert words in refused(capsys, arguments(write_inputs(tmp_path), tmp_path / "out", *more))
+
+
+def test_interrupted(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: Ctrl-C ends in a traceback, or loses the trials that were there."""
+    files, out = write_inputs(tmp_path), tmp_path / "out"
+    simulated = 0
+
+    def stopped(*args: Any, **options: Any) -> Simulated:
+        nonlocal simulated
+        simulated += 1
+        if simulated > 20:
+            raise KeyboardInterrupt
+        return simulate(*args, **options)
+
+    monkeypatch.setattr("morphserve.tuning.evaluate.simulate", stopped)
+    assert main("", Path("unused"), arguments(files, out)) == 130
+    assert "run again to go on" in capsys.readouterr().err
+    monkeypatch.undo()
+    resumed, _ = tune(capsys, arguments(files, out))
+    whole, _ = tune(capsys, arguments(files, tmp_path / "other"))
+    assert (out / "trials.csv").read_bytes() == (tmp_path / "other" / "trials.csv").read_bytes()
+    assert resumed["best"] == whole["best"] and resumed["front"] == whole["front"]
 
 
 def test_without_held_out_windows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,9 +37,9 @@ def anchors(**by_name: Scores) -> list[Anchor]:
 
 
 def test_windows_add_up_as_one_run() -> None:
-    """Guards: a window of ten requests weighs as much as one of a thousand."""
-    both = total([Score(10, 10, 100, 3.0, 1, 2), Score(990, 0, 900, 1.0, 3, 4)])
-    assert (both.violations, both.cost) == (0.01, 0.004)
+    """Guards: a window of ten requests weighs as much as one of hundreds."""
+    both = total([Score(10, 10, 100, 3.0, 1, 2), Score(490, 0, 900, 1.0, 3, 4)])
+    assert (both.violations, both.cost) == (0.02, 0.004)
     assert (both.transitions, both.preemptions) == (4, 6)
 
 

@@ -12,6 +12,8 @@ from cpu.tuning_world import make_space, make_world
 from optuna.trial import FrozenTrial, TrialState
 
 from morphserve.config import MorphServeConfig
+from morphserve.replay import Workload
+from morphserve.simulation import Simulated, simulate
 from morphserve.tuning.errors import TuningError
 from morphserve.tuning.evaluate import Evaluator, Invalid, Scored
 from morphserve.tuning.score import Score
@@ -190,3 +192,23 @@ def test_the_number_of_processes_does_not_change_the_scores(tmp_path: Path) -> N
     assert scores and all(len(parts) == 2 for parts in scores)
     assert any(parts[0].late != parts[1].late or parts[0].nats != parts[1].nats for parts in scores)
     store.close()
+
+
+def test_a_policy_that_came_before_is_not_simulated_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a search that comes back pays twice, or gets the scores of another window."""
+    world, config = make_world(tmp_path), make_space(tmp_path).config
+    names: list[str] = []
+
+    def counted(workload: Workload, *args: Any, **options: Any) -> Simulated:
+        names.append(workload.name)
+        return simulate(workload, *args, **options)
+
+    monkeypatch.setattr("morphserve.tuning.evaluate.simulate", counted)
+    with Evaluator(world, 1) as evaluator:
+        first = list(evaluator.scores([config, config], [0, 1]))
+        assert list(evaluator.scores([config], [0, 1])) == first[:1] == first[1:]
+        [stock] = evaluator.scores([None], [0, 1])
+    assert names == ["dev", "held_out"] * 2
+    assert stock != first[0]
