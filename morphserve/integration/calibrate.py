@@ -86,9 +86,10 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
         calibration = engine.with_bytes(times)
     finally:
         engine.close()
+    calibration.save(out)  # at once: minutes of timed steps must not be lost to a server that does not start
     if not args.no_server:
         calibration = _as_served(args, calibration)
-    calibration.save(out)
+        calibration.save(out)
     for fmt, (fit, error) in fits.items():
         sys.stdout.write(
             f"{fmt:<6} {1e3 * fit.base_s:.2f} ms + {1e3 * fit.per_seq_s:.3f} ms/sequence + "
