@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,9 +87,10 @@ def _server_options(group: Any) -> None:
 
 def main(description: str, space: Path, argv: Sequence[str] | None = None) -> int:
     """Run the command line; the last line on stdout is one JSON document."""
-    args = build_parser(description, space).parse_args(argv)
+    parser = build_parser(description, space)
+    args = parser.parse_args(argv)
     try:
-        document = _tune(args)
+        document = _tune(args, _command(args, parser))
     except MorphServeError as e:
         sys.stderr.write(f"tune: {e}\n")
         return 1
@@ -99,19 +101,20 @@ def main(description: str, space: Path, argv: Sequence[str] | None = None) -> in
     return 0
 
 
-def _tune(args: argparse.Namespace) -> dict[str, Any]:
+def _tune(args: argparse.Namespace, command: str) -> dict[str, Any]:
     config, space, world = _inputs(args)
     try:
         import matplotlib  # noqa: F401
         import optuna  # noqa: F401
+        import rich  # noqa: F401
     except ImportError as e:
         raise TuningError(f"{e}. Install what tuning needs: pip install -e '.[tune]'.") from e
     # Slow to import, and not needed to refuse bad input.
     from morphserve.tuning.job import run_study
 
     settings = _settings(args, config, space, world)
-    made = {"command": _command(args)} | {
-        key: str(getattr(args, key)) for key in ("config", "space", "step_times", "seed")
+    made = {"command": command} | {
+        key: _shown(getattr(args, key)) for key in ("config", "space", "step_times", "seed")
     } | {"versions": settings["versions"], "code": settings["code"]}  # fmt: skip
     jobs = args.jobs or len(os.sched_getaffinity(0))
     findings, page = run_study(
@@ -194,12 +197,23 @@ def _digest(*files: Path) -> str:
     return together.hexdigest()[:16]
 
 
-def _command(args: argparse.Namespace) -> str:
-    windows = [f"--dev {text}" for text in args.dev] + [f"--held-out {text}" for text in args.held_out]
-    return (
-        f"scripts/tune.py --config {args.config} --step-times {args.step_times} --space {args.space} "
-        f"{' '.join(windows)} --trials {args.trials} --seed {args.seed} --num-blocks {args.num_blocks}"
-    )
+def _command(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """What gives the same result again: without where it goes, and how many processes it takes."""
+    words = ["scripts/tune.py"]
+    for name, value in vars(args).items():
+        if name in ("out", "jobs", "quiet") or value == parser.get_default(name):
+            continue
+        if name == "constraints":
+            value = ",".join(f"{limit * 100:g}" for limit in value)
+        for one in value if isinstance(value, list) else [value]:
+            words += [f"--{name.replace('_', '-')}", *([] if one is True else [_shown(one)])]
+    return shlex.join(words)
+
+
+def _shown(value: object) -> str:
+    """Files of this directory by their short names."""
+    inside = isinstance(value, Path) and value.is_relative_to(Path.cwd())
+    return str(value.relative_to(Path.cwd())) if inside and isinstance(value, Path) else str(value)
 
 
 def _limits(text: str) -> tuple[float, ...]:

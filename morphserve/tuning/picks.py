@@ -66,7 +66,12 @@ def warnings_of(picks: Sequence[Pick], anchors: Sequence[Anchor], front: Sequenc
     """What a user must know before serving with one of these, most important first."""
     found = [w for on_held_out in (False, True) for w in _dominated(picks, anchors, on_held_out)]
     current = next(anchor for anchor in anchors if anchor.name == CURRENT)
-    found += [w for p in picks if p.candidate is not None and (w := _not_better(p, p.candidate, current))]
+    names: dict[int, list[str]] = {}  # one policy may be the cheapest within several limits
+    tuned = {p.candidate.number: p.candidate for p in picks if p.candidate is not None}
+    for p in picks:
+        if p.candidate is not None:
+            names.setdefault(p.candidate.number, []).append(p.name)
+    found += [w for number, own in names.items() if (w := _not_better(", ".join(own), tuned[number], current))]
     found += _broken_limits(picks)
     missing = [percent(p.limit) for p in picks if p.candidate is None]
     if missing:
@@ -99,19 +104,19 @@ def _dominated(picks: Sequence[Pick], anchors: Sequence[Anchor], on_held_out: bo
     return found
 
 
-def _not_better(p: Pick, candidate: Candidate, current: Anchor) -> str | None:
+def _not_better(names: str, candidate: Candidate, current: Anchor) -> str | None:
     """The current policy does as well: on what neither was tuned on, or even where the search looked."""
     on_dev = current.scores.on_dev
     if on_dev.no_worse_than(candidate.dev):
         return (
-            f"{p.name} is not better than the current policy even on the dev windows: {in_words(candidate.dev)} "
+            f"{names}: not better than the current policy even on the dev windows: {in_words(candidate.dev)} "
             f"against {in_words(on_dev)}. Run more trials, or let the space include the current values."
         )
     own, before = candidate.held_out, current.scores.on_held_out
     if own is None or before is None or not before.no_worse_than(own):
         return None
     return (
-        f"{p.name} is not better than the current policy on the held-out windows: {in_words(own)} against "
+        f"{names}: not better than the current policy on the held-out windows: {in_words(own)} against "
         f"{in_words(before)}. Keep the current policy, or tune on more traces."
     )
 

@@ -57,11 +57,14 @@ def _panel(axes: Axes, findings: Findings, held_out: bool) -> None:
     front = [s for c in findings.front if (s := c.held_out if held_out else c.dev) is not None]
     # On held-out windows the policies of the front need not be one: no line through them.
     axes.plot(*_points(front), "o" if held_out else "o-", color=_BLUE, markersize=4, linewidth=1, label="dev front")
+    limits: dict[Score, list[str]] = {}  # one policy may be the cheapest within several
     for p in findings.picks:
         score = None if p.candidate is None else p.candidate.held_out if held_out else p.candidate.dev
         if score is not None:
-            axes.plot(*_points([score]), "o", color=_BLUE, markersize=10, fillstyle="none")
-            _label(axes, score, f"≤ {p.limit * 100:g} %", _BLUE, -11)
+            limits.setdefault(score, []).append(f"{p.limit * 100:g}")
+    for score, within in limits.items():
+        axes.plot(*_points([score]), "o", color=_BLUE, markersize=10, fillstyle="none")
+        _label(axes, score, f"best ≤ {', '.join(within)} %", _BLUE, -11)
     for anchor in findings.anchors:
         score = anchor.scores.on_held_out if held_out else anchor.scores.on_dev
         if score is None:

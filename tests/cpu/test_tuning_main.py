@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,19 @@ def test_run_again_is_the_same_and_simulates_no_trial(
     monkeypatch.setattr("morphserve.tuning.study.Search._run_batch", None)
     assert tune(capsys, argv) == first
     assert {name: (out / name).read_bytes() for name in kept} == kept
+
+
+def test_the_command_of_a_report_makes_it_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: the command that a report is said to come from leaves out an option that decides."""
+    argv = arguments(
+        write_inputs(tmp_path), tmp_path / "a", "--trials", "3", "--num-blocks", "40", "--async-scheduling",
+        "--constraints", "0.5,50",
+    )  # fmt: skip
+    document, _ = tune(capsys, argv)
+    script, *words = shlex.split(document["made"]["command"])
+    assert script == "scripts/tune.py" and "--async-scheduling" in words
+    again, _ = tune(capsys, [*words, "--out", str(tmp_path / "b"), "--jobs", "1", "--quiet"])
+    assert {**again, "report": None, "study": None} == {**document, "report": None, "study": None}
 
 
 def test_quiet_traffic_needs_no_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,7 +78,10 @@ def test_a_policy_that_is_not_better_than_the_current_one_is_named() -> None:
     """Guards: overfitting to the dev windows goes unnoticed."""
     tuned = candidate(7, (10, 0.02), (20, 0.02))
     [warning] = _warnings(tuned, current=scores((30, 0.03), (20, 0.02)))
-    assert "not better than the current policy on the held-out windows" in warning
+    assert "best_le_5pct: not better than the current policy on the held-out windows" in warning
+    both = [Pick(0.05, tuned), Pick(0.1, tuned)]
+    [warning] = warnings_of(both, anchors(current=scores((30, 0.03), (20, 0.02))), [tuned])
+    assert warning.startswith("best_le_5pct, best_le_10pct: not better")
     [warning] = _warnings(tuned, current=scores((10, 0.01), (900, 0.9)))
     assert "not better than the current policy even on the dev windows" in warning
     assert _warnings(tuned, current=scores((30, 0.03), (19, 0.03))) == []
