@@ -126,6 +126,11 @@ class Controller:
         return self._runner.phase
 
     @property
+    def max_queued_tokens(self) -> int | None:
+        """Requests beyond so many waiting prompt tokens are to be refused at the door; None = none are."""
+        return None if self._tripped else self._decision.max_queued_tokens
+
+    @property
     def in_transition(self) -> bool:
         """True while the next step has something to do here, whatever the policy says."""
         if self._dead:
@@ -165,6 +170,7 @@ class Controller:
             "phase": self.phase.name.lower(),
             "revision": self._runner.revision,
             "tripped": self._tripped,
+            "max_queued_tokens": self.max_queued_tokens,
             "layers_by_format": layers,
             "num_kv_blocks": self._pool.num_kv_blocks,
             "used_kv_blocks": self._pool.num_used_blocks,

@@ -21,6 +21,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from morphserve.integration.queue_limit import QueueLimit
 from morphserve.integration.reload_api import add_route, on_hangup
 
 logger = logging.getLogger("vllm.morphserve")
@@ -140,6 +141,7 @@ class MorphServeEndpoint:
     def __init__(self) -> None:
         self._collector = StatusCollector()
         self._client: Any = None
+        self._queue_limit = QueueLimit(None)
         self._task: asyncio.Task[None] | None = None
 
     def attach_router(self, app: Any) -> None:
@@ -174,6 +176,7 @@ class MorphServeEndpoint:
             )
         with contextlib.suppress(ValueError):  # a second app in this process: already registered
             REGISTRY.register(self._collector)
+        self._queue_limit = QueueLimit(engine_client)
         self._task = asyncio.create_task(self._poll())
         on_hangup(self._reload)
 
@@ -196,7 +199,9 @@ class MorphServeEndpoint:
         warned = False
         while True:
             try:
-                self._collector.statuses = await self._ask()
+                statuses = await self._ask()
+                self._collector.statuses = statuses
+                self._queue_limit.apply([status["max_queued_tokens"] for status in statuses])
                 warned = False
             except asyncio.CancelledError:
                 raise

@@ -99,7 +99,7 @@ class SimEngine:
             self._complete(*flights.popleft())
 
     def _complete(self, batch: Batch, end_s: float, level: int, rung: int | None) -> None:
-        limited = self._server.max_num_queued_tokens is not None
+        limited = self._counts_queue
         if limited:
             self._knock(end_s)  # they came before the tokens of this step were known
         self.now_s = end_s
@@ -132,7 +132,7 @@ class SimEngine:
 
     def _knock(self, until_s: float) -> None:
         """Requests come to the server's door, where those beyond the queue limit are refused."""
-        limit = self._server.max_num_queued_tokens
+        limit = self._queue_limit()
         requests = self._requests
         while self._next < len(requests) and requests[self._next].arrival_s <= until_s:
             request = requests[self._next]
@@ -143,6 +143,16 @@ class SimEngine:
                 continue
             self._queued_tokens += request.prompt_tokens
             self._at_door.append(request)
+
+    @property
+    def _counts_queue(self) -> bool:
+        return self._server.max_num_queued_tokens is not None or self._morphing is not None
+
+    def _queue_limit(self) -> int | None:
+        """The server's own or the policy's, whichever is lower."""
+        own = self._server.max_num_queued_tokens
+        policys = None if self._morphing is None else self._morphing.controller.max_queued_tokens
+        return min((limit for limit in (own, policys) if limit is not None), default=None)
 
     def _time_out(self, now_s: float) -> None:
         while self._next_timeout_s() <= now_s:

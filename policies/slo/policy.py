@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from policies.config import SloConfig, ThresholdConfig
 from policies.levels import deepest_level_within, resolve_level
@@ -31,7 +31,8 @@ _MAX_DWELL_S = 5.0  # level 0 must be reached within 10 s of the end of pressure
 _DWELL_DECAY_S = 30.0
 _LOST_TRUST = 0.9  # relative error of predictions beyond which thresholds decide
 _TRUST_AGAIN = 0.6
-_REFUSE_SHARE = 0.3  # of requests late at the deepest level before new ones are refused
+_REFUSE_SHARE = 0.3  # of requests late at the best level: from there on new ones are refused,
+_ACCEPT_SHARE = 0.1  # until so few are
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,7 @@ class SloPolicy:
         self._preemptions = 0
         self._restored_s = float("-inf")
         self._reentry_s = float("-inf")
+        self._max_queued_tokens: int | None = None
         self._last = Decision(0, "start at full precision")
 
     def decide(self, signals: Signals) -> Decision:
@@ -123,8 +125,11 @@ class SloPolicy:
         self._bucket.refill(s.now_s)
         self._weigh_trust()
         by_threshold = self._fallback.decide(s)  # always asked, so that its dwell is right when it must take over
-        self._last = by_threshold if self.distrusts else self._think(s)
-        return self._last
+        decision = by_threshold if self.distrusts else self._think(s)
+        if decision.max_queued_tokens != self._max_queued_tokens:
+            decision = replace(decision, max_queued_tokens=self._max_queued_tokens)
+        self._last = decision
+        return decision
 
     # ---- the decision
 
@@ -136,12 +141,14 @@ class SloPolicy:
             return self._go(s, 0, "quality budget spent")
         load = self._load(s, 1.0)
         if self._is_calm(s, load, heading):
+            self._max_queued_tokens = None
             return self._stay(heading, "nothing to do")
         outlooks = [self._predictor.outlook(level, load, self._delay_s(s, level)) for level in range(len(self._ladder))]
         here = outlooks[heading]
         if s.waiting and not s.waiting[-1].has_token:
             self.correction.watch(s.waiting[-1], s.now_s + here.last_wait_s)
         best = self._cheapest(outlooks)
+        self._shed(outlooks, load)
         if best > heading:
             saved = here.violations - outlooks[best].violations
             # What would the deeper level's blocks do alone? If that is little, it is compute that lacks, not KV.
@@ -167,6 +174,18 @@ class SloPolicy:
             return False
         coming = load.arrival_rate * load.horizon_s
         return (s.num_running + coming) * load.typical.final_blocks < 0.5 * self._usable[0]
+
+    def _shed(self, outlooks: list[Outlook], load: Load) -> None:
+        """Where no level keeps the promise, let no more wait than are served in time: a late answer helps nobody."""
+        if not self._config.shed:
+            return
+        best = min(range(len(outlooks)), key=lambda level: outlooks[level].violations)
+        share = outlooks[best].share
+        if share > (_REFUSE_SHARE if self._max_queued_tokens is None else _ACCEPT_SHARE):
+            served = self._predictor.release_rate(best, load) * load.ttft_s
+            self._max_queued_tokens = max(int(served * load.typical.prompt_tokens), 1)
+        else:
+            self._max_queued_tokens = None
 
     def _wait_elsewhere(self, s: Signals, load: Load) -> bool:
         """Requests have been waiting although the next ones would fit: for prefill, or for max_num_seqs."""

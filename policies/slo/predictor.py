@@ -89,7 +89,7 @@ class Predictor:
         need = max(float(s.used_kv_blocks), s.num_running * typical.mean_blocks)
         # Room now: what stays free while those that run grow, in requests of which each takes its mean.
         room = max(0.0, min(seats - s.num_running, (usable - need) / typical.mean_blocks))
-        release = self.release_rate(level, load, seats)  # nobody waits before all seats are taken
+        release = self._release_rate(level, load, seats)  # nobody waits before all seats are taken
         crowd = min(seats, max(s.num_running + s.num_waiting, self._steady(level, load)))
         tpot_s = self.tpot_s(level, load, max(crowd, 1.0))
         prefill_s = time.per_prefill_token_s * load.factor
@@ -126,7 +126,11 @@ class Predictor:
         prefill_tokens = num_seqs * typical.prompt_tokens / typical.output_tokens
         return load.factor * time.seconds(num_seqs, prefill_tokens, num_seqs * typical.mean_context)
 
-    def release_rate(self, level: int, load: Load, num_seqs: float) -> float:
+    def release_rate(self, level: int, load: Load) -> float:
+        """Requests that end per second while others wait."""
+        return self._release_rate(level, load, self._seats(self._usable[level], load.typical))
+
+    def _release_rate(self, level: int, load: Load, num_seqs: float) -> float:
         """Requests that end per second with so many side by side."""
         return num_seqs / (load.typical.output_tokens * self.tpot_s(level, load, num_seqs))
 

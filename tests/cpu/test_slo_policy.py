@@ -140,6 +140,25 @@ def test_the_modes_order_cost_and_violations() -> None:
     assert costs == sorted(costs) and late[0] >= late[2]
 
 
+def test_shedding_keeps_the_promise_to_those_who_are_let_in() -> None:
+    """Guards: an overload that no level can serve, in which everybody is late; and a door that never opens again."""
+    rng = random.Random(4)
+    made = poisson(0.7, 0.0, 60.0, rng) + poisson(40.0, 5.0, 10.0, rng)
+    load = workload(sorted(made))
+    open_door, shed = run(load, SLO), run(load, {**SLO, "shed": True})
+    assert not open_door.refused and len(shed.refused) > 50
+    answered = [outcome for outcome in shed.outcomes if outcome.ok]
+    late = sum(outcome.ttft_s > 2.0 for outcome in answered) / len(answered)
+    assert late < 0.5 * violations(open_door)
+    assert violations(shed) < violations(open_door), "more are served in time although fewer are let in"
+    assert max(request.arrival_s for request in shed.refused) < 30.0
+
+
+def test_nobody_is_refused_while_a_level_can_serve() -> None:
+    """Guards: requests that are turned away from a server that could have answered."""
+    assert not run(bursts(3, 20.0, 0), {**SLO, "shed": True}).refused
+
+
 def ladder() -> Ladder:
     return plan_ladder(config(), SERVER, CALIBRATION, None)
 

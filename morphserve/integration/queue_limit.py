@@ -1,0 +1,37 @@
+"""Shedding: the policy's limit on waiting prompt tokens becomes vLLM's own (`max_num_queued_tokens`, 503 at the door).
+
+vLLM asks its scheduler config at every request, in the API server (vllm/v1/engine/async_llm.py, `check_admission`). The
+policy answers in the engine, so the limit follows the poll of the status, half a second late at most.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+logger = logging.getLogger("vllm.morphserve")
+
+
+class QueueLimit:
+    """The stricter of what the user set and what the policy asks for now."""
+
+    def __init__(self, engine_client: Any) -> None:
+        self._config = getattr(engine_client, "scheduler_config", None)
+        self._own: int | None = getattr(self._config, "max_num_queued_tokens", None)
+        self._policys: int | None = None
+
+    def apply(self, limits: Sequence[int | None]) -> None:
+        """One an engine behind this API server: together they take what each of them takes; None = takes all."""
+        known = [limit for limit in limits if limit is not None]
+        limit = sum(known) if known and len(known) == len(limits) else None
+        if self._config is None or limit == self._policys:
+            return
+        if (limit is None) != (self._policys is None):
+            if limit is None:
+                logger.info("morph: new requests are taken again")
+            else:
+                logger.warning("morph: no level keeps the promise; requests beyond %d queued tokens get a 503", limit)
+        self._policys = limit
+        bounds = [bound for bound in (self._own, limit) if bound is not None]
+        self._config.max_num_queued_tokens = min(bounds, default=None)

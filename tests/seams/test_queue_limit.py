@@ -1,0 +1,63 @@
+"""The policy's queue limit becomes vLLM's, and goes again."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from vllm.config import SchedulerConfig
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.exceptions import MaxQueuedTokensError
+
+from morphserve.integration.queue_limit import QueueLimit
+
+
+def client(own: int | None) -> SimpleNamespace:
+    """As far as vLLM's check of the door, and ours, know it."""
+    config = SchedulerConfig.default_factory(max_model_len=512, is_encoder_decoder=False, max_num_queued_tokens=own)
+    return SimpleNamespace(
+        scheduler_config=config, admission_stats=None, get_num_queued_tokens=lambda: 400, get_num_unfinished_requests=int,
+        _record_admission_rejection=lambda reason: None,
+    )  # fmt: skip
+
+
+def is_refused(at: SimpleNamespace) -> bool:
+    try:
+        AsyncLLM.check_admission(at)
+    except MaxQueuedTokensError:
+        return True
+    return False
+
+
+def test_vllm_refuses_by_the_policys_limit_and_takes_requests_again() -> None:
+    """Guards: vLLM reads its limit once, or elsewhere; a limit that stays after the overload."""
+    at = client(None)
+    limit = QueueLimit(at)
+    assert not is_refused(at)
+    limit.apply([300])
+    assert is_refused(at)
+    limit.apply([500])
+    assert not is_refused(at)
+    limit.apply([300])
+    limit.apply([None])
+    assert not is_refused(at) and at.scheduler_config.max_num_queued_tokens is None
+
+
+@pytest.mark.parametrize(("limits", "expected"), [([100], 100), ([900], 350), ([None], 350), ([], 350)])
+def test_the_users_own_limit_stays(limits: list[int | None], expected: int) -> None:
+    """Guards: a user's limit raised or lost by a policy."""
+    at = client(350)
+    limit = QueueLimit(at)
+    limit.apply([5])
+    limit.apply(limits)
+    assert at.scheduler_config.max_num_queued_tokens == expected
+
+
+def test_engines_add_up() -> None:
+    """Guards: replicas that could still serve are closed because one is full."""
+    at = client(None)
+    limit = QueueLimit(at)
+    limit.apply([100, 200])
+    assert at.scheduler_config.max_num_queued_tokens == 300
+    limit.apply([100, None])
+    assert at.scheduler_config.max_num_queued_tokens is None
