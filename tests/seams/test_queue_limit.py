@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 from vllm.config import SchedulerConfig
-from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.exceptions import MaxQueuedTokensError
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from morphserve.integration.queue_limit import QueueLimit
 
@@ -16,7 +16,8 @@ def client(own: int | None) -> SimpleNamespace:
     """As far as vLLM's check of the door, and ours, know it."""
     config = SchedulerConfig.default_factory(max_model_len=512, is_encoder_decoder=False, max_num_queued_tokens=own)
     return SimpleNamespace(
-        scheduler_config=config, admission_stats=None, get_num_queued_tokens=lambda: 400, get_num_unfinished_requests=int,
+        scheduler_config=config, admission_stats=None, get_num_queued_tokens=lambda: 400,
+        get_num_unfinished_requests=int,
         _record_admission_rejection=lambda reason: None,
     )  # fmt: skip
 
