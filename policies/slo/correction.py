@@ -12,15 +12,16 @@ _TAU_S = 5.0  # time constant of factor and error, in seconds of measured steps
 _PRIOR_S = 1.0  # seconds of steps that the calibration counts as
 _PRIOR_SIGMA = 0.15  # its relative error until seen
 _WAIT_SIGMA = 0.30  # relative error of predicted waits until seen
-_WAIT_WEIGHT = 0.15  # of the newest
-_LEAST_WAIT_S = 0.25  # errors of shorter waits matter to nobody
+_WAIT_WEIGHT = 0.1  # of the newest
+_SOFT_SHARE = 0.25  # of the promised wait: an error that is small against it matters to nobody
 
 
 class Correction:
     """Learns from each step how far the calibration is off on this machine, now."""
 
-    def __init__(self, times: Sequence[StepTime]) -> None:
+    def __init__(self, times: Sequence[StepTime], ttft_s: float) -> None:
         self._times = times
+        self._soft_s = _SOFT_SHARE * ttft_s
         self._weight = _PRIOR_S
         self._mean = 0.0  # of the logarithm of measured over predicted
         self._square = _PRIOR_SIGMA**2
@@ -74,11 +75,11 @@ class Correction:
         if self._watched is None:
             return
         arrival_s, served_at_s = self._watched
-        patience_s = 2 * max(served_at_s - arrival_s, _LEAST_WAIT_S)
+        patience_s = 2 * (served_at_s - arrival_s) + self._soft_s
         waits = any(not c.has_token and c.first_arrival_s <= arrival_s for c in signals.waiting)
         if waits and signals.now_s - arrival_s <= patience_s:
             return
         self._watched = None
         predicted, real = served_at_s - arrival_s, signals.now_s - arrival_s
-        error = log(max(real, _LEAST_WAIT_S) / max(predicted, _LEAST_WAIT_S))
+        error = log((real + self._soft_s) / (max(predicted, 0.0) + self._soft_s))
         self._wait_square += _WAIT_WEIGHT * (error * error - self._wait_square)

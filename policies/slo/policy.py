@@ -20,9 +20,10 @@ _THINK_S = 0.05  # predictions are made anew this often at most; a preemption ca
 _WORTH_REQUESTS = 0.5  # a round trip must save so many
 _HORIZON_PER_WAIT = 4.0
 _MAX_HORIZON_S = 15.0
+_WORTH_IF_DEAREST = 3.0  # and so many more for the whole cost of the deepest level
 _WORTH_SHARE = 0.1  # and such a share of those that would be late: a smaller one is within the error
 _PROMPT_S = 0.1  # who fits is admitted within
-_KV_SHARE = 0.3  # of what a level saves must be due to its blocks
+_AS_FAST = 0.97  # of the requests per second that a shallower level serves
 _QUICKER = 0.95  # a queue that much shorter is worth a drain
 _SAFETY = 1.15  # arrivals and errors are taken so much larger before a restore
 _FILL_AFTER_RESTORE = 0.95  # of the blocks: a shallower level must hold what lives, with air
@@ -32,7 +33,8 @@ _DWELL_DECAY_S = 30.0
 _LOST_TRUST = 0.9  # relative error of predictions beyond which thresholds decide
 _TRUST_AGAIN = 0.6
 _REFUSE_SHARE = 0.3  # of requests late at the best level: from there on new ones are refused,
-_ACCEPT_SHARE = 0.1  # until so few are
+_ACCEPT_SHARE = 0.1  # until so few are,
+_QUEUE_SHARE = 0.5  # and those who wait are to be served within that share of the promised time
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ class SloPolicy:
         self._move = times.move
         self._predictor = Predictor(self._usable, by_level, limits)
         self._limits = limits
-        self.correction = Correction(by_level)
+        self.correction = Correction(by_level, config.ttft_s)
         self._forecast = ArrivalForecast()
         self._bucket = TokenBucket(config.transitions_per_minute)
         self.budget = QualityBudget(config.quality_budget)
@@ -125,7 +127,12 @@ class SloPolicy:
         self._bucket.refill(s.now_s)
         self._weigh_trust()
         by_threshold = self._fallback.decide(s)  # always asked, so that its dwell is right when it must take over
-        decision = by_threshold if self.distrusts else self._think(s)
+        heading = min(s.target_level, len(self._ladder) - 1)
+        load = self._load(s, 1.0)
+        here = self._predictor.outlook(heading, load, self._delay_s(s, heading))
+        if s.waiting and not s.waiting[-1].has_token:
+            self.correction.watch(s.waiting[-1], s.now_s + here.last_wait_s)  # trust can come back, too
+        decision = by_threshold if self.distrusts else self._think(s, heading, load)
         if decision.max_queued_tokens != self._max_queued_tokens:
             decision = replace(decision, max_queued_tokens=self._max_queued_tokens)
         self._last = decision
@@ -133,30 +140,25 @@ class SloPolicy:
 
     # ---- the decision
 
-    def _think(self, s: Signals) -> Decision:
-        heading = min(s.target_level, len(self._ladder) - 1)
+    def _think(self, s: Signals, heading: int, load: Load) -> Decision:
         if self.budget.exhausted:
             if heading == 0:
                 return self._stay(0, "quality budget spent")
             return self._go(s, 0, "quality budget spent")
-        load = self._load(s, 1.0)
         if self._is_calm(s, load, heading):
             self._max_queued_tokens = None
             return self._stay(heading, "nothing to do")
         outlooks = [self._predictor.outlook(level, load, self._delay_s(s, level)) for level in range(len(self._ladder))]
         here = outlooks[heading]
-        if s.waiting and not s.waiting[-1].has_token:
-            self.correction.watch(s.waiting[-1], s.now_s + here.last_wait_s)
-        best = self._cheapest(outlooks)
+        best = self._cheapest(outlooks, load)
         self._shed(outlooks, load)
         if best > heading:
             saved = here.violations - outlooks[best].violations
-            # What would the deeper level's blocks do alone? If that is little, it is compute that lacks, not KV.
-            roomier = self._predictor.outlook(heading, load, self._delay_s(s, best), blocks_of=best)
-            by_blocks = here.violations - roomier.violations
-            if not here.binds or by_blocks < _KV_SHARE * saved or self._wait_elsewhere(s, load):
+            if not here.binds or self._wait_elsewhere(s, load):
                 return self._stay(heading, f"late {here.share:.0%}, but KV does not bind")
-            if saved < max(_WORTH_REQUESTS, _WORTH_SHARE * here.violations):
+            dearer = (self._costs[best] - self._costs[heading]) / max(self._costs[-1], 1e-9)
+            worth = _WORTH_REQUESTS + _WORTH_IF_DEAREST * max(dearer, 0.0)
+            if saved < max(worth, _WORTH_SHARE * here.violations):
                 return self._stay(heading, f"level {best} would save {saved:.1f} requests")
             if self._bucket.level < 1.0:
                 return self._stay(heading, "too many changes of the level lately")
@@ -182,7 +184,7 @@ class SloPolicy:
         best = min(range(len(outlooks)), key=lambda level: outlooks[level].violations)
         share = outlooks[best].share
         if share > (_REFUSE_SHARE if self._max_queued_tokens is None else _ACCEPT_SHARE):
-            served = self._predictor.release_rate(best, load) * load.ttft_s
+            served = self._predictor.release_rate(best, load) * load.ttft_s * _QUEUE_SHARE
             self._max_queued_tokens = max(int(served * load.typical.prompt_tokens), 1)
         else:
             self._max_queued_tokens = None
@@ -192,13 +194,20 @@ class SloPolicy:
         free = self._usable[min(s.level, len(self._usable) - 1)] - s.used_kv_blocks
         return free >= 2 * load.typical.final_blocks and s.oldest_wait_s > max(_PROMPT_S, 3 * s.step_s)
 
-    def _cheapest(self, outlooks: list[Outlook]) -> int:
-        """Least quality cost among the levels that do about as well as any can; else the target decides."""
-        fewest = min(outlook.violations for outlook in outlooks)
-        requests = max(outlooks[0].requests, 1.0)
-        allowed = max(self.targets.target * requests, fewest + self.targets.target * requests)
-        fitting = [level for level, outlook in enumerate(outlooks) if outlook.violations <= allowed]
-        return min(fitting, key=lambda level: (self._costs[level], level))
+    def _cheapest(self, outlooks: list[Outlook], load: Load) -> int:
+        """Least quality cost among the levels within the target; else among those that do about as well as any can.
+
+        Where no level keeps the promise, demand is above supply, and what counts is how many requests a level serves per
+        second. One that serves fewer than a shallower level offers room for a moment and a longer queue after it.
+        """
+        allowed = self.targets.target * max(outlooks[0].requests, 1.0)
+        levels = [level for level, outlook in enumerate(outlooks) if outlook.violations <= allowed]
+        if not levels:
+            rates = [self._predictor.release_rate(level, load) for level in range(len(outlooks))]
+            sound = [level for level, rate in enumerate(rates) if rate >= _AS_FAST * max(rates[: level + 1])]
+            fewest = min(outlooks[level].violations for level in sound)
+            levels = [level for level in sound if outlooks[level].violations <= fewest + allowed]
+        return min(levels, key=lambda level: (self._costs[level], level))
 
     def _rested(self, s: Signals, heading: int) -> int:
         """Shallowest level that would do with air, and has throughout the dwell."""

@@ -81,10 +81,10 @@ class Predictor:
         self._times = times
         self._limits = limits
 
-    def outlook(self, level: int, load: Load, delay_s: float, blocks_of: int | None = None) -> Outlook:
-        """Predict `level`, reached in `delay_s`; with the KV blocks of level `blocks_of` where that is given."""
+    def outlook(self, level: int, load: Load, delay_s: float) -> Outlook:
+        """Predict `level`, reached in `delay_s`."""
         s, typical, time = load.signals, load.typical, self._times[level]
-        usable = self._usable[level if blocks_of is None else blocks_of]
+        usable = self._usable[level]
         seats = self._seats(usable, typical)
         need = max(float(s.used_kv_blocks), s.num_running * typical.mean_blocks)
         # Room now: what stays free while those that run grow, in requests of which each takes its mean.

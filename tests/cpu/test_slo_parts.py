@@ -76,14 +76,14 @@ def steps(correction: Correction, factor: float, count: int, noise: float = 0.0)
 
 def test_a_slower_machine_is_learnt() -> None:
     """Guards: predictions of the machine that was calibrated, on one that is half as fast."""
-    correction = Correction(TIMES)
+    correction = Correction(TIMES, 2.0)
     steps(correction, 2.0, 600)
     assert correction.factor == pytest.approx(2.0, rel=0.1)
 
 
 def test_a_step_is_learnt_once() -> None:
     """Guards: one slow step that counts at every boundary until the next."""
-    once, often = Correction(TIMES), Correction(TIMES)
+    once, often = Correction(TIMES, 2.0), Correction(TIMES, 2.0)
     slow = replace(QUIET, last_step=StepLoad(0.2, 8, 0, 800, 0))
     once.learn(slow)
     for _ in range(50):
@@ -93,7 +93,7 @@ def test_a_step_is_learnt_once() -> None:
 
 def test_the_error_is_admitted() -> None:
     """Guards: sure predictions on a machine whose steps scatter."""
-    calm, wild = Correction(TIMES), Correction(TIMES)
+    calm, wild = Correction(TIMES, 2.0), Correction(TIMES, 2.0)
     steps(calm, 1.0, 600)
     steps(wild, 1.0, 600, noise=0.5)
     assert calm.step_sigma < 0.05 < 0.3 < wild.step_sigma
@@ -101,7 +101,7 @@ def test_the_error_is_admitted() -> None:
 
 def test_a_wrong_wait_is_admitted() -> None:
     """Guards: predicted waits that never are compared with what came."""
-    correction = Correction(TIMES)
+    correction = Correction(TIMES, 2.0)
     before = correction.sigma
     for number in range(20):
         now = 100.0 + 10 * number

@@ -149,7 +149,7 @@ def test_shedding_keeps_the_promise_to_those_who_are_let_in() -> None:
     assert not open_door.refused and len(shed.refused) > 50
     answered = [outcome for outcome in shed.outcomes if outcome.ok]
     late = sum(outcome.ttft_s > 2.0 for outcome in answered) / len(answered)
-    assert late < 0.5 * violations(open_door)
+    assert late < 0.7 * violations(open_door)
     assert violations(shed) < violations(open_door), "more are served in time although fewer are let in"
     assert max(request.arrival_s for request in shed.refused) < 30.0
 
