@@ -81,6 +81,7 @@ SEAMS: tuple[Seam, ...] = (
           "decode_context_parallel_size", "prefill_context_parallel_size")),
     Seam("config_scheduler", "vllm.config:SchedulerConfig", (), "watermark; which scheduler is subclassed",
          ("async_scheduling", "watermark")),
+    Seam("door_limit", "vllm.config:SchedulerConfig", (), "asked at every request: how a policy sheds", ("max_num_queued_tokens",)),
     Seam("config_compile", "vllm.config:CompilationConfig", (), "eager or compiled", ("mode",)),
     Seam("platform", "vllm.platforms:current_platform.is_cpu", (), "CPU only"),
     Seam("engine_handle", "vllm.v1.engine.core:EngineCore._initialize_kv_caches", ("vllm_config",),

@@ -197,8 +197,8 @@ class SloPolicy:
     def _cheapest(self, outlooks: list[Outlook], load: Load) -> int:
         """Least quality cost among the levels within the target; else among those that do about as well as any can.
 
-        Where no level keeps the promise, demand is above supply, and what counts is how many requests a level serves per
-        second. One that serves fewer than a shallower level offers room for a moment and a longer queue after it.
+        Where no level keeps the promise, demand is above supply, and what counts is how many requests a level serves
+        per second. One that serves fewer than a shallower level offers room for a moment and a longer queue after it.
         """
         allowed = self.targets.target * max(outlooks[0].requests, 1.0)
         levels = [level for level, outlook in enumerate(outlooks) if outlook.violations <= allowed]
