@@ -171,7 +171,7 @@ class KVDriver:
     """
 
     level = target_level = exposure_level = 0
-    wants_wakeup = False
+    wants_wakeup = in_transition = False
 
     def __init__(self, morph: Any, script: dict[int, int]) -> None:
         self._morph = morph

@@ -120,9 +120,9 @@ def check(llm: Any, seed: int = 0, seeded: bool = True) -> dict[str, int]:
     preempted = [0]
     on_preemption = morph.on_preemption
 
-    def counted() -> None:
+    def counted(request: Any) -> None:
         preempted[0] += 1
-        on_preemption()
+        on_preemption(request)
 
     morph.on_preemption = counted
     try:
