@@ -44,14 +44,20 @@ class Correction:
         """Relative error of a predicted wait."""
         return sqrt(self._wait_square + self.step_sigma**2 / 4)  # a wait averages over steps
 
-    def learn(self, signals: Signals) -> None:
-        """Compare the step that has just ended with its prediction. Each step counts once."""
-        step = signals.last_step
-        if step is not None and step is not self._seen:
-            self._seen = step
-            if step.level < len(self._times):
-                self._learn_step(step)
+    def learn(self, signals: Signals) -> StepLoad | None:
+        """Compare the step that has just ended with its prediction.
+
+        Returns:
+            The step; None when it is the one of the last time, or there was none.
+        """
         self._learn_wait(signals)
+        step = signals.last_step
+        if step is None or step is self._seen:
+            return None
+        self._seen = step
+        if step.level < len(self._times):
+            self._learn_step(step)
+        return step
 
     def _learn_step(self, step: StepLoad) -> None:
         predicted = self._times[step.level].seconds(step.num_seqs, step.prefill_tokens, step.context_tokens)

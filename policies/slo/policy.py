@@ -18,10 +18,10 @@ _LAYERS_PER_STEP = 4  # switched between two steps, about: transition.max_layers
 _EIGHT_BITS = frozenset({"w8", "fp8"})
 _THINK_S = 0.05  # predictions are made anew this often at most; a preemption cannot wait
 _WORTH_REQUESTS = 0.5  # a round trip must save so many
-_HORIZON_PER_WAIT = 4.0
-_MAX_HORIZON_S = 15.0
 _WORTH_IF_DEAREST = 3.0  # and so many more for the whole cost of the deepest level
 _WORTH_SHARE = 0.1  # and such a share of those that would be late: a smaller one is within the error
+_HORIZON_PER_WAIT = 4.0  # arrivals are counted so many times as far ahead as the oldest request has waited,
+_MAX_HORIZON_S = 15.0  # so far at most
 _PROMPT_S = 0.1  # who fits is admitted within
 _AS_FAST = 0.97  # of the requests per second that a shallower level serves
 _QUICKER = 0.95  # a queue that much shorter is worth a drain
@@ -117,9 +117,8 @@ class SloPolicy:
         """The level to serve at now. Cost: levels times cohorts, at most every `_THINK_S`."""
         s = signals
         self._forecast.update(s.now_s, s.num_arrivals)
-        self.correction.learn(s)
-        if s.last_step is not None:
-            self.budget.update(s.now_s, s.last_step.num_seqs, self._costs[min(s.last_step.level, len(self._costs) - 1)])
+        if (step := self.correction.learn(s)) is not None:
+            self.budget.update(s.now_s, step.num_seqs, self._costs[min(step.level, len(self._costs) - 1)])
         preempted, self._preemptions = s.preemptions > self._preemptions, s.preemptions
         if s.now_s - self._thought_s < _THINK_S and not preempted:
             return self._last
@@ -132,7 +131,10 @@ class SloPolicy:
         here = self._predictor.outlook(heading, load, self._delay_s(s, heading))
         if s.waiting and not s.waiting[-1].has_token:
             self.correction.watch(s.waiting[-1], s.now_s + here.last_wait_s)  # trust can come back, too
-        decision = by_threshold if self.distrusts else self._think(s, heading, load)
+        if self.distrusts:
+            decision, self._max_queued_tokens = by_threshold, None  # nobody is refused on a prediction that was wrong
+        else:
+            decision = self._think(s, heading, load)
         if decision.max_queued_tokens != self._max_queued_tokens:
             decision = replace(decision, max_queued_tokens=self._max_queued_tokens)
         self._last = decision
