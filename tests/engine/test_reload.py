@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import urllib.error
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ EAGER = {
     "target_usage": 0.04,
     "restore_below": 0.02,
 }
+
+
+@pytest.fixture(autouse=True)
+def hangups_are_heard() -> Iterator[None]:
+    """Under nohup SIGHUP is ignored, children inherit that, and a server then leaves it so: not what is tested here."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def edit(directory: Path, settings: dict[str, Any], **changes: Any) -> None:
