@@ -170,11 +170,16 @@ def parse_config(raw: object, source: str = "morphserve config") -> MorphServeCo
     try:
         return MorphServeConfig.model_validate(raw)
     except ValidationError as e:
-        lines = [
-            f"  {'.'.join(str(p) for p in err['loc']) or '(root)'}: {err['msg']} (got {err['input']!r})"
-            for err in e.errors()
-        ]
+        lines = problem_lines(e)
         raise ConfigError(
             f"{source}: {len(lines)} problem(s):\n" + "\n".join(lines)
             + "\nEvery key and its bounds: policies/yaml/default.yaml."
         ) from e
+
+
+def problem_lines(error: ValidationError) -> list[str]:
+    """One a problem: where it stands, what is wrong, what was given."""
+    return [
+        f"  {'.'.join(str(p) for p in problem['loc']) or '(root)'}: {problem['msg']} (got {problem['input']!r})"
+        for problem in error.errors()
+    ]

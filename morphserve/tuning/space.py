@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
-from morphserve.config import MorphServeConfig, parse_config
+from morphserve.config import MorphServeConfig, parse_config, problem_lines
 from morphserve.errors import ConfigError
 from morphserve.tuning.errors import TuningError
 from morphserve.tuning.keys import Key, resolve_key
@@ -138,10 +138,7 @@ def _read(path: Path) -> SpaceFile:
     except yaml.YAMLError as e:
         raise TuningError(f"space {path}: not valid YAML: {e}") from e
     except ValidationError as e:
-        lines = [
-            f"  {'.'.join(str(p) for p in err['loc']) or '(root)'}: {err['msg']} (got {err['input']!r})"
-            for err in e.errors()
-        ]
+        lines = problem_lines(e)
         raise TuningError(
             f"space {path}: {len(lines)} problem(s):\n" + "\n".join(lines)
             + "\nA key has {low, high, log, step} or {choices}; see policies/yaml/space.yaml."
