@@ -62,7 +62,7 @@ def _replay(args: argparse.Namespace) -> dict[str, Any]:
         )
     elif args.url is None and args.model is None:
         raise MorphServeError("--model DIR is needed to start servers; or give --url of a running one.")
-    comparison = _comparison(args, workload)
+    comparison = comparison_of(args, str(args.workload), workload, with_text=not args.simulate)
     comparison.check()
     with ConsoleProgress(enabled=not args.quiet) as progress:
         if args.simulate:
@@ -94,10 +94,19 @@ def _spec(args: argparse.Namespace) -> WorkloadSpec:
     )
 
 
-def _comparison(args: argparse.Namespace, workload: Workload) -> Comparison:
+def comparison_of(args: argparse.Namespace, source: str, workload: Workload, with_text: bool = True) -> Comparison:
+    """What the options ask for, on one workload that was read from `source`.
+
+    Args:
+        with_text: make prompts; a simulation reads nothing but their lengths.
+
+    Raises:
+        ReplayError: a policy's name is given twice.
+        WorkloadError: the corpus or the tokenizer cannot be read.
+    """
     tokenizer = args.tokenizer or args.model
-    prompts: list[list[int]] = []  # a simulation reads nothing but their lengths
-    if not args.simulate:
+    prompts: list[list[int]] = []
+    if with_text:
         prompts = PromptMaker(read_corpus(args.corpus), load_encoder(tokenizer), args.seed).make(workload)
     return Comparison(
         names=args.compare,
@@ -134,7 +143,7 @@ def _comparison(args: argparse.Namespace, workload: Workload) -> Comparison:
         setup={
             "model": args.model,
             "tokenizer": tokenizer,
-            "workload": str(args.workload),
+            "workload": source,
             "seed": args.seed,
             "enforce_eager": args.enforce_eager,
         },

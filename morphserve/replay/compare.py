@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from morphserve.replay.environment import describe_machine
 from morphserve.replay.errors import ReplayError
 from morphserve.replay.measure import Measurement, measure
 from morphserve.replay.results import RunResult
-from morphserve.replay.server import ServerOptions, serve
+from morphserve.replay.server import Server, ServerOptions, serve
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def measure_url(comparison: Comparison, name: str, url: str, progress: Progress)
     results = []
     for repeat in range(1, comparison.repeats + 1):
         directory = run_directory(comparison, name, repeat)
-        result = _measure(comparison, name, repeat, directory, url, {"url": url}, progress)
+        result = measure_run(comparison, name, repeat, directory, url, {"url": url}, progress)
         result.save()
         progress.finished(result)
         results.append(result)
@@ -145,6 +146,24 @@ def derived_config(base: Path, name: str, directory: Path) -> dict[str, Any]:
 
 def _run_one(comparison: Comparison, name: str, repeat: int, progress: Progress) -> RunResult:
     directory = run_directory(comparison, name, repeat)
+    title = run_title(comparison, name, repeat)
+    with start_server(comparison, name, progress, directory, title) as server:
+        log.info("%s: up after %.0f s, log %s", name, server.start_s, directory / "server.log")
+        setup = {"command": server.command, "server_start_s": round(server.start_s, 1)}
+        return measure_run(comparison, name, repeat, directory, server.url, setup, progress)
+
+
+@contextlib.contextmanager
+def start_server(
+    comparison: Comparison, name: str, progress: Progress, directory: Path, title: str = ""
+) -> Iterator[Server]:
+    """The server of a run; its config and its log go into `directory`.
+
+    Raises:
+        ReplayError: it does not start.
+        ConfigError: a config that MorphServe would refuse.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
     own_args: tuple[str, ...] = ()
     if name != STOCK:
         config_path = directory / "config.yaml"
@@ -153,14 +172,12 @@ def _run_one(comparison: Comparison, name: str, repeat: int, progress: Progress)
             encoding="utf-8",
         )
         own_args = ("--plugin", "morphserve", "--morphserve-config", str(config_path.resolve()))
-    progress.starting(run_title(comparison, name, repeat))
+    progress.starting(title or name)
     with serve(comparison.server, directory / "server.log", own_args, progress.waiting) as server:
-        log.info("%s: up after %.0f s, log %s", name, server.start_s, directory / "server.log")
-        setup = {"command": server.command, "server_start_s": round(server.start_s, 1)}
-        return _measure(comparison, name, repeat, directory, server.url, setup, progress)
+        yield server
 
 
-def _measure(
+def measure_run(
     comparison: Comparison,
     name: str,
     repeat: int,
@@ -169,6 +186,11 @@ def _measure(
     setup: dict[str, Any],
     progress: Progress,
 ) -> RunResult:
+    """One run on a server that is up.
+
+    Raises:
+        ReplayError: it does not answer.
+    """
     what = replace(comparison.measurement, client=replace(comparison.measurement.client, url=url))
     if static_format(name):
         what = replace(what, restore_wait_s=0.0)  # it stays where it is

@@ -17,8 +17,10 @@ def build_parser(description: str, corpus: Path) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     _workload_options(parser.add_argument_group("workload"), corpus)
-    _run_options(parser.add_argument_group("runs"))
-    _server_options(parser.add_argument_group("servers (the same for all runs)"))
+    group = parser.add_argument_group("runs")
+    run_options(group)
+    _single_options(group)
+    server_options(parser.add_argument_group("servers (the same for all runs)"))
     simulated.add_options(parser.add_argument_group("simulation"))
     return parser
 
@@ -53,12 +55,19 @@ def _workload_options(group: Any, corpus: Path) -> None:
     add("--output-clip", type=_pair(int), metavar="LO,HI", help="bounds of output lengths, tokens")
     add("--num-requests", type=int, metavar="N", help="stop after the first N requests")
     add("--save-workload", type=Path, metavar="FILE", help="write what is replayed as Mooncake JSONL")
+    prompt_options(group, corpus)
+
+
+def prompt_options(group: Any, corpus: Path) -> None:
+    """Where the text of the requests comes from."""
+    add = group.add_argument
     add("--corpus", type=Path, default=corpus, metavar="FILE", help="text that prompts are cut from")
     add("--tokenizer", metavar="DIR", help="default: the model's")
     add("--seed", type=int, default=0, help="of the prompts")
 
 
-def _run_options(group: Any) -> None:
+def run_options(group: Any) -> None:
+    """Which runs, and what is asked of them."""
     add = group.add_argument
     add(
         "--compare",
@@ -82,8 +91,6 @@ def _run_options(group: Any) -> None:
         help="one more MorphServe config, a run by that name in --compare; repeatable",
     )
     add("--out", type=Path, metavar="DIR", help="where the report goes")
-    add("--url", help="measure this server instead of starting any")
-    add("--name", default="server", help="what to call the server of --url")
     add("--repeats", type=int, default=1, help="interleaved; the summary gives medians and the spread")
     add("--slo-ttft-s", type=float, default=2.0, help="limit of the time to first token")
     add("--slo-tpot-ms", type=float, default=150.0, help="limit of the time per output token")
@@ -91,11 +98,18 @@ def _run_options(group: Any) -> None:
     add("--request-timeout", type=float, default=300.0, metavar="S", help="give up on one request after this")
     add("--poll", type=float, default=0.5, metavar="S", help="beat of the /metrics poll")
     add("--token-ids", action="store_true", help="record the ids of the generated tokens (vLLM servers only)")
-    add("--dry-run", action="store_true", help="read, check and describe the workload, then stop")
     add("--quiet", action="store_true", help="no progress display")
 
 
-def _server_options(group: Any) -> None:
+def _single_options(group: Any) -> None:
+    add = group.add_argument
+    add("--url", help="measure this server instead of starting any")
+    add("--name", default="server", help="what to call the server of --url")
+    add("--dry-run", action="store_true", help="read, check and describe the workload, then stop")
+
+
+def server_options(group: Any) -> None:
+    """The servers of a comparison."""
     add = group.add_argument
     add("--model", metavar="DIR", help="model to serve, and whose tokenizer makes the prompts")
     add("--served-model-name", default="demo", help="name in the API")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,6 @@ def add_options(group: Any) -> None:
     """Of the simulation."""
     add = group.add_argument
     add("--simulate", action="store_true", help="start no server: vLLM's scheduler as a model, in virtual time")
-    add("--step-times", type=Path, metavar="FILE", help="what scripts/calibrate.py measured of model and machine")
     add(
         "--sim-speed",
         type=float,
@@ -40,6 +39,13 @@ def add_options(group: Any) -> None:
         metavar="F",
         help="multiply all measured times: 1.1 is a machine 10 %% slower",
     )
+    model_options(group)
+
+
+def model_options(group: Any) -> None:
+    """Of the simulated server and machine."""
+    add = group.add_argument
+    add("--step-times", type=Path, metavar="FILE", help="what scripts/calibrate.py measured of model and machine")
     add(
         "--sim-noise",
         type=float,
@@ -71,10 +77,37 @@ def run_all(comparison: Comparison, args: argparse.Namespace, progress: Progress
         ReplayError: a comparison that cannot be run.
         ConfigError: of a config, the server's settings, or the calibration.
     """
+    comparison.check()
+    model = load_model(comparison, args)
+    results = []
+    for repeat in range(1, comparison.repeats + 1):
+        for name in comparison.names:
+            progress.measuring(run_title(comparison, name, repeat), len(comparison.measurement.workload.requests))
+            directory = run_directory(comparison, name, repeat)
+            result = run_one(comparison, name, repeat, directory, model, args.sim_speed, args.seed + repeat - 1)
+            result.save()
+            progress.finished(result)
+            results.append(result)
+    return results
+
+
+@dataclass(frozen=True, slots=True)
+class SimModel:
+    """A machine, a model and the server on it."""
+
+    server: SimServer
+    calibration: Calibration
+    source: str  # where the calibration is from
+
+
+def load_model(comparison: Comparison, args: argparse.Namespace) -> SimModel:
+    """The server of a comparison, at the step times of `--step-times`.
+
+    Raises:
+        ConfigError: of the server's settings, or the calibration.
+    """
     from morphserve.simulation import SimServer, load_calibration
 
-    comparison.check()
-    calibration = load_calibration(args.step_times)
     what = comparison.measurement
     server = SimServer(
         num_blocks=comparison.server.num_blocks,
@@ -91,46 +124,45 @@ def run_all(comparison: Comparison, args: argparse.Namespace, progress: Progress
         snapshot_s=what.poll_s,
         step_noise=args.sim_noise,
     )
-    results = []
-    for repeat in range(1, comparison.repeats + 1):
-        for name in comparison.names:
-            progress.measuring(run_title(comparison, name, repeat), len(what.workload.requests))
-            result = _run_one(comparison, name, repeat, server, calibration, args)
-            result.save()
-            progress.finished(result)
-            results.append(result)
-    return results
+    calibration = load_calibration(args.step_times)
+    times = calibration.times
+    source = f"{args.step_times}, measured with {times.model or 'a model'} on {times.machine or 'a machine'}"
+    return SimModel(server, calibration, source)
 
 
-def _run_one(
-    comparison: Comparison,
-    name: str,
-    repeat: int,
-    server: SimServer,
-    calibration: Calibration,
-    args: argparse.Namespace,
+def run_one(
+    comparison: Comparison, name: str, repeat: int, directory: Path, model: SimModel, speed: float, seed: int
 ) -> RunResult:
+    """One run on a simulated server; nothing is saved but its config.
+
+    Args:
+        directory: for the config; made if it is not there.
+        speed: multiplies all step times.
+        seed: of their noise.
+
+    Raises:
+        ConfigError: a config that the server would refuse.
+        WorkloadError: a request that it would refuse.
+    """
     from morphserve.simulation import simulate
 
-    directory = run_directory(comparison, name, repeat)
     config, profile, text = None, None, "no plugin"
     if name != STOCK:
         raw = derived_config(comparison.config_of(name), name, directory)
         config = parse_config(raw)
         profile = read_ladder(config)
         text = yaml.safe_dump(raw, sort_keys=False)
+        directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.yaml").write_text(text, encoding="utf-8")
+    server = model.server
     if static_format(name):
         server = replace(server, restore_wait_s=0.0)  # it stays where it is
     what = comparison.measurement
-    seed = args.seed + repeat - 1
-    done = simulate(what.workload, server, config, calibration, speed=args.sim_speed, seed=seed, profile=profile)
-    times = calibration.times
-    source = f"{args.step_times}, measured with {times.model or 'a model'} on {times.machine or 'a machine'}"
+    done = simulate(what.workload, server, config, model.calibration, speed=speed, seed=seed, profile=profile)
     setup = (comparison.setup or {}) | describe_machine() | {
-        "simulated": f"step times {source}, all of them times {args.sim_speed:g}",
+        "simulated": f"step times {model.source}, all of them times {speed:g}",
         "command": text,
-        "step_noise": args.sim_noise,
+        "step_noise": server.step_noise,
         "seed": seed,
         "num_steps": done.num_steps,
     }

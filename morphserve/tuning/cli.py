@@ -17,11 +17,12 @@ from morphserve.config import MorphServeConfig, load_config
 from morphserve.errors import MorphServeError
 from morphserve.profile_ladder import read_ladder
 from morphserve.replay import Slo
+from morphserve.replay.windows import Window
 from morphserve.simulation import SimServer, load_calibration
 from morphserve.tuning.errors import TuningError
 from morphserve.tuning.evaluate import World
 from morphserve.tuning.space import Space, load_space
-from morphserve.tuning.windows import Window, load_windows
+from morphserve.tuning.windows import load_windows
 
 STUDY_FILE = "study.journal"
 

@@ -15,10 +15,10 @@ from morphserve.config import MorphServeConfig
 from morphserve.errors import ConfigError
 from morphserve.ladder import ProfileLadder
 from morphserve.replay.metrics import Slo
+from morphserve.replay.windows import Window
 from morphserve.simulation import Calibration, SimServer, simulate
 from morphserve.tuning.errors import TuningError
 from morphserve.tuning.score import Score, score_of
-from morphserve.tuning.windows import Window
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ import yaml
 from cpu.tuning_world import burst
 
 from morphserve.replay import WorkloadError, WorkloadSpec
+from morphserve.replay.windows import parse_window
 from morphserve.tuning.errors import TuningError
-from morphserve.tuning.windows import load_windows, parse_window
+from morphserve.tuning.windows import load_windows
 
 pytestmark = pytest.mark.cpu
 
@@ -39,7 +40,7 @@ def test_options_of_a_window_are_those_of_replay() -> None:
 )
 def test_bad_options_are_refused(text: str, words: str) -> None:
     """Guards: a mistyped option becomes part of the file's name, or is ignored."""
-    with pytest.raises(TuningError, match=words.replace("(", r"\(")):
+    with pytest.raises(WorkloadError, match=words.replace("(", r"\(")):
         parse_window(text)
 
 
@@ -54,7 +55,7 @@ def test_a_list_says_the_same_as_the_command_line(tmp_path: Path) -> None:
     assert [w.digest for w in listed] == [w.digest for w in typed]
     assert len({w.digest for w in listed}) == len({w.name for w in listed}) == 3
     (tmp_path / "list.yaml").write_text("- {thin: 2}\n")
-    with pytest.raises(TuningError, match="entry 0 is .* needs a `file`"):
+    with pytest.raises(WorkloadError, match="entry 0 is .* needs a `file`"):
         load_windows([str(tmp_path / "list.yaml")], [])
 
 

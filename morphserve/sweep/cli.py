@@ -1,0 +1,111 @@
+"""Command line of `scripts/sweep.py`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from morphserve.errors import MorphServeError
+from morphserve.replay import simulated
+from morphserve.replay.cli import comparison_of
+from morphserve.replay.compare import Comparison
+from morphserve.replay.console import ConsoleProgress
+from morphserve.replay.errors import ReplayError
+from morphserve.replay.options import prompt_options, run_options, server_options
+from morphserve.replay.windows import read_windows
+from morphserve.replay.workload import check_fits
+from morphserve.sweep.agreement import SPEEDS, Row, compare, totals
+from morphserve.sweep.measured import measure_all
+from morphserve.sweep.report import markdown
+
+
+def build_parser(description: str, corpus: Path) -> argparse.ArgumentParser:
+    """All options; `corpus` is the default text for prompts."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    group = parser.add_argument_group("workloads")
+    group.add_argument(
+        "--window",
+        action="append",
+        required=True,
+        metavar="WINDOW",
+        help="FILE[:window=START,LEN][:thin=K][:rate_scale=R]..., or a YAML list of such, as of scripts/tune.py; repeatable",
+    )
+    prompt_options(group, corpus)
+    run_options(parser.add_argument_group("runs"))
+    server_options(parser.add_argument_group("servers (the same for all runs; all are up at once)"))
+    simulated.model_options(parser.add_argument_group("simulation; without --step-times there is none"))
+    return parser
+
+
+def main(description: str, corpus: Path, argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the last line on stdout is one JSON document."""
+    args = build_parser(description, corpus).parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGTERM, _terminated)  # so that servers are stopped as on Ctrl-C
+    try:
+        document = _sweep(args)
+    except MorphServeError as e:
+        sys.stderr.write(f"sweep: {e}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("sweep: interrupted; servers stopped, finished runs are kept: run again to go on\n")
+        return 130
+    sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
+    return 0
+
+
+def _terminated(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _sweep(args: argparse.Namespace) -> dict[str, Any]:
+    if args.out is None or args.model is None:
+        raise ReplayError("--out DIR and --model DIR are needed.")
+    comparisons: dict[str, Comparison] = {}
+    for window in read_windows(args.window):
+        check_fits(window.workload, args.max_model_len)
+        comparison = comparison_of(args, window.source, window.workload)
+        comparisons[window.name] = replace(comparison, out=args.out / window.name)
+    next(iter(comparisons.values())).check()
+    # Before hours of measuring: a config or a calibration that cannot be simulated.
+    rows = _simulate(args, comparisons) if args.step_times is not None else {}
+    with ConsoleProgress(enabled=not args.quiet) as progress:
+        measured = measure_all(comparisons, progress)
+    text = markdown(measured, rows, f"{len(args.compare)} runs on {len(comparisons)} windows")
+    report = args.out / "sweep.md"
+    report.write_text(text, encoding="utf-8")
+    sys.stderr.write(text)
+    return {
+        "report": str(report),
+        "runs": [
+            {"name": t.run, "violation_rate": t.violation_rate, "expected_kl_per_token": t.expected_kl_per_token}
+            for t in totals(measured)
+        ],
+        "agreement": [
+            {"window": a.window, "run": a.run, "figure": a.figure, "measured": a.measured, "simulated": a.simulated}
+            for a in (compare(measured, rows) if rows else ())
+        ],
+    }
+
+
+def _simulate(
+    args: argparse.Namespace, comparisons: Mapping[str, Comparison]
+) -> dict[tuple[str, str], dict[float, Row]]:
+    rows: dict[tuple[str, str], dict[float, Row]] = {}
+    for window, comparison in comparisons.items():
+        model = simulated.load_model(comparison, args)
+        for name in comparison.names:
+            directory = comparison.out / f"{name}.simulated"
+            for speed in SPEEDS:
+                result = simulated.run_one(comparison, name, 1, directory, model, speed, args.seed)
+                rows.setdefault((window, name), {})[speed] = result.figures()
+    return rows

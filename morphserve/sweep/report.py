@@ -1,0 +1,134 @@
+"""What a sweep found, as Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from morphserve.sweep.agreement import FIGURES, SPEEDS, Agreement, Row, Rows, compare, totals
+
+_COLUMNS: tuple[tuple[str, str, float, str], ...] = (
+    ("violation_rate", "violations", 100.0, "{:.0f} %"),
+    ("ttft_p95_s", "P95 TTFT (s)", 1.0, "{:.2f}"),
+    ("tpot_p99_ms", "P99 TPOT (ms)", 1.0, "{:.0f}"),
+    ("output_tok_s", "tokens/s", 1.0, "{:.0f}"),
+    ("duration_s", "duration (s)", 1.0, "{:.1f}"),
+    ("preemptions", "preemptions", 1.0, "{:.0f}"),
+    ("expected_kl_per_token", "KL (nats/token)", 1.0, "{:.4f}"),
+    ("transitions", "transitions", 1.0, "{:.0f}"),
+    ("level_zero_after_s", "level 0 after (s)", 1.0, "{:.1f}"),
+)
+
+
+def markdown(measured: Rows, simulated: Mapping[tuple[str, str], Mapping[float, Row]], title: str) -> str:
+    """The whole report; without simulated rows only what was measured."""
+    repeats = max(len(rows) for rows in measured.values())
+    parts = [f"# {title}", "", f"Medians of {repeats} interleaved repeats [least, most].", ""]
+    parts += _measured_tables(measured)
+    parts += ["## All windows together", "", *_total_table(measured, simulated)]
+    if simulated:
+        parts += _agreement(compare(measured, simulated))
+    return "\n".join(parts) + "\n"
+
+
+def _measured_tables(rows: Rows) -> list[str]:
+    lines = []
+    for window in dict.fromkeys(window for window, _ in rows):
+        lines += [f"## {window}", "", *_head("run", *(title for _, title, _, _ in _COLUMNS))]
+        for (own, run), repeats in rows.items():
+            if own == window:
+                lines.append(_line(run, *(_cell(repeats, key, scale, form) for key, _, scale, form in _COLUMNS)))
+        lines.append("")
+    return lines
+
+
+def _total_table(measured: Rows, simulated: Mapping[tuple[str, str], Mapping[float, Row]]) -> list[str]:
+    real = totals(measured)
+    order = [total.run for total in real]
+    if not simulated:
+        return [
+            *_head("run", "violations", "KL (nats/token)"),
+            *(_line(t.run, f"{t.violation_rate:.1%}", _kl(t.expected_kl_per_token)) for t in real),
+            "",
+        ]
+    by_speed = {speed: totals({key: [rows[speed]] for key, rows in simulated.items()}) for speed in SPEEDS}
+    said = {t.run: t for t in by_speed[1.0]}
+    spans = {
+        run: [next(t for t in ranked if t.run == run).violation_rate for ranked in by_speed.values()] for run in order
+    }
+    rows = [
+        _line(
+            t.run,
+            f"{t.violation_rate:.1%}",
+            f"{said[t.run].violation_rate:.1%} [{min(spans[t.run]):.1%}, {max(spans[t.run]):.1%}]",
+            _kl(t.expected_kl_per_token),
+            _kl(said[t.run].expected_kl_per_token),
+        )
+        for t in real
+    ]
+    predicted = [t.run for t in by_speed[1.0]]
+    verdict = "the same ranking" if predicted == order else "NOT the same ranking"
+    return [
+        *_head("run", "violations", "simulated [+-10 % speed]", "KL (nats/token)", "simulated"),
+        *rows,
+        "",
+        f"Ranked by violations (to one point), then by KL: measured {' < '.join(order)}; simulated {' < '.join(predicted)}: {verdict}.",
+        "",
+    ]
+
+
+def _agreement(found: Sequence[Agreement]) -> list[str]:
+    lines = ["## Simulated against measured", "", *_head("window", "run", *(name for name in FIGURES))]
+    pairs = dict.fromkeys((a.window, a.run) for a in found)
+    for window, run in pairs:
+        own = {a.figure: a for a in found if (a.window, a.run) == (window, run)}
+        lines.append(_line(window, run, *(_verdict(own.get(figure)) for figure in FIGURES)))
+    lines.append("")
+    for figure in FIGURES:
+        of = [a for a in found if a.figure == figure]
+        held = sum(a.holds for a in of)
+        explained = sum(a.explained for a in of)
+        lines.append(
+            f"- {figure}: {held} of {len(of)} within the limit, {explained} more within what 10 % of machine speed move."
+        )
+    return [
+        *lines,
+        "",
+        "Each cell: measured, simulated [at 0.9 to 1.1 times the step times], error; **bold** beyond the limit.",
+        "",
+    ]
+
+
+def _verdict(a: Agreement | None) -> str:
+    if a is None:
+        return "-"
+    percent = a.figure == "violation_rate"
+    form = (lambda v: f"{v:.0%}") if percent else (lambda v: f"{v:.4g}")
+    error = f"{100 * a.error:+.0f} points" if percent else f"{a.error:+.0%}"
+    text = (
+        f"{form(a.measured)}, {form(a.simulated)} [{form(a.simulated_span[0])}, {form(a.simulated_span[1])}], {error}"
+    )
+    if a.holds:
+        return text
+    return f"*{text}*" if a.explained else f"**{text}**"
+
+
+def _cell(rows: Sequence[Row], key: str, scale: float, form: str) -> str:
+    values = [row[key] * scale for row in rows if row.get(key) is not None]
+    if not values:
+        return "-"
+    middle = form.format(statistics.median(values))
+    return middle if len(values) == 1 else f"{middle} [{form.format(min(values))}, {form.format(max(values))}]"
+
+
+def _kl(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _head(*names: Any) -> list[str]:
+    return [_line(*names), "|" + "---|" * len(names)]
+
+
+def _line(*cells: Any) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
