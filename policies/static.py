@@ -17,7 +17,7 @@ class StaticPolicy:
             ValueError: the ladder has no such level.
         """
         level = resolve_level(ladder, config.level)
-        self._decision = Decision(level, f"static level {level}")
+        self._decision = Decision(level, f"static level {level}", is_final=True)
 
     def decide(self, signals: Signals) -> Decision:
         """Always the same answer."""

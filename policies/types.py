@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 BASE_FORMAT = "base"  # a layer as it was loaded: the full-precision weights
@@ -114,6 +114,8 @@ class Decision:
     level: int
     reason: str
     max_queued_tokens: int | None = None  # refuse requests beyond this queue; None = take all
+    # The policy will never say anything else: an idle engine need not ask it. Not logged, so not compared.
+    is_final: bool = field(default=False, compare=False)
 
 
 class Policy(Protocol):

@@ -7,9 +7,9 @@ is simulated too, on machines 0.9, 1.0 and 1.1 times as slow as calibrated, and 
 
 Last stdout line: one JSON document.
 
-    python scripts/sweep.py --model MODEL_DIR --window scripts/workloads/convD.jsonl --window scripts/workloads/hybB.jsonl \\
-        --config policies/yaml/demo.yaml --policy slo=slo.yaml --compare stock,morphserve,slo,static_w8 \\
-        --step-times step_times.json --repeats 3 --out reports/sweep
+    python scripts/sweep.py --model MODEL_DIR --config policies/yaml/demo.yaml --policy slo=slo.yaml \\
+        --window scripts/workloads/convD.jsonl --window scripts/workloads/hybB.jsonl \\
+        --compare stock,morphserve,slo,static_w8 --step-times step_times.json --repeats 3 --out reports/sweep
 """
 
 from __future__ import annotations

@@ -151,7 +151,10 @@ class Controller:
             return True
         if self._tripped:
             return False
-        return bool(self._next_policy) or self.exposure_level > 0 or self._decision.level != self.level
+        if self._next_policy or self._decision.level != self.level:
+            return True
+        # vLLM's workers poll without a pause for a second after each step: a wake-up a second is a busy core.
+        return self.exposure_level > 0 and not self._decision.is_final
 
     def status(self) -> dict[str, Any]:
         """Everything an operator may ask, ready for JSON."""

@@ -54,13 +54,10 @@ def _replay(args: argparse.Namespace) -> dict[str, Any]:
         save_workload(workload, args.save_workload)
     if args.dry_run:
         return _description(workload, args.workload)
-    if args.simulate:
-        simulated.check_options(args)
-    elif args.out is None or (args.tokenizer or args.model) is None:
-        raise MorphServeError(
-            "--out DIR and --model DIR (or, with --url, --tokenizer DIR) are needed to replay."
-        )
-    elif args.url is None and args.model is None:
+    simulated.check_options(args)
+    if not args.simulate and (args.out is None or (args.tokenizer or args.model) is None):
+        raise MorphServeError("--out DIR and --model DIR (or, with --url, --tokenizer DIR) are needed to replay.")
+    if not args.simulate and args.url is None and args.model is None:
         raise MorphServeError("--model DIR is needed to start servers; or give --url of a running one.")
     comparison = comparison_of(args, str(args.workload), workload, with_text=not args.simulate)
     comparison.check()

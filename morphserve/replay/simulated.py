@@ -59,11 +59,22 @@ def model_options(group: Any) -> None:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse what would be ignored.
+    """Refuse what would be ignored, with and without --simulate.
 
     Raises:
-        ReplayError: an option is missing, or belongs to real servers.
+        ReplayError: an option is missing, or belongs to the other kind of run.
     """
+    if not args.simulate:
+        parser = argparse.ArgumentParser()
+        add_options(parser)
+        unset = vars(parser.parse_args([]))
+        given = [f"--{name.replace('_', '-')}" for name in unset if getattr(args, name) != unset[name]]
+        if given:
+            raise ReplayError(
+                f"{', '.join(given)} is of a simulation. Add --simulate; a real server takes vLLM's own options "
+                "through --serve-arg."
+            )
+        return
     if args.step_times is None or args.out is None:
         raise ReplayError("--simulate needs --step-times FILE (scripts/calibrate.py makes it) and --out DIR.")
     if args.url is not None or args.serve_arg or args.token_ids:

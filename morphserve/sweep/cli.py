@@ -37,7 +37,7 @@ def build_parser(description: str, corpus: Path) -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar="WINDOW",
-        help="FILE[:window=START,LEN][:thin=K][:rate_scale=R]..., or a YAML list of such, as of scripts/tune.py; repeatable",
+        help="FILE[:window=START,LEN][:thin=K]..., or a YAML list of such, as of scripts/tune.py; repeatable",
     )
     prompt_options(group, corpus)
     run_options(parser.add_argument_group("runs"))

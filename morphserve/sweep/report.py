@@ -73,7 +73,8 @@ def _total_table(measured: Rows, simulated: Mapping[tuple[str, str], Mapping[flo
         *_head("run", "violations", "simulated [+-10 % speed]", "KL (nats/token)", "simulated"),
         *rows,
         "",
-        f"Ranked by violations (to one point), then by KL: measured {' < '.join(order)}; simulated {' < '.join(predicted)}: {verdict}.",
+        f"Best first by violations (to one point), then KL: measured {', '.join(order)}; "
+        f"simulated {', '.join(predicted)}: {verdict}.",
         "",
     ]
 
@@ -90,7 +91,7 @@ def _agreement(found: Sequence[Agreement]) -> list[str]:
         held = sum(a.holds for a in of)
         explained = sum(a.explained for a in of)
         lines.append(
-            f"- {figure}: {held} of {len(of)} within the limit, {explained} more within what 10 % of machine speed move."
+            f"- {figure}: {held} of {len(of)} within the limit, {explained} more within what 10 % of speed move."
         )
     return [
         *lines,

@@ -11,6 +11,7 @@ from morphserve.controller import Controller, EngineView, Phase, Plan
 from morphserve.controller.transition import check_move
 from morphserve.errors import ConfigError, IllegalTransition
 from morphserve.rank_bytes import RankBytes
+from policies import PolicySetup, StaticConfig, StaticPolicy
 from tests.fakes import BASE_BLOCKS, LAYER_BYTES, Rig
 
 pytestmark = pytest.mark.cpu
@@ -30,6 +31,21 @@ def test_every_level_and_back(immediate: bool) -> None:
         assert rig.ledger["staging"] == 0
     assert rig.controller.counters.transitions == {("degrade", "committed"): 3, ("restore", "committed"): 2}
     assert not rig.controller.wants_wakeup
+
+
+def test_nobody_is_woken_to_ask_a_policy_that_never_changes_its_mind() -> None:
+    """Guards: an idle server that is quantized for good keeps a core busy for ever."""
+    rig = Rig()
+    rig.script.level = 3
+    rig.step(40)
+    assert rig.controller.level == 3 and rig.controller.wants_wakeup, "this one may want to restore"
+    config = StaticConfig(kind="static", level=5)
+    rig.controller.replace_policy(StaticPolicy(config, rig.ladder), "edited", PolicySetup(config))
+    assert rig.controller.wants_wakeup
+    rig.step(1)
+    assert rig.controller.level == 3 and rig.controller.wants_wakeup, "it is not there yet"
+    rig.step(40)
+    assert rig.controller.level == 5 and not rig.controller.wants_wakeup
 
 
 def test_blocks_are_published_only_after_all_ranks_replied() -> None:

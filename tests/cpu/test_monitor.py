@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from morphserve.controller import EngineView
-from morphserve.monitor import DecayingMean, Monitor, WindowRate
+from morphserve.monitor import AnswerLength, DecayingMean, Monitor, WindowRate
 from policies import Signals
 
 pytestmark = pytest.mark.cpu
@@ -145,3 +145,20 @@ def test_cost_and_memory_do_not_grow() -> None:
     run(10_000, 85_000)
     assert run(95_000, 5_000) == first
     assert size() == size_before
+
+
+def test_answers_that_have_not_ended_count_as_far_as_they_have_come() -> None:
+    """Guards: in a burst the short answers, which end first, taken for all: KV that fills up looks roomy."""
+    length = AnswerLength()
+    assert length.value == 0.0
+    for step in range(1, 201):  # 20 answers of 20 tokens and 20 of 400 begin together
+        length.on_tokens(40 if step <= 20 else 20)
+        if step == 20:
+            for _ in range(20):
+                length.on_end(1.0, 20)
+            assert length.value == pytest.approx(20, rel=0.6), "nothing says yet that there are others"
+    assert length.value > 150, "those that run have 200 tokens each"
+    for _ in range(200):  # then the same length again and again: their mean, not what was thought in the burst
+        length.on_tokens(100)
+        length.on_end(60.0, 100)
+    assert length.value == pytest.approx(100, rel=0.05)

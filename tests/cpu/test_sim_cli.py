@@ -92,6 +92,15 @@ def test_bad_options_are_explained(
     assert code == 1 and message in err
 
 
+def test_options_of_a_simulation_are_refused_without_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Guards: a user who forgot --simulate measures real servers for an hour, at settings that do nothing."""
+    code, _, err = replay(
+        capsys, "--workload", "synthetic:1,duration=5", "--out", tmp_path, "--model", "m", "--sim-speed", "1.1",
+        "--max-num-batched-tokens", "512",
+    )  # fmt: skip
+    assert code == 1 and "--sim-speed, --max-num-batched-tokens is of a simulation. Add --simulate" in err
+
+
 def test_synthetic_traffic_is_what_it_says() -> None:
     """Guards: a rate, a burstiness or lengths that differ from what was asked for; another draw for the same seed."""
     text = "synthetic:5,duration=20000,rate=2,cv=3,burst=1,input=64,output=100,output_sigma=0.5,gaps="

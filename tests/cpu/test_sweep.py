@@ -1,0 +1,98 @@
+"""Several runs on several windows: measured once each, compared with what was simulated."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cpu.sim_world import CALIBRATION
+from cpu.test_replay_compare import QUIET, comparison, fake
+
+from morphserve.replay import ReplayError
+from morphserve.replay.compare import Comparison
+from morphserve.sweep import main
+from morphserve.sweep.agreement import Agreement, compare, totals
+from morphserve.sweep.measured import measure_all
+from morphserve.sweep.report import markdown
+
+pytestmark = pytest.mark.cpu
+
+
+def windows(tmp_path: Path, repeats: int) -> dict[str, Comparison]:
+    one = comparison(tmp_path, "stock", "static_w8", server=fake("morphserve"), repeats=repeats)
+    return {name: replace(one, out=tmp_path / "out" / name) for name in ("calm", "burst")}
+
+
+def test_servers_take_turns_and_what_is_there_is_not_measured_again(tmp_path: Path) -> None:
+    """Guards: a server per run, a run that always follows the same one, an interrupted sweep that starts over."""
+    rows = measure_all(windows(tmp_path, 2), QUIET)
+    assert {key: len(found) for key, found in rows.items()} == {
+        (window, run): 2 for window in ("calm", "burst") for run in ("stock", "static_w8")
+    }
+    files = sorted(tmp_path.glob("out/*/*/result.json"), key=lambda file: file.stat().st_mtime_ns)
+    assert [str(file.parent.relative_to(tmp_path / "out")) for file in files] == [
+        "calm/stock.1", "calm/static_w8.1", "burst/static_w8.1", "burst/stock.1",
+        "calm/stock.2", "calm/static_w8.2", "burst/static_w8.2", "burst/stock.2",
+    ]  # fmt: skip
+    commands = {(file.parent.name.split(".")[0], json.loads(file.read_text())["setup"]["command"]) for file in files}
+    assert len(commands) == 2, "a server was started more than once"
+    before = {file: file.stat().st_mtime_ns for file in files}
+    (tmp_path / "out/burst/stock.2/result.json").unlink()
+    measure_all(windows(tmp_path, 2), QUIET)
+    changed = {file for file in files if file.stat().st_mtime_ns != before[file]}
+    assert changed == {tmp_path / "out/burst/stock.2/result.json"}
+    (tmp_path / "out/burst/stock.2/result.json").write_text("{}")
+    with pytest.raises(ReplayError, match="not the result of a run.*Delete it"):
+        measure_all(windows(tmp_path, 2), QUIET)
+
+
+def row(rate: float, kl: float | None = None, preemptions: int = 10) -> dict[str, float | int | None]:
+    return {
+        "sent": 100, "violation_rate": rate, "expected_kl_per_token": kl, "output_tok_s": 200.0, "duration_s": 80.0,
+        "preemptions": preemptions,
+    }  # fmt: skip
+
+
+def test_an_error_within_the_limit_holds_and_one_that_speed_explains_is_shown() -> None:
+    """Guards: a simulation that is off counted as right, or a cliff counted as its fault."""
+    exact = Agreement("w", "r", "preemptions", 100.0, (90.0, 110.0), 114.0, (110.0, 118.0))
+    assert exact.holds and exact.error == pytest.approx(0.14)
+    assert not replace(exact, simulated=116.0).holds and not replace(exact, simulated=116.0).explained
+    cliff = Agreement("w", "r", "violation_rate", 0.10, (0.1, 0.1), 0.25, (0.05, 0.40))
+    assert not cliff.holds and cliff.explained and cliff.error == pytest.approx(0.15)
+    assert replace(exact, measured=0.0, simulated=0.0).holds
+    assert not replace(exact, measured=0.0, simulated=1.0).holds
+
+
+def test_runs_are_ranked_by_violations_then_by_cost_over_all_windows() -> None:
+    """Guards: windows weighed alike whatever they sent, stock without a cost, a rank decided by noise."""
+    measured = {
+        ("a", "stock"): [row(0.4)], ("b", "stock"): [{**row(0.0), "sent": 300}],
+        ("a", "slo"): [row(0.012, 0.02)], ("b", "slo"): [row(0.0, 0.04)],
+        ("a", "w8"): [row(0.008, 0.029)], ("b", "w8"): [row(0.0, 0.029)],
+    }  # fmt: skip
+    ranked = totals(measured)
+    assert [(t.run, round(t.violation_rate, 4)) for t in ranked] == [("w8", 0.004), ("slo", 0.006), ("stock", 0.1)]
+    assert ranked[2].expected_kl_per_token == 0.0 and ranked[1].expected_kl_per_token == pytest.approx(0.03)
+    simulated = {key: dict.fromkeys((0.9, 1.0, 1.1), rows[0]) for key, rows in measured.items()}
+    text = markdown(measured, simulated, "title")
+    assert "the same ranking" in text and "NOT" not in text and "**" not in text.split("Each cell")[0]
+    simulated["a", "w8"] = dict.fromkeys((0.9, 1.0, 1.1), row(0.5, 0.029))
+    text = markdown(measured, simulated, "title")
+    assert "NOT the same ranking" in text and "**1%, 50% [50%, 50%], +49 points**" in text
+    assert {a.figure for a in compare(measured, simulated) if not a.holds} == {"violation_rate"}
+
+
+def test_a_bad_config_is_refused_before_any_server_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: an hour of measuring that ends in a message."""
+    CALIBRATION.save(tmp_path / "times.json")
+    (tmp_path / "bad.yaml").write_text("policy: {kind: static, level: w2}\n")
+    root = Path(__file__).parents[2]
+    code = main(
+        "sweep", root / "scripts" / "corpus" / "wikitext2.txt",
+        ["--window", "a.jsonl:thinn=2", "--out", str(tmp_path / "out"), "--model", "nowhere"],
+    )  # fmt: skip
+    assert code == 1 and "unknown option 'thinn'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
