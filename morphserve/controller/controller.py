@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from morphserve.config import MorphServeConfig
@@ -14,6 +13,7 @@ from morphserve.controller.chunk import ChunkEnd
 from morphserve.controller.counters import Counters
 from morphserve.controller.decision_log import DecisionLog
 from morphserve.controller.ledger import Ledgers
+from morphserve.controller.policy_seat import PolicySeat
 from morphserve.controller.ports import BlockPoolPort, EngineView, ExecutorPort
 from morphserve.controller.runner import ChunkRunner
 from morphserve.controller.transition import Direction, Outcome, Phase, Transition
@@ -21,18 +21,9 @@ from morphserve.errors import ConfigError
 from morphserve.monitor import Monitor
 from morphserve.rank_bytes import RankBytes
 from policies import PolicySetup
-from policies.types import Decision, Ladder, Policy, Signals
+from policies.types import Ladder, Policy
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Replacement:
-    """A policy that is to be asked from the next tick on."""
-
-    policy: Policy
-    note: str
-    document: dict[str, Any]
 
 
 class Controller:
@@ -82,21 +73,18 @@ class Controller:
             ConfigError: ladder, ranks and pool contradict each other.
         """
         self._ladder = ladder
-        self._policy = policy
         self._pool = pool
         self._monitor = monitor
         self._config = config
         self._ledgers = ledgers
         self._clock = clock
-        self._log = log
         self._on_level = on_level
         self._runner = ChunkRunner(ladder, ranks, pool, executor, ledgers, config)
         self._standing = self._runner.standing
         self.counters = Counters(
             num_blocks_published=pool.num_kv_blocks, num_blocks_mapped=pool.num_kv_blocks
         )
-        self._decision = Decision(0, "start at full precision")
-        self._next_policy: deque[_Replacement] = deque(maxlen=1)  # put in by any thread, taken by the next tick
+        self._seat = PolicySeat(policy, len(ladder), self.counters, log)
         self._transition: Transition | None = None
         self._told_level = 0
         self._tripped = False  # the policy is asked no more; what is under way is undone
@@ -113,7 +101,7 @@ class Controller:
     @property
     def target_level(self) -> int:
         """Where the transition under way is heading; == level when there is none."""
-        return self.level if self._transition is None else self._decision.level
+        return self.level if self._transition is None else self._seat.decision.level
 
     @property
     def exposure_level(self) -> int:
@@ -128,7 +116,7 @@ class Controller:
     @property
     def max_queued_tokens(self) -> int | None:
         """Requests beyond so many waiting prompt tokens are to be refused at the door; None = none are."""
-        return None if self._tripped else self._decision.max_queued_tokens
+        return None if self._tripped else self._seat.decision.max_queued_tokens
 
     @property
     def in_transition(self) -> bool:
@@ -151,10 +139,10 @@ class Controller:
             return True
         if self._tripped:
             return False
-        if self._next_policy or self._decision.level != self.level:
+        if self._seat.has_successor or self._seat.decision.level != self.level:
             return True
         # vLLM's workers poll without a pause for a second after each step: a wake-up a second is a busy core.
-        return self.exposure_level > 0 and not self._decision.is_final
+        return self.exposure_level > 0 and not self._seat.decision.is_final
 
     def status(self) -> dict[str, Any]:
         """Everything an operator may ask, ready for JSON."""
@@ -168,8 +156,8 @@ class Controller:
             "target_level": self.target_level,
             "exposure_level": self.exposure_level,
             "deepest_level": len(self._ladder) - 1,
-            "wanted_level": self._decision.level,
-            "reason": self._decision.reason,
+            "wanted_level": self._seat.decision.level,
+            "reason": self._seat.decision.reason,
             "phase": self.phase.name.lower(),
             "revision": self._runner.revision,
             "tripped": self._tripped,
@@ -202,14 +190,7 @@ class Controller:
         """
         if self._tripped:
             raise ConfigError("MorphServe gave up after an error, no policy is asked any more. Restart the server.")
-        self._next_policy.append(_Replacement(policy, note, setup.document()))
-
-    def _take_policy(self) -> None:
-        new = self._next_policy.popleft()
-        self._policy = new.policy
-        logger.info("morph: another policy at level %d (%s)", self.level, new.note)
-        if self._log is not None:
-            self._log.policy_changed(new.note, new.document)
+        self._seat.replace(policy, note, setup)
 
     # ---- one step
 
@@ -232,9 +213,7 @@ class Controller:
                     self.target_level,
                 )
                 place = "policy"
-                if self._next_policy:
-                    self._take_policy()
-                self._consult(signals)
+                self._seat.consult(signals)
         except Exception:
             self._trip(place)
         try:
@@ -245,25 +224,7 @@ class Controller:
 
     def close(self) -> None:
         """Write what the decision log still holds."""
-        if self._log is not None:
-            self._log.close()
-
-    def _consult(self, signals: Signals) -> None:
-        """Take the policy's newest answer."""
-        decision = self._policy.decide(signals)
-        if not 0 <= decision.level < len(self._ladder):
-            raise ValueError(
-                f"policy wants level {decision.level} ({decision.reason}), "
-                f"the ladder has 0 to {len(self._ladder) - 1}"
-            )
-        self._decision = decision
-        if self._log is not None:
-            try:
-                self._log.record(signals, decision)
-            except Exception:
-                self.counters.count_error("decision_log")
-                logger.warning("morph: decision log failed, no further decisions are written", exc_info=True)
-                self._log = None
+        self._seat.close()
 
     def _drive(self, now: float) -> None:
         """Finish the chunk under way if its replies are in, and open the next one."""
@@ -307,13 +268,13 @@ class Controller:
         if self._tripped:
             return False
         if direction == "degrade":
-            return self._decision.level > self._standing.lower
-        return self._decision.level < self._standing.upper
+            return self._seat.decision.level > self._standing.lower
+        return self._seat.decision.level < self._standing.upper
 
     def _next_rung(self, now: float) -> int | None:
         """The rung for the next chunk; closes the transition when it is done or must turn."""
         standing = self._standing
-        rung = None if self._tripped else standing.next_rung(self._decision.level)
+        rung = None if self._tripped else standing.next_rung(self._seat.decision.level)
         transition = self._transition
         direction = None if rung is None else standing.direction(rung)
         if transition is not None and direction != transition.direction:
@@ -331,7 +292,7 @@ class Controller:
             revision=self._runner.revision + 1,
             direction=direction,
             from_level=standing.upper if direction == "restore" else standing.lower,
-            reason=self._decision.reason,
+            reason=self._seat.decision.reason,
             started_s=now,
             blocks_before=self._pool.num_kv_blocks,
         )
@@ -339,8 +300,8 @@ class Controller:
             "morph r%d: level %d -> %d (%s)",
             self._transition.revision,
             self._transition.from_level,
-            self._decision.level,
-            self._decision.reason,
+            self._seat.decision.level,
+            self._seat.decision.reason,
         )
 
     def _close_transition(self, now: float, outcome: Outcome, error: str = "") -> None:

@@ -152,7 +152,7 @@ class _TimedEngine:
         core = self._engine.engine_core.engine_core
         self._morph = core.scheduler.morph
         self._wanted = _Wanted()
-        self._morph.controller._policy = self._wanted
+        self._morph.controller.replace_policy(self._wanted, "calibration", self._morph.setup)
         self._seconds = 0.0
         self._step_of_core = core.step_fn
         core.step_fn = self._timed

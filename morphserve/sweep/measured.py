@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +51,7 @@ def measure_all(comparisons: Mapping[str, Comparison], progress: Progress) -> di
                     if not file.is_file():
                         server = servers[name]
                         setup = {"command": server.command, "servers_up": sorted(servers)}
-                        titled = replace(comparison, repeats=max(some.repeats, 2))
-                        result = measure_run(titled, name, repeat, file.parent, server.url, setup, progress)
+                        result = measure_run(comparison, name, repeat, file.parent, server.url, setup, progress)
                         result.save()
                         progress.finished(result)
                     rows.setdefault((window, name), []).append(_read(file))

@@ -107,7 +107,7 @@ def morph_of(llm: Any) -> Any:
 def follow(llm: Any, script: dict[int, int]) -> ScriptPolicy:
     """Let the levels follow `script` from the next step on."""
     policy = ScriptPolicy(script)
-    morph_of(llm).controller._policy = policy
+    morph_of(llm).controller._seat._policy = policy
     return policy
 
 

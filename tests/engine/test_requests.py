@@ -53,7 +53,7 @@ class Watching(ScriptPolicy):
 
 def watch(llm: Any, script: dict[int, int]) -> Watching:
     policy = Watching(script)
-    morph_of(llm).controller._policy = policy
+    morph_of(llm).controller._seat._policy = policy
     return policy
 
 

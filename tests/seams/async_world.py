@@ -188,7 +188,7 @@ class World:
         self.policy = ScriptedPolicy()
         self.scheduler: Any = self._start(model, num_ranks)
         self.morph = self.scheduler.morph
-        self.morph.controller._policy = self.policy
+        self.morph.controller._seat._policy = self.policy
         self.tokens: dict[str, list[int]] = {}
         self.expected: dict[str, list[int]] = {}
         self._under_way: list[tuple[Any, Future[Any]]] = []
