@@ -1,7 +1,8 @@
 """How long does an engine step take, at every level? A few minutes of timed steps, fitted to a model.
 
-Runs MODEL in this process, with all layers in each format of the config's ladder in turn, and times steps with 1 to 32
-sequences, short and long contexts, with and without a prefill among them. Fits, per format,
+Runs MODEL in an engine whose loop is in this process and whose worker has its own, as in a server. With all layers in
+each format of the config's ladder in turn it times steps with 1 to 32 sequences, short and long contexts, with and
+without a prefill among them. Fits, per format,
 
     seconds = base + per_seq * sequences + per_prefill_token * tokens + per_context_token * KV tokens
 

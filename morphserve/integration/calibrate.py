@@ -1,4 +1,4 @@
-"""Command line of scripts/calibrate.py: times the steps of an engine in this process, format by format."""
+"""Command line of scripts/calibrate.py: times the steps of an engine, format by format."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PREFILLS = (16, 48, 128, 320)
 def main(argv: list[str] | None = None, description: str = "How long does a step take?") -> int:
     """See scripts/calibrate.py."""
     args = _parser(description).parse_args(argv)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # steps are made, and timed, here
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's loop is here, where steps are timed
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", args.cpu_bind)
     try:
@@ -240,7 +240,7 @@ class _TimedEngine:
 
 
 def _as_served(args: argparse.Namespace, calibration: Any) -> Any:
-    """What a server adds: time outside of the steps, and steps that are slower beside its own threads."""
+    """What a server adds outside of the steps, between the client and the queue and back."""
     from dataclasses import replace
 
     from morphserve.replay.server import ServerOptions, serve
