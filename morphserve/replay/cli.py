@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from morphserve.errors import MorphServeError
 from morphserve.replay import simulated
 from morphserve.replay.client import ClientOptions
+from morphserve.replay.command import run_command
 from morphserve.replay.compare import Comparison, measure_url, run_all
 from morphserve.replay.console import ConsoleProgress
 from morphserve.replay.errors import ReplayError
@@ -29,22 +27,7 @@ from morphserve.replay.workload import Workload, WorkloadSpec, check_fits, load_
 def main(description: str, corpus: Path, argv: Sequence[str] | None = None) -> int:
     """Run the command line; the last line on stdout is one JSON document."""
     args = build_parser(description, corpus).parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    signal.signal(signal.SIGTERM, _terminated)  # so that servers are stopped as on Ctrl-C
-    try:
-        document = _replay(args)
-    except MorphServeError as e:
-        sys.stderr.write(f"replay: {e}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("replay: interrupted; servers stopped, finished runs are kept\n")
-        return 130
-    sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
-    return 0
-
-
-def _terminated(signum: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+    return run_command("replay", lambda: _replay(args), "servers stopped, finished runs are kept")
 
 
 def _replay(args: argparse.Namespace) -> dict[str, Any]:

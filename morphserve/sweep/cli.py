@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from morphserve.errors import MorphServeError
 from morphserve.replay import simulated
 from morphserve.replay.cli import comparison_of
+from morphserve.replay.command import run_command
 from morphserve.replay.compare import Comparison
 from morphserve.replay.console import ConsoleProgress
 from morphserve.replay.errors import ReplayError
@@ -49,22 +46,7 @@ def build_parser(description: str, corpus: Path) -> argparse.ArgumentParser:
 def main(description: str, corpus: Path, argv: Sequence[str] | None = None) -> int:
     """Run the command line; the last line on stdout is one JSON document."""
     args = build_parser(description, corpus).parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    signal.signal(signal.SIGTERM, _terminated)  # so that servers are stopped as on Ctrl-C
-    try:
-        document = _sweep(args)
-    except MorphServeError as e:
-        sys.stderr.write(f"sweep: {e}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("sweep: interrupted; servers stopped, finished runs are kept: run again to go on\n")
-        return 130
-    sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
-    return 0
-
-
-def _terminated(signum: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+    return run_command("sweep", lambda: _sweep(args), "servers stopped, finished runs are kept: run again to go on")
 
 
 def _sweep(args: argparse.Namespace) -> dict[str, Any]:

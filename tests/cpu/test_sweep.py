@@ -46,6 +46,11 @@ def test_servers_take_turns_and_what_is_there_is_not_measured_again(tmp_path: Pa
     (tmp_path / "out/burst/stock.2/result.json").write_text("{}")
     with pytest.raises(ReplayError, match="not the result of a run.*Delete it"):
         measure_all(windows(tmp_path, 2), QUIET)
+    (tmp_path / "out/burst/stock.2/result.json").unlink()
+    others = windows(tmp_path, 2)
+    (tmp_path / "morph.yaml").write_text("kv: {max_num_blocks: 300}\n")
+    with pytest.raises(ReplayError, match=r"static_w8.1/result.json: measured with another config"):
+        measure_all(others, QUIET)
 
 
 def row(rate: float, kl: float | None = None, preemptions: int = 10) -> dict[str, float | int | None]:

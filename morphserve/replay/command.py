@@ -1,0 +1,40 @@
+"""What the command lines have in common: one JSON document at the end, errors in words, servers that are stopped."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from morphserve.errors import MorphServeError
+
+
+def run_command(name: str, job: Callable[[], dict[str, Any]], when_interrupted: str) -> int:
+    """Do the job; its document is the last line on stdout.
+
+    Args:
+        name: of the command, before its messages.
+        when_interrupted: what became of its work, after Ctrl-C or SIGTERM.
+
+    Returns:
+        The exit status: 1 after an error that the user can repair, 130 when interrupted.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGTERM, _terminated)  # so that servers are stopped as on Ctrl-C
+    try:
+        document = job()
+    except MorphServeError as e:
+        sys.stderr.write(f"{name}: {e}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{name}: interrupted; {when_interrupted}\n")
+        return 130
+    sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
+    return 0
+
+
+def _terminated(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
