@@ -1,4 +1,4 @@
-"""How well does the simulation say what was measured? By pair of window and run, and by the ranking of the runs."""
+"""How well does the simulation say what was measured? Figure by figure, for each pair of window and run."""
 
 from __future__ import annotations
 
@@ -71,38 +71,3 @@ def compare(measured: Rows, simulated: Mapping[tuple[str, str], Mapping[float, R
                 )
             )  # fmt: skip
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class Total:
-    """One run over all windows, as if they were one."""
-
-    run: str
-    violation_rate: float
-    expected_kl_per_token: float | None  # None: not measured
-
-
-def totals(rows: Rows) -> list[Total]:
-    """Every run over all windows, best first: fewest violations, then least quality cost.
-
-    Repeats count together. Stock vLLM costs nothing.
-    """
-    runs = dict.fromkeys(run for _, run in rows)
-    return sorted(
-        (_total(run, [r for (_, name), rs in rows.items() if name == run for r in rs]) for run in runs), key=_rank
-    )
-
-
-def _total(run: str, rows: Sequence[Row]) -> Total:
-    sent = sum(row["sent"] for row in rows)
-    late = sum(row["violation_rate"] * row["sent"] for row in rows)
-    weights = [row["output_tok_s"] * row["duration_s"] for row in rows]
-    kls = [0.0 if run == "stock" else row["expected_kl_per_token"] for row in rows]
-    known = [kl for kl in kls if kl is not None]
-    kl = sum(a * b for a, b in zip(known, weights, strict=True)) / sum(weights) if len(known) == len(kls) else None
-    return Total(run, late / sent, kl)
-
-
-def _rank(total: Total) -> tuple[float, float]:
-    kl = total.expected_kl_per_token
-    return (round(total.violation_rate, 2), float("inf") if kl is None else kl)

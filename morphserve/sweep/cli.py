@@ -18,8 +18,9 @@ from morphserve.replay.errors import ReplayError
 from morphserve.replay.options import prompt_options, run_options, server_options
 from morphserve.replay.windows import read_windows
 from morphserve.replay.workload import check_fits
-from morphserve.sweep.agreement import SPEEDS, Row, compare, totals
+from morphserve.sweep.agreement import SPEEDS, Row, compare
 from morphserve.sweep.measured import measure_all
+from morphserve.sweep.ranking import dominated, totals
 from morphserve.sweep.report import markdown
 
 
@@ -52,6 +53,8 @@ def main(description: str, corpus: Path, argv: Sequence[str] | None = None) -> i
 def _sweep(args: argparse.Namespace) -> dict[str, Any]:
     if args.out is None or args.model is None:
         raise ReplayError("--out DIR and --model DIR are needed.")
+    simulated.check_model_options(args)
+    args.serve_arg = [*args.serve_arg, *simulated.server_arguments(args)]
     comparisons: dict[str, Comparison] = {}
     for window in read_windows(args.window):
         check_fits(window.workload, args.max_model_len)
@@ -72,6 +75,7 @@ def _sweep(args: argparse.Namespace) -> dict[str, Any]:
             {"name": t.run, "violation_rate": t.violation_rate, "expected_kl_per_token": t.expected_kl_per_token}
             for t in totals(measured)
         ],
+        "dominated": [{"window": window, "by": anchor, "run": run} for window, anchor, run in dominated(measured)],
         "agreement": [
             {"window": a.window, "run": a.run, "figure": a.figure, "measured": a.measured, "simulated": a.simulated}
             for a in (compare(measured, rows) if rows else ())

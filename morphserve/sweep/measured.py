@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,37 +35,47 @@ def measure_all(comparisons: Mapping[str, Comparison], progress: Progress) -> di
     Raises:
         ReplayError: a server does not start or does not answer, or a result cannot be read or is of something else.
     """
-    rows: dict[tuple[str, str], list[Row]] = {}
     some = next(iter(comparisons.values()))
-    names = some.names
-    missing = {
-        name
-        for comparison in comparisons.values()
-        for name in names
-        for repeat in range(1, some.repeats + 1)
-        if not _file(comparison, name, repeat).is_file()
+    # Once, before anything runs: the servers keep the config they were started with.
+    asked = {(window, name): _asked(c, name) for window, c in comparisons.items() for name in c.names}
+    turns = list(_turns(comparisons))
+    found = {
+        (window, name, repeat): _read(file, asked[window, name])
+        for window, name, repeat in turns
+        if (file := _file(comparisons[window], name, repeat)).is_file()
     }
+    missing = {name for window, name, repeat in turns if (window, name, repeat) not in found}
+    rows: dict[tuple[str, str], list[Row]] = {}
     with contextlib.ExitStack() as stack:
         servers = {
             name: stack.enter_context(start_server(some, name, progress, some.out.parent / "servers" / name))
-            for name in names
+            for name in some.names
             if name in missing
         }
-        turn = 0
-        for repeat in range(1, some.repeats + 1):
-            for window, comparison in comparisons.items():
-                for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
-                    file = _file(comparison, name, repeat)
-                    asked = _asked(comparison, name)
-                    if not file.is_file():
-                        server = servers[name]
-                        setup = {"command": server.command, "servers_up": sorted(servers), "asked": asked}
-                        result = measure_run(comparison, name, repeat, file.parent, server.url, setup, progress)
-                        result.save()
-                        progress.finished(result)
-                    rows.setdefault((window, name), []).append(_read(file, asked))
-                turn += 1
+        for window, name, repeat in turns:
+            row = found.get((window, name, repeat))
+            if row is None:
+                comparison, server = comparisons[window], servers[name]
+                setup = {"command": server.command, "servers_up": sorted(servers), "asked": asked[window, name]}
+                directory = _file(comparison, name, repeat).parent
+                result = measure_run(comparison, name, repeat, directory, server.url, setup, progress)
+                result.save()
+                progress.finished(result)
+                row = result.figures()
+            rows.setdefault((window, name), []).append(row)
     return rows
+
+
+def _turns(comparisons: Mapping[str, Comparison]) -> Iterator[tuple[str, str, int]]:
+    """(window, run, repeat) in the order of measuring; each window and repeat begins with another run."""
+    some = next(iter(comparisons.values()))
+    turn = 0
+    for repeat in range(1, some.repeats + 1):
+        for window in comparisons:
+            first = turn % len(some.names)
+            for name in (*some.names[first:], *some.names[:first]):
+                yield window, name, repeat
+            turn += 1
 
 
 def _file(comparison: Comparison, name: str, repeat: int) -> Path:
@@ -78,7 +88,11 @@ def _asked(comparison: Comparison, name: str) -> str:
     config.pop("decision_log", None)  # where it goes changes nothing
     what = comparison.measurement
     own = json.dumps(config, sort_keys=True)
-    parts = (own, comparison.server.arguments(0, ()), what.workload.requests, what.slo, what.client.cutoff_s)
+    server = comparison.server
+    parts = (
+        own, server.arguments(0, ()), server.cpu_bind, what.workload.requests, what.prompts, what.slo,
+        what.client.cutoff_s, what.client.request_timeout_s,
+    )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from morphserve.sweep.agreement import FIGURES, SPEEDS, Agreement, Row, Rows, compare, totals
+from morphserve.sweep.agreement import FIGURES, SPEEDS, Agreement, Row, Rows, compare
+from morphserve.sweep.ranking import Order, by_repeat, dominated, orders, totals
 
 _COLUMNS: tuple[tuple[str, str, float, str], ...] = (
     ("violation_rate", "violations", 100.0, "{:.0f} %"),
@@ -27,6 +29,7 @@ def markdown(measured: Rows, simulated: Mapping[tuple[str, str], Mapping[float, 
     parts = [f"# {title}", "", f"Medians of {repeats} interleaved repeats [least, most].", ""]
     parts += _measured_tables(measured)
     parts += ["## All windows together", "", *_total_table(measured, simulated)]
+    parts += _dominated(measured)
     if simulated:
         parts += _agreement(compare(measured, simulated))
     return "\n".join(parts) + "\n"
@@ -40,7 +43,21 @@ def _measured_tables(rows: Rows) -> list[str]:
             if own == window:
                 lines.append(_line(run, *(_cell(repeats, key, scale, form) for key, _, scale, form in _COLUMNS)))
         lines.append("")
+        lines += _unanswered(window, rows)
     return lines
+
+
+def _unanswered(window: str, rows: Rows) -> list[str]:
+    lines = []
+    for (own, run), repeats in rows.items():
+        counts: Counter[str] = Counter()
+        for row in repeats:
+            counts.update(row.get("statuses") or {})
+        del counts["ok"]
+        if own == window and counts:
+            what = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
+            lines.append(f"- {run}: not answered in full, in all repeats together: {what}. They count as violations.")
+    return [*lines, ""] if lines else []
 
 
 def _total_table(measured: Rows, simulated: Mapping[tuple[str, str], Mapping[float, Row]]) -> list[str]:
@@ -68,14 +85,38 @@ def _total_table(measured: Rows, simulated: Mapping[tuple[str, str], Mapping[flo
         for t in real
     ]
     predicted = [t.run for t in by_speed[1.0]]
-    verdict = "the same ranking" if predicted == order else "NOT the same ranking"
     return [
         *_head("run", "violations", "simulated [+-10 % speed]", "KL (nats/token)", "simulated"),
         *rows,
         "",
         f"Best first by violations (to one point), then KL: measured {', '.join(order)}; "
-        f"simulated {', '.join(predicted)}: {verdict}.",
+        f"simulated {', '.join(predicted)}.",
         "",
+        *_pairs(orders(by_repeat(measured), list(by_speed.values()))),
+        "",
+    ]
+
+
+def _dominated(rows: Rows) -> list[str]:
+    lines = [
+        f"- On {window} {anchor} has no more violations than {run}, at less KL: morphing does not pay there."
+        for window, anchor, run in dominated(rows)
+    ]
+    return [*lines, ""] if lines else []
+
+
+def _pairs(found: Sequence[Order]) -> list[str]:
+    words = {1: "before", 0: "not to be told from", -1: "behind"}
+    same = sum(order.measured == order.simulated for order in found)
+    opposite = sum(order.measured * order.simulated < 0 for order in found)
+    return [
+        "Two runs at a time, by violations (a point or more on average, and no repeat or speed to the contrary), else "
+        f"by KL (5 %): {same} of {len(found)} pairs in the same order, {opposite} the other way round.",
+        *(
+            f"- {order.runs[0]} is {words[order.measured]} {order.runs[1]}; simulated {words[order.simulated]} it."
+            for order in found
+            if order.measured != order.simulated
+        ),
     ]
 
 
@@ -120,7 +161,8 @@ def _cell(rows: Sequence[Row], key: str, scale: float, form: str) -> str:
     if not values:
         return "-"
     middle = form.format(statistics.median(values))
-    return middle if len(values) == 1 else f"{middle} [{form.format(min(values))}, {form.format(max(values))}]"
+    span = "" if len(values) == 1 else f" [{form.format(min(values))}, {form.format(max(values))}]"
+    return f"{middle}{span}" + (f", {len(values)} of {len(rows)}" if len(values) < len(rows) else "")
 
 
 def _kl(value: float | None) -> str:

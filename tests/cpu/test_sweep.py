@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,12 @@ import pytest
 from cpu.sim_world import CALIBRATION
 from cpu.test_replay_compare import QUIET, comparison, fake
 
-from morphserve.replay import ReplayError
+from morphserve.replay import ReplayError, simulated
 from morphserve.replay.compare import Comparison
 from morphserve.sweep import main
-from morphserve.sweep.agreement import Agreement, compare, totals
+from morphserve.sweep.agreement import Agreement, compare
 from morphserve.sweep.measured import measure_all
+from morphserve.sweep.ranking import Order, Total, dominated, orders, totals
 from morphserve.sweep.report import markdown
 
 pytestmark = pytest.mark.cpu
@@ -47,10 +49,17 @@ def test_servers_take_turns_and_what_is_there_is_not_measured_again(tmp_path: Pa
     with pytest.raises(ReplayError, match="not the result of a run.*Delete it"):
         measure_all(windows(tmp_path, 2), QUIET)
     (tmp_path / "out/burst/stock.2/result.json").unlink()
+    logs = {log: log.stat().st_mtime_ns for log in tmp_path.glob("out/servers/*/server.log")}
+    slower = {
+        name: replace(one, server=replace(one.server, cpu_bind="1")) for name, one in windows(tmp_path, 2).items()
+    }
+    with pytest.raises(ReplayError, match=r"calm/stock.1/result.json: measured with another config"):
+        measure_all(slower, QUIET)
     others = windows(tmp_path, 2)
     (tmp_path / "morph.yaml").write_text("kv: {max_num_blocks: 300}\n")
     with pytest.raises(ReplayError, match=r"static_w8.1/result.json: measured with another config"):
         measure_all(others, QUIET)
+    assert len(logs) == 2 and logs == {log: log.stat().st_mtime_ns for log in logs}, "a server was started for nothing"
 
 
 def row(rate: float, kl: float | None = None, preemptions: int = 10) -> dict[str, float | int | None]:
@@ -83,11 +92,78 @@ def test_runs_are_ranked_by_violations_then_by_cost_over_all_windows() -> None:
     assert ranked[2].expected_kl_per_token == 0.0 and ranked[1].expected_kl_per_token == pytest.approx(0.03)
     simulated = {key: dict.fromkeys((0.9, 1.0, 1.1), rows[0]) for key, rows in measured.items()}
     text = markdown(measured, simulated, "title")
-    assert "the same ranking" in text and "NOT" not in text and "**" not in text.split("Each cell")[0]
+    assert "3 of 3 pairs in the same order, 0 the other way round" in text and "**" not in text.split("Each cell")[0]
     simulated["a", "w8"] = dict.fromkeys((0.9, 1.0, 1.1), row(0.5, 0.029))
     text = markdown(measured, simulated, "title")
-    assert "NOT the same ranking" in text and "**1%, 50% [50%, 50%], +49 points**" in text
+    assert "1 of 3 pairs in the same order, 1 the other way round" in text
+    assert "- w8 is not to be told from slo; simulated behind it." in text
+    assert "- w8 is before stock; simulated behind it." in text
+    assert "**1%, 50% [50%, 50%], +49 points**" in text
     assert {a.figure for a in compare(measured, simulated) if not a.holds} == {"violation_rate"}
+
+
+def test_runs_in_which_nothing_came_out_have_no_cost() -> None:
+    """Guards: a division by zero after hours of measuring; a dead server's errors that nobody is told of."""
+    dead = {**row(1.0, 0.02), "output_tok_s": 0.0, "statuses": {"ok": 1, "error": 99}}
+    rows = {("a", "slo"): [dead], ("a", "static_w8"): [row(0.0, 0.03)]}
+    assert totals(rows)[-1].expected_kl_per_token is None
+    text = markdown(rows, {}, "title")
+    assert "- slo: not answered in full, in all repeats together: 99 error." in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--sim-noise", "0.1"), "--sim-noise is of a simulation: add --step-times"),
+        (("--step-times", "times.json", "--serve-arg=--max-num-batched-tokens=512"), "give it as an option of its own"),
+    ],
+)
+def test_what_only_one_side_would_get_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
+) -> None:
+    """Guards: two different servers compared as measured and simulated."""
+    code = main("sweep", tmp_path, ["--window", "a.jsonl", "--out", str(tmp_path / "o"), "--model", "m", *arguments])
+    assert code == 1 and words in capsys.readouterr().err
+
+
+def test_servers_get_what_is_simulated() -> None:
+    """Guards: a simulated server with another batch than the real one."""
+    parser = argparse.ArgumentParser()
+    simulated.model_options(parser)
+    args = parser.parse_args(["--step-times", "f", "--max-num-batched-tokens", "512", "--async-scheduling"])
+    assert simulated.server_arguments(args) == ["--max-num-batched-tokens", "512", "--async-scheduling"]
+
+
+def test_two_runs_are_told_apart_by_what_no_repeat_contradicts() -> None:
+    """Guards: an order that is noise, and one that is not and gets lost in it."""
+
+    def repeats(*figures: tuple[float, float]) -> list[list[Total]]:
+        return [[Total("a", rate, 0.02), Total("b", other, 0.03)] for rate, other in figures]
+
+    def verdict(*figures: tuple[float, float]) -> int:
+        return orders(repeats(*figures), repeats((0.0, 0.0)))[0].measured
+
+    assert verdict((0.10, 0.20), (0.105, 0.10), (0.1, 0.3)) == 1
+    assert verdict((0.20, 0.10), (0.30, 0.20)) == -1
+    assert verdict((0.20, 0.10), (0.10, 0.30)) == 1, "repeats that contradict each other leave it to the cost"
+    assert verdict((0.205, 0.2), (0.205, 0.2)) == 1
+    even = [[Total("a", 0.1, 0.0300), Total("b", 0.1, 0.0305)]]
+    assert orders(even, even) == [Order(("a", "b"), 0, 0)]
+    unknown = [[Total("a", 0.1, None), Total("b", 0.1, 0.1)]]
+    assert orders(unknown, unknown) == [Order(("a", "b"), 0, 0)]
+
+
+def test_a_static_format_that_does_as_well_for_less_is_named() -> None:
+    """Guards: a policy praised where the model quantized for good does the same, or a static run blamed."""
+    rows = {
+        ("calm", "slo"): [row(0.0, 0.01)], ("calm", "static_w8"): [row(0.0, 0.03)], ("calm", "stock"): [row(0.0)],
+        ("hard", "slo"): [row(0.2, 0.1), row(0.1, 0.1)], ("hard", "static_w8"): [row(0.1, 0.03), row(0.2, 0.03)],
+        ("hard", "static_w4"): [row(0.0, 0.3), row(0.0, 0.3)], ("hard", "stock"): [row(0.9), row(0.9)],
+    }  # fmt: skip
+    assert dominated(rows) == [("hard", "static_w8", "slo")]
+    assert "- On hard static_w8 has no more violations than slo, at less KL" in markdown(rows, {}, "title")
+    rows["hard", "static_w8"] = [row(0.25, 0.03), row(0.2, 0.03)]
+    assert dominated(rows) == []
 
 
 def test_a_bad_config_is_refused_before_any_server_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
