@@ -81,6 +81,8 @@ class AnswerLength:
     @property
     def value(self) -> float:
         """Tokens; 0 before the first answer has ended."""
+        if not self._num_ended:
+            return 0.0
         ended = self._ended.value
         return max(ended, (self._tokens + _AS_ENDED * ended) / (self._num_ended + _AS_ENDED))
 
@@ -173,7 +175,7 @@ class Monitor:
 
     def on_resumed(self, request_id: str, tpot_limit_s: float | None = None) -> None:
         """A request runs that waited."""
-        self._waiting.remove(request_id)
+        self._waiting.serve(request_id)
         if tpot_limit_s is not None:
             self._tpot_limits[request_id] = tpot_limit_s
             self._tightest_tpot_s = min(self._tpot_limits.values())
@@ -190,11 +192,17 @@ class Monitor:
         limits: RequestLimits = NO_LIMITS,
         priority: int = 0,
         has_token: bool = True,
+        forced: bool = False,
     ) -> None:
-        """A running request lost its blocks and waits again, with `num_tokens` to compute."""
+        """A running request lost its blocks and waits again, with `num_tokens` to compute.
+
+        Args:
+            forced: for a way back to a shallower level, not for a lack of memory: it does not count as one.
+        """
         self._now_s = now
-        self._preemptions += 1
-        self._preempted.add(now)
+        if not forced:
+            self._preemptions += 1
+            self._preempted.add(now)
         self._leaves_running(request_id)
         if num_tokens:
             self._waiting.add(request_id, now, num_tokens, limits=limits, priority=priority, has_token=has_token)

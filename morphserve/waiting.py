@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from dataclasses import dataclass
-from math import inf
+from itertools import pairwise
 
 from policies.types import Cohort
 
@@ -34,7 +34,8 @@ class _Group:
     priority: int
     has_token: bool
     limits: RequestLimits
-    first_s: float
+    came_s: float  # arrival of its first request ever: its place in the queue
+    first_s: float  # of those that are still there
     last_s: float
     num_requests: int = 0
     num_tokens: int = 0
@@ -43,7 +44,15 @@ class _Group:
     @property
     def place(self) -> tuple[int, bool, float]:
         """Preempted ones are served before those that never ran."""
-        return (self.priority, not self.has_token, self.first_s)
+        return (self.priority, not self.has_token, self.came_s)
+
+    @property
+    def root(self) -> _Group:
+        """The group that it has become a part of, itself perhaps."""
+        group = self
+        while group.into is not None:
+            group = group.into
+        return group
 
     def alike(self, other: _Group) -> bool:
         return (self.priority, self.has_token, self.limits) == (other.priority, other.has_token, other.limits)
@@ -65,7 +74,8 @@ class WaitingBook:
 
     def __init__(self) -> None:
         self._groups: list[_Group] = []  # ordered by _place
-        self._members: dict[str, tuple[_Group, int]] = {}  # request id |-> the group it came into, and its tokens
+        # Request id |-> the group it came into, its tokens, its arrival.
+        self._members: dict[str, tuple[_Group, int, float]] = {}
         self._frozen: tuple[Cohort, ...] | None = ()
 
     def __len__(self) -> int:
@@ -89,25 +99,32 @@ class WaitingBook:
         """
         self.remove(request_id)
         self._frozen = None
-        new = _Group(priority, has_token, limits, arrival_s, arrival_s)
+        new = _Group(priority, has_token, limits, arrival_s, arrival_s, arrival_s)
         group = self._home(new)
         group.num_requests += 1
         group.num_tokens += num_tokens
         group.first_s = min(group.first_s, arrival_s)
         group.last_s = max(group.last_s, arrival_s)
-        self._members[request_id] = (group, num_tokens)
+        self._members[request_id] = (group, num_tokens, arrival_s)
+
+    def serve(self, request_id: str) -> None:
+        """It was scheduled, and so were those of its cohort that came before. Unknown ids are ignored."""
+        member = self._members.get(request_id)
+        if member is None:
+            return
+        self.remove(request_id)
+        group = member[0].root
+        group.first_s = max(group.first_s, min(member[2], group.last_s))
 
     def remove(self, request_id: str) -> None:
-        """It was scheduled, or has gone. Unknown ids are ignored."""
+        """It waits no longer. Unknown ids are ignored."""
         member = self._members.pop(request_id, None)
         if member is None:
             return
         self._frozen = None
-        group, num_tokens = member
-        while group.into is not None:
-            group = group.into
+        group = member[0].root
         group.num_requests -= 1
-        group.num_tokens -= num_tokens
+        group.num_tokens -= member[1]
         if group.num_requests == 0:
             self._groups.remove(group)
 
@@ -121,26 +138,27 @@ class WaitingBook:
         """The group for a request like `new`: one that is there, or `new` itself."""
         groups = self._groups
         at = bisect(groups, new.place, key=_place)
-        if at > 0:
-            before = groups[at - 1]
-            if before.alike(new) and (new.first_s - before.first_s <= _SPAN_S or before.has_token):
+        for before in reversed(groups[:at]):  # others that came meanwhile may stand between
+            is_near = new.first_s - before.came_s <= _SPAN_S or new.has_token
+            if is_near and before.alike(new):
                 return before
+            if not is_near:
+                break
         groups.insert(at, new)
         if len(groups) > _MAX_COHORTS:
             self._merge_closest()
-            while new.into is not None:
-                new = new.into
-        return new
+        return new.root
 
     def _merge_closest(self) -> None:
-        """Two neighbours that differ least become one."""
-
-        def span_s(at: int) -> float:
-            a, b = self._groups[at], self._groups[at + 1]
-            return b.last_s - a.first_s if a.alike(b) else inf
-
-        at = min(range(len(self._groups) - 1), key=span_s)
-        kept, gone = self._groups[at], self._groups.pop(at + 1)
+        """The two that differ least become one: alike, if there are such, and else neighbours."""
+        groups = self._groups
+        pairs = []
+        for i, a in enumerate(groups):
+            j = next((j for j in range(i + 1, len(groups)) if a.alike(groups[j])), None)
+            if j is not None:
+                pairs.append((groups[j].last_s - a.first_s, i, j))
+        _, i, j = min(pairs or [(b.last_s - a.first_s, i, i + 1) for i, (a, b) in enumerate(pairwise(groups))])
+        kept, gone = groups[i], groups.pop(j)
         if not kept.alike(gone):  # more classes of requests than cohorts: the stricter limits count for both
             kept.limits = kept.limits.stricter(gone.limits)
             kept.has_token = kept.has_token and gone.has_token

@@ -57,6 +57,12 @@ class StepTimes:
     model: str = ""
     machine: str = ""
 
+    @property
+    def scatter(self) -> float:
+        """Relative error of a step's time after the fit, over all formats; 0 where calibration did not say."""
+        known = list((self.residuals or {}).values())
+        return sum(known) / len(known) if known else 0.0
+
     def of_level(self, level: MorphLevel) -> StepTime:
         """The mean over the layers.
 
@@ -148,6 +154,10 @@ def _check(times: StepTimes) -> None:
         figures: Sequence[float] = (time.base_s, time.per_seq_s, time.per_prefill_token_s, time.per_context_token_s)
         if not all(isinstance(f, int | float) and math.isfinite(f) and f >= 0 for f in figures) or time.base_s <= 0:
             raise ValueError(f"times of {fmt!r} are {figures}, must be 0 s or more, and the first above 0")
-    for name, seconds in (("degrade_s", times.move.degrade_s), ("restore_s", times.move.restore_s)):
+    for name, seconds in (
+        ("move.degrade_s", times.move.degrade_s),
+        ("move.restore_s", times.move.restore_s),
+        ("offset_s", times.offset_s),
+    ):
         if not (isinstance(seconds, int | float) and math.isfinite(seconds) and seconds >= 0):
-            raise ValueError(f"move.{name} is {seconds!r}, must be 0 s or more")
+            raise ValueError(f"{name} is {seconds!r}, must be 0 s or more")

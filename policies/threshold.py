@@ -211,9 +211,9 @@ class ThresholdPolicy:
 
     def _shallowest_rested(self, now_s: float) -> int:
         """Shallowest level that has fitted for the whole dwell."""
-        if self.dwell_s > self.thresholds.restore_after_s and now_s - self._last_reentry_s >= _DWELL_DECAY_S:
+        while self.dwell_s > self.thresholds.restore_after_s and now_s - self._last_reentry_s >= _DWELL_DECAY_S:
             self.dwell_s = max(self.thresholds.restore_after_s, self.dwell_s / _DWELL_GROWTH)
-            self._last_reentry_s = now_s
+            self._last_reentry_s += _DWELL_DECAY_S
         for level in range(len(self._usable)):
             since = self._fits_since[level]
             if since is not None and now_s - since >= self.dwell_s:

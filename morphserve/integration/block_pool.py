@@ -12,7 +12,7 @@ block table widths never change. Only the scheduler's pool changes, through vLLM
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice, takewhile
 from typing import Any
 
@@ -116,6 +116,7 @@ class VllmBlockPool:
         self._limit: int | None = None  # first fenced id while a shrink is in progress
         self._tail: dict[int, KVCacheBlock] = {}  # id >= _limit, not fenced: live, or cached and free
         self._vacant: list[KVCacheBlock] = []  # id < _limit, empty, out of the free queue: where the tail goes
+        self.on_forced_preemption: Callable[[Any], None] = lambda request: None
 
     @property
     def num_kv_blocks(self) -> int:
@@ -248,6 +249,7 @@ class VllmBlockPool:
         # Past our own override: it counts what vLLM preempts, which the policy takes for a lack of memory.
         Scheduler._preempt_request(self._scheduler, victim, time.monotonic(), drop_stale_output=True)
         self._scheduler.prev_step_scheduled_req_ids.discard(victim.request_id)  # as in Scheduler.reset_prefix_cache
+        self.on_forced_preemption(victim)
         return True
 
     def finish_shrink(self) -> None:

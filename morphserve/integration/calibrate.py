@@ -24,6 +24,7 @@ from policies.types import BASE_FORMAT, Decision, StepLoad
 _BATCHES = (1, 2, 4, 8, 16, 32)
 _DECODE_STEPS = 8
 _WARM_STEPS = 2
+_MAX_STEPS_OF_A_MOVE = 200  # of two live requests; a move takes a step for every few layers
 _PREFILLS = (16, 48, 128, 320)
 
 
@@ -176,8 +177,15 @@ class _TimedEngine:
         executor.pauses.clear()
         before = controller.counters.num_layers_switched
         self._wanted.level = level
-        while controller.level != level or controller.in_transition:
+        for _ in range(_MAX_STEPS_OF_A_MOVE):
+            if controller.level == level and not controller.in_transition:
+                break
             self._engine.step()
+        else:
+            raise MorphServeError(
+                f"level {level} not reached in {_MAX_STEPS_OF_A_MOVE} steps ({controller.status()['errors']}). The log "
+                "above says what failed; calibrate again when that is repaired."
+            )
         switched = controller.counters.num_layers_switched - before
         self._moves["degrade" if level > self._level else "restore"].append(sum(executor.pauses) / max(switched, 1))
         self._level = level

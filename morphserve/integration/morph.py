@@ -57,6 +57,7 @@ class Morph:
         self.receipts = Receipts(self.provenance, scheduler.cache_config.block_size)
         self.monitor = Monitor()
         self.traffic = Traffic(scheduler, self.monitor)
+        self.pool.on_forced_preemption = lambda request: self.on_preemption(request, forced=True)
         self.executor = RpcExecutor(model_executor, len(runtime.ranks))
         self.setup = policy_setup(runtime.config, runtime.vllm_config)
         self.log = self._open_log()
@@ -137,8 +138,8 @@ class Morph:
     def on_arrival(self, request: Any) -> None:
         self._guard(self._on_arrival, request)
 
-    def on_preemption(self, request: Any) -> None:
-        self._guard(self.traffic.on_preemption, request)
+    def on_preemption(self, request: Any, forced: bool = False) -> None:
+        self._guard(self.traffic.on_preemption, request, forced)
 
     def on_finish(self, request: Any) -> None:
         self._guard(self._on_finish, request)

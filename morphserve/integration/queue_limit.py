@@ -19,12 +19,18 @@ class QueueLimit:
     def __init__(self, engine_client: Any) -> None:
         self._config = getattr(engine_client, "scheduler_config", None)
         self._own: int | None = getattr(self._config, "max_num_queued_tokens", None)
+        # Each API server counts what it has taken itself.
+        parallel = getattr(getattr(engine_client, "vllm_config", None), "parallel_config", None)
+        self._num_doors: int = getattr(parallel, "_api_process_count", 1)
         self._policys: int | None = None
 
     def apply(self, limits: Sequence[int | None]) -> None:
-        """One an engine behind this API server: together they take what each of them takes; None = takes all."""
+        """One an engine behind this API server: together they take what each of them takes; None = takes all.
+
+        Several API servers have a share each.
+        """
         known = [limit for limit in limits if limit is not None]
-        limit = sum(known) if known and len(known) == len(limits) else None
+        limit = max(sum(known) // self._num_doors, 1) if known and len(known) == len(limits) else None
         if self._config is None or limit == self._policys:
             return
         if (limit is None) != (self._policys is None):

@@ -86,8 +86,8 @@ class Traffic:
                 still.append(request)
         self._awaiting_first_token = still
 
-    def on_preemption(self, request: Any) -> None:
-        """A running request lost its blocks."""
+    def on_preemption(self, request: Any, forced: bool = False) -> None:
+        """A running request lost its blocks: `forced` by a way back to a shallower level, or for want of memory."""
         self._last_preemption_wall_s = time.time()
         self._monitor.on_preemption(
             time.monotonic(),
@@ -96,6 +96,7 @@ class Traffic:
             limits_of(request),
             self._rank(request),
             has_token=request.num_output_tokens > 0,
+            forced=forced,
         )
 
     def on_finish(self, request: Any) -> None:

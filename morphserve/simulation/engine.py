@@ -78,7 +78,7 @@ class SimEngine:
         if morphing is not None:
             pause_s = morphing.tick(scheduler)
             level = morphing.controller.exposure_level
-            rung = None if pause_s else morphing.rung
+            rung = None if pause_s or morphing.controller.in_transition else morphing.rung
             scheduler.level = level
             self._pause_s += pause_s
             if self._depth == 1:

@@ -116,13 +116,19 @@ class Morphing:
     def on_scheduled(self, now_s: float, batch: Batch) -> None:
         """A step was planned."""
         for request in batch.preempted:
-            self._last_preemption_s = now_s
-            self.monitor.on_preemption(now_s, request.name, request.num_tokens, has_token=request.generated > 0)
+            self.on_preemption(now_s, request)
         for request in batch.admitted:
             if request.preemptions:
                 self.monitor.on_resumed(request.name)
             else:
                 self.monitor.on_scheduled(now_s, now_s - request.arrival_s, request.name)
+
+    def on_preemption(self, now_s: float, request: SimRequest, forced: bool = False) -> None:
+        """It lost its blocks: `forced` by a way back to a shallower level, or for want of memory."""
+        self._last_preemption_s = now_s
+        self.monitor.on_preemption(
+            now_s, request.name, request.num_tokens, has_token=request.generated > 0, forced=forced
+        )
 
     def on_completed(self, now_s: float, batch: Batch, level: int | None) -> None:
         """A step has ended.

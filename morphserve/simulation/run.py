@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -166,6 +167,8 @@ def simulate(
     morphing = None
     if config is not None and ladder is not None:
         morphing = Morphing(config, server, calibration, ladder, pool, pace, lambda: engine.now_s)
+        tell = partial(morphing.on_preemption, forced=True)
+        scheduler.on_forced_preemption = lambda request: tell(engine.now_s, request)
     recorder = Recorder(server.snapshot_s, pool, scheduler, morphing, engine.tokens_by_level)
     try:
         engine.run(recorder, morphing)

@@ -7,6 +7,7 @@ it next (a block more, its last token) is known by step number when it begins to
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 from morphserve.simulation.pool import SimPool
 from morphserve.simulation.request import Batch, SimRequest, State
@@ -42,6 +43,7 @@ class SimScheduler:
         self._phases: list[dict[SimRequest, None]] = [{} for _ in range(server.block_size)]
         self._ending: dict[int, list[SimRequest]] = {}  # by last_step
         pool.preempt = self.preempt_cheapest
+        self.on_forced_preemption: Callable[[SimRequest], None] = lambda _: None
 
     # ---- from outside
 
@@ -115,6 +117,7 @@ class SimScheduler:
         victim = min(reversed(self.running), key=self._computed)
         del self.running[victim]
         self._preempt(victim, num_dropped=self._in_flight)
+        self.on_forced_preemption(victim)
         return True
 
     # ---- blocks; a scheduler with a prefix cache knows which ones

@@ -12,7 +12,7 @@ from policies.slo.limits import QualityBudget, TokenBucket
 from policies.slo.predictor import Load, Outlook, Predictor, Typical
 from policies.step_times import StepTimes
 from policies.threshold import ThresholdPolicy
-from policies.types import Decision, EngineLimits, Ladder, Signals
+from policies.types import Decision, EngineLimits, Ladder, Signals, StepLoad
 
 _LAYERS_PER_STEP = 4  # switched between two steps, about: transition.max_layers_per_step and the pause allow so many
 _EIGHT_BITS = frozenset({"w8", "fp8"})
@@ -87,7 +87,8 @@ class SloPolicy:
         """Fix targets and predictions.
 
         Raises:
-            ValueError: `max_level` is not on the ladder, or a format of the ladder was never calibrated.
+            ValueError: `max_level` is not on the ladder, a format of the ladder was never calibrated, or a quality
+                budget is set for levels whose cost nobody knows.
         """
         self.targets = fill_in(config, ladder)
         self._config = config
@@ -102,6 +103,12 @@ class SloPolicy:
         self._forecast = ArrivalForecast()
         self._bucket = TokenBucket(config.transitions_per_minute)
         self.budget = QualityBudget(config.quality_budget)
+        unknown = [level.index for level in ladder if level.index and level.expected_kl is None]
+        if config.quality_budget is not None and unknown:
+            raise ValueError(
+                f"policy.quality_budget is in nats, and nobody has measured those of level {unknown[0]}. Set "
+                "ladder.expected_kl (scripts/measure_kl.py) or a profile, or leave the budget out."
+            )
         self._fallback = ThresholdPolicy(ThresholdConfig(kind="threshold", max_level=self.targets.max_level), ladder)
         self.distrusts = False
         self.dwell_s = self.targets.dwell_s
@@ -117,8 +124,7 @@ class SloPolicy:
         """The level to serve at now. Cost: levels times cohorts, at most every `_THINK_S`."""
         s = signals
         self._forecast.update(s.now_s, s.num_arrivals)
-        if (step := self.correction.learn(s)) is not None:
-            self.budget.update(s.now_s, step.num_seqs, self._costs[min(step.level, len(self._costs) - 1)])
+        self._charge(s, self.correction.learn(s))
         preempted, self._preemptions = s.preemptions > self._preemptions, s.preemptions
         if s.now_s - self._thought_s < _THINK_S and not preempted:
             return self._last
@@ -131,8 +137,11 @@ class SloPolicy:
         here = self._predictor.outlook(heading, load, self._delay_s(s, heading))
         if s.waiting and not s.waiting[-1].has_token:
             self.correction.watch(s.waiting[-1], s.now_s + here.last_wait_s)  # trust can come back, too
-        if self.distrusts:
-            decision, self._max_queued_tokens = by_threshold, None  # nobody is refused on a prediction that was wrong
+        self._shrink_dwell(s.now_s)
+        if self.budget.exhausted:
+            decision = self._spent(s, heading, load)
+        elif self.distrusts:
+            decision = self._follow(s, heading, by_threshold)
         else:
             decision = self._think(s, heading, load)
         if decision.max_queued_tokens != self._max_queued_tokens:
@@ -143,10 +152,6 @@ class SloPolicy:
     # ---- the decision
 
     def _think(self, s: Signals, heading: int, load: Load) -> Decision:
-        if self.budget.exhausted:
-            if heading == 0:
-                return self._stay(0, "quality budget spent")
-            return self._go(s, 0, "quality budget spent")
         if self._is_calm(s, load, heading):
             self._max_queued_tokens = None
             return self._stay(heading, "nothing to do")
@@ -155,6 +160,7 @@ class SloPolicy:
         best = self._cheapest(outlooks, load)
         self._shed(outlooks, load)
         if best > heading:
+            self._fits_since = [None] * len(self._ladder)  # no shallower one does
             saved = here.violations - outlooks[best].violations
             if not here.binds or self._wait_elsewhere(s, load):
                 return self._stay(heading, f"late {here.share:.0%}, but KV does not bind")
@@ -171,6 +177,22 @@ class SloPolicy:
             if level < heading and self._bucket.level >= 2.0:
                 return self._go(s, level, f"level {level} has been predicted to do for {self.dwell_s:.1f} s")
         return self._stay(heading, f"late {here.share:.0%}")
+
+    def _spent(self, s: Signals, heading: int, load: Load) -> Decision:
+        """The quality budget is: level 0, where new requests are refused if need be."""
+        if self._is_calm(s, load, 0):
+            self._max_queued_tokens = None
+        else:
+            self._shed([self._predictor.outlook(0, load, self._delay_s(s, 0))], load)
+        return self._stay(0, "quality budget spent") if heading == 0 else self._go(s, 0, "quality budget spent")
+
+    def _follow(self, s: Signals, heading: int, asked: Decision) -> Decision:
+        """What the thresholds ask for, within the token bucket; nobody is refused on a prediction that was wrong."""
+        self._max_queued_tokens = None
+        self._fits_since = [None] * len(self._ladder)
+        if asked.level == heading or self._bucket.level < (1.0 if asked.level > heading else 2.0):
+            return self._stay(heading, asked.reason)
+        return self._go(s, asked.level, asked.reason)
 
     def _is_calm(self, s: Signals, load: Load, heading: int) -> bool:
         """Level 0, nobody waits, and what runs and comes will not fill half of it."""
@@ -215,9 +237,6 @@ class SloPolicy:
         """Shallowest level that would do with air, and has throughout the dwell."""
         load = self._load(s, _SAFETY)
         now = s.now_s
-        if self.dwell_s > self.targets.dwell_s and now - self._reentry_s >= _DWELL_DECAY_S:
-            self.dwell_s = max(self.targets.dwell_s, self.dwell_s / 2)
-            self._reentry_s = now
         chosen, here = heading, self._predictor.outlook(heading, load, 0.0)
         for level in reversed(range(heading)):
             outlook = self._predictor.outlook(level, load, self._delay_s(s, level))
@@ -258,6 +277,22 @@ class SloPolicy:
         layers = sum(a != b for a, b in zip(here, self._ladder[level].layer_formats, strict=True))
         own_s = layers * (self._move.degrade_s if level > s.level else self._move.restore_s)
         return own_s + layers / _LAYERS_PER_STEP * s.step_s
+
+    def _charge(self, s: Signals, step: StepLoad | None) -> None:
+        """The tokens of the step that has ended, at what their level costs; those of a transition at the deeper one."""
+        if step is not None:
+            self._spend(s.now_s, step.num_seqs, step.level)
+        elif s.last_step is None and s.num_running > 0:
+            self._spend(s.now_s, s.num_running, max(s.level, s.target_level))
+
+    def _spend(self, now_s: float, num_tokens: int, level: int) -> None:
+        self.budget.update(now_s, num_tokens, self._costs[min(level, len(self._costs) - 1)])
+
+    def _shrink_dwell(self, now_s: float) -> None:
+        """Quiet time halves a dwell that has grown, again and again."""
+        while self.dwell_s > self.targets.dwell_s and now_s - self._reentry_s >= _DWELL_DECAY_S:
+            self.dwell_s = max(self.targets.dwell_s, self.dwell_s / 2)
+            self._reentry_s += _DWELL_DECAY_S
 
     def _weigh_trust(self) -> None:
         sigma = max(self.correction.sigma, self.correction.step_sigma)

@@ -151,10 +151,11 @@ class Predictor:
         if number <= 0:
             return 0.0, 0.0
         each, late = number / _FORECAST_POINTS, 0.0
+        prefill_s = load.typical.prompt_tokens * self._times[level].per_prefill_token_s * load.factor
         for point in range(_FORECAST_POINTS):
             at_s = (point + 0.5) / _FORECAST_POINTS * load.horizon_s
             queue = load.arrival_rate * at_s - room - release * at_s
-            wait = max(delay_s - at_s, 0.0) + load.typical.prompt_tokens * self._times[level].per_prefill_token_s
+            wait = max(delay_s - at_s, 0.0) + prefill_s
             if queue > 0:
                 wait += queue / release
             late += each * _late(wait, load.ttft_s, load.sigma)
@@ -223,7 +224,7 @@ def _late(predicted: float, limit: float, sigma: float) -> float:
         return 0.0
     if limit <= 0:
         return 1.0
-    distance = log(predicted / limit)
+    distance = log(predicted) - log(limit)  # not of the ratio: a limit may be as large as a float can be
     if abs(distance) > 6 * sigma:
         return 1.0 if distance > 0 else 0.0
     return 0.5 * erfc(-distance / (max(sigma, 1e-6) * _SQRT2))

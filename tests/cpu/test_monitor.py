@@ -30,6 +30,15 @@ def test_view_is_passed_through() -> None:
     assert (seen.num_waiting, seen.num_running, seen.oldest_wait_s) == (4, 3, 0.7)
 
 
+def test_a_forced_preemption_waits_and_is_no_sign_of_trouble() -> None:
+    """Guards: who was sent back for a restore forgotten, or taken for a lack of memory, which undoes the restore."""
+    monitor = Monitor()
+    monitor.on_preemption(1.0, "a", 50, forced=True)
+    monitor.on_preemption(2.0, "b", 70)
+    seen = monitor.snapshot(3.0, EngineView(2, 1, 2.0), 10, 3, 1, 0)
+    assert seen.preemptions == 1 and sum(cohort.num_requests for cohort in seen.waiting) == 2
+
+
 def test_mean_counts_values_of_one_instant_alike() -> None:
     """Guards: a burst in one step, of which only the last request counts."""
     mean = DecayingMean(5.0)
@@ -150,7 +159,9 @@ def test_cost_and_memory_do_not_grow() -> None:
 def test_answers_that_have_not_ended_count_as_far_as_they_have_come() -> None:
     """Guards: in a burst the short answers, which end first, taken for all: KV that fills up looks roomy."""
     length = AnswerLength()
-    assert length.value == 0.0
+    length.on_tokens(700)
+    assert length.value == 0.0, "nobody knows before one has ended"
+    length = AnswerLength()
     for step in range(1, 201):  # 20 answers of 20 tokens and 20 of 400 begin together
         length.on_tokens(40 if step <= 20 else 20)
         if step == 20:

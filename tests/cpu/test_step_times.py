@@ -88,6 +88,8 @@ def test_written_and_read_again(tmp_path: Path) -> None:
         ({"formats": {"base": NEGATIVE}}, "0 s or more"),
         ({"move": {"degrade_s": float("nan"), "restore_s": 0}}, "move.degrade_s is nan"),
         ({"move": None}, "must be a mapping|mapping"),
+        ({"offset_s": None}, "offset_s is None"),
+        ({"offset_s": -5}, "offset_s is -5"),
     ],
 )  # fmt: skip
 def test_nonsense_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:

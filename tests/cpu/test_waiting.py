@@ -10,7 +10,7 @@ from morphserve.waiting import NO_LIMITS, RequestLimits, WaitingBook
 
 EVENTS = st.lists(
     st.tuples(
-        st.sampled_from(["add", "add", "add", "remove", "preempt"]),
+        st.sampled_from(["add", "add", "add", "remove", "serve", "preempt"]),
         st.integers(0, 200),
         st.integers(1, 500),
         st.sampled_from([NO_LIMITS, RequestLimits(ttft_s=0.5), RequestLimits(tpot_s=0.1)]),
@@ -26,8 +26,8 @@ def test_cohorts_add_up_to_who_waits(events: list[tuple[str, int, int, RequestLi
     book, waiting = WaitingBook(), dict[str, int]()
     for now, (what, number, tokens, limits, priority) in enumerate(events):
         name = str(number)
-        if what == "remove":
-            book.remove(name)
+        if what in ("remove", "serve"):
+            getattr(book, what)(name)
             waiting.pop(name, None)
         else:
             book.add(name, now * 0.05, tokens, limits=limits, priority=priority, has_token=what == "preempt")
@@ -57,6 +57,28 @@ def test_neighbours_in_time_are_one_cohort_and_classes_are_not() -> None:
         book.add(str(number), number * 0.01, 10)
     book.add("strict", 0.05, 10, limits=RequestLimits(ttft_s=0.3))
     assert [(c.num_requests, c.ttft_s) for c in book.cohorts()] == [(4, None), (1, 0.3)]
+
+
+def test_classes_that_alternate_stay_apart() -> None:
+    """Guards: everybody judged by the strictest limit in the queue, and so given up as lost."""
+    book = WaitingBook()
+    for number in range(200):
+        limits = RequestLimits(ttft_s=0.5) if number % 2 else NO_LIMITS
+        book.add(str(number), number * 0.05, 3, limits=limits)
+    cohorts = book.cohorts()
+    assert len(cohorts) <= 24
+    assert [sum(c.num_requests for c in cohorts if c.ttft_s == limit) for limit in (None, 0.5)] == [100, 100]
+
+
+def test_a_cohort_whose_front_was_served_begins_later() -> None:
+    """Guards: those who are left taken for as old as those who are gone."""
+    book = WaitingBook()
+    for number in range(5):
+        book.add(str(number), number * 0.02, 10)
+    book.serve("0")
+    book.serve("1")
+    book.remove("4")  # gave up: says nothing about those before it
+    assert [(c.num_requests, c.first_arrival_s, c.last_arrival_s) for c in book.cohorts()] == [(2, 0.02, 0.08)]
 
 
 @pytest.mark.parametrize("count", [100, 10_000])

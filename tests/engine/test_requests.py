@@ -195,6 +195,7 @@ def test_a_shrink_without_room_may_preempt(llm: Any) -> None:
             llm.llm_engine.step()
         assert morph.pool.num_used_blocks > 150
         assert morph.pool.preempt_one() and morph.pool.preempt_one()
+        assert len(morph.monitor._waiting) == 2 and morph.traffic.view().oldest_wait_s < 60
         assert answers() == expected
         assert driver.sizes
     settle(llm, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from vllm.config import SchedulerConfig
+from vllm.config import ParallelConfig, SchedulerConfig
 from vllm.exceptions import MaxQueuedTokensError
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -52,6 +52,14 @@ def test_the_users_own_limit_stays(limits: list[int | None], expected: int) -> N
     limit.apply([5])
     limit.apply(limits)
     assert at.scheduler_config.max_num_queued_tokens == expected
+
+
+def test_api_servers_share_the_limit() -> None:
+    """Guards: two API servers, of which each lets in as much as both may."""
+    at = client(None)
+    at.vllm_config = SimpleNamespace(parallel_config=ParallelConfig(_api_process_count=2, _api_process_rank=0))
+    QueueLimit(at).apply([100, 200])
+    assert at.scheduler_config.max_num_queued_tokens == 150
 
 
 def test_engines_add_up() -> None:

@@ -1,0 +1,126 @@
+"""What the `slo` policy keeps to, whatever it predicts: budget, token bucket, dwell, and limits that requests bring."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from cpu.sim_world import CALIBRATION, SERVER, config
+from cpu.test_slo_parts import LIMITS, QUIET
+from pydantic import ValidationError
+
+from morphserve.simulation.morphing import plan_ladder
+from policies import Cohort, Signals, SloConfig, SloPolicy
+
+LADDER = plan_ladder(config(), SERVER, CALIBRATION, None)
+
+
+def made(**fields: Any) -> SloPolicy:
+    return SloPolicy(SloConfig(kind="slo", **fields), LADDER, CALIBRATION.times, LIMITS)
+
+
+def crowded(level: int = 0, **fields: Any) -> Signals:
+    """All blocks are held, and a queue has just come."""
+    blocks = LADDER[level].num_kv_blocks
+    return replace(
+        QUIET, level=level, target_level=level, num_kv_blocks=blocks, used_kv_blocks=blocks - 1, num_waiting=20,
+        num_running=blocks // 6, oldest_wait_s=0.6, waiting=(Cohort(20, 1280, 99.4, 99.9),), step_s=0.02,
+        **fields,
+    )  # fmt: skip
+
+
+def without_tokens(policy: SloPolicy) -> SloPolicy:
+    policy._bucket.level = policy._bucket._rate = 0.0
+    return policy
+
+
+def distrusting(policy: SloPolicy) -> SloPolicy:
+    policy.correction._wait_square = 9.0
+    return policy
+
+
+def spent(policy: SloPolicy) -> SloPolicy:
+    policy.budget.exhausted, policy.budget._left = True, 0.0
+    return policy
+
+
+def test_a_crowd_is_what_the_other_tests_take_it_for() -> None:
+    """Guards: the tests below, which say what keeps the policy from a level that it would take."""
+    assert made().decide(crowded()).level > 0
+    assert distrusting(made()).decide(crowded()).level > 0
+
+
+def test_a_limit_as_large_as_a_number_can_be_is_one() -> None:
+    """Guards: one request with a limit of 1e308 s that ends morphing until a restart."""
+    waiting = (Cohort(1, 90, 99.0, 99.0, 1e308, 1e308, True), Cohort(1, 90, 99.0, 99.0, 1e308, 1e308))
+    decision = made().decide(replace(crowded(), waiting=waiting, num_waiting=2, tightest_tpot_s=1e308))
+    assert 0 <= decision.level < len(LADDER)
+
+
+@pytest.mark.parametrize("key", ["ttft_s", "tpot_s", "horizon_s", "transitions_per_minute", "quality_budget"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_no_number_is_refused(key: str, value: float) -> None:
+    """Guards: an endless promise or horizon, of which predictions make NaN."""
+    with pytest.raises(ValidationError, match="finite number"):
+        SloConfig.model_validate({"kind": "slo", key: value})
+
+
+@pytest.mark.parametrize("trusts", [True, False])
+def test_a_spent_budget_binds_thresholds_too(trusts: bool) -> None:
+    """Guards: W4 for as long as predictions are distrusted, whatever was to be spent."""
+    policy = spent(made(quality_budget=50.0))
+    policy = policy if trusts else distrusting(policy)
+    assert policy.decide(crowded()).level == 0
+    assert policy.decide(replace(crowded(2), now_s=101.0)).level == 0
+
+
+@pytest.mark.parametrize("trusts", [True, False])
+def test_the_token_bucket_binds_thresholds_too(trusts: bool) -> None:
+    """Guards: a level that swings while predictions are distrusted."""
+    policy = without_tokens(made())
+    assert (policy if trusts else distrusting(policy)).decide(crowded()).level == 0
+
+
+def test_tokens_of_a_transition_are_paid_for() -> None:
+    """Guards: a long drain at W4 for nothing, in which the budget fills again."""
+    policy = made(quality_budget=1e6)
+    draining = replace(crowded(3), target_level=0, last_step=None, num_running=10)
+    policy.decide(draining)
+    assert policy.budget.spent == pytest.approx(10 * (LADDER[3].expected_kl or 0))
+    policy.decide(replace(draining, num_running=0, num_waiting=0, waiting=(), now_s=101.0))
+    assert policy.budget.spent == pytest.approx(10 * (LADDER[3].expected_kl or 0)), "nobody got a token"
+
+
+def test_a_budget_needs_levels_whose_cost_is_known() -> None:
+    """Guards: level numbers taken for nats, which empty the budget in a second."""
+    unknown = tuple(replace(level, expected_kl=None) if level.index == 2 else level for level in LADDER)
+    with pytest.raises(ValueError, match=r"level 2.*measure_kl.py"):
+        SloPolicy(SloConfig(kind="slo", quality_budget=100.0), unknown, CALIBRATION.times, LIMITS)
+    SloPolicy(SloConfig(kind="slo"), unknown, CALIBRATION.times, LIMITS)
+
+
+def test_the_door_opens_again_while_the_budget_is_spent() -> None:
+    """Guards: requests refused for minutes after the overload, because nothing else was looked at."""
+    policy = spent(made(quality_budget=50.0, shed=True))
+    shut = policy.decide(replace(crowded(), num_waiting=200, waiting=(Cohort(200, 12_800, 98.5, 99.9),)))
+    assert shut.level == 0 and shut.max_queued_tokens
+    assert policy.decide(replace(QUIET, now_s=101.0)).max_queued_tokens is None
+
+
+def test_a_dwell_begins_anew_when_a_deeper_level_is_needed() -> None:
+    """Guards: a restore on one good prediction, because a shallower level would have done long ago."""
+    policy = without_tokens(made())  # so that it stays where it is
+    policy._fits_since = [90.0] * len(LADDER)
+    policy.decide(crowded())
+    assert policy._fits_since == [None] * len(LADDER)
+
+
+def test_quiet_time_shrinks_a_dwell_that_has_grown() -> None:
+    """Guards: an hour at level 0 that counts as one halving."""
+    policy = made(dwell_s=0.5)
+    policy.dwell_s, policy._reentry_s = 5.0, 100.0
+    policy.decide(replace(QUIET, now_s=100.0 + 65.0))
+    assert policy.dwell_s == pytest.approx(1.25)
+    policy.decide(replace(QUIET, now_s=100.0 + 3600.0))
+    assert policy.dwell_s == 0.5
