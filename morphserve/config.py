@@ -17,7 +17,7 @@ FormatName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class LadderStep(_Section):
@@ -156,6 +156,8 @@ def load_config(path: str | Path) -> MorphServeConfig:
         text = file.read_text(encoding="utf-8")
     except OSError as e:
         raise ConfigError(f"--morphserve-config {file}: {e.strerror}. Give a readable YAML file.") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{file}: not UTF-8 text ({e.reason} at byte {e.start}).") from e
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as e:

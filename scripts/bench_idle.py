@@ -10,11 +10,11 @@ Last stdout line: one JSON document.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from morphserve.replay import ClosedLoop, ReplayError, ServerOptions, compare_idle, load_encoder, read_corpus
+from morphserve.replay import ClosedLoop, ServerOptions, compare_idle, load_encoder, read_corpus, run_command
 
 CORPUS = Path(__file__).resolve().parent / "corpus" / "wikitext2.txt"
 
@@ -35,6 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.pairs < 2:
         parser.error(f"--pairs {args.pairs}: a spread needs at least 2")
 
+    return run_command("bench_idle", lambda: _measure(args), "servers stopped")
+
+
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
     ids = load_encoder(args.model)(read_corpus(CORPUS), False)
     prompts = [ids[i * 64 : i * 64 + 64] for i in range(args.requests)]
     options = ServerOptions(
@@ -45,17 +49,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     loop = ClosedLoop(args.concurrency, args.requests, 64, args.output_tokens)
     plugin = ("--plugin", "morphserve", "--morphserve-config", args.config)
-    try:
-        result, status = compare_idle(
-            options, plugin, args.out, loop, prompts, args.pairs,
-            lambda pair, ratio: print(f"pair {pair + 1}  {ratio:.4f}", file=sys.stderr, flush=True),
-        )  # fmt: skip
-    except ReplayError as e:
-        print(f"bench_idle: {e}", file=sys.stderr)
-        return 1
+    result, status = compare_idle(
+        options, plugin, args.out, loop, prompts, args.pairs,
+        lambda pair, ratio: print(f"pair {pair + 1}  {ratio:.4f}", file=sys.stderr, flush=True),
+    )  # fmt: skip
     print(f"ratio {result.mean:.4f}, lower 97.5 % bound {result.lower:.4f}, {args.pairs} pairs")
-    print(json.dumps({**result.as_json(), "eager": args.enforce_eager, "failed": status["failed"]}))
-    return 0
+    return {**result.as_json(), "eager": args.enforce_eager, "failed": status["failed"]}
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     core = llm.llm_engine.engine_core.engine_core
     morph = core.scheduler.morph
     wanted = _Wanted()
-    morph.controller._policy = wanted
+    morph.controller._seat._policy = wanted
     sent = 0
 
     def sampling() -> SamplingParams:

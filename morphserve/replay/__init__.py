@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from morphserve.replay.cli import main
+from morphserve.replay.command import run_command
 from morphserve.replay.errors import ReplayError, WorkloadError
 from morphserve.replay.metrics import Slo
 from morphserve.replay.paired import ClosedLoop, PairedResult, compare_idle
@@ -24,5 +25,6 @@ __all__ = [
     "load_workload",
     "main",
     "read_corpus",
+    "run_command",
     "save_workload",
 ]

@@ -15,6 +15,7 @@ from morphserve.replay.command import run_command
 from morphserve.replay.compare import Comparison, measure_url, run_all
 from morphserve.replay.console import ConsoleProgress
 from morphserve.replay.errors import ReplayError
+from morphserve.replay.limits import check_times
 from morphserve.replay.measure import Measurement
 from morphserve.replay.metrics import Slo
 from morphserve.replay.options import build_parser
@@ -43,7 +44,7 @@ def _replay(args: argparse.Namespace) -> dict[str, Any]:
     if not args.simulate and args.url is None and args.model is None:
         raise MorphServeError("--model DIR is needed to start servers; or give --url of a running one.")
     comparison = comparison_of(args, str(args.workload), workload, with_text=not args.simulate)
-    comparison.check()
+    comparison.check(is_simulated=args.simulate)
     with ConsoleProgress(enabled=not args.quiet) as progress:
         if args.simulate:
             results = simulated.run_all(comparison, args, progress)
@@ -81,9 +82,10 @@ def comparison_of(args: argparse.Namespace, source: str, workload: Workload, wit
         with_text: make prompts; a simulation reads nothing but their lengths.
 
     Raises:
-        ReplayError: a policy's name is given twice.
+        ReplayError: a policy's name is given twice, or a time is none.
         WorkloadError: the corpus or the tokenizer cannot be read.
     """
+    check_times(args)
     tokenizer = args.tokenizer or args.model
     prompts: list[list[int]] = []
     if with_text:

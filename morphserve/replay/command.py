@@ -17,17 +17,22 @@ def run_command(name: str, job: Callable[[], dict[str, Any]], when_interrupted: 
 
     Args:
         name: of the command, before its messages.
-        when_interrupted: what became of its work, after Ctrl-C or SIGTERM.
+        when_interrupted: what became of its work, after Ctrl-C, SIGTERM or SIGHUP.
 
     Returns:
         The exit status: 1 after an error that the user can repair, 130 when interrupted.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    signal.signal(signal.SIGTERM, _terminated)  # so that servers are stopped as on Ctrl-C
+    for signum in (signal.SIGTERM, signal.SIGHUP):  # so that servers are stopped as on Ctrl-C
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup sets SIGHUP
+            signal.signal(signum, _terminated)
     try:
         document = job()
     except MorphServeError as e:
         sys.stderr.write(f"{name}: {e}\n")
+        return 1
+    except OSError as e:  # of a file of the user's, or a full disk: the message names it
+        sys.stderr.write(f"{name}: {e}. Finished runs are kept; run again when that is repaired.\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write(f"{name}: interrupted; {when_interrupted}\n")

@@ -13,13 +13,15 @@ from typing import Any, Protocol
 
 import yaml
 
-from morphserve.config import load_config, parse_config
+from morphserve.config import load_config, parse_config, step_times_file
+from morphserve.ladder import ladder_formats
 from morphserve.replay.client import Outcome
 from morphserve.replay.environment import describe_machine
 from morphserve.replay.errors import ReplayError
 from morphserve.replay.measure import Measurement, measure
 from morphserve.replay.results import RunResult
 from morphserve.replay.server import Server, ServerOptions, serve
+from policies import load_step_times
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +57,14 @@ class Comparison:
     repeats: int = 1
     setup: dict[str, Any] | None = None  # recorded with every run
 
-    def check(self) -> None:
+    def check(self, is_simulated: bool = False) -> None:
         """Refuse before the first server starts what would fail at the second.
 
+        Args:
+            is_simulated: step times come from elsewhere.
+
         Raises:
-            ReplayError: unknown or repeated run names, or a missing --config.
+            ReplayError: unknown or repeated run names, a missing --config, a format or step times that are not there.
             ConfigError: a config that MorphServe would refuse.
         """
         if taken := [n for n in self.policies if n in (STOCK, MORPHSERVE) or static_format(n) or not _NAME.match(n)]:
@@ -78,7 +83,29 @@ class Comparison:
             raise ReplayError(f"--repeats is {self.repeats}, must be at least 1.")
         for name in self.names:
             if name != STOCK:
-                load_config(self.config_of(name))
+                self._check_config(name, is_simulated)
+
+    def _check_config(self, name: str, is_simulated: bool) -> None:
+        path = self.config_of(name)
+        config = load_config(path)
+        fmt = static_format(name)
+        if fmt and config.ladder.steps != "profile" and config.profile is None:
+            known = ladder_formats(config.ladder)
+            if fmt not in known:
+                raise ReplayError(
+                    f"--compare {name}: the ladder of {path} has no format {fmt!r}, only {', '.join(known)}. Take one "
+                    "of these, or add it to ladder.steps."
+                )
+        if config.policy.kind == "slo" and not fmt and not is_simulated:
+            times = step_times_file(config)
+            if times is None:
+                raise ReplayError(
+                    f"{path}: policy slo needs `step_times` (scripts/calibrate.py makes them), or a profile with some."
+                )
+            try:
+                load_step_times(times)
+            except ValueError as e:
+                raise ReplayError(f"{path}: {e}") from e
 
     def config_of(self, name: str) -> Path:
         """YAML of a run with the plugin.
@@ -135,7 +162,7 @@ def derived_config(base: Path, name: str, directory: Path) -> dict[str, Any]:
         ConfigError: a config that MorphServe would refuse.
     """
     load_config(base)  # its errors name the user's file, not ours
-    raw = yaml.safe_load(base.read_text(encoding="utf-8")) or {}
+    raw = yaml.safe_load(base.expanduser().read_text(encoding="utf-8")) or {}
     if fmt := static_format(name):
         raw["policy"] = {"kind": "static", "level": fmt}
     if raw.get("decision_log"):

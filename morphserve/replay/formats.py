@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from pathlib import Path
 from morphserve.replay.errors import WorkloadError
 
 MOONCAKE_BLOCK_TOKENS = 512  # tokens that one hash id of a Mooncake trace stands for
+_LATEST_START_S = 3600.0  # of what is replayed as it is: a later one is a time of day, not of a workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +43,9 @@ def read_trace(path: str | Path, seed: int = 0) -> list[TraceRequest]:
         WorkloadError: unreadable or empty file, unknown columns, a bad line (with its number).
     """
     file = Path(path).expanduser()
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            if file.suffix in (".jsonl", ".json"):
-                requests = list(_read_jsonl(stream, file))
-            else:
-                requests = list(_read_csv(stream, file, seed))
-    except OSError as e:
-        raise WorkloadError(f"workload {file}: {e.strerror}. Give a readable JSONL or CSV file.") from e
-    except UnicodeDecodeError as e:
-        raise WorkloadError(f"workload {file}: not UTF-8 text ({e.reason} at byte {e.start}).") from e
-    if not requests:
-        raise WorkloadError(f"workload {file}: no requests in it.")
-    requests.sort(key=lambda r: r.arrival_s)
+    with _opened(file) as stream:
+        is_jsonl = file.suffix in (".jsonl", ".json")
+        requests = _in_order(_read_jsonl(stream, file) if is_jsonl else _read_csv(stream, file, seed), file)
     first = requests[0].arrival_s
     return [TraceRequest(r.arrival_s - first, r.input_tokens, r.output_tokens, r.hash_ids) for r in requests]
 
@@ -61,17 +54,39 @@ def read_canonical(path: str | Path) -> list[TraceRequest]:
     """Read a Mooncake JSONL without re-basing: a cut window starts at its own 0, not at its first request.
 
     Raises:
-        WorkloadError: as `read_trace`.
+        WorkloadError: as `read_trace`; a first request before 0 or long after it.
     """
     file = Path(path).expanduser()
+    with _opened(file) as stream:
+        requests = _in_order(_read_jsonl(stream, file), file)
+    first_s = requests[0].arrival_s
+    if not 0 <= first_s <= _LATEST_START_S:
+        raise WorkloadError(
+            f"workload {file}: its first request comes at {first_s:g} s, must be 0 to {_LATEST_START_S:g} s. Cut it "
+            "with --window 0,SECONDS, which counts from the first request."
+        )
+    return requests
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Iterator[str]]:
+    """Lines of a text file; what is wrong with it becomes a WorkloadError."""
     try:
-        with file.open(encoding="utf-8-sig") as stream:
-            requests = list(_read_jsonl(stream, file))
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            yield stream
     except OSError as e:
-        raise WorkloadError(f"workload {file}: {e.strerror}. Give a readable JSONL file.") from e
-    if not requests:
+        raise WorkloadError(f"workload {file}: {e.strerror}. Give a readable JSONL or CSV file.") from e
+    except UnicodeDecodeError as e:
+        raise WorkloadError(f"workload {file}: not UTF-8 text ({e.reason} at byte {e.start}).") from e
+    except csv.Error as e:
+        raise WorkloadError(f"workload {file}: not a CSV file ({e}).") from e
+
+
+def _in_order(requests: Iterator[TraceRequest], file: Path) -> list[TraceRequest]:
+    found = sorted(requests, key=lambda r: r.arrival_s)
+    if not found:
         raise WorkloadError(f"workload {file}: no requests in it.")
-    return sorted(requests, key=lambda r: r.arrival_s)
+    return found
 
 
 def _read_jsonl(stream: Iterator[str], file: Path) -> Iterator[TraceRequest]:
@@ -81,7 +96,7 @@ def _read_jsonl(stream: Iterator[str], file: Path) -> Iterator[TraceRequest]:
         try:
             raw = json.loads(line)
             request = TraceRequest(
-                arrival_s=float(raw["timestamp"]) / 1000.0,
+                arrival_s=_seconds(raw["timestamp"], 1000.0),
                 input_tokens=_count(raw["input_length"]),
                 output_tokens=_count(raw["output_length"]),
                 hash_ids=tuple(int(h) for h in raw.get("hash_ids") or ()),
@@ -91,7 +106,7 @@ def _read_jsonl(stream: Iterator[str], file: Path) -> Iterator[TraceRequest]:
                 f"{file}:{number}: key {e.args[0]!r} is missing. A line needs timestamp (ms), "
                 "input_length and output_length."
             ) from e
-        except (TypeError, ValueError, AttributeError) as e:
+        except (TypeError, ValueError, OverflowError, AttributeError) as e:
             raise WorkloadError(f"{file}:{number}: {e}. Got: {line.strip()[:80]!r}") from e
         yield request
 
@@ -112,7 +127,7 @@ def _read_csv(stream: Iterator[str], file: Path, seed: int) -> Iterator[TraceReq
             if None in row or None in row.values():
                 raise ValueError(f"line does not have the header's {len(columns)} columns")
             parsed = read(row)
-        except ValueError as e:
+        except (ValueError, OverflowError) as e:
             raise WorkloadError(f"{file}:{rows.line_num}: {e}.") from e
         if parsed is not None:
             yield TraceRequest(*parsed)
@@ -138,7 +153,7 @@ def _burstgpt(seed: int) -> _Reader:
 
     def read(row: Row) -> tuple[float, int, int] | None:
         # Whole seconds pile requests up; spread them inside their second.
-        at = float(row["Timestamp"]) + rng.random()
+        at = _seconds(row["Timestamp"]) + rng.random()
         output = _count(row["Response tokens"])
         if output == 0:
             return None  # BurstGPT's mark of a request that failed
@@ -149,7 +164,7 @@ def _burstgpt(seed: int) -> _Reader:
 
 def _vidur(_seed: int) -> _Reader:
     def read(row: Row) -> tuple[float, int, int]:
-        return float(row["arrived_at"]), _count(row["num_prefill_tokens"]), _count(row["num_decode_tokens"])
+        return _seconds(row["arrived_at"]), _count(row["num_prefill_tokens"]), _count(row["num_decode_tokens"])
 
     return read
 
@@ -159,6 +174,13 @@ _LAYOUTS: tuple[tuple[tuple[str, ...], Callable[[int], _Reader]], ...] = (
     (("Timestamp", "Request tokens", "Response tokens"), _burstgpt),
     (("arrived_at", "num_prefill_tokens", "num_decode_tokens"), _vidur),
 )
+
+
+def _seconds(value: str | float, per_second: float = 1.0) -> float:
+    seconds = float(value) / per_second
+    if not math.isfinite(seconds):
+        raise ValueError(f"time is {value!r}, must be a number")
+    return seconds
 
 
 def _count(value: object) -> int:

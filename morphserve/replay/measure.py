@@ -20,6 +20,7 @@ from morphserve.replay.results import RunResult
 from morphserve.replay.scrape import Poller, fetch_status
 from morphserve.replay.workload import Workload
 
+_ALIVE_S = 60.0  # a server that is only busy answers in that time
 _LEAD_S = 0.5  # between the last preparation and workload time 0
 
 
@@ -46,7 +47,7 @@ async def measure(
     """Warm up, replay, watch until level 0, and collect.
 
     Raises:
-        ReplayError: the warm-up request fails, so that nothing measured would mean anything.
+        ReplayError: the warm-up request fails, or the server is gone at the end: nothing measured would mean anything.
     """
     zero = time.perf_counter()
     async with aiohttp.ClientSession() as session:
@@ -64,6 +65,7 @@ async def measure(
             with contextlib.suppress(asyncio.CancelledError):
                 await polling
         await poller.once()
+        await _check_alive(session, what.client.url)
         status = await fetch_status(session, what.client.url)
     setup = setup | {
         "load_average_before": load_before,
@@ -83,6 +85,17 @@ async def _warm_up(session: aiohttp.ClientSession, what: Measurement) -> None:
             f"{what.client.url} does not answer a request for model {what.client.model!r}: "
             f"{outcome.status} {outcome.error}. Check --url and --served-model-name."
         )
+
+
+async def _check_alive(session: aiohttp.ClientSession, url: str) -> None:
+    try:
+        async with asyncio.timeout(_ALIVE_S), session.get(f"{url}/health"):
+            pass  # whatever it answers
+    except (aiohttp.ClientError, OSError, TimeoutError) as e:
+        raise ReplayError(
+            f"{url} does not answer any more ({type(e).__name__}): it died in the run, of which nothing is kept. Its "
+            "log says why."
+        ) from e
 
 
 async def _await_level_zero(poller: Poller, what: Measurement) -> None:

@@ -118,6 +118,8 @@ def _cell(row: dict[str, Any], key: str, show: Format) -> str:
     if key in row["spread"]:
         low, high = row["spread"][key]
         text += f" ({show(low)} – {show(high)})"
+    if key in row["known"]:
+        text += f", in {row['known'][key]} of {row['repeats']}"
     return text
 
 

@@ -68,8 +68,8 @@ class RunResult:
         out: dict[str, Any] = {
             "preemptions": None, "max_waiting": None, "tokens_by_level": None, "share_above_level_0": None,
             "expected_kl_per_token": None, "transitions": None, "transitions_by_outcome": None,
-            "transition_s": None, "level_max": None, "level_zero_after_s": None, "pause_max_ms": None,
-            "kv_blocks_max": None, "errors": None,
+            "transition_s": None, "level_max": None, "level_at_end": None, "level_zero_after_s": None,
+            "pause_max_ms": None, "kv_blocks_max": None, "errors": None,
         }  # fmt: skip
         if first is None or last is None:
             return out
@@ -85,9 +85,11 @@ class RunResult:
         tokens = timeline.gained(first.tokens_by_level, last.tokens_by_level)
         moves = timeline.gained(first.transitions, last.transitions)
         total = sum(tokens.values())
-        pause = last.pause_max_ms
+        pause = last.pause_max_ms  # since the server's start: of this run only where it has grown
         if pause is None and self.status is not None:
             pause = (self.status.get("pause_ms") or {}).get("max")
+        if pause is not None and pause <= (first.pause_max_ms or 0.0):
+            pause = None
         return {
             "tokens_by_level": tokens,
             "share_above_level_0": 1.0 - tokens.get("0", 0) / total if total else None,
@@ -98,6 +100,7 @@ class RunResult:
             if last.transition_s is None
             else last.transition_s - (first.transition_s or 0.0),
             "level_max": max(s.level or 0 for s in self.series),
+            "level_at_end": last.level,
             "level_zero_after_s": timeline.level_zero_after_s(
                 self.series, timeline.level0_blocks(self.status)
             ),
@@ -134,13 +137,13 @@ class RunResult:
         }
 
     def save(self) -> None:
-        """Write result.json, requests.csv and series.csv into the run's directory."""
+        """Write requests.csv, series.csv and result.json into the run's directory; the last one whole or not at all."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "result.json").write_text(
-            json.dumps(self.document(), allow_nan=False), encoding="utf-8"
-        )
         _write_csv(self.directory / "requests.csv", [self._request_row(i) for i in self._order()])
         _write_csv(self.directory / "series.csv", _series_rows(self.series))
+        part = self.directory / "result.json.part"
+        part.write_text(json.dumps(self.document(), allow_nan=False), encoding="utf-8")
+        part.replace(self.directory / "result.json")
 
     def _order(self) -> range:
         return range(len(self.replayed.outcomes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,9 @@ if TYPE_CHECKING:  # it builds on this package
     from morphserve.simulation import Calibration, SimServer
 
 
+_SERVER_OPTIONS = ("max_num_batched_tokens", "max_num_queued_tokens", "async_scheduling")  # of vllm serve, too
+
+
 def add_options(group: Any) -> None:
     """Of the simulation."""
     add = group.add_argument
@@ -49,9 +53,9 @@ def model_options(group: Any) -> None:
     add(
         "--sim-noise",
         type=float,
-        default=0.0,
         metavar="F",
-        help="relative standard deviation of a step's time, by --seed and repeat",
+        help="relative standard deviation of a step's time, by --seed and repeat; default: what the calibration could "
+        "not explain; 0 = every step takes what was fitted",
     )
     add("--max-num-batched-tokens", type=int, default=2048, metavar="N", help="as of vllm serve, simulated")
     add("--max-num-queued-tokens", type=int, metavar="N", help="as of vllm serve, simulated: beyond it a 503")
@@ -65,11 +69,7 @@ def check_options(args: argparse.Namespace) -> None:
         ReplayError: an option is missing, or belongs to the other kind of run.
     """
     if not args.simulate:
-        parser = argparse.ArgumentParser()
-        add_options(parser)
-        unset = vars(parser.parse_args([]))
-        given = [f"--{name.replace('_', '-')}" for name in unset if getattr(args, name) != unset[name]]
-        if given:
+        if given := _given(args, add_options):
             raise ReplayError(
                 f"{', '.join(given)} is of a simulation. Add --simulate; a real server takes vLLM's own options "
                 "through --serve-arg."
@@ -81,6 +81,39 @@ def check_options(args: argparse.Namespace) -> None:
         raise ReplayError("--simulate starts no server: leave out --url, --serve-arg and --token-ids.")
 
 
+def check_model_options(args: argparse.Namespace) -> None:
+    """Where servers are measured and simulated side by side: refuse what only one of them would get.
+
+    Raises:
+        ReplayError: names the options.
+    """
+    given = _given(args, model_options)
+    if given and args.step_times is None:
+        raise ReplayError(f"{', '.join(given)} is of a simulation: add --step-times FILE.")
+    words = [argument.partition("=")[0] for argument in args.serve_arg]
+    if both := sorted(set(words) & {f"--{name.replace('_', '-')}" for name in _SERVER_OPTIONS}):
+        raise ReplayError(f"--serve-arg {', '.join(both)}: give it as an option of its own, to have it simulated too.")
+
+
+def server_arguments(args: argparse.Namespace) -> list[str]:
+    """What a real server must be told to be the simulated one: the options that were given."""
+    arguments = []
+    for option in _given(args, model_options):
+        name = option.removeprefix("--").replace("-", "_")
+        if name in _SERVER_OPTIONS:
+            value = getattr(args, name)
+            arguments += [option] if value is True else [option, str(value)]
+    return arguments
+
+
+def _given(args: argparse.Namespace, add: Callable[[Any], None]) -> list[str]:
+    """Options of a group that differ from their defaults."""
+    parser = argparse.ArgumentParser()
+    add(parser)
+    unset = vars(parser.parse_args([]))
+    return [f"--{name.replace('_', '-')}" for name in unset if getattr(args, name) != unset[name]]
+
+
 def run_all(comparison: Comparison, args: argparse.Namespace, progress: Progress) -> list[RunResult]:
     """Every run of a comparison, saved like a measured one.
 
@@ -88,7 +121,7 @@ def run_all(comparison: Comparison, args: argparse.Namespace, progress: Progress
         ReplayError: a comparison that cannot be run.
         ConfigError: of a config, the server's settings, or the calibration.
     """
-    comparison.check()
+    comparison.check(is_simulated=True)
     model = load_model(comparison, args)
     results = []
     for repeat in range(1, comparison.repeats + 1):
@@ -120,6 +153,8 @@ def load_model(comparison: Comparison, args: argparse.Namespace) -> SimModel:
     from morphserve.simulation import SimServer, load_calibration
 
     what = comparison.measurement
+    calibration = load_calibration(args.step_times)
+    times = calibration.times
     server = SimServer(
         num_blocks=comparison.server.num_blocks,
         block_size=comparison.server.block_size,
@@ -133,10 +168,8 @@ def load_model(comparison: Comparison, args: argparse.Namespace) -> SimModel:
         cutoff_s=what.client.cutoff_s,
         restore_wait_s=what.restore_wait_s,
         snapshot_s=what.poll_s,
-        step_noise=args.sim_noise,
+        step_noise=times.scatter if args.sim_noise is None else args.sim_noise,
     )
-    calibration = load_calibration(args.step_times)
-    times = calibration.times
     source = f"{args.step_times}, measured with {times.model or 'a model'} on {times.machine or 'a machine'}"
     return SimModel(server, calibration, source)
 

@@ -61,13 +61,23 @@ def representative(group: Sequence[RunResult]) -> RunResult:
 
 
 def _fold(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Median of every number, with [least, most] where there are repeats; counters by level add up."""
+    """Median of every number, with [least, most] where there are repeats.
+
+    Tokens by level, statuses and errors add up. "known" says in how many repeats a figure is known that others lack.
+    """
     row: dict[str, Any] = {}
     spread: dict[str, list[float]] = {}
+    known: dict[str, int] = {}
     for key, first in figures[0].items():
         values = [f[key] for f in figures if f[key] is not None]
+        if 0 < len(values) < len(figures):
+            known[key] = len(values)
         if not values:
             row[key] = None
+        elif key == "level_at_end":
+            row[key] = max(values)
+        elif key == "transitions_by_outcome":
+            row[key] = {k: _median([v.get(k, 0) for v in values]) for k in dict.fromkeys(k for v in values for k in v)}
         elif isinstance(first, int | float) and not isinstance(first, bool) or first is None:
             row[key] = _median(values) if not isinstance(values[0], dict) else _added(values)
             if len(figures) > 1 and not isinstance(values[0], dict):
@@ -78,7 +88,11 @@ def _fold(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
             row[key] = _added(values)
         else:
             row[key] = first
-    return row | {"repeats": len(figures), "spread": spread}
+    if row["level_at_end"]:  # in one repeat at least: it took longer than anybody watched
+        row["level_zero_after_s"] = None
+        known.pop("level_zero_after_s", None)
+        spread.pop("level_zero_after_s", None)
+    return row | {"repeats": len(figures), "spread": spread, "known": known}
 
 
 def _median(values: Sequence[float]) -> float:
@@ -161,13 +175,17 @@ def _warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
         failed = {k: n for k, n in row["statuses"].items() if k != "ok"}
         if failed:
             what = ", ".join(f"{n} {k}" for k, n in failed.items())
-            notes.append(f"{row['name']}: not answered in full: {what}. They count as violations.")
+            notes.append(f"{row['name']}: not answered in full{_in_all(row)}: {what}. They count as violations.")
         if row["errors"]:
             what = ", ".join(f"{n} in {k}" for k, n in row["errors"].items())
-            notes.append(f"{row['name']}: MorphServe reported errors: {what}. See its server.log.")
-        if row["name"] == MORPHSERVE and row["level_max"] and row["level_zero_after_s"] is None:
-            notes.append("morphserve: not back at level 0 when the run ended.")
+            notes.append(f"{row['name']}: MorphServe reported errors{_in_all(row)}: {what}. See its server.log.")
+        if row["level_at_end"] and not static_format(row["name"]):
+            notes.append(f"{row['name']}: not back at level 0 when the run, or one of its repeats, ended.")
     return notes
+
+
+def _in_all(row: dict[str, Any]) -> str:
+    return f", in {row['repeats']} repeats together" if row["repeats"] > 1 else ""
 
 
 def percent(value: float | None) -> str:

@@ -130,6 +130,8 @@ def _weibull_shape(cv: float) -> float:
 
 
 def _check(spec: SyntheticSpec, text: str) -> None:
+    if spec.seed < 0:
+        raise WorkloadError(f"{text}: seed is {spec.seed}, must be 0 or more.")
     bounds = {
         "duration": (0.1, 1e6), "rate": (1e-3, 1e4), "cv": (0.05, 20.0), "burst": (1.0, 1e3), "burst_s": (0.1, 1e5),
         "calm_s": (0.1, 1e5), "input": (1.0, 1e6), "input_sigma": (0.0, 5.0), "output": (1.0, 1e6),

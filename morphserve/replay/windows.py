@@ -93,7 +93,7 @@ def _expand(text: str) -> list[str]:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise WorkloadError(f"windows {path}: {e.strerror}. Give a readable YAML file.") from e
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise WorkloadError(f"windows {path}: not valid YAML: {e}") from e
     if not isinstance(raw, list) or not raw:
         raise WorkloadError(f"windows {path}: must be a list of windows, such as `- {{file: mine.jsonl, thin: 4}}`.")

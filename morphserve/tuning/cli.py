@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import math
 import os
 import shlex
 import sys
@@ -14,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from morphserve.config import MorphServeConfig, load_config
-from morphserve.errors import MorphServeError
 from morphserve.profile_ladder import read_ladder
 from morphserve.replay import Slo
+from morphserve.replay.command import run_command
+from morphserve.replay.limits import check_times
 from morphserve.replay.windows import Window
 from morphserve.simulation import SimServer, load_calibration
 from morphserve.tuning.errors import TuningError
@@ -90,16 +89,9 @@ def main(description: str, space: Path, argv: Sequence[str] | None = None) -> in
     """Run the command line; the last line on stdout is one JSON document."""
     parser = build_parser(description, space)
     args = parser.parse_args(argv)
-    try:
-        document = _tune(args, _command(args, parser))
-    except MorphServeError as e:
-        sys.stderr.write(f"tune: {e}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("tune: interrupted; finished trials are kept, run again to go on\n")
-        return 130
-    sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
-    return 0
+    return run_command(
+        "tune", lambda: _tune(args, _command(args, parser)), "finished trials are kept, run again to go on"
+    )
 
 
 def _tune(args: argparse.Namespace, command: str) -> dict[str, Any]:
@@ -138,9 +130,7 @@ def _inputs(args: argparse.Namespace) -> tuple[MorphServeConfig, Space, World]:
     for option, value, least in (("--trials", args.trials, 1), ("--jobs", args.jobs, 0)):
         if value < least:
             raise TuningError(f"{option} is {value}, must be at least {least}.")
-    for option, limit in (("--slo-ttft-s", args.slo_ttft_s), ("--slo-tpot-ms", args.slo_tpot_ms)):
-        if not (math.isfinite(limit) and limit > 0):
-            raise TuningError(f"{option} is {limit:g}, must be above 0.")
+    check_times(args)
     config = load_config(args.config)
     space = load_space(args.space, config)
     dev, held_out = load_windows(args.dev, args.held_out)

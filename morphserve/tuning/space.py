@@ -135,7 +135,7 @@ def _read(path: Path) -> SpaceFile:
         return SpaceFile.model_validate(raw)
     except OSError as e:
         raise TuningError(f"space {path}: {e.strerror}. Give a readable YAML file.") from e
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise TuningError(f"space {path}: not valid YAML: {e}") from e
     except ValidationError as e:
         lines = problem_lines(e)

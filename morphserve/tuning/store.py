@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -136,4 +137,4 @@ def _drop_torn_line(path: Path) -> None:
         return
     content = path.read_bytes()
     if content.startswith(b'{"op_code"') and not content.endswith(b"\n"):
-        path.write_bytes(content[: content.rfind(b"\n") + 1])
+        os.truncate(path, content.rfind(b"\n") + 1)  # in place: a full disk must not cost the whole study

@@ -72,7 +72,7 @@ class FakeServer:
                 f'morphserve:tokens_total{{level="0"}} {self.tokens}',
                 f'morphserve:tokens_total{{level="1"}} {self.tokens}',
                 f'morphserve:transitions_total{{direction="degrade",outcome="committed"}} {self.finished}',
-                "morphserve:pause_ms_max 7.5",
+                f"morphserve:pause_ms_max {7.5 if self.finished > 1 else 2.5}",  # a longer one than in the warm-up
             ]
         return web.Response(text="\n".join(lines) + "\n")
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import json
 import os
 import re
+import signal
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +20,12 @@ from cpu import replay_fakes
 from cpu.replay_fakes import CORPUS, encode
 
 from morphserve.errors import ConfigError
-from morphserve.replay import ReplayError, Slo, main
+from morphserve.replay import ReplayError, Slo, main, run_command
 from morphserve.replay.client import ClientOptions, Outcome, Replayed
 from morphserve.replay.compare import Comparison, derived_config, run_all
 from morphserve.replay.console import ConsoleProgress
 from morphserve.replay.formats import TraceRequest
-from morphserve.replay.measure import Measurement
+from morphserve.replay.measure import Measurement, measure
 from morphserve.replay.prompts import PromptMaker
 from morphserve.replay.report import write_report
 from morphserve.replay.results import ROW_KEYS, RunResult
@@ -170,6 +174,9 @@ def test_repeats_are_interleaved_and_folded(tmp_path: Path) -> None:
         ((), "kv: {}", ReplayError),
         (("stock", "morphserve"), None, ReplayError),
         (("stock", "morphserve"), "polcy: {}", ConfigError),
+        (("stock", "static_w9"), "kv: {}", ReplayError),
+        (("stock", "morphserve"), "policy: {kind: slo}", ReplayError),
+        (("stock", "morphserve"), "policy: {kind: slo}\nstep_times: /none.json", ReplayError),
     ],
 )
 def test_impossible_comparisons_are_refused_first(
@@ -185,6 +192,46 @@ def test_impossible_comparisons_are_refused_first(
     with pytest.raises(error):
         run_all(asked, QUIET)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_config_may_lie_in_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: `--config=~/mine.yaml`, which no shell expands, read once and then not found."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("kv: {max_num_blocks: 300}\n")
+    asked = replace(comparison(tmp_path, "morphserve"), config=Path("~/mine.yaml"))
+    asked.check()
+    assert derived_config(Path("~/mine.yaml"), "morphserve", tmp_path) == {"kv": {"max_num_blocks": 300}}
+
+
+def test_a_server_that_dies_in_a_run_leaves_no_result(tmp_path: Path) -> None:
+    """Guards: the errors of a dead server kept as what a policy does to its users."""
+    with serve(FAKE, tmp_path / "server.log") as server:
+        asked = comparison(tmp_path, "stock").measurement
+        asked = replace(asked, client=replace(asked.client, url=server.url))
+
+        def kill(outcome: Outcome) -> None:
+            if alive(server.pid):
+                os.killpg(server.pid, signal.SIGKILL)
+
+        with pytest.raises(ReplayError, match=f"{server.url} does not answer any more.*nothing is kept"):
+            asyncio.run(measure(asked, "stock", 1, tmp_path / "run", {}, kill))
+
+
+def test_repeats_of_which_one_did_not_come_back_are_not_called_back() -> None:
+    """Guards: the time back to level 0 of the repeats that came back, shown for all; moves of all repeats as one's."""
+    runs = []
+    for number, level in ((2, 0), (4, 0), (6, 1)):
+        run = made_up("morphserve", 0.1, 0, {"0": 75, "1": 25}, 0.02)
+        first, last = run.series
+        away = replace(first, t_s=3.0, level=1, waiting=2)
+        last = replace(last, level=level, transitions={"degrade/committed": number})
+        runs.append(replace(run, series=[first, away, last]))
+    summary = summarize(WORKLOAD, "w", Slo(), runs)
+    assert summary.rows[0]["level_zero_after_s"] is None and summary.rows[0]["transitions_by_outcome"] == {
+        "degrade/committed": 4
+    }
+    assert "morphserve: not back at level 0 when the run, or one of its repeats, ended." in summary.notes
+    assert summarize(WORKLOAD, "w", Slo(), runs[:2]).rows[0]["level_zero_after_s"] == 9.0
 
 
 def made_up(
@@ -269,6 +316,69 @@ def test_command_line_ends_with_one_json_document(tmp_path: Path, capsys: pytest
     assert Path(document["report"]).is_file()
     result = json.loads((tmp_path / "o" / "there" / "result.json").read_text(encoding="utf-8"))
     assert result["input_lens"] == [6, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--slo-tpot-ms", "inf"), ("--slo-ttft-s", "0"), ("--request-timeout", "-1"), ("--poll", "nan")],
+)
+def test_times_that_are_none_are_refused_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    """Guards: a run that is measured and cannot be saved, or violates everything without a word."""
+    workload = tmp_path / "w.jsonl"
+    workload.write_text('{"timestamp": 10, "input_length": 6, "output_length": 3}\n', encoding="utf-8")
+    arguments = ["--workload", str(workload), "--url", "http://127.0.0.1:1", "--out", f"{tmp_path}/o"]
+    assert main("replay", tmp_path, [*arguments, "--tokenizer", "t", option, value]) == 1
+    assert f"{option} is {float(value):g}, must be a number" in capsys.readouterr().err
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Puts back what a command line has set."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.usefixtures("own_signals")
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_command_as_ctrl_c_does(signum: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: servers that stay when the terminal is closed."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    def job() -> dict[str, Any]:
+        os.kill(os.getpid(), signum)
+        time.sleep(10)
+        return {}
+
+    assert run_command("mine", job, "servers stopped") == 130
+    assert "mine: interrupted; servers stopped" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_nohup_is_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: a sweep of hours, started under nohup, that ends with the terminal."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def job() -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return {"done": True}
+
+    assert run_command("mine", job, "") == 0
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_full_disk_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: a traceback for a file that cannot be written."""
+
+    def job() -> dict[str, Any]:
+        (tmp_path / "missing" / "file").write_text("")
+        return {}
+
+    assert run_command("mine", job, "") == 1
+    assert "mine: [Errno 2] No such file or directory: " in capsys.readouterr().err
 
 
 def test_command_line_explains_a_bad_workload(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,6 +111,12 @@ def test_vidur_columns(tmp_path: Path) -> None:
         ("a.csv", ["TIMESTAMP,ContextTokens,GeneratedTokens", "2023-11-16 18:17:03,5"], r"a\.csv:2: .*3 col"),
         ("a.csv", ["TIMESTAMP,ContextTokens,GeneratedTokens", "2023-11-16 18:17:03,5,1.5"], r":2: .*'1.5'"),
         ("a.csv", ["time,in,out", "1,2,3"], "none of the known layouts"),
+        ("a.jsonl", ['{"timestamp": NaN, "input_length": 5, "output_length": 5}'], ":1: time is nan"),
+        ("a.jsonl", ['{"timestamp": -5000, "input_length": 5, "output_length": 5}'], "request comes at -5 s"),
+        ("a.jsonl", ['{"timestamp": 1.7e12, "input_length": 5, "output_length": 5}'], "comes at 1.7e.09 s.*--window"),
+        ("a.jsonl", [f'{{"timestamp": 0, "input_length": 1{"0" * 400}, "output_length": 5}}'], r"a\.jsonl:1: "),
+        ("a.csv", ["arrived_at,num_prefill_tokens,num_decode_tokens", "inf,7,2"], ":2: time is 'inf'"),
+        ("a.csv", ["arrived_at,num_prefill_tokens,num_decode_tokens", f'"1,7,2{"x" * 200_000}'], "not a CSV file"),
     ],
 )
 def test_bad_files_are_refused_with_their_line(
@@ -125,9 +131,10 @@ def test_missing_and_binary_files_are_refused(tmp_path: Path) -> None:
     """Guards against a bare OSError or UnicodeDecodeError."""
     with pytest.raises(WorkloadError, match="No such file"):
         load_workload(WorkloadSpec(tmp_path / "none.csv"))
-    (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(WorkloadError, match="not UTF-8"):
-        load_workload(WorkloadSpec(tmp_path / "b.csv"))
+    for name in ("b.csv", "b.jsonl"):
+        (tmp_path / name).write_bytes(b"\xff\xfe\x00\x81")
+        with pytest.raises(WorkloadError, match="not UTF-8"):
+            load_workload(WorkloadSpec(tmp_path / name))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,7 @@ def test_bursts_are_faster_than_calm() -> None:
     ("text", "message"),
     [
         ("synthetic:x", "seed 'x' is no whole number"),
+        ("synthetic:-1", "seed is -1, must be 0 or more"),
         ("synthetic:1,speed=2", "unknown key 'speed'; known are burst"),
         ("synthetic:1,rate=fast", "rate is 'fast', must be a number"),
         ("synthetic:1,rate=-1", "rate is -1, must be"),
@@ -142,3 +144,22 @@ def test_bad_synthetic_workloads_are_refused(text: str, message: str) -> None:
     """Guards: a typo that leaves the default in force."""
     with pytest.raises(WorkloadError, match=message):
         load_workload(WorkloadSpec(Path(text)))
+
+
+def test_steps_scatter_as_they_did_when_they_were_timed(
+    tmp_path: Path, step_times: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: a simulated machine steadier than the real one, on which every prediction comes true."""
+    times = replace(CALIBRATION.times, residuals={"base": 0.1, "w8": 0.2, "w4": 0.3})
+    replace(CALIBRATION, times=times).save(tmp_path / "scattered.json")
+    found = []
+    for file, more in ((step_times, ()), (tmp_path / "scattered.json", ()), (step_times, ("--sim-noise", "0.2"))):
+        code, _, err = replay(
+            capsys, "--workload", "synthetic:1,duration=20", "--simulate", "--step-times", file, "--out",
+            tmp_path / "o", "--quiet", "--input-clip", "8,100", "--output-clip", "8,200", *more,
+        )  # fmt: skip
+        assert code == 0, err
+        result = json.loads((tmp_path / "o" / "stock" / "result.json").read_text())
+        found.append((result["setup"]["step_noise"], result["ttfts"]))
+    assert [noise for noise, _ in found] == [0.0, pytest.approx(0.2), 0.2]
+    assert found[0][1] != found[1][1] and found[1][1] == pytest.approx(found[2][1])

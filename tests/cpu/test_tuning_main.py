@@ -164,7 +164,7 @@ def test_a_space_without_a_single_policy(tmp_path: Path, capsys: pytest.CaptureF
     ("more", "words"),
     [
         (["--trials", "0"], "--trials is 0, must be at least 1"),
-        (["--slo-ttft-s", "0"], "--slo-ttft-s is 0, must be above 0"),
+        (["--slo-ttft-s", "0"], "--slo-ttft-s is 0, must be a number above 0"),
         (["--max-model-len", "64"], "exceed max_model_len"),
         (["--num-blocks", "5"], "cannot hold one request"),
         (["--config", "gone.yaml"], "gone.yaml: No such file"),
