@@ -23,6 +23,8 @@ OUT ?= reports/demo
 PORT ?= 8000
 FULL ?= 0
 PYTEST_ARGS ?=
+# test processes side by side; each takes a core, and up to 5 GiB
+WORKERS ?= 2
 SERVE_ARGS ?=
 
 runs := stock,morphserve$(if $(filter 1,$(FULL)),$(strip ,static_w8,static_w4))
@@ -32,7 +34,7 @@ with_model = model="$(MODEL)"; model="$${model:-$$($(PY) scripts/demo_model.py |
 help:
 	@echo "make setup   .venv with vLLM for this machine"
 	@echo "make demo    stock vLLM, then MorphServe, on one burst; FULL=1 adds static W8 and static W4"
-	@echo "make test    lint, then every test this machine can run"
+	@echo "make test    lint, then every test this machine can run; WORKERS=2 processes"
 	@echo "make lint    ruff, mypy, import rules"
 	@echo "make serve   vllm serve with the plugin on the demo model; PORT=8000"
 	@echo "make clean   removes .venv, caches of the tools and reports/demo"
@@ -45,7 +47,7 @@ demo: setup
 		--config $(CONFIG) --out $(OUT) --model "$$model" --enforce-eager
 
 test: lint
-	@$(with_model); MORPHSERVE_DEMO_MODEL="$$model" $(PY) -m pytest $(PYTEST_ARGS)
+	@$(with_model); MORPHSERVE_DEMO_MODEL="$$model" $(PY) -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: setup
 	@$(PY) -m ruff check .

@@ -1,4 +1,4 @@
-"""Sorts every test into one class of hardware, and gives the demo model to those that need one."""
+"""Sorts every test into one class of hardware and one process, and gives the demo model to those that need one."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # Threads of an engine sleep while they wait: with two engines, or anything else, on the same cores, waiting in a loop
 # takes ten times what is waited for. Read when torch is loaded; the number of threads, so the rounding, stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Test processes side by side (pytest -n): each computes on a core of its own.
+if _worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    _cores = sorted(os.sched_getaffinity(0))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(_cores[int(_worker.removeprefix("gw")) % len(_cores)]))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -33,6 +38,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         except UnclassifiedTest as e:
             raise pytest.UsageError(str(e)) from e
         item.add_marker(classes[item.nodeid])
+        # A file stays in one process, for its fixtures; all that wants the device, too.
+        item.add_marker(pytest.mark.xdist_group("gpu" if classes[item.nodeid] == "gpu" else str(item.path)))
     items.sort(key=lambda item: CLASSES.index(classes[item.nodeid]))  # stable: files keep their order
 
     gpu_items = [item for item in items if classes[item.nodeid] == "gpu"]

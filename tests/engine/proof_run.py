@@ -15,13 +15,13 @@ from vllm import SamplingParams
 
 from morphserve.integration.host_memory import peak_beyond_now
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 LEVELS = (0, 6, 12)
 
 
 def main() -> None:
     params = SamplingParams(temperature=0.0, max_tokens=1)
-    prompts = [{"prompt_token_ids": [100 + 7 * i + k for k in range(500)]} for i in range(8)]
+    prompts = [{"prompt_token_ids": [100 + 7 * i + k for k in range(500)]} for i in range(4)]
     taken = {}
     with engine(Path(sys.argv[1]), Path(sys.argv[2]), max_num_batched_tokens=BATCH_TOKENS) as llm:
 

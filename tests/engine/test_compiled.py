@@ -16,15 +16,15 @@ def compilations() -> tuple[Any, ...]:
     return dict(counters["stats"]), dict(counters["frames"]), dict(vars(compilation_counter))
 
 
-def test_swaps_take_effect_without_compiling_again(demo_model: Path, variant_cache: Path) -> None:
+def test_swaps_take_effect_without_compiling_again(short_model: Path, variant_cache: Path) -> None:
     """Guards: the compiled graph keeps the weights it was traced with, or every level costs a compilation."""
     used = PROMPTS[:4]
-    with engine(demo_model, variant_cache, enforce_eager=False) as llm:
+    with engine(short_model, variant_cache, enforce_eager=False) as llm:
         before = generate(llm, used, 24)
         counted = compilations()
         assert counted[0].get("unique_graphs", 0) > 0 or any(counted[2].values()), "nothing was compiled"
         seen = [before]
-        for level in (6, 12):
+        for level in (2, 4):
             follow(llm, {0: level})
             settle(llm, level)
             degraded = generate(llm, used, 24)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from checkpoints import write_checkpoint
-from engine.harness import engine, generate, morph_of, stock
+from engine.harness import engine, generate, morph_of, stock_later
 from engine.rank_harness import NUM_LAYERS, PROMPTS, go, needs_two_cores, run
 from engine.test_import import config
 from engine.test_pipeline import STAGES
@@ -23,10 +23,11 @@ UNCACHED = {**STAGES, "enable_prefix_caching": False}
 def test_a_checkpoint_gives_the_tokens_of_static_serving(tiny_llama: Path, tmp_path: Path) -> None:
     """Guards: a stage that misses what the other has, or takes another layer's weights."""
     checkpoint = write_checkpoint(tiny_llama, tmp_path / "awq", "awq", 128)
+    expected = stock_later(checkpoint, [PROMPTS[:4]], 24, **UNCACHED)
     with engine(tiny_llama, tmp_path / "variants", config("w4", checkpoint), **UNCACHED) as llm:
         go(llm, 1)
         swapped = generate(llm, PROMPTS[:4], 24)
-    assert swapped == stock(checkpoint, [PROMPTS[:4]], 24, **UNCACHED)[0]
+    assert swapped == expected.result()[0]
 
 
 def norms_of(model: Path) -> Any:

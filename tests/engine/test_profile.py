@@ -16,16 +16,16 @@ from morphserve.errors import ConfigError
 from quant_layers import Rung, write_profile
 
 ROOT = Path(__file__).parents[2]
-LADDER = {"steps": [{"format": "w8", "layers_per_level": 30}, {"format": "w4", "layers_per_level": 30}]}
+LADDER = {"steps": [{"format": "w8", "layers_per_level": 10}, {"format": "w4", "layers_per_level": 10}]}
 
 
 @pytest.fixture(scope="module")
-def profiled(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def profiled(short_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A profile made as a user makes it, and what the script said."""
     out = tmp_path_factory.mktemp("profiles") / "demo"
     text = ROOT / "scripts" / "corpus" / "wikitext2.txt"
-    command = [sys.executable, ROOT / "scripts" / "profile_layers.py", demo_model, "--text", text, "--out", out]
-    command += ["--windows", "2", "--length", "256", "--moves-per-level", "15"]
+    command = [sys.executable, ROOT / "scripts" / "profile_layers.py", short_model, "--text", text, "--out", out]
+    command += ["--windows", "2", "--length", "256", "--moves-per-level", "5"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return out, json.loads(done.stdout.splitlines()[-1])
@@ -40,7 +40,7 @@ def test_the_ladder_is_measured_where_it_is_served(profiled: tuple[Path, dict[st
     """Guards: levels in another order than their figures, predictions that have nothing to do with the model."""
     out, document = profiled
     ladder = document["ladder"]
-    assert document["profile"] == str(out) and sorted(document["order"]) == list(range(30))
+    assert document["profile"] == str(out) and sorted(document["order"]) == list(range(10))
     assert [row["level"] for row in ladder] == [0, 1, 2, 3, 4]
     assert ladder[0] == {"level": 0, "expected_kl": 0.0, "measured_kl": 0.0, "bytes_freed": 0,
                          "step_time_factor": 1.0, "layers": {}}  # fmt: skip
@@ -54,11 +54,11 @@ def test_the_ladder_is_measured_where_it_is_served(profiled: tuple[Path, dict[st
 
 
 def test_a_served_ladder_is_the_profiles(
-    demo_model: Path, variant_cache: Path, profiled: tuple[Path, dict[str, Any]]
+    short_model: Path, variant_cache: Path, profiled: tuple[Path, dict[str, Any]]
 ) -> None:
     """Guards: a profile that is loaded and not followed."""
     out, document = profiled
-    with engine(demo_model, variant_cache, {"profile": str(out)}, enable_prefix_caching=False) as llm:
+    with engine(short_model, variant_cache, {"profile": str(out)}, enable_prefix_caching=False) as llm:
         ladder = morph_of(llm).runtime.ladder
         for level, row in zip(ladder, document["ladder"], strict=True):
             assert {str(i): f for i, f in enumerate(level.layer_formats) if f != "base"} == row["layers"]
@@ -111,7 +111,7 @@ def kl_by_level(llm: Any, ids: list[int]) -> list[float]:
 
 @pytest.mark.parametrize("eager", [True, False])
 def test_smoothed_w8_is_closer_to_full_precision(
-    demo_model: Path, variant_cache: Path, profile: Path, eager: bool
+    short_model: Path, variant_cache: Path, profile: Path, eager: bool
 ) -> None:
     """Guards: norms that a compiled graph does not read anew, scales folded in on one side only, and a W4
     layer behind the norm of a W8 one: each of them ruins the text."""
@@ -119,7 +119,7 @@ def test_smoothed_w8_is_closer_to_full_precision(
     found = {}
     for name, path in (("plain", None), ("smoothed", str(profile))):
         with engine(
-            demo_model, variant_cache, {"ladder": LADDER, "profile": path}, enforce_eager=eager,
+            short_model, variant_cache, {"ladder": LADDER, "profile": path}, enforce_eager=eager,
             enable_prefix_caching=False,
         ) as llm:  # fmt: skip
             ids = llm.get_tokenizer().encode(text)[:384]
@@ -138,7 +138,7 @@ def test_profile_of_another_model_is_refused(
     """Guards: scales of one model folded into another."""
     sister = tmp_path / "sister"
     write_profile(sister, "0" * 64, {}, (Rung({}, 0.0), Rung({5: "w8"}, 0.1)), range(6), {}, {})
-    for path, words in ((profile, "of a model with 30 decoder layers"), (sister, "was made for other weights")):
+    for path, words in ((profile, "of a model with 10 decoder layers"), (sister, "was made for other weights")):
         with (
             pytest.raises(ConfigError, match=words),
             engine(tiny_llama, variant_cache, {"profile": str(path)}, skip_tokenizer_init=True),

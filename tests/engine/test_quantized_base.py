@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from checkpoints import write_checkpoint
-from engine.harness import engine, follow, generate, morph_of, settle, stock, stock_later
+from engine.harness import engine, follow, generate, morph_of, settle, stock_later
 from engine.rank_harness import NUM_LAYERS, PARALLEL, PROMPTS, needs_two_cores
 
 from morphserve.errors import ConfigError
@@ -76,10 +76,11 @@ def test_two_ranks_rebuild_their_slices(tiny_llama: Path, tmp_path: Path) -> Non
     """Guards: a rank that restores another's rows or scales, or adds a bias that only rank 0 adds."""
     model = write_checkpoint(tiny_llama, tmp_path / "ct_int8", "ct_int8", 0)
     parallel = {**PARALLEL, "enable_prefix_caching": False}
+    expected = stock_later(model, [PROMPTS[:4]], 16, **parallel)
     with engine(model, tmp_path / "variants", all_layers("w4"), **parallel) as llm:
         base, swapped, restored = down_and_back(llm)
     assert swapped != base
-    assert restored == base == stock(model, [PROMPTS[:4]], 16, **parallel)[0]
+    assert restored == base == expected.result()[0]
 
 
 def test_compiled_steps_run_int8_natively(tiny_llama: Path, tmp_path: Path) -> None:
