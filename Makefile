@@ -47,7 +47,7 @@ demo: setup
 		--config $(CONFIG) --out $(OUT) --model "$$model" --enforce-eager
 
 test: lint
-	@$(with_model); MORPHSERVE_DEMO_MODEL="$$model" $(PY) -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+	@$(with_model); MORPHSERVE_DEMO_MODEL="$$model" $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: setup
 	@$(PY) -m ruff check .

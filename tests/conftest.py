@@ -1,4 +1,4 @@
-"""Sorts every test into one class of hardware and one process, and gives the demo model to those that need one."""
+"""Sorts every test into one class of hardware, and gives the demo model to those that need one."""
 
 from __future__ import annotations
 
@@ -38,8 +38,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         except UnclassifiedTest as e:
             raise pytest.UsageError(str(e)) from e
         item.add_marker(classes[item.nodeid])
-        # A file stays in one process, for its fixtures; all that wants the device, too.
-        item.add_marker(pytest.mark.xdist_group("gpu" if classes[item.nodeid] == "gpu" else str(item.path)))
     items.sort(key=lambda item: CLASSES.index(classes[item.nodeid]))  # stable: files keep their order
 
     gpu_items = [item for item in items if classes[item.nodeid] == "gpu"]

@@ -50,6 +50,16 @@ class Agreement:
         )
 
 
+def middle(rows: Sequence[Row]) -> Row:
+    """Medians of the figures of several repeats; what is no number, or not known in all of them, as in the first."""
+    out = dict(rows[0])
+    for key in out:
+        values = [row[key] for row in rows]
+        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+            out[key] = statistics.median(values)
+    return out
+
+
 def compare(measured: Rows, simulated: Mapping[tuple[str, str], Mapping[float, Row]]) -> list[Agreement]:
     """All figures that both have.
 

@@ -18,7 +18,7 @@ from morphserve.replay.errors import ReplayError
 from morphserve.replay.options import prompt_options, run_options, server_options
 from morphserve.replay.windows import read_windows
 from morphserve.replay.workload import check_fits
-from morphserve.sweep.agreement import SPEEDS, Row, compare
+from morphserve.sweep.agreement import SPEEDS, Row, compare, middle
 from morphserve.sweep.measured import measure_all
 from morphserve.sweep.ranking import dominated, totals
 from morphserve.sweep.report import markdown
@@ -92,6 +92,9 @@ def _simulate(
         for name in comparison.names:
             directory = comparison.out / f"{name}.simulated"
             for speed in SPEEDS:
-                result = simulated.run_one(comparison, name, 1, directory, model, speed, args.seed)
-                rows.setdefault((window, name), {})[speed] = result.figures()
+                repeats = [
+                    simulated.run_one(comparison, name, repeat, directory, model, speed, args.seed + repeat).figures()
+                    for repeat in range(comparison.repeats)
+                ]
+                rows.setdefault((window, name), {})[speed] = middle(repeats)
     return rows

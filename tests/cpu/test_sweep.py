@@ -14,7 +14,7 @@ from cpu.test_replay_compare import QUIET, comparison, fake
 from morphserve.replay import ReplayError, simulated
 from morphserve.replay.compare import Comparison
 from morphserve.sweep import main
-from morphserve.sweep.agreement import Agreement, compare
+from morphserve.sweep.agreement import Agreement, compare, middle
 from morphserve.sweep.measured import measure_all
 from morphserve.sweep.ranking import Order, Total, dominated, orders, totals
 from morphserve.sweep.report import markdown
@@ -78,6 +78,12 @@ def test_an_error_within_the_limit_holds_and_one_that_speed_explains_is_shown() 
     assert not cliff.holds and cliff.explained and cliff.error == pytest.approx(0.15)
     assert replace(exact, measured=0.0, simulated=0.0).holds
     assert not replace(exact, measured=0.0, simulated=1.0).holds
+
+
+def test_several_seeds_are_one_simulation() -> None:
+    """Guards: one draw of the scatter of steps taken for what is to be expected."""
+    rows = [{**row(rate, None), "name": "slo", "preemptions": n} for rate, n in ((0.1, 3), (0.3, 9), (0.2, 4))]
+    assert middle(rows) == {**rows[0], "violation_rate": 0.2, "preemptions": 4}
 
 
 def test_runs_are_ranked_by_violations_then_by_cost_over_all_windows() -> None:
