@@ -151,7 +151,7 @@ def test_two_runs_are_told_apart_by_what_no_repeat_contradicts() -> None:
 
     assert verdict((0.10, 0.20), (0.105, 0.10), (0.1, 0.3)) == 1
     assert verdict((0.20, 0.10), (0.30, 0.20)) == -1
-    assert verdict((0.20, 0.10), (0.10, 0.30)) == 1, "repeats that contradict each other leave it to the cost"
+    assert verdict((0.10, 0.20), (0.30, 0.10)) == 1, "repeats that contradict each other leave it to the cost"
     assert verdict((0.205, 0.2), (0.205, 0.2)) == 1
     even = [[Total("a", 0.1, 0.0300), Total("b", 0.1, 0.0305)]]
     assert orders(even, even) == [Order(("a", "b"), 0, 0)]
