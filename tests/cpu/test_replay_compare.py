@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import csv
 import json
+import math
 import os
 import re
 import signal
+import statistics
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from morphserve.replay.compare import Comparison, derived_config, run_all
 from morphserve.replay.console import ConsoleProgress
 from morphserve.replay.formats import TraceRequest
 from morphserve.replay.measure import Measurement, measure
+from morphserve.replay.paired import PairedResult
 from morphserve.replay.prompts import PromptMaker
 from morphserve.replay.report import write_report
 from morphserve.replay.results import ROW_KEYS, RunResult
@@ -349,12 +351,20 @@ def test_a_signal_ends_a_command_as_ctrl_c_does(signum: int, capsys: pytest.Capt
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def job() -> dict[str, Any]:
-        os.kill(os.getpid(), signum)
-        time.sleep(10)
+        signal.raise_signal(signum)
         return {}
 
     assert run_command("mine", job, "servers stopped") == 130
     assert "mine: interrupted; servers stopped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("pairs", "quantile"), [(2, 12.71), (16, 2.131), (17, 2.120), (40, 2.023)])
+def test_the_bound_of_a_ratio_is_students(pairs: int, quantile: float) -> None:
+    """Guards: a bound too kind where the table of quantiles ends."""
+    ratios = tuple(1.0 + 0.01 * (number % 2) for number in range(pairs))
+    found = PairedResult((1.0,) * pairs, ratios)
+    half_width = (found.mean - found.lower) / (statistics.stdev(ratios) / math.sqrt(pairs))
+    assert half_width == pytest.approx(quantile, abs=2e-3)
 
 
 @pytest.mark.usefixtures("own_signals")
