@@ -1,7 +1,11 @@
-"""KV cache memory that grows and shrinks at its end. Needs torch, knows nothing of vLLM."""
+"""KV cache memory that grows and shrinks at its end. Needs torch, knows nothing of vLLM.
+
+Importing it needs no device. Making a `CudaPager` does, and NVIDIA's `cuda-bindings`.
+"""
 
 from kv_resize.arena import ArenaBacking, PagePool
 from kv_resize.backing import Backing, FakeBacking, HostBacking
+from kv_resize.cuda_pager import CudaPager
 from kv_resize.elastic_cache import ElasticCache
 from kv_resize.errors import BackingError, KVResizeError, MapError, PagerError
 from kv_resize.geometry import ByteRange, KVGeometry, Placement, Run
@@ -12,6 +16,7 @@ __all__ = [
     "Backing",
     "BackingError",
     "ByteRange",
+    "CudaPager",
     "ElasticCache",
     "FakeBacking",
     "FakePager",

@@ -21,20 +21,39 @@ logger = logging.getLogger(__name__)
 
 
 class PagePool:
-    """Pages that no arena maps. Filled once."""
+    """Pages that no arena maps. Filled before serving, at the moments when it is known how many there must be."""
 
-    def __init__(self, pager: Pager, num_pages: int) -> None:
-        """Create all pages there will be.
+    def __init__(self, pager: Pager, num_pages: int = 0) -> None:
+        """Create the first `num_pages`.
 
         Raises:
             BackingError: The device does not have them.
         """
         self.pager = pager
         self._free: list[Page] = []
+        self.create(num_pages)
+
+    def create(self, num_pages: int) -> None:
+        """Add new pages: all of them or none.
+
+        Raises:
+            BackingError: The device does not have them; `available_bytes` says what it had. Those that were made are
+                destroyed, so that what else runs on the device has memory. One that the pager does not destroy stays in
+                the pool.
+        """
+        page_bytes = self.pager.granularity_bytes
+        made: list[Page] = []
         try:
-            self._free += (pager.create() for _ in range(num_pages))
+            for _ in range(num_pages):
+                made.append(self.pager.create())
         except PagerError as e:
-            raise BackingError(f"cannot create {num_pages} pages of {pager.granularity_bytes:,} B: {e}") from e
+            num_made = len(made)
+            self._destroy(made)
+            raise BackingError(
+                f"cannot create {num_pages} pages of {page_bytes:,} B, {num_made} could be made: {e}",
+                available_bytes=num_made * page_bytes,
+            ) from e
+        self._free += made
 
     @property
     def num_free(self) -> int:
@@ -61,30 +80,44 @@ class PagePool:
         """They are mapped nowhere any more."""
         self._free += pages
 
+    def _destroy(self, pages: Sequence[Page]) -> None:
+        for page in pages:
+            try:
+                self.pager.destroy(page)
+            except PagerError as e:
+                logger.warning("morphserve: a page stays in the pool: %s", e)
+                self._free.append(page)
+
 
 class ArenaBacking:
     """`Backing` on a pager.
 
     1. Every page is in the pool or mapped in one arena, whatever call of the pager fails.
     2. A `populate` that raises has changed nothing.
-    3. Populated pages are zero: a recycled one would hold another arena's bytes, which may read as NaN.
+    3. Populated pages are zero: a recycled one would hold another arena's bytes, which may read as NaN. With
+       `clears=False` they hold anything: for an owner that overwrites them before it reads, as weights are.
     4. Pages are unmapped only when the work queued before is done.
     """
 
-    def __init__(self, pool: PagePool, size_bytes: int) -> None:
+    def __init__(self, pool: PagePool, size_bytes: int, clears: bool = True) -> None:
         """Reserve addresses for `size_bytes`, rounded up to whole pages.
+
+        Args:
+            pool: Where pages come from and go to.
+            size_bytes: Length of the buffer.
+            clears: Zero what becomes populated. An `ElasticCache` needs it.
 
         Raises:
             PagerError: The device refuses the address range.
         """
         self.page_bytes = pool.pager.granularity_bytes
         self.size_bytes = size_bytes
-        self._pool, self._pager = pool, pool.pager
+        self._pool, self._pager, self._clears = pool, pool.pager, clears
         self._reserved_bytes = -(-size_bytes // self.page_bytes) * self.page_bytes
         self._address = self._pager.reserve(self._reserved_bytes)
         self._whole = self._pager.view(self._address, self._reserved_bytes)
         self._held: dict[int, Page] = {}  # page number in the range -> page that is mapped there
-        self._usable: set[int] = set()  # of these, the accessible ones that have been zeroed
+        self._usable: set[int] = set()  # of these, the accessible ones, zeroed where this clears
 
     @property
     def buffer(self) -> torch.Tensor:
@@ -110,15 +143,22 @@ class ArenaBacking:
             self._pool.give(taken)
             self._unmap([number for number in missing if number in self._held])
             raise BackingError(f"no memory mapped for {len(new)} pages: {e}") from e
-        for first, end in _runs(new):
-            self._whole[first * self.page_bytes : end * self.page_bytes].zero_()
+        if self._clears:
+            for first, end in _runs(new):
+                self._whole[first * self.page_bytes : end * self.page_bytes].zero_()
         self._usable.update(new)
 
     def release(self, ranges: Sequence[ByteRange]) -> None:
         """Give pages to the pool. One that the pager does not let go stays mapped here, unused."""
         numbers = [number for number in self._numbers(ranges) if number in self._held]
-        if numbers:
+        if not numbers:
+            return
+        try:
             self._pager.wait()
+        except PagerError as e:  # work may still touch them, so they cannot go elsewhere
+            logger.warning("morphserve: %d pages cannot be given back: %s", len(numbers), e)
+            self._usable.difference_update(numbers)
+        else:
             self._unmap(numbers)
 
     def resident_bytes(self, ranges: Sequence[ByteRange]) -> int:
@@ -143,7 +183,7 @@ class ArenaBacking:
             try:
                 self._pager.unmap(self._at(number))
             except PagerError as e:
-                logger.warning("morphserve: a page of KV cache cannot be given back: %s", e)
+                logger.warning("morphserve: a page cannot be given back: %s", e)
             else:
                 self._pool.give([self._held.pop(number)])
 

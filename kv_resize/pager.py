@@ -1,7 +1,8 @@
 """Device memory by the page: reserved addresses, page handles, and mappings of one handle each.
 
 The calls are those of a driver's virtual memory management (CUDA: cuMemAddressReserve, cuMemCreate, cuMemMap,
-cuMemSetAccess, cuMemUnmap). `FakePager` keeps books in place of a device and refuses what the driver would.
+cuMemSetAccess, cuMemUnmap, cuMemRelease). `CudaPager` makes them; `FakePager` keeps books in place of a device and
+refuses what the driver would.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Pager(Protocol):
     granularity_bytes: int
 
     def reserve(self, size_bytes: int) -> int:
-        """Address of a range that nothing is mapped in. `size_bytes` is a multiple of the granularity."""
+        """Address of a range that nothing is mapped in. `size_bytes` is a positive multiple of the granularity."""
         ...
 
     def view(self, address: int, size_bytes: int) -> torch.Tensor:
@@ -30,6 +31,10 @@ class Pager(Protocol):
 
     def create(self) -> Page:
         """One page of memory. Slow (hundreds of microseconds): before serving only."""
+        ...
+
+    def destroy(self, page: Page) -> None:
+        """Give the memory of a page that is mapped nowhere back to the device. Before serving only."""
         ...
 
     def map(self, address: int, page: Page) -> None:
@@ -62,7 +67,7 @@ class FakePager:
     def __init__(self, num_pages: int, granularity_bytes: int = 2 << 20) -> None:
         self.granularity_bytes = granularity_bytes
         self.num_pages = num_pages
-        self.num_created = 0
+        self.num_created = 0  # pages that exist
         self.busy = False  # work is queued that may touch any mapped page
         self.fail_at: int | None = None  # the call to map, set_access or unmap that fails, counted from 0
         self.num_calls = 0
@@ -71,10 +76,11 @@ class FakePager:
         self._bytes: dict[Page, torch.Tensor] = {}
         self._ranges: list[tuple[int, torch.Tensor]] = []
         self._next = granularity_bytes << 20
+        self._last_page = 0
 
     def reserve(self, size_bytes: int) -> int:
         """A new range, with unused addresses behind it."""
-        self._check_aligned(size_bytes)
+        self._check_size(size_bytes)
         address, self._next = self._next, self._next + size_bytes + self.granularity_bytes
         self._ranges.append((address, torch.full((size_bytes,), self.POISON, dtype=torch.int8)))
         return address
@@ -91,15 +97,23 @@ class FakePager:
         if self.num_created == self.num_pages:
             raise PagerError(f"out of memory: all {self.num_pages} pages exist. Create fewer.")
         self.num_created += 1
-        self._bytes[self.num_created] = torch.full((self.granularity_bytes,), self.POISON, dtype=torch.int8)
-        return self.num_created
+        self._last_page += 1
+        self._bytes[self._last_page] = torch.full((self.granularity_bytes,), self.POISON, dtype=torch.int8)
+        return self._last_page
+
+    def destroy(self, page: Page) -> None:
+        """Its number is not used again."""
+        self._check_page("destroy", page)
+        if page in self.mapped.values():
+            raise PagerError(f"destroy page {page}: it is in use. Unmap first.")
+        self.num_created -= 1
+        del self._bytes[page]
 
     def map(self, address: int, page: Page) -> None:
         """The page's bytes appear at `address`."""
         self._count_call("map")
         self._check_aligned(address)
-        if page not in self._bytes:
-            raise PagerError(f"map page {page}: no page {page} was made. Create it first.")
+        self._check_page("map", page)
         if address in self.mapped or page in self.mapped.values():
             raise PagerError(f"map page {page} at {address:#x}: one of them is in use. Unmap first.")
         self._window(address).copy_(self._bytes[page])
@@ -109,7 +123,7 @@ class FakePager:
         """For whole mappings only."""
         self._count_call("set_access")
         self._check_aligned(address)
-        self._check_aligned(size_bytes)
+        self._check_size(size_bytes)
         addresses = range(address, address + size_bytes, self.granularity_bytes)
         if missing := [a for a in addresses if a not in self.mapped]:
             raise PagerError(f"access to {missing[0]:#x}, where nothing is mapped. Map first.")
@@ -143,6 +157,15 @@ class FakePager:
             if start <= address < start + memory.numel():
                 return start, memory
         raise PagerError(f"{address:#x} lies in no reserved range.")
+
+    def _check_page(self, name: str, page: Page) -> None:
+        if page not in self._bytes:
+            raise PagerError(f"{name} page {page}: there is no page {page}. Create it first.")
+
+    def _check_size(self, size_bytes: int) -> None:
+        if size_bytes < 1:
+            raise PagerError(f"{size_bytes} B: at least {self.granularity_bytes} B, the granularity, are needed.")
+        self._check_aligned(size_bytes)
 
     def _check_aligned(self, value: int) -> None:
         if value % self.granularity_bytes:
