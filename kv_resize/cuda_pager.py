@@ -191,7 +191,7 @@ class CudaPager:
             if not refused:
                 _note(refused, self._cuda.release)
             if refused:
-                raise PagerError(f"close: {len(refused)} calls failed, close again. One of them: {refused[0]}")
+                raise PagerError(f"close: {len(refused)} refused, close again. The first: {refused[0]}")
 
     def __enter__(self) -> CudaPager:
         return self

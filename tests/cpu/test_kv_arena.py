@@ -1,11 +1,22 @@
-"""Device pages that go between two arenas, and every call of the pager failing once."""
+"""Device pages that go between two arenas, and every call of the pager or of its driver failing once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import pytest
-import torch
+from cpu.cuda_stub import StubDriver
+from cpu.pager_world import (
+    GRANULE,
+    PAGERS,
+    POISON,
+    MakePager,
+    check_books,
+    fail_in,
+    grow_and_shrink,
+    num_calls,
+    queue_work,
+)
 
 from kv_resize import (
     ArenaBacking,
@@ -13,24 +24,10 @@ from kv_resize import (
     ElasticCache,
     FakePager,
     KVGeometry,
-    KVResizeError,
     MapError,
     PagePool,
     PagerError,
 )
-
-GRANULE = 64
-POISON = FakePager.POISON
-
-
-def check_books(pager: FakePager, pool: PagePool, *arenas: ArenaBacking) -> None:
-    """Promise 1: each page is in the pool or mapped in one arena; usable ones are accessible."""
-    held = [page for arena in arenas for page in arena._held.values()]
-    assert sorted(held) == sorted(pager.mapped.values())
-    assert sorted([*held, *pool._free]) == list(range(1, pager.num_created + 1))
-    for arena in arenas:
-        assert arena._usable <= arena._held.keys()
-        assert {arena._at(number) for number in arena._usable} <= pager.accessible
 
 
 def test_pages_go_from_weights_to_kv_and_back() -> None:
@@ -111,69 +108,33 @@ def test_what_could_be_mapped_is_exact() -> None:
             assert caught.value.num_possible == possible
 
 
-def _scenario(cache: ElasticCache, other: ArenaBacking, note: Callable[[], None]) -> None:
-    """Grow, copy, shrink, lend, take back; goes on after each refusal."""
-    content = {b: b + 1 for b in range(cache.num_mapped)}
-
-    def write() -> None:
-        for b in range(cache.num_mapped):
-            for start, end in cache.geometry.byte_ranges(b, b + 1):
-                cache.buffer[start:end] = content[b]
-
-    def check() -> None:
-        for b in range(cache.num_mapped):
-            found = torch.cat([cache.buffer[a:e] for a, e in cache.geometry.byte_ranges(b, b + 1)])
-            assert (found == content.get(b, 0)).all(), f"block {b} at {cache.num_mapped} mapped"
-        note()
-
-    write()
-    for target in (7, 3, 5, 10, 2, 9):
-        before = cache.num_mapped
-        try:
-            (cache.map if target > before else cache.unmap)(target)
-        except KVResizeError:
-            assert cache.num_mapped == before
-        else:
-            assert cache.num_mapped == target
-        content = {b: value for b, value in content.items() if b < min(before, cache.num_mapped)}
-        check()
-        content |= {b: b + target for b in range(cache.num_mapped)}
-        write()
-        if cache.num_mapped > 4:
-            cache.copy([(4, 1)])
-            content[1] = content[4]
-        pages = [(0, 3 * GRANULE)]
-        if other.resident_bytes(pages):
-            other.release(pages)
-        else:
-            try:
-                other.populate(pages)
-            except KVResizeError:
-                pass
-            else:
-                assert not other.buffer[: 3 * GRANULE].any()
-                other.buffer[: 3 * GRANULE].fill_(99)
-        check()
-
-
+@PAGERS
 @pytest.mark.parametrize("layout", [KVGeometry.layer_outermost, KVGeometry.block_outermost])
-def test_any_call_may_fail(layout: Callable[[int, int, int, int], KVGeometry]) -> None:
-    """Guards against a page lost, mapped twice, used without access, or live KV harmed when the driver refuses."""
-    calls = None
-    fail_at = -1
-    while calls is None or fail_at < calls:
-        pager = FakePager(24, GRANULE)
+def test_any_call_may_fail(make: MakePager, layout: Callable[[int, int, int, int], KVGeometry]) -> None:
+    """Guards against a page lost, mapped twice, used without access, unmapped under work, or live KV harmed when the
+    driver refuses."""
+
+    def run(fail_at: int | None) -> int:
+        pager = make(24)
         pool = PagePool(pager, 24)
         g = layout(3, 37, 12, GRANULE)
         kv, other = ArenaBacking(pool, g.size_bytes), ArenaBacking(pool, 4 * GRANULE)
         cache = ElasticCache(kv, g, 2)
-        pager.fail_at = None if fail_at < 0 else pager.num_calls + fail_at
-        start = pager.num_calls
-        _scenario(cache, other, lambda p=pager, q=pool, a=kv, b=other: check_books(p, q, a, b))  # type: ignore[misc]
-        if calls is None:
-            calls = pager.num_calls - start
-            assert calls > 50
-        fail_at += 1
+        start = num_calls(pager)
+        if fail_at is not None:
+            fail_in(pager, fail_at)
+
+        def note() -> None:
+            check_books(pager, pool, kv, other)
+            queue_work(pager)
+
+        grow_and_shrink(cache, other, note)
+        return num_calls(pager) - start
+
+    calls = run(None)
+    assert calls > 50
+    for fail_at in range(calls):
+        run(fail_at)
 
 
 def test_fake_pager_refuses_what_the_driver_would() -> None:
@@ -209,3 +170,101 @@ def test_unmapped_bytes_are_not_touched_through_the_arena() -> None:
     for call in (lambda: arena.copy_rows(0, 10, [(1, 2)]), lambda: arena.zero([(15, 25)])):
         with pytest.raises(BackingError, match="not populated"):
             call()
+
+
+@PAGERS
+def test_a_pool_is_filled_at_two_moments(make: MakePager) -> None:
+    """Guards against a pool that forgets what it had when more is made, and an arena that must exist before the pages."""
+    pager = make(8)
+    pool = PagePool(pager)
+    weights = ArenaBacking(pool, 4 * GRANULE)
+    assert pool.num_free == 0
+    pool.create(4)
+    weights.populate([(0, 4 * GRANULE)])
+    pool.create(4)
+    assert (pool.num_free, pager.num_created) == (4, 8)
+    kv = ArenaBacking(pool, 8 * GRANULE)
+    weights.release([(0, 2 * GRANULE)])
+    kv.populate([(0, 6 * GRANULE)])
+    check_books(pager, pool, weights, kv)
+
+
+@PAGERS
+def test_pages_are_created_all_or_none(make: MakePager) -> None:
+    """Guards against pages that belong to nobody after a refusal: memory that no one can use until the process ends."""
+    pager = make(8)
+    pool = PagePool(pager, 3)
+    with pytest.raises(BackingError, match=r"cannot create 6 pages of 64 B, 5 could be made: .*out of memory") as caught:
+        pool.create(6)
+    assert caught.value.available_bytes == 5 * GRANULE
+    assert pool.num_free == pager.num_created == 3
+    pool.create(5)
+    assert pool.num_free == pager.num_created == 8
+
+
+def test_a_page_that_cannot_be_destroyed_stays_in_the_pool(caplog: pytest.LogCaptureFixture) -> None:
+    """Guards against the same when the driver refuses to take a page back, too."""
+    driver = StubDriver(4 * GRANULE, GRANULE)
+    pager = driver.pager()
+    pool = PagePool(pager)
+    driver.fail_at = len(driver.calls) + 5  # after 4 pages and the refusal of a fifth: the first release
+    with pytest.raises(BackingError, match="4 could be made"):
+        pool.create(6)
+    assert driver.calls[-4:] == ["cuMemRelease"] * 4 and "stays in the pool" in caplog.text
+    assert pool.num_free == pager.num_created == len(driver.memories) == 1
+    check_books(pager, pool)
+
+
+@PAGERS
+def test_an_arena_that_does_not_clear_shows_what_the_page_held(make: MakePager) -> None:
+    """Guards against weights' pages being zeroed for nothing, and an arena of KV that takes over not clearing."""
+    pool = PagePool(make(2), 2)
+    weights, kv = ArenaBacking(pool, 2 * GRANULE, clears=False), ArenaBacking(pool, 2 * GRANULE)
+    weights.populate([(0, 2 * GRANULE)])
+    assert (weights.buffer == POISON).all()
+    for value in (5, 6):
+        weights.buffer.fill_(value)
+        weights.release([(0, 2 * GRANULE)])
+        weights.populate([(0, 2 * GRANULE)])
+        assert (weights.buffer == value).all()
+    weights.release([(0, GRANULE)])
+    kv.populate([(0, GRANULE)])
+    assert not kv.buffer[:GRANULE].any()
+    assert (weights.buffer[GRANULE:] == 6).all()
+
+
+def test_pages_stay_when_the_work_on_them_is_not_known_to_be_done(caplog: pytest.LogCaptureFixture) -> None:
+    """Guards against a release that raises, which no caller expects, or unmaps under work that it could not wait for."""
+    driver = StubDriver(2 * GRANULE, GRANULE)
+    pager = driver.pager()
+    pool = PagePool(pager, 2)
+    arena = ArenaBacking(pool, 2 * GRANULE)
+    arena.populate([(0, 2 * GRANULE)])
+    queue_work(pager)
+    for later in (0, 1):  # the event's record, its synchronize
+        fail_in(pager, later)
+        arena.release([(0, GRANULE)])
+        assert "cannot be given back" in caplog.text and pool.num_free == 0
+        check_books(pager, pool, arena)
+        with pytest.raises(BackingError, match="not populated"):
+            arena.zero([(0, GRANULE)])
+        caplog.clear()
+    arena.populate([(0, GRANULE)])
+    assert not arena.buffer[:GRANULE].any()
+    arena.release([(0, 2 * GRANULE)])
+    assert pool.num_free == 2 and not pager.mapped
+
+
+def test_all_arenas_go_when_the_pager_is_closed() -> None:
+    """Guards against device memory that stays behind a stopped engine, however its arenas were filled."""
+    driver = StubDriver(24 * GRANULE, GRANULE)
+    g = KVGeometry.layer_outermost(3, 37, 12, GRANULE)
+    with driver.pager() as pager:
+        pool = PagePool(pager, 20)
+        cache = ElasticCache(ArenaBacking(pool, g.size_bytes), g, 7)
+        other = ArenaBacking(pool, 4 * GRANULE, clears=False)
+        other.populate([(0, GRANULE)])
+        queue_work(pager)
+        cache.unmap(3)
+        queue_work(pager)
+    assert driver.state() == (0, {}, {}, {}, set(), {})
