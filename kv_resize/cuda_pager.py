@@ -74,7 +74,7 @@ class CudaPager:
             option = functions.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
             self._alignment = int(self._cuda.call("cuMemGetAllocationGranularity", self._properties, option))
             self.granularity_bytes = _page_size(page_bytes, self._alignment)
-        except PagerError:
+        except Exception:
             with contextlib.suppress(PagerError):
                 self._cuda.release()
             raise

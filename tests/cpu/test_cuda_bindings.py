@@ -9,9 +9,11 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from cpu import cuda_stub_types
 from cpu.cuda_stub import StubDriver
 
+from kv_resize import CudaPager, PagerError
 from kv_resize.cuda_driver import access_descriptor, allocation_properties
 
 
@@ -72,3 +74,11 @@ def test_structs_hold_what_the_pager_sets(bindings: Any) -> None:
     assert (properties.location.type, properties.location.id) == (device, 3)
     assert (access.location.type, access.location.id) == (device, 3)
     assert access.flags == bindings.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+
+
+def test_a_machine_without_a_driver_is_told_what_to_do(bindings: Any) -> None:
+    """Guards: an error of the bindings' own, from the depth of a worker, where no driver or device is."""
+    if torch.cuda.is_available():
+        pytest.skip("a device is here")
+    with pytest.raises(PagerError, match="cuInit.*(Install|Check)"):
+        CudaPager(0)

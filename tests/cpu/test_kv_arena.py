@@ -174,7 +174,7 @@ def test_unmapped_bytes_are_not_touched_through_the_arena() -> None:
 
 @PAGERS
 def test_a_pool_is_filled_at_two_moments(make: MakePager) -> None:
-    """Guards against a pool that forgets what it had when more is made, and an arena that must exist before the pages."""
+    """Guards against a pool that forgets what it had when more is made, and arenas that must wait for their pages."""
     pager = make(8)
     pool = PagePool(pager)
     weights = ArenaBacking(pool, 4 * GRANULE)
@@ -194,7 +194,7 @@ def test_pages_are_created_all_or_none(make: MakePager) -> None:
     """Guards against pages that belong to nobody after a refusal: memory that no one can use until the process ends."""
     pager = make(8)
     pool = PagePool(pager, 3)
-    with pytest.raises(BackingError, match=r"cannot create 6 pages of 64 B, 5 could be made: .*out of memory") as caught:
+    """Guards against pages that belong to nobody after a refusal: memory that is lost until the process ends."""
         pool.create(6)
     assert caught.value.available_bytes == 5 * GRANULE
     assert pool.num_free == pager.num_created == 3
@@ -234,7 +234,7 @@ def test_an_arena_that_does_not_clear_shows_what_the_page_held(make: MakePager) 
 
 
 def test_pages_stay_when_the_work_on_them_is_not_known_to_be_done(caplog: pytest.LogCaptureFixture) -> None:
-    """Guards against a release that raises, which no caller expects, or unmaps under work that it could not wait for."""
+    """Guards against a release that raises, which no caller expects, or unmaps under work not known to be done."""
     driver = StubDriver(2 * GRANULE, GRANULE)
     pager = driver.pager()
     pool = PagePool(pager, 2)
@@ -260,7 +260,7 @@ def test_all_arenas_go_when_the_pager_is_closed() -> None:
     driver = StubDriver(24 * GRANULE, GRANULE)
     g = KVGeometry.layer_outermost(3, 37, 12, GRANULE)
     with driver.pager() as pager:
-        pool = PagePool(pager, 20)
+        pool = PagePool(pager, 22)
         cache = ElasticCache(ArenaBacking(pool, g.size_bytes), g, 7)
         other = ArenaBacking(pool, 4 * GRANULE, clears=False)
         other.populate([(0, GRANULE)])
