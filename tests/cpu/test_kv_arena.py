@@ -194,7 +194,7 @@ def test_pages_are_created_all_or_none(make: MakePager) -> None:
     """Guards against pages that belong to nobody after a refusal: memory that no one can use until the process ends."""
     pager = make(8)
     pool = PagePool(pager, 3)
-    """Guards against pages that belong to nobody after a refusal: memory that is lost until the process ends."""
+    with pytest.raises(BackingError, match=r"cannot create 6 pages of 64 B, 5 could .*out of memory") as caught:
         pool.create(6)
     assert caught.value.available_bytes == 5 * GRANULE
     assert pool.num_free == pager.num_created == 3
