@@ -6,6 +6,7 @@ No page is created or destroyed while serving; a page changes owner by being unm
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from itertools import chain
@@ -141,7 +142,10 @@ class ArenaBacking:
                 self._pager.set_access(self._at(first), (end - first) * self.page_bytes)
         except PagerError as e:
             self._pool.give(taken)
-            self._unmap([number for number in missing if number in self._held])
+            mapped = [number for number in missing if number in self._held]
+            with contextlib.suppress(PagerError):  # nothing reads these yet, but a pager need not know that
+                self._pager.wait()
+            self._unmap(mapped)
             raise BackingError(f"no memory mapped for {len(new)} pages: {e}") from e
         if self._clears:
             for first, end in _runs(new):

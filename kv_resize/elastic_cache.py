@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_left
 
 import torch
@@ -90,6 +91,25 @@ class ElasticCache:
             raise MapError(num_blocks, old, possible, str(e)) from e
         self.backing.zero(self.geometry.fringe_ranges(old, num_blocks))
         self._num_mapped = num_blocks
+
+    def map_at_most(self, num_blocks: int) -> str:
+        """Map blocks up to `num_blocks`, zeroed, or as many as there is memory for. Never raises.
+
+        Returns:
+            Why it is not all of them; empty if it is.
+        """
+        if num_blocks <= self._num_mapped:
+            return ""
+        try:
+            self.map(num_blocks)
+        except MapError as e:
+            if e.num_possible > self._num_mapped:
+                with contextlib.suppress(KVResizeError, RuntimeError):
+                    self.map(e.num_possible)
+            return str(e)
+        except (KVResizeError, RuntimeError) as e:  # torch says RuntimeError when it is out of memory
+            return str(e)
+        return ""
 
     def _num_possible(self, num_blocks: int, available_bytes: int) -> int:
         """Most blocks, below `num_blocks`, whose missing pages `available_bytes` pay for."""

@@ -72,6 +72,7 @@ class FakePager:
         self.fail_at: int | None = None  # the call to map, set_access or unmap that fails, counted from 0
         self.num_calls = 0
         self.mapped: dict[int, Page] = {}  # address -> page
+        self._in_use: set[Page] = set()  # the pages of these
         self.accessible: set[int] = set()  # addresses of mappings
         self._bytes: dict[Page, torch.Tensor] = {}
         self._ranges: list[tuple[int, torch.Tensor]] = []
@@ -104,7 +105,7 @@ class FakePager:
     def destroy(self, page: Page) -> None:
         """Its number is not used again."""
         self._check_page("destroy", page)
-        if page in self.mapped.values():
+        if page in self._in_use:
             raise PagerError(f"destroy page {page}: it is in use. Unmap first.")
         self.num_created -= 1
         del self._bytes[page]
@@ -114,10 +115,11 @@ class FakePager:
         self._count_call("map")
         self._check_aligned(address)
         self._check_page("map", page)
-        if address in self.mapped or page in self.mapped.values():
+        if address in self.mapped or page in self._in_use:
             raise PagerError(f"map page {page} at {address:#x}: one of them is in use. Unmap first.")
         self._window(address).copy_(self._bytes[page])
         self.mapped[address] = page
+        self._in_use.add(page)
 
     def set_access(self, address: int, size_bytes: int) -> None:
         """For whole mappings only."""
@@ -136,7 +138,9 @@ class FakePager:
             raise PagerError(f"unmap {address:#x}: no mapping begins there. Unmap a mapping as a whole, once.")
         if self.busy:
             raise PagerError(f"unmap {address:#x} while work is queued. Wait first.")
-        self._bytes[self.mapped.pop(address)].copy_(self._window(address))
+        page = self.mapped.pop(address)
+        self._in_use.discard(page)
+        self._bytes[page].copy_(self._window(address))
         self.accessible.discard(address)
         self._window(address).fill_(self.POISON)
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 import policies.levels
 from morphserve.config import LadderConfig, LadderStep
 from morphserve.errors import ConfigError
-from morphserve.rank_bytes import RankBytes, balance, paid_blocks, stage_of
+from morphserve.rank_bytes import RankBytes, balance, kv_quantum, paid_blocks, stage_of
 from policies.types import BASE_FORMAT, Ladder, MorphLevel
 
 # What a ladder takes by itself: fast wherever MorphServe serves. No list of all formats: fp8 is slow on CPU, and a new
@@ -55,7 +55,7 @@ def build_ladder(
             the steps use, `num_layers` figures each.
         config: the swap order and the steps.
         base_num_blocks: KV blocks at level 0, null block included.
-        max_num_blocks: no level publishes more than this.
+        max_num_blocks: no level publishes more than this, in whole quanta of blocks.
         profile: of this model, where the section leaves the order or the steps to it.
 
     Returns:
@@ -83,6 +83,9 @@ def build_ladder(
         rungs = _rungs_of_steps(num_layers, ranks, config, profile)
         kls = [_expected_kl(rung, config.expected_kl) for rung in rungs]
 
+    quantum = kv_quantum(ranks)
+    if max_num_blocks is not None:
+        max_num_blocks -= max_num_blocks % quantum
     ladder = []
     for index, rung in enumerate(rungs):
         num_blocks = base_num_blocks + paid_blocks(ranks, rungs[0], rung)
@@ -218,6 +221,12 @@ def _check_blocks(base_num_blocks: int, ranks: Sequence[RankBytes], max_num_bloc
         raise ConfigError(
             f"kv.max_num_blocks {max_num_blocks} is below the {base_num_blocks} blocks of level 0. "
             "Raise it, or leave it out."
+        )
+    quantum = kv_quantum(ranks)
+    if base_num_blocks % quantum:
+        raise ConfigError(
+            f"{base_num_blocks} KV blocks at level 0, but {quantum} of them share memory pages and go together. "
+            f"Set kv.base_num_blocks to {max(base_num_blocks // quantum, 1) * quantum}."
         )
 
 

@@ -24,6 +24,7 @@ logger = logging.getLogger("vllm.morphserve")
 
 SCHEDULER_CLS = "morphserve.integration.scheduler.make_scheduler"
 WORKER_EXTENSION_CLS = "morphserve.integration.worker.MorphServeWorker"
+DEVICE_WORKER_EXTENSION_CLS = "morphserve.integration.device.worker.MorphServeDeviceWorker"
 
 
 def register() -> None:
@@ -131,7 +132,7 @@ def _activate(engine_args: Any) -> None:
 
     seams.require_all()
     read_settings(engine_args.additional_config)
-    for field, ours in (("scheduler_cls", SCHEDULER_CLS), ("worker_extension_cls", WORKER_EXTENSION_CLS)):
+    for field, ours in (("scheduler_cls", SCHEDULER_CLS), ("worker_extension_cls", _worker_extension_cls())):
         theirs = getattr(engine_args, field)
         if theirs and theirs != ours:
             raise ConfigError(
@@ -141,6 +142,14 @@ def _activate(engine_args: Any) -> None:
         setattr(engine_args, field, ours)
     install_engine_seams()
     _allow_endpoint_plugin()
+
+
+def _worker_extension_cls() -> str:
+    """Of the device that vLLM has found."""
+    from morphserve.integration.checks import current_device_type
+    from morphserve.integration.device.memory import wants_device
+
+    return DEVICE_WORKER_EXTENSION_CLS if wants_device(current_device_type()) else WORKER_EXTENSION_CLS
 
 
 def _allow_endpoint_plugin() -> None:

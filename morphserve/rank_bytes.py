@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,15 +18,26 @@ class RankBytes:
 
     layers: LayerBytes
     kv_block_bytes: int  # of one KV block, all of this rank's layers together
+    kv_quantum: int = 1  # blocks that share memory pages, so that they can only be mapped together
 
     def weight(self, formats: Sequence[str]) -> int:
         """Bytes of all layers, each in the format that stands at its id."""
         return sum(self.layers[fmt][layer] for layer, fmt in enumerate(formats))
 
 
+def kv_quantum(ranks: Sequence[RankBytes]) -> int:
+    """The smallest number of KV blocks that is whole pages on every rank."""
+    return math.lcm(*(rank.kv_quantum for rank in ranks))
+
+
 def paid_blocks(ranks: Sequence[RankBytes], base: Sequence[str], formats: Sequence[str]) -> int:
-    """KV blocks that every rank has freed the bytes of, once its layers are in `formats` instead of `base`."""
-    return min((rank.weight(base) - rank.weight(formats)) // rank.kv_block_bytes for rank in ranks)
+    """KV blocks that every rank has freed the bytes of, once its layers are in `formats` instead of `base`.
+
+    Whole quanta: what is freed beyond them lies idle until it adds up.
+    """
+    paid = min((rank.weight(base) - rank.weight(formats)) // rank.kv_block_bytes for rank in ranks)
+    quantum = kv_quantum(ranks)
+    return paid // quantum * quantum
 
 
 def most_uneven(ranks: Sequence[RankBytes], ladder: Ladder) -> tuple[int, int, int] | None:

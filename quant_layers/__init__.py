@@ -4,11 +4,13 @@ Needs torch and nothing else of ours; vLLM's operators are used where another pa
 """
 
 from .checkpoint import Checkpoint, ImportedLayer, tensor_files
+from .cuda_float8 import F8A8Cutlass
 from .errors import CheckpointError, KernelError, ProfileError, QuantError, StoreError, SwapError
 from .float8 import QuantF8
 from .halves import HALVES, Half, format_of, half_of, join_format, split_format
 from .kernels import KernelBase
 from .linears import LinearImpl, Native
+from .marlin import W4A16Marlin
 from .memory import trim
 from .neutral import (
     Quant,
@@ -48,6 +50,7 @@ __all__ = [
     "dequantize_w4",
     "dequantize_w8",
     "digest",
+    "F8A8Cutlass",
     "Fold",
     "folds_of",
     "format_of",
@@ -99,4 +102,5 @@ __all__ = [
     "unregister",
     "VariantStore",
     "write_profile",
+    "W4A16Marlin",
 ]

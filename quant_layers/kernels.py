@@ -58,6 +58,8 @@ class KernelBase:
     format: ClassVar[str]  # that of `neutral`
     quantizes_activations: ClassVar[bool] = True
     slow_on: ClassVar[tuple[str, ...]] = ()
+    fast_on: ClassVar[tuple[str, ...]] = ()
+    proof_shapes: ClassVar[tuple[tuple[int, int], ...]] = ((960, 576), (576, 1536), (64, 32))
     _dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16, torch.float16)
     _ops: ClassVar[tuple[str, ...]] = ()  # of vLLM's extension
     _needs_vnni: ClassVar[bool] = False
@@ -73,7 +75,11 @@ class KernelBase:
         if self.dtype not in self._dtypes:
             names = ", ".join(str(d).removeprefix("torch.") for d in self._dtypes)
             return f"activations are {str(self.dtype).removeprefix('torch.')}, this kernel takes {names}"
-        return (_no_vnni() if self._needs_vnni else "") or _missing(self._ops)
+        return self._no_device() or _missing(self._ops)
+
+    def _no_device(self) -> str:
+        """Why the kernel's operators would fail on this machine, or end the process."""
+        return _no_vnni() if self._needs_vnni else ""
 
     def check_shape(self, n: int, k: int) -> None:
         for label, size in (("N", n), ("K", k)):

@@ -39,6 +39,8 @@ class Kernel(Protocol):
     dtype: torch.dtype  # of activations, outputs, and weights to pack (or these in fp32)
     quantizes_activations: bool  # per token
     slow_on: tuple[str, ...]  # device types on which every other kernel of the format goes first
+    fast_on: tuple[str, ...]  # device types on which it goes first
+    proof_shapes: tuple[tuple[int, int], ...]  # [N, K] that the self-test runs, each of which the kernel must take
 
     def unavailable(self) -> str:
         """Why this kernel cannot run here with this dtype, or an empty string."""

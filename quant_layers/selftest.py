@@ -11,7 +11,6 @@ from .errors import KernelError
 from .linears import LinearImpl
 from .registry import CANDIDATES, FORMATS, Kernel
 
-_SHAPES = ((960, 576), (576, 1536), (64, 32))  # [N, K]; group sizes 64, 64 and 32
 _ROWS = (1, 17)
 _SIGMAS = 6.0  # of the error that rounding alone causes; the inputs are seeded, so this is no coin toss
 
@@ -62,7 +61,8 @@ def choose(format: str, dtype: torch.dtype = torch.bfloat16, name: str | None = 
 
 def by_preference(format: str, device: str = "cpu") -> list[type[Kernel]]:
     """The kernels of a format, in the order in which they are tried."""
-    return sorted((make for make in CANDIDATES if make.format == format), key=lambda make: device in make.slow_on)
+    makes = (make for make in CANDIDATES if make.format == format)
+    return sorted(makes, key=lambda make: (device in make.slow_on, device not in make.fast_on))
 
 
 def check_kernel(kernel: Kernel, device: str = "cpu") -> KernelReport:
@@ -71,7 +71,7 @@ def check_kernel(kernel: Kernel, device: str = "cpu") -> KernelReport:
     try:
         reason = kernel.unavailable()
         if not reason:
-            worst = max(_worst_error(kernel, n, k, device) for n, k in _SHAPES)
+            worst = max(_worst_error(kernel, n, k, device) for n, k in kernel.proof_shapes)
             if not worst <= 1.0:  # also catches nan
                 reason = f"self-test error is {worst:.3g} times what rounding explains, limit 1"
     except Exception as error:  # a kernel that fails in any way is one that is not used

@@ -41,6 +41,7 @@ class Reply:
     weight_bytes: int = 0  # resident morphable weights on this rank now
     staging_bytes: int = 0  # prepared but not yet committed
     kv_moved: bool = True  # False: copies or block tables may be half done, so what is in the KV is unknown
+    pending: bool = False  # the rank goes on with it beside its forward passes: to be asked again
 
 
 class Ticket(Protocol):
@@ -57,6 +58,11 @@ class ExecutorPort(Protocol):
     @property
     def num_ranks(self) -> int:
         """How many ranks must agree."""
+        ...
+
+    @property
+    def in_background(self) -> bool:
+        """Ranks prepare beside their forward passes, so that one too is told to prepare first and to commit later."""
         ...
 
     def prepare(self, plan: Plan) -> Ticket: ...

@@ -187,8 +187,8 @@ class ChunkRunner:
 
     @property
     def _votes(self) -> bool:
-        """More than one rank: none may switch before all can."""
-        return self.executor.num_ranks > 1
+        """More than one rank: none may switch before all can. One that prepares in the background votes for itself."""
+        return self.executor.num_ranks > 1 or self.executor.in_background
 
     def _send_layers(self, chunk: Chunk, copies: tuple[tuple[int, int], ...] = ()) -> None:
         self.ledgers.reserve_staging(chunk.new_bytes)

@@ -6,7 +6,9 @@ from typing import Any
 
 from morphserve.config import MorphServeConfig, check_formats, step_times_file
 from morphserve.errors import ConfigError
-from morphserve.integration.settings import read_settings
+from morphserve.integration.device.checks import check_device
+from morphserve.integration.device.memory import wants_device
+from morphserve.integration.settings import for_this_device, read_settings
 from morphserve.ladder import build_ladder, check_floor, ladder_formats
 from morphserve.profile_ladder import read_ladder
 from morphserve.rank_bytes import RankBytes
@@ -28,10 +30,13 @@ def check_engine(vllm_config: Any) -> None:
     config = read_settings(vllm_config.additional_config)
     if config is None:
         return
-    check_formats(config, FORMATS)
     check_platform()
+    config = for_this_device(config)
+    check_formats(config, FORMATS)
     _check_model(vllm_config)
     _check_features(vllm_config)
+    if wants_device(current_device_type()):
+        check_device(vllm_config)
     _check_speculation(vllm_config)
     _check_lora(config, vllm_config)
     _check_ladder(config, vllm_config)
@@ -74,6 +79,13 @@ def make_policy(setup: PolicySetup, ladder: Ladder) -> Policy:
         raise ConfigError(f"policy: {e}") from e
 
 
+def current_device_type() -> str:
+    """Of the device that vLLM has found."""
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_type)
+
+
 def check_platform() -> None:
     """Refuse a device that MorphServe cannot morph on.
 
@@ -82,9 +94,9 @@ def check_platform() -> None:
     """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
         raise ConfigError(
-            f"device {current_platform.device_type!r}: this version of MorphServe morphs on CPU only. "
+            f"device {current_platform.device_type!r}: MorphServe morphs on CPUs and on NVIDIA GPUs. "
             "Start without --plugin morphserve on this device."
         )
 
@@ -127,7 +139,9 @@ def _check_features(vllm_config: Any) -> None:
         (
             # Seen with and without MorphServe: vLLM makes the buffer between stages in a warm-up that only a compiled
             # model gets (vllm/v1/worker/cpu_model_runner.py, warming_up_model).
-            v.parallel_config.pipeline_parallel_size > 1 and v.compilation_config.mode == CompilationMode.NONE,
+            current_device_type() == "cpu"
+            and v.parallel_config.pipeline_parallel_size > 1
+            and v.compilation_config.mode == CompilationMode.NONE,
             "vLLM on CPU cannot run pipeline stages eagerly, its first step fails",
             "--enforce-eager",
         ),

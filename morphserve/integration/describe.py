@@ -15,9 +15,11 @@ class RankDescription:
             other pipeline stages. Morphable linears only: norms and embeddings never change.
         largest_linear_bytes: of one linear at full precision.
         kernels: format -> name of the kernel that serves it here.
+        page_bytes: of device memory that layers and KV exchange; None where both are host memory.
     """
 
     rank: int
     layer_bytes: dict[str, tuple[int, ...]]
     largest_linear_bytes: int
     kernels: dict[str, str]
+    page_bytes: int | None = None

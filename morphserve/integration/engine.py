@@ -16,7 +16,7 @@ from typing import Any
 from morphserve.integration import seams
 from morphserve.integration.morph import Morph
 from morphserve.integration.runtime import EngineRuntime
-from morphserve.integration.settings import read_settings
+from morphserve.integration.settings import for_this_device, read_settings
 
 _RUNTIMES: dict[int, EngineRuntime] = {}  # id(vllm_config) |-> runtime, between planning and attach
 
@@ -37,7 +37,7 @@ def _initialize_kv_caches(original: Callable[..., Any]) -> Any:
     def initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
         config = read_settings(vllm_config.additional_config)
         if config is not None:
-            _RUNTIMES[id(vllm_config)] = EngineRuntime(self, vllm_config, config)
+            _RUNTIMES[id(vllm_config)] = EngineRuntime(self, vllm_config, for_this_device(config), config)
         return original(self, vllm_config)
 
     return initialize_kv_caches

@@ -4,11 +4,16 @@ A command travels in the same first-in-first-out queue as the forward passes, so
 between the same two steps (vllm/v1/executor/multiproc_executor.py). Replies of non-blocking calls are drained
 by the next step's own result; at most two are sent per step, far below the ~10 undrained replies that would
 dead-lock the shared-memory ring.
+
+A rank that works in the background answers at once that it is pending. It is asked again, once for each answer, until
+it is done: a ticket hides that, so the controller sees one command and one answer.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from morphserve.controller.ports import Plan, Reply, Ticket
@@ -19,33 +24,48 @@ PAUSE_SAMPLES = 512  # bounded: the status page reports percentiles of the lates
 class RpcTicket:
     """Replies of all ranks to one command."""
 
-    def __init__(self, future: Any, revision: int, num_ranks: int, pauses: deque[float]) -> None:
-        self._future = future
-        self._revision = revision
+    def __init__(
+        self, call: Callable[[str, Plan], Any], method: str, plan: Plan, num_ranks: int, pauses: deque[float]
+    ) -> None:
+        """Send the command."""
+        self._call = call
+        self._plan = plan
         self._num_ranks = num_ranks
         self._pauses = pauses
+        self._elapsed_s = [0.0] * num_ranks  # that each rank's steps have stood still for this command
         self._replies: tuple[Reply, ...] | None = None
+        self._future = call(method, plan)
 
     def poll(self) -> tuple[Reply, ...] | None:
         """All replies, or None. A failed transport counts as a failure of every rank."""
         if self._replies is None and self._future.done():
-            try:
-                self._replies = tuple(self._future.result())
-            except Exception as e:  # whatever the transport raised, the controller must hear of it
-                self._replies = tuple(
-                    Reply(rank, self._revision, False, f"{type(e).__name__}: {e}", kv_moved=False)
-                    for rank in range(self._num_ranks)
-                )
-            self._pauses.append(max((r.elapsed_s for r in self._replies), default=0.0))
+            replies = self._taken()
+            self._pauses.append(max((r.elapsed_s for r in replies), default=0.0))
+            self._elapsed_s = [a + r.elapsed_s for a, r in zip(self._elapsed_s, replies, strict=True)]
+            if any(reply.pending for reply in replies):
+                self._future = self._call("morphserve_progress", self._plan)
+            else:
+                self._replies = tuple(replace(r, elapsed_s=s) for r, s in zip(replies, self._elapsed_s, strict=True))
         return self._replies
+
+    def _taken(self) -> tuple[Reply, ...]:
+        try:
+            return tuple(self._future.result())
+        except Exception as e:  # whatever the transport raised, the controller must hear of it
+            error = f"{type(e).__name__}: {e}"
+            return tuple(
+                Reply(rank, self._plan.revision, False, error, kv_moved=False) for rank in range(self._num_ranks)
+            )
 
 
 class RpcExecutor:
     """Sends plans to every rank without waiting."""
 
-    def __init__(self, model_executor: Any, num_ranks: int) -> None:
+    def __init__(self, model_executor: Any, num_ranks: int, in_background: bool = False) -> None:
+        """`in_background`: ranks prepare and give memory back beside their forward passes, as they do on a GPU."""
         self._executor = model_executor
         self._num_ranks = num_ranks
+        self.in_background = in_background
         self.pauses: deque[float] = deque(maxlen=PAUSE_SAMPLES)  # seconds, one per answered command
 
     @property
@@ -69,5 +89,7 @@ class RpcExecutor:
         self._executor.collective_rpc("morphserve_trim", non_block=True)
 
     def _send(self, method: str, plan: Plan) -> Ticket:
-        future = self._executor.collective_rpc(method, args=(plan,), non_block=True)
-        return RpcTicket(future, plan.revision, self._num_ranks, self.pauses)
+        return RpcTicket(self._call, method, plan, self._num_ranks, self.pauses)
+
+    def _call(self, method: str, plan: Plan) -> Any:
+        return self._executor.collective_rpc(method, args=(plan,), non_block=True)

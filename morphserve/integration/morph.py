@@ -58,7 +58,7 @@ class Morph:
         self.monitor = Monitor()
         self.traffic = Traffic(scheduler, self.monitor)
         self.pool.on_forced_preemption = lambda request: self.on_preemption(request, forced=True)
-        self.executor = RpcExecutor(model_executor, len(runtime.ranks))
+        self.executor = RpcExecutor(model_executor, len(runtime.ranks), runtime.in_background)
         self.setup = policy_setup(runtime.config, runtime.vllm_config)
         self.log = self._open_log()
         self.controller = self._make_controller()
@@ -104,7 +104,7 @@ class Morph:
         return ReloadWatch(
             PolicyReloader(
                 runtime.config_file,
-                runtime.config,
+                runtime.stated,
                 self.setup,
                 setup_of=lambda config: policy_setup(config, runtime.vllm_config),
                 install=install,

@@ -7,22 +7,21 @@ mapping instead, through torch's own interposition (TorchFunctionMode).
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import mmap
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from kv_resize import ElasticCache, HostBacking, KVGeometry, KVResizeError, MapError, Placement
+from kv_resize import ElasticCache, HostBacking, KVGeometry, Placement
+from morphserve.integration.block_tables import rewrite_block_tables
 
 logger = logging.getLogger("vllm.morphserve")
 
 
-class _ZerosFrom(TorchFunctionMode):
+class ZerosFrom(TorchFunctionMode):
     """The first torch.zeros of exactly `buffer.numel()` int8 elements returns `buffer`."""
 
     def __init__(self, buffer: torch.Tensor) -> None:
@@ -67,9 +66,9 @@ class RankKV:
         )
         self._cache = ElasticCache(self._backing, geometry, num_blocks=0)
 
-    def in_place_of_zeros(self) -> _ZerosFrom:
+    def in_place_of_zeros(self) -> ZerosFrom:
         """Context in which vLLM's allocation gets our buffer."""
-        return _ZerosFrom(self._backing.buffer)
+        return ZerosFrom(self._backing.buffer)
 
     @property
     def num_mapped(self) -> int:
@@ -102,17 +101,8 @@ class RankKV:
         A commit cannot fail any more when it comes to this; the reply says how many there are, and the
         scheduler publishes no more than every rank has.
         """
-        if num_blocks <= self._cache.num_mapped:
-            return
-        try:
-            self._cache.map(num_blocks)
-        except MapError as e:
-            logger.warning("morphserve: %s", e)
-            if e.num_possible > self._cache.num_mapped:
-                with contextlib.suppress(KVResizeError, RuntimeError):
-                    self._cache.map(e.num_possible)
-        except (KVResizeError, RuntimeError) as e:  # torch says RuntimeError when it is out of memory
-            logger.warning("morphserve: no more KV blocks: %s", e)
+        if error := self._cache.map_at_most(num_blocks):
+            logger.warning("morphserve: no more KV blocks: %s", error)
 
     def unmap(self, num_blocks: int) -> None:
         """Return the memory of blocks from `num_blocks` on."""
@@ -124,22 +114,5 @@ class RankKV:
         self._cache.copy(pairs)
 
     def rewrite_block_tables(self, runner: Any, pairs: Sequence[tuple[int, int]]) -> None:
-        """Rename blocks in everything the model runner caches between steps.
-
-        V1 runner: `requests[*].block_ids` and the rows of `input_batch.block_table`
-        (vllm/v1/worker/gpu_model_runner.py, block_table.py). The CPU platform has no V2 runner.
-        """
-        renamed = dict(pairs)
-        for state in runner.requests.values():
-            for ids in state.block_ids:
-                for i, block in enumerate(ids):
-                    if block in renamed:
-                        ids[i] = renamed[block]
-        lookup: np.ndarray | None = None
-        for table in runner.input_batch.block_table.block_tables:
-            rows = table.block_table.np
-            if lookup is None:
-                lookup = np.arange(self._num_blocks, dtype=rows.dtype)
-                for source, destination in pairs:
-                    lookup[source] = destination
-            rows[:] = lookup[rows]
+        """Rename blocks in everything the model runner caches between steps."""
+        rewrite_block_tables(runner, pairs, self._num_blocks)

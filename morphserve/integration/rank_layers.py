@@ -24,8 +24,8 @@ from morphserve.integration import opaque_linear
 from morphserve.integration.describe import RankDescription
 from morphserve.integration.host_memory import FREED_WEIGHTS_RETURN, weights_on_their_own_pages
 from morphserve.integration.rank_base import BaseLinear, applied_bias, base_of, method_of
-from morphserve.integration.rank_import import Importer
-from morphserve.integration.rank_profile import Plain, Smoother
+from morphserve.integration.rank_profile import Plain
+from morphserve.integration.recipes import choose_kernels, formats_of_halves, open_recipe
 from morphserve.ladder import ladder_formats
 from morphserve.profile_ladder import read_ladder
 from policies.types import BASE_FORMAT
@@ -33,16 +33,13 @@ from quant_layers import (
     FORMATS,
     STORE_SCHEMA,
     Kernel,
-    KernelError,
     LayerSwapper,
     LinearImpl,
     LinearSlot,
     StoreError,
     TensorSlot,
     VariantStore,
-    choose,
     format_of,
-    split_format,
     trim,
 )
 
@@ -170,15 +167,12 @@ class RankLayers:
         self.linears = find_linears(model)
         self._bases = find_bases(self.linears)
         self._ladder_formats = ladder_formats(self.config.ladder, read_ladder(self.config))
-        halves = (half for fmt in self._ladder_formats for half in split_format(fmt))
-        formats = [fmt for fmt in dict.fromkeys(halves) if fmt != BASE_FORMAT]
+        formats = formats_of_halves(self._ladder_formats)
         self._check_quantized(formats)
         dtype = next(iter(next(iter(self.linears.values())).values())).params_dtype
-        try:
-            self.kernels = {fmt: choose(fmt, dtype, self.config.kernels.get(fmt)) for fmt in formats}
-        except KernelError as e:
-            raise ConfigError(f"{e} Take that format out of ladder.steps.") from e
-        self._recipes = {fmt: self._recipe(fmt, model) for fmt in formats}
+        self.kernels = choose_kernels(self.config, formats, dtype, "cpu")
+        model_config = self.vllm_config.model_config
+        self._recipes = {fmt: open_recipe(self.config, fmt, model, self.linears, model_config) for fmt in formats}
         mark = fingerprint(self._bases)
         directory = self._cache_dir / "variants" / f"{mark[:24]}-{STORE_SCHEMA}"
         try:
@@ -213,21 +207,6 @@ class RankLayers:
                 f"vLLM runs {inlined[0].method}, whose rounding of activations torch.compile makes one with what comes "
                 "before it; behind our operator level 0 would give other tokens. Start with --enforce-eager."
             )
-
-    def _recipe(self, fmt: str, model: torch.nn.Module) -> Plain:
-        """Where the layers of a format come from: a checkpoint, the profile, or the weights as they are."""
-        source = self.config.variants.get(fmt)
-        if source is not None:
-            biases = {
-                f"{layer}.{name}"
-                for layer, linears in self.linears.items()
-                for name, linear in linears.items()
-                if applied_bias(linear) is not None
-            }
-            return Importer.open(source, model, self.linears, biases, self.vllm_config.model_config)
-        if self.config.profile is not None:
-            return Smoother.open(self.config.profile, model, self.linears)
-        return Plain()
 
     def _fill_store(self) -> None:
         assert self.store is not None

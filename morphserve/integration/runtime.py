@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from morphserve.controller import Ledgers, largest_chunk_bytes, make_ledgers
 from morphserve.errors import ConfigError
 from morphserve.integration.block_pool import blocks_of_one_request, check_supported
 from morphserve.integration.describe import RankDescription
+from morphserve.integration.device.kv import geometry_of, quantum_of
 from morphserve.integration.settings import config_file
 from morphserve.ladder import build_ladder, check_floor
 from morphserve.profile_ladder import read_ladder
@@ -21,13 +23,22 @@ from policies.types import Ladder
 logger = logging.getLogger("vllm.morphserve")
 
 
+def _quantum(kv_cache_config: Any, page_bytes: int | None) -> int:
+    """KV blocks that come and go together: one on the host, whose pages are small and need not be full."""
+    return 1 if page_bytes is None else quantum_of(geometry_of(kv_cache_config, page_bytes))
+
+
 class EngineRuntime:
     """What is known before the scheduler exists."""
 
-    def __init__(self, engine_core: Any, vllm_config: Any, config: MorphServeConfig) -> None:
+    def __init__(
+        self, engine_core: Any, vllm_config: Any, config: MorphServeConfig, stated: MorphServeConfig | None = None
+    ) -> None:
+        """`stated`: the settings as the user wrote them, where `config` fills in what they mean on this device."""
         self.engine_core = engine_core
         self.vllm_config = vllm_config
         self.config = config
+        self.stated = stated or config
         self.ranks: list[RankDescription] = engine_core.model_executor.collective_rpc("morphserve_describe")
         self.rank_bytes: list[RankBytes] = []
         self.ladder: Ladder = ()
@@ -43,7 +54,9 @@ class EngineRuntime:
         for kv_cache_config in base:
             check_supported(self.vllm_config, kv_cache_config)
         kv = self.config.kv
-        self.base_num_blocks = min(c.num_blocks for c in base)
+        quanta = [_quantum(c, rank.page_bytes) for c, rank in zip(base, self.ranks, strict=True)]
+        quantum = math.lcm(*quanta)
+        self.base_num_blocks = min(c.num_blocks for c in base) // quantum * quantum
         if kv.base_num_blocks is not None:
             if kv.base_num_blocks > self.base_num_blocks:
                 raise ConfigError(
@@ -58,8 +71,13 @@ class EngineRuntime:
             max(blocks_of_one_request(self.vllm_config, kv_cache_config) for kv_cache_config in base),
         )
         block_bytes = [c.kv_cache_tensors[0].size // c.num_blocks for c in base]
-        self.rank_bytes = [RankBytes(r.layer_bytes, size) for r, size in zip(self.ranks, block_bytes, strict=True)]
+        self.rank_bytes = [
+            RankBytes(r.layer_bytes, size, q) for r, size, q in zip(self.ranks, block_bytes, quanta, strict=True)
+        ]
         self.ladder = self._ladder()
+        if self.in_background:
+            levels = tuple(level.layer_formats for level in self.ladder)
+            self.engine_core.model_executor.collective_rpc("morphserve_plan", args=(self.base_num_blocks, levels))
         cache_config = self.vllm_config.cache_config
         override = cache_config.num_gpu_blocks_override
         cache_config.num_gpu_blocks_override = self.ladder[-1].num_kv_blocks
@@ -72,6 +90,11 @@ class EngineRuntime:
     def kv_block_bytes(self) -> int:
         """Of one block on the rank where it is largest: pipeline stages differ in their number of layers."""
         return max(rank.kv_block_bytes for rank in self.rank_bytes)
+
+    @property
+    def in_background(self) -> bool:
+        """Ranks hold layers and KV in device pages, and move them beside their forward passes."""
+        return self.ranks[0].page_bytes is not None
 
     @property
     def index(self) -> int:

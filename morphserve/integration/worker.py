@@ -8,22 +8,19 @@ other moment between "this worker belongs to a MorphServe engine" and "the weigh
 from __future__ import annotations
 
 import functools
-import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
 from morphserve.controller.ports import Plan, Reply
 from morphserve.errors import ConfigError
 from morphserve.integration import rank_proof, seams
+from morphserve.integration.commands import Commands, Figures, KVUnknown
 from morphserve.integration.describe import RankDescription
 from morphserve.integration.host_memory import resident_bytes, weights_on_their_own_pages
 from morphserve.integration.rank_kv import RankKV
 from morphserve.integration.rank_layers import RankLayers
 from morphserve.integration.settings import read_settings
 from quant_layers import trim
-
-logger = logging.getLogger("vllm.morphserve")
 
 
 class _Rank:
@@ -32,7 +29,7 @@ class _Rank:
     def __init__(self) -> None:
         self.layers: RankLayers | None = None
         self.kv: RankKV | None = None
-        self.revision = -1  # of the last plan that was committed or aborted
+        self.commands = Commands()
 
 
 _RANK = _Rank()
@@ -62,7 +59,7 @@ def _weights_loaded(original: Callable[..., Any]) -> Any:
             result = original(model, model_config, target_device)
         layers.install()
         # An earlier engine of this process counted its own revisions.
-        _RANK.layers, _RANK.kv, _RANK.revision = layers, None, -1
+        _RANK.layers, _RANK.kv, _RANK.commands = layers, None, Commands()
         return result
 
     return process_weights_after_loading
@@ -173,10 +170,6 @@ def _kv() -> RankKV:
     return _RANK.kv
 
 
-class _KVUnknown(RuntimeError):
-    """Copies or block tables are half done."""
-
-
 def _release_kv(worker: Any, plan: Plan) -> None:
     """Move what must stay, return what may go. First, so that the plan's layers find the memory."""
     kv = _kv()
@@ -186,39 +179,17 @@ def _release_kv(worker: Any, plan: Plan) -> None:
             kv.copy(plan.copies)
             kv.rewrite_block_tables(worker.model_runner, plan.copies)
         except Exception as e:
-            raise _KVUnknown(f"{type(e).__name__}: {e}") from e
+            raise KVUnknown(f"{type(e).__name__}: {e}") from e
     kv.unmap(plan.num_kv_blocks)
 
 
 def _answer(worker: Any, plan: Plan, action: Callable[[], None], final: bool = False) -> Reply:
-    """Run `action`; a failure becomes a reply, because one rank alone must not stop the engine.
+    return _RANK.commands.answer(worker.rank, plan, action, _figures, final=final)
 
-    `final`: no further command may carry this plan's revision.
-    """
-    start = time.perf_counter()
-    ok, error, kv_moved = True, "", True
-    try:
-        # Revision 0 stands outside of every transition: it publishes level 0's blocks at start.
-        if 0 < plan.revision <= _RANK.revision:
-            raise ValueError(f"plan r{plan.revision} came after r{_RANK.revision}: refused")
-        if final:
-            _RANK.revision = max(_RANK.revision, plan.revision)
-        action()
-    except Exception as e:
-        ok, error, kv_moved = False, f"{type(e).__name__}: {e}", not isinstance(e, _KVUnknown)
-        logger.exception("morphserve: rank %d, plan r%d failed", worker.rank, plan.revision)
-    layers, kv = rank_layers(), _kv()
-    return Reply(
-        rank=worker.rank,
-        revision=plan.revision,
-        ok=ok,
-        error=error,
-        elapsed_s=time.perf_counter() - start,
-        num_kv_blocks=kv.num_mapped,
-        weight_bytes=layers.swapper.resident_bytes,
-        staging_bytes=layers.swapper.staging_bytes,
-        kv_moved=kv_moved,
-    )
+
+def _figures() -> Figures:
+    swapper = rank_layers().swapper
+    return Figures(_kv().num_mapped, swapper.resident_bytes, swapper.staging_bytes)
 
 
 install_worker_seams()

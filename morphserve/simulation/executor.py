@@ -28,6 +28,7 @@ class SimExecutor:
     """
 
     num_ranks = 1
+    in_background = False
 
     def __init__(self, rank: RankBytes, num_layers: int, num_kv_blocks: int, pace: Pace, copy_s: float) -> None:
         self._rank = rank

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from morphserve.config import KVConfig, MorphServeConfig, TransitionConfig
 from morphserve.controller import Phase
+from morphserve.rank_bytes import RankBytes
 from tests.fakes import BASE_BLOCKS, KV_BLOCK_BYTES, LAYER_BYTES, Rig, pipeline
 
 pytestmark = pytest.mark.cpu
@@ -25,6 +28,8 @@ class AnyHistory(RuleBasedStateMachine):
         copies=st.integers(1, 4),
         cap=st.none() | st.integers(BASE_BLOCKS, BASE_BLOCKS + 40),
         cuts=st.sets(st.integers(1, 7), max_size=2),
+        in_background=st.booleans(),
+        quantum=st.sampled_from((1, 2, 5)),
     )
     def build(
         self,
@@ -35,20 +40,23 @@ class AnyHistory(RuleBasedStateMachine):
         copies: int,
         cap: int | None,
         cuts: set[int],
+        in_background: bool,
+        quantum: int,
     ) -> None:
         config = MorphServeConfig(
             kv=KVConfig(migrate_blocks_per_step=copies, drain_timeout_s=0.5),
             transition=TransitionConfig(max_layers_per_step=layers, backoff_s=0.3, rank_timeout_s=0.5),
         )
-        stages = pipeline(LAYER_BYTES, KV_BLOCK_BYTES * 8, *sorted(cuts)) if cuts else None
+        plain = [RankBytes(LAYER_BYTES, KV_BLOCK_BYTES)] * num_ranks
+        stages = pipeline(LAYER_BYTES, KV_BLOCK_BYTES * 8, *sorted(cuts)) if cuts else plain
         self.rig = Rig(
             config=config,
-            num_ranks=num_ranks,
-            ranks=stages,
+            ranks=[replace(rank, kv_quantum=quantum) for rank in stages],
             immediate=immediate,
             layers_per_level=per_level,
             max_num_blocks=cap,
         )
+        self.rig.executor.in_background = in_background
         self.next_request = 0
 
     @rule(fraction=st.floats(0, 1))

@@ -98,7 +98,7 @@ def test_fp8_is_what_torch_rounds_to() -> None:
 def test_every_kernel_unpacks_what_it_packed(make: type[Kernel]) -> None:
     """Guards against a layout that loses or permutes weights, and a weight of another format taken for ours."""
     kernel = make(torch.bfloat16)
-    weight = _weight(64, 192, 3, 0.05, 0.5, torch.bfloat16)
+    weight = _weight(*kernel.proof_shapes[0], 3, 0.05, 0.5, torch.bfloat16)
     for neutral in FORMATS.values():
         quant = neutral.of(weight, torch.bfloat16)
         if neutral is not kernel.neutral:
@@ -205,6 +205,8 @@ _LAYOUTS = {
     "w4a16_triton": "4287451f2b28c6c0",
     "fp8_torch": "fd45206e2f4edaf0",
     "fp8a16": "fd45206e2f4edaf0",
+    "fp8_cutlass": "fd45206e2f4edaf0",
+    "w4a16_marlin": "94968bbc4f986ff4",
 }
 
 

@@ -124,8 +124,8 @@ def test_without_vllm_every_kernel_says_why_it_cannot_run(monkeypatch: pytest.Mo
     """Guards against an AttributeError where vLLM's extension is not loaded."""
     monkeypatch.setattr(torch.ops, "_C", SimpleNamespace())
     reports = probe(torch.bfloat16)
-    of_torch = {"w8a16_aten", "fp8_torch", "fp8a16"}
-    assert set(reports) == {"w8a8_vnni", "w8a8_onednn", "w4a8_vnni", "w4a16", "w4a16_triton"} | of_torch
+    of_torch, of_cuda = {"w8a16_aten", "fp8_torch", "fp8a16"}, {"w4a16_marlin", "fp8_cutlass"}
+    assert set(reports) == {"w8a8_vnni", "w8a8_onednn", "w4a8_vnni", "w4a16", "w4a16_triton"} | of_cuda | of_torch
     assert {name for name, report in reports.items() if report.ok} == of_torch
     for name, report in reports.items():
         assert name in of_torch or any(word in report.reason for word in ("not loaded", "CPU", "GPU")), name

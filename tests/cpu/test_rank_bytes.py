@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from morphserve.config import LadderConfig, LadderStep
 from morphserve.errors import ConfigError
 from morphserve.ladder import ProfileLadder, build_ladder
-from morphserve.rank_bytes import RankBytes, alternate, balance, most_uneven, paid_blocks, stage_of
+from morphserve.rank_bytes import RankBytes, alternate, balance, kv_quantum, most_uneven, paid_blocks, stage_of
 from policies import BASE_FORMAT, Ladder
 from tests.fakes import pipeline
 
@@ -40,7 +40,7 @@ def stages(draw: st.DrawFn) -> list[RankBytes]:
                 fmt: [size if first <= i < first + length else 0 for i, size in enumerate(column)]
                 for fmt, column in ((BASE_FORMAT, base), ("w8", w8), ("w4", w4))
             }
-            ranks.append(RankBytes(layers, draw(st.integers(20, 40)) * length))
+            ranks.append(RankBytes(layers, draw(st.integers(20, 40)) * length, draw(st.sampled_from((1, 2, 5)))))
     return ranks
 
 
@@ -59,12 +59,15 @@ def test_no_rank_pays_for_blocks_that_it_has_not_freed(
     ladder = build_ladder(num_layers, ranks, LadderConfig(order=list(order), steps=steps), BASE_BLOCKS, cap)
     for level in ladder:
         spare = []
+        quantum = kv_quantum(ranks)  # BASE_BLOCKS is a multiple of all of them
         for rank in ranks:
             held = rank.weight(level.layer_formats) + level.num_kv_blocks * rank.kv_block_bytes
             budget = rank.weight(ladder[0].layer_formats) + BASE_BLOCKS * rank.kv_block_bytes
             assert held <= budget
-            spare.append(budget - held >= rank.kv_block_bytes)
-        assert level.num_kv_blocks == cap or not all(spare), "every rank could have paid for one more"
+            spare.append(budget - held >= rank.kv_block_bytes * quantum)
+        assert level.num_kv_blocks % quantum == 0, "blocks that share a page with others that are not there"
+        is_capped = cap is not None and cap - level.num_kv_blocks < quantum
+        assert is_capped or not all(spare), "every rank could have paid for one more"
         assert level.weight_bytes == max(rank.weight(level.layer_formats) for rank in ranks)
     for shallow, deep in zip(ladder, ladder[1:], strict=False):
         assert deep.num_kv_blocks >= shallow.num_kv_blocks and deep.weight_bytes <= shallow.weight_bytes

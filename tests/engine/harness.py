@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,17 +129,23 @@ def generate(
     return found
 
 
-def settle(llm: Any, level: int, limit: int = 400) -> None:
-    """Step the idle engine until it stands at `level`."""
+def settle(llm: Any, level: int, limit: int = 400, patience_s: float = 0.0) -> None:
+    """Step the idle engine until it stands at `level`.
+
+    `patience_s`: beyond `limit` steps, for ranks that work beside them.
+    """
+    deadline_s = time.monotonic() + patience_s
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    for _ in range(limit):
+    steps = 0
+    while steps < limit or time.monotonic() < deadline_s:
+        steps += 1
         status = morph_of(llm).controller.status()
         # Between two chunks of one level the phase is idle and the level already the shallower one.
         if status["level"] == level and status["phase"] == "idle" and not morph_of(llm).controller.in_transition:
             return
         scheduler.morph.wake_due = True
         llm.llm_engine.engine_core.engine_core.step_fn()
-    raise AssertionError(f"level {level} not reached in {limit} steps: {morph_of(llm).controller.status()}")
+    raise AssertionError(f"level {level} not reached in {steps} steps: {morph_of(llm).controller.status()}")
 
 
 def renew(llm: Any) -> None:
@@ -224,3 +231,11 @@ def kv_script(llm: Any, script: dict[int, int]) -> Iterator[KVDriver]:
         driver._script = {driver._step: size}
         driver.tick(None)
         morph.controller = controller
+
+
+def compilations() -> tuple[Any, ...]:
+    """Everything that counts a compilation, in torch and in vLLM."""
+    from torch._dynamo.utils import counters
+    from vllm.compilation.counter import compilation_counter
+
+    return dict(counters["stats"]), dict(counters["frames"]), dict(vars(compilation_counter))

@@ -3,17 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from engine.harness import PROMPTS, engine, follow, generate, settle
-
-
-def compilations() -> tuple[Any, ...]:
-    """Everything that counts a compilation, in torch and in vLLM."""
-    from torch._dynamo.utils import counters
-    from vllm.compilation.counter import compilation_counter
-
-    return dict(counters["stats"]), dict(counters["frames"]), dict(vars(compilation_counter))
+from engine.harness import PROMPTS, compilations, engine, follow, generate, settle
 
 
 def test_swaps_take_effect_without_compiling_again(short_model: Path, variant_cache: Path) -> None:

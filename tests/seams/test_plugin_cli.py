@@ -253,7 +253,8 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     config = parse_config({"cache_dir": str(tmp_path), "ladder": {"steps": [{"format": "w8"}]}})
 
     def capture() -> list[Path]:
-        rank_layers.RankLayers(config, None, 0).capture(torch.nn.Module())
+        vllm_config = SimpleNamespace(model_config=None)
+        rank_layers.RankLayers(config, vllm_config, 0).capture(torch.nn.Module())
         return sorted(tmp_path.rglob("*.safetensors"))
 
     return capture

@@ -34,6 +34,7 @@ _OURS = {
 _OURS |= {"revision", "sleep", "status", "_executor", "clone", "verify", "__del__"}
 _OURS |= {"enforce_eager", "temperature", "max_tokens", "ignore_eos", "cpu"}  # arguments, keys of a request, figures
 _OURS |= {"prompt_token_ids", "positions", "config"}  # keys: of a prompt, of what measuring prints; our settings
+_OURS |= {"device", "pin_memory", "gpu"}  # of tensors; and the V2 runner's tables, which no CPU has
 _ADDED = "morphserve_"  # what we add to their classes, as an engine started earlier in this process did
 
 

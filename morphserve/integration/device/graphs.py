@@ -1,0 +1,109 @@
+"""CUDA graphs of every level, captured at start by vLLM's own capture, with the layers really at that level."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from morphserve.device import DeviceRank, DeviceSwapper, GraphBanks, Holder, Route, narrow_candidates, narrow_keys
+from policies.types import BASE_FORMAT
+
+logger = logging.getLogger("vllm.morphserve")
+
+_LAYERS_AT_ONCE = 1  # what the staging reserve holds for certain
+
+
+class LevelGraphs:
+    """One bank a level. At formats between two levels steps run without graphs: slower, never wrong."""
+
+    def __init__(self, runner: Any, swapper: DeviceSwapper, rank: DeviceRank) -> None:
+        """
+        Args:
+            runner: vLLM's, V1 or V2.
+            swapper: at level 0.
+            rank: with nothing under way.
+        """
+        self._swapper = swapper
+        self._rank = rank
+        self._banks = GraphBanks(_holders(runner), _routes(runner))
+
+    def capture(self, original: Callable[[], int], levels: Sequence[tuple[str, ...]], num_kv_blocks: int) -> int:
+        """All banks; the layers are at level 0 again when it returns.
+
+        Args:
+            original: vLLM's capture, whose result says how many bytes it took.
+            levels: formats of each, by decoder layer id; level 0 first.
+            num_kv_blocks: that are mapped, and stay so.
+
+        Returns:
+            Bytes that all banks take.
+        """
+        total = 0
+        seen: set[tuple[str, ...]] = set()
+        for index, level in enumerate(levels):
+            self._move(dict(enumerate(level)), num_kv_blocks)
+            key = self._formats()
+            if key in seen:  # it differs from another level on other pipeline stages alone
+                continue
+            seen.add(key)
+            start = time.perf_counter()
+            self._banks.begin(key)
+            try:
+                num_bytes = original()
+            finally:
+                has_full = self._banks.end()
+            total += num_bytes
+            logger.info(
+                "morphserve: CUDA graphs of level %d: %d in %.1f s, %.0f MiB%s",
+                index,
+                self._banks.num_graphs()[key],
+                time.perf_counter() - start,
+                num_bytes / 2**20,
+                "" if has_full else ", none of whole steps",
+            )
+        self._move(dict(enumerate(levels[0])), num_kv_blocks)
+        self.show()
+        return total
+
+    def show(self) -> None:
+        """The graphs of the formats that the layers have now, and no others."""
+        self._banks.switch(self._formats())
+
+    def _formats(self) -> tuple[str, ...]:
+        """Of this rank's own layers."""
+        return tuple(fmt for _, fmt in sorted(self._swapper.formats().items()))
+
+    def _move(self, formats: Mapping[int, str], num_kv_blocks: int) -> None:
+        now = self._swapper.formats()
+        changes = [(layer, formats.get(layer, BASE_FORMAT)) for layer in now if now[layer] != formats.get(layer)]
+        for start in range(0, len(changes), _LAYERS_AT_ONCE):
+            self._rank.prepare(dict(changes[start : start + _LAYERS_AT_ONCE]))
+            self._rank.wait()
+            self._rank.commit(True, num_kv_blocks)
+            self._rank.wait()
+
+
+def _holders(runner: Any) -> list[Holder]:
+    """Everything that keeps graphs of the model. Draft models are refused at start (checks.py)."""
+    from vllm.compilation.breakable_cudagraph import BreakableCUDAGraphWrapper
+    from vllm.compilation.cuda_graph import CUDAGraphWrapper
+
+    holders = [
+        Holder(wrapper, "concrete_cudagraph_entries", full=wrapper.runtime_mode.name == "FULL")
+        for wrapper in CUDAGraphWrapper._all_instances
+    ]
+    holders += [Holder(wrapper, "entries", full=False) for wrapper in BreakableCUDAGraphWrapper._all_instances]
+    manager = getattr(runner, "cudagraph_manager", None)
+    if manager is not None:
+        holders.append(Holder(manager, "graphs"))
+    return holders
+
+
+def _routes(runner: Any) -> list[Route]:
+    """Where vLLM looks up which graph a step may ask for."""
+    manager = getattr(runner, "cudagraph_manager", None)
+    if manager is not None:
+        return [Route(manager, "_candidates", narrow_candidates)]
+    return [Route(runner.cudagraph_dispatcher, "cudagraph_keys", narrow_keys)]

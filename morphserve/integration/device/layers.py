@@ -1,0 +1,176 @@
+"""One rank's decoder linears on a device: moved into the weight arena, with their variants on the host."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+from morphserve.config import MorphServeConfig
+from morphserve.controller import largest_chunk_bytes
+from morphserve.device import DeviceSwapper, Part, WeightArena, WeightSlot, layer_bytes, register_op, reset
+from morphserve.errors import ConfigError
+from morphserve.integration.describe import RankDescription
+from morphserve.integration.device.memory import DeviceMemory
+from morphserve.integration.opaque_linear import MorphLinearMethod, is_compiled
+from morphserve.integration.rank_base import applied_bias, method_of
+from morphserve.integration.rank_layers import Linears, find_linears
+from morphserve.integration.rank_profile import Plain
+from morphserve.integration.recipes import choose_kernels, formats_of_halves, open_recipe
+from morphserve.ladder import ladder_formats
+from morphserve.profile_ladder import read_ladder
+from policies.types import BASE_FORMAT
+from quant_layers import BIAS, HALVES, Half, Kernel, LinearImpl, LinearSlot, TensorSlot, half_of
+
+logger = logging.getLogger("vllm.morphserve")
+
+_WEIGHT = "weight"
+
+
+class BaseOnDevice:
+    """vLLM's own linear on the parameter, which lies in the arena: what level 0 of the stock server runs."""
+
+    __slots__ = ("_bias", "_linear", "_method", "nbytes")
+
+    def __init__(self, method: Any, linear: LinearBase, bias: Tensor | None) -> None:
+        self._method, self._linear, self._bias = method, linear, bias
+        self.nbytes = linear.weight.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._method.apply(self._linear, x, self._bias)
+
+
+class WeightLinearMethod(UnquantizedLinearMethod):
+    """`quant_method` of a morphable linear that is compiled: past the tracer, by the address of its weight."""
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`bias` is inside the implementation already."""
+        return torch.ops.morphserve.linear_of(x, layer.weight)
+
+
+class DeviceLayers:
+    """Built in two halves around vLLM's weight post-processing: `capture`, then `install`."""
+
+    def __init__(self, config: MorphServeConfig, vllm_config: Any, rank: int, memory: DeviceMemory) -> None:
+        self._config = config
+        self._vllm_config = vllm_config
+        self._rank = rank
+        self._memory = memory
+        self._arena = WeightArena(memory.pool, memory.copier)
+        self._linears: Linears = {}
+        self._kernels: dict[str, Kernel] = {}
+        self._recipes: dict[str, Plain] = {}
+        self._ladder_formats: tuple[str, ...] = ()
+        self._values: dict[tuple[int, str, str], Tensor] = {}  # (layer, norm, format) -> what a variant brings
+        self._slots: dict[int, dict[str, LinearSlot]] = {}
+        self.swapper: DeviceSwapper | None = None
+
+    def capture(self, model: torch.nn.Module) -> None:
+        """Make every variant, and keep it on the host.
+
+        Raises:
+            ConfigError: no such layers, or a format that they or this device cannot have.
+        """
+        self._linears = find_linears(model)
+        for layer, linears in self._linears.items():
+            for name, linear in linears.items():
+                if not isinstance(linear.quant_method, UnquantizedLinearMethod):
+                    raise ConfigError(
+                        f"layer {layer} {name} runs {method_of(linear)}; on a GPU level 0 must be bf16 or fp16. "
+                        "Serve such a checkpoint of this model; a quantized one can be a step of its ladder "
+                        "(`variants: {w4: CHECKPOINT}`)."
+                    )
+                if self._memory.device_type == "cpu":  # fake pages: vLLM must not pack what is to stay a tensor
+                    linear._cpu_skip_gemm_dispatch = True
+        self._ladder_formats = ladder_formats(self._config.ladder, read_ladder(self._config))
+        formats = formats_of_halves(self._ladder_formats)
+        dtype = next(iter(next(iter(self._linears.values())).values())).params_dtype
+        self._kernels = choose_kernels(self._config, formats, dtype, self._memory.device_type)
+        model_config = self._vllm_config.model_config
+        self._recipes = {fmt: open_recipe(self._config, fmt, model, self._linears, model_config) for fmt in formats}
+        for layer, linears in self._linears.items():
+            for fmt, kernel in self._kernels.items():
+                self._make(layer, fmt, kernel, linears)
+
+    def _make(self, layer: int, fmt: str, kernel: Kernel, linears: Mapping[str, LinearBase]) -> None:
+        recipe = self._recipes[fmt]
+        weights = {name: linear.weight.data for name, linear in linears.items()}
+        if type(recipe) is not Plain:  # scales and checkpoints are on the host
+            weights = {name: weight.cpu() for name, weight in weights.items()}
+        device = next(iter(linears.values())).weight.device
+        packed = recipe.pack(layer, kernel, weights)
+        for name in packed.keys() - linears.keys():
+            self._values[layer, name, fmt] = packed.pop(name)[_WEIGHT].to(device)
+        for half in HALVES:
+            mine = {name: tensors for name, tensors in packed.items() if half_of(name) == half}
+            if mine:
+                self._arena.add(Part(layer, half, fmt), mine)
+
+    def install(self) -> None:
+        """Move the parameters into the arena and give every linear its slot. After vLLM's own post-processing.
+
+        Takes pages for one half of a layer at a time, and gives torch's memory back in between: on the way a rank
+        never holds more than half a layer twice.
+
+        Raises:
+            BackingError: the device has no memory for that, or for the reserve that layers are staged in.
+        """
+        compiled = is_compiled(self._vllm_config)
+        if compiled:
+            register_op()
+        reset()
+        for layer, linears in self._linears.items():
+            self._slots[layer] = {}
+            for half in HALVES:
+                mine = {name: linear for name, linear in linears.items() if half_of(name) == half}
+                if mine:
+                    self._move_in(layer, half, mine, compiled)
+        tensors: dict[int, dict[str, TensorSlot]] = {}
+        for recipe in self._recipes.values():
+            for layer, slots in recipe.tensor_slots().items():
+                tensors[layer] = slots | tensors.get(layer, {})
+        self.swapper = DeviceSwapper(self._slots, self._arena, self._build, tensors, self._values)
+        reserve = largest_chunk_bytes(self.describe().layer_bytes, self._config.transition.max_layers_per_step)
+        self._memory.pool.create(-(-reserve // self._memory.page_bytes))
+
+    def _move_in(self, layer: int, half: Half, linears: Mapping[str, LinearBase], compiled: bool) -> None:
+        part = Part(layer, half, BASE_FORMAT)
+        self._arena.add(part, {name: {_WEIGHT: linear.weight.data} for name, linear in linears.items()})
+        self._memory.pool.create(self._arena.num_bytes(part) // self._memory.page_bytes)
+        self._arena.load([part])
+        for name, tensors in self._arena.tensors(part).items():
+            linear = linears[name]
+            linear.weight.data = tensors[_WEIGHT]
+            bias = applied_bias(linear)
+            impl = BaseOnDevice(linear.quant_method, linear, bias)
+            if compiled:
+                slot: LinearSlot = WeightSlot(name, impl, linear.weight, BASE_FORMAT, bias)
+                linear.quant_method = WeightLinearMethod()
+            else:
+                slot = LinearSlot(name, impl, BASE_FORMAT, bias)
+                linear.quant_method = MorphLinearMethod(slot)
+            self._slots[layer][name] = slot
+        self._memory.release_cached()
+
+    def _build(self, layer: int, name: str, fmt: str, tensors: Mapping[str, Tensor]) -> LinearImpl:
+        parts = dict(tensors)
+        return self._kernels[fmt].build(parts, parts.pop(BIAS, self._slots[layer][name].bias))
+
+    def describe(self) -> RankDescription:
+        """Bytes of every decoder layer of the model on this rank, per format, in whole pages."""
+        num_layers = self._vllm_config.model_config.get_total_num_hidden_layers()
+        formats = dict.fromkeys((BASE_FORMAT, *self._kernels, *self._ladder_formats))
+        return RankDescription(
+            rank=self._rank,
+            layer_bytes={
+                fmt: tuple(layer_bytes(self._arena, self._slots.get(i, {}), i, fmt) for i in range(num_layers))
+                for fmt in formats
+            },
+            largest_linear_bytes=0,  # nothing is built beside what it is built from
+            kernels={fmt: kernel.name for fmt, kernel in self._kernels.items()},
+            page_bytes=self._memory.page_bytes,
+        )

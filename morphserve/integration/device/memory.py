@@ -1,0 +1,69 @@
+"""What a rank takes its pages from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kv_resize import CudaPager, FakePager, PagePool, Pager
+from morphserve.device import Copier, CudaCopier, HostCopier
+
+# Tests set it: pages in host memory that are only booked, in place of a GPU's. Everything above them is the same.
+FAKE_DEVICE = "MORPHSERVE_FAKE_DEVICE"
+_FAKE_PAGE_BYTES = 64 << 10
+_FAKE_PAGES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """One rank's; lives as long as its process."""
+
+    device_type: str
+    pager: Pager
+    pool: PagePool
+    copier: Copier
+    background: Executor  # one thread, whose device work goes to the copier's stream
+    release_cached: Callable[[], None]  # gives the system what torch's allocator holds and nobody uses
+
+    @property
+    def page_bytes(self) -> int:
+        return self.pager.granularity_bytes
+
+
+def wants_device(device_type: str) -> bool:
+    """Whether layers and KV of an engine on this type of device go by the page."""
+    return device_type == "cuda" or is_fake(device_type)
+
+
+def is_fake(device_type: str) -> bool:
+    """Whether a test asks for fake pages."""
+    return device_type == "cpu" and os.environ.get(FAKE_DEVICE) == "1"
+
+
+def open_memory(device: torch.device) -> DeviceMemory:
+    """Nothing is allocated yet.
+
+    Raises:
+        PagerError: no such device, or cuda-bindings is missing.
+    """
+    if device.type != "cuda":
+        pager = FakePager(_FAKE_PAGES, _FAKE_PAGE_BYTES)
+        thread = ThreadPoolExecutor(1, "morphserve-pages")
+        return DeviceMemory("cpu", pager, PagePool(pager, 0), HostCopier(), thread, lambda: None)
+    copier = CudaCopier(device)
+    # The stream of the forward passes is the one that is current where they are launched: here, and later.
+    streams = (torch.cuda.current_stream(device), copier.stream)
+    cuda_pager = CudaPager(device.index or 0, streams)
+    thread = ThreadPoolExecutor(1, "morphserve-pages", _on_stream, (device, copier.stream))
+    return DeviceMemory("cuda", cuda_pager, PagePool(cuda_pager, 0), copier, thread, torch.cuda.empty_cache)
+
+
+def _on_stream(device: torch.device, stream: Any) -> None:
+    """New blocks are cleared beside the forward passes, not between them."""
+    torch.cuda.set_device(device)
+    torch.cuda.set_stream(stream)

@@ -1,0 +1,252 @@
+"""Layers and KV blocks that take pages from one another beside forward passes; every call of the driver fails once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cpu.device_world import BASE_BLOCKS, NUM_LAYERS, PAGE_BYTES, QUANTUM, DeviceWorld
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kv_resize import BackingError
+from morphserve.device import Layout, Part
+from quant_layers import BASE, SwapError
+
+pytestmark = pytest.mark.cpu
+
+LEVEL0 = [BASE] * NUM_LAYERS
+
+
+def is_pending(world: DeviceWorld) -> bool:
+    """Of the last command, however it ends."""
+    try:
+        return world.rank.outcome()
+    except (BackingError, SwapError):
+        return False
+
+
+def test_layers_go_and_come_back_bit_identical() -> None:
+    """Guards rule 3: a restore that loses a bit, a page that is not the part's own, a norm that stays behind."""
+    world = DeviceWorld()
+    world.check_forward(LEVEL0)
+    addresses = [slot.impl._weight.data_ptr() for slots in world.slots.values() for slot in slots.values()]
+    for formats in (["w8", BASE, BASE], ["w8", "fp8", "w8"], ["fp8", "w8/base", "base/fp8"], LEVEL0):
+        for layer, fmt in enumerate(formats):
+            world.switch({layer: fmt})
+        world.check_forward(formats)
+        world.check_books()
+    assert addresses == [slot.impl._weight.data_ptr() for slots in world.slots.values() for slot in slots.values()]
+
+
+def test_nothing_changes_before_commit_and_pages_wait_for_the_steps_under_way() -> None:
+    """Guards: a step that meets half a transition, or whose weights are unmapped under it."""
+    world = DeviceWorld()
+    world.forward()
+    world.rank.prepare({0: "w8", 1: "fp8/base"})
+    assert world.rank.outcome() and world.swapper.staging_bytes == 0, "work in the step thread"
+    world.later.run()
+    assert not world.rank.outcome() and world.swapper.prepared
+    world.check_forward(LEVEL0)
+    switched = []
+    world.rank.commit(True, BASE_BLOCKS, lambda: switched.append(world.formats()))
+    assert switched == [["w8", "fp8/base", BASE]], "graphs are to change in the same call as the layers"
+    assert world.rank.outcome() and world.swapper.staging_bytes > 0, "pages of steps under way have gone"
+    world.check_forward(["w8", "fp8/base", BASE])
+    world.check_books()
+    world.later.run()  # the fake refuses to unmap what queued work reads: reclaim waits
+    world.rank.outcome()
+    assert world.swapper.staging_bytes == 0
+    world.check_forward(["w8", "fp8/base", BASE])
+    world.check_books()
+
+
+def test_what_layers_free_becomes_blocks() -> None:
+    """Guards: growth by less than the freed pages, blocks that are not clear, pages that do not come back."""
+    staging = sum(DeviceWorld().arena.num_bytes(Part(0, half, "w8")) for half in ("attention", "mlp")) // PAGE_BYTES
+    world = DeviceWorld(spare_pages=staging)
+    free, before = world.pool.num_free, world.swapper.resident_bytes
+    freed = before // PAGE_BYTES // NUM_LAYERS - staging
+    grown = BASE_BLOCKS + freed // NUM_LAYERS * QUANTUM
+    assert grown > BASE_BLOCKS and freed < staging * NUM_LAYERS
+    world.switch({0: "w8"}, grown)
+    assert (before - world.swapper.resident_bytes) // PAGE_BYTES == freed
+    assert world.cache.num_mapped == grown and world.pool.num_free == free + freed % NUM_LAYERS
+    assert not world.cache.buffer[BASE_BLOCKS * 256 : grown * 256].any(), "bytes of weights in a new block"
+    world.rank.commit(False, BASE_BLOCKS)
+    world.later.run()
+    world.switch({0: BASE})
+    assert world.pool.num_free == free and world.cache.num_mapped == BASE_BLOCKS
+    world.check_forward(LEVEL0)
+    world.check_books()
+
+
+def test_too_few_pages_change_nothing() -> None:
+    """Guards: a chunk larger than the staging reserve takes the server down instead of being refused."""
+    world = DeviceWorld(spare_pages=4)
+    world.rank.prepare({0: "w8", 1: "w8"})
+    world.later.run()
+    for _ in range(2):
+        with pytest.raises(BackingError, match=r"\d+ pages of 1,024 B wanted, \d+ are free"):
+            world.rank.outcome()
+    world.check_forward(LEVEL0)
+    world.check_books()
+    with pytest.raises(SwapError, match="nothing is prepared"):
+        world.rank.commit(True, BASE_BLOCKS)
+
+
+def test_a_kernel_that_refuses_leaves_nothing_staged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards promise 2 where the pages are there and the linear cannot be made of them."""
+    world = DeviceWorld()
+    broken = iter([None, None, RuntimeError("no such layout")])
+
+    def build(*arguments: object) -> object:
+        if (error := next(broken)) is not None:
+            raise error
+        return make(*arguments)  # type: ignore[arg-type]
+
+    make = world.swapper._build
+    monkeypatch.setattr(world.swapper, "_build", build)
+    world.rank.prepare({0: "w8"})
+    world.later.run()
+    with pytest.raises(RuntimeError, match="no such layout"):
+        world.rank.outcome()
+    world.check_forward(LEVEL0)
+    world.check_books()
+    monkeypatch.undo()
+    world.switch({0: "w8"})
+    world.check_forward(["w8", BASE, BASE])
+
+
+def test_requests_that_make_no_sense() -> None:
+    """Guards: an unknown layer or format, or a second prepare, that costs a page or a level."""
+    world = DeviceWorld()
+    for changes, words in (
+        ({7: "w8"}, r"layer 7 is not morphable; .* \[0, 1, 2\]"),
+        ({0: "w3"}, "'w3' of its attention was not made"),
+    ):
+        with pytest.raises(SwapError, match=words):
+            world.swapper.prepare(changes)
+        world.check_books()
+    world.swapper.prepare({0: "w8"})
+    with pytest.raises(SwapError, match="2 parts of layers are prepared already"):
+        world.swapper.prepare({1: "w8"})
+    world.swapper.abort()
+    world.swapper.abort()
+    world.check_forward(LEVEL0)
+    world.check_books()
+
+
+def test_an_abort_that_never_came() -> None:
+    """Guards: pages of a plan that its engine has forgotten, or the wrong layers switched by the next one."""
+    world = DeviceWorld()
+    world.rank.prepare({0: "w8"})
+    world.rank.prepare({1: "fp8"})
+    world.later.run()
+    world.rank.outcome()
+    world.rank.commit(True, BASE_BLOCKS)
+    world.later.run()
+    world.check_forward([BASE, "fp8", BASE])
+    world.check_books()
+
+
+def test_copies_of_blocks_need_no_background() -> None:
+    """Guards: each chunk of a drain waits for a thread, and with it the next copies."""
+    world = DeviceWorld()
+    world.rank.commit(False, BASE_BLOCKS)
+    assert not world.rank.outcome()
+
+
+@pytest.mark.parametrize("call", range(60))
+def test_any_call_of_the_driver_may_fail(call: int) -> None:
+    """Guards rule 6: a refused call loses a page, a bit, or the old level."""
+    world = DeviceWorld()
+    world.forward()
+    world.pager.fail_at = world.pager.num_calls + call
+    world.rank.prepare({0: "w8", 2: "base/fp8"})
+    world.later.run()
+    formats = LEVEL0
+    if world.swapper.prepared:
+        formats = ["w8", BASE, "base/fp8"]
+        world.rank.commit(True, BASE_BLOCKS + QUANTUM)
+        world.later.run()
+    else:
+        with pytest.raises(BackingError, match="failed, as planned"):
+            world.rank.outcome()
+        world.check_books()  # a page of what came before the failure stayed where nobody looks for it
+    failed = world.pager.num_calls > (world.pager.fail_at or 0)
+    world.pager.fail_at = None
+    world.check_forward(formats)
+    mapped = sorted(world.pager.mapped.values())
+    assert sorted([*mapped, *world.pool._free]) == list(range(1, world.pager.num_created + 1)), "a page is lost"
+    assert world.cache.num_mapped in (BASE_BLOCKS, BASE_BLOCKS + QUANTUM)
+    assert failed or call > 20, "the failure never came"
+    # What one failure left behind must not keep the next transition from working.
+    world.rank.commit(False, BASE_BLOCKS)
+    world.later.run()
+    world.switch({layer: BASE for layer in range(NUM_LAYERS)})
+    world.check_forward(LEVEL0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from(("prepare", "commit", "abort", "grow", "background", "forward")),
+            st.integers(0, NUM_LAYERS - 1),
+            st.sampled_from((BASE, "w8", "fp8", "w8/base", "base/fp8", "fp8/w8")),
+            st.integers(1, 12),
+        ),
+        max_size=30,
+    )
+)
+def test_any_order_of_commands(steps: list[tuple[str, int, str, int]]) -> None:
+    """Guards promises 1 to 3 of `DeviceRank`, whatever an engine asks for between two steps."""
+    world = DeviceWorld()
+    formats, wanted = list(LEVEL0), dict[int, str]()
+    for command, layer, fmt, quanta in steps:
+        if command == "prepare":
+            world.later.run()
+            world.rank.prepare({layer: fmt})
+            wanted = {layer: fmt}
+        elif command == "commit" and world.swapper.prepared and not is_pending(world):
+            world.rank.commit(True, world.cache.num_mapped)
+            for index, new in wanted.items():
+                formats[index] = new
+        elif command == "abort":
+            world.rank.abort()
+        elif command == "grow" and not is_pending(world):
+            world.rank.commit(False, quanta * QUANTUM)
+        elif command == "background":
+            world.later.run()
+        world.check_forward(formats)
+        world.check_books()
+    world.later.run()
+    world.check_forward(formats)
+    world.check_books()
+
+
+def test_a_layout_is_aligned_and_whole() -> None:
+    """Guards: tensors that overlap, or that a kernel may not read because of where they begin."""
+    a = {"weight": torch.arange(7, dtype=torch.int8), "scale": torch.rand(3)}
+    tensors = {"a": a, "b": {"weight": torch.rand(2, 5)}}
+    layout = Layout.of(tensors)
+    memory = torch.full((layout.size_bytes,), 0x55, dtype=torch.int8)
+    layout.fill(memory, tensors)
+    for linear, parts in layout.views(memory).items():
+        for name, view in parts.items():
+            assert torch.equal(view, tensors[linear][name])
+            assert (view.data_ptr() - memory.data_ptr()) % 256 == 0
+    ends = sorted((p.offset, p.offset + p.num_bytes) for parts in layout.places.values() for p in parts.values())
+    assert all(end <= start for (_, end), (start, _) in zip(ends, ends[1:], strict=False))
+    assert ends[-1][1] == layout.size_bytes
+
+
+def test_a_part_is_counted_in_whole_pages() -> None:
+    """Guards: a ledger in bytes of tensors, which pages never add up to."""
+    world = DeviceWorld()
+    for fmt in (BASE, "w8", "fp8"):
+        for half in ("attention", "mlp"):
+            part = Part(0, half, fmt)
+            tensors = sum(t.nbytes for parts in world.arena.tensors(part).values() for t in parts.values())
+            assert world.arena.num_bytes(part) % PAGE_BYTES == 0
+            assert tensors <= world.arena.num_bytes(part) < tensors + PAGE_BYTES + 8 * 256

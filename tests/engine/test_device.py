@@ -1,0 +1,58 @@
+"""The device path on a real engine, with fake pages in place of a GPU's: commands that go on beside the steps.
+
+Everything above the driver is what a GPU runs: parameters moved into the arena, variants on the host, pages that go
+between layers and KV, answers that are pending, and the operator that finds its linear by the weight's address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine.harness import PROMPTS, compilations, engine, follow, generate, morph_of, settle
+
+from morphserve.integration.device.memory import FAKE_DEVICE
+
+STEPS = {"ladder": {"steps": [{"format": "w8", "layers_per_level": 5}, {"format": "w4", "layers_per_level": 5}]}}
+USED = PROMPTS[:4]
+
+
+@pytest.fixture(autouse=True)
+def fake_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv(FAKE_DEVICE, "1")
+    yield
+
+
+def memory_of(llm: Any) -> dict[str, Any]:
+    return llm.llm_engine.collective_rpc("morphserve_memory")[0]
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_layers_and_blocks_exchange_pages_under_load(short_model: Path, variant_cache: Path, eager: bool) -> None:
+    """Guards rules 1 to 6 above the driver: levels that change nothing, or do not come back; a page lost; a block
+    published before it has pages; a compilation at a switch."""
+    with engine(short_model, variant_cache, STEPS, enforce_eager=eager) as llm:
+        ladder = morph_of(llm).runtime.ladder
+        quantum = morph_of(llm).runtime.rank_bytes[0].kv_quantum
+        assert quantum > 1 and all(level.num_kv_blocks % quantum == 0 for level in ladder)
+        before, pages = generate(llm, USED, 24), memory_of(llm)
+        counted = compilations()
+        seen = [before]
+        for level in (1, 3, 4):
+            follow(llm, {0: level})
+            settle(llm, level, patience_s=60)
+            assert morph_of(llm).pool.num_kv_blocks == ladder[level].num_kv_blocks > ladder[0].num_kv_blocks
+            degraded = generate(llm, USED, 24)
+            assert all(now[1] != then[1] for earlier in seen for now, then in zip(degraded, earlier, strict=True))
+            seen.append(degraded)
+        # Down and up again while requests run: more of them than level 0's blocks could hold.
+        follow(llm, {0: 4, 20: 0, 40: 2, 60: 0})
+        generate(llm, PROMPTS * 2, 96, logprobs=1)
+        settle(llm, 0, patience_s=60)
+        llm.reset_prefix_cache()
+        assert generate(llm, USED, 24) == before
+        assert memory_of(llm) == pages, "pages do not come back"
+        assert compilations() == counted
+        assert not morph_of(llm).failed and not morph_of(llm).controller.status()["tripped"]

@@ -1,0 +1,169 @@
+"""What an engine on a GPU refuses, and what its settings mean there."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from morphserve.config import LadderConfig, LadderStep, MorphServeConfig
+from morphserve.errors import ConfigError
+from morphserve.integration import checks
+from morphserve.integration.block_tables import rewrite_block_tables
+from morphserve.integration.device.checks import check_device
+from morphserve.integration.device.kv import geometry_of, quantum_of
+from morphserve.integration.device.memory import FAKE_DEVICE, wants_device
+from morphserve.integration.settings import for_this_device
+
+pytestmark = pytest.mark.seams
+
+
+def config(**changes: Any) -> SimpleNamespace:
+    """The parts of a VllmConfig that are looked at, with vLLM's defaults."""
+    from vllm.config import OffloadConfig, ParallelConfig
+
+    values: dict[str, Any] = {
+        "parallel_config": ParallelConfig(),
+        "offload_config": OffloadConfig(),
+        "attention_config": SimpleNamespace(hisparse_config=None),
+        "speculative_config": None,
+        "lora_config": None,
+        "model_config": SimpleNamespace(quantization=None),
+    }
+    return SimpleNamespace(**{**values, **changes})
+
+
+def offload(**fields: Any) -> Any:
+    from vllm.config import OffloadConfig
+
+    return OffloadConfig(**fields)
+
+
+def test_the_defaults_pass() -> None:
+    """Guards: a refusal of everything."""
+    check_device(config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"offload_config": {"uva": {"cpu_offload_gb": 2}}}, "--cpu-offload-gb"),
+        ({"offload_config": {"prefetch": {"offload_group_size": 4}}}, "--offload-group-size"),
+        ({"offload_config": {"offload_backend": "uva"}}, "--offload-backend"),
+        (
+            {"parallel_config": SimpleNamespace(decode_context_parallel_size=2, prefill_context_parallel_size=1)},
+            "--decode-context-parallel-size",
+        ),
+        ({"attention_config": SimpleNamespace(hisparse_config=object())}, "HiSparse"),
+        ({"speculative_config": object()}, "--speculative-config"),
+        ({"lora_config": object()}, "--enable-lora"),
+        ({"model_config": SimpleNamespace(quantization="fp8")}, "quantized .fp8."),
+    ],
+)
+def test_what_moves_weights_or_blocks_behind_our_back_is_refused(changes: dict[str, Any], words: str) -> None:
+    """Guards: two owners of the same memory, found out when the first transition has corrupted it."""
+    if isinstance(changes.get("offload_config"), dict):
+        changes = {"offload_config": offload(**changes["offload_config"])}
+    with pytest.raises(ConfigError, match=words):
+        check_device(config(**changes))
+
+
+class Platform:
+    """vLLM's `current_platform` on an NVIDIA GPU."""
+
+    device_type = "cuda"
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def is_cpu(self) -> bool:
+        return False
+
+    def is_cuda(self) -> bool:
+        return True
+
+    def has_device_capability(self, capability: int) -> bool:
+        return self._capability >= capability
+
+
+@pytest.mark.parametrize(("capability", "first"), [(90, "fp8"), (89, "fp8"), (80, "w8")])
+def test_an_empty_ladder_begins_with_what_the_gpu_multiplies(
+    monkeypatch: pytest.MonkeyPatch, capability: int, first: str
+) -> None:
+    """Guards: int8 where fp8 is as small and better, fp8 where no unit multiplies it; steps that a user wrote, lost."""
+    monkeypatch.setattr("vllm.platforms.current_platform", Platform(capability))
+    checks.check_platform()
+    steps = for_this_device(MorphServeConfig()).ladder.steps
+    assert isinstance(steps, list) and [step.format for step in steps] == [first, "w4"]
+    written = MorphServeConfig(ladder=LadderConfig(steps=[LadderStep(format="w4")]))
+    assert for_this_device(written) == written
+
+
+def test_on_cpu_settings_stay_as_they_are() -> None:
+    """Guards: a ladder for GPUs on a CPU."""
+    assert for_this_device(MorphServeConfig()) == MorphServeConfig()
+
+
+def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a start on hardware that nobody has tried."""
+    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_type="xpu")
+    monkeypatch.setattr("vllm.platforms.current_platform", platform)
+    with pytest.raises(ConfigError, match="'xpu'.*NVIDIA"):
+        checks.check_platform()
+
+
+def test_fake_pages_are_for_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a CPU server on fake pages, or a GPU without its own."""
+    monkeypatch.delenv(FAKE_DEVICE, raising=False)
+    assert wants_device("cuda") and not wants_device("cpu")
+    monkeypatch.setenv(FAKE_DEVICE, "1")
+    assert wants_device("cpu") and not wants_device("xpu")
+
+
+def kv_config(num_blocks: int, layer_stride: int, block_stride: int, num_layers: int = 4) -> SimpleNamespace:
+    tensor = SimpleNamespace(
+        layers=[f"layer.{i}" for i in range(num_layers)],
+        size=max(layer_stride * num_layers, block_stride * num_blocks),
+        layer_stride=layer_stride,
+        block_stride=block_stride,
+        offset=0,
+    )
+    return SimpleNamespace(kv_cache_tensors=[tensor], num_blocks=num_blocks, kv_cache_layout="LHBNC")
+
+
+@pytest.mark.parametrize(
+    ("block_bytes", "quantum"), [(64 << 10, 32), (16 << 10, 128), (24 << 10, 256), (2 << 20, 1), (3 << 20, 2)]
+)
+def test_blocks_come_in_whole_pages(block_bytes: int, quantum: int) -> None:
+    """Guards: blocks published that share a page with layers, or a quantum that wastes memory."""
+    geometry = geometry_of(kv_config(1024, 1024 * block_bytes, block_bytes), 2 << 20)
+    assert quantum_of(geometry) == quantum
+
+
+def test_a_layout_without_an_end_is_refused() -> None:
+    """Guards: heads outside of blocks, where growing would move every address."""
+    with pytest.raises(ConfigError, match="KV cache layout LHBNC: .* Set VLLM_KV_CACHE_LAYOUT"):
+        geometry_of(kv_config(64, 1000, 500), 4096)
+
+
+def test_block_tables_on_the_device_are_renamed() -> None:
+    """Guards: a step that reads a block where it no longer is, or a row that another step has yet to write."""
+    rows = torch.tensor([[5, 9, 0, 0], [7, 2, 3, 0]], dtype=torch.int32)
+    address = rows.data_ptr()
+    tables = SimpleNamespace(block_tables=[SimpleNamespace(gpu=rows)])
+    rewrite_block_tables(SimpleNamespace(block_tables=tables), [(9, 1), (7, 4)], 12)
+    assert rows.tolist() == [[5, 1, 0, 0], [4, 2, 3, 0]]
+    assert rows.data_ptr() == address, "captured graphs read the old address"
+
+
+def test_block_tables_on_the_host_are_renamed() -> None:
+    """Guards: the same in the V1 runner, which has the ids twice."""
+    rows = np.array([[5, 9], [7, 2]], dtype=np.int32)
+    state = SimpleNamespace(block_ids=([5, 9], [7]))
+    tables = SimpleNamespace(block_tables=[SimpleNamespace(block_table=SimpleNamespace(np=rows))])
+    runner = SimpleNamespace(requests={"a": state}, input_batch=SimpleNamespace(block_table=tables))
+    rewrite_block_tables(runner, [(9, 1), (7, 4)], 12)
+    assert rows.tolist() == [[5, 1], [4, 2]] and state.block_ids == ([5, 1], [4])
