@@ -77,7 +77,8 @@ class CudaDriver:
         try:
             code, *values = getattr(self.functions, name)(*args)
         except RuntimeError as e:  # of the bindings: no library, or one too old to have the function
-            raise PagerError(f"{name}{about}: {e}. Install NVIDIA's driver, for CUDA 12 or newer.") from e
+            reason = str(e).rstrip(".")
+            raise PagerError(f"{name}{about}: {reason}. Install NVIDIA's driver, for CUDA 12 or newer.") from e
         if code != self.functions.CUresult.CUDA_SUCCESS:
             result = getattr(code, "name", str(code))
             raise PagerError(f"{name}{about}: {result}. {_REMEDIES.get(result, _OTHER_REMEDY)}")

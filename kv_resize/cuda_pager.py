@@ -282,7 +282,8 @@ def _page_size(wanted: int | None, granularity: int) -> int:
 
 
 def _sleeping_event() -> Any:
-    return torch.cuda.Event(blocking=True)  # not spinning: a step is long, and its core is wanted elsewhere
+    # Not spinning: a step is long, and its core is wanted elsewhere.
+    return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
 
 def _note(refused: list[PagerError], call: Callable[..., None], *args: Any) -> None:

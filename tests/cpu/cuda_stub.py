@@ -148,7 +148,7 @@ class StubDriver:
         self._thread.context = ctx
 
     @entry(1)
-    def cuMemGetAllocationGranularity(self, prop: CUmemAllocationProp, option: int) -> int:
+    def cuMemGetAllocationGranularity(self, prop: Any, option: int) -> int:
         self._check_location(prop.location)
         check(prop.type == CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED)
         check(option == CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM)
@@ -172,7 +172,7 @@ class StubDriver:
         del self.reserved[int(ptr)], self._windows[int(ptr)]
 
     @entry(1)
-    def cuMemCreate(self, size: int, prop: CUmemAllocationProp, flags: int) -> Opaque:
+    def cuMemCreate(self, size: int, prop: Any, flags: int) -> Opaque:
         self._check_size(size)
         self._check_location(prop.location)
         check(prop.type == CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED and flags == 0)
@@ -201,7 +201,7 @@ class StubDriver:
         self.mapped[int(ptr)] = int(handle)
 
     @entry()
-    def cuMemSetAccess(self, ptr: int, size: int, desc: list[CUmemAccessDesc], count: int) -> None:
+    def cuMemSetAccess(self, ptr: int, size: int, desc: list[Any], count: int) -> None:
         self._check_size(size)
         check(count == len(desc) == 1)
         self._check_location(desc[0].location)

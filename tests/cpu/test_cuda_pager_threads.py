@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import pytest
 from cpu.cuda_stub import FakeStream, StubDriver
 from cpu.cuda_stub_types import CUresult
 from cpu.pager_world import GRANULE, in_thread
@@ -96,3 +97,17 @@ def test_wait_is_for_what_was_queued_before() -> None:
     in_thread(pager.wait)
     assert [stream.num_done for stream in streams] == [3, 5]
     assert pager.num_created == 2
+
+
+def test_a_thread_that_got_no_context_asks_again() -> None:
+    """Guards: a helper thread that is taken to have a context since it once asked for one, and fails for ever."""
+    driver = StubDriver(GRANULE, GRANULE)
+    pager = driver.pager()
+
+    def twice() -> int:
+        with pytest.raises(PagerError, match="cuCtxSetCurrent to that of device 0: CUDA_ERROR_UNKNOWN"):
+            pager.create()
+        return pager.create()
+
+    driver.fail_at = len(driver.calls)
+    assert in_thread(twice) == pager.num_created == 1
