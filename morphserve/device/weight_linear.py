@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -69,8 +70,8 @@ class WeightSlot(LinearSlot):
         other = _slots.get(self.address)
         if other is not None:
             raise WeightError(
-                f"{name!r} has its weight at {self.address:#x}, where that of {other.name!r} lies; the limit is one linear per "
-                "address. Keep tied weights out of the ladder, or call reset() before another model is registered"
+                f"{name!r} has its weight at {self.address:#x}, where that of {other.name!r} lies; one per "
+                "address is the limit. Keep tied weights out of the ladder; call reset() before another model comes"
             )
         _slots[self.address] = self
 
@@ -107,7 +108,7 @@ def register_op() -> None:
     """Register `morphserve::linear_of`. Re-entrant."""
     if _libraries:
         return
-    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
     library.define("linear_of(Tensor x, Tensor weight) -> Tensor")
     for device in _DEVICES:
         library.impl("linear_of", _linear_of, device)

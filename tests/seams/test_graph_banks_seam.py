@@ -218,6 +218,7 @@ def test_the_dispatcher_of_the_v1_runner_falls_back_too() -> None:
 
     capture((BASE,), set(SIZES))
     assert modes() == ["FULL"] * 4 + ["NONE"]
+    banks.switch(("w4",))  # narrowed to nothing
     capture(("w4",), {1, 2})
     assert modes() == ["FULL", "FULL", "PIECEWISE", "PIECEWISE", "NONE"]
     banks.switch(("w8",))
