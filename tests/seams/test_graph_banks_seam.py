@@ -1,0 +1,227 @@
+"""Banks on vLLM's own objects: wrappers that capture, tables that choose. The device under them is a miniature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cpu.graph_memory import Cell, Graph
+from cpu.graph_world import BASE, SIZES, GraphWorld, Mode, at
+from vllm.compilation import breakable_cudagraph, cuda_graph
+from vllm.compilation.counter import compilation_counter
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import BatchDescriptor, override_forward_context
+from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+
+from morphserve.device import GraphBankError, GraphBanks, Holder, Route, narrow_keys
+
+DEEP = ("w4",) * 3
+
+
+class DeviceGraph:
+    """Stands in for torch.cuda.CUDAGraph."""
+
+    graph: Graph
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+def context(mode: str, num_tokens: int) -> Any:
+    forward = SimpleNamespace(
+        batch_descriptor=BatchDescriptor(num_tokens), cudagraph_runtime_mode=CUDAGraphMode[mode], additional_kwargs={}
+    )
+    return override_forward_context(forward)  # type: ignore[arg-type]
+
+
+def config(**changes: Any) -> Any:
+    """What the objects under test read of a VllmConfig."""
+    compilation = SimpleNamespace(
+        cudagraph_capture_sizes=list(SIZES), max_cudagraph_capture_size=max(SIZES), compile_sizes=None
+    )
+    return SimpleNamespace(
+        compilation_config=compilation,
+        scheduler_config=SimpleNamespace(max_num_seqs=max(SIZES)),
+        cache_config=SimpleNamespace(use_kda_recoverssm=False),
+        lora_config=None,
+        speculative_config=None,
+        **changes,
+    )
+
+
+class VllmWorld(GraphWorld):
+    """The miniature with vLLM's own CUDAGraphWrapper around each piece, and its CudaGraphManager."""
+
+    def _wrap(self, runnable: Callable[..., tuple[Cell, ...]]) -> Any:
+        return cuda_graph.CUDAGraphWrapper(runnable, config(), CUDAGraphMode.PIECEWISE)
+
+    def _make_manager(self) -> Any:
+        manager = object.__new__(CudaGraphManager)  # its __init__ wants process groups
+        manager.vllm_config = config()
+        manager.compilation_config = manager.vllm_config.compilation_config
+        manager.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+        manager.max_num_reqs, manager.decode_query_len, manager.varlen_decode = max(SIZES), 1, False
+        manager.ubatch_runner = None
+        manager.lora_capture_cases, manager._lora_dispatch_map, manager._max_lora_case = [0], {}, 0
+        manager.graphs, manager._candidates, manager._capture_descs = {}, {}, {}
+        manager._init_candidates()
+        manager._graphs_captured = True
+        return manager
+
+    def _dispatch(self, num_tokens: int) -> Any:
+        return self.manager.dispatch(num_tokens, num_tokens, 1, 0)
+
+    def _full_desc(self, size: int) -> Any:
+        (desc,) = (desc for desc in self.manager._capture_descs[CUDAGraphMode.FULL] if desc.num_tokens == size)
+        return desc
+
+    def forward(self, mode: Mode = Mode.NONE, num_tokens: int = 0) -> None:
+        with context(mode.name, num_tokens):
+            super().forward(mode, num_tokens)
+
+    def num_captured(self) -> int:
+        return compilation_counter.num_cudagraph_captured
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmWorld]:
+    """With torch's capture replaced by the miniature's."""
+    pools = SimpleNamespace(home=None)
+    monkeypatch.setattr(cuda_graph, "current_platform", SimpleNamespace(get_global_graph_pool=lambda: pools.home))
+    monkeypatch.setattr(cuda_graph, "current_stream", lambda: None)
+    monkeypatch.setattr(cuda_graph, "capture_pool", lambda pool, vllm_config: nullcontext(pool))
+    monkeypatch.setattr(cuda_graph, "weak_ref_tensors", lambda cells: tuple(cell.weak() for cell in cells))
+    monkeypatch.setattr(compilation_counter, "num_cudagraph_captured", 0)
+    world = VllmWorld()
+    for wrapper in world.wrappers:
+        wrapper.graph_pool = world.gpu.home
+
+    @contextmanager
+    def capture(graph: DeviceGraph, pool: Any, stream: Any) -> Iterator[None]:
+        with world.gpu.capture(pool) as graph.graph:
+            yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", DeviceGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    yield world
+
+
+def test_vllms_dispatch_takes_what_the_bank_has(world: VllmWorld) -> None:
+    """Guards: FULL, then PIECEWISE of the same formats, then eager: not what vLLM does any more."""
+    base = world.formats
+    table = world.manager._candidates
+    assert world.capture(base)
+    assert world.manager._candidates is table
+    assert [world.step(n) for n in range(1, 6)] == [Mode.FULL] * 4 + [Mode.NONE]
+    assert world.capture(DEEP, full=[2], piecewise=[2, 4])
+    first, last = at(base, l0="w8"), at(base, l2="w4")
+    for formats in (first, last):
+        world.capture(formats, full=[])
+    num_captured = world.num_captured()
+    assert num_captured == 4 * 3 + 4 * 2 + 2 * 3 + (3 + 1)  # the last piece of `last` is that of DEEP, but for size 1
+    assert world.switch(DEEP)
+    assert [world.step(n) for n in range(1, 6)] == [
+        Mode.FULL, Mode.FULL, Mode.PIECEWISE, Mode.PIECEWISE, Mode.NONE,
+    ]  # fmt: skip
+    assert not world.switch(at(base, l0="w8", l2="w4"))  # between banks: pieces of both
+    assert [world.step(n) for n in range(1, 6)] == [Mode.PIECEWISE] * 4 + [Mode.NONE]
+    assert not world.switch(at(base, l1="w4"))
+    assert [world.step(n) for n in range(1, 6)] == [Mode.NONE] * 5
+    assert world.switch(base)
+    assert world.manager._candidates is table
+    assert [world.step(n) for n in range(1, 6)] == [Mode.FULL] * 4 + [Mode.NONE]
+    assert world.num_captured() == num_captured
+
+
+def test_a_prefill_takes_pieces(world: VllmWorld) -> None:
+    """Guards: a batch that no whole-step graph fits falls to eager because tables were narrowed."""
+    world.capture(world.formats)
+    world.capture(DEEP, full=[4])
+    for formats in (world.formats, (BASE,) * 3):
+        world.switch(formats)
+        desc = world.manager.dispatch(1, 3, None, 0)
+        assert (desc.cg_mode, desc.num_tokens) == (CUDAGraphMode.PIECEWISE, 4)
+
+
+def test_vllms_wrapper_is_refused_a_capture(world: VllmWorld) -> None:
+    """Guards: a wrapper that keeps its entries elsewhere by now, and captures while serving."""
+    world.capture(world.formats)
+    world.switch(DEEP)
+    num_captured = world.num_captured()
+    world.gpu.may_capture = True
+    with pytest.raises(GraphBankError, match="where 0 graphs"):
+        world.forward(Mode.PIECEWISE, 2)
+    assert world.num_captured() == num_captured
+
+
+def test_a_breakable_wrapper_has_banks_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: the same for the piecewise graphs that come without torch.compile."""
+    monkeypatch.setattr(
+        breakable_cudagraph, "current_platform", SimpleNamespace(get_global_graph_pool=lambda: (0, 0))
+    )
+    ran: list[str] = []
+    wrapper = breakable_cudagraph.BreakableCUDAGraphWrapper(lambda: ran.append("eager"), config())
+    banks = GraphBanks([Holder(wrapper, "entries", full=False)])
+    banks.begin((BASE,))
+    captured = SimpleNamespace(replay=lambda: ran.append("replay"))
+    entry = breakable_cudagraph._BreakableEntry(BatchDescriptor(1), capture=captured)
+    wrapper.entries[BatchDescriptor(1)] = entry
+    wrapper.entries[BatchDescriptor(2)] = breakable_cudagraph._BreakableEntry(BatchDescriptor(2))  # it failed
+    assert not banks.end()
+    assert banks.num_graphs() == {(BASE,): 1}
+    with context("PIECEWISE", 1):
+        wrapper()
+    assert ran == ["replay"]
+    banks.switch(("w4",))
+    with context("NONE", 1):
+        wrapper()
+    assert ran == ["replay", "eager"]
+    with context("PIECEWISE", 1), pytest.raises(GraphBankError, match="where 0 graphs"):
+        wrapper()
+
+
+def test_the_dispatcher_of_the_v1_runner_falls_back_too() -> None:
+    """Guards: the same for the V1 runner, whose table is another."""
+    dispatcher = object.__new__(CudagraphDispatcher)
+    dispatcher.vllm_config = config()
+    dispatcher.compilation_config = dispatcher.vllm_config.compilation_config
+    dispatcher.uniform_decode_query_len, dispatcher.specialize_lora_count = 1, False
+    dispatcher.cudagraph_keys = {CUDAGraphMode.PIECEWISE: set(), CUDAGraphMode.FULL: set()}
+    dispatcher.initialize_cudagraph_keys(CUDAGraphMode.FULL_AND_PIECEWISE)
+    keys = dispatcher.cudagraph_keys
+    whole, piece = (
+        SimpleNamespace(concrete_cudagraph_entries={}, runnable=None, graph_pool=None) for _ in range(2)
+    )
+    banks = GraphBanks(
+        [Holder(whole, "concrete_cudagraph_entries"), Holder(piece, "concrete_cudagraph_entries", (0,))],
+        [Route(dispatcher, "cudagraph_keys", narrow_keys)],
+        later_pool=(0, 1),
+    )
+
+    def capture(formats: tuple[str, ...], full: set[int]) -> None:
+        banks.begin(formats)
+        assert dispatcher.cudagraph_keys is keys  # vLLM captures what its own table has
+        for holder, mode in ((whole, CUDAGraphMode.FULL), (piece, CUDAGraphMode.PIECEWISE)):
+            for desc in keys[mode]:
+                if mode is CUDAGraphMode.PIECEWISE or desc.num_tokens in full:
+                    entry = SimpleNamespace(cudagraph=object(), output=(), input_addresses=[])
+                    holder.concrete_cudagraph_entries[desc] = entry
+        banks.end()
+
+    def modes() -> list[str]:
+        return [dispatcher.dispatch(n, uniform_decode=True)[0].name for n in range(1, 6)]
+
+    capture((BASE,), set(SIZES))
+    assert modes() == ["FULL"] * 4 + ["NONE"]
+    banks.switch(("w4",))  # narrowed to nothing
+    capture(("w4",), {1, 2})
+    assert modes() == ["FULL", "FULL", "PIECEWISE", "PIECEWISE", "NONE"]
+    banks.switch(("w8",))
+    assert modes() == ["NONE"] * 5
+    banks.switch((BASE,))
+    assert dispatcher.cudagraph_keys is keys and modes() == ["FULL"] * 4 + ["NONE"]
