@@ -65,13 +65,13 @@ class WeightSlot(LinearSlot):
         """
         super().__init__(name, impl, format, bias)
         # Shares the storage, so that nobody else is given the address while the slot is registered.
-        self._weight = None
+        self._weight = weight.detach()
         self.address = _address(name, weight)
         other = _slots.get(self.address)
         if other is not None:
             raise WeightError(
                 f"{name!r} has its weight at {self.address:#x}, where that of {other.name!r} lies; one per "
-                "address is the limit. Keep tied weights out of the ladder; call reset() before another model is registered"
+                "address is the limit. Keep tied weights out of the ladder; call reset() before another model comes"
             )
         _slots[self.address] = self
 
