@@ -40,7 +40,8 @@ def check_seam(seam: Seam, tree: SourceTree) -> SeamResult:
             return SeamResult(seam, False, f"no signature: {have}")
         if missing := [p for p in seam.params if p not in have]:
             return SeamResult(seam, False, f"parameters {missing} are gone; it has {have}")
-        notes.insert(0, "parameters match")
+        unlisted = [p for p in have if p in required(found) and p not in seam.params]
+        notes = ["parameters match", *([f"also needs {unlisted}"] if unlisted else []), *notes]
     return SeamResult(seam, True, ", ".join(["present", *notes]))
 
 
@@ -104,6 +105,16 @@ def parameters(symbol: Symbol, tree: SourceTree) -> list[str] | str:
         if from_fields or any(_decorated(cls, maker) for maker in _MAKE_CONSTRUCTORS):
             return [name for _, part in reversed(classes[position:]) for name in _fields(part)]
     return f"no constructor in {[cls.name for _, cls in classes]}, bases that were not read: {outside}"
+
+
+def required(symbol: Symbol) -> set[str]:
+    """Parameters of a function without a default: a call of ours has to give them, a wrapper to pass them on."""
+    if not isinstance(symbol.node, _FUNCTIONS):
+        return set()
+    every = symbol.node.args
+    positional = [*every.posonlyargs, *every.args]
+    keywords = [arg for arg, default in zip(every.kwonlyargs, every.kw_defaults, strict=True) if default is None]
+    return {arg.arg for arg in (*positional[: len(positional) - len(every.defaults)], *keywords)} - {"self", "cls"}
 
 
 def stored(function: _Function) -> tuple[set[str], set[str]]:

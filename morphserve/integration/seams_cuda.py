@@ -21,7 +21,7 @@ _OPS = "vllm._custom_ops"
 _MARLIN = "vllm.model_executor.layers.quantization.utils.marlin_utils"
 
 CUDA_SEAMS: tuple[Seam, ...] = (
-    Seam("cuda_platform", "vllm.platforms:current_platform.is_cuda", (), "which backing and which runner"),
+    Seam("cuda_platform", "vllm.platforms.interface:Platform.is_cuda", (), "which backing and which runner"),
     Seam("cuda_runner", "vllm.config:VllmConfig.use_v2_model_runner", (),
          "V2 is the default with Triton; V1 keeps block ids and graphs elsewhere"),
     # Layers: one object that vLLM asks at every capture and replay.

@@ -210,7 +210,8 @@ DAMAGE = {
                           (".engine:Deep", (), ("inherited",)), "instances have no ['inherited']"),
     "other base": (("engine.py", "class Engine(Parent):", "class Engine(dict):"),
                    (".engine:Deep", (), ("inherited",)), "not read: ['dict']"),
-    "set by an inner function": (("engine.py", "        self.extra = limit\n        self.bare: int\n\n        def inner():\n",
+    "set by an inner function": (("engine.py",
+                                  "        self.extra = limit\n        self.bare: int\n\n        def inner():\n",
                                   "        def inner():\n            self.extra = limit\n"),
                                  (":Engine", (), ("extra",)), "instances have no ['extra']"),
     "removed annotation": (("engine.py", "    table: dict\n", ""), (":Engine", (), ("table",)), "no ['table']"),
@@ -320,3 +321,12 @@ def test_the_script_loads_no_vllm(tmp_path: Path) -> None:
     assert done.returncode == 1 and not found["ok"] and found["vllm"] == "0.32.0", done.stderr
     assert [row["name"] for row in found["seams"] if row["holds"]] == ["version"]
     assert found["num_rows"] == len(found["seams"]) == 1 + sum(map(len, check_seams.TABLES.values()))
+
+
+def test_a_new_parameter_without_a_default_is_noted(world: World) -> None:
+    """Guards: all names are as before, and the call that we pass on lacks one that the next version wants."""
+    row = world.seam(".planning:plan", ("config", "memory"))
+    assert world.check(row).detail == "present, parameters match"
+    world.damage("base.py", "plan(config, memory)", "plan(config, memory, groups, limit=None, *, kind, late=0)")
+    result = seam_source.check_seam(row, SourceTree(world.root, world.name))
+    assert result.ok and result.detail == "present, parameters match, also needs ['groups', 'kind']"
