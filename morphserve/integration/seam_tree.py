@@ -97,7 +97,7 @@ class SourceTree:
         for star in scope.stars if not name.startswith("_") else ():
             if found := self.find(star, name, _depth + 1):
                 return found
-        return Symbol(f"{module}.{name}", None) if self.module(f"{module}.{name}") else None
+        return None
 
     def member(self, owner: Symbol, name: str) -> Symbol | None:
         """Attribute `name` of a module, a class or an annotated instance; None if none is known."""

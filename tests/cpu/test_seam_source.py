@@ -110,9 +110,23 @@ from .base import plan
 from .base import plan as other_name
 from . import engine
 again = plan
+declared: int
 
 def local(a):
     return a
+""",
+    "inner/__init__.py": """
+from ..base import plan as from_above
+from .part import *
+""",
+    "inner/part.py": """
+from ..engine import Engine
+
+def by_star(x):
+    return x
+
+def _not_by_star(x):
+    return x
 """,
     "platform.py": """
 from typing import TYPE_CHECKING
@@ -142,6 +156,7 @@ class World:
         self.root, self.name = root, name
         (root / name).mkdir()
         for file, text in FILES.items():
+            (root / name / file).parent.mkdir(exist_ok=True)
             (root / name / file).write_text(text, encoding="utf-8")
 
     def damage(self, file: str, old: str, new: str) -> None:
@@ -185,6 +200,9 @@ HOLD = [
     (".planning:again", ("memory",), ()),
     (".planning:engine.Engine.run", ("step",), ()),
     (".platform:current.is_gpu", ("index",), ()),
+    (".inner:from_above", ("memory",), ()),
+    (".inner:by_star", ("x",), ()),
+    (".inner.part:Engine.make", ("config",), ()),
 ]
 
 
@@ -244,6 +262,8 @@ NEVER = [
     (":Engine", (), ("bare",)),  # annotated in a constructor, never stored
     (":Engine", (), ("nested",)),  # stored by a function inside of the constructor
     (":Engine.load", ("self",), ()),  # a property
+    (".planning:declared", (), ()),  # annotated in a module, never bound
+    (".inner:_not_by_star", (), ()),
     (".planning:plan", (), ("result",)),  # a function that stores nothing
 ]
 
@@ -282,8 +302,8 @@ def test_a_wheel_says_what_its_directory_says(world: World, tmp_path: Path) -> N
     """Guards: relative imports and packages are found on disk only, and every row of a wheel fails."""
     wheel = tmp_path / "a.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        for file in (tmp_path / world.name).iterdir():
-            archive.write(file, f"{world.name}/{file.name}")
+        for file in FILES:
+            archive.write(tmp_path / world.name / file, f"{world.name}/{file}")
     rows = [world.seam(*row) for row in HOLD]
     packed = seam_source.check_all(rows, SourceTree(wheel, world.name))
     assert packed == seam_source.check_all(rows, SourceTree(tmp_path, world.name)) and all(r.ok for r in packed)
