@@ -67,7 +67,8 @@ CUDA_SEAMS: tuple[Seam, ...] = (
     Seam("blocks_v2", _TABLES, (),
          "a migration rewrites block_tables[group].gpu [max_num_reqs, max_num_blocks] int32, the only copy of ids that"
          " outlives a step: input_block_tables and slot_mappings are made from it at the head of each step, num_blocks"
-         " holds counts. On the runner's stream: steps sent earlier gathered their ids before, and never write any",
+         " holds counts. On the runner's stream: steps sent earlier gathered their ids before, and never write any."
+         " Ids of blocks below a sliding window stay in it after they are freed: unmapped ones become the null block",
          ("block_tables", "input_block_tables", "slot_mappings", "num_blocks", "append_block_ids",
           "apply_staged_writes")),
     Seam("blocks_v2_row", "vllm.v1.worker.gpu.buffer_utils:StagedWriteTensor", (),
@@ -87,7 +88,7 @@ CUDA_SEAMS: tuple[Seam, ...] = (
          ("prepare_inputs_event", "synchronize_input_prep", "cudagraph_dispatcher")),
     # Graphs: one bank a level, switched between two steps.
     Seam("graphs", f"{_GRAPHS}:CudaGraphManager", (),
-         "a bank is `graphs`; a descriptor without a graph in it must not be dispatched",
+         "a bank is `graphs` and its `_candidates`: what is dispatched without a graph stops the worker",
          ("graphs", "pool", "_graphs_captured", "_candidates", "_capture_descs", "capture", "dispatch", "run_fullgraph",
           "release_graphs", "needs_capture", "use_breakable_cg", "breakable_cg_runner", "cudagraph_mode")),
     Seam("graphs_dispatch", f"{_GRAPHS}:CudaGraphManager.dispatch",
@@ -102,7 +103,7 @@ CUDA_SEAMS: tuple[Seam, ...] = (
     Seam("graphs_capture_v1", f"{_RUNNER_V1}.capture_model", (), "once a level"),
     Seam("graphs_unlock", "vllm.v1.worker.workspace:unlock_workspace", (), "V1 locks the workspace after each capture"),
     Seam("graphs_allow", "vllm.compilation.monitor:set_cudagraph_capturing_enabled", ("enabled",),
-         "V1 forbids captures after its own"),
+         "V1 forbids captures after its own; V2 never does, and would capture a missing piece in the middle of a step"),
     Seam("graphs_memory_v2", f"{_RUNNER_V2}.profile_cudagraph_memory", (), "counts one bank: ours are more"),
     Seam("graphs_memory_v1", f"{_RUNNER_V1}.profile_cudagraph_memory", (), "counts one bank: ours are more"),
     Seam("piecewise", "vllm.compilation.cuda_graph:CUDAGraphWrapper", (),
