@@ -30,7 +30,8 @@ class Seam:
     target: str  # "package.module:Class.attribute"
     params: tuple[str, ...]  # parameters we rely on, by name
     why: str  # delete the row when vLLM offers what it is for
-    attributes: tuple[str, ...] = ()  # of the instances of a class: fields, methods, what constructors set
+    # Of the instances of a class: fields, methods, what constructors set. Of a function: what it stores on an object.
+    attributes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,15 +233,22 @@ def resolve(target: str) -> tuple[Any, str, Any]:
 
 
 def instance_attributes(value: Any) -> set[str]:
-    """What an instance of a class has: everything in its classes, and what their constructors store."""
+    """What an instance of a class has: everything in its classes, and what their constructors store; of a function,
+    what it stores: some state is made later than in a constructor."""
+    if not inspect.isclass(value):
+        return _stored(value)
     found: set[str] = set()
-    for cls in inspect.getmro(value) if inspect.isclass(value) else ():
+    for cls in inspect.getmro(value):
         found |= set(vars(cls)) | set(inspect.get_annotations(cls))
         for name in ("__init__", "__post_init__"):
-            code = getattr(inspect.unwrap(vars(cls).get(name, object.__init__)), "__code__", None)
-            if code is not None:
-                found |= {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"}
+            found |= _stored(vars(cls).get(name))
     return found
+
+
+def _stored(function: Any) -> set[str]:
+    """Names of the attributes that a function stores, on whatever object; of anything else none."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"} if code else set()
 
 
 def check_seam(seam: Seam) -> SeamResult:
