@@ -74,12 +74,16 @@ class Entries(dict[Any, Any]):
             )
         super().__setitem__(key, value)
 
-    def close(self) -> None:
-        """Forget graphs whose capture did not end, and take no more."""
+    def close(self, known: dict[frozenset[Any], frozenset[Any]]) -> None:
+        """Forget graphs whose capture did not end, and take no more.
+
+        Args:
+            known: sets of keys there have been. Equal sets become one object, which a switch compares at no cost.
+        """
         for key in [key for key, entry in self.items() if _is_unfinished(entry)]:
             del self[key]
         self.is_open = False
-        self.keys_at_close = frozenset(self)
+        self.keys_at_close = known.setdefault(frozenset(self), frozenset(self))
 
 
 def _is_unfinished(entry: Any) -> bool:
@@ -115,7 +119,7 @@ class _Shelf:
         self.opened = entries
         self.show(entries)
 
-    def close(self) -> int:
+    def close(self, known: dict[frozenset[Any], frozenset[Any]]) -> int:
         """Returns how many graphs were dropped because they read other addresses than home's."""
         if self.stock is not None:
             self.holder.owner.runnable, self.holder.owner.graph_pool = self.stock
@@ -127,7 +131,7 @@ class _Shelf:
             moved = [key for key, entry in entries.items() if _reads_elsewhere(entry, self.home.get(key))]
         for key in moved:
             del entries[key]
-        entries.close()
+        entries.close(known)
         return len(moved)
 
 
@@ -170,6 +174,7 @@ class GraphBanks:
         self._tables: dict[Offer, tuple[Any, ...]] = {}
         self._later_pool = later_pool
         self._closed = Entries()
+        self._keys: dict[frozenset[Any], frozenset[Any]] = {}
         self._num_graphs: dict[Formats, int] = {}
         self._capturing: Formats | None = None
         self._live: Formats | None = None
@@ -212,7 +217,7 @@ class GraphBanks:
         if self._capturing is None:
             raise GraphBankError("no bank is being captured; call begin first")
         formats, self._capturing = self._capturing, None
-        num_dropped = sum(shelf.close() for shelf in self._shelves)
+        num_dropped = sum(shelf.close(self._keys) for shelf in self._shelves)
         if num_dropped:
             logger.warning(
                 "morphserve: %d CUDA graphs do not read where level 0's do and were dropped; their steps run eagerly",
@@ -246,7 +251,7 @@ class GraphBanks:
         """Drop all banks, one that is being captured too. Steps run eagerly until another is captured."""
         for shelf in self._shelves:
             if shelf.opened is not None:
-                shelf.close()
+                shelf.close(self._keys)
             shelf.by_formats.clear()
             shelf.home = None
             shelf.show(self._closed)
