@@ -130,7 +130,7 @@ def _activate(engine_args: Any) -> None:
     """
     from morphserve.errors import ConfigError
 
-    seams.require_all()
+    seams.require_all(_device_seams())
     read_settings(engine_args.additional_config)
     for field, ours in (("scheduler_cls", SCHEDULER_CLS), ("worker_extension_cls", _worker_extension_cls())):
         theirs = getattr(engine_args, field)
@@ -142,6 +142,14 @@ def _activate(engine_args: Any) -> None:
         setattr(engine_args, field, ours)
     install_engine_seams()
     _allow_endpoint_plugin()
+
+
+def _device_seams() -> tuple[seams.Seam, ...]:
+    """Rows that hold or fall with a GPU."""
+    from morphserve.integration.checks import current_device_type
+    from morphserve.integration.seams_cuda import CUDA_SEAMS
+
+    return CUDA_SEAMS if current_device_type() == "cuda" else ()
 
 
 def _worker_extension_cls() -> str:

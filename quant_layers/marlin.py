@@ -134,12 +134,12 @@ class W4A16Marlin(KernelBase):
 
 @cache
 def _workspace(device: torch.device) -> Tensor:
-    """Locks of the kernel, one a multiprocessor, zero between calls: all linears of a device share them.
+    """Locks of the kernel, four a multiprocessor at most, zero between calls: all linears of a device share them.
 
     Made with the first linear, so before vLLM locks its own workspaces and captures graphs.
     """
     count = torch.cuda.get_device_properties(device).multi_processor_count
-    return torch.zeros(count, dtype=torch.int32, device=device)
+    return torch.zeros(4 * count, dtype=torch.int32, device=device)
 
 
 class Int4MarlinLinear(Rows):

@@ -45,11 +45,14 @@ def _initialize_kv_caches(original: Callable[..., Any]) -> Any:
 
 def _get_kv_cache_configs(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
-    def get_kv_cache_configs(vllm_config: Any, kv_cache_specs: Any, available_memory: Any) -> Any:
+    def get_kv_cache_configs(vllm_config: Any, kv_cache_specs: Any, available_memory: Any, *rest: Any) -> Any:
+        def stock(*args: Any) -> Any:
+            return original(*args, *rest)  # vLLM 0.33 hands over the cache groups as well
+
         runtime = _RUNTIMES.get(id(vllm_config))
         if runtime is None:
-            return original(vllm_config, kv_cache_specs, available_memory)
-        return runtime.plan_kv(original, kv_cache_specs, available_memory)
+            return stock(vllm_config, kv_cache_specs, available_memory)
+        return runtime.plan_kv(stock, kv_cache_specs, available_memory)
 
     return get_kv_cache_configs
 

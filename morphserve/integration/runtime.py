@@ -13,7 +13,7 @@ from morphserve.controller import Ledgers, largest_chunk_bytes, make_ledgers
 from morphserve.errors import ConfigError
 from morphserve.integration.block_pool import blocks_of_one_request, check_supported
 from morphserve.integration.describe import RankDescription
-from morphserve.integration.device.kv import geometry_of, quantum_of
+from morphserve.integration.device.kv import check_kinds, geometry_of, quantum_of
 from morphserve.integration.settings import config_file
 from morphserve.ladder import build_ladder, check_floor
 from morphserve.profile_ladder import read_ladder
@@ -53,6 +53,8 @@ class EngineRuntime:
         base = original(self.vllm_config, specs, available_memory)
         for kv_cache_config in base:
             check_supported(self.vllm_config, kv_cache_config)
+            if self.in_background:
+                check_kinds(kv_cache_config)
         kv = self.config.kv
         quanta = [_quantum(c, rank.page_bytes) for c, rank in zip(base, self.ranks, strict=True)]
         quantum = math.lcm(*quanta)

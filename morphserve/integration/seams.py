@@ -9,7 +9,7 @@ from __future__ import annotations
 import dis
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -287,17 +287,20 @@ def check_all() -> list[SeamResult]:
     return [check_version(), *(check_seam(seam) for seam in SEAMS)]
 
 
-def require_all() -> None:
+def require_all(more: Sequence[Seam] = ()) -> None:
     """Fail closed.
+
+    Args:
+        more: rows of the device that vLLM has found.
 
     Raises:
         SeamError: one message that names every row that does not hold.
     """
-    broken = [r for r in check_all() if not r.ok]
+    broken = [r for r in (*check_all(), *map(check_seam, more)) if not r.ok]
     if broken:
         lines = "\n".join(f"  {r.seam.name} ({r.seam.target}): {r.detail}" for r in broken)
         raise SeamError(
-            f"MorphServe cannot run on this vLLM: {len(broken)} of {len(SEAMS) + 1} seams do not hold:\n"
+            f"MorphServe cannot run on this vLLM: {len(broken)} of {len(SEAMS) + len(more) + 1} seams do not hold:\n"
             f"{lines}\nInstall vllm{SUPPORTED_VLLM}, or start without --plugin morphserve."
         )
 

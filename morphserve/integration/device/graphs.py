@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from morphserve.device import DeviceRank, DeviceSwapper, GraphBanks, Holder, Route, narrow_candidates, narrow_keys
-from policies.types import BASE_FORMAT
 
 logger = logging.getLogger("vllm.morphserve")
 
@@ -29,41 +28,38 @@ class LevelGraphs:
         self._rank = rank
         self._banks = GraphBanks(_holders(runner), _routes(runner))
 
-    def capture(self, original: Callable[[], int], levels: Sequence[tuple[str, ...]], num_kv_blocks: int) -> int:
+    def capture(self, original: Callable[[bool], int], levels: Sequence[tuple[str, ...]], num_kv_blocks: int) -> int:
         """All banks; the layers are at level 0 again when it returns.
 
         Args:
-            original: vLLM's capture, whose result says how many bytes it took.
+            original: vLLM's capture, told whether it is the last; its result says how many bytes it took.
             levels: formats of each, by decoder layer id; level 0 first.
             num_kv_blocks: that are mapped, and stay so.
 
         Returns:
             Bytes that all banks take.
         """
+        own = sorted(self._swapper.formats())
+        # Levels may differ in the layers of other pipeline stages alone.
+        distinct = list(dict.fromkeys(tuple(level[layer] for layer in own) for level in levels))
         total = 0
-        seen: set[tuple[str, ...]] = set()
-        for index, level in enumerate(levels):
-            self._move(dict(enumerate(level)), num_kv_blocks)
-            key = self._formats()
-            if key in seen:  # it differs from another level on other pipeline stages alone
-                continue
-            seen.add(key)
+        for formats in distinct:
+            self._move(dict(zip(own, formats, strict=True)), num_kv_blocks)
             start = time.perf_counter()
-            self._banks.begin(key)
+            self._banks.begin(formats)
             try:
-                num_bytes = original()
+                num_bytes = original(formats is distinct[-1])
             finally:
                 has_full = self._banks.end()
             total += num_bytes
             logger.info(
-                "morphserve: CUDA graphs of level %d: %d in %.1f s, %.0f MiB%s",
-                index,
-                self._banks.num_graphs()[key],
+                "morphserve: %d CUDA graphs of a level in %.1f s, %.0f MiB%s",
+                self._banks.num_graphs()[formats],
                 time.perf_counter() - start,
                 num_bytes / 2**20,
                 "" if has_full else ", none of whole steps",
             )
-        self._move(dict(enumerate(levels[0])), num_kv_blocks)
+        self._move(dict(zip(own, distinct[0], strict=True)), num_kv_blocks)
         self.show()
         return total
 
@@ -72,12 +68,12 @@ class LevelGraphs:
         self._banks.switch(self._formats())
 
     def _formats(self) -> tuple[str, ...]:
-        """Of this rank's own layers."""
+        """Of this rank's own layers, by id."""
         return tuple(fmt for _, fmt in sorted(self._swapper.formats().items()))
 
     def _move(self, formats: Mapping[int, str], num_kv_blocks: int) -> None:
         now = self._swapper.formats()
-        changes = [(layer, formats.get(layer, BASE_FORMAT)) for layer in now if now[layer] != formats.get(layer)]
+        changes = [(layer, fmt) for layer, fmt in formats.items() if now[layer] != fmt]
         for start in range(0, len(changes), _LAYERS_AT_ONCE):
             self._rank.prepare(dict(changes[start : start + _LAYERS_AT_ONCE]))
             self._rank.wait()

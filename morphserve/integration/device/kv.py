@@ -31,6 +31,20 @@ def geometry_of(kv_cache_config: Any, page_bytes: int) -> KVGeometry:
         raise ConfigError(f"KV cache layout {layout}: {e}") from e
 
 
+def check_kinds(kv_cache_config: Any) -> None:
+    """Refuse caches whose tables keep ids of freed blocks: their pages may be gone when a kernel reads them.
+
+    Raises:
+        ConfigError: some layers look at a window only (vllm/v1/worker/gpu/block_table.py).
+    """
+    kinds = {type(group.kv_cache_spec).__name__ for group in kv_cache_config.kv_cache_groups}
+    if kinds != {"FullAttentionSpec"}:
+        raise ConfigError(
+            f"the KV cache is of kind {', '.join(sorted(kinds))}; on a GPU only FullAttentionSpec is supported: block "
+            "tables of others keep blocks that have no pages any more. Run this model without --plugin morphserve."
+        )
+
+
 def quantum_of(geometry: KVGeometry) -> int:
     """Blocks that fill whole pages in every layer."""
     page = geometry.page_bytes

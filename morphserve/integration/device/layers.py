@@ -21,8 +21,9 @@ from morphserve.integration.rank_base import applied_bias, method_of
 from morphserve.integration.rank_layers import Linears, find_linears
 from morphserve.integration.rank_profile import Plain
 from morphserve.integration.recipes import choose_kernels, formats_of_halves, open_recipe
-from morphserve.ladder import ladder_formats
+from morphserve.ladder import build_ladder, ladder_formats
 from morphserve.profile_ladder import read_ladder
+from morphserve.rank_bytes import RankBytes
 from policies.types import BASE_FORMAT
 from quant_layers import BIAS, HALVES, Half, Kernel, LinearImpl, LinearSlot, TensorSlot, half_of
 
@@ -159,6 +160,14 @@ class DeviceLayers:
     def _build(self, layer: int, name: str, fmt: str, tensors: Mapping[str, Tensor]) -> LinearImpl:
         parts = dict(tensors)
         return self._kernels[fmt].build(parts, parts.pop(BIAS, self._slots[layer][name].bias))
+
+    @property
+    def num_levels(self) -> int:
+        """Of the ladder, level 0 included: there is a bank of CUDA graphs for each."""
+        described = self.describe()
+        sizes = RankBytes(described.layer_bytes, 1)
+        num_layers = len(described.layer_bytes[BASE_FORMAT])
+        return len(build_ladder(num_layers, [sizes], self._config.ladder, 1, profile=read_ladder(self._config)))
 
     def describe(self) -> RankDescription:
         """Bytes of every decoder layer of the model on this rank, per format, in whole pages."""

@@ -53,6 +53,8 @@ def install_worker_seams() -> None:
     seams.wrap("vllm.v1.worker.gpu.attn_utils:allocate_kv_cache", _allocate_kv_cache)
     seams.wrap("vllm.v1.worker.gpu_model_runner:GPUModelRunner.capture_model", _capture_model)
     seams.wrap("vllm.v1.worker.gpu.model_runner:GPUModelRunner.capture_model", _capture_model)
+    seams.wrap("vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model", _warm_up)
+    seams.wrap("vllm.v1.worker.gpu.model_runner:GPUModelRunner.profile_cudagraph_memory", _graph_memory)
 
 
 def _weights_loaded(original: Callable[..., Any]) -> Any:
@@ -185,9 +187,40 @@ def _capture_model(original: Callable[..., Any]) -> Any:
         if _RANK.rank is None or kwargs.get("profile_only"):
             return original(self, *args, **kwargs)
         _RANK.graphs = LevelGraphs(self, _RANK.swapper, _RANK.rank)
-        return _RANK.graphs.capture(lambda: original(self, *args, **kwargs), _RANK.level_formats, _kv().num_mapped)
+
+        def capture(last: bool) -> int:
+            # V2 locks its workspace behind a capture that is not for profiling: only the last one may.
+            unlocked = {} if last or not hasattr(self, "block_tables") else {"profile_only": True}
+            return int(original(self, *args, **{**kwargs, **unlocked}))
+
+        return _RANK.graphs.capture(capture, _RANK.level_formats, _kv().num_mapped)
 
     return capture_model
+
+
+def _graph_memory(original: Callable[..., Any]) -> Any:
+    @functools.wraps(original)
+    def profile_cudagraph_memory(self: Any) -> int:
+        """vLLM captures one bank to know what graphs take; there is one a level, and they share nothing but a pool."""
+        return int(original(self)) * (1 if _RANK.layers is None else _RANK.layers.num_levels)
+
+    return profile_cudagraph_memory
+
+
+def _warm_up(original: Callable[..., Any]) -> Any:
+    @functools.wraps(original)
+    def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = getattr(self.model_runner, "kv_cache_config", None)
+        if _RANK.kv is None or config is None:
+            return original(self, *args, **kwargs)
+        # Warm-up runs requests on the blocks that this number promises, and most of them have no pages yet.
+        laid_out, config.num_blocks = config.num_blocks, _RANK.kv.num_mapped
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            config.num_blocks = laid_out
+
+    return compile_or_warm_up_model
 
 
 def _show_graphs() -> None:
