@@ -71,7 +71,7 @@ def entry(num_values: int = 0, needs_context: bool = True) -> Callable[[Callable
             try:
                 if self.count(method.__name__):
                     raise Refused(self.fail_code)
-                if needs_context and getattr(self._thread, "context", None) is None:
+                if needs_context and not (self.num_retained and getattr(self._thread, "context", None)):
                     raise Refused(CUresult.CUDA_ERROR_INVALID_CONTEXT)
                 value = method(self, *args)
             except Refused as e:
