@@ -1,0 +1,250 @@
+"""The parts of scripts/gpu_check.py in a dry run: every line of theirs that needs no device, and criteria that can fail."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kv_resize import ArenaBacking, FakePager, PagePool
+from morphserve.gpucheck.bench import Bench, run_part
+from morphserve.gpucheck.engines import MODELS, STAND_IN, EngineError, EngineProcess, StandIn
+from morphserve.gpucheck.frame import Options, judge, run_one
+from morphserve.gpucheck.mini_engine import MiniEngine
+from morphserve.gpucheck.mini_model import MiniModel
+from morphserve.gpucheck.parts import PARTS
+from morphserve.gpucheck.results import Findings
+
+ROOT = Path(__file__).parents[2]
+BY_KEY = {part.key: part for part in PARTS}
+
+
+def dry(key: str) -> Findings:
+    return run_part(BY_KEY[key].module, Bench("cpu", True, 300.0))
+
+
+def missed(findings: Findings) -> list[str]:
+    """Required criteria that do not hold."""
+    return [verdict.name for verdict in findings.verdicts if verdict.required and not verdict.ok]
+
+
+@pytest.mark.parametrize("key", [key for key in BY_KEY if key != "t5"])
+def test_every_part_runs_dry(key: str) -> None:
+    """Guards: a typo that shows when a GPU is lent for ten minutes."""
+    findings = dry(key)
+    if key == "t7" and importlib.util.find_spec("morphserve.device") is None:
+        assert findings.skipped == "morphserve.device.weight_linear is not there yet"
+        return
+    assert judge(findings, 0, 1.0) == ("ok", ""), findings.notes
+    assert findings.figures and findings.finished
+
+
+def test_kernels_run_dry_in_tritons_interpreter() -> None:
+    """Guards: as above, for the part whose kernels must be told before they are imported."""
+    result = run_one(BY_KEY["t5"], Options("cpu", True, environment={"PYTHONPATH": str(ROOT)}), 300.0)
+    assert result.status == "ok", result.reason + result.output_tail
+    names = {figure.name.split()[0] for figure in result.findings.figures}
+    wanted = {"bf16", "fp8_torch"} | ({"w4a16_triton"} if importlib.util.find_spec("triton") else set())
+    assert wanted <= names and result.findings.environment["torch"] == torch.__version__
+
+
+def test_the_command_runs_dry_from_end_to_end(tmp_path: Path) -> None:
+    """Guards: a script that fails before its first part, or prints something after its document."""
+    command = [sys.executable, ROOT / "scripts/gpu_check.py", "--device", "cpu", "--dry-run", "--only", "t4,t8"]
+    done = subprocess.run(
+        [*command, "--out", tmp_path], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {key: row["status"] for key, row in document["parts"].items()} == {"t4": "ok", "t8": "ok"}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["gpu_check.json", "gpu_check.md"]
+
+
+def test_t1_notices_pages_that_are_not_zeroed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a check of new pages that passes on a weight's bytes."""
+
+    def populate(self: ArenaBacking, ranges: Sequence[tuple[int, int]]) -> None:
+        original(self, ranges)
+        self.buffer[ranges[-1][1] - 1] = 1
+
+    original = ArenaBacking.populate
+    monkeypatch.setattr(ArenaBacking, "populate", populate)
+    assert {"new pages are zero", "grown pages are zero"} <= set(missed(dry("t1")))
+
+
+def test_t1_notices_a_shrink_that_goes_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: reads through a graph that pass whatever is mapped."""
+
+    def release(self: ArenaBacking, ranges: Sequence[tuple[int, int]]) -> None:
+        self.buffer.fill_(9)
+        original(self, ranges)
+
+    original = ArenaBacking.release
+    monkeypatch.setattr(ArenaBacking, "release", release)
+    assert "what stays survives a shrink" in missed(dry("t1"))
+
+
+def test_t1_notices_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: books that are never looked at."""
+    monkeypatch.setattr(PagePool, "give", lambda self, pages: self._free.extend(pages[1:]))
+    findings = dry("t1")
+    assert findings.error or "every page is back in the pool" in missed(findings)
+
+
+def test_t2_notices_a_mover_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: an error in the other thread that nobody hears of."""
+    monkeypatch.setattr(FakePager, "unmap", lambda self, address: (_ for _ in ()).throw(RuntimeError("refused")))
+    found = missed(dry("t2"))
+    assert "pages of 4096 B: no call failed" in found and "pages of 4096 B: they did move" in found
+
+
+def test_t4_notices_a_single_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: checksums that do not sum."""
+
+    def flip(self: FakePager, address: int, page: int) -> None:
+        original(self, address, page)
+        if self.num_calls > 60:
+            self._window(address)[17] += 1
+
+    original = FakePager.map
+    monkeypatch.setattr(FakePager, "map", flip)
+    monkeypatch.setattr(torch.Tensor, "zero_", lambda self: self)
+    assert "every byte of every layer was right" in missed(dry("t4"))
+
+
+def test_t6_notices_weights_that_came_back_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: "bit by bit" of a run that was never compared."""
+
+    def stage(self: MiniEngine, target: int) -> None:
+        original(self, target)
+        if target == 0:
+            self._base[0].bytes[5] += 1
+
+    original = MiniEngine.stage
+    monkeypatch.setattr(MiniEngine, "stage", stage)
+    found = missed(dry("t6"))
+    assert "level 0 after a climb, bit by bit" in found and "weights of level 0 are back, byte by byte" in found
+
+
+def test_t6_notices_kv_that_lies_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a block table that is not read, so that grown blocks are never tried."""
+    original = MiniModel.reset
+
+    def reset(self: MiniModel, first_block: int = 0) -> None:
+        original(self, first_block)
+        if first_block:
+            self.tokens.add_(1).remainder_(self.shape.vocab)
+
+    monkeypatch.setattr(MiniModel, "reset", reset)
+    assert "level 1: KV in grown blocks gives the same tokens" in missed(dry("t6"))
+
+
+def test_t6_notices_a_switch_that_switches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: levels that all run level 0, and so are equal bit by bit."""
+    original = MiniEngine.flip
+
+    def flip(self: MiniEngine, target: int) -> Any:
+        mark = original(self, target)
+        for layer, slots in self._slots.items():
+            for name, slot in slots.items():
+                slot.impl = self._impls[layer][name][0] if layer in self._impls else slot.impl
+        return mark
+
+    monkeypatch.setattr(MiniEngine, "flip", flip)
+    assert "banks differ" in missed(dry("t6"))
+
+
+def test_t6_fails_when_the_thread_beside_decode_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a move that died in its thread and counts as hidden behind decode."""
+    original = MiniEngine.stage
+    calls = iter(range(100))
+
+    def stage(self: MiniEngine, target: int) -> None:
+        if next(calls) >= 4:  # the climb and its way back have passed
+            raise RuntimeError("no memory mapped")
+        original(self, target)
+
+    monkeypatch.setattr(MiniEngine, "stage", stage)
+    assert "beside decode failed: no memory mapped" in dry("t6").error
+
+
+def test_t9_notices_other_tokens_and_a_kv_that_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a way back to level 0 that nobody compared with the way out."""
+    from morphserve.gpucheck import t9_plugin
+
+    class Stuck(EngineProcess):
+        """After the first change of level, one token is another; KV stays as it was."""
+
+        changed = False
+
+        def ask(self, method: str, *args: Any, timeout_s: float) -> Any:
+            answer = super().ask(method, *args, timeout_s=timeout_s)
+            if method == "want":
+                self.changed = True
+            if method == "generate" and self.changed:
+                answer[0][0] += 1
+            return answer | {"num_kv_blocks": 100} if method == "status" else answer
+
+    monkeypatch.setattr(t9_plugin, "EngineProcess", Stuck)
+    assert missed(dry("t9")) == ["KV grew by what layers gave up", "the same tokens before and after"]
+
+
+def test_t9_is_skipped_while_the_plugin_refuses_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a failure where nothing can be expected yet, and a skip that outlives its reason."""
+    from morphserve.gpucheck import t8_vllm, t9_plugin
+
+    monkeypatch.setattr(t9_plugin, "engine_factory", lambda bench: STAND_IN)
+    monkeypatch.setattr(t9_plugin, "refusal", lambda: "device 'cuda': this version morphs on CPU only")
+    bench = Bench("cuda", False, 300.0)
+    run_part(t9_plugin.__name__, bench)
+    assert bench.findings.skipped.startswith("MorphServe does not morph on CUDA yet: device 'cuda'")
+    assert t8_vllm.engine_factory(Bench("cpu", True, 1.0)) == STAND_IN
+
+
+def test_an_engine_that_fails_is_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a part that waits for ever for an engine that is gone."""
+    (tmp_path / "odd_engines.py").write_text(
+        "import os, threading\n"
+        "class Dies:\n"
+        "    def describe(self): os._exit(7)\n"
+        "class Mute:\n"
+        "    def describe(self): threading.Event().wait()\n"
+        "class Refuses:\n"
+        "    def __init__(self): raise SystemExit('no such model')\n"
+        "class Fails:\n"
+        "    def describe(self): raise KeyError('it')\n"
+        "    def stop(self): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("morphserve.gpucheck.engines._STOP_S", 0.5)
+    for name, words in (
+        ("Dies", "describe: the engine's process ended, exit code 7"),
+        ("Mute", "describe: no answer in 1 s"),
+        ("Refuses", "start: SystemExit: no such model"),
+        ("Fails", "describe: KeyError: 'it'"),
+    ):
+        with EngineProcess(f"odd_engines:{name}", {}) as engine, pytest.raises(EngineError, match=words):
+            engine.wait_ready(60)
+            engine.ask("describe", timeout_s=60 if name != "Mute" else 1)
+
+
+def test_the_8b_shape_is_the_one_the_kernels_are_measured_on() -> None:
+    """Guards: figures of kernels and of engines that speak of different models."""
+    from morphserve.gpucheck.mini_model import Shape
+    from morphserve.gpucheck.t5_kernels import SHAPES
+
+    config = MODELS["8B shape"]
+    shape = Shape()
+    assert {name: shape.linear(name) for name in SHAPES} == dict(SHAPES)
+    assert (config["hidden_size"], config["intermediate_size"]) == (shape.hidden, shape.inner)
+    assert sum(n * k * 2 for n, k in SHAPES.values()) == 436_207_616
+    assert StandIn().status() == {} and StandIn(additional_config={}).status()["level"] == 0
