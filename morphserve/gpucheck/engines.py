@@ -95,13 +95,16 @@ def write_model(directory: Path, name: str) -> Path:
     return target
 
 
-def settings(model: Path, kv_bytes: int, additional: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def settings(
+    model: Path, kv_bytes: int, additional: Mapping[str, Any] | None = None, memory_share: float = 0.9
+) -> dict[str, Any]:
     """Arguments of an engine: those of a server, but for weights, tokenizer and a small KV cache.
 
     Args:
         model: directory of the config.
         kv_bytes: of the KV cache at level 0.
         additional: vLLM's `additional_config`; None = stock.
+        memory_share: of the device, that must be free when it starts.
     """
     chosen: dict[str, Any] = {
         "model": str(model),
@@ -110,6 +113,7 @@ def settings(model: Path, kv_bytes: int, additional: Mapping[str, Any] | None = 
         "max_model_len": 2048,
         "max_num_seqs": 64,
         "kv_cache_memory_bytes": kv_bytes,
+        "gpu_memory_utilization": memory_share,
         "enable_prefix_caching": False,
         "seed": 0,
     }

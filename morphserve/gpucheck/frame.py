@@ -20,6 +20,7 @@ from morphserve.gpucheck.results import Findings, PartResult, Status, read_findi
 _CLOSING_S = 3.0  # kept of the whole time for the last report
 _SOFT = 0.85  # of its limit a part is told as its budget: loading torch, and its end, come out of the rest
 _TAIL_CHARS = 3000
+_ROOT = str(Path(__file__).resolve().parents[2])
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +116,19 @@ def _command(part: Part, options: Options, file: Path, budget_s: float) -> list[
     return [*command, "--dry"] if options.dry else command
 
 
+def _environment(options: Options) -> dict[str, str]:
+    """Ours, and this very package first on the path: scripts are run from anywhere."""
+    found = {**os.environ, **options.environment}
+    path = [_ROOT, *filter(None, found.get("PYTHONPATH", "").split(os.pathsep))]
+    return found | {"PYTHONPATH": os.pathsep.join(path)}
+
+
 def _supervise(command: Sequence[str], options: Options, log: Path, limit_s: float) -> int | None:
     """Exit code, negative for a signal; None when the process was still there at the limit."""
     with log.open("wb") as output:
         process: subprocess.Popen[Any] = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True, env={**os.environ, **options.environment},
+            start_new_session=True, env=_environment(options),
         )  # fmt: skip
         try:
             return process.wait(timeout=limit_s)

@@ -79,8 +79,9 @@ def _check(bench: Bench, model: _Model) -> None:
     synchronize(bench.device)
     bench.figure("compile, first call included", "s", time.perf_counter() - start)
     bench.require("compiled once", len(compilations) == 1, f"{len(compilations)} times")
-    close = torch.allclose(reference.float(), model.forward(x).float(), rtol=0.05, atol=0.05)
-    bench.require("compiled and eager agree", close)
+    eager = model.forward(x).float()
+    error = float((reference.float() - eager).norm() / eager.norm())
+    bench.require("compiled and eager agree but for rounding", error < 0.02, f"{error:.4f} of the norm")
 
     outputs = {0: reference}
     for level in (1, model.layers // 2, model.layers):

@@ -49,7 +49,7 @@ def test_every_part_runs_dry(key: str) -> None:
 
 def test_kernels_run_dry_in_tritons_interpreter() -> None:
     """Guards: as above, for the part whose kernels must be told before they are imported."""
-    result = run_one(BY_KEY["t5"], Options("cpu", True, environment={"PYTHONPATH": str(ROOT)}), 300.0)
+    result = run_one(BY_KEY["t5"], Options("cpu", True), 300.0)
     assert result.status == "ok", result.reason + result.output_tail
     names = {figure.name.split()[0] for figure in result.findings.figures}
     wanted = {"bf16", "fp8_torch"} | ({"w4a16_triton"} if importlib.util.find_spec("triton") else set())
