@@ -19,6 +19,7 @@ from kv_resize import FakePager, Pager
 from morphserve.gpucheck.bench import Bench, Skip
 
 Work = Callable[[], None]
+_CUDA: Any = torch.cuda  # parts of it are untyped
 MIB = 1 << 20
 _WARM_UPS = 3
 
@@ -40,7 +41,7 @@ def synchronize(device: str) -> None:
 
 def side_stream(device: str) -> Any:
     """A stream of low priority beside the current one; None on CPU."""
-    return torch.cuda.Stream(priority=0) if device == "cuda" else None
+    return _CUDA.Stream(priority=0) if device == "cuda" else None
 
 
 def on_stream(stream: Any) -> contextlib.AbstractContextManager[Any]:
@@ -52,7 +53,7 @@ class Mark:
     """A place in the work queued on the current stream."""
 
     def __init__(self, device: str, timed: bool = True) -> None:
-        self._event: Any = torch.cuda.Event(enable_timing=timed) if device == "cuda" else None
+        self._event: Any = _CUDA.Event(enable_timing=timed) if device == "cuda" else None
         if self._event is not None:
             self._event.record()
         self._at_s = time.perf_counter()
@@ -90,7 +91,7 @@ def capture(device: str, work: Work, pool: Any = None) -> Work:
     if device != "cuda":
         work()
         return work
-    stream = torch.cuda.Stream()
+    stream = _CUDA.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UPS):  # what is compiled or chosen at first use must not be captured

@@ -1,10 +1,11 @@
 """Engines in processes of their own, asked through pipes: two of them can take turns, and neither sees the other.
 
-What an engine is, `Engine` says; morphserve/integration/gpu_smoke.py makes one of vLLM, `StandIn` below is for dry runs.
+What an engine is, `Engine` says. morphserve/integration/gpu_smoke.py makes one of vLLM; `StandIn` is for dry runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -156,10 +157,8 @@ class EngineProcess:
 
     def stop(self) -> None:
         """End the engine and its process, whatever state they are in."""
-        try:
+        with contextlib.suppress(EngineError, OSError):
             self.ask("stop", timeout_s=_STOP_S)
-        except (EngineError, OSError):
-            pass
         self._process.join(_STOP_S / 2)
         if self._process.is_alive():
             self._process.kill()
@@ -212,7 +211,7 @@ def _serve(pipe: Any, factory: str, arguments: dict[str, Any]) -> None:
 
 
 class StandIn:
-    """An engine for dry runs: answers at once, tokens that depend on prompt and position, levels that change at once."""
+    """For dry runs: answers at once, tokens depend on request, place and level, and levels change at once."""
 
     def __init__(self, **arguments: Any) -> None:
         self._morphs = "additional_config" in arguments
@@ -225,7 +224,8 @@ class StandIn:
     def generate(self, num_requests: int, prompt_tokens: int, output_tokens: int) -> list[list[int]]:
         """Another level gives other tokens, as rounding does."""
         seed = 1000 * self._level + prompt_tokens
-        return [[(seed + 31 * request + place) % 997 for place in range(output_tokens)] for request in range(num_requests)]
+        starts = [seed + 31 * request for request in range(num_requests)]
+        return [[(start + place) % 997 for place in range(output_tokens)] for start in starts]
 
     def want(self, level: int) -> None:
         """At once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -93,7 +94,7 @@ def judge(findings: Findings | None, code: int | None, limit_s: float) -> tuple[
         code: how its process ended; None when it was killed at its limit.
         limit_s: that limit.
     """
-    so_far = "" if findings is None or findings.finished else f", {len(findings.figures)} figures until then are kept"
+    so_far = "" if findings is None or findings.finished else f", figures found until then: {len(findings.figures)}"
     if code is None:
         return "failed", f"killed: not done after {limit_s:.0f} s{so_far}"
     if findings is None or not findings.finished:
@@ -136,8 +137,6 @@ def _supervise(command: Sequence[str], options: Options, log: Path, limit_s: flo
             return None
         finally:
             # Also after a good end: engines that a part started must not outlive it and disturb the next.
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait()

@@ -1,4 +1,4 @@
-"""The small decoder with levels: layers that swap their pages, a KV cache that gets them, a bank of graphs per level."""
+"""The small decoder with levels: layers that swap their pages, a KV cache that gets them, a graph bank per level."""
 
 from __future__ import annotations
 

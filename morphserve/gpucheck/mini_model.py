@@ -127,7 +127,7 @@ class MiniModel:
     def _attend(self, layer: int, qkv: Tensor, positions: Tensor, batch: int) -> Tensor:
         s = self.shape
         sizes = [s.heads * s.head_dim, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim]
-        q, k, v = qkv.split(sizes, dim=-1)
+        q, k, v = torch.split(qkv, sizes, dim=-1)
         table = self._table[:batch]
         block = table.gather(1, (positions // s.block_size)[:, None])[:, 0]
         cache = self._kv[layer]

@@ -1,4 +1,4 @@
-"""T1: an arena on the device's pages. Tensors over reserved addresses, growing and shrinking, and graphs that live on."""
+"""T1: an arena on the device's pages: tensors over reserved addresses, growing and shrinking, graphs that live on."""
 
 from __future__ import annotations
 

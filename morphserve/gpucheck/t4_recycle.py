@@ -27,7 +27,7 @@ def run(bench: Bench) -> None:
         rounds = world.play(bench)
         bench.note(f"{rounds} rounds, {world.num_checks} comparisons, seed {_SEED}")
         bench.require("at least 20 rounds", rounds >= bench.pick(20, 3), f"{rounds}")
-        bench.require("every byte of every layer was right", not world.wrong, "; ".join(world.wrong[:3]))
+        bench.require("every byte of layers and KV was right", not world.wrong, "; ".join(world.wrong[:3]))
         world.close()
         bench.require("every page is back in the pool", world.pool.num_free == num_pages, f"{world.pool.num_free}")
     finally:

@@ -55,7 +55,8 @@ def _usable(bench: Bench) -> list[Kernel]:
     for make in CANDIDATES:
         if make.name not in KERNELS:
             continue
-        kernel = make(torch.bfloat16)
+        kernel: Any = make  # a Protocol says nothing of how it is made
+        kernel = kernel(torch.bfloat16)
         if reason := kernel.unavailable():
             bench.require(f"{kernel.name}: runs here", bench.dry, reason)
             continue

@@ -143,7 +143,8 @@ def _report(bench: Bench, direction: str, found: _Times, quiet_us: float) -> Non
         ratio = carried.p99 / quiet_us
         bench.figure(f"p99 step beside a swap {direction} over the median quiet one", "ratio", ratio)
         if not bench.dry:
-            bench.expect(f"a swap {direction} is hidden: p99 step under 1.25 of the median", ratio < 1.25, f"{ratio:.2f}")
+            name = f"a swap {direction} is hidden: p99 step under 1.25 of the median"
+            bench.expect(name, ratio < 1.25, f"{ratio:.2f}")
     bench.figure(f"a layer {direction}: staged behind decode", "ms", found.stage_ms)
     bench.figure(f"a layer {direction}: pages handed over behind decode", "ms", found.retire_ms)
     bench.figure(f"switch {direction}: slots and bank, between two steps", "us", found.flip_us)

@@ -22,7 +22,8 @@ def run(bench: Bench) -> None:
         done = 0
         for name in ("small", "8B shape"):  # the small one first: it tells whether the other is worth its start
             if bench.left_s < bench.pick(_START_S, 0):
-                bench.expect(f"{name}: measured", False, f"{bench.left_s:.0f} s are left, its start needs {_START_S:.0f}")
+                left = f"{bench.left_s:.0f} s are left, its start needs {_START_S:.0f}"
+                bench.expect(f"{name}: measured", False, left)
                 continue
             _one_model(bench, factory, name, write_model(Path(directory), name))
             done += 1

@@ -1,4 +1,4 @@
-"""T9: vLLM with the plugin beside stock vLLM: what level 0 costs, swaps under load, KV that grows, and level 0 after it."""
+"""T9: vLLM with the plugin beside stock vLLM: what level 0 costs, swaps under load, KV growth, and level 0 after it."""
 
 from __future__ import annotations
 

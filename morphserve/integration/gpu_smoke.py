@@ -57,7 +57,7 @@ class VllmEngine:
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
-        prompts = [
+        prompts: Any = [
             {"prompt_token_ids": [10 + (97 * request + 31 * place) % 30000 for place in range(prompt_tokens)]}
             for request in range(num_requests)
         ]

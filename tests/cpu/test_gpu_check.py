@@ -1,9 +1,8 @@
-"""The frame of scripts/gpu_check.py: parts that crash, hang, run out of time or have no device, and what is left of them."""
+"""The frame of scripts/gpu_check.py: parts that crash, hang, run out of time or have no device, and what they leave."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -89,9 +88,9 @@ def test_a_crash_or_a_hang_costs_only_its_own_part(options: Options) -> None:
     """Guards: one part that takes the run, or its own figures, along; and what it started staying behind."""
     parts = [fake("crash"), fake("hang", budget_s=2.0), fake("broken"), fake("good")]
     crash, hang, broken, good = run_parts(parts, options, ignore)
-    assert crash.status == "failed" and crash.reason == "its process died: signal SIGSEGV, 1 figures until then are kept"
+    assert (crash.status, crash.reason) == ("failed", "its process died: signal SIGSEGV, figures found until then: 1")
     assert "the last words" in crash.output_tail and crash.findings.figures[0].median == 1.0
-    assert hang.status == "failed" and hang.reason.startswith("killed: not done after 2 s, 1 figures")
+    assert hang.status == "failed" and hang.reason.startswith("killed: not done after 2 s, figures found until then: 1")
     assert [figure.name for figure in hang.findings.figures] == ["speed"]
     with pytest.raises(ProcessLookupError):
         _signal_unless_reaped(int(hang.findings.notes[0]))
@@ -123,7 +122,7 @@ def test_what_a_part_found_decides(options: Options) -> None:
 def test_an_exit_with_code_0_proves_nothing() -> None:
     """Guards: a process that ended in the middle, quietly, counted as done."""
     half = Findings(verdicts=[Verdict("it holds", True, "", True)])
-    assert judge(half, 0, 5.0) == ("failed", "its process died: exit code 0, 0 figures until then are kept")
+    assert judge(half, 0, 5.0) == ("failed", "its process died: exit code 0, figures found until then: 0")
     assert judge(None, 0, 5.0) == ("failed", "its process died: exit code 0")
 
 

@@ -1,4 +1,4 @@
-"""The parts of scripts/gpu_check.py in a dry run: every line of theirs that needs no device, and criteria that can fail."""
+"""The parts of scripts/gpu_check.py in a dry run: what of them needs no device, and criteria that can fail."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from kv_resize import ArenaBacking, FakePager, PagePool
+from kv_resize import ArenaBacking, ElasticCache, FakePager, PagePool
+from morphserve.gpucheck import t4_recycle, t7_opaque, t8_vllm, t9_plugin
 from morphserve.gpucheck.bench import Bench, run_part
 from morphserve.gpucheck.engines import MODELS, STAND_IN, EngineError, EngineProcess, StandIn
 from morphserve.gpucheck.frame import Options, judge, run_one
 from morphserve.gpucheck.mini_engine import MiniEngine
-from morphserve.gpucheck.mini_model import MiniModel
+from morphserve.gpucheck.mini_model import BaseLinear, LayerArena, MiniModel
 from morphserve.gpucheck.parts import PARTS
 from morphserve.gpucheck.results import Findings
 
@@ -40,7 +41,7 @@ def missed(findings: Findings) -> list[str]:
 def test_every_part_runs_dry(key: str) -> None:
     """Guards: a typo that shows when a GPU is lent for ten minutes."""
     findings = dry(key)
-    if key == "t7" and importlib.util.find_spec("morphserve.device") is None:
+    if key == "t7" and not t7_opaque.is_there():
         assert findings.skipped == "morphserve.device.weight_linear is not there yet"
         return
     assert judge(findings, 0, 1.0) == ("ok", ""), findings.notes
@@ -107,18 +108,26 @@ def test_t2_notices_a_mover_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pages of 4096 B: no call failed" in found and "pages of 4096 B: they did move" in found
 
 
-def test_t4_notices_a_single_byte(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: checksums that do not sum."""
+@pytest.mark.parametrize("where", ["layer", "kv"])
+def test_t4_notices_a_single_byte(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: comparisons that compare nothing."""
+    calls = iter(range(1000))
+    bring, unmap = t4_recycle._World._bring, ElasticCache.unmap
 
-    def flip(self: FakePager, address: int, page: int) -> None:
-        original(self, address, page)
-        if self.num_calls > 60:
-            self._window(address)[17] += 1
+    def wrong_layer(self: t4_recycle._World, layer: int) -> None:
+        bring(self, layer)
+        if next(calls) == 5:
+            self._arenas[layer].buffer[17] += 1
 
-    original = FakePager.map
-    monkeypatch.setattr(FakePager, "map", flip)
-    monkeypatch.setattr(torch.Tensor, "zero_", lambda self: self)
-    assert "every byte of every layer was right" in missed(dry("t4"))
+    def wrong_block(self: ElasticCache, num_blocks: int) -> None:
+        unmap(self, num_blocks)
+        self.buffer[3] += 1
+
+    if where == "layer":
+        monkeypatch.setattr(t4_recycle._World, "_bring", wrong_layer)
+    else:
+        monkeypatch.setattr(ElasticCache, "unmap", wrong_block)
+    assert missed(dry("t4")) == ["every byte of layers and KV was right"]
 
 
 def test_t6_notices_weights_that_came_back_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,16 +159,14 @@ def test_t6_notices_kv_that_lies_elsewhere(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_t6_notices_a_switch_that_switches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: levels that all run level 0, and so are equal bit by bit."""
-    original = MiniEngine.flip
+    original = MiniEngine._load
 
-    def flip(self: MiniEngine, target: int) -> Any:
-        mark = original(self, target)
-        for layer, slots in self._slots.items():
-            for name, slot in slots.items():
-                slot.impl = self._impls[layer][name][0] if layer in self._impls else slot.impl
-        return mark
+    def load(self: MiniEngine, layer: int, arena: LayerArena) -> None:
+        original(self, layer, arena)
+        for name, (base, _) in self._impls.get(layer, {}).items():
+            self._impls[layer][name] = base, BaseLinear(arena.tensors[name]["weight"].clone())
 
-    monkeypatch.setattr(MiniEngine, "flip", flip)
+    monkeypatch.setattr(MiniEngine, "_load", load)
     assert "banks differ" in missed(dry("t6"))
 
 
@@ -179,8 +186,6 @@ def test_t6_fails_when_the_thread_beside_decode_does(monkeypatch: pytest.MonkeyP
 
 def test_t9_notices_other_tokens_and_a_kv_that_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a way back to level 0 that nobody compared with the way out."""
-    from morphserve.gpucheck import t9_plugin
-
     class Stuck(EngineProcess):
         """After the first change of level, one token is another; KV stays as it was."""
 
@@ -200,8 +205,6 @@ def test_t9_notices_other_tokens_and_a_kv_that_does_not_grow(monkeypatch: pytest
 
 def test_t9_is_skipped_while_the_plugin_refuses_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a failure where nothing can be expected yet, and a skip that outlives its reason."""
-    from morphserve.gpucheck import t8_vllm, t9_plugin
-
     monkeypatch.setattr(t9_plugin, "engine_factory", lambda bench: STAND_IN)
     monkeypatch.setattr(t9_plugin, "refusal", lambda: "device 'cuda': this version morphs on CPU only")
     bench = Bench("cuda", False, 300.0)

@@ -55,7 +55,9 @@ class _Llm:
         _Llm.made = arguments
         core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=SimpleNamespace()), shutdown=lambda: None)
         config = SimpleNamespace(
-            compilation_config=SimpleNamespace(mode=3), scheduler_config=SimpleNamespace(), cache_config=SimpleNamespace()
+            compilation_config=SimpleNamespace(mode=3),
+            scheduler_config=SimpleNamespace(),
+            cache_config=SimpleNamespace(),
         )
         self.llm_engine = SimpleNamespace(vllm_config=config, engine_core=core)
 
@@ -82,7 +84,10 @@ def test_a_level_is_asked_for_through_the_controller() -> None:
     asked: list[Any] = []
     controller = SimpleNamespace(replace_policy=lambda *a: asked.append(a), level=0, in_transition=False)
     morph = SimpleNamespace(
-        controller=controller, setup="setup", pool=SimpleNamespace(num_kv_blocks=9), runtime=SimpleNamespace(ladder=(1, 2))
+        controller=controller,
+        setup="setup",
+        pool=SimpleNamespace(num_kv_blocks=9),
+        runtime=SimpleNamespace(ladder=(1, 2)),
     )
     engine = VllmEngine.__new__(VllmEngine)
     engine._llm = SimpleNamespace(
