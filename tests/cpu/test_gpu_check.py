@@ -86,11 +86,11 @@ def ignore(results: Sequence[PartResult]) -> None:
 
 def test_a_crash_or_a_hang_costs_only_its_own_part(options: Options) -> None:
     """Guards: one part that takes the run, or its own figures, along; and what it started staying behind."""
-    parts = [fake("crash"), fake("hang", budget_s=2.0), fake("broken"), fake("good")]
+    parts = [fake("crash"), fake("hang", budget_s=4.0), fake("broken"), fake("good")]
     crash, hang, broken, good = run_parts(parts, options, ignore)
     assert (crash.status, crash.reason) == ("failed", "its process died: signal SIGSEGV, figures found until then: 1")
     assert "the last words" in crash.output_tail and crash.findings.figures[0].median == 1.0
-    assert hang.status == "failed" and hang.reason.startswith("killed: not done after 2 s, figures found until then: 1")
+    assert hang.status == "failed" and hang.reason.startswith("killed: not done after 4 s, figures found until then: 1")
     assert [figure.name for figure in hang.findings.figures] == ["speed"]
     with pytest.raises(ProcessLookupError):
         _signal_unless_reaped(int(hang.findings.notes[0]))

@@ -15,14 +15,16 @@ import pytest
 import torch
 
 from kv_resize import ArenaBacking, ElasticCache, FakePager, PagePool
-from morphserve.gpucheck import t4_recycle, t7_opaque, t8_vllm, t9_plugin
+from morphserve.gpucheck import t3_copy, t4_recycle, t5_kernels, t7_opaque
 from morphserve.gpucheck.bench import Bench, run_part
-from morphserve.gpucheck.engines import MODELS, STAND_IN, EngineError, EngineProcess, StandIn
+from morphserve.gpucheck.engines import MODELS
 from morphserve.gpucheck.frame import Options, judge, run_one
 from morphserve.gpucheck.mini_engine import MiniEngine
 from morphserve.gpucheck.mini_model import BaseLinear, LayerArena, MiniModel
 from morphserve.gpucheck.parts import PARTS
 from morphserve.gpucheck.results import Findings
+from quant_layers import KernelReport
+from quant_layers.float8 import F8ScaledLinear
 
 ROOT = Path(__file__).parents[2]
 BY_KEY = {part.key: part for part in PARTS}
@@ -108,6 +110,18 @@ def test_t2_notices_a_mover_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pages of 4096 B: no call failed" in found and "pages of 4096 B: they did move" in found
 
 
+def test_t3_notices_a_copy_that_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: gigabytes a second of something else."""
+    original = t3_copy.Copier.feed
+
+    def feed(self: t3_copy.Copier) -> None:
+        original(self)
+        self.target[0] = 255 - self.source[0]
+
+    monkeypatch.setattr(t3_copy.Copier, "feed", feed)
+    assert missed(dry("t3")) == ["what was copied arrived"]
+
+
 @pytest.mark.parametrize("where", ["layer", "kv"])
 def test_t4_notices_a_single_byte(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: comparisons that compare nothing."""
@@ -128,6 +142,17 @@ def test_t4_notices_a_single_byte(where: str, monkeypatch: pytest.MonkeyPatch) -
     else:
         monkeypatch.setattr(ElasticCache, "unmap", wrong_block)
     assert missed(dry("t4")) == ["every byte of layers and KV was right"]
+
+
+def test_t5_notices_a_kernel_that_is_ten_percent_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: times of kernels that compute something else."""
+    monkeypatch.setattr(t5_kernels, "KERNELS", ("fp8_torch",))
+    original = F8ScaledLinear.__call__
+    monkeypatch.setattr(F8ScaledLinear, "__call__", lambda self, x: original(self, x) * 1.1)
+    assert missed(dry("t5")) == ["fp8_torch: passes its self-test"]
+    passes = KernelReport("fp8_torch", "fp8", True, "", 0.5)
+    monkeypatch.setattr(t5_kernels, "check_kernel", lambda kernel, device: passes)
+    assert missed(dry("t5")) == ["fp8_torch small: error below 0.05"]
 
 
 def test_t6_notices_weights_that_came_back_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,60 +209,12 @@ def test_t6_fails_when_the_thread_beside_decode_does(monkeypatch: pytest.MonkeyP
     assert "beside decode failed: no memory mapped" in dry("t6").error
 
 
-def test_t9_notices_other_tokens_and_a_kv_that_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a way back to level 0 that nobody compared with the way out."""
-    class Stuck(EngineProcess):
-        """After the first change of level, one token is another; KV stays as it was."""
-
-        changed = False
-
-        def ask(self, method: str, *args: Any, timeout_s: float) -> Any:
-            answer = super().ask(method, *args, timeout_s=timeout_s)
-            if method == "want":
-                self.changed = True
-            if method == "generate" and self.changed:
-                answer[0][0] += 1
-            return answer | {"num_kv_blocks": 100} if method == "status" else answer
-
-    monkeypatch.setattr(t9_plugin, "EngineProcess", Stuck)
-    assert missed(dry("t9")) == ["KV grew by what layers gave up", "the same tokens before and after"]
-
-
-def test_t9_is_skipped_while_the_plugin_refuses_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a failure where nothing can be expected yet, and a skip that outlives its reason."""
-    monkeypatch.setattr(t9_plugin, "engine_factory", lambda bench: STAND_IN)
-    monkeypatch.setattr(t9_plugin, "refusal", lambda: "device 'cuda': this version morphs on CPU only")
-    bench = Bench("cuda", False, 300.0)
-    run_part(t9_plugin.__name__, bench)
-    assert bench.findings.skipped.startswith("MorphServe does not morph on CUDA yet: device 'cuda'")
-    assert t8_vllm.engine_factory(Bench("cpu", True, 1.0)) == STAND_IN
-
-
-def test_an_engine_that_fails_is_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a part that waits for ever for an engine that is gone."""
-    (tmp_path / "odd_engines.py").write_text(
-        "import os, threading\n"
-        "class Dies:\n"
-        "    def describe(self): os._exit(7)\n"
-        "class Mute:\n"
-        "    def describe(self): threading.Event().wait()\n"
-        "class Refuses:\n"
-        "    def __init__(self): raise SystemExit('no such model')\n"
-        "class Fails:\n"
-        "    def describe(self): raise KeyError('it')\n"
-        "    def stop(self): pass\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("morphserve.gpucheck.engines._STOP_S", 0.5)
-    for name, words in (
-        ("Dies", "describe: the engine's process ended, exit code 7"),
-        ("Mute", "describe: no answer in 1 s"),
-        ("Refuses", "start: SystemExit: no such model"),
-        ("Fails", "describe: KeyError: 'it'"),
-    ):
-        with EngineProcess(f"odd_engines:{name}", {}) as engine, pytest.raises(EngineError, match=words):
-            engine.wait_ready(60)
-            engine.ask("describe", timeout_s=60 if name != "Mute" else 1)
+def test_t7_notices_a_switch_that_switches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: an artefact that has the weights of one level in it."""
+    if not t7_opaque.is_there():
+        pytest.skip("this tree has no operator to switch")
+    monkeypatch.setattr(t7_opaque._Model, "switch", lambda self, num_layers: None)
+    assert "2 layers quantized show" in missed(dry("t7"))
 
 
 def test_the_8b_shape_is_the_one_the_kernels_are_measured_on() -> None:
@@ -250,4 +227,3 @@ def test_the_8b_shape_is_the_one_the_kernels_are_measured_on() -> None:
     assert {name: shape.linear(name) for name in SHAPES} == dict(SHAPES)
     assert (config["hidden_size"], config["intermediate_size"]) == (shape.hidden, shape.inner)
     assert sum(n * k * 2 for n, k in SHAPES.values()) == 436_207_616
-    assert StandIn().status() == {} and StandIn(additional_config={}).status()["level"] == 0

@@ -58,14 +58,14 @@ def test_the_machine_is_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest
     smi.write_text(
         "#!/bin/sh\n"
         'case "$1" in -L) echo "GPU 0: NVIDIA H200 (UUID: x)";;\n'
-        '--query-gpu=name*) echo "NVIDIA H200, 580.159.03, 143771, 1980";;\n'
+        '--query-gpu=name*) echo "NVIDIA H200, 580.20, 143771, 1980";;\n'
         '*) echo "345, 3201, 31, [N/A], 4";; esac\n'
     )
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert machine.missing_device() is None
     found = machine.describe_machine()
-    assert (found["gpu"], found["driver"], found["sm_max_mhz"]) == ("NVIDIA H200", "580.159.03", 1980.0)
+    assert (found["gpu"], found["driver"], found["sm_max_mhz"]) == ("NVIDIA H200", "580.20", 1980.0)
     assert machine.read_sensors() == {
         "sm_mhz": 345.0, "memory_mhz": 3201.0, "temperature_c": 31.0, "memory_used_mib": 4.0
     }  # fmt: skip
