@@ -84,7 +84,7 @@ class Comparison:
 
     def report(self, bench: Bench, what: str) -> None:
         """Figures, and whether there was a stall: a step that took twice the longest quiet one."""
-        bench.figure(f"step, quiet (beside {what} in turn)", "us", self.quiet.wall_us)
+        bench.figure(f"step, quiet, in turn with {what}", "us", self.quiet.wall_us)
         bench.figure(f"step beside {what}", "us", self.beside.wall_us)
         bench.figure(f"step beside {what}, on the device", "us", self.beside.device_us)
         bench.figure(f"slowdown by {what}, medians of neighbouring blocks", "ratio", self.ratios)

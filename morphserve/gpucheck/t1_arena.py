@@ -101,7 +101,8 @@ def _check_arena(bench: Bench, pager: Any, pool: PagePool, num_pages: int) -> No
         rows[number].fill_(1000 + number)
     last = num_pages - 1
     found, expected = seen(0, small, last, 1), [1, 1000 + small, 1000 + last, 2]
-    bench.require("the graph captured before reads pages mapped after", found == expected, f"{found}, not {expected}")
+    detail = f"read {found}, written {expected}"
+    bench.require("the graph captured before reads pages mapped after", found == expected, detail)
     arena.release([(small * page, num_pages * page)])
     found = seen(0, 1, 2, small - 1)
     bench.require("what stays survives a shrink", found == [1, 2, 3, small], str(found))

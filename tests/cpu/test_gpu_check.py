@@ -190,7 +190,7 @@ def test_without_a_device_nothing_starts_and_the_exit_code_says_so(
     """Guards: nine failures, or a success, where there was nothing to measure."""
     monkeypatch.setattr(cli, "missing_device", lambda: "no NVIDIA device: none here")
     monkeypatch.setattr(frame, "run_one", lambda *args: pytest.fail("a part was started"))
-    monkeypatch.setattr(cli.signal, "signal", lambda *args: None)
+    monkeypatch.setattr("signal.signal", lambda *args: None)
     monkeypatch.setenv("OUT", str(tmp_path / "given"))
     assert cli.main([]) == 3
     document = json.loads(capsys.readouterr().out.splitlines()[-1])

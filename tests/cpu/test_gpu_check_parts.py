@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -61,9 +60,9 @@ def test_kernels_run_dry_in_tritons_interpreter() -> None:
 
 def test_the_command_runs_dry_from_end_to_end(tmp_path: Path) -> None:
     """Guards: a script that fails before its first part, or prints something after its document."""
-    command = [sys.executable, ROOT / "scripts/gpu_check.py", "--device", "cpu", "--dry-run", "--only", "t4,t8"]
+    command = [sys.executable, str(ROOT / "scripts/gpu_check.py"), "--device", "cpu", "--dry-run", "--only", "t4,t8"]
     done = subprocess.run(
-        [*command, "--out", tmp_path], capture_output=True, text=True, check=False,
+        [*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     document = json.loads(done.stdout.splitlines()[-1])

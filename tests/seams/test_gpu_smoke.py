@@ -89,7 +89,7 @@ def test_a_level_is_asked_for_through_the_controller() -> None:
         pool=SimpleNamespace(num_kv_blocks=9),
         runtime=SimpleNamespace(ladder=(1, 2)),
     )
-    engine = VllmEngine.__new__(VllmEngine)
+    engine: Any = VllmEngine.__new__(VllmEngine)
     engine._llm = SimpleNamespace(
         llm_engine=SimpleNamespace(
             engine_core=SimpleNamespace(engine_core=SimpleNamespace(scheduler=SimpleNamespace(morph=morph)))
