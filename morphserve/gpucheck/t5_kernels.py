@@ -142,14 +142,15 @@ def _copies(bench: Bench, num_bytes: int) -> int:
 def _in_turn(bench: Bench, replays: Mapping[str, tuple[Work, int]]) -> dict[str, list[float]]:
     """Microseconds of one call, by kernel, over rounds in which each is replayed once."""
     times: dict[str, list[float]] = {label: [] for label in replays}
-    for turn in range(bench.pick(12, 2)):
+    warm_ups, rounds = bench.pick((2, 10), (0, 2))
+    for turn in range(warm_ups + rounds):
         order = list(replays.items())
         for label, (replay, num_calls) in order[::-1] if turn % 2 else order:
             first = Mark(bench.device)
             replay()
             last = Mark(bench.device)
             last.wait()
-            if turn > 1 or bench.dry:  # the first two warm up
+            if turn >= warm_ups:
                 times[label].append(last.us_since(first) / num_calls)
     synchronize(bench.device)
     return times

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from morphserve.gpucheck.results import Findings
 from quant_layers import KernelReport
 from quant_layers.float8 import F8ScaledLinear
 
+T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 BY_KEY = {part.key: part for part in PARTS}
 
@@ -47,6 +49,23 @@ def test_every_part_runs_dry(key: str) -> None:
         return
     assert judge(findings, 0, 1.0) == ("ok", ""), findings.notes
     assert findings.figures and findings.finished
+
+
+class SmallBench(Bench):
+    """Tiny sizes, and otherwise what a real run does."""
+
+    def pick(self, real: T, dry: T) -> T:
+        return dry
+
+
+@pytest.mark.parametrize("key", ["t1", "t2", "t3", "t4", "t5", "t6"])
+def test_what_only_a_real_run_does_raises_nothing(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a typo in a line that a dry run leaves out."""
+    monkeypatch.setattr(t5_kernels, "KERNELS", ("fp8_torch",))
+    findings = run_part(BY_KEY[key].module, SmallBench("cpu", False, 1.0))
+    assert findings.error == "", findings.notes
+    of_memory = {"pages are device memory"}  # there is no device to take it from
+    assert set(missed(findings)) <= of_memory and findings.figures
 
 
 def test_kernels_run_dry_in_tritons_interpreter() -> None:
