@@ -27,10 +27,11 @@ _WARM_UPS = 3
 def require_device(bench: Bench) -> None:
     """
     Raises:
-        Skip: the part is to run on CUDA and torch has no device.
+        RuntimeError: the part is to run on CUDA, and torch has no device. No skip: the driver has one.
     """
     if bench.device == "cuda" and not torch.cuda.is_available():
-        raise Skip("torch sees no CUDA device in this process")
+        built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
+        raise RuntimeError(f"the driver lists a device, torch sees none: {built}; install one that fits the driver")
 
 
 def synchronize(device: str) -> None:

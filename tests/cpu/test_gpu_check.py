@@ -108,6 +108,24 @@ def _signal_unless_reaped(pid: int) -> None:
         raise ProcessLookupError(pid)
 
 
+def test_an_interrupted_run_leaves_no_process(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a part that holds the GPU for ever after Ctrl-C, or after the time limit of whoever called us."""
+    started: list[subprocess.Popen[bytes]] = []
+    wait = subprocess.Popen.wait
+
+    def interrupted(self: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        if timeout is None:
+            return wait(self)
+        started.append(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(frame, "read_sensors", dict)
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_parts([fake("hang")], options, ignore)
+    assert [process.returncode for process in started] == [-9]
+
+
 def test_what_a_part_found_decides(options: Options) -> None:
     """Guards: a missed criterion that passes, a missed hope that fails, a part that checked nothing and is fine."""
     names = ("missed", "slow", "elsewhere", "idle", "told")

@@ -40,6 +40,14 @@ def missed(findings: Findings) -> list[str]:
     return [verdict.name for verdict in findings.verdicts if verdict.required and not verdict.ok]
 
 
+def test_a_torch_without_cuda_fails_beside_a_driver_with_a_device() -> None:
+    """Guards: nine parts skipped, exit code 0, and a GPU that nobody tried."""
+    if torch.cuda.is_available():
+        pytest.skip("this torch sees a device")
+    findings = run_part(BY_KEY["t1"].module, Bench("cuda", False, 5.0))
+    assert judge(findings, 0, 1.0)[0] == "failed" and "torch sees none" in findings.error
+
+
 @pytest.mark.parametrize("key", [key for key in BY_KEY if key != "t5"])
 def test_every_part_runs_dry(key: str) -> None:
     """Guards: a typo that shows when a GPU is lent for ten minutes."""
