@@ -1,0 +1,96 @@
+"""The parts of scripts/gpu_check.py that ask engines, with stand-ins for these."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from morphserve.gpucheck import t8_vllm, t9_plugin
+from morphserve.gpucheck.bench import Bench, run_part
+from morphserve.gpucheck.engines import STAND_IN, EngineError, EngineProcess, StandIn
+
+
+def missed(part: ModuleType, required: bool = True) -> list[str]:
+    """Criteria that do not hold in a dry run."""
+    findings = run_part(part.__name__, Bench("cpu", True, 300.0))
+    return [verdict.name for verdict in findings.verdicts if verdict.required == required and not verdict.ok]
+
+
+def test_t8_notices_tokens_that_do_not_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: an engine whose answers depend on the run, taken for one whose level 0 can be compared."""
+    (tmp_path / "restless.py").write_text(
+        "from morphserve.gpucheck.engines import StandIn\n"
+        "class Engine(StandIn):\n"
+        "    def generate(self, *sizes):\n"
+        "        self._level += 1\n"
+        "        return super().generate(*sizes)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(t8_vllm, "STAND_IN", "restless:Engine")
+    assert missed(t8_vllm, required=False) == ["small: greedy tokens repeat", "8B shape: greedy tokens repeat"]
+    monkeypatch.setattr(t8_vllm, "STAND_IN", "no_such_module:Engine")
+    assert missed(t8_vllm) == ["small: starts and answers", "8B shape: starts and answers"]
+
+
+def test_t9_notices_other_tokens_and_a_kv_that_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a way back to level 0 that nobody compared with the way out."""
+    class Stuck(EngineProcess):
+        """After the first change of level, one token is another; KV stays as it was."""
+
+        changed = False
+
+        def ask(self, method: str, *args: Any, timeout_s: float) -> Any:
+            answer = super().ask(method, *args, timeout_s=timeout_s)
+            if method == "want":
+                self.changed = True
+            if method == "generate" and self.changed:
+                answer[0][0] += 1
+            return answer | {"num_kv_blocks": 100} if method == "status" else answer
+
+    monkeypatch.setattr(t9_plugin, "EngineProcess", Stuck)
+    assert missed(t9_plugin) == ["KV grew by what layers gave up", "the same tokens before and after"]
+
+
+def test_t9_is_skipped_while_the_plugin_refuses_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a failure where nothing can be expected yet, and a skip that outlives its reason."""
+    monkeypatch.setattr(t9_plugin, "engine_factory", lambda bench: STAND_IN)
+    monkeypatch.setattr(t9_plugin, "refusal", lambda: "device 'cuda': this version morphs on CPU only")
+    bench = Bench("cuda", False, 300.0)
+    run_part(t9_plugin.__name__, bench)
+    assert bench.findings.skipped.startswith("MorphServe does not morph on CUDA yet: device 'cuda'")
+    assert t8_vllm.engine_factory(Bench("cpu", True, 1.0)) == STAND_IN
+
+
+def test_an_engine_that_fails_is_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a part that waits for ever for an engine that is gone."""
+    (tmp_path / "odd_engines.py").write_text(
+        "import os, threading\n"
+        "class Dies:\n"
+        "    def describe(self): os._exit(7)\n"
+        "class Mute:\n"
+        "    def describe(self): threading.Event().wait()\n"
+        "class Refuses:\n"
+        "    def __init__(self): raise SystemExit('no such model')\n"
+        "class Fails:\n"
+        "    def describe(self): raise KeyError('it')\n"
+        "    def stop(self): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("morphserve.gpucheck.engines._STOP_S", 0.5)
+    for name, words in (
+        ("Dies", "describe: the engine's process ended, exit code 7"),
+        ("Mute", "describe: no answer in 1 s"),
+        ("Refuses", "start: SystemExit: no such model"),
+        ("Fails", "describe: KeyError: 'it'"),
+    ):
+        with EngineProcess(f"odd_engines:{name}", {}) as engine, pytest.raises(EngineError, match=words):
+            engine.wait_ready(60)
+            engine.ask("describe", timeout_s=60 if name != "Mute" else 1)
+
+
+def test_only_an_engine_with_the_plugin_has_a_status() -> None:
+    """Guards: a stand-in that behaves as no engine does."""
+    assert StandIn().status() == {} and StandIn(additional_config={}).status()["level"] == 0

@@ -1,0 +1,101 @@
+"""What the GPU check asks of vLLM, as far as that shows without an engine: arguments, model configs, the refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm._custom_ops")
+pytest.importorskip("vllm._C")
+
+import vllm  # noqa: E402
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
+
+from morphserve.config import parse_config  # noqa: E402
+from morphserve.controller import Controller  # noqa: E402
+from morphserve.gpucheck.engines import MODELS, settings, write_model  # noqa: E402
+from morphserve.gpucheck.t9_plugin import plugin_settings, refusal  # noqa: E402
+from morphserve.integration.gpu_smoke import VllmEngine  # noqa: E402
+
+
+def test_vllm_takes_every_argument(tmp_path: Path) -> None:
+    """Guards: a lent GPU that is spent on "unexpected keyword argument"."""
+    arguments = settings(tmp_path, 1 << 30, {"morphserve": plugin_settings(tmp_path)})
+    assert set(arguments) <= {field.name for field in dataclasses.fields(EngineArgs)}
+    assert parse_config(arguments["additional_config"]["morphserve"]).ladder.steps is not None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_vllm_reads_the_model(name: str, tmp_path: Path) -> None:
+    """Guards: a config that vLLM refuses, or reads as another model."""
+    config = EngineArgs(**settings(write_model(tmp_path, name), 1 << 30)).create_model_config()
+    assert config.architectures == ["LlamaForCausalLM"] and str(config.dtype) == "torch.bfloat16"
+    assert config.get_total_num_hidden_layers() == MODELS[name]["num_hidden_layers"]
+    assert config.get_total_num_kv_heads() == MODELS[name]["num_key_value_heads"]
+
+
+def test_the_refusal_is_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: T9 that fails instead of being skipped, because the refusal has other words now."""
+    assert refusal() == ""
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    assert "morphs on CPU only" in refusal()
+
+
+class _Llm:
+    """Answers as `vllm.LLM`; keeps what it was given."""
+
+    made: dict[str, Any]
+
+    def __init__(self, **arguments: Any) -> None:
+        _Llm.made = arguments
+        core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=SimpleNamespace()), shutdown=lambda: None)
+        config = SimpleNamespace(
+            compilation_config=SimpleNamespace(mode=3),
+            scheduler_config=SimpleNamespace(),
+            cache_config=SimpleNamespace(),
+        )
+        self.llm_engine = SimpleNamespace(vllm_config=config, engine_core=core)
+
+    def generate(self, prompts: list[dict[str, list[int]]], params: Any, use_tqdm: bool) -> list[Any]:
+        assert len({tuple(prompt["prompt_token_ids"]) for prompt in prompts}) == len(prompts)
+        outputs = [SimpleNamespace(token_ids=range(params.max_tokens))]
+        return [SimpleNamespace(outputs=outputs) for _ in prompts]
+
+
+def test_an_engine_is_asked_for_tokens_and_its_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a field that another vLLM lacks ending the part, and a stock engine that claims a status."""
+    monkeypatch.setattr(vllm, "LLM", _Llm)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "")  # so that it is put back
+    engine = VllmEngine(in_process=True, model="here")
+    assert _Llm.made == {"model": "here"}
+    assert engine.describe()["compilation_mode"] == "3" and "async_scheduling" not in engine.describe()
+    assert engine.generate(5, 8, 3) == [[0, 1, 2]] * 5
+    assert engine.status() == {}
+    engine.stop()
+
+
+def test_a_level_is_asked_for_through_the_controller() -> None:
+    """Guards: a policy handed over by a name that the controller no longer has."""
+    asked: list[Any] = []
+    controller = SimpleNamespace(replace_policy=lambda *a: asked.append(a), level=0, in_transition=False)
+    morph = SimpleNamespace(
+        controller=controller,
+        setup="setup",
+        pool=SimpleNamespace(num_kv_blocks=9),
+        runtime=SimpleNamespace(ladder=(1, 2)),
+    )
+    engine: Any = VllmEngine.__new__(VllmEngine)
+    engine._llm = SimpleNamespace(
+        llm_engine=SimpleNamespace(
+            engine_core=SimpleNamespace(engine_core=SimpleNamespace(scheduler=SimpleNamespace(morph=morph)))
+        )
+    )
+    engine.want(2)
+    assert asked[0][0].decide(None).level == 2 and asked[0][2] == "setup"
+    assert engine.status() == {"level": 0, "in_transition": False, "num_kv_blocks": 9, "deepest": 1}
+    assert all(hasattr(Controller, name) for name in vars(controller))
