@@ -33,6 +33,17 @@ class World:
         return self.driver.cuMemMap(self.base + int(pages_on * GRANULE), size, 0, self.free, 0)
 
 
+def changed(struct: Any, **fields: int) -> Any:
+    for name, value in fields.items():
+        setattr(struct, name, value)
+    return struct
+
+
+def placed(struct: Any, kind: int) -> Any:
+    changed(struct.location, type=kind)
+    return struct
+
+
 BROKEN: dict[str, Callable[[World, StubDriver], Any]] = {
     "map over the end of a mapping": lambda w, d: w.map(1),
     "map between pages": lambda w, d: w.map(2.5),
@@ -44,11 +55,17 @@ BROKEN: dict[str, Callable[[World, StubDriver], Any]] = {
     "access to the other half": lambda w, d: d.cuMemSetAccess(w.base + GRANULE, GRANULE, w.access, 1),
     "access beyond a mapping": lambda w, d: d.cuMemSetAccess(w.base, 3 * GRANULE, w.access, 1),
     "access for nobody": lambda w, d: d.cuMemSetAccess(w.base, 2 * GRANULE, [], 0),
+    "access to nothing": lambda w, d: d.cuMemSetAccess(w.base, 0, w.access, 1),
+    "access of another kind": lambda w, d: d.cuMemSetAccess(w.base, 2 * GRANULE, [changed(w.access[0], flags=1)], 1),
+    "access for another place": lambda w, d: d.cuMemSetAccess(w.base, 2 * GRANULE, [placed(w.access[0], 7)], 1),
+    "memory of another kind": lambda w, d: d.cuMemCreate(GRANULE, changed(w.properties, type=7), 0)[:1],
+    "memory at another place": lambda w, d: d.cuMemCreate(GRANULE, placed(w.properties, 7), 0)[:1],
+    "granularity of another kind": lambda w, d: d.cuMemGetAllocationGranularity(w.properties, 7)[:1],
     "unmap half of a mapping": lambda w, d: d.cuMemUnmap(w.base, GRANULE),
     "unmap more than a mapping": lambda w, d: d.cuMemUnmap(w.base, 3 * GRANULE),
     "unmap what is not mapped": lambda w, d: d.cuMemUnmap(w.base + 2 * GRANULE, GRANULE),
     "free a range that is mapped": lambda w, d: d.cuMemAddressFree(w.base, 4 * GRANULE),
-    "free a part of a range": lambda w, d: d.cuMemAddressFree(w.base, 2 * GRANULE),
+    "free a part of a range": lambda w, d: d.cuMemAddressFree(w.base + 2 * GRANULE, 2 * GRANULE),
     "release what is no handle": lambda w, d: d.cuMemRelease(Opaque(5)),
     "reserve half a page": lambda w, d: d.cuMemAddressReserve(GRANULE // 2, 0, 0, 0)[:1],
     "reserve with an odd alignment": lambda w, d: d.cuMemAddressReserve(GRANULE, 3 * GRANULE, 0, 0)[:1],
