@@ -11,6 +11,7 @@ import errno
 import itertools
 import mmap
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -22,6 +23,7 @@ from kv_resize.host_memory import available_bytes
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux; missing from older Pythons
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not in Python's mmap
 _MADV_NOHUGEPAGE = 15
+_WORD = torch.int64
 
 BlockPairs = Sequence[tuple[int, int]]  # (source, destination) block ids
 
@@ -263,11 +265,22 @@ class FakeBacking:
 
 
 def copy_rows(buffer: torch.Tensor, offset: int, stride: int, pairs: BlockPairs) -> None:
-    """`Backing.copy_rows` on any buffer."""
+    """`Backing.copy_rows` on any buffer: two operations, however many pairs, queued on the current stream."""
     rows = (buffer.numel() - offset) // stride
     view = buffer[offset : offset + rows * stride].view(rows, stride)
-    for src, dst in pairs:
-        view[dst].copy_(view[src])
+    whole_words = not (stride % _WORD.itemsize or (buffer.data_ptr() + offset) % _WORD.itemsize)
+    if whole_words:  # a device copies eight bytes at a time as fast as one
+        view = view.view(_WORD)
+    sources, destinations = _indices(tuple(pairs), buffer.device)
+    view.index_copy_(0, destinations, view.index_select(0, sources))
+
+
+@lru_cache(maxsize=1)
+def _indices(pairs: tuple[tuple[int, int], ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sources and destinations on the device: one copy for all layers, that waits for nothing."""
+    both = torch.tensor(pairs, dtype=torch.int64).t().contiguous()
+    both = both.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else both.to(device)
+    return both[0], both[1]
 
 
 def check_pages(ranges: Iterable[ByteRange], page_bytes: int, end_bytes: int) -> None:
