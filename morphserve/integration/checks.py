@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from morphserve.config import MorphServeConfig, check_formats, step_times_file
@@ -12,6 +13,7 @@ from morphserve.integration.settings import for_this_device, read_settings
 from morphserve.ladder import build_ladder, check_floor, ladder_formats
 from morphserve.profile_ladder import read_ladder
 from morphserve.rank_bytes import RankBytes
+from morphserve.version import UNPROVEN_CUDA
 from policies import EngineLimits, PolicySetup, load_step_times
 from policies.types import BASE_FORMAT, Ladder, Policy
 from quant_layers import FORMATS, split_format
@@ -98,6 +100,11 @@ def check_platform() -> None:
         raise ConfigError(
             f"device {current_platform.device_type!r}: MorphServe morphs on CPUs and on NVIDIA GPUs. "
             "Start without --plugin morphserve on this device."
+        )
+    if current_platform.is_cuda() and os.environ.get(UNPROVEN_CUDA) != "1":
+        raise ConfigError(
+            f"device 'cuda': MorphServe has not been proven on a GPU yet (docs/gpu.md says what is missing). Set "
+            f"{UNPROVEN_CUDA}=1 to try it, or start without --plugin morphserve."
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dis
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from morphserve.errors import SeamError
-from morphserve.version import SUPPORTED_VLLM
+from morphserve.version import SUPPORTED_VLLM, UNPROVEN_CUDA, UNPROVEN_VLLM
 
 _MARK = "_morphserve_original"
 
@@ -276,10 +277,11 @@ def check_version() -> SeamResult:
     """The installed vLLM is inside the supported range."""
     import vllm
 
+    supported = UNPROVEN_VLLM if os.environ.get(UNPROVEN_CUDA) == "1" else SUPPORTED_VLLM
     seam = Seam("version", "vllm:__version__", (), f"tested range {SUPPORTED_VLLM}")
     have = Version(Version(vllm.__version__).base_version)
-    ok = SpecifierSet(SUPPORTED_VLLM).contains(have, prereleases=True)
-    return SeamResult(seam, ok, f"installed {vllm.__version__}, supported {SUPPORTED_VLLM}")
+    ok = SpecifierSet(supported).contains(have, prereleases=True)
+    return SeamResult(seam, ok, f"installed {vllm.__version__}, supported {supported}")
 
 
 def check_all() -> list[SeamResult]:

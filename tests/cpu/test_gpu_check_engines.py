@@ -10,7 +10,7 @@ import pytest
 
 from morphserve.gpucheck import t8_vllm, t9_plugin
 from morphserve.gpucheck.bench import Bench, run_part
-from morphserve.gpucheck.engines import STAND_IN, EngineError, EngineProcess, StandIn
+from morphserve.gpucheck.engines import EngineError, EngineProcess, StandIn
 
 
 def missed(part: ModuleType, required: bool = True) -> list[str]:
@@ -52,16 +52,6 @@ def test_t9_notices_other_tokens_and_a_kv_that_does_not_grow(monkeypatch: pytest
 
     monkeypatch.setattr(t9_plugin, "EngineProcess", Stuck)
     assert missed(t9_plugin) == ["KV grew by what layers gave up", "the same tokens before and after"]
-
-
-def test_t9_is_skipped_while_the_plugin_refuses_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a failure where nothing can be expected yet, and a skip that outlives its reason."""
-    monkeypatch.setattr(t9_plugin, "engine_factory", lambda bench: STAND_IN)
-    monkeypatch.setattr(t9_plugin, "refusal", lambda: "device 'cuda': this version morphs on CPU only")
-    bench = Bench("cuda", False, 300.0)
-    run_part(t9_plugin.__name__, bench)
-    assert bench.findings.skipped.startswith("MorphServe does not morph on CUDA yet: device 'cuda'")
-    assert t8_vllm.engine_factory(Bench("cpu", True, 1.0)) == STAND_IN
 
 
 def test_an_engine_that_fails_is_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

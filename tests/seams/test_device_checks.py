@@ -17,6 +17,7 @@ from morphserve.integration.device.checks import check_device
 from morphserve.integration.device.kv import geometry_of, quantum_of
 from morphserve.integration.device.memory import FAKE_DEVICE, wants_device
 from morphserve.integration.settings import for_this_device
+from morphserve.version import UNPROVEN_CUDA
 
 pytestmark = pytest.mark.seams
 
@@ -95,6 +96,10 @@ def test_an_empty_ladder_begins_with_what_the_gpu_multiplies(
 ) -> None:
     """Guards: int8 where fp8 is as small and better, fp8 where no unit multiplies it; steps that a user wrote, lost."""
     monkeypatch.setattr("vllm.platforms.current_platform", Platform(capability))
+    monkeypatch.delenv(UNPROVEN_CUDA, raising=False)
+    with pytest.raises(ConfigError, match="MORPHSERVE_UNPROVEN_CUDA=1 to try it"):
+        checks.check_platform()
+    monkeypatch.setenv(UNPROVEN_CUDA, "1")
     checks.check_platform()
     steps = for_this_device(MorphServeConfig()).ladder.steps
     assert isinstance(steps, list) and [step.format for step in steps] == [first, "w4"]
