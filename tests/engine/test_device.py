@@ -7,11 +7,13 @@ between layers and KV, answers that are pending, and the operator that finds its
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine.harness import PROMPTS, compilations, engine, follow, generate, morph_of, settle
+from engine.rank_harness import CONFIG, PARALLEL, W4, W8, needs_two_cores, run
 
 from morphserve.integration.device.memory import FAKE_DEVICE
 
@@ -56,3 +58,26 @@ def test_layers_and_blocks_exchange_pages_under_load(short_model: Path, variant_
         assert memory_of(llm) == pages, "pages do not come back"
         assert compilations() == counted
         assert not morph_of(llm).failed and not morph_of(llm).controller.status()["tripped"]
+
+
+@needs_two_cores
+def test_two_ranks_work_beside_their_steps(tiny_llama: Path, tmp_path: Path, two_cores: None) -> None:
+    """Guards rule 8 where each rank has a thread of its own: one that is done later than the other, a question that
+    fills the ring, a level that only one rank has."""
+    with engine(tiny_llama, tmp_path, CONFIG, **PARALLEL) as llm:
+        seen = [run(llm)]
+        pages = llm.llm_engine.collective_rpc("morphserve_memory")
+        for level in (W8, W4, 0):
+            follow(llm, {0: level})
+            settle(llm, level, patience_s=60)
+            assert [rank["formats"] for rank in llm.llm_engine.collective_rpc("morphserve_memory")] == 2 * [
+                dict(enumerate(morph_of(llm).runtime.ladder[level].layer_formats))
+            ]
+            llm.reset_prefix_cache()
+            seen.append(run(llm))
+        base, w8, w4, restored = seen
+        assert restored == base
+        for one, other in combinations((base, w8, w4), 2):
+            assert all(a[1] != b[1] for a, b in zip(one, other, strict=True))
+        assert llm.llm_engine.collective_rpc("morphserve_memory") == pages
+        assert not morph_of(llm).controller.status()["tripped"]
