@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,14 @@ def probe(dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> dict[str,
     return {make.name: check_kernel(make(dtype), device) for make in CANDIDATES}
 
 
-def choose(format: str, dtype: torch.dtype = torch.bfloat16, name: str | None = None, device: str = "cpu") -> Kernel:
-    """The first kernel for `format` that passes its self-test here, or the one with this name.
+def choose(
+    format: str,
+    dtype: torch.dtype = torch.bfloat16,
+    name: str | None = None,
+    device: str = "cpu",
+    shapes: Sequence[tuple[int, int]] = (),
+) -> Kernel:
+    """The first kernel for `format` that takes these shapes [N, K] and passes its self-test, or the one with this name.
 
     Kernels that are slow on this type of device are tried last.
 
@@ -49,6 +56,12 @@ def choose(format: str, dtype: torch.dtype = torch.bfloat16, name: str | None = 
             raise KernelError(f"unknown kernel {name!r} for {format}; known are {known}")
     failed = []
     for kernel in (make(dtype) for make in candidates):
+        try:
+            for n, k in shapes:
+                kernel.check_shape(n, k)
+        except KernelError as error:
+            failed.append(str(error))
+            continue
         report = check_kernel(kernel, device)
         if report.ok:
             return kernel

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kv_resize import BackingError
+from kv_resize.host_memory import available_bytes
 
 
 class Copier(Protocol):
@@ -23,7 +24,10 @@ class Copier(Protocol):
         ...
 
     def finish(self) -> None:
-        """Until every copy begun has arrived: work that is queued from now on sees it, on whatever stream."""
+        """Until every copy begun has arrived, and all else that the background thread has queued on the device.
+
+        Work that is queued from now on sees it, on whatever stream.
+        """
         ...
 
 
@@ -41,7 +45,7 @@ class HostCopier:
 
 
 class CudaCopier:
-    """Pinned memory, and a stream of low priority.
+    """Pinned memory, and a stream that is also the background thread's own.
 
     In pieces, so that what else copies on this device (KV transfers, sampled tokens) gets its turn in between.
     """
@@ -54,8 +58,7 @@ class CudaCopier:
         """
         self._chunk_bytes = chunk_bytes
         self._device = torch.device(device)
-        self._stream = torch.cuda.Stream(self._device, priority=0)  # 0 is the lowest there is
-        self._done: Any = None
+        self._stream = torch.cuda.Stream(self._device)  # no stream's priority is lower than the default's
 
     @property
     def stream(self) -> Any:
@@ -64,7 +67,14 @@ class CudaCopier:
 
     def host_memory(self, num_bytes: int) -> Tensor:
         # Not torch's pinned memory: it rounds up to a power of two, half as much again for a Llama's layers.
-        memory = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.int8)
+        available = available_bytes()
+        if available is not None and num_bytes > available:
+            raise BackingError(
+                f"no host memory for {num_bytes:,} B of layers: {available:,} B are available. Every format of a layer "
+                "that is morphed lies there: give the server more, or morph fewer layers (ladder.steps)."
+            )
+        private = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = torch.frombuffer(private, dtype=torch.int8)
         error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0)
         if int(error) != 0:
             raise BackingError(
@@ -78,10 +88,7 @@ class CudaCopier:
             for start in range(0, source.numel(), self._chunk_bytes):
                 end = start + self._chunk_bytes
                 destination[start:end].copy_(source[start:end], non_blocking=True)
-            self._done = self._stream.record_event()
 
     def finish(self) -> None:
-        # Once the host has seen the event, whatever it launches later, on any stream, comes after the copy.
-        if self._done is not None:
-            self._done.synchronize()
-            self._done = None
+        # Once the host has seen the stream empty, whatever it launches later, on any stream, comes after.
+        self._stream.synchronize()

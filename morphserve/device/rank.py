@@ -84,6 +84,7 @@ class DeviceRank:
         def bring() -> None:
             self._swapper.abort()  # of a plan whose abort never came: its engine has gone on
             self._swapper.prepare(changes)
+            self._finish()  # what a kernel made of the tensors, too
 
         self._submit(bring)
 
@@ -103,7 +104,8 @@ class DeviceRank:
             self._swapper.commit()
             switched()
         elif num_kv_blocks == self._kv.num_mapped:
-            return  # blocks were copied, that is all
+            self._job = None  # blocks were copied, that is all: nothing of an earlier command is asked for again
+            return
 
         def settle() -> None:
             self._kv.unmap(num_kv_blocks)

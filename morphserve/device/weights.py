@@ -80,8 +80,10 @@ class WeightArena:
                 self._copier.copy(image.arena.buffer, image.host)
             self._copier.finish()
         except BaseException:
-            self._copier.finish()  # pages must not go while a copy is under way
-            self.unload(mapped)
+            try:
+                self._copier.finish()  # pages must not go while a copy is under way
+            finally:
+                self.unload(mapped)
             raise
 
     def unload(self, parts: list[Part]) -> None:

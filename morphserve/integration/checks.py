@@ -33,7 +33,7 @@ def check_engine(vllm_config: Any) -> None:
     if config is None:
         return
     check_platform()
-    config = for_this_device(config)
+    config = for_this_device(config, vllm_config)
     check_formats(config, FORMATS)
     _check_model(vllm_config)
     _check_features(vllm_config)
@@ -185,14 +185,22 @@ def _check_lora(config: MorphServeConfig, vllm_config: Any) -> None:
             )
 
 
-def _check_ladder(config: MorphServeConfig, vllm_config: Any) -> None:
-    """Walk the ladder with nominal sizes: a bad order or level shows here, not in a worker."""
+def nominal_ladder(config: MorphServeConfig, vllm_config: Any) -> Ladder:
+    """The levels with the formats that they will have, and sizes that only stand for the real ones.
+
+    Raises:
+        ConfigError: the section does not fit the model.
+    """
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
     profile = read_ladder(config)
     formats = dict.fromkeys((BASE_FORMAT, *FORMATS, *ladder_formats(config.ladder, profile)))
     nominal = {fmt: [_nominal_bytes(fmt)] * num_layers for fmt in formats}
-    ladder = build_ladder(num_layers, [RankBytes(nominal, 1024)], config.ladder, 64, profile=profile)
-    make_policy(policy_setup(config, vllm_config), ladder)
+    return build_ladder(num_layers, [RankBytes(nominal, 1024)], config.ladder, 64, profile=profile)
+
+
+def _check_ladder(config: MorphServeConfig, vllm_config: Any) -> None:
+    """Walk the ladder with nominal sizes: a bad order or level shows here, not in a worker."""
+    make_policy(policy_setup(config, vllm_config), nominal_ladder(config, vllm_config))
 
 
 def _nominal_bytes(fmt: str) -> int:

@@ -37,7 +37,7 @@ def _initialize_kv_caches(original: Callable[..., Any]) -> Any:
     def initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
         config = read_settings(vllm_config.additional_config)
         if config is not None:
-            _RUNTIMES[id(vllm_config)] = EngineRuntime(self, vllm_config, for_this_device(config), config)
+            _RUNTIMES[id(vllm_config)] = EngineRuntime(self, vllm_config, for_this_device(config, vllm_config), config)
         return original(self, vllm_config)
 
     return initialize_kv_caches

@@ -33,6 +33,7 @@ class RpcTicket:
         self._num_ranks = num_ranks
         self._pauses = pauses
         self._elapsed_s = [0.0] * num_ranks  # that each rank's steps have stood still for this command
+        self._pause_s = 0.0  # the longest of these
         self._replies: tuple[Reply, ...] | None = None
         self._future = call(method, plan)
 
@@ -40,11 +41,12 @@ class RpcTicket:
         """All replies, or None. A failed transport counts as a failure of every rank."""
         if self._replies is None and self._future.done():
             replies = self._taken()
-            self._pauses.append(max((r.elapsed_s for r in replies), default=0.0))
+            self._pause_s = max([self._pause_s, *(r.elapsed_s for r in replies)])
             self._elapsed_s = [a + r.elapsed_s for a, r in zip(self._elapsed_s, replies, strict=True)]
             if any(reply.pending for reply in replies):
                 self._future = self._call("morphserve_progress", self._plan)
             else:
+                self._pauses.append(self._pause_s)
                 self._replies = tuple(replace(r, elapsed_s=s) for r, s in zip(replies, self._elapsed_s, strict=True))
         return self._replies
 

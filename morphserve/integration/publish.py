@@ -33,6 +33,6 @@ def publish_base(pool: VllmBlockPool, collective_rpc: Callable[..., Any], num_kv
     if short:
         raise ConfigError(
             f"rank {short[0].rank} could not map {num_kv_blocks} KV blocks: {short[0].error or 'out of memory'}. "
-            "Lower VLLM_CPU_KVCACHE_SPACE or --num-gpu-blocks-override."
+            "Lower VLLM_CPU_KVCACHE_SPACE (on a GPU --gpu-memory-utilization) or --num-gpu-blocks-override."
         )
     return sum(worst)

@@ -24,15 +24,26 @@ def formats_of_halves(layer_formats: Iterable[str]) -> list[str]:
 
 
 def choose_kernels(
-    config: MorphServeConfig, formats: Sequence[str], dtype: torch.dtype, device: str
+    config: MorphServeConfig,
+    formats: Sequence[str],
+    dtype: torch.dtype,
+    device: str,
+    shapes: Sequence[tuple[int, int]] = (),
 ) -> dict[str, Kernel]:
     """By format, the first kernel that proves itself on this type of device, or the one that is asked for.
+
+    Args:
+        config: names kernels that are asked for.
+        formats: to be run.
+        dtype: of activations.
+        device: type of torch.
+        shapes: [N, K] of the weights that the kernel must take.
 
     Raises:
         ConfigError: a format that cannot run here.
     """
     try:
-        return {fmt: choose(fmt, dtype, config.kernels.get(fmt), device) for fmt in formats}
+        return {fmt: choose(fmt, dtype, config.kernels.get(fmt), device, shapes) for fmt in formats}
     except KernelError as e:
         raise ConfigError(f"{e} Take that format out of ladder.steps.") from e
 

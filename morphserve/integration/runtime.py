@@ -55,6 +55,9 @@ class EngineRuntime:
             check_supported(self.vllm_config, kv_cache_config)
             if self.in_background:
                 check_kinds(kv_cache_config)
+        if len({tuple(sorted(rank.kernels.items())) for rank in self.ranks}) > 1:
+            found = "; ".join(f"rank {rank.rank}: {rank.kernels}" for rank in self.ranks)
+            raise ConfigError(f"ranks run other kernels ({found}). Name one for each format under `kernels`.")
         kv = self.config.kv
         quanta = [_quantum(c, rank.page_bytes) for c, rank in zip(base, self.ranks, strict=True)]
         quantum = math.lcm(*quanta)

@@ -44,7 +44,7 @@ CUDA_SEAMS: tuple[Seam, ...] = (
          "a migration rewrites block_tables[group].gpu [max_num_reqs, max_num_blocks] int32, the only copy of ids that"
          " outlives a step: input_block_tables and slot_mappings are made from it at the head of each step, num_blocks"
          " holds counts. On the runner's stream: steps sent earlier gathered their ids before, and never write any."
-         " Ids of blocks below a sliding window stay in it after they are freed: unmapped ones become the null block",
+         " Ids of blocks below a sliding window stay in it after they are freed: such models are refused",
          ("block_tables", "input_block_tables", "slot_mappings", "num_blocks", "append_block_ids",
           "apply_staged_writes")),
     Seam("blocks_v2_row", "vllm.v1.worker.gpu.buffer_utils:StagedWriteTensor", (),
@@ -71,6 +71,14 @@ CUDA_SEAMS: tuple[Seam, ...] = (
          "once a level; with profile_only the workspace stays unlocked, so only the last bank is captured without"),
     Seam("graphs_capture_v1", f"{_RUNNER_V1}.capture_model", (), "once a level"),
     Seam("graphs_memory_v2", f"{_RUNNER_V2}.profile_cudagraph_memory", (), "counts one bank: ours are more"),
+    Seam("graphs_memory_v1", "vllm.v1.worker.gpu_model_runner:GPUModelRunner.profile_cudagraph_memory", (),
+         "counts one bank: ours are more"),
+    Seam("refuse_ubatch", "vllm.config:ParallelConfig.use_ubatching", (), "microbatches keep graphs of their own"),
+    Seam("refuse_partition", "vllm.config:CompilationConfig", (), "gives up the memory of earlier captures",
+         ("use_inductor_graph_partition",)),
+    Seam("refuse_transfer", "vllm.config:VllmConfig", (), "weights sent in later would be lost with a restore",
+         ("weight_transfer_config", "attention_config")),
+    Seam("stream", "vllm.utils.torch_utils:current_stream", (), "the one that forward passes are launched on"),
     Seam("piecewise", "vllm.compilation.cuda_graph:CUDAGraphWrapper", (),
          "a bank holds the entries of each piece; V1 has its full graphs here too",
          ("_all_instances", "concrete_cudagraph_entries", "runtime_mode", "graph_pool", "clear_graphs")),

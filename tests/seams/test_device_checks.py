@@ -15,9 +15,13 @@ from morphserve.integration import checks
 from morphserve.integration.block_tables import rewrite_block_tables
 from morphserve.integration.device.checks import check_device
 from morphserve.integration.device.kv import geometry_of, quantum_of
+from morphserve.integration.device.layers import DeviceLayers
 from morphserve.integration.device.memory import FAKE_DEVICE, wants_device
 from morphserve.integration.settings import for_this_device
+from morphserve.ladder import build_ladder
+from morphserve.rank_bytes import RankBytes
 from morphserve.version import UNPROVEN_CUDA
+from quant_layers import KernelError, choose
 
 pytestmark = pytest.mark.seams
 
@@ -33,6 +37,8 @@ def config(**changes: Any) -> SimpleNamespace:
         "speculative_config": None,
         "lora_config": None,
         "model_config": SimpleNamespace(quantization=None),
+        "compilation_config": SimpleNamespace(use_inductor_graph_partition=False),
+        "weight_transfer_config": None,
     }
     return SimpleNamespace(**{**values, **changes})
 
@@ -55,9 +61,23 @@ def test_the_defaults_pass() -> None:
         ({"offload_config": {"prefetch": {"offload_group_size": 4}}}, "--offload-group-size"),
         ({"offload_config": {"offload_backend": "uva"}}, "--offload-backend"),
         (
-            {"parallel_config": SimpleNamespace(decode_context_parallel_size=2, prefill_context_parallel_size=1)},
+            {
+                "parallel_config": SimpleNamespace(
+                    decode_context_parallel_size=2, prefill_context_parallel_size=1, use_ubatching=False
+                )
+            },
             "--decode-context-parallel-size",
         ),
+        (
+            {
+                "parallel_config": SimpleNamespace(
+                    decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=True
+                )
+            },
+            "--enable-dbo",
+        ),
+        ({"compilation_config": SimpleNamespace(use_inductor_graph_partition=True)}, "use_inductor_graph_partition"),
+        ({"weight_transfer_config": object()}, "--weight-transfer-config"),
         ({"attention_config": SimpleNamespace(hisparse_config=object())}, "HiSparse"),
         ({"speculative_config": object()}, "--speculative-config"),
         ({"lora_config": object()}, "--enable-lora"),
@@ -90,26 +110,35 @@ class Platform:
         return self._capability >= capability
 
 
-@pytest.mark.parametrize(("capability", "first"), [(90, "fp8"), (89, "fp8"), (80, "w8")])
-def test_an_empty_ladder_begins_with_what_the_gpu_multiplies(
-    monkeypatch: pytest.MonkeyPatch, capability: int, first: str
+def of_layers(num_layers: int) -> Any:
+    return SimpleNamespace(model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: num_layers))
+
+
+@pytest.mark.parametrize(("capability", "formats"), [(90, ["fp8", "w4"]), (89, ["fp8", "w4"]), (80, ["w4"])])
+def test_an_empty_ladder_is_what_the_gpu_multiplies(
+    monkeypatch: pytest.MonkeyPatch, capability: int, formats: list[str]
 ) -> None:
-    """Guards: int8 where fp8 is as small and better, fp8 where no unit multiplies it; steps that a user wrote, lost."""
+    """Guards: formats that no kernel runs there; a level, and so a bank of graphs, for every other layer; steps that a
+    user wrote, lost."""
     monkeypatch.setattr("vllm.platforms.current_platform", Platform(capability))
     monkeypatch.delenv(UNPROVEN_CUDA, raising=False)
     with pytest.raises(ConfigError, match="MORPHSERVE_UNPROVEN_CUDA=1 to try it"):
         checks.check_platform()
     monkeypatch.setenv(UNPROVEN_CUDA, "1")
     checks.check_platform()
-    steps = for_this_device(MorphServeConfig()).ladder.steps
-    assert isinstance(steps, list) and [step.format for step in steps] == [first, "w4"]
+    for num_layers in (2, 31, 80):
+        steps = for_this_device(MorphServeConfig(), of_layers(num_layers)).ladder.steps
+        assert isinstance(steps, list) and [step.format for step in steps] == formats
+        sizes = {fmt: [size] * num_layers for fmt, size in (("base", 160), ("fp8", 80), ("w4", 44))}
+        ladder = build_ladder(num_layers, [RankBytes(sizes, 10)], LadderConfig(steps=steps), 20)
+        assert len(ladder) == 1 + 2 * len(formats)
     written = MorphServeConfig(ladder=LadderConfig(steps=[LadderStep(format="w4")]))
-    assert for_this_device(written) == written
+    assert for_this_device(written, of_layers(32)) == written
 
 
 def test_on_cpu_settings_stay_as_they_are() -> None:
     """Guards: a ladder for GPUs on a CPU."""
-    assert for_this_device(MorphServeConfig()) == MorphServeConfig()
+    assert for_this_device(MorphServeConfig(), of_layers(32)) == MorphServeConfig()
 
 
 def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,3 +201,25 @@ def test_block_tables_on_the_host_are_renamed() -> None:
     runner = SimpleNamespace(requests={"a": state}, input_batch=SimpleNamespace(block_table=tables))
     rewrite_block_tables(runner, [(9, 1), (7, 4)], 12)
     assert rows.tolist() == [[5, 1], [4, 2]] and state.block_ids == ([5, 1], [4])
+
+
+def test_a_stage_counts_the_banks_of_its_own_layers() -> None:
+    """Guards: a pipeline stage that cannot start because other stages' layers have no bytes here, or that sets memory
+    aside for levels that look the same from it."""
+    layers = object.__new__(DeviceLayers)
+    steps = [LadderStep(format="w8", layers_per_level=2), LadderStep(format="w4", layers_per_level=4)]
+    layers._config = MorphServeConfig(ladder=LadderConfig(steps=steps))
+    layers._vllm_config = of_layers(4)
+    layers._linears = {0: {}, 1: {}, 2: {}, 3: {}}
+    assert layers.num_banks == 4
+    layers._linears = {2: {}, 3: {}}
+    assert layers.num_banks == 3
+
+
+def test_a_kernel_that_cannot_take_the_models_shapes_is_not_chosen() -> None:
+    """Guards: a start that ends in the first layer although another kernel would do."""
+    assert choose("w8").name in ("w8a8_vnni", "w8a8_onednn")
+    shapes = [(100, 64)]  # VNNI wants multiples of 32
+    assert choose("w8", shapes=shapes).name == "w8a8_onednn"
+    with pytest.raises(KernelError, match="w4a8_vnni: N=100 of a weight"):
+        choose("w4", shapes=shapes)

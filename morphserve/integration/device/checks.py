@@ -38,6 +38,17 @@ def check_device(vllm_config: Any) -> None:
             "speculative decoding on a GPU is not proven",
             "--speculative-config",
         ),
+        (
+            v.compilation_config.use_inductor_graph_partition,
+            "Inductor's graph partition gives up the memory of earlier captures",
+            "use_inductor_graph_partition of --compilation-config",
+        ),
+        (parallel.use_ubatching, "microbatches keep graphs of their own", "--enable-dbo"),
+        (
+            v.weight_transfer_config is not None,
+            "weights that are sent in later would be lost with the first restore",
+            "--weight-transfer-config",
+        ),
         (v.lora_config is not None, "LoRA on a GPU is not proven", "--enable-lora"),
         (
             v.model_config.quantization is not None,

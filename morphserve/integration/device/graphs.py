@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from morphserve.device import DeviceRank, DeviceSwapper, GraphBanks, Holder, Route, narrow_candidates, narrow_keys
 
 logger = logging.getLogger("vllm.morphserve")
@@ -49,6 +51,8 @@ class LevelGraphs:
             self._banks.begin(formats)
             try:
                 num_bytes = original(formats is distinct[-1])
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()  # captures warm up on a stream of their own, on pages that go next
             finally:
                 has_full = self._banks.end()
             total += num_bytes

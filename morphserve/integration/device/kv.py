@@ -63,6 +63,7 @@ class DeviceKV:
         geometry = geometry_of(kv_cache_config, memory.page_bytes)
         backing = ArenaBacking(memory.pool, geometry.size_bytes)
         pages = sum(end - start for start, end in geometry.populate_ranges(0, base_num_blocks)) // memory.page_bytes
+        memory.release_cached()
         memory.pool.create(pages)
         self._backing = backing
         self._wait = memory.pager.wait

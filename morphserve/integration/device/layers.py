@@ -14,6 +14,7 @@ from morphserve.config import MorphServeConfig
 from morphserve.controller import largest_chunk_bytes
 from morphserve.device import DeviceSwapper, Part, WeightArena, WeightSlot, layer_bytes, register_op, reset
 from morphserve.errors import ConfigError
+from morphserve.integration.checks import nominal_ladder
 from morphserve.integration.describe import RankDescription
 from morphserve.integration.device.memory import DeviceMemory
 from morphserve.integration.opaque_linear import MorphLinearMethod, is_compiled
@@ -21,11 +22,10 @@ from morphserve.integration.rank_base import applied_bias, method_of
 from morphserve.integration.rank_layers import Linears, find_linears
 from morphserve.integration.rank_profile import Plain
 from morphserve.integration.recipes import choose_kernels, formats_of_halves, open_recipe
-from morphserve.ladder import build_ladder, ladder_formats
+from morphserve.ladder import ladder_formats
 from morphserve.profile_ladder import read_ladder
-from morphserve.rank_bytes import RankBytes
 from policies.types import BASE_FORMAT
-from quant_layers import BIAS, HALVES, Half, Kernel, LinearImpl, LinearSlot, TensorSlot, half_of
+from quant_layers import BIAS, HALVES, Half, Kernel, KernelError, LinearImpl, LinearSlot, TensorSlot, half_of
 
 logger = logging.getLogger("vllm.morphserve")
 
@@ -90,7 +90,8 @@ class DeviceLayers:
         self._ladder_formats = ladder_formats(self._config.ladder, read_ladder(self._config))
         formats = formats_of_halves(self._ladder_formats)
         dtype = next(iter(next(iter(self._linears.values())).values())).params_dtype
-        self._kernels = choose_kernels(self._config, formats, dtype, self._memory.device_type)
+        shapes = {tuple(linear.weight.shape) for linears in self._linears.values() for linear in linears.values()}
+        self._kernels = choose_kernels(self._config, formats, dtype, self._memory.device_type, sorted(shapes))
         model_config = self._vllm_config.model_config
         self._recipes = {fmt: open_recipe(self._config, fmt, model, self._linears, model_config) for fmt in formats}
         for layer, linears in self._linears.items():
@@ -103,7 +104,10 @@ class DeviceLayers:
         if type(recipe) is not Plain:  # scales and checkpoints are on the host
             weights = {name: weight.cpu() for name, weight in weights.items()}
         device = next(iter(linears.values())).weight.device
-        packed = recipe.pack(layer, kernel, weights)
+        try:
+            packed = recipe.pack(layer, kernel, weights)
+        except KernelError as e:
+            raise ConfigError(f"layer {layer}: {e} Or take {fmt} out of ladder.steps.") from e
         for name in packed.keys() - linears.keys():
             self._values[layer, name, fmt] = packed.pop(name)[_WEIGHT].to(device)
         for half in HALVES:
@@ -136,6 +140,7 @@ class DeviceLayers:
                 tensors[layer] = slots | tensors.get(layer, {})
         self.swapper = DeviceSwapper(self._slots, self._arena, self._build, tensors, self._values)
         reserve = largest_chunk_bytes(self.describe().layer_bytes, self._config.transition.max_layers_per_step)
+        self._memory.release_cached()
         self._memory.pool.create(-(-reserve // self._memory.page_bytes))
 
     def _move_in(self, layer: int, half: Half, linears: Mapping[str, LinearBase], compiled: bool) -> None:
@@ -162,12 +167,11 @@ class DeviceLayers:
         return self._kernels[fmt].build(parts, parts.pop(BIAS, self._slots[layer][name].bias))
 
     @property
-    def num_levels(self) -> int:
-        """Of the ladder, level 0 included: there is a bank of CUDA graphs for each."""
-        described = self.describe()
-        sizes = RankBytes(described.layer_bytes, 1)
-        num_layers = len(described.layer_bytes[BASE_FORMAT])
-        return len(build_ladder(num_layers, [sizes], self._config.ladder, 1, profile=read_ladder(self._config)))
+    def num_banks(self) -> int:
+        """Levels that differ in this rank's layers, level 0 included: each gets a bank of CUDA graphs."""
+        own = sorted(self._linears)
+        levels = nominal_ladder(self._config, self._vllm_config)
+        return len({tuple(level.layer_formats[layer] for layer in own) for level in levels})
 
     def describe(self) -> RankDescription:
         """Bytes of every decoder layer of the model on this rank, per format, in whole pages."""

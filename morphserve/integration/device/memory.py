@@ -29,10 +29,16 @@ class DeviceMemory:
     copier: Copier
     background: Executor  # one thread, whose device work goes to the copier's stream
     release_cached: Callable[[], None]  # gives the system what torch's allocator holds and nobody uses
+    give_up: Callable[[], None]  # what the pager has, when its engine is gone
 
     @property
     def page_bytes(self) -> int:
         return self.pager.granularity_bytes
+
+    def close(self) -> None:
+        """End the thread and give all pages back. Nothing of the engine may be used any more."""
+        self.background.shutdown()
+        self.give_up()
 
 
 def wants_device(device_type: str) -> bool:
@@ -54,13 +60,20 @@ def open_memory(device: torch.device) -> DeviceMemory:
     if device.type != "cuda":
         pager = FakePager(_FAKE_PAGES, _FAKE_PAGE_BYTES)
         thread = ThreadPoolExecutor(1, "morphserve-pages")
-        return DeviceMemory("cpu", pager, PagePool(pager, 0), HostCopier(), thread, lambda: None)
+        return DeviceMemory("cpu", pager, PagePool(pager, 0), HostCopier(), thread, _nothing, _nothing)
     copier = CudaCopier(device)
-    # The stream of the forward passes is the one that is current where they are launched: here, and later.
-    streams = (torch.cuda.current_stream(device), copier.stream)
+    # The stream of the forward passes: asked for as vLLM asks, which then keeps to it.
+    from vllm.utils.torch_utils import current_stream
+
+    streams = (current_stream(), copier.stream)
     cuda_pager = CudaPager(device.index or 0, streams)
     thread = ThreadPoolExecutor(1, "morphserve-pages", _on_stream, (device, copier.stream))
-    return DeviceMemory("cuda", cuda_pager, PagePool(cuda_pager, 0), copier, thread, torch.cuda.empty_cache)
+    pool = PagePool(cuda_pager, 0)
+    return DeviceMemory("cuda", cuda_pager, pool, copier, thread, torch.cuda.empty_cache, cuda_pager.close)
+
+
+def _nothing() -> None:
+    return
 
 
 def _on_stream(device: torch.device, stream: Any) -> None:

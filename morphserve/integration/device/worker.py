@@ -55,6 +55,7 @@ def install_worker_seams() -> None:
     seams.wrap("vllm.v1.worker.gpu.model_runner:GPUModelRunner.capture_model", _capture_model)
     seams.wrap("vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model", _warm_up)
     seams.wrap("vllm.v1.worker.gpu.model_runner:GPUModelRunner.profile_cudagraph_memory", _graph_memory)
+    seams.wrap("vllm.v1.worker.gpu_model_runner:GPUModelRunner.profile_cudagraph_memory", _graph_memory)
 
 
 def _weights_loaded(original: Callable[..., Any]) -> Any:
@@ -68,9 +69,13 @@ def _weights_loaded(original: Callable[..., Any]) -> Any:
         if config is None:
             return original(model, model_config, target_device)
         fresh = _Rank()
+        if _RANK.memory is not None:  # an earlier engine of this process: its pages are wanted
+            old, _RANK.memory = _RANK.memory, None
+            old.close()
         try:
             fresh.memory = open_memory(target_device)
-            fresh.layers = DeviceLayers(for_this_device(config), vllm_config, get_world_group().rank, fresh.memory)
+            config = for_this_device(config, vllm_config)
+            fresh.layers = DeviceLayers(config, vllm_config, get_world_group().rank, fresh.memory)
             fresh.layers.capture(model)
             result = original(model, model_config, target_device)
             fresh.layers.install()
@@ -201,8 +206,8 @@ def _capture_model(original: Callable[..., Any]) -> Any:
 def _graph_memory(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
     def profile_cudagraph_memory(self: Any) -> int:
-        """vLLM captures one bank to know what graphs take; there is one a level, and they share nothing but a pool."""
-        return int(original(self)) * (1 if _RANK.layers is None else _RANK.layers.num_levels)
+        """vLLM captures one bank to know what graphs take; there is one a level. A bound: they share a pool."""
+        return int(original(self)) * (1 if _RANK.layers is None else _RANK.layers.num_banks)
 
     return profile_cudagraph_memory
 
