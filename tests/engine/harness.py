@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,6 +135,16 @@ def settle(llm: Any, level: int, limit: int = 400, patience_s: float = 0.0) -> N
 
     `patience_s`: beyond `limit` steps, for ranks that work beside them.
     """
+    interval_s = sys.getswitchinterval()
+    if patience_s:
+        sys.setswitchinterval(1e-4)  # idle steps are a loop of nothing else, which leaves other threads no turn
+    try:
+        _settle(llm, level, limit, patience_s)
+    finally:
+        sys.setswitchinterval(interval_s)
+
+
+def _settle(llm: Any, level: int, limit: int, patience_s: float) -> None:
     deadline_s = time.monotonic() + patience_s
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     steps = 0
