@@ -82,6 +82,19 @@ def by_repeat(rows: Rows) -> list[list[Total]]:
     ]
 
 
+def window_order(rows: Rows, window: str) -> list[str]:
+    """Runs on one window, best first: by the medians of violations, to one point, then of quality cost."""
+    found: dict[str, tuple[float, float]] = {}
+    for (own, run), repeats in rows.items():
+        if own != window:
+            continue
+        kls = [0.0 if run == STOCK else row["expected_kl_per_token"] for row in repeats]
+        known = [float("inf") if kl is None else kl for kl in kls]
+        rate = statistics.median(row["violation_rate"] for row in repeats)
+        found[run] = (round(rate, 2), statistics.median(known))
+    return sorted(found, key=lambda run: found[run])
+
+
 def dominated(rows: Rows) -> list[tuple[str, str, str]]:
     """(window, static run, run that it dominates): at most a point more violations on average, at less quality cost.
 

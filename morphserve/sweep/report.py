@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from morphserve.sweep.agreement import FIGURES, SPEEDS, Agreement, Row, Rows, compare
-from morphserve.sweep.ranking import Order, by_repeat, dominated, orders, totals
+from morphserve.sweep.ranking import Order, by_repeat, dominated, orders, totals, window_order
 
 _COLUMNS: tuple[tuple[str, str, float, str], ...] = (
     ("violation_rate", "violations", 100.0, "{:.0f} %"),
@@ -94,7 +94,21 @@ def _total_table(measured: Rows, simulated: Mapping[tuple[str, str], Mapping[flo
         "",
         *_pairs(orders(by_repeat(measured), list(by_speed.values()))),
         "",
+        *_by_window(measured, {key: [rows[1.0]] for key, rows in simulated.items()}),
+        "",
     ]
+
+
+def _by_window(measured: Rows, simulated: Rows) -> list[str]:
+    windows = list(dict.fromkeys(window for window, _ in measured))
+    found = [(window, window_order(measured, window), window_order(simulated, window)) for window in windows]
+    others = [
+        f"- {window}: measured {', '.join(real)}; simulated {', '.join(said)}."
+        for window, real, said in found
+        if real != said
+    ]
+    same = len(windows) - len(others)
+    return [f"Window by window, by medians of the same figures: the same order on {same} of {len(windows)}.", *others]
 
 
 def _dominated(rows: Rows) -> list[str]:

@@ -16,7 +16,7 @@ from morphserve.replay.compare import Comparison
 from morphserve.sweep import main
 from morphserve.sweep.agreement import Agreement, compare, middle
 from morphserve.sweep.measured import measure_all
-from morphserve.sweep.ranking import Order, Total, dominated, orders, totals
+from morphserve.sweep.ranking import Order, Total, dominated, orders, totals, window_order
 from morphserve.sweep.report import markdown
 
 pytestmark = pytest.mark.cpu
@@ -157,6 +157,25 @@ def test_two_runs_are_told_apart_by_what_no_repeat_contradicts() -> None:
     assert orders(even, even) == [Order(("a", "b"), 0, 0)]
     unknown = [[Total("a", 0.1, None), Total("b", 0.1, 0.1)]]
     assert orders(unknown, unknown) == [Order(("a", "b"), 0, 0)]
+
+
+def test_windows_are_ranked_one_by_one() -> None:
+    """Guards: one hard window that decides the order of all, and an order by a repeat that was an outlier."""
+    measured = {
+        ("calm", "slo"): [row(0.0, 0.02)] * 3, ("calm", "w8"): [row(0.004, 0.01)] * 3,
+        ("calm", "stock"): [row(0.9)] * 3, ("hard", "slo"): [row(0.05, 0.1), row(0.9, 0.1), row(0.06, 0.1)], ("hard", "w8"): [row(0.08, 0.03)] * 3,
+        ("hard", "stock"): [row(0.95)] * 3,
+    }  # fmt: skip
+    assert window_order(measured, "calm") == ["w8", "slo", "stock"]
+    assert window_order(measured, "hard") == ["slo", "w8", "stock"]
+    simulated = {key: dict.fromkeys((0.9, 1.0, 1.1), rows[0]) for key, rows in measured.items()}
+    assert "the same order on 2 of 2." in markdown(measured, simulated, "title")
+    simulated["hard", "w8"] = dict.fromkeys((0.9, 1.0, 1.1), row(0.0, 0.03))
+    text = markdown(measured, simulated, "title")
+    assert "the same order on 1 of 2." in text
+    assert "- hard: measured slo, w8, stock; simulated w8, slo, stock." in text
+    measured["calm", "slo"] = [row(0.0, None)]
+    assert window_order(measured, "calm") == ["w8", "slo", "stock"], "an unknown cost is not the least"
 
 
 def test_a_static_format_that_does_as_well_for_less_is_named() -> None:
