@@ -21,6 +21,7 @@ from morphserve.errors import SeamError
 from morphserve.version import SUPPORTED_VLLM, UNPROVEN_CUDA, UNPROVEN_VLLM
 
 _MARK = "_morphserve_original"
+_MAKER = "_morphserve_maker"
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +259,8 @@ def check_seam(seam: Seam) -> SeamResult:
         _, _, value = resolve(seam.target)
     except Exception as e:  # an import can fail in many ways; each of them means: not our vLLM
         return SeamResult(seam, False, f"{type(e).__name__}: {e}")
-    value = getattr(value, _MARK, value)
+    while getattr(value, _MARK, None) is not None:
+        value = getattr(value, _MARK)
     if gone := sorted(set(seam.attributes) - instance_attributes(value)):
         return SeamResult(seam, False, f"instances have no {gone}")
     if not seam.params:
@@ -311,14 +313,22 @@ _installed: list[tuple[Any, str, Any]] = []
 
 
 def wrap(target: str, make: Callable[[Callable[..., Any]], Any]) -> None:
-    """Replace `target` by `make(original)`, once. `make` returns the wrapper (or a descriptor of it)."""
+    """Replace `target` by `make(original)`, once for each `make`. It returns the wrapper (or a descriptor of it).
+
+    Host and device workers wrap the same functions: in a process that has had both, each sees to its own engines.
+    """
     owner, name, current = resolve(target)
-    if getattr(current, _MARK, None) is not None:
-        return
+    wrapper = current
+    while getattr(wrapper, _MARK, None) is not None:
+        if getattr(wrapper, _MAKER) is make:
+            return
+        wrapper = getattr(wrapper, _MARK)
     # A static or class method is kept as the descriptor it is, so that uninstall is exact.
     raw = vars(owner).get(name, current)
     replacement = make(current)
-    setattr(getattr(replacement, "__func__", replacement), _MARK, current)
+    function = getattr(replacement, "__func__", replacement)
+    setattr(function, _MARK, current)
+    setattr(function, _MAKER, make)
     setattr(owner, name, replacement)
     _installed.append((owner, name, raw))
 

@@ -16,6 +16,7 @@ from morphserve.errors import ConfigError
 from morphserve.integration import rank_proof, seams
 from morphserve.integration.commands import Commands, Figures, KVUnknown
 from morphserve.integration.describe import RankDescription
+from morphserve.integration.device.memory import wants_device
 from morphserve.integration.host_memory import resident_bytes, weights_on_their_own_pages
 from morphserve.integration.rank_kv import RankKV
 from morphserve.integration.rank_layers import RankLayers
@@ -51,7 +52,7 @@ def _weights_loaded(original: Callable[..., Any]) -> Any:
 
         vllm_config = get_current_vllm_config_or_none()
         config = read_settings(getattr(vllm_config, "additional_config", None))
-        if config is None:
+        if config is None or wants_device(target_device.type):
             return original(model, model_config, target_device)
         layers = RankLayers(config, vllm_config, get_world_group().rank)
         layers.capture(model)
@@ -68,7 +69,7 @@ def _weights_loaded(original: Callable[..., Any]) -> Any:
 def _allocate_kv_cache(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
     def allocate_kv_cache(kv_cache_config: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
-        if _RANK.layers is None:
+        if _RANK.layers is None or wants_device(device.type):
             return original(kv_cache_config, device, *args, **kwargs)
         kv = RankKV(kv_cache_config)
         with kv.in_place_of_zeros():

@@ -163,7 +163,8 @@ def test_windows_are_ranked_one_by_one() -> None:
     """Guards: one hard window that decides the order of all, and an order by a repeat that was an outlier."""
     measured = {
         ("calm", "slo"): [row(0.0, 0.02)] * 3, ("calm", "w8"): [row(0.004, 0.01)] * 3,
-        ("calm", "stock"): [row(0.9)] * 3, ("hard", "slo"): [row(0.05, 0.1), row(0.9, 0.1), row(0.06, 0.1)], ("hard", "w8"): [row(0.08, 0.03)] * 3,
+        ("calm", "stock"): [row(0.9)] * 3, ("hard", "w8"): [row(0.08, 0.03)] * 3,
+        ("hard", "slo"): [row(0.05, 0.1), row(0.9, 0.1), row(0.06, 0.1)],
         ("hard", "stock"): [row(0.95)] * 3,
     }  # fmt: skip
     assert window_order(measured, "calm") == ["w8", "slo", "stock"]

@@ -94,3 +94,31 @@ def test_a_lost_attribute_is_seen() -> None:
     assert seams.check_seam(seams.Seam("kept", pool, (), "test", ("blocks", "get_usage"))).ok
     gone = seams.check_seam(seams.Seam("gone", pool, (), "test", ("blocks", "no_such_attribute")))
     assert not gone.ok and gone.detail == "instances have no ['no_such_attribute']"
+
+
+def test_two_kinds_of_engine_wrap_the_same_function() -> None:
+    """Guards: the worker that came second in a process is deaf, or one that is loaded again acts twice."""
+    target = "vllm.v1.worker.gpu_model_runner:allocate_kv_cache"
+    calls: list[str] = []
+
+    def maker(name: str) -> Any:
+        def make(original: Any) -> Any:
+            def wrapper(*args: Any) -> Any:
+                calls.append(name)
+                return original(*args)
+
+            return wrapper
+
+        return make
+
+    owner, name, before = seams.resolve(target)
+    host, device = maker("host"), maker("device")
+    try:
+        setattr(owner, name, lambda: calls.append("vllm"))
+        for make in (host, device, host, device):
+            seams.wrap(target, make)
+        getattr(owner, name)()
+        assert calls == ["device", "host", "vllm"]
+    finally:
+        setattr(owner, name, before)
+        del seams._installed[-2:]

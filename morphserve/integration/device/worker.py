@@ -20,7 +20,7 @@ from morphserve.integration.describe import RankDescription
 from morphserve.integration.device.graphs import LevelGraphs
 from morphserve.integration.device.kv import DeviceKV
 from morphserve.integration.device.layers import DeviceLayers
-from morphserve.integration.device.memory import DeviceMemory, open_memory
+from morphserve.integration.device.memory import DeviceMemory, open_memory, wants_device
 from morphserve.integration.settings import for_this_device, read_settings
 
 
@@ -66,7 +66,7 @@ def _weights_loaded(original: Callable[..., Any]) -> Any:
 
         vllm_config = get_current_vllm_config_or_none()
         config = read_settings(getattr(vllm_config, "additional_config", None))
-        if config is None:
+        if config is None or not wants_device(target_device.type):
             return original(model, model_config, target_device)
         fresh = _Rank()
         if _RANK.memory is not None:  # an earlier engine of this process: its pages are wanted
@@ -90,7 +90,7 @@ def _weights_loaded(original: Callable[..., Any]) -> Any:
 def _allocate_kv_cache(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
     def allocate_kv_cache(kv_cache_config: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
-        if _RANK.memory is None or _RANK.base_num_blocks is None:
+        if _RANK.memory is None or _RANK.base_num_blocks is None or not wants_device(device.type):
             return original(kv_cache_config, device, *args, **kwargs)
         kv = DeviceKV(kv_cache_config, _RANK.memory, _RANK.base_num_blocks)
         with kv.in_place_of_zeros():
