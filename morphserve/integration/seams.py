@@ -315,7 +315,7 @@ _installed: list[tuple[Any, str, Any]] = []
 def wrap(target: str, make: Callable[[Callable[..., Any]], Any]) -> None:
     """Replace `target` by `make(original)`, once for each `make`. It returns the wrapper (or a descriptor of it).
 
-    Host and device workers wrap the same functions: in a process that has had both, each sees to its own engines.
+    Host and device workers wrap the same functions; where both modules are loaded, each sees to its own device.
     """
     owner, name, current = resolve(target)
     wrapper = current

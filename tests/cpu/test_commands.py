@@ -38,7 +38,13 @@ def test_an_answer_that_is_not_pending_has_the_final_figures() -> None:
     assert (first.rank, first.ok, first.pending, first.num_kv_blocks) == (5, True, True, 10)
     again = commands.answer(5, plan, rank.outcome, rank.figures, again=True)
     assert again.pending
-    last = commands.answer(5, plan, rank.outcome, rank.figures, again=True)
+    rank.num_mapped = 10
+
+    def done_before_it_is_asked() -> bool:
+        rank.num_mapped = 20
+        return False
+
+    last = commands.answer(5, plan, done_before_it_is_asked, rank.figures, again=True)
     assert not last.pending and last.num_kv_blocks == 20
 
 
