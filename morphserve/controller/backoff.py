@@ -21,6 +21,7 @@ class BackOff:
         self._longest_s = max(config.backoff_s, config.backoff_max_s)
         self._next_wait_s: dict[Direction, float] = {}  # of directions whose last attempt failed
         self._not_before_s: dict[Direction, float] = {}
+        self._full_at = 0  # blocks that the last drain did not get down to; 0 = no drain has timed out
 
     def allows(self, now_s: float, direction: Direction) -> bool:
         """Whether an attempt may start now."""
@@ -30,12 +31,25 @@ class BackOff:
         """Returns how long nothing starts in `direction`, in seconds."""
         wait_s = self._next_wait_s.get(direction, self._first_s)
         self._next_wait_s[direction] = min(2 * wait_s, self._longest_s)
+        self._full_at = 0  # a fault's wait is not ended by room
         self._hold(_OTHER[direction], now_s + self._first_s)
         return self._hold(direction, now_s + wait_s) - now_s
 
-    def drain_timed_out(self, now_s: float) -> float:
-        """The KV cache was too full to restore: no fault, so it waits no longer the second time."""
+    def drain_timed_out(self, now_s: float, num_kv_blocks: int, num_used_blocks: int) -> float:
+        """The KV cache was too full to restore: no fault, so it waits no longer the second time.
+
+        Args:
+            num_kv_blocks: what the cache was to shrink to, null block included.
+            num_used_blocks: those that live requests hold. Where they would have fitted, something else stood
+                in the way, and only time ends the wait.
+        """
+        self._full_at = num_kv_blocks if num_used_blocks >= num_kv_blocks else 0
         return self._hold("restore", now_s + self._first_s) - now_s
+
+    def see_room(self, num_used_blocks: int) -> None:
+        """Live requests hold so many blocks: a wait for room is over once they fit."""
+        if num_used_blocks < self._full_at:
+            self._not_before_s.pop("restore", None)
 
     def succeeded(self, direction: Direction) -> None:
         """A transition in `direction` has reached its level."""

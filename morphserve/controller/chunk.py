@@ -19,6 +19,7 @@ class ChunkEnd:
     format: str = ""
     error: str = ""
     place: str = "prepare"  # what an abort counts as among the errors; "" = as none
+    num_kv_blocks: int = 0  # that a drain was to get down to and has not
 
 
 @dataclass(slots=True)

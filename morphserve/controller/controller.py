@@ -258,7 +258,8 @@ class Controller:
             self.counters.num_layers_switched += end.num_layers
         elif end.outcome == "aborted":
             wait_s = self._back_off(now, transition.direction, end)
-            self._close_transition(now, "aborted", f"{end.error}; no new attempt for {wait_s:.1f} s")
+            room = "" if end.place else " without room"
+            self._close_transition(now, "aborted", f"{end.error}; no new attempt{room} for {wait_s:.1f} s")
         else:
             self._close_transition(now, "cancelled")
         return True
@@ -279,6 +280,7 @@ class Controller:
         direction = None if rung is None else standing.direction(rung)
         if transition is not None and direction != transition.direction:
             self._close_transition(now, "committed" if rung is None and not self._tripped else "cancelled")
+        self._backoff.see_room(self._pool.num_used_blocks)
         if direction is not None and not self._backoff.allows(now, direction):
             return None
         return rung
@@ -333,7 +335,7 @@ class Controller:
     def _back_off(self, now: float, direction: Direction, end: ChunkEnd) -> float:
         """Returns for how many seconds there is no new attempt."""
         if not end.place:  # the drain timed out
-            return self._backoff.drain_timed_out(now)
+            return self._backoff.drain_timed_out(now, end.num_kv_blocks, self._pool.num_used_blocks)
         self.counters.count_error(end.place)
         return self._backoff.failed(now, direction)
 

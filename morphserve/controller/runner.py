@@ -161,7 +161,8 @@ class ChunkRunner:
         if error or not wanted:
             self.pool.cancel_shrink()
             self._move(Phase.IDLE)
-            chunk.end = ChunkEnd("aborted", error=error, place="") if wanted else ChunkEnd("cancelled")
+            full = ChunkEnd("aborted", error=error, place="", num_kv_blocks=chunk.blocks_after)
+            chunk.end = full if wanted else ChunkEnd("cancelled")
             return
         if self.desk.is_full:
             return

@@ -10,6 +10,7 @@ import pytest
 
 from morphserve.config import MorphServeConfig, TransitionConfig
 from morphserve.controller import Phase, Plan, Reply
+from morphserve.controller.backoff import BackOff
 from tests.fakes import BASE_BLOCKS, FakeRank, Rig
 
 pytestmark = pytest.mark.cpu
@@ -30,6 +31,58 @@ def test_drain_timeout_keeps_the_old_level_and_allows_degrading() -> None:
     assert rig.controller.counters.transitions[("restore", "aborted")] == 1
     assert rig.controller.phase is Phase.IDLE and rig.pool.fence is None
     rig.go_to(4, steps=6)
+
+
+def test_a_wait_for_room_ends_with_room() -> None:
+    """Guards: an engine whose requests have left stays quantized until a back-off is over, or tries without room."""
+    rig = Rig()
+    rig.go_to(3)
+    assert rig.pool.allocate(1, rig.pool.num_kv_blocks - 1)
+    rig.step()
+    rig.script.level = 0
+    ended = rig.controller.counters.transitions
+    while ("restore", "aborted") not in ended:
+        rig.step()
+    rig.step(5)
+    assert rig.controller.phase is Phase.IDLE
+    rig.pool.finish(1)
+    rig.step(40)  # 2 s, and 5 s are a back-off
+    assert rig.controller.level == 0
+
+
+def test_room_ends_no_wait_after_a_fault() -> None:
+    """Guards: a restore that fails is tried again at every step of an engine that has room."""
+    rig = Rig()
+    rig.go_to(3)
+    assert rig.pool.allocate(1, rig.pool.num_kv_blocks - 1)
+    rig.step()
+    rig.script.level = 0
+    ended = rig.controller.counters.transitions
+    while ("restore", "aborted") not in ended:
+        rig.step()
+    rig.executor.fail = lambda command, plan, rank: "no memory" if command == "prepare" else ""  # type: ignore[assignment]
+    rig.pool.finish(1)
+    rig.step(80)  # 4 s
+    assert ended[("restore", "aborted")] == 2
+
+
+@pytest.mark.parametrize(("num_used_blocks", "ends"), [(120, True), (119, False)])
+def test_only_a_wait_for_room_ends_with_room(num_used_blocks: int, ends: bool) -> None:
+    """Guards: a drain that something else than a full cache has stopped starts anew at the next step."""
+    backoff = BackOff(TransitionConfig())
+    backoff.drain_timed_out(0.0, 120, num_used_blocks)
+    assert not backoff.allows(0.1, "restore")
+    backoff.see_room(119)
+    assert backoff.allows(0.1, "restore") is ends
+
+
+def test_room_ends_no_wait_that_a_failed_degrade_asks_for() -> None:
+    """Guards: a fault between the two forgotten because a drain had timed out before it."""
+    backoff = BackOff(TransitionConfig())
+    backoff.drain_timed_out(0.0, 120, 120)
+    backoff.failed(0.1, "degrade")
+    backoff.see_room(0)
+    assert not backoff.allows(0.2, "restore")
 
 
 @pytest.mark.parametrize("allowed", [0, 1, 2, 20])
