@@ -68,8 +68,11 @@ class KVConfig(_Section):
 class TransitionConfig(_Section):
     """How fast levels change."""
 
-    max_layers_per_step: int = Field(
-        5, ge=1, description="layers switched between two engine steps; sets the staging reserve"
+    max_layers_per_step: int | None = Field(
+        None,
+        ge=1,
+        description="layers switched between two engine steps; sets the staging reserve; null = 5, on a GPU a whole "
+        "level where 3 % of its memory hold that",
     )
     max_pause_ms: float = Field(
         30.0, gt=0, description="fewer layers per step when they take longer than this"
@@ -84,6 +87,11 @@ class TransitionConfig(_Section):
     backoff_max_s: float = Field(
         60.0, ge=0, description="what keeps failing waits twice as long each time, up to this or backoff_s"
     )
+
+    @property
+    def layers_per_step(self) -> int:
+        """`max_layers_per_step`, or what it stands for where nothing else is known."""
+        return self.max_layers_per_step or 5
 
 
 class MorphServeConfig(_Section):

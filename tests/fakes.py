@@ -281,7 +281,7 @@ class Rig:
         ]
         self.ranks = ranks or [RankBytes(LAYER_BYTES, KV_BLOCK_BYTES)] * num_ranks
         self.ladder = build_ladder(8, self.ranks, LadderConfig(steps=steps), BASE_BLOCKS, max_num_blocks)
-        per_step = self.config.transition.max_layers_per_step
+        per_step = self.config.transition.layers_per_step
         staging = [
             largest_chunk_bytes(rank.layers, per_step) if staging_bytes is None else staging_bytes
             for rank in self.ranks

@@ -5,7 +5,7 @@ from __future__ import annotations
 from morphserve.controller.controller import Controller
 from morphserve.controller.counters import Counters
 from morphserve.controller.decision_log import DecisionLog
-from morphserve.controller.ledger import Ledger, Ledgers, largest_chunk_bytes, make_ledgers
+from morphserve.controller.ledger import Ledger, Ledgers, largest_chunk_bytes, layers_within, make_ledgers
 from morphserve.controller.log_format import make_header
 from morphserve.controller.ports import (
     BlockPoolPort,
@@ -33,6 +33,7 @@ __all__ = [
     "ShrinkProgress",
     "Ticket",
     "largest_chunk_bytes",
+    "layers_within",
     "make_header",
     "make_ledgers",
 ]

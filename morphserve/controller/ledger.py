@@ -200,3 +200,11 @@ def largest_chunk_bytes(layers: LayerBytes, max_layers_per_step: int) -> int:
     """
     second = sorted((sorted(sizes)[-2] for sizes in zip(*layers.values(), strict=True)), reverse=True)
     return sum(second[:max_layers_per_step])
+
+
+def layers_within(layers: LayerBytes, least: int, most: int, num_bytes: int) -> int:
+    """How many layers a chunk may take with a staging reserve of `num_bytes`: at least `least`, at most `most`."""
+    found = least
+    while found < most and largest_chunk_bytes(layers, found + 1) <= num_bytes:
+        found += 1
+    return found

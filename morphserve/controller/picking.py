@@ -24,14 +24,18 @@ class LayerPicker:
         self._reserves = [ledger.staging_reserve_bytes for ledger in ledgers]
         self._seconds_per_layer: dict[Direction, float] = {}
 
-    def pick(self, formats: Sequence[str], rung: Sequence[str], direction: Direction) -> LayerFormats:
+    def pick(
+        self, formats: Sequence[str], rung: Sequence[str], direction: Direction, in_background: bool = False
+    ) -> LayerFormats:
         """Layers to switch on the way from `formats` to `rung`, at least one.
+
+        In the background ranks prepare beside their steps: a chunk pauses none of them, however large.
 
         What a layer takes beyond the budget of the level it leaves is the smaller of its two sizes: going
         down the new one is staged beside the old; going up, the KV given back has paid the difference.
         """
         differing = [layer for layer, fmt in enumerate(rung) if fmt != formats[layer]]
-        limit = self._limit(differing, rung, direction)
+        limit = self._config.layers_per_step if in_background else self._limit(differing, rung, direction)
         layers: list[tuple[int, str]] = []
         excess, counts = [0] * len(self._ranks), [0] * len(self._ranks)
         for layer in alternate(self._ranks, differing):
@@ -59,5 +63,5 @@ class LayerPicker:
         """Layers of one rank between two forward passes."""
         largest = max((rank.layers[rung[layer]][layer] for rank in self._ranks for layer in layers), default=0)
         cost = self._seconds_per_layer.get(direction, largest * _FIRST_S_PER_BYTE)
-        limit = self._config.max_layers_per_step
+        limit = self._config.layers_per_step
         return max(1, min(limit, int(self._config.max_pause_ms / 1000 / cost))) if cost > 0 else limit

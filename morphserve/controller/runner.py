@@ -79,7 +79,9 @@ class ChunkRunner:
         direction = standing.direction(rung)
         if direction == "degrade":
             self.preemptions.on_way_back = 0
-        layers = self._picker.pick(standing.formats, self.ladder[rung].layer_formats, direction)
+        layers = self._picker.pick(
+            standing.formats, self.ladder[rung].layer_formats, direction, self.executor.in_background
+        )
         chunk = Chunk(
             toward=rung,
             direction=direction,

@@ -5,18 +5,20 @@ level means. A GPU's work is ordered by streams, so whatever waits for it is don
 forward passes (`DeviceRank`). With the fakes of `kv_resize` and `HostCopier` all of it runs without a GPU.
 """
 
-from morphserve.device.banks import Entries, Formats, GraphBanks, Holder
+from morphserve.device.banks import GraphBanks
 from morphserve.device.copier import Copier, CudaCopier, HostCopier
 from morphserve.device.errors import GraphBankError, WeightError
 from morphserve.device.landing import Landing
 from morphserve.device.layout import Layout, Place
 from morphserve.device.rank import DeviceRank, ElasticKV
 from morphserve.device.routes import Offer, Route, narrow_candidates, narrow_keys
+from morphserve.device.shelves import Entries, Formats, Holder, Watch
 from morphserve.device.swapper import DeviceSwapper, layer_bytes
-from morphserve.device.weight_linear import WeightSlot, register_op, reset, slots
+from morphserve.device.weight_linear import WeightSlot, addresses_used, register_op, reset, slots
 from morphserve.device.weights import Part, WeightArena
 
 __all__ = [
+    "addresses_used",
     "Copier",
     "CudaCopier",
     "DeviceRank",
@@ -40,6 +42,7 @@ __all__ = [
     "reset",
     "Route",
     "slots",
+    "Watch",
     "WeightArena",
     "WeightError",
     "WeightSlot",

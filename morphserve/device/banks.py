@@ -13,130 +13,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import GraphBankError
-from .landing import Landing
 from .routes import Offer, Route
+from .shelves import Entries, Formats, Holder, Shelf, Watch
 
 logger = logging.getLogger("vllm.morphserve")
-
-Formats = tuple[str, ...]  # by decoder layer id
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Holder:
-    """An object of vLLM's that keeps graphs and replays them.
-
-    In vLLM 0.32: `graphs` of the V2 runner's CudaGraphManager (whole steps); `concrete_cudagraph_entries` of each
-    CUDAGraphWrapper (pieces, and whole steps in the V1 runner); `entries` of a BreakableCUDAGraphWrapper (not full,
-    though it depends on all layers).
-
-    A holder that is not full and depends on given layers is a *piece*: it calls `runnable`, captures into
-    `graph_pool`, and its entries have `cudagraph`, `output` and `input_addresses`, as a CUDAGraphWrapper's have.
-    """
-
-    owner: Any
-    attribute: str  # of its dictionary: descriptor |-> graph, or an entry that has one
-    scope: tuple[int, ...] | None = None  # layer ids that its graphs depend on; None: all
-    full: bool | None = None  # one graph is a whole step; None: if it depends on all layers
-
-    @property
-    def is_full(self) -> bool:
-        return self.scope is None if self.full is None else self.full
-
-    @property
-    def is_piece(self) -> bool:
-        return self.scope is not None and not self.is_full
-
-    def part(self, formats: Formats) -> Formats:
-        """What of the formats its graphs depend on."""
-        return formats if self.scope is None else tuple(formats[layer] for layer in self.scope)
-
-
-class Entries(dict[Any, Any]):
-    """Graphs of one holder at one combination of formats. Takes more only while they are captured."""
-
-    __slots__ = ("is_open", "keys_at_close")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_open = False
-        self.keys_at_close: frozenset[Any] = frozenset()
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        if not self.is_open:
-            raise GraphBankError(
-                f"a CUDA graph of {key} was to be captured here, where {len(self)} graphs are all there will be. While "
-                "serving: what chose it must choose from a narrowed table, add its Route. In a later bank: capture no "
-                "size that the first one lacks"
-            )
-        super().__setitem__(key, value)
-
-    def close(self, known: dict[frozenset[Any], frozenset[Any]]) -> None:
-        """Forget graphs whose capture did not end, and take no more.
-
-        Args:
-            known: sets of keys there have been. Equal sets become one object, which a switch compares at no cost.
-        """
-        for key in [key for key, entry in self.items() if _is_unfinished(entry)]:
-            del self[key]
-        self.is_open = False
-        self.keys_at_close = known.setdefault(frozenset(self), frozenset(self))
-
-
-def _is_unfinished(entry: Any) -> bool:
-    """Whether an entry of vLLM's wrappers has no graph yet. A bare graph always is one."""
-    return getattr(entry, "cudagraph", entry) is None or getattr(entry, "capture", entry) is None
-
-
-@dataclass(slots=True, eq=False)
-class _Shelf:
-    """One holder and all its dictionaries."""
-
-    holder: Holder
-    by_formats: dict[Formats, Entries] = field(default_factory=dict)
-    home: Entries | None = None  # of the first bank
-    opened: Entries | None = None  # while a bank is captured
-    stock: tuple[Any, Any] | None = None  # runnable and pool of a piece, while a later bank is captured
-
-    def show(self, entries: Entries) -> None:
-        setattr(self.holder.owner, self.holder.attribute, entries)
-
-    def open(self, formats: Formats, pool: Any) -> None:
-        """Show the dictionary that takes graphs of these formats; what agrees with home is shown as it is."""
-        entries = self.by_formats.setdefault(self.holder.part(formats), Entries())
-        entries.is_open = True
-        if self.home is None:
-            self.home = entries
-        elif self.holder.is_piece and entries is self.home:
-            entries.is_open = False
-        elif self.holder.is_piece:
-            owner = self.holder.owner
-            self.stock = owner.runnable, owner.graph_pool
-            owner.runnable, owner.graph_pool = Landing(owner.runnable, entries, self.home), pool
-        self.opened = entries
-        self.show(entries)
-
-    def close(self, known: dict[frozenset[Any], frozenset[Any]]) -> int:
-        """Returns how many graphs were dropped because they read other addresses than home's."""
-        if self.stock is not None:
-            self.holder.owner.runnable, self.holder.owner.graph_pool = self.stock
-            self.stock = None
-        entries, self.opened = self.opened, None
-        assert entries is not None and self.home is not None
-        moved = []
-        if self.holder.is_piece:
-            moved = [key for key, entry in entries.items() if _reads_elsewhere(entry, self.home.get(key))]
-        for key in moved:
-            del entries[key]
-        entries.close(known)
-        return len(moved)
-
-
-def _reads_elsewhere(entry: Any, home: Any) -> bool:
-    return entry.cudagraph is not None and (home is None or entry.input_addresses != home.input_addresses)
 
 
 class GraphBanks:
@@ -151,7 +34,13 @@ class GraphBanks:
     `clear` here, or the tables would go on offering them.
     """
 
-    def __init__(self, holders: Sequence[Holder], routes: Sequence[Route] = (), later_pool: Any = None) -> None:
+    def __init__(
+        self,
+        holders: Sequence[Holder],
+        routes: Sequence[Route] = (),
+        later_pool: Any = None,
+        watch: Watch | None = None,
+    ) -> None:
         """Changes nothing yet. For objects that stay: vLLM makes some of them anew after it has profiled memory.
 
         Args:
@@ -159,16 +48,19 @@ class GraphBanks:
             routes: the tables that vLLM chooses descriptors from, as they are when everything is captured.
             later_pool: a graph memory pool (torch.cuda.graph_pool_handle()) for the pieces of all banks but the first.
                 Under sleep mode vLLM captures into a pool of its own choice: that and pieces do not go together.
+            watch: tells holders that learn their scope which layers run. Without it they share nothing.
 
         Raises:
             GraphBankError: there are pieces and no second pool.
         """
-        if later_pool is None and any(holder.is_piece for holder in holders):
+        learn = watch is not None and any(holder.learns for holder in holders)
+        if later_pool is None and (learn or any(holder.is_piece for holder in holders)):
             raise GraphBankError(
                 "pieces share graphs between levels, and there is one graph memory pool; they need two, or a later "
                 "capture would overwrite what lies between pieces. Pass later_pool, or holders without a scope"
             )
-        self._shelves = [_Shelf(holder) for holder in holders]
+        self._shelves = [Shelf(holder) for holder in holders]
+        self._watch = watch
         self._routes = tuple(routes)
         self._whole = tuple(getattr(route.owner, route.attribute) for route in routes)
         self._tables: dict[Offer, tuple[Any, ...]] = {}
@@ -205,7 +97,7 @@ class GraphBanks:
             raise GraphBankError(f"graphs of {formats} exist; each bank is captured once: switch to it, or clear all")
         self._capturing = self._live = formats
         for shelf in self._shelves:
-            shelf.open(formats, self._later_pool)
+            shelf.open(formats, self._later_pool, self._watch)
         self._route(self._whole)
 
     def end(self) -> bool:
@@ -218,6 +110,8 @@ class GraphBanks:
             raise GraphBankError("no bank is being captured; call begin first")
         formats, self._capturing = self._capturing, None
         num_dropped = sum(shelf.close(self._keys) for shelf in self._shelves)
+        if not self._num_graphs:
+            self._learn(formats)
         if num_dropped:
             logger.warning(
                 "morphserve: %d CUDA graphs do not read where level 0's do and were dropped; their steps run eagerly",
@@ -252,13 +146,26 @@ class GraphBanks:
         for shelf in self._shelves:
             if shelf.opened is not None:
                 shelf.close(self._keys)
-            shelf.by_formats.clear()
-            shelf.home = None
-            shelf.show(self._closed)
+            shelf.clear(self._closed)
         self._num_graphs.clear()
         self._tables.clear()
         self._capturing = self._live = None
         self._route(self._narrowed(Offer()))
+
+    def _learn(self, formats: Formats) -> None:
+        """After the first bank: give every holder that learns its scope, or none if they have not seen every layer."""
+        found = [(shelf, shelf.take_seen()) for shelf in self._shelves if shelf.given.learns]
+        unseen = set(range(len(formats))).difference(*(seen for _, seen in found))
+        if not found or self._watch is None:
+            return
+        if unseen:  # some linear ran past the watch: a piece might depend on it
+            logger.warning(
+                "morphserve: no piece of the model was seen to use layers %s; each level captures all of its pieces",
+                sorted(unseen),
+            )
+            return
+        for shelf, seen in found:
+            shelf.limit(seen, formats)
 
     def _refuse_while_capturing(self) -> None:
         if self._capturing is not None:

@@ -13,7 +13,8 @@ which is why graphs are kept in banks (banks.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -38,6 +39,7 @@ class _Slots(dict[int, "WeightSlot"]):
 
 
 _slots = _Slots()  # one process holds one model
+_used: set[int] | None = None  # while somebody watches
 _libraries: list[torch.library.Library] = []  # kept: a Library that is collected takes its ops with it
 
 
@@ -96,8 +98,22 @@ def reset() -> None:
     _slots.clear()
 
 
+@contextmanager
+def addresses_used() -> Iterator[set[int]]:
+    """The addresses of the weights whose linears run while it is open, also under graph capture. Does not nest."""
+    global _used
+    _used = set()
+    try:
+        yield _used
+    finally:
+        _used = None
+
+
 def _linear_of(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return _slots[weight.data_ptr()].impl(x)
+    address = weight.data_ptr()
+    if _used is not None:
+        _used.add(address)
+    return _slots[address].impl(x)
 
 
 def _linear_of_fake(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -76,7 +76,7 @@ class Morphing:
         self.ladder = ladder
         self.monitor = Monitor()
         self.executor = SimExecutor(rank, calibration.num_layers, ladder[0].num_kv_blocks, pace, server.copy_s)
-        staging = [largest_chunk_bytes(rank.layers, config.transition.max_layers_per_step)]
+        staging = [largest_chunk_bytes(rank.layers, config.transition.layers_per_step)]
         self._log = None if config.decision_log is None else DecisionLog(config.decision_log)
         self.controller = Controller(
             ladder, policy, pool, self.executor, self.monitor, config, make_ledgers(ladder, [rank], staging),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,23 +104,34 @@ class Manager:
 class GraphWorld:
     """A model of pieces between attentions, its graphs, and the banks under test."""
 
-    def __init__(self, num_layers: int = 3) -> None:
+    def __init__(self, num_layers: int = 3, learns: bool = False, blind_to: int = -1) -> None:
+        """
+        Args:
+            learns: nobody tells the banks which layers a piece depends on.
+            blind_to: a layer whose linears run unseen.
+        """
         self.gpu = Gpu()
         self.num_layers = num_layers
         self.formats: Formats = (BASE,) * num_layers  # what the layers have now
         self.mode, self.num_tokens = Mode.NONE, 0  # of the forward pass under way, padded
         self.ids, self.hidden = self.gpu.empty(), self.gpu.empty()  # buffers that stay
         pieces = range(num_layers + 1)
-        self.wrappers = [self._wrap(lambda *args, piece=piece: self._piece(piece, *args)) for piece in pieces]
+        self.wrappers = [
+            self._wrap(lambda *args, piece=piece: self._piece(piece, *args), piece == num_layers) for piece in pieces
+        ]
         self.manager = self._make_manager()
         self.holders = [Holder(self.manager, "graphs")] + [
-            Holder(self.wrappers[piece], "concrete_cudagraph_entries", scope_of(piece, num_layers)) for piece in pieces
+            Holder(wrapper, "concrete_cudagraph_entries", full=False, learns=True)
+            if learns
+            else Holder(wrapper, "concrete_cudagraph_entries", scope_of(piece, num_layers))
+            for piece, wrapper in enumerate(self.wrappers)
         ]
         self.routes = [Route(self.manager, "_candidates", narrow_candidates)]
-        self.banks = GraphBanks(self.holders, self.routes, later_pool=self.gpu.later)
+        self._blind_to, self._used = blind_to, set[int]()
+        self.banks = GraphBanks(self.holders, self.routes, later_pool=self.gpu.later, watch=self._watch)
         self._num_steps = 0
 
-    def _wrap(self, runnable: Callable[..., tuple[Cell, ...]]) -> Any:
+    def _wrap(self, runnable: Callable[..., tuple[Cell, ...]], is_last: bool) -> Any:
         return Wrapper(self, runnable)
 
     def _make_manager(self) -> Any:
@@ -135,6 +147,14 @@ class GraphWorld:
         """Layers get these formats, and graphs of these sizes, the largest first."""
         self.formats = formats
         self.banks.begin(formats)
+        try:
+            self.capture_sizes(full, piecewise)
+        finally:
+            found = self.banks.end()
+        return found
+
+    def capture_sizes(self, full: Sequence[int] = SIZES, piecewise: Sequence[int] = SIZES) -> None:
+        """What vLLM does, which knows of no banks."""
         self.gpu.may_capture = True
         try:
             for size in sorted(piecewise, reverse=True):
@@ -148,8 +168,6 @@ class GraphWorld:
                 self.manager.graphs[self._full_desc(size)] = graph
         finally:
             self.gpu.may_capture = False
-            found = self.banks.end()
-        return found
 
     def switch(self, formats: Formats) -> bool:
         self.formats = formats
@@ -157,9 +175,12 @@ class GraphWorld:
 
     def step(self, num_tokens: int) -> Mode:
         """One step. What it gives must be what the layers' present formats give."""
+        return self.run(self._dispatch(num_tokens))
+
+    def run(self, desc: Any) -> Mode:
+        """As `step`, with what was dispatched."""
         self._num_steps += 1
         self.gpu.memory[self.ids.address] = self._num_steps
-        desc = self._dispatch(num_tokens)
         mode = Mode[desc.cg_mode.name]
         if mode is Mode.FULL:
             self.manager.run_fullgraph(desc)
@@ -196,8 +217,15 @@ class GraphWorld:
             return (residual,)
         return self._linear(piece, "qkv", residual), residual, self.gpu.empty()
 
+    @contextmanager
+    def _watch(self) -> Iterator[set[int]]:
+        self._used = set()
+        yield self._used
+        self._used = set()
+
     def _linear(self, layer: int, name: str, x: Cell) -> Cell:
         """Scratch memory is written before the input is read: lying over the input, it would destroy it."""
+        self._used |= {layer} - {self._blind_to}
         scratch = [self.gpu.compute("scratch", x) for _ in range(NUM_SCRATCH[self.formats[layer]])]
         out = self.gpu.compute(f"{name} {layer} {self.formats[layer]}", x)
         del scratch

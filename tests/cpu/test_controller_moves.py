@@ -91,6 +91,17 @@ def test_slow_layers_make_small_chunks() -> None:
     assert sizes == [3, 1, 1, 1]
 
 
+def test_chunks_in_the_background_are_as_large_as_the_reserve() -> None:
+    """Guards: on a GPU a level in small pieces, between which steps lack CUDA graphs, for a pause that nobody sees."""
+    config = MorphServeConfig(transition=TransitionConfig(max_layers_per_step=3, max_pause_ms=1))
+    rig = Rig(config=config)
+    rig.executor.in_background = True
+    rig.executor.seconds_per_layer = 0.5
+    rig.go_to(2)
+    sizes = [len(plan.layer_formats) for command, plan in rig.executor.sent if command == "prepare"]
+    assert sizes == [3, 3]
+
+
 def test_the_first_chunk_goes_by_bytes() -> None:
     """Guards: five layers of a large model in the first gap, because none has been measured yet."""
     rig = Rig()

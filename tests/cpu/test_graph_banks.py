@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 from cpu.graph_world import BASE, SIZES, Desc, GraphWorld, Key, Mode, at, scope_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from morphserve.device import (
     narrow_candidates,
     narrow_keys,
 )
+from morphserve.device.shelves import Watched
 
 sizes = st.sets(st.sampled_from(SIZES)).map(sorted)
 
@@ -41,7 +43,7 @@ def ladders(draw: st.DrawFn) -> list[Formats]:
 def test_a_step_computes_with_the_formats_of_its_layers(data: st.DataObject) -> None:
     """Guards: a replay of a graph of other formats, or of one that reads where another pass had its tensors."""
     states = data.draw(ladders())
-    world = GraphWorld(len(states[0]))
+    world = GraphWorld(len(states[0]), learns=data.draw(st.booleans()))
     later = data.draw(st.lists(st.integers(1, len(states) - 1), unique=True, max_size=3))
     full: dict[Formats, list[int]] = {}
     piecewise: dict[Formats, list[int]] = {}
@@ -92,9 +94,10 @@ def test_level_zero_has_its_own_dictionaries_back() -> None:
     assert not any(isinstance(wrapper.runnable, Landing) for wrapper in world.wrappers)
 
 
-def test_pieces_are_shared_between_levels() -> None:
+@pytest.mark.parametrize("learns", [False, True])
+def test_pieces_are_shared_between_levels(learns: bool) -> None:
     """Guards: capture that costs its full time and memory again with every level."""
-    world = GraphWorld(4)
+    world = GraphWorld(4, learns)
     states = ladder_of(4, ("w4", [2, 0, 3, 1]))
     for formats in states:
         world.capture(formats)
@@ -106,6 +109,38 @@ def test_pieces_are_shared_between_levels() -> None:
     assert list(found) == states
     assert found[states[0]] == len(SIZES) * (1 + 5)
     assert sum(found.values()) == world.num_captured() + len(states) * len(SIZES)
+
+
+def test_scopes_are_learned_anew_after_a_clear() -> None:
+    """Guards: scopes of another model, or pieces that are told apart by all layers once graphs were cleared."""
+    world = GraphWorld(4, learns=True)
+    base = world.formats
+    for _ in range(2):
+        world.capture(base)
+        for piece, shelf in enumerate(world.banks._shelves[1:]):
+            assert shelf.holder.scope == scope_of(piece, 4)
+        assert not any(isinstance(wrapper.runnable, Watched) for wrapper in world.wrappers)
+        world.capture(("w4",) * 4)
+        world.banks.clear()
+        world.formats = base
+        assert all(shelf.holder.scope is None for shelf in world.banks._shelves)
+
+
+def test_what_was_not_seen_is_not_shared(caplog: pytest.LogCaptureFixture) -> None:
+    """Guards: a linear that runs past the watch, and whose piece is then replayed at formats that it does not have."""
+    world = GraphWorld(3, learns=True, blind_to=1)
+    base = world.formats
+    world.capture(base)
+    assert "was seen to use layers [1]" in caplog.text
+    changed = at(base, l1="w4")
+    world.capture(changed)
+    assert world.num_captured() == 2 * 4 * len(SIZES), "each level has pieces of its own"
+    for formats in (base, changed):
+        world.switch(formats)
+        assert [world.step(size) for size in SIZES] == [Mode.FULL] * len(SIZES)
+        assert world.manager.dispatch(1).num_tokens == 1
+    world.capture(at(base, l0="w8"), full=[])
+    assert {world.step(size) for size in SIZES} == {Mode.PIECEWISE}
 
 
 def test_graphs_of_a_piece_have_one_place_for_inputs_and_outputs() -> None:

@@ -17,7 +17,11 @@ from engine.rank_harness import CONFIG, PARALLEL, W4, W8, needs_two_cores, run
 
 from morphserve.integration.device.memory import FAKE_DEVICE
 
-STEPS = {"ladder": {"steps": [{"format": "w8", "layers_per_level": 5}, {"format": "w4", "layers_per_level": 5}]}}
+
+def steps(layers_per_level: int) -> dict[str, Any]:
+    return {"ladder": {"steps": [{"format": fmt, "layers_per_level": layers_per_level} for fmt in ("w8", "w4")]}}
+
+
 USED = PROMPTS[:4]
 
 
@@ -35,14 +39,17 @@ def memory_of(llm: Any) -> dict[str, Any]:
 def test_layers_and_blocks_exchange_pages_under_load(short_model: Path, variant_cache: Path, eager: bool) -> None:
     """Guards rules 1 to 6 above the driver: levels that change nothing, or do not come back; a page lost; a block
     published before it has pages; a compilation at a switch."""
-    with engine(short_model, variant_cache, STEPS, enforce_eager=eager) as llm:
+    # Compiled as by default on a GPU: as much of a level at once as the reserve may hold, here all ten layers.
+    config = steps(5) if eager else steps(10) | {"transition": {}}
+    with engine(short_model, variant_cache, config, enforce_eager=eager) as llm:
+        assert morph_of(llm).runtime.config.transition.max_layers_per_step == (5 if eager else 10)
         ladder = morph_of(llm).runtime.ladder
         quantum = morph_of(llm).runtime.rank_bytes[0].kv_quantum
         assert quantum > 1 and all(level.num_kv_blocks % quantum == 0 for level in ladder)
         before, pages = generate(llm, USED, 24), memory_of(llm)
         counted = compilations()
         seen = [before]
-        for level in (2, 4):
+        for level in (2, 4) if eager else (1, 2):
             follow(llm, {0: level})
             settle(llm, level, patience_s=60)
             assert morph_of(llm).pool.num_kv_blocks == ladder[level].num_kv_blocks > ladder[0].num_kv_blocks

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import pytest
+import torch
+from cpu.graph_memory import Cell
+from cpu.graph_world import SIZES as WORLD_SIZES
+from cpu.graph_world import Mode
+from seams.graph_world_vllm import VllmWorld, open_world
+from vllm.compilation import breakable_cudagraph, cuda_graph
 
+from morphserve.device import WeightSlot, register_op, reset
 from morphserve.integration.device import graphs
 from morphserve.integration.device.graphs import LevelGraphs
 
@@ -120,3 +129,58 @@ def test_a_capture_that_fails_stops_the_start(monkeypatch: pytest.MonkeyPatch) -
 
     with pytest.raises(RuntimeError, match="out of memory"):
         world.levels.capture(fail, [padded(level, "base") for level in LEVELS], 48)
+
+
+class LookedUp(VllmWorld):
+    """Its linears run through the operator that a compiled model has, which finds them by their weights."""
+
+    def __init__(self) -> None:
+        register_op()
+        reset()
+        self.parameters = [torch.zeros(2, 2) for _ in range(3)]
+        for layer, weight in enumerate(self.parameters):
+            WeightSlot(f"{layer}.qkv_proj", lambda x: x, weight)  # type: ignore[arg-type]
+        super().__init__(num_layers=3)
+
+    def _linear(self, layer: int, name: str, x: Cell) -> Cell:
+        torch.ops.morphserve.linear_of(torch.zeros(1, 2), self.parameters[layer])
+        return super()._linear(layer, name, x)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_levels_share_pieces_of_the_compiled_model(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    """Guards: pieces that are captured again with each level, or replayed at a level that they do not belong to."""
+    world = open_world(monkeypatch, LookedUp)
+    monkeypatch.setattr(cuda_graph.CUDAGraphWrapper, "_all_instances", WeakSet(world.wrappers))
+    monkeypatch.setattr(breakable_cudagraph.BreakableCUDAGraphWrapper, "_all_instances", WeakSet())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: world.gpu.later)
+    swapper = Swapper()
+    weights = {weight.data_ptr(): layer for layer, weight in zip((4, 5, 6), world.parameters, strict=True)}
+    levels = LevelGraphs(
+        SimpleNamespace(cudagraph_manager=world.manager),
+        swapper,  # type: ignore[arg-type]
+        Rank(swapper),  # type: ignore[arg-type]
+        weights if known else {},
+    )
+
+    def capture(last: bool) -> int:
+        world.formats = tuple(swapper.now.values())
+        world.capture_sizes()
+        return 100
+
+    ladder = [padded(level, "base") for level in LEVELS]
+    assert levels.capture(capture, ladder, 48) == 400
+    # Layers go one by one, so each level changes one piece before a layer and one behind it.
+    pieces = 4 + 2 + 2 + 2 if known else 4 * 4
+    assert world.num_captured() == pieces * len(WORLD_SIZES)
+    num_captured = world.num_captured()
+    for level in (*LEVELS, LEVELS[0], ("base", "w8", "w8")):
+        swapper.now = dict(zip((4, 5, 6), level, strict=True))
+        world.formats = level
+        levels.show()
+        desc = world.manager.dispatch(1, 2, None, 0)  # a prefill, which has no graph of a whole step
+        assert (desc.cg_mode.name == "PIECEWISE") == (level in LEVELS), level
+        assert world.step(2) is (Mode.FULL if level in LEVELS else Mode.NONE)
+        world.run(desc)
+    assert world.num_captured() == num_captured
+    reset()

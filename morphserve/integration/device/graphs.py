@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from morphserve.device import DeviceRank, DeviceSwapper, GraphBanks, Holder, Route, narrow_candidates, narrow_keys
+from morphserve.device import (
+    DeviceRank,
+    DeviceSwapper,
+    GraphBanks,
+    Holder,
+    Route,
+    addresses_used,
+    narrow_candidates,
+    narrow_keys,
+)
 
 logger = logging.getLogger("vllm.morphserve")
 
@@ -17,18 +28,33 @@ _LAYERS_AT_ONCE = 1  # what the staging reserve holds for certain
 
 
 class LevelGraphs:
-    """One bank a level. At formats between two levels steps run without graphs: slower, never wrong."""
+    """One bank a level; levels share the graphs of pieces of the model wherever they agree on a piece's layers.
 
-    def __init__(self, runner: Any, swapper: DeviceSwapper, rank: DeviceRank) -> None:
+    At formats between two levels steps run the graphs of pieces if all pieces have them, else none: slower, never
+    wrong.
+    """
+
+    def __init__(
+        self, runner: Any, swapper: DeviceSwapper, rank: DeviceRank, weights: Mapping[int, int] = MappingProxyType({})
+    ) -> None:
         """
         Args:
             runner: vLLM's, V1 or V2.
             swapper: at level 0.
             rank: with nothing under way.
+            weights: address of each weight that `linear_of` is given |-> its decoder layer; without them each level has
+                pieces of its own.
         """
         self._swapper = swapper
         self._rank = rank
-        self._banks = GraphBanks(_holders(runner), _routes(runner))
+        places = {layer: place for place, layer in enumerate(sorted(swapper.formats()))}
+        self._place_of = {address: places[layer] for address, layer in weights.items()}
+        self._banks = GraphBanks(
+            _holders(runner),
+            _routes(runner),
+            later_pool=torch.cuda.graph_pool_handle() if weights else None,
+            watch=self._watch if weights else None,
+        )
 
     def capture(self, original: Callable[[bool], int], levels: Sequence[tuple[str, ...]], num_kv_blocks: int) -> int:
         """All banks; the layers are at level 0 again when it returns.
@@ -71,6 +97,13 @@ class LevelGraphs:
         """The graphs of the formats that the layers have now, and no others."""
         self._banks.switch(self._formats())
 
+    @contextmanager
+    def _watch(self) -> Iterator[set[int]]:
+        found: set[int] = set()
+        with addresses_used() as used:
+            yield found
+        found.update(self._place_of[address] for address in used)
+
     def _formats(self) -> tuple[str, ...]:
         """Of this rank's own layers, by id."""
         return tuple(fmt for _, fmt in sorted(self._swapper.formats().items()))
@@ -91,8 +124,9 @@ def _holders(runner: Any) -> list[Holder]:
     from vllm.compilation.cuda_graph import CUDAGraphWrapper
 
     holders = [
-        Holder(wrapper, "concrete_cudagraph_entries", full=wrapper.runtime_mode.name == "FULL")
+        Holder(wrapper, "concrete_cudagraph_entries", full=is_full, learns=not is_full)
         for wrapper in CUDAGraphWrapper._all_instances
+        for is_full in (wrapper.runtime_mode.name == "FULL",)
     ]
     holders += [Holder(wrapper, "entries", full=False) for wrapper in BreakableCUDAGraphWrapper._all_instances]
     manager = getattr(runner, "cudagraph_manager", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from morphserve.config import MorphServeConfig
-from morphserve.controller import largest_chunk_bytes
+from morphserve.controller import largest_chunk_bytes, layers_within
 from morphserve.device import DeviceSwapper, Part, WeightArena, WeightSlot, layer_bytes, register_op, reset
 from morphserve.errors import ConfigError
 from morphserve.integration.checks import nominal_ladder
@@ -30,6 +31,8 @@ from quant_layers import BIAS, HALVES, Half, Kernel, KernelError, LinearImpl, Li
 logger = logging.getLogger("vllm.morphserve")
 
 _WEIGHT = "weight"
+# Of the device's memory. A level that is staged whole is never seen half done, so every step has its CUDA graphs.
+_RESERVE_SHARE = 0.03
 
 
 class BaseOnDevice:
@@ -69,6 +72,7 @@ class DeviceLayers:
         self._values: dict[tuple[int, str, str], Tensor] = {}  # (layer, norm, format) -> what a variant brings
         self._slots: dict[int, dict[str, LinearSlot]] = {}
         self.swapper: DeviceSwapper | None = None
+        self._chunk_layers: int | None = None  # None: as the settings say
 
     def capture(self, model: torch.nn.Module) -> None:
         """Make every variant, and keep it on the host.
@@ -139,7 +143,13 @@ class DeviceLayers:
             for layer, slots in recipe.tensor_slots().items():
                 tensors[layer] = slots | tensors.get(layer, {})
         self.swapper = DeviceSwapper(self._slots, self._arena, self._build, tensors, self._values)
-        reserve = largest_chunk_bytes(self.describe().layer_bytes, self._config.transition.max_layers_per_step)
+        transition = self._config.transition
+        if transition.max_layers_per_step is None:
+            budget = int(_RESERVE_SHARE * self._memory.total_bytes)
+            self._chunk_layers = layers_within(
+                self._layer_bytes(), transition.layers_per_step, self._widest_level(), budget
+            )
+        reserve = largest_chunk_bytes(self._layer_bytes(), self._chunk_layers or transition.layers_per_step)
         self._memory.release_cached()
         self._memory.pool.create(-(-reserve // self._memory.page_bytes))
 
@@ -169,21 +179,42 @@ class DeviceLayers:
     @property
     def num_banks(self) -> int:
         """Levels that differ in this rank's layers, level 0 included: each gets a bank of CUDA graphs."""
+        return len(set(self._levels()))
+
+    def _levels(self) -> list[tuple[str, ...]]:
+        """Formats of this rank's own layers at every level."""
         own = sorted(self._linears)
         levels = nominal_ladder(self._config, self._vllm_config)
-        return len({tuple(level.layer_formats[layer] for layer in own) for level in levels})
+        return [tuple(level.layer_formats[layer] for layer in own) for level in levels]
+
+    def _widest_level(self) -> int:
+        """Most layers of this rank that one level changes."""
+        return max((sum(a != b for a, b in zip(*pair, strict=True)) for pair in pairwise(self._levels())), default=0)
+
+    @property
+    def weights(self) -> dict[int, int]:
+        """Address of each weight that is looked up at run time |-> its decoder layer; empty where none is."""
+        return {
+            slot.address: layer
+            for layer, slots in self._slots.items()
+            for slot in slots.values()
+            if isinstance(slot, WeightSlot)
+        }
 
     def describe(self) -> RankDescription:
         """Bytes of every decoder layer of the model on this rank, per format, in whole pages."""
-        num_layers = self._vllm_config.model_config.get_total_num_hidden_layers()
-        formats = dict.fromkeys((BASE_FORMAT, *self._kernels, *self._ladder_formats))
         return RankDescription(
             rank=self._rank,
-            layer_bytes={
-                fmt: tuple(layer_bytes(self._arena, self._slots.get(i, {}), i, fmt) for i in range(num_layers))
-                for fmt in formats
-            },
+            layer_bytes=self._layer_bytes(),
             largest_linear_bytes=0,  # nothing is built beside what it is built from
             kernels={fmt: kernel.name for fmt, kernel in self._kernels.items()},
             page_bytes=self._memory.page_bytes,
+            chunk_layers=self._chunk_layers,
         )
+
+    def _layer_bytes(self) -> dict[str, tuple[int, ...]]:
+        num_layers = self._vllm_config.model_config.get_total_num_hidden_layers()
+        return {
+            fmt: tuple(layer_bytes(self._arena, self._slots.get(i, {}), i, fmt) for i in range(num_layers))
+            for fmt in dict.fromkeys((BASE_FORMAT, *self._kernels, *self._ladder_formats))
+        }

@@ -30,6 +30,7 @@ class DeviceMemory:
     background: Executor  # one thread, whose device work goes to the copier's stream
     release_cached: Callable[[], None]  # gives the system what torch's allocator holds and nobody uses
     give_up: Callable[[], None]  # what the pager has, when its engine is gone
+    total_bytes: int  # of the device, whoever holds them
 
     @property
     def page_bytes(self) -> int:
@@ -60,7 +61,8 @@ def open_memory(device: torch.device) -> DeviceMemory:
     if device.type != "cuda":
         pager = FakePager(_FAKE_PAGES, _FAKE_PAGE_BYTES)
         thread = ThreadPoolExecutor(1, "morphserve-pages")
-        return DeviceMemory("cpu", pager, PagePool(pager, 0), HostCopier(), thread, _nothing, _nothing)
+        total = _FAKE_PAGES * _FAKE_PAGE_BYTES
+        return DeviceMemory("cpu", pager, PagePool(pager, 0), HostCopier(), thread, _nothing, _nothing, total)
     copier = CudaCopier(device)
     # The stream of the forward passes: asked for as vLLM asks, which then keeps to it.
     from vllm.utils.torch_utils import current_stream
@@ -69,7 +71,8 @@ def open_memory(device: torch.device) -> DeviceMemory:
     cuda_pager = CudaPager(device.index or 0, streams)
     thread = ThreadPoolExecutor(1, "morphserve-pages", _on_stream, (device, copier.stream))
     pool = PagePool(cuda_pager, 0)
-    return DeviceMemory("cuda", cuda_pager, pool, copier, thread, torch.cuda.empty_cache, cuda_pager.close)
+    total = torch.cuda.get_device_properties(device).total_memory
+    return DeviceMemory("cuda", cuda_pager, pool, copier, thread, torch.cuda.empty_cache, cuda_pager.close, total)
 
 
 def _nothing() -> None:

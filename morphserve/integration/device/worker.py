@@ -191,7 +191,8 @@ def _capture_model(original: Callable[..., Any]) -> Any:
     def capture_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _RANK.rank is None or kwargs.get("profile_only"):
             return original(self, *args, **kwargs)
-        _RANK.graphs = LevelGraphs(self, _RANK.swapper, _RANK.rank)
+        assert _RANK.layers is not None
+        _RANK.graphs = LevelGraphs(self, _RANK.swapper, _RANK.rank, _RANK.layers.weights)
 
         def capture(last: bool) -> int:
             # V2 locks its workspace behind a capture that is not for profiling: only the last one may.
@@ -206,7 +207,7 @@ def _capture_model(original: Callable[..., Any]) -> Any:
 def _graph_memory(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
     def profile_cudagraph_memory(self: Any) -> int:
-        """vLLM captures one bank to know what graphs take; there is one a level. A bound: they share a pool."""
+        """vLLM captures one bank to know what graphs take; there is one a level. A bound: they share pieces and pools."""
         return int(original(self)) * (1 if _RANK.layers is None else _RANK.layers.num_banks)
 
     return profile_cudagraph_memory
