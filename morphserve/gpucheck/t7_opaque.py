@@ -1,5 +1,5 @@
 """T7: the opaque linear under torch.compile. One compilation for all layers' levels, none at a switch, and graphs
-captured through it."""
+captured through it, of whole steps and of pieces that levels share."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from morphserve.device import Formats
 from morphserve.gpucheck.bench import Bench, Skip
 from morphserve.gpucheck.device import Mark, Work, capture, graph_pool, random_weight, require_device, synchronize
 from morphserve.gpucheck.mini_model import BaseLinear
+from morphserve.gpucheck.pieces import BASE, QUANTIZED, check_pieces
 from quant_layers import CANDIDATES
 
 _MODULE = "morphserve.device.weight_linear"
@@ -30,7 +32,9 @@ def run(bench: Bench) -> None:
     module = importlib.import_module(_MODULE)
     module.register_op()
     try:
-        _check(bench, _Model(bench, module))
+        model = _Model(bench, module)
+        _check(bench, model)
+        check_pieces(bench, model.weights, model.layer_of(), model.switch_to)
     finally:
         module.reset()
 
@@ -47,7 +51,7 @@ class _Model:
     """Layers of two linears around an activation, each linear called by its weight alone."""
 
     def __init__(self, bench: Bench, module: Any) -> None:
-        self.layers, self.hidden, inner = bench.pick((8, 2048, 5632), (2, 64, 96))
+        self.layers, self.hidden, inner = bench.pick((8, 2048, 5632), (4, 64, 96))
         kernel: Any = next(make for make in CANDIDATES if make.name == bench.pick("w4a16_triton", "fp8a16"))
         kernel = kernel(torch.bfloat16)
         shapes = {"up": (inner, self.hidden), "down": (self.hidden, inner)}
@@ -64,8 +68,16 @@ class _Model:
 
     def switch(self, num_layers: int) -> None:
         """The first `num_layers` quantized, the others not."""
+        self.switch_to(tuple(QUANTIZED if layer < num_layers else BASE for layer in range(self.layers)))
+
+    def switch_to(self, formats: Formats) -> None:
+        """By layer."""
         for number, (slot, base, quantized) in enumerate(self._slots):
-            slot.impl = quantized if number < num_layers * len(_LINEARS) else base
+            slot.impl = quantized if formats[number // len(_LINEARS)] == QUANTIZED else base
+
+    def layer_of(self) -> dict[int, int]:
+        """By the address of a weight."""
+        return {weight.data_ptr(): layer for layer, row in enumerate(self.weights) for weight in row.values()}
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H] -> [B, H], as torch.compile is to see it."""

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from kv_resize import ArenaBacking, ElasticCache, FakePager, PagePool
+from morphserve.device import GraphBanks, landing
 from morphserve.gpucheck import t3_copy, t4_recycle, t5_kernels, t7_opaque
 from morphserve.gpucheck.bench import Bench, run_part
 from morphserve.gpucheck.engines import MODELS
@@ -241,6 +242,18 @@ def test_t7_notices_a_switch_that_switches_nothing(monkeypatch: pytest.MonkeyPat
         pytest.skip("this tree has no operator to switch")
     monkeypatch.setattr(t7_opaque._Model, "switch", lambda self, num_layers: None)
     assert "2 layers quantized show" in missed(dry("t7"))
+
+
+@pytest.mark.parametrize("broken", ["switch", "land"])
+def test_t7_notices_pieces_of_another_level(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: graphs of other formats, or graphs that leave their results where no other looks for them."""
+    if broken == "switch":
+        monkeypatch.setattr(GraphBanks, "switch", lambda self, formats: True)
+    else:
+        monkeypatch.setattr(landing, "land", lambda output, home: output)
+    found = missed(dry("t7"))
+    assert {"switch": "pieces of several levels in one step give what the layers give",
+            "land": "every piece has a graph at every level"}[broken] in found  # fmt: skip
 
 
 def test_the_8b_shape_is_the_one_the_kernels_are_measured_on() -> None:

@@ -207,7 +207,7 @@ def _capture_model(original: Callable[..., Any]) -> Any:
 def _graph_memory(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
     def profile_cudagraph_memory(self: Any) -> int:
-        """vLLM captures one bank to know what graphs take; there is one a level. A bound: they share pieces and pools."""
+        """vLLM captures one bank to know what graphs take; there is one a level: a bound, as they share pieces."""
         return int(original(self)) * (1 if _RANK.layers is None else _RANK.layers.num_banks)
 
     return profile_cudagraph_memory
