@@ -81,7 +81,8 @@ def test_kernels_run_dry_in_tritons_interpreter() -> None:
     result = run_one(BY_KEY["t5"], Options("cpu", True), 300.0)
     assert result.status == "ok", result.reason + result.output_tail
     names = {figure.name.split()[0] for figure in result.findings.figures}
-    wanted = {"bf16", "fp8_torch"} | ({"w4a16_triton"} if importlib.util.find_spec("triton") else set())
+    wanted = {"bf16", "fp8_torch", *t5_kernels.OF_VLLM}
+    wanted |= {"w4a16_triton"} if importlib.util.find_spec("triton") else set()
     assert wanted <= names and result.findings.environment["torch"] == torch.__version__
 
 

@@ -114,7 +114,10 @@ def of_layers(num_layers: int) -> Any:
     return SimpleNamespace(model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: num_layers))
 
 
-@pytest.mark.parametrize(("capability", "formats"), [(90, ["fp8", "w4"]), (89, ["fp8", "w4"]), (80, ["w4"])])
+@pytest.mark.parametrize(
+    ("capability", "formats"),
+    [(90, ["fp8", "w4"]), (89, ["fp8", "w4"]), (86, ["w8", "w4"]), (75, ["w8", "w4"]), (70, ["w4"])],
+)
 def test_an_empty_ladder_is_what_the_gpu_multiplies(
     monkeypatch: pytest.MonkeyPatch, capability: int, formats: list[str]
 ) -> None:
@@ -129,7 +132,7 @@ def test_an_empty_ladder_is_what_the_gpu_multiplies(
     for num_layers in (2, 31, 80):
         steps = for_this_device(MorphServeConfig(), of_layers(num_layers)).ladder.steps
         assert isinstance(steps, list) and [step.format for step in steps] == formats
-        sizes = {fmt: [size] * num_layers for fmt, size in (("base", 160), ("fp8", 80), ("w4", 44))}
+        sizes = {fmt: [size] * num_layers for fmt, size in (("base", 160), ("fp8", 80), ("w8", 80), ("w4", 44))}
         ladder = build_ladder(num_layers, [RankBytes(sizes, 10)], LadderConfig(steps=steps), 20)
         assert len(ladder) == 1 + 2 * len(formats)
     written = MorphServeConfig(ladder=LadderConfig(steps=[LadderStep(format="w4")]))
