@@ -10,7 +10,8 @@ from .float8 import QuantF8
 from .halves import HALVES, Half, format_of, half_of, join_format, split_format
 from .kernels import KernelBase
 from .linears import LinearImpl, Native
-from .marlin import W4A16Marlin
+from .machete import W4A16Machete
+from .marlin import W4A16Marlin, W8A16Marlin
 from .memory import trim
 from .neutral import (
     Quant,
@@ -102,5 +103,7 @@ __all__ = [
     "unregister",
     "VariantStore",
     "write_profile",
+    "W4A16Machete",
     "W4A16Marlin",
+    "W8A16Marlin",
 ]

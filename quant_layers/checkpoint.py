@@ -171,8 +171,9 @@ def read_scheme(directory: Path, config: Mapping[str, Any]) -> Scheme:
     method = str(found.get("quant_method", "")).lower()
     if method not in _METHODS:
         raise CheckpointError(f"{directory}: quant_method {method!r} is not known; known are {', '.join(_METHODS)}")
+    group_sizes = _group_sizes(found)
     if method == "compressed-tensors":
-        return Scheme(method, 0, True, 0)
+        return Scheme(method, 0, True, 0, group_sizes)
     bits = int(found.get("bits", found.get("w_bit", 4)))
     if bits not in (4, 8):
         raise CheckpointError(f"{directory}: {method} with {bits} bits; kernels here run 4 and 8")
@@ -180,11 +181,18 @@ def read_scheme(directory: Path, config: Mapping[str, Any]) -> Scheme:
         version = str(found.get("version", "gemm")).lower()
         if version != "gemm":
             raise CheckpointError(f"{directory}: AWQ layout {version!r} is not known; known is gemm")
-        return Scheme(method, bits, not found.get("zero_point", True), 0)
+        return Scheme(method, bits, not found.get("zero_point", True), 0, group_sizes)
     version = str(found.get("checkpoint_format", "gptq")).lower()
     if version not in ("gptq", "gptq_v2"):
         raise CheckpointError(f"{directory}: GPTQ layout {version!r} is not known; known are gptq and gptq_v2")
-    return Scheme(method, bits, bool(found.get("sym", True)), 1 if version == "gptq" else 0)
+    return Scheme(method, bits, bool(found.get("sym", True)), 1 if version == "gptq" else 0, group_sizes)
+
+
+def _group_sizes(found: Mapping[str, Any]) -> tuple[int, ...]:
+    """Of a quantization config; see `Scheme`."""
+    schemes = [(scheme or {}).get("weights") or {} for scheme in (found.get("config_groups") or {}).values()]
+    sizes = [scheme.get("group_size") for scheme in schemes] or [found.get("group_size", found.get("q_group_size", 0))]
+    return tuple(sorted({-1 if size is None else int(size) for size in sizes} - {0}))
 
 
 def tensor_files(directory: Path) -> dict[str, Path]:

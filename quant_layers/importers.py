@@ -7,7 +7,7 @@ in vLLM's model_executor/layers/quantization (auto_gptq.py, auto_awq.py, compres
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ class Scheme:
     bits: int  # of GPTQ and AWQ; compressed-tensors say it tensor by tensor
     symmetric: bool
     zero_offset: int  # added to GPTQ zero points: 1 in version 1 of the format, 0 in version 2
+    # Input channels that share a scale, for choosing a kernel; not positive: all of a row; empty: it does not say.
+    # No part of `repr`, which names what older versions packed: the tensors tell their groups themselves.
+    group_sizes: tuple[int, ...] = field(default=(), repr=False)
 
 
 def is_quantized(parts: Collection[str]) -> bool:

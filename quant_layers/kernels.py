@@ -25,7 +25,7 @@ from .linears import (
     Int8WeightOnlyLinear,
     LinearImpl,
 )
-from .neutral import Quant, QuantW4, QuantW8
+from .neutral import Quant, QuantW4, QuantW8, round_in_pieces
 from .registry import register
 
 _INT8_STEPS = 127
@@ -59,11 +59,13 @@ class KernelBase:
     quantizes_activations: ClassVar[bool] = True
     slow_on: ClassVar[tuple[str, ...]] = ()
     fast_on: ClassVar[tuple[str, ...]] = ()
+    packs_on: ClassVar[str] = ""
     proof_shapes: ClassVar[tuple[tuple[int, int], ...]] = ((960, 576), (576, 1536), (64, 32))
     _dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16, torch.float16)
     _ops: ClassVar[tuple[str, ...]] = ()  # of vLLM's extension
     _needs_vnni: ClassVar[bool] = False
     _multiple: ClassVar[int] = 32  # of both N and K
+    _groups: ClassVar[tuple[int, ...]] = ()  # input channels that may share a scale; empty: any number
 
     def __init_subclass__(cls) -> None:
         cls.format = cls.neutral.format
@@ -89,6 +91,12 @@ class KernelBase:
                     f"{self._multiple}; leave this linear at base, or choose another tensor-parallel size"
                 )
 
+    def check_group(self, size: int) -> None:
+        if self._groups and size not in self._groups:
+            raise KernelError(
+                f"{self.name}: group size {size}, it takes {self._groups}; make the checkpoint with one of them"
+            )
+
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         if weight.dim() != 2 or weight.dtype not in (self.dtype, torch.float32):
             raise KernelError(
@@ -96,7 +104,7 @@ class KernelBase:
                 "choose the kernel with the model's dtype"
             )
         self.check_shape(*weight.shape)
-        return self.pack_quant(self.neutral.of(weight, self._scale_dtype))
+        return self.pack_quant(round_in_pieces(self.neutral, weight, self._scale_dtype))
 
     def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -123,6 +131,8 @@ class KernelBase:
                 f"{self.name} runs {self.format}, this weight is {quant.format}; name it under {quant.format}"
             )
         self.check_shape(*quant.q.shape)
+        if isinstance(quant, QuantW4):
+            self.check_group(quant.group_size)
 
 
 class W8A8Vnni(KernelBase):

@@ -17,6 +17,9 @@ from .errors import KernelError
 
 # Kind of operator, its tensors, bias: what a native caller needs to run a linear without Python.
 Native = tuple[str, tuple[Tensor, ...], Tensor | None]
+# vLLM's ids of unsigned types (vllm/scalar_type.py): mantissa from bit 8 on, bias from 17 on, NaNs from 50 on.
+UINT4_ID = (4 << 8) | (1 << 50)
+UINT8B128_ID = (8 << 8) | (128 << 17) | (1 << 50)
 
 
 class LinearImpl(Protocol):
@@ -37,9 +40,7 @@ def _op(name: str) -> Callable[..., Any]:
     try:
         operator: Callable[..., Any] = getattr(torch.ops._C, name).default
     except AttributeError:
-        raise KernelError(
-            f"operator _C::{name} is not loaded; load vLLM's CPU extension in this process first"
-        ) from None
+        raise KernelError(f"operator _C::{name} is not loaded; load vLLM's extension in this process first") from None
     return operator
 
 

@@ -8,7 +8,7 @@ that does not share a line with it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import ClassVar
 
 import torch
@@ -21,10 +21,11 @@ IMPORTED_GROUP_SIZES = (128, *GROUP_SIZES)  # what others quantized may come in
 _W8_MAX = 127  # -128 is left out: the grid stays symmetric
 _W4_MAX = 15
 _W4_SYM_ZERO = 8
+_PIECE = 1 << 22  # weights that are rounded at a time: widened to fp32, several times over
 
 
 class Quant(ABC):
-    """A quantized weight in the neutral form of its format."""
+    """A quantized weight in the neutral form of its format. Each row is rounded by itself: all fields are [N, ...]."""
 
     format: ClassVar[str]  # as users write it: no "/", which stands between the formats of two halves
     bits: ClassVar[int]  # of one weight, without scales
@@ -122,6 +123,28 @@ class QuantW4(Quant):
 
     def half_step(self) -> Tensor:
         return (self.scale.float() / 2).repeat_interleave(self.group_size, dim=1)
+
+
+def round_in_pieces(neutral: type[Quant], weight: Tensor, scale_dtype: torch.dtype) -> Quant:
+    """`neutral.of`, some rows at a time: a large linear, widened to fp32, would take more memory than its layer."""
+    if weight.numel() <= _PIECE or not is_dataclass(neutral):
+        return neutral.of(weight, scale_dtype)
+    rows = max(1, _PIECE // weight.shape[1])
+    pieces = [neutral.of(weight[start : start + rows], scale_dtype) for start in range(0, len(weight), rows)]
+    return neutral(**{f.name: torch.cat([getattr(piece, f.name) for piece in pieces]) for f in fields(neutral)})
+
+
+def group_of_slice(size: int, k: int) -> int:
+    """The widest groups that `regroup` finds in a slice of `k` input channels of what has groups of `size`.
+
+    Args:
+        size: not positive: one scale a row.
+
+    Returns:
+        0 where no group that kernels take fits.
+    """
+    fits = (group for group in IMPORTED_GROUP_SIZES if k % group == 0 and (size <= 0 or size % group == 0))
+    return next(fits, 0)
 
 
 def choose_group_size(k: int) -> int:

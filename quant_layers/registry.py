@@ -10,7 +10,8 @@ A new format is two classes, and `register`:
 
 Users then name the format under `ladder.steps`, `kernels` and `variants`; the default ladder stays what it is. A
 layer's bytes are those of the tensors that `pack_quant` gives. What is parametrized over `CANDIDATES` tests it without
-a line more: layouts (tests/cpu/test_quant_packing.py, which also wants the digest of a layout written down), the
+a line more: layouts (tests/cpu/test_quant_packing.py, which also wants the digest of a layout written down; not of
+one that an operator makes, which belongs to the vLLM that brings it and must not outlive the process), the
 self-test and odd batches on the installed vLLM (tests/seams/test_quant_kernels.py), a layer of a live engine
 (tests/engine/test_formats_live.py). tests/cpu/test_quant_registry.py takes a toy format of 3 bits the whole way.
 """
@@ -40,6 +41,7 @@ class Kernel(Protocol):
     quantizes_activations: bool  # per token
     slow_on: tuple[str, ...]  # device types on which every other kernel of the format goes first
     fast_on: tuple[str, ...]  # device types on which it goes first
+    packs_on: str  # device type whose operator lays weights out; empty: torch alone does, on any device
     proof_shapes: tuple[tuple[int, int], ...]  # [N, K] that the self-test runs, each of which the kernel must take
 
     def unavailable(self) -> str:
@@ -50,8 +52,12 @@ class Kernel(Protocol):
         """Raise KernelError when a weight [n, k] does not fit this kernel."""
         ...
 
+    def check_group(self, size: int) -> None:
+        """Raise KernelError when scales for groups of so many input channels do not fit this kernel."""
+        ...
+
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """Quantize and lay out a weight [N, K]: plain tensors that can be stored."""
+        """Quantize and lay out a weight [N, K], on the device where it lies: plain tensors that can be stored."""
         ...
 
     def pack_quant(self, quant: Quant) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .errors import KernelError
 from .linears import LinearImpl
+from .neutral import group_of_slice
 from .registry import CANDIDATES, FORMATS, Kernel
 
 _ROWS = (1, 17)
@@ -38,10 +39,12 @@ def choose(
     name: str | None = None,
     device: str = "cpu",
     shapes: Sequence[tuple[int, int]] = (),
+    group_sizes: Sequence[int] = (),
 ) -> Kernel:
     """The first kernel for `format` that takes these shapes [N, K] and passes its self-test, or the one with this name.
 
-    Kernels that are slow on this type of device are tried last.
+    Kernels that are slow on this type of device are tried last. `group_sizes` are those of a checkpoint, for weights
+    that are not rounded here; see `group_of_slice`.
 
     Raises:
         KernelError: unknown format or name, or no kernel passes; names each candidate and why it failed.
@@ -59,6 +62,8 @@ def choose(
         try:
             for n, k in shapes:
                 kernel.check_shape(n, k)
+                for group in filter(None, (group_of_slice(size, k) for size in group_sizes)):
+                    kernel.check_group(group)
         except KernelError as error:
             failed.append(str(error))
             continue

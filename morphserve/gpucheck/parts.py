@@ -23,7 +23,7 @@ PARTS: tuple[Part, ...] = (
     Part("t2", "decode beside pages that are mapped, unmapped, moved", f"{_HERE}.t2_remap", 50, 25),
     Part("t3", "decode beside copies from pinned memory", f"{_HERE}.t3_copy", 50, 25),
     Part("t4", "pages from weights to KV and back, checksummed", f"{_HERE}.t4_recycle", 35, 15),
-    Part("t5", "W4A16 (Triton) and fp8 against bf16 cuBLAS", f"{_HERE}.t5_kernels", 90, 40),
+    Part("t5", "W4A16, W8A16 and fp8 against bf16 cuBLAS", f"{_HERE}.t5_kernels", 110, 45),
     Part("t6", "small engine: a graph bank per level, layers swapped while decoding", f"{_HERE}.t6_engine", 90, 45),
     Part("t7", "opaque linear under torch.compile", f"{_HERE}.t7_opaque", 70, 25),
     Part("t8", "stock vLLM", f"{_HERE}.t8_vllm", 200, 60),

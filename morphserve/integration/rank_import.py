@@ -54,6 +54,7 @@ class Importer(Plain):
         self._linears = linears
         self._biases = biases  # "layer.linear" whose forward adds a bias on this rank
         self._digest = checkpoint.digest
+        self.group_sizes = checkpoint.scheme.group_sizes
         self._parameters: dict[int, Parameters] = {}
         self._rest: Parameters = {}
         for name, parameter in model.named_parameters():

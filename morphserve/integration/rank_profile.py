@@ -33,6 +33,8 @@ Norms = dict[int, dict[str, torch.nn.Module]]  # decoder layer id |-> name insid
 class Plain:
     """Packs weights as they are."""
 
+    group_sizes: tuple[int, ...] = ()  # that weights come in which are not rounded here; see `quant_layers.choose`
+
     def layout(self, kernel: Kernel) -> str:
         """What the store files a layer under: the kernel, and what was done to the weights before."""
         return kernel.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ def choose_kernels(
     dtype: torch.dtype,
     device: str,
     shapes: Sequence[tuple[int, int]] = (),
+    recipes: Mapping[str, Plain] = MappingProxyType({}),
 ) -> dict[str, Kernel]:
     """By format, the first kernel that proves itself on this type of device, or the one that is asked for.
 
@@ -38,12 +40,16 @@ def choose_kernels(
         dtype: of activations.
         device: type of torch.
         shapes: [N, K] of the weights that the kernel must take.
+        recipes: by format, where weights come from: the kernel must take the groups that they come in.
 
     Raises:
         ConfigError: a format that cannot run here.
     """
     try:
-        return {fmt: choose(fmt, dtype, config.kernels.get(fmt), device, shapes) for fmt in formats}
+        groups = {fmt: recipe.group_sizes for fmt, recipe in recipes.items()}
+        return {
+            fmt: choose(fmt, dtype, config.kernels.get(fmt), device, shapes, groups.get(fmt, ())) for fmt in formats
+        }
     except KernelError as e:
         raise ConfigError(f"{e} Take that format out of ladder.steps.") from e
 

@@ -107,6 +107,11 @@ CUDA_KERNEL_SEAMS: tuple[Seam, ...] = (
     Seam("marlin_gemm", f"{_OPS}:marlin_gemm",
          ("a", "c", "b_q_weight", "b_bias", "b_scales", "a_scales", "global_scale", "b_zeros", "workspace", "b_q_type",
           "size_m", "size_n", "size_k", "use_atomic_add", "use_fp32_reduce", "is_zp_float"), "runs W4A16 and W8A16"),
+    Seam("machete_prepack", f"{_OPS}:machete_prepack_B", ("b_q_weight", "a_type", "b_type", "group_scales_type"),
+         "lays W4A16 out on Hopper"),
+    Seam("machete_gemm", f"{_OPS}:machete_mm",
+         ("a", "b_q", "b_type", "out_type", "b_group_scales", "b_group_zeros", "b_group_size", "b_channel_scales",
+          "a_token_scales", "schedule"), "runs W4A16 on Hopper"),
     Seam("fp8_gemm", f"{_OPS}:cutlass_scaled_mm", ("a", "b", "scale_a", "scale_b", "out_dtype", "bias"), "runs fp8"),
     Seam("scalar_types", "vllm.scalar_type:scalar_types", (), "what packed integers mean", ("uint4b8", "uint8b128")),
 )

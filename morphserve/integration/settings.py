@@ -6,6 +6,7 @@ hash, and a changed threshold must not recompile the model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def read_settings(additional_config: Any) -> MorphServeConfig | None:
 def for_this_device(config: MorphServeConfig, vllm_config: Any) -> MorphServeConfig:
     """With the ladder that an empty `ladder.steps` means here.
 
-    A GPU that multiplies fp8 has it before 4 bits: half the bytes at little cost. Two levels a format: each has CUDA
-    graphs of its own, which cost memory and time at start.
+    Half the bytes at little cost come before 4 bits: fp8 on a GPU that multiplies it, else int8 weights, where Marlin
+    runs. Two levels a format: each has CUDA graphs of its own, which cost memory and time at start.
     """
     from vllm.platforms import current_platform
 
@@ -46,9 +47,16 @@ def for_this_device(config: MorphServeConfig, vllm_config: Any) -> MorphServeCon
     if not current_platform.is_cuda() or ladder.steps is not None or config.profile is not None:
         return config
     per_level = -(-vllm_config.model_config.get_total_num_hidden_layers() // 2)
-    formats = ("fp8", "w4") if current_platform.has_device_capability(89) else ("w4",)
+    formats = _formats(current_platform.has_device_capability)
     steps = [LadderStep(format=fmt, layers_per_level=per_level) for fmt in formats]
     return config.model_copy(update={"ladder": ladder.model_copy(update={"steps": steps})})
+
+
+def _formats(reaches: Callable[[int], bool]) -> tuple[str, ...]:
+    """Of a GPU that reaches some compute capabilities, for example 89."""
+    if reaches(89):
+        return ("fp8", "w4")
+    return ("w8", "w4") if reaches(75) else ("w4",)
 
 
 def config_file(additional_config: Any) -> Path | None:

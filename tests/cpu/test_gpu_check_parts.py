@@ -69,12 +69,15 @@ class SmallBench(Bench):
 
 @pytest.mark.parametrize("key", ["t1", "t2", "t3", "t4", "t5", "t6"])
 def test_what_only_a_real_run_does_raises_nothing(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a typo in a line that a dry run leaves out."""
-    monkeypatch.setattr(t5_kernels, "KERNELS", ("fp8_torch",))
+    """Guards: a typo in a line that a dry run leaves out; a failure where nothing but vLLM's operators is missing."""
+    monkeypatch.setattr(t5_kernels, "KERNELS", ("fp8_torch", *t5_kernels.OF_VLLM))
     findings = run_part(BY_KEY[key].module, SmallBench("cpu", False, 1.0))
     assert findings.error == "", findings.notes
     of_memory = {"pages are device memory"}  # there is no device to take it from
     assert set(missed(findings)) <= of_memory and findings.figures
+    if key == "t5":
+        told = {verdict.name for verdict in findings.verdicts if not verdict.ok and verdict.detail}
+        assert told - {"all points measured"} == {f"{name}: runs here" for name in t5_kernels.OF_VLLM}
 
 
 def test_kernels_run_dry_in_tritons_interpreter() -> None:
@@ -82,7 +85,8 @@ def test_kernels_run_dry_in_tritons_interpreter() -> None:
     result = run_one(BY_KEY["t5"], Options("cpu", True), 300.0)
     assert result.status == "ok", result.reason + result.output_tail
     names = {figure.name.split()[0] for figure in result.findings.figures}
-    wanted = {"bf16", "fp8_torch"} | ({"w4a16_triton"} if importlib.util.find_spec("triton") else set())
+    wanted = {"bf16", "fp8_torch", *t5_kernels.OF_VLLM}
+    wanted |= {"w4a16_triton"} if importlib.util.find_spec("triton") else set()
     assert wanted <= names and result.findings.environment["torch"] == torch.__version__
 
 

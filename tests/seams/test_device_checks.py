@@ -11,6 +11,7 @@ import torch
 
 from morphserve.config import LadderConfig, LadderStep, MorphServeConfig
 from morphserve.errors import ConfigError
+from morphserve.gpucheck.stand_in_ops import stand_in_operators
 from morphserve.integration import checks
 from morphserve.integration.block_tables import rewrite_block_tables
 from morphserve.integration.device.checks import check_device
@@ -21,7 +22,7 @@ from morphserve.integration.settings import for_this_device
 from morphserve.ladder import build_ladder
 from morphserve.rank_bytes import RankBytes
 from morphserve.version import UNPROVEN_CUDA
-from quant_layers import KernelError, choose
+from quant_layers import Kernel, KernelError, KernelReport, choose
 
 pytestmark = pytest.mark.seams
 
@@ -114,7 +115,10 @@ def of_layers(num_layers: int) -> Any:
     return SimpleNamespace(model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: num_layers))
 
 
-@pytest.mark.parametrize(("capability", "formats"), [(90, ["fp8", "w4"]), (89, ["fp8", "w4"]), (80, ["w4"])])
+@pytest.mark.parametrize(
+    ("capability", "formats"),
+    [(90, ["fp8", "w4"]), (89, ["fp8", "w4"]), (86, ["w8", "w4"]), (75, ["w8", "w4"]), (70, ["w4"])],
+)
 def test_an_empty_ladder_is_what_the_gpu_multiplies(
     monkeypatch: pytest.MonkeyPatch, capability: int, formats: list[str]
 ) -> None:
@@ -129,7 +133,7 @@ def test_an_empty_ladder_is_what_the_gpu_multiplies(
     for num_layers in (2, 31, 80):
         steps = for_this_device(MorphServeConfig(), of_layers(num_layers)).ladder.steps
         assert isinstance(steps, list) and [step.format for step in steps] == formats
-        sizes = {fmt: [size] * num_layers for fmt, size in (("base", 160), ("fp8", 80), ("w4", 44))}
+        sizes = {fmt: [size] * num_layers for fmt, size in (("base", 160), ("fp8", 80), ("w8", 80), ("w4", 44))}
         ladder = build_ladder(num_layers, [RankBytes(sizes, 10)], LadderConfig(steps=steps), 20)
         assert len(ladder) == 1 + 2 * len(formats)
     written = MorphServeConfig(ladder=LadderConfig(steps=[LadderStep(format="w4")]))
@@ -223,3 +227,35 @@ def test_a_kernel_that_cannot_take_the_models_shapes_is_not_chosen() -> None:
     assert choose("w8", shapes=shapes).name == "w8a8_onednn"
     with pytest.raises(KernelError, match="w4a8_vnni: N=100 of a weight"):
         choose("w4", shapes=shapes)
+
+
+@pytest.mark.parametrize(
+    ("group_sizes", "kernel"), [((), "w4a16_machete"), ((128,), "w4a16_machete"), ((32,), "w4a16_marlin")]
+)
+def test_the_groups_of_a_checkpoint_choose_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, group_sizes: tuple[int, ...], kernel: str
+) -> None:
+    """Guards: a start on Hopper that ends in the first layer of a checkpoint, because Machete takes no groups of 32."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    def check(kernel: Kernel, device: str) -> KernelReport:
+        reason = kernel.unavailable()
+        return KernelReport(kernel.name, kernel.format, not reason, reason, 0.5)
+
+    linear = SimpleNamespace(
+        quant_method=object.__new__(UnquantizedLinearMethod), weight=torch.empty(256, 384), params_dtype=torch.bfloat16
+    )
+    home = "morphserve.integration.device.layers"
+    monkeypatch.setattr(f"{home}.find_linears", lambda model: {0: {"o_proj": linear}})
+    monkeypatch.setattr(f"{home}.open_recipe", lambda *_: SimpleNamespace(group_sizes=group_sizes))
+    monkeypatch.setattr(DeviceLayers, "_make", lambda *_: None)
+    monkeypatch.setattr("quant_layers.selftest.check_kernel", check)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    layers = object.__new__(DeviceLayers)
+    layers._config = MorphServeConfig(ladder=LadderConfig(steps=[LadderStep(format="w4")]))
+    layers._vllm_config = SimpleNamespace(model_config=None)
+    layers._memory = SimpleNamespace(device_type="cuda")  # type: ignore[assignment]
+    with stand_in_operators():
+        layers.capture(torch.nn.Module())
+    assert layers._kernels["w4"].name == kernel

@@ -95,9 +95,10 @@ class DeviceLayers:
         formats = formats_of_halves(self._ladder_formats)
         dtype = next(iter(next(iter(self._linears.values())).values())).params_dtype
         shapes = {tuple(linear.weight.shape) for linears in self._linears.values() for linear in linears.values()}
-        self._kernels = choose_kernels(self._config, formats, dtype, self._memory.device_type, sorted(shapes))
         model_config = self._vllm_config.model_config
         self._recipes = {fmt: open_recipe(self._config, fmt, model, self._linears, model_config) for fmt in formats}
+        device = self._memory.device_type
+        self._kernels = choose_kernels(self._config, formats, dtype, device, sorted(shapes), self._recipes)
         for layer, linears in self._linears.items():
             for fmt, kernel in self._kernels.items():
                 self._make(layer, fmt, kernel, linears)
