@@ -17,7 +17,7 @@ from morphserve.integration.block_tables import rewrite_block_tables
 from morphserve.integration.device.checks import check_device
 from morphserve.integration.device.kv import geometry_of, quantum_of
 from morphserve.integration.device.layers import DeviceLayers
-from morphserve.integration.device.memory import FAKE_DEVICE, wants_device
+from morphserve.integration.device.memory import FAKE_DEVICE, numbered, wants_device
 from morphserve.integration.settings import for_this_device
 from morphserve.ladder import build_ladder
 from morphserve.rank_bytes import RankBytes
@@ -159,6 +159,14 @@ def test_fake_pages_are_for_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wants_device("cuda") and not wants_device("cpu")
     monkeypatch.setenv(FAKE_DEVICE, "1")
     assert wants_device("cpu") and not wants_device("xpu")
+
+
+def test_a_rank_keeps_to_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: the pages of every rank on GPU 0, and a thread that cannot choose a device without a number: vLLM says
+    "cuda" to each of them (seen with 0.33)."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert numbered(torch.device("cuda")) == torch.device("cuda", 3)
+    assert numbered(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
 def kv_config(num_blocks: int, layer_stride: int, block_stride: int, num_layers: int = 4) -> SimpleNamespace:

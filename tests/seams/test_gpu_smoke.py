@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +70,20 @@ def test_an_engine_is_asked_for_tokens_and_its_modes(monkeypatch: pytest.MonkeyP
     assert engine.generate(5, 8, 3) == [[0, 1, 2]] * 5
     assert engine.status() == {}
     engine.stop()
+
+
+def test_a_vllm_without_flashinfer_samples_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a start that ends in an ImportError on a machine that has no FlashInfer, as seen with 0.33 on a stub."""
+    monkeypatch.setattr(vllm, "LLM", _Llm)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "")
+    for found, before, after in ((None, None, "0"), (None, "1", "1"), (object(), None, None)):
+        monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "to be put back")
+        monkeypatch.delenv("VLLM_USE_FLASHINFER_SAMPLER")
+        if before is not None:
+            monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", before)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, found=found: found)
+        VllmEngine(model="here")
+        assert os.environ.get("VLLM_USE_FLASHINFER_SAMPLER") == after
 
 
 def test_a_level_is_asked_for_through_the_controller() -> None:

@@ -63,16 +63,23 @@ def open_memory(device: torch.device) -> DeviceMemory:
         thread = ThreadPoolExecutor(1, "morphserve-pages")
         total = _FAKE_PAGES * _FAKE_PAGE_BYTES
         return DeviceMemory("cpu", pager, PagePool(pager, 0), HostCopier(), thread, _nothing, _nothing, total)
+    device = numbered(device)
     copier = CudaCopier(device)
     # The stream of the forward passes: asked for as vLLM asks, which then keeps to it.
     from vllm.utils.torch_utils import current_stream
 
     streams = (current_stream(), copier.stream)
-    cuda_pager = CudaPager(device.index or 0, streams)
+    cuda_pager = CudaPager(device.index, streams)
     thread = ThreadPoolExecutor(1, "morphserve-pages", _on_stream, (device, copier.stream))
+    thread.submit(_nothing).result()  # a thread that cannot work ends the start, not the first transition
     pool = PagePool(cuda_pager, 0)
     total = torch.cuda.get_device_properties(device).total_memory
     return DeviceMemory("cuda", cuda_pager, pool, copier, thread, torch.cuda.empty_cache, cuda_pager.close, total)
+
+
+def numbered(device: torch.device) -> torch.device:
+    """With its number: vLLM's is "cuda" alone, which means the rank's current device and must not become 0."""
+    return device if device.index is not None else torch.device(device.type, torch.cuda.current_device())
 
 
 def _nothing() -> None:

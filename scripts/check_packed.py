@@ -1,0 +1,159 @@
+"""Does MorphServe fit a CUDA build of vLLM, as far as a machine without a GPU can tell? Imports, configs, wraps.
+
+For a vLLM whose CUDA libraries cannot run here. The stub (scripts/stub_driver) is a faked H200 that computes nothing,
+so nothing is said of kernels, speed or results. Columns: section, check, ok or NO, what was found. Exit status 1 if a
+check does not hold. Last stdout line: one JSON document.
+
+    python scripts/check_packed.py --site /tmp/sp --python /tmp/gpuenv/bin/python
+
+--site: a directory with vllm/ and what it needs beside torch. --python: of an environment with torch for CUDA 13,
+cuda-bindings, transformers. Nothing is installed there. Takes about two minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from stub_driver import StubError, build, environment
+
+ROOT = Path(__file__).resolve().parents[1]
+SECTIONS = ("libraries", "seams", "config", "plugin", "refusals", "wraps")
+_LIMIT_S = 300
+_MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "torch_dtype": "bfloat16",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One check of one section."""
+
+    section: str
+    row: str
+    ok: bool
+    detail: str
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--site", type=Path, required=True, metavar="DIR", help="directory that holds vllm/")
+    parser.add_argument("--python", default=sys.executable, metavar="PY", help="interpreter with torch for CUDA")
+    parser.add_argument("--only", choices=SECTIONS, action="append", help="a section; more than once for more")
+    parser.add_argument("--verbose", action="store_true", help="what the sections print on stderr, too")
+    args = parser.parse_args(argv)
+    if not (args.site / "vllm").is_dir():
+        parser.error(f"--site {args.site}: no vllm/ in it")
+    with tempfile.TemporaryDirectory(prefix="stub_driver_") as directory:
+        work = Path(directory)
+        try:
+            build(nvidia_of(args.python), work / "stubs")
+        except StubError as e:
+            parser.error(str(e))
+        env = child_environment(args.site, work, dict(os.environ))
+        rows: list[Row] = []
+        for section in args.only or SECTIONS:
+            rows += run_section(section, args.python, work, env, args.verbose)
+    for r in rows:
+        print(f"{r.section:<10} {r.row:<44} {'ok' if r.ok else 'NO':<3} {r.detail}")
+    print(json.dumps({"site": str(args.site), "ok": all(r.ok for r in rows), "rows": [asdict(r) for r in rows]}))
+    return 0 if all(r.ok for r in rows) else 1
+
+
+def nvidia_of(python: str) -> Path:
+    """`nvidia/cu13` of an interpreter's packages.
+
+    Raises:
+        StubError: it has none.
+    """
+    asked = "import importlib.util as u; s = u.find_spec('nvidia'); print(*(s.submodule_search_locations if s else ()))"
+    try:
+        told = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=False).stdout.split()
+    except OSError as e:
+        raise StubError(f"--python {python}: {e}") from e
+    found = [Path(place) / "cu13" for place in told if (Path(place) / "cu13").is_dir()]
+    if not found:
+        raise StubError(f"--python {python}: no package nvidia/cu13. Give an interpreter with torch for CUDA 13.")
+    return found[0]
+
+
+def child_environment(site: Path, work: Path, base: dict[str, str]) -> dict[str, str]:
+    """Of a section: stubs first, the vLLM, this repository, the plugin's entry point; no network."""
+    write_distribution(work / "dist")
+    (work / "model").mkdir(exist_ok=True)
+    (work / "model" / "config.json").write_text(json.dumps(_MODEL))
+    kept = {k: v for k, v in base.items() if not k.startswith(("VLLM_", "MORPHSERVE_", "PYTHON"))}
+    path = [str(site.resolve()), str(ROOT), str(work / "dist")]
+    return {
+        **environment(work / "stubs", kept),
+        "PYTHONPATH": os.pathsep.join(path),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CACHE_ROOT": str(work / "cache"),
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+def write_distribution(directory: Path) -> None:
+    """What an installed plugin leaves for vLLM to find: names and entry points, from pyproject.toml."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    info = directory / f"{project['name']}-0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0\n")
+    groups = project["entry-points"].items()
+    lines = (f"[{group}]\n" + "".join(f"{n} = {v}\n" for n, v in entries.items()) for group, entries in groups)
+    (info / "entry_points.txt").write_text("\n".join(lines))
+
+
+def run_section(section: str, python: str, work: Path, env: dict[str, str], verbose: bool) -> list[Row]:
+    """Rows of one section; what it could not tell, because it ended early, is a row that does not hold."""
+    command = [python, str(ROOT / "scripts" / "packed_rows.py"), section]
+    where = work / "model"
+    try:
+        done = subprocess.run(
+            command, cwd=where, env=env, capture_output=True, text=True, check=False, timeout=_LIMIT_S
+        )
+    except subprocess.TimeoutExpired:
+        return [Row(section, "end", False, f"no end in {_LIMIT_S} s")]
+    if verbose:
+        print(done.stderr, file=sys.stderr)
+    return rows_of(section, done.stdout, done.returncode, done.stderr)
+
+
+def rows_of(section: str, stdout: str, status: int, stderr: str) -> list[Row]:
+    """What a section has printed."""
+    rows = []
+    for line in stdout.splitlines():
+        told = json.loads(line)
+        rows.append(Row(section, told["row"], told["ok"], told["detail"]))
+    if status != 0 or not rows:
+        last = (stderr.strip().splitlines() or ["nothing on stderr"])[-1]
+        rows.append(Row(section, "end", False, f"exit status {status} after {len(rows)} rows: {last[:300]}"))
+    return rows
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
