@@ -128,6 +128,20 @@ def test_as_many_banks_as_the_all_reduce_has_room_for() -> None:
         check_graph_buffers(captured(), ladder_of(11))
 
 
+def test_the_start_on_a_gpu_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a refusal that is written and never called."""
+    for name in ("check_platform", "check_device", "_check_model", "_check_features", "_check_speculation"):
+        monkeypatch.setattr(checks, name, lambda *args: None)
+    for name in ("_check_lora", "_check_ladder"):
+        monkeypatch.setattr(checks, name, lambda *args: None)
+    monkeypatch.setattr("vllm.platforms.current_platform", Platform(90))
+    engine = captured()
+    engine.model_config = of_layers(32).model_config
+    engine.additional_config = {"morphserve": {"ladder": {"steps": [{"format": "w4", "layers_per_level": 1}]}}}
+    with pytest.raises(ConfigError, match=r"ladder: 33 levels .* at most 10 levels"):
+        checks.check_engine(engine)
+
+
 @pytest.mark.parametrize(
     "other",
     [

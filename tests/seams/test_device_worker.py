@@ -128,6 +128,49 @@ def test_later_banks_are_captured_with_an_open_workspace(scratch: Any) -> None:
         capture(scratch, 8192)
 
 
+class Levels:
+    """Captures a bank for each of three levels."""
+
+    def __init__(self, *args: Any) -> None:
+        return
+
+    def capture(self, original: Any, levels: Any, num_kv_blocks: int) -> int:
+        return sum(original(level == 2) for level in range(3))
+
+
+def test_banks_of_a_runner_that_always_locks(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: banks of the V1 runner, whose capture takes no argument and leaves the workspace locked."""
+    from morphserve.integration.device import worker
+
+    rank = SimpleNamespace(rank=object(), swapper=None, level_formats=(), kv=SimpleNamespace(num_mapped=48))
+    monkeypatch.setattr(worker, "_RANK", rank)
+    monkeypatch.setattr(worker, "LevelGraphs", Levels)
+    sizes = iter((4096, 1024, 2048))
+
+    def capture_model(self: Any) -> int:
+        capture(scratch, next(sizes))
+        return 100
+
+    assert worker._capture_model(capture_model)(object()) == 300
+    assert scratch.current_workspace_manager().is_locked()
+    sizes = iter((4096, 64 << 20, 4096))
+    with pytest.raises(ConfigError, match="workspace of 67,108,864 B"):
+        worker._capture_model(capture_model)(object())
+
+
+def test_a_given_kv_size_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: the check above, written and never called; and asked in an engine without MorphServe."""
+    from morphserve.integration.device import worker
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * GIB, 20 * GIB))
+    monkeypatch.setattr(worker, "_RANK", SimpleNamespace(layers=SimpleNamespace(num_banks=4)))
+    ask = worker._available_memory(lambda self: 9 * GIB)
+    with pytest.raises(ConfigError, match="kv_cache_memory_bytes"):
+        ask(fixed(9 * GIB, 2 * GIB))
+    monkeypatch.setattr(worker, "_RANK", SimpleNamespace(layers=None))
+    assert ask(fixed(9 * GIB, 2 * GIB)) == 9 * GIB
+
+
 def test_a_workspace_that_moves_under_the_graphs_before_is_refused(scratch: Any) -> None:
     """Guards: graphs of a level that read memory which is somebody else's by now."""
     with pytest.raises(ConfigError, match=r"workspace of 67,108,864 B, .* captured with one of 4,096 B"):
