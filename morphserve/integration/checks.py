@@ -7,7 +7,7 @@ from typing import Any
 
 from morphserve.config import MorphServeConfig, check_formats, step_times_file
 from morphserve.errors import ConfigError
-from morphserve.integration.device.checks import check_device
+from morphserve.integration.device.checks import check_device, check_graph_buffers
 from morphserve.integration.device.memory import wants_device
 from morphserve.integration.settings import for_this_device, read_settings
 from morphserve.ladder import build_ladder, check_floor, ladder_formats
@@ -42,6 +42,8 @@ def check_engine(vllm_config: Any) -> None:
     _check_speculation(vllm_config)
     _check_lora(config, vllm_config)
     _check_ladder(config, vllm_config)
+    if wants_device(current_device_type()):
+        check_graph_buffers(vllm_config, [level.layer_formats for level in nominal_ladder(config, vllm_config)])
     if config.kv.base_num_blocks is not None:
         check_floor(
             config.kv.base_num_blocks,

@@ -14,7 +14,7 @@ from morphserve.errors import ConfigError
 from morphserve.gpucheck.stand_in_ops import stand_in_operators
 from morphserve.integration import checks
 from morphserve.integration.block_tables import rewrite_block_tables
-from morphserve.integration.device.checks import check_device
+from morphserve.integration.device.checks import check_device, check_graph_buffers
 from morphserve.integration.device.kv import geometry_of, quantum_of
 from morphserve.integration.device.layers import DeviceLayers
 from morphserve.integration.device.memory import FAKE_DEVICE, numbered, wants_device
@@ -91,6 +91,71 @@ def test_what_moves_weights_or_blocks_behind_our_back_is_refused(changes: dict[s
         changes = {"offload_config": offload(**changes["offload_config"])}
     with pytest.raises(ConfigError, match=words):
         check_device(config(**changes))
+
+
+def test_a_kv_size_kept_from_another_start_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: an edited ladder in the same file, which vLLM's fingerprint does not see, and no room for its graphs."""
+    monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "0")
+    check_device(config())
+    monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "1")
+    with pytest.raises(ConfigError, match="Leave out VLLM_ENABLE_STARTUP_PLAN=1"):
+        check_device(config())
+
+
+# vLLM's default sizes: 51 graphs of mixed batches and, with 256 requests, 35 of decode steps.
+SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
+
+
+def captured(mode: str = "FULL_AND_PIECEWISE", **parallel: Any) -> Any:
+    from vllm.config import CUDAGraphMode
+
+    ranks = {"tensor_parallel_size": 2, "pipeline_parallel_size": 1, "disable_custom_all_reduce": False}
+    return config(
+        parallel_config=SimpleNamespace(**{**ranks, **parallel}),
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode], cudagraph_capture_sizes=SIZES),
+        scheduler_config=SimpleNamespace(max_num_seqs=256),
+    )
+
+
+def ladder_of(num_levels: int, num_layers: int = 32) -> list[tuple[str, ...]]:
+    return [("w4",) * level + ("base",) * (num_layers - level) for level in range(num_levels)]
+
+
+def test_as_many_banks_as_the_all_reduce_has_room_for() -> None:
+    """Guards: a capture that stops half-way, minutes into the start, with "rank data buffer is overflowed"."""
+    check_graph_buffers(captured(), ladder_of(10))
+    words = r"11 levels .* each with 86 CUDA graphs, would register 61,490 buffers .* 65,536: at most 10 levels"
+    with pytest.raises(ConfigError, match=words):
+        check_graph_buffers(captured(), ladder_of(11))
+
+
+def test_the_start_on_a_gpu_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a refusal that is written and never called."""
+    for name in ("check_platform", "check_device", "_check_model", "_check_features", "_check_speculation"):
+        monkeypatch.setattr(checks, name, lambda *args: None)
+    for name in ("_check_lora", "_check_ladder"):
+        monkeypatch.setattr(checks, name, lambda *args: None)
+    monkeypatch.setattr("vllm.platforms.current_platform", Platform(90))
+    engine = captured()
+    engine.model_config = of_layers(32).model_config
+    engine.additional_config = {"morphserve": {"ladder": {"steps": [{"format": "w4", "layers_per_level": 1}]}}}
+    with pytest.raises(ConfigError, match=r"ladder: 33 levels .* at most 10 levels"):
+        checks.check_engine(engine)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"tensor_parallel_size": 1},
+        {"disable_custom_all_reduce": True},
+        {"mode": "NONE"},
+        {"mode": "FULL_DECODE_ONLY"},
+        {"pipeline_parallel_size": 2},
+    ],
+)
+def test_what_registers_less_has_room_for_more(other: dict[str, Any]) -> None:
+    """Guards: a refusal where nothing is registered, or fewer graphs are, or a stage sees fewer levels."""
+    check_graph_buffers(captured(**other), ladder_of(18))
 
 
 class Platform:

@@ -1,4 +1,4 @@
-"""The seam table names what the code of `morphserve/integration` uses of vLLM's objects, and nothing else."""
+"""The seam tables name what the code of `morphserve/integration` uses of vLLM's objects, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from morphserve.integration import seams
+from morphserve.integration import seams, seams_cuda
 
 _CODE = Path(seams.__file__).parent
+# Code |-> its rows: what is shared, and what the device path needs beyond.
+_HOST, _DEVICE = ("*.py",), ("*.py", "device/*.py")
+_EVERY = (*seams.SEAMS, *seams_cuda.CUDA_SEAMS)
 # A list has `append` and the free queue too: by name alone, these say nothing.
 _COMMON = set().union(*map(dir, (list, dict, set, str, logging.Logger, object)))
 # vLLM classes have attributes of these names, but the code means its own or another library's.
@@ -35,13 +39,14 @@ _OURS |= {"revision", "sleep", "status", "_executor", "clone", "verify", "__del_
 _OURS |= {"enforce_eager", "temperature", "max_tokens", "ignore_eos", "cpu"}  # arguments, keys of a request, figures
 _OURS |= {"prompt_token_ids", "positions", "config"}  # keys: of a prompt, of what measuring prints; our settings
 _OURS |= {"device", "pin_memory", "gpu"}  # of tensors; and the V2 runner's tables, which no CPU has
+_OURS |= {"__call__", "capture", "set_device"}  # of our linears, of our banks; torch.cuda's
 _ADDED = "morphserve_"  # what we add to their classes, as an engine started earlier in this process did
 
 
-def used_names() -> set[str]:
+def used_names(patterns: tuple[str, ...]) -> set[str]:
     """Every attribute that the integration code reads, writes, overrides or asks for by name."""
     found = set()
-    for path in _CODE.glob("*.py"):
+    for path in (path for pattern in patterns for path in _CODE.glob(pattern)):
         # The tables, what checks them, and the engine of a check that says itself what is gone.
         if path.stem.startswith("seam") or path.stem == "gpu_smoke":
             continue
@@ -55,10 +60,10 @@ def used_names() -> set[str]:
     return {name for name in found if not name.startswith(_ADDED)}
 
 
-def classes() -> dict[str, Any]:
-    """The vLLM classes that the table speaks of, by name."""
+def classes(rows: tuple[seams.Seam, ...]) -> dict[str, Any]:
+    """The vLLM classes that a table speaks of, by name."""
     found = {}
-    for seam in seams.SEAMS:
+    for seam in rows:
         owner, _, value = seams.resolve(seam.target)
         for one in (owner, value):
             theirs = inspect.isclass(one) and one.__module__.startswith("vllm.")
@@ -67,22 +72,26 @@ def classes() -> dict[str, Any]:
     return found
 
 
-def listed_names() -> set[str]:
-    paths = {part for seam in seams.SEAMS for part in seam.target.partition(":")[2].split(".")}
-    return paths.union(*(seam.attributes for seam in seams.SEAMS))
+def listed_names(rows: tuple[seams.Seam, ...]) -> set[str]:
+    paths = {part for seam in rows for part in seam.target.partition(":")[2].split(".")}
+    return paths.union(*(seam.attributes for seam in rows))
 
 
-def test_what_the_code_uses_has_a_row() -> None:
+@pytest.mark.parametrize(("code", "rows"), [(_HOST, seams.SEAMS), (_DEVICE, _EVERY)], ids=["host", "device"])
+def test_what_the_code_uses_has_a_row(code: tuple[str, ...], rows: tuple[seams.Seam, ...]) -> None:
     """Guards: vLLM renames a method that we call, the table holds, and the server breaks in its first burst."""
-    used = used_names() - listed_names() - _COMMON - _OURS
-    missing = {name: found for name, cls in classes().items() if (found := used & seams.instance_attributes(cls))}
-    assert missing == {}, "add rows to morphserve/integration/seams.py"
+    used = used_names(code) - listed_names(rows) - _COMMON - _OURS
+    missing = {n: found for n, cls in classes(rows).items() if (found := used & seams.instance_attributes(cls))}
+    assert missing == {}, "add rows to morphserve/integration/seams.py, or for a device to seams_cuda.py"
 
 
-def test_each_row_is_used() -> None:
+@pytest.mark.parametrize(
+    ("code", "rows"), [(_HOST, seams.SEAMS), (_DEVICE, seams_cuda.CUDA_SEAMS)], ids=["host", "device"]
+)
+def test_each_row_is_used(code: tuple[str, ...], rows: tuple[seams.Seam, ...]) -> None:
     """Guards: a row for what we no longer need refuses a vLLM that would do."""
-    used = used_names() | {"add_cli_args", "from_cli_args", "create_engine_config"}  # by morphserve/plugin.py
-    for seam in seams.SEAMS:
+    used = used_names(code) | {"add_cli_args", "from_cli_args", "create_engine_config"}  # by morphserve/plugin.py
+    for seam in rows:
         last = seam.target.replace(":", ".").rpartition(".")[2]  # of a class with attributes, no code may say it
         unused = set(seam.attributes or (last,)) - used
         assert not unused, (seam.name, unused)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
 from morphserve.errors import ConfigError
+
+# vLLM's custom all-reduce keeps 8 MiB for what it registers, 128 bytes for each call in each graph
+# (vllm/distributed/device_communicators/custom_all_reduce.py, rank_data; same in 0.32 and 0.33).
+_ALL_REDUCE_BUFFERS = 65_536
+_STARTUP_PLAN = "VLLM_ENABLE_STARTUP_PLAN"
 
 
 def check_device(vllm_config: Any) -> None:
@@ -49,6 +56,11 @@ def check_device(vllm_config: Any) -> None:
             "weights that are sent in later would be lost with the first restore",
             "--weight-transfer-config",
         ),
+        (
+            os.environ.get(_STARTUP_PLAN, "0").strip() not in ("", "0"),
+            "a KV size that vLLM kept from another start is of another ladder's CUDA graphs",
+            f"{_STARTUP_PLAN}={os.environ.get(_STARTUP_PLAN)}",
+        ),
         (v.lora_config is not None, "LoRA on a GPU is not proven", "--enable-lora"),
         (
             v.model_config.quantization is not None,
@@ -58,3 +70,46 @@ def check_device(vllm_config: Any) -> None:
     ):
         if bad:
             raise ConfigError(f"not supported together with MorphServe on a GPU: {what}. Leave out {remedy}.")
+
+
+def check_graph_buffers(vllm_config: Any, levels: Sequence[tuple[str, ...]]) -> None:
+    """Refuse more banks of CUDA graphs than vLLM's custom all-reduce has room for; it would stop in mid-capture.
+
+    Args:
+        levels: formats of each, by decoder layer id.
+
+    Raises:
+        ConfigError: how many there are, how many there may be, and what makes them fewer.
+    """
+    from vllm.distributed.utils import get_pp_indices
+
+    parallel = vllm_config.parallel_config
+    num_graphs = _graphs_of_a_bank(vllm_config)
+    if parallel.tensor_parallel_size == 1 or parallel.disable_custom_all_reduce or not num_graphs:
+        return
+    stages = parallel.pipeline_parallel_size
+    for stage in range(stages):
+        start, end = get_pp_indices(len(levels[0]), stage, stages)
+        num_banks = len({level[start:end] for level in levels})
+        of_a_bank = num_graphs * (2 * (end - start) + 1)  # behind attention, MLP and embedding
+        most = _ALL_REDUCE_BUFFERS // of_a_bank - 1  # what vLLM captures to see what graphs take is registered as well
+        if num_banks > most:
+            raise ConfigError(
+                f"ladder: {num_banks} levels that differ in a rank's layers, each with {num_graphs} CUDA graphs, would "
+                f"register {num_banks * of_a_bank:,} buffers with vLLM's custom all-reduce, which has room for "
+                f"{_ALL_REDUCE_BUFFERS:,}: at most {max(most, 0)} levels. Set fewer ladder.steps or more "
+                "layers_per_level, fewer cudagraph_capture_sizes, or --disable-custom-all-reduce."
+            )
+
+
+def _graphs_of_a_bank(vllm_config: Any) -> int:
+    """At most: those of mixed batches, and beside them those of decode steps alone."""
+    from vllm.config import CUDAGraphMode
+
+    compilation = vllm_config.compilation_config
+    mode, sizes = compilation.cudagraph_mode, compilation.cudagraph_capture_sizes or ()
+    if mode is None or mode == CUDAGraphMode.NONE:
+        return 0
+    mixed = len(sizes) if mode.mixed_mode() != CUDAGraphMode.NONE else 0
+    decode = sum(size <= vllm_config.scheduler_config.max_num_seqs for size in sizes)
+    return mixed + (decode if mode.separate_routine() else 0)

@@ -17,10 +17,13 @@ from morphserve.errors import ConfigError
 from morphserve.integration import seams
 from morphserve.integration.commands import Commands, Figures, KVUnknown
 from morphserve.integration.describe import RankDescription
+from morphserve.integration.device.budget import check_fixed_kv
 from morphserve.integration.device.graphs import LevelGraphs
 from morphserve.integration.device.kv import DeviceKV
 from morphserve.integration.device.layers import DeviceLayers
 from morphserve.integration.device.memory import DeviceMemory, open_memory, wants_device
+from morphserve.integration.device.refusals import refuse_weight_access
+from morphserve.integration.device.workspace import BankWorkspace
 from morphserve.integration.settings import for_this_device, read_settings
 
 
@@ -54,6 +57,8 @@ def install_worker_seams() -> None:
     seams.wrap("vllm.v1.worker.gpu_model_runner:GPUModelRunner.capture_model", _capture_model)
     seams.wrap("vllm.v1.worker.gpu.model_runner:GPUModelRunner.capture_model", _capture_model)
     seams.wrap("vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model", _warm_up)
+    seams.wrap("vllm.v1.worker.gpu_worker:Worker.determine_available_memory", _available_memory)
+    refuse_weight_access(_has_layers)
     seams.wrap("vllm.v1.worker.gpu.model_runner:GPUModelRunner.profile_cudagraph_memory", _graph_memory)
     seams.wrap("vllm.v1.worker.gpu_model_runner:GPUModelRunner.profile_cudagraph_memory", _graph_memory)
 
@@ -193,11 +198,13 @@ def _capture_model(original: Callable[..., Any]) -> Any:
             return original(self, *args, **kwargs)
         assert _RANK.layers is not None
         _RANK.graphs = LevelGraphs(self, _RANK.swapper, _RANK.rank, _RANK.layers.weights)
+        workspace = BankWorkspace()
 
         def capture(last: bool) -> int:
-            # V2 locks its workspace behind a capture that is not for profiling: only the last one may.
-            unlocked = {} if last or not hasattr(self, "block_tables") else {"profile_only": True}
-            return int(original(self, *args, **{**kwargs, **unlocked}))
+            workspace.open()
+            num_bytes = int(original(self, *args, **kwargs))
+            workspace.check()
+            return num_bytes
 
         return _RANK.graphs.capture(capture, _RANK.level_formats, _kv().num_mapped)
 
@@ -211,6 +218,21 @@ def _graph_memory(original: Callable[..., Any]) -> Any:
         return int(original(self)) * (1 if _RANK.layers is None else _RANK.layers.num_banks)
 
     return profile_cudagraph_memory
+
+
+def _available_memory(original: Callable[..., Any]) -> Any:
+    @functools.wraps(original)
+    def determine_available_memory(self: Any) -> int:
+        available = int(original(self))
+        if _RANK.layers is not None:
+            check_fixed_kv(self, _RANK.layers.num_banks)
+        return available
+
+    return determine_available_memory
+
+
+def _has_layers() -> bool:
+    return _RANK.layers is not None
 
 
 def _warm_up(original: Callable[..., Any]) -> Any:

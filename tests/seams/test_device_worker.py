@@ -1,0 +1,185 @@
+"""What the worker of a device adds to vLLM's own: refusals while it runs, room for banks, a workspace that stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from morphserve.errors import ConfigError
+from morphserve.integration import seams
+from morphserve.integration.device import budget
+from morphserve.integration.device.refusals import _TARGETS, refuse_weight_access
+from morphserve.integration.device.workspace import BankWorkspace
+
+pytestmark = pytest.mark.seams
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def restored_seams() -> Iterator[None]:
+    """What a test wraps is put back."""
+    before = len(seams._installed)
+    yield
+    later, seams._installed[before:] = seams._installed[before:], []
+    for owner, name, raw in reversed(later):
+        setattr(owner, name, raw)
+
+
+@pytest.mark.parametrize("method", _TARGETS)
+def test_weights_are_left_alone_while_layers_come_and_go(
+    monkeypatch: pytest.MonkeyPatch, restored_seams: None, method: str
+) -> None:
+    """Guards: parameters without pages that are written to or read, which ends the process; and an engine without
+    MorphServe in the same process that can no longer do so."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    called: list[str] = []
+    monkeypatch.setattr(Worker, method, lambda self, *args, **kwargs: called.append(method))
+    ours = False
+
+    def is_ours() -> bool:
+        return ours
+
+    refuse_weight_access(is_ours)
+    refuse_weight_access(is_ours)
+    worker = object.__new__(Worker)
+    getattr(worker, method)()
+    assert called == [method]
+    ours = True
+    with pytest.raises(ConfigError, match=f"{method}: the parameters .* swapped out .* Restart the server"):
+        getattr(worker, method)()
+    assert called == [method]
+
+
+def test_the_worker_of_a_device_refuses(restored_seams: None) -> None:
+    """Guards: refusals that are written and never installed."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from morphserve.integration.device import worker
+
+    worker.install_worker_seams()
+    for method in (*_TARGETS, "determine_available_memory"):
+        assert getattr(getattr(Worker, method), seams._MARK, None) is not None, method
+
+
+def fixed(num_bytes: int | None, of_graphs: int) -> Any:
+    return SimpleNamespace(
+        cache_config=SimpleNamespace(kv_cache_memory_bytes=num_bytes),
+        model_runner=SimpleNamespace(profile_cudagraph_memory=lambda: of_graphs),
+    )
+
+
+def test_a_given_kv_size_leaves_room_for_all_banks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: --kv-cache-memory-bytes, past which vLLM counts no graphs, and captures that find no memory."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * GIB, 20 * GIB))
+    budget.check_fixed_kv(fixed(8 * GIB, 2 * GIB), 4)
+    budget.check_fixed_kv(fixed(9 * GIB, 2 * GIB), 1)
+    budget.check_fixed_kv(fixed(9 * GIB, 0), 4)  # eager
+    words = r"kv_cache_memory_bytes: 9,663,676,416 B, .* 4 levels .* 2,147,483,648 B: .* at most 8,589,934,592 B"
+    with pytest.raises(ConfigError, match=words):
+        budget.check_fixed_kv(fixed(9 * GIB, 2 * GIB), 4)
+
+
+def test_what_is_measured_is_not_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a second capture for an estimate at each start."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: pytest.fail("asked"))
+    worker = fixed(None, 0)
+    worker.model_runner.profile_cudagraph_memory = lambda: pytest.fail("captured")
+    budget.check_fixed_kv(worker, 4)
+
+
+@pytest.fixture
+def scratch(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vLLM's own workspace, in host memory."""
+    from vllm.v1.worker import workspace
+
+    monkeypatch.setattr(workspace, "_manager", None)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    workspace.init_workspace_manager(torch.device("cpu"))
+    return workspace
+
+
+def capture(scratch: Any, num_bytes: int) -> None:
+    """Both runners': graphs use so much scratch memory and something of their own; locked behind the capture."""
+    manager = scratch.current_workspace_manager()
+    manager.get_simultaneous(((num_bytes,), torch.uint8))
+    manager.get_persistent_resource(num_bytes, object)
+    scratch.lock_workspace()
+
+
+def of_banks(scratch: Any, sizes: tuple[int, ...]) -> None:
+    workspace = BankWorkspace()
+    for num_bytes in sizes:
+        workspace.open()
+        capture(scratch, num_bytes)
+        workspace.check()
+
+
+def test_later_banks_are_captured_with_an_open_workspace(scratch: Any) -> None:
+    """Guards: a second bank that vLLM's lock stops; and steps that may move what graphs read."""
+    of_banks(scratch, (4096, 4096, 1024))
+    assert scratch.current_workspace_manager().is_locked()
+    with pytest.raises(AssertionError, match="Workspace is locked"):
+        capture(scratch, 8192)
+
+
+class Levels:
+    """Captures a bank for each of three levels."""
+
+    def __init__(self, *args: Any) -> None:
+        return
+
+    def capture(self, original: Any, levels: Any, num_kv_blocks: int) -> int:
+        return sum(original(level == 2) for level in range(3))
+
+
+def test_banks_of_a_runner_that_always_locks(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: banks of the V1 runner, whose capture takes no argument and leaves the workspace locked."""
+    from morphserve.integration.device import worker
+
+    rank = SimpleNamespace(rank=object(), swapper=None, level_formats=(), kv=SimpleNamespace(num_mapped=48))
+    monkeypatch.setattr(worker, "_RANK", rank)
+    monkeypatch.setattr(worker, "LevelGraphs", Levels)
+    sizes = iter((4096, 1024, 2048))
+
+    def capture_model(self: Any) -> int:
+        capture(scratch, next(sizes))
+        return 100
+
+    assert worker._capture_model(capture_model)(object()) == 300
+    assert scratch.current_workspace_manager().is_locked()
+    sizes = iter((4096, 64 << 20, 4096))
+    with pytest.raises(ConfigError, match="workspace of 67,108,864 B"):
+        worker._capture_model(capture_model)(object())
+
+
+def test_a_given_kv_size_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: the check above, written and never called; and asked in an engine without MorphServe."""
+    from morphserve.integration.device import worker
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * GIB, 20 * GIB))
+    monkeypatch.setattr(worker, "_RANK", SimpleNamespace(layers=SimpleNamespace(num_banks=4)))
+    ask = worker._available_memory(lambda self: 9 * GIB)
+    with pytest.raises(ConfigError, match="kv_cache_memory_bytes"):
+        ask(fixed(9 * GIB, 2 * GIB))
+    monkeypatch.setattr(worker, "_RANK", SimpleNamespace(layers=None))
+    assert ask(fixed(9 * GIB, 2 * GIB)) == 9 * GIB
+
+
+def test_a_workspace_that_moves_under_the_graphs_before_is_refused(scratch: Any) -> None:
+    """Guards: graphs of a level that read memory which is somebody else's by now."""
+    with pytest.raises(ConfigError, match=r"workspace of 67,108,864 B, .* captured with one of 4,096 B"):
+        of_banks(scratch, (4096, 64 << 20))
+
+
+def test_a_runner_without_a_workspace_has_banks_too(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a start that fails where vLLM has none."""
+    monkeypatch.setattr(scratch, "_manager", None)
+    workspace = BankWorkspace()
+    workspace.open()
+    workspace.check()
