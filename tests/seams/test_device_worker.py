@@ -135,14 +135,17 @@ class Levels:
         return
 
     def capture(self, original: Any, levels: Any, num_kv_blocks: int) -> int:
-        return sum(original(level == 2) for level in range(3))
+        return sum(original() for _ in range(3))
 
 
 def test_banks_of_a_runner_that_always_locks(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: banks of the V1 runner, whose capture takes no argument and leaves the workspace locked."""
     from morphserve.integration.device import worker
 
-    rank = SimpleNamespace(rank=object(), swapper=None, level_formats=(), kv=SimpleNamespace(num_mapped=48))
+    layers = SimpleNamespace(weights={})
+    rank = SimpleNamespace(
+        rank=object(), swapper=None, layers=layers, level_formats=(), kv=SimpleNamespace(num_mapped=48)
+    )
     monkeypatch.setattr(worker, "_RANK", rank)
     monkeypatch.setattr(worker, "LevelGraphs", Levels)
     sizes = iter((4096, 1024, 2048))

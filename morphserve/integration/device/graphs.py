@@ -56,11 +56,11 @@ class LevelGraphs:
             watch=self._watch if weights else None,
         )
 
-    def capture(self, original: Callable[[bool], int], levels: Sequence[tuple[str, ...]], num_kv_blocks: int) -> int:
+    def capture(self, original: Callable[[], int], levels: Sequence[tuple[str, ...]], num_kv_blocks: int) -> int:
         """All banks; the layers are at level 0 again when it returns.
 
         Args:
-            original: vLLM's capture, told whether it is the last; its result says how many bytes it took.
+            original: vLLM's capture; its result says how many bytes it took.
             levels: formats of each, by decoder layer id; level 0 first.
             num_kv_blocks: that are mapped, and stay so.
 
@@ -76,7 +76,7 @@ class LevelGraphs:
             start = time.perf_counter()
             self._banks.begin(formats)
             try:
-                num_bytes = original(formats is distinct[-1])
+                num_bytes = original()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()  # captures warm up on a stream of their own, on pages that go next
             finally:

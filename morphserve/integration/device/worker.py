@@ -200,7 +200,7 @@ def _capture_model(original: Callable[..., Any]) -> Any:
         _RANK.graphs = LevelGraphs(self, _RANK.swapper, _RANK.rank, _RANK.layers.weights)
         workspace = BankWorkspace()
 
-        def capture(last: bool) -> int:
+        def capture() -> int:
             workspace.open()
             num_bytes = int(original(self, *args, **kwargs))
             workspace.check()
