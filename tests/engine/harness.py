@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from engine.forked import fork_ranks
 from engine.stock_runs import stock as stock
 from engine.stock_runs import stock_later as stock_later
 
@@ -32,6 +33,10 @@ PROMPTS = (
     "The most common cause of failure in distributed systems is",
     "She opened the letter, read the first line twice, and",
 )
+
+
+# Half of vLLM's default: at its first start an engine runs passes of so many tokens, to prove what one takes.
+BATCH_TOKENS = 2048
 
 
 class ScriptPolicy:
@@ -58,6 +63,7 @@ def engine(
     from vllm import LLM
 
     _register_kernels_once()
+    fork_ranks()
     settings: dict[str, Any] = dict(
         model=str(model),
         enforce_eager=True,
@@ -65,6 +71,7 @@ def engine(
         num_gpu_blocks_override=49,
         max_model_len=512,
         max_num_seqs=16,
+        max_num_batched_tokens=BATCH_TOKENS,
         enable_prefix_caching=True,
         disable_log_stats=True,
     )
@@ -73,6 +80,7 @@ def engine(
             "cache_dir": str(cache),
             # Chunk sizes must not depend on how fast this machine is today: runs are compared token by token.
             "transition": {"max_layers_per_step": 5, "max_pause_ms": 1e6},
+            "kv": {"drain_timeout_s": 600.0},
             "policy": {"kind": "static", "level": 0},
             **(config or {}),
         }
@@ -130,14 +138,13 @@ def generate(
     return found
 
 
-def settle(llm: Any, level: int, limit: int = 400, patience_s: float = 0.0) -> None:
+def settle(llm: Any, level: int, limit: int = 400, patience_s: float = 20.0) -> None:
     """Step the idle engine until it stands at `level`.
 
-    `patience_s`: beyond `limit` steps, for ranks that work beside them.
+    `patience_s`: beyond `limit` steps, which pass faster than a back-off, or than ranks that work beside them.
     """
     interval_s = sys.getswitchinterval()
-    if patience_s:
-        sys.setswitchinterval(1e-4)  # idle steps are a loop of nothing else, which leaves other threads no turn
+    sys.setswitchinterval(1e-4)  # idle steps are a loop of nothing else, which leaves other threads no turn
     try:
         _settle(llm, level, limit, patience_s)
     finally:

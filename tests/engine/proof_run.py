@@ -16,7 +16,7 @@ from vllm import SamplingParams
 from morphserve.integration.host_memory import peak_beyond_now
 
 BATCH_TOKENS = 1024
-LEVELS = (0, 6, 12)
+LEVELS = (0, 2, 4)  # full precision, all layers in 8 bits, in 4 bits
 
 
 def main() -> None:

@@ -19,7 +19,12 @@ needs_two_cores = pytest.mark.skipif(len(CORES) < 2, reason=f"two ranks need 2 c
 
 NUM_LAYERS = 6
 W8, W4 = 3, 6  # the levels at which all layers are in that format
-PARALLEL = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "skip_tokenizer_init": True}
+PARALLEL = {
+    "tensor_parallel_size": 2,
+    "distributed_executor_backend": "mp",
+    "skip_tokenizer_init": True,
+    "max_num_batched_tokens": 1024,  # all prompts of a round in one step; see BATCH_TOKENS
+}
 CONFIG = {
     "ladder": {"steps": [{"format": fmt, "layers_per_level": 2} for fmt in ("w8", "w4")]},
     # Runs are compared token by token: nothing may depend on how fast this machine is today.

@@ -56,11 +56,11 @@ def checkpoint_weight(tensors: dict[str, Tensor], name: str) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def live(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+def live(demo_model: Path, variant_cache: Path) -> Iterator[Live]:
     tensors: dict[str, Tensor] = {}
     for file in demo_model.glob("*.safetensors"):
         tensors |= load_file(file)
-    with engine(demo_model, tmp_path_factory.mktemp("variants")) as llm:
+    with engine(demo_model, variant_cache) as llm:
         slots = _RANK.layers.swapper._slots[LAYER]
         recorders = {name: Recorder(slot.impl) for name, slot in slots.items()}
         for name, slot in slots.items():

@@ -24,8 +24,8 @@ def asked(demo_model: Path) -> Future[Any]:
 
 
 @pytest.fixture(scope="module")
-def llm(demo_model: Path, tmp_path_factory: pytest.TempPathFactory, asked: Future[Any]) -> Iterator[Any]:
-    with engine(demo_model, tmp_path_factory.mktemp("variants")) as started:
+def llm(demo_model: Path, variant_cache: Path, asked: Future[Any]) -> Iterator[Any]:
+    with engine(demo_model, variant_cache) as started:
         yield started
 
 

@@ -17,7 +17,11 @@ from safetensors.torch import load_file, save_file
 from morphserve.errors import ConfigError
 
 # Level 1 may read what level 0 left in the prefix cache; static serving has no such thing.
-PLAIN: dict[str, Any] = {"skip_tokenizer_init": True, "enable_prefix_caching": False}
+PLAIN: dict[str, Any] = {
+    "skip_tokenizer_init": True,
+    "enable_prefix_caching": False,
+    "max_num_batched_tokens": 512,  # all prompts in one step; see BATCH_TOKENS
+}
 # vLLM's kernels for these checkpoints on CPU: the weight-only one for 4 bits, oneDNN for int8.
 VLLM_KERNELS = {"w4": "w4a16", "w8": "w8a8_onednn"}
 

@@ -17,7 +17,11 @@ from morphserve.integration.host_memory import FREED_WEIGHTS_RETURN, resident_by
 from quant_layers import trim, write_profile
 
 # Level 1 may read what level 0 left in the prefix cache; stock serving has no such thing.
-PLAIN: dict[str, Any] = {"skip_tokenizer_init": True, "enable_prefix_caching": False}
+PLAIN: dict[str, Any] = {
+    "skip_tokenizer_init": True,
+    "enable_prefix_caching": False,
+    "max_num_batched_tokens": 512,  # all prompts in one step; see BATCH_TOKENS
+}
 HEAP_NOISE_BYTES = 8 << 20  # as in test_memory.py
 
 

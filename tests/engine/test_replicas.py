@@ -40,13 +40,13 @@ def by_engine(server: Server, name: str) -> dict[str, float]:
 
 
 def test_replicas_morph_independently(
-    demo_model: Path, variant_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_model: Path, variant_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards: one replica's load moves another's level, or their figures are mixed."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the tests' own binding is for one engine
     log = tmp_path / "decisions.jsonl"
     settings = {"cache_dir": str(variant_cache), "policy": POLICY, "decision_log": str(log)}
-    with serve(demo_model, tmp_path, settings, "--data-parallel-size", "2", "--api-server-count", "1") as server:
+    with serve(short_model, tmp_path, settings, "--data-parallel-size", "2", "--api-server-count", "1") as server:
         server.wait_until_healthy()
         assert [(engine["engine"], engine["level"]) for engine in engines(server)] == [(0, 0), (1, 0)]
         body = json.dumps({"model": "demo", "prompt": "Once upon a time " * 40, "max_tokens": 100, "ignore_eos": True})

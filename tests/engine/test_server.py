@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 import yaml
+from engine.harness import BATCH_TOKENS
 from prometheus_client.parser import text_string_to_metric_families
 
-START_TIMEOUT_S = 180
-EXIT_TIMEOUT_S = 30
+START_TIMEOUT_S = 300
+EXIT_TIMEOUT_S = 120
 
 
 class Server:
@@ -34,7 +35,7 @@ class Server:
         command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--enforce-eager"]
         command += ["--served-model-name", "demo", "--port", str(self.port), "--host", "127.0.0.1"]
         command += ["--block-size", "32", "--num-gpu-blocks-override", "49", "--max-model-len", "512"]
-        command += ["--max-num-seqs", "16", *arguments]
+        command += ["--max-num-seqs", "16", "--max-num-batched-tokens", str(BATCH_TOKENS), *arguments]
         if settings is not None:
             file = directory / "morph.yaml"
             file.write_text(yaml.safe_dump(settings))
