@@ -7,7 +7,8 @@ check does not hold. Last stdout line: one JSON document.
     python scripts/check_packed.py --site /tmp/sp --python /tmp/gpuenv/bin/python
 
 --site: a directory with vllm/ and what it needs beside torch. --python: of an environment with torch for CUDA 13,
-cuda-bindings, transformers. Nothing is installed there. Takes about two minutes.
+cuda-bindings, transformers. Nothing is installed there. Takes about two minutes, and two more for each engine.
+--engines: a small engine in each of six ways, through its levels and back under load.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from stub_driver import StubError, build, environment
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("libraries", "seams", "config", "plugin", "refusals", "wraps")
-_LIMIT_S = 300
+ENGINES = tuple(f"engine_{runner}_{how}" for runner in ("v2", "v1") for how in ("eager", "full", "compiled"))
+_LIMIT_S = 600
+_ENGINE_MIB = 2048  # of the fake device; what is written to it is this machine's memory
 _MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -45,6 +48,15 @@ _MODEL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_SMALL = {
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 1024,
+    "max_position_embeddings": 2048,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--site", type=Path, required=True, metavar="DIR", help="directory that holds vllm/")
     parser.add_argument("--python", default=sys.executable, metavar="PY", help="interpreter with torch for CUDA")
-    parser.add_argument("--only", choices=SECTIONS, action="append", help="a section; more than once for more")
+    parser.add_argument("--only", choices=(*SECTIONS, *ENGINES), action="append", help="a section; may be repeated")
+    parser.add_argument("--engines", action="store_true", help="engines as well, in all ways")
     parser.add_argument("--verbose", action="store_true", help="what the sections print on stderr, too")
     args = parser.parse_args(argv)
     if not (args.site / "vllm").is_dir():
@@ -74,10 +87,10 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(str(e))
         env = child_environment(args.site, work, dict(os.environ))
         rows: list[Row] = []
-        for section in args.only or SECTIONS:
+        for section in args.only or (*SECTIONS, *(ENGINES if args.engines else ())):
             rows += run_section(section, args.python, work, env, args.verbose)
     for r in rows:
-        print(f"{r.section:<10} {r.row:<44} {'ok' if r.ok else 'NO':<3} {r.detail}")
+        print(f"{r.section:<18} {r.row:<44} {'ok' if r.ok else 'NO':<3} {r.detail}")
     print(json.dumps({"site": str(args.site), "ok": all(r.ok for r in rows), "rows": [asdict(r) for r in rows]}))
     return 0 if all(r.ok for r in rows) else 1
 
@@ -102,8 +115,9 @@ def nvidia_of(python: str) -> Path:
 def child_environment(site: Path, work: Path, base: dict[str, str]) -> dict[str, str]:
     """Of a section: stubs first, the vLLM, this repository, the plugin's entry point; no network."""
     write_distribution(work / "dist")
-    (work / "model").mkdir(exist_ok=True)
-    (work / "model" / "config.json").write_text(json.dumps(_MODEL))
+    for name, changes in (("model", dict[str, int]()), ("small", _SMALL)):
+        (work / name).mkdir(exist_ok=True)
+        (work / name / "config.json").write_text(json.dumps({**_MODEL, **changes}))
     kept = {k: v for k, v in base.items() if not k.startswith(("VLLM_", "MORPHSERVE_", "PYTHON"))}
     path = [str(site.resolve()), str(ROOT), str(work / "dist")]
     return {
@@ -111,6 +125,7 @@ def child_environment(site: Path, work: Path, base: dict[str, str]) -> dict[str,
         "PYTHONPATH": os.pathsep.join(path),
         "HF_HUB_OFFLINE": "1",
         "VLLM_CACHE_ROOT": str(work / "cache"),
+        "TRITON_CACHE_DIR": str(work / "cache" / "triton"),
         "VLLM_NO_USAGE_STATS": "1",
     }
 
@@ -130,8 +145,11 @@ def write_distribution(directory: Path) -> None:
 
 def run_section(section: str, python: str, work: Path, env: dict[str, str], verbose: bool) -> list[Row]:
     """Rows of one section; what it could not tell, because it ended early, is a row that does not hold."""
-    command = [python, str(ROOT / "scripts" / "packed_rows.py"), section]
-    where = work / "model"
+    is_engine = section in ENGINES
+    command = [python, str(ROOT / "scripts" / ("packed_engine.py" if is_engine else "packed_rows.py")), section]
+    where = work / ("small" if is_engine else "model")
+    if is_engine:
+        env = {**env, "FAKE_GPU_MIB": str(_ENGINE_MIB)}
     try:
         done = subprocess.run(
             command, cwd=where, env=env, capture_output=True, text=True, check=False, timeout=_LIMIT_S

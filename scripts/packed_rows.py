@@ -36,14 +36,18 @@ _LIBRARIES = ("_C_stable_libtorch", "vllm_flash_attn._vllm_fa3_C", "cumem_alloca
 _KERNELS = ("marlin_gemm", "cutlass_scaled_mm")
 
 
-# vLLM and what it loads log to stdout; rows must not be mixed with that.
-_ROWS = os.fdopen(os.dup(1), "w") if __name__ == "__main__" else sys.stdout
-if __name__ == "__main__":
-    os.dup2(2, 1)
+_rows = sys.stdout
 
 
 class Missed(Exception):
     """A check has found something else than it wants."""
+
+
+def keep_rows_apart() -> None:
+    """Rows to stdout, everything else to stderr: vLLM and what it loads log to both."""
+    global _rows
+    _rows = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
 
 
 def row(name: str, check: Callable[[], str]) -> None:
@@ -54,7 +58,7 @@ def row(name: str, check: Callable[[], str]) -> None:
         ok, detail = False, f"{type(e).__name__}: {e}".splitlines()[0]
         if not isinstance(e, Missed):
             traceback.print_exc()
-    print(json.dumps({"row": name, "ok": ok, "detail": detail}), file=_ROWS, flush=True)
+    print(json.dumps({"row": name, "ok": ok, "detail": detail}), file=_rows, flush=True)
 
 
 def libraries() -> None:
@@ -315,6 +319,6 @@ SECTIONS = {
 }
 
 
-
 if __name__ == "__main__":
+    keep_rows_apart()
     SECTIONS[sys.argv[1]]()

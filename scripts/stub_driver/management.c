@@ -9,6 +9,7 @@ typedef void *nvmlDevice;
 static char device;
 
 nvmlReturn nvmlInit_v2(void) { return 0; }
+nvmlReturn nvmlInit(void) { return 0; } /* torch counts devices with it: otherwise it would initialize CUDA for that */
 nvmlReturn nvmlInitWithFlags(unsigned int flags) { (void)flags; return 0; }
 nvmlReturn nvmlShutdown(void) { return 0; }
 const char *nvmlErrorString(nvmlReturn result) { return result ? "not supported by the stub driver" : "success"; }

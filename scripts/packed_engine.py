@@ -1,0 +1,271 @@
+"""The engine sections of check_packed.py: a real vLLM engine on the stub driver, with the plugin, through its levels.
+
+Everything but the arithmetic is what a GPU runs: vLLM's start, its memory profile and captures, torch's CUDA objects,
+the driver's bindings, Triton's and Inductor's compilers. Kernels compute nothing, so tokens mean nothing. `stand_in`
+replaces what the stub cannot give: counts that a kernel would have written, proofs of kernels, packed weights.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib
+import os
+import sys
+import time
+from functools import partial
+from typing import Any
+
+from packed_rows import Missed, keep_rows_apart, row, want
+
+from morphserve.version import UNPROVEN_CUDA
+from policies.types import Decision, Signals
+
+_LEVELS = (2, 4, 0)
+_UNDER_LOAD = {0: 4, 60: 0, 120: 2, 160: 0}  # decision |-> level, while more requests run than level 0 has blocks for
+_STEPS = [{"format": "fp8", "layers_per_level": 2}, {"format": "w4", "layers_per_level": 2}]
+_MORPHSERVE = {
+    "policy": {"kind": "static", "level": 0},
+    "transition": {"max_layers_per_step": 2, "max_pause_ms": 1e6},
+    "ladder": {"steps": _STEPS},
+}
+_GRAPHS = {"eager": None, "full": (0, "FULL_DECODE_ONLY"), "compiled": (3, "FULL_AND_PIECEWISE")}
+_SIZES = [1, 2, 4, 8, 16]
+_PATIENCE_S = 60.0
+_SMALL_KV_BYTES = 8 << 20  # one quantum of blocks: under load, blocks of running requests must move before a restore
+_REQUESTS, _TOKENS = 16, 200
+
+
+class Script:
+    """A policy: the level by number of the decision."""
+
+    def __init__(self, script: dict[int, int]) -> None:
+        self._script, self._level, self._count = dict(script), 0, 0
+
+    def decide(self, signals: Signals) -> Decision:
+        self._level = self._script.get(self._count, self._level)
+        self._count += 1
+        return Decision(self._level, "script")
+
+
+def stand_in() -> None:
+    """What kernels would have computed and the start relies on."""
+    import torch
+
+    from morphserve.integration import rank_profile, recipes
+    from quant_layers import selftest
+
+    def one_token_each(num_sampled: Any, *rest: Any) -> tuple[Any, Any]:
+        num_sampled.copy_(torch.ones(num_sampled.shape, dtype=num_sampled.dtype))
+        return num_sampled, torch.zeros_like(num_sampled)
+
+    def first_that_fits(fmt: str, dtype: Any, name: Any, device: str, shapes: Any = ()) -> Any:
+        for kernel in (make(dtype) for make in selftest.by_preference(fmt, device)):
+            if not kernel.unavailable():
+                for n, k in shapes:
+                    kernel.check_shape(n, k)
+                return kernel
+        raise Missed(f"no kernel for {fmt}")
+
+    def on_the_host(self: Any, layer: int, kernel: Any, weights: Any) -> Any:
+        device = next(iter(weights.values())).device
+        made = {name: torch.randn(weight.shape).mul_(0.02).to(weight.dtype) for name, weight in weights.items()}
+        packed = {name: kernel.pack(weight) for name, weight in made.items()}
+        return {name: {key: tensor.to(device) for key, tensor in found.items()} for name, found in packed.items()}
+
+    sampler: Any = importlib.import_module("vllm.v1.worker.gpu.sample.sampler")
+    sampler.get_num_sampled_and_rejected = one_token_each
+    _clear_tokens(sampler.Sampler, "__call__")
+    _clear_tokens(importlib.import_module("vllm.v1.sample.sampler").Sampler, "forward")
+    replaced: Any = recipes
+    replaced.choose = first_that_fits
+    plain: Any = rank_profile.Plain
+    plain.pack = on_the_host
+
+
+def _clear_tokens(sampler: Any, name: str) -> None:
+    """Token 0 in place of what the memory held: a request that is preempted comes back with its tokens."""
+    original = getattr(sampler, name)
+
+    @functools.wraps(original)
+    def cleared(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        tokens = output.sampled_token_ids
+        tokens.copy_(tokens.new_zeros(tokens.shape, device="cpu"))  # filling would be a kernel, copying is none
+        return output
+
+    setattr(sampler, name, cleared)
+
+
+class Engine:
+    """In this process, so that core and worker can be looked at."""
+
+    def __init__(self, graphs: str) -> None:
+        from vllm import LLM
+
+        choice = _GRAPHS[graphs]
+        how: dict[str, Any] = {"enforce_eager": True}
+        if choice is not None:
+            how = {"compilation_config": dict(mode=choice[0], cudagraph_mode=choice[1], cudagraph_capture_sizes=_SIZES)}
+        if graphs != "compiled":  # there vLLM measures what is left, graphs of all banks included
+            how["kv_cache_memory_bytes"] = _SMALL_KV_BYTES
+        self._llm: Any = LLM(
+            model=os.getcwd(),
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            max_model_len=512,
+            max_num_seqs=_REQUESTS,
+            gpu_memory_utilization=0.5,
+            seed=0,
+            additional_config={"morphserve": _MORPHSERVE},
+            **how,
+        )
+        self._core = self._llm.llm_engine.engine_core.engine_core
+        self.morph = self._core.scheduler.morph
+        self.worker = self._core.model_executor.driver_worker.worker
+
+    def generate(self, num_requests: int, num_tokens: int) -> list[int]:
+        """Numbers of tokens that came."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
+        prompts = [{"prompt_token_ids": [3 + (7 * i + j) % 900 for j in range(30)]} for i in range(num_requests)]
+        return [len(o.outputs[0].token_ids) for o in self._llm.generate(prompts, params, use_tqdm=False)]
+
+    def follow(self, script: dict[int, int]) -> None:
+        """From the next step on."""
+        self.morph.controller.replace_policy(Script(script), "a check on a stub driver", self.morph.setup)
+
+    def settle(self, level: int) -> None:
+        """Step the idle engine until it stands at `level`."""
+        controller, deadline_s = self.morph.controller, time.monotonic() + _PATIENCE_S
+        while not (controller.level == level and not controller.in_transition):
+            if time.monotonic() > deadline_s:
+                raise Missed(f"level {level} not reached in {_PATIENCE_S:.0f} s: {controller.status()}")
+            self.morph.wake_due = True
+            self._core.step_fn()
+            time.sleep(0)  # the rank's thread wants its turn
+
+    def memory(self) -> dict[str, Any]:
+        """Bytes in pages."""
+        found: dict[str, Any] = self._llm.llm_engine.collective_rpc("morphserve_memory")[0]
+        return found
+
+    def weights(self) -> dict[str, tuple[int, str]]:
+        """Address and digest of each parameter, read as a copy from the device would read it."""
+        return {
+            name: (p.data_ptr(), hashlib.sha256(ctypes.string_at(p.data_ptr(), p.nbytes)).hexdigest())
+            for name, p in self.worker.model_runner.model.named_parameters()
+        }
+
+    def stop(self) -> None:
+        """Give the fake device back."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+
+def counts() -> dict[str, int]:
+    """What the stub driver has been asked for so far, captures included."""
+    numbers = (ctypes.c_ulonglong * 4)()
+    ctypes.CDLL("libcuda.so.1").fake_counts(numbers)
+    return dict(zip(("kernels", "graph launches", "copies", "captures"), numbers, strict=True))
+
+
+def run(runner: str, graphs: str) -> None:
+    """One engine: start, each level, down and up again under load, and everything back as it was."""
+    os.environ.update({UNPROVEN_CUDA: "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"})
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if runner == "v2" else "0"
+    importlib.import_module("morphserve.plugin").register()
+    stand_in()
+    begun: list[Engine] = []
+
+    def start() -> str:
+        begun.append(Engine(graphs))
+        return f"{type(begun[0].worker.model_runner).__module__}, {_layout(begun[0])}"
+
+    row("starts", start)
+    if not begun:
+        return
+    engine = begun[0]
+    row("captured", partial(_captured, engine, graphs))
+    row("generates", lambda: want(engine.generate(3, 8), [8] * 3))
+    pages, weights = engine.memory(), engine.weights()
+    for level in _LEVELS:
+        row(f"level {level}", partial(_at_level, engine, level, graphs))
+    row("under load", partial(_under_load, engine))
+    row("pages come back", lambda: want(engine.memory(), pages))
+    row("weights come back, at their addresses", lambda: _same(engine.weights(), weights))
+    row("nothing has failed", partial(_healthy, engine))
+    engine.stop()
+
+
+def _same(now: dict[str, tuple[int, str]], then: dict[str, tuple[int, str]]) -> str:
+    changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+    want(changed, [])
+    return f"{len(now)} parameters"
+
+
+def _healthy(engine: Engine) -> str:
+    """No transition has failed, and none is refused from now on."""
+    status = engine.morph.controller.status()
+    want(engine.morph.failed or status["tripped"], False)
+    return f"{status['phase']} at level {want(status['level'], 0)}"
+
+
+def _layout(engine: Engine) -> str:
+    return f"KV blocks by level {[level.num_kv_blocks for level in engine.morph.runtime.ladder]}"
+
+
+def _captured(engine: Engine, graphs: str) -> str:
+    """Captures are as many as banks hold, or none."""
+    worker = importlib.import_module("morphserve.integration.device.worker")
+    have = worker._RANK.graphs
+    if graphs == "eager":
+        return f"none: {want(have, None)}"
+    banks = have._banks.num_graphs()
+    want(len(banks), len(engine.morph.runtime.ladder))
+    want(min(banks.values()) > 0, True)
+    return f"{list(banks.values())} graphs by level"
+
+
+def _at_level(engine: Engine, level: int, graphs: str) -> str:
+    engine.follow({0: level})
+    engine.settle(level)
+    wanted = engine.morph.runtime.ladder[level]
+    want(engine.morph.pool.num_kv_blocks, wanted.num_kv_blocks)
+    want(tuple(fmt for _, fmt in sorted(engine.memory()["formats"].items())), wanted.layer_formats)
+    before = counts()["graph launches"]
+    want(engine.generate(4, 8), [8] * 4)
+    launched = counts()["graph launches"] - before
+    want(launched > 0, graphs != "eager")
+    return f"{engine.morph.pool.num_kv_blocks} KV blocks, {launched} graphs launched"
+
+
+def _under_load(engine: Engine) -> str:
+    moved = _count_moves()
+    engine.follow(_UNDER_LOAD)
+    told = engine.generate(_REQUESTS, _TOKENS)
+    engine.follow({0: 0})
+    engine.settle(0)
+    want(told, [_TOKENS] * _REQUESTS)
+    return f"{_REQUESTS} requests of {_TOKENS} tokens, {sum(moved)} live blocks moved"
+
+
+def _count_moves() -> list[int]:
+    """Numbers of blocks that are copied from now on, one entry a command."""
+    worker = importlib.import_module("morphserve.integration.device.worker")
+    kv: Any = type(worker._RANK.kv)
+    original, moved = kv.move, list[int]()
+
+    def move(self: Any, runner: Any, pairs: Any) -> None:
+        moved.append(len(pairs))
+        original(self, runner, pairs)
+
+    kv.move = move
+    return moved
+
+
+if __name__ == "__main__":
+    keep_rows_apart()
+    run(*sys.argv[1].split("_")[1:])
+    print(counts(), file=sys.stderr)
