@@ -119,6 +119,16 @@ def test_machete_takes_the_bytes_of_four_bits(group_size: int) -> None:
     assert packed["scale"].shape == packed["zero"].shape == (K // group_size, N)
 
 
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize("make", [W4A16Machete, W4A16Marlin], ids=lambda make: make.name)
+def test_a_row_may_be_one_group(make: type[Any]) -> None:
+    """Guards: strides of a single row of scales, which the operator compares; scales of sums laid out as of groups."""
+    kernel, x = made(make), torch.randn(3, 128, generator=torch.Generator().manual_seed(5)).bfloat16()
+    packed = kernel.pack_quant(quantize_w4(weight(N, 128), 128, scale_dtype=torch.bfloat16))
+    exact = x.double() @ kernel.reference(packed).double().t()
+    assert (kernel.build(packed, None)(x).double() - exact).abs().max() < 0.02 * exact.abs().max()
+
+
 def test_machete_reads_back_through_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a reading that assumes an order of weights, and an operator that does more than to move them."""
     monkeypatch.setattr(stand_in_ops, "_order", lambda: torch.arange(8192).roll(77).flip(0))
