@@ -28,7 +28,7 @@ class W4A16Machete(KernelBase):
     """Groups of 64 or 128; where a weight or its groups do not fit, Marlin is next.
 
     It computes q * scale + zero in the activations' dtype, and zero = -scale * zero point is rounded to it when packed.
-    In bf16 each of the two may be off by a seventeenth of a step, which `reference` does not tell.
+    In bf16 each of these roundings may take a seventeenth of a step, which `reference` does not tell.
     """
 
     name, neutral = "w4a16_machete", QuantW4
@@ -61,9 +61,10 @@ class W4A16Machete(KernelBase):
         """
         self._admit_quant(quant)
         assert isinstance(quant, QuantW4)
-        scale = quant.scale.to(self.dtype).t().contiguous()
-        zero = -scale * quant.zero.t().contiguous().to(self.dtype)  # laid out as the scales: the operator insists
-        return {"weight": self._prepack(quant.q).to(quant.q.device), "scale": scale, "zero": zero}
+        scale = quant.scale.to(self.dtype)
+        zero = -scale * quant.zero.to(self.dtype)
+        weight = self._prepack(quant.q).to(quant.q.device)
+        return {"weight": weight, "scale": _by_group(scale), "zero": _by_group(zero)}
 
     def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
         return MacheteLinear(tensors, None if bias is None else bias.to(self.dtype))
@@ -109,6 +110,11 @@ class W4A16Machete(KernelBase):
                 "it packed cannot be read back; name another kernel for w4 under `kernels`"
             )
         return places
+
+
+def _by_group(per_row: Tensor) -> Tensor:
+    """[N, G] -> [G, N]. The operator compares strides, also where there is one group and they mean nothing."""
+    return per_row.t().clone(memory_format=torch.contiguous_format)
 
 
 def _flat(words: Tensor) -> Tensor:
