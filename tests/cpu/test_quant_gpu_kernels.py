@@ -168,7 +168,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 @pytest.fixture
 def plain_prepack(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An operator that takes the memory of its result alone, as the real one does; pieces are small beside 4096²."""
+    """An operator that takes its result's memory alone, as the real one; pieces are small beside 4096 x 4096."""
     monkeypatch.setattr(neutral, "_PIECE", neutral._PIECE // 8)
     monkeypatch.setattr(machete, "_PIECE", machete._PIECE // 8)
     monkeypatch.setattr("quant_layers.machete._op", lambda name: lambda words, *_: words.clone())
