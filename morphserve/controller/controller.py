@@ -258,8 +258,8 @@ class Controller:
             self.counters.num_layers_switched += end.num_layers
         elif end.outcome == "aborted":
             wait_s = self._back_off(now, transition.direction, end)
-            room = "" if end.place else " without room"
-            self._close_transition(now, "aborted", f"{end.error}; no new attempt{room} for {wait_s:.1f} s")
+            room = "" if end.place else " or until there is room"
+            self._close_transition(now, "aborted", f"{end.error}; no new attempt for {wait_s:.1f} s{room}")
         else:
             self._close_transition(now, "cancelled")
         return True

@@ -177,10 +177,11 @@ class GraphBanks:
 
     def _offer(self, shown: Sequence[Entries]) -> Offer:
         """Descriptors that all holders of a kind have."""
-        pairs = list(zip(self._shelves, shown, strict=True))
+        # A wrapper that level 0's capture never reached is of another model, and says nothing about this one.
+        pairs = [(s, entries) for s, entries in zip(self._shelves, shown, strict=True) if s.is_full or s.home]
         return Offer(
-            _common(entries.keys_at_close for shelf, entries in pairs if shelf.holder.is_full),
-            _common(entries.keys_at_close for shelf, entries in pairs if not shelf.holder.is_full),
+            _common(entries.keys_at_close for shelf, entries in pairs if shelf.is_full),
+            _common(entries.keys_at_close for shelf, entries in pairs if not shelf.is_full),
         )
 
     def _narrowed(self, offer: Offer) -> tuple[Any, ...]:

@@ -116,6 +116,11 @@ class Shelf:
     def __post_init__(self) -> None:
         self.holder = self.given
 
+    @property
+    def is_full(self) -> bool:
+        """Whether its graphs are of whole steps."""
+        return self.given.is_full
+
     def show(self, entries: Entries) -> None:
         setattr(self.holder.owner, self.holder.attribute, entries)
 

@@ -16,7 +16,7 @@ class RankDescription:
         largest_linear_bytes: of one linear at full precision.
         kernels: format -> name of the kernel that serves it here.
         page_bytes: of device memory that layers and KV exchange; None where both are host memory.
-        chunk_layers: that its staging reserve was made for, where the settings leave that open; else None.
+        staging_bytes: reserved for the layers of one chunk, where the settings leave open how many; else None.
     """
 
     rank: int
@@ -24,4 +24,4 @@ class RankDescription:
     largest_linear_bytes: int
     kernels: dict[str, str]
     page_bytes: int | None = None
-    chunk_layers: int | None = None
+    staging_bytes: int | None = None

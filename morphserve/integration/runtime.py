@@ -40,8 +40,9 @@ class EngineRuntime:
         self.config = config
         self.stated = stated or config
         self.ranks: list[RankDescription] = engine_core.model_executor.collective_rpc("morphserve_describe")
-        if reserves := [rank.chunk_layers for rank in self.ranks if rank.chunk_layers is not None]:
-            transition = config.transition.model_copy(update={"max_layers_per_step": min(reserves)})
+        if all(rank.staging_bytes is not None for rank in self.ranks):  # each rank's reserve is what limits a chunk
+            num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+            transition = config.transition.model_copy(update={"max_layers_per_step": num_layers})
             self.config = config.model_copy(update={"transition": transition})
         self.rank_bytes: list[RankBytes] = []
         self.ladder: Ladder = ()
@@ -126,7 +127,7 @@ class EngineRuntime:
         """Of all ranks, at level 0."""
         # A matmul that keeps a copy of its own (oneDNN) is built while the tensor it reads is still there.
         staging = [
-            largest_chunk_bytes(rank.layer_bytes, self.config.transition.layers_per_step)
+            (rank.staging_bytes or largest_chunk_bytes(rank.layer_bytes, self.config.transition.layers_per_step))
             + rank.largest_linear_bytes
             for rank in self.ranks
         ]

@@ -39,15 +39,19 @@ def for_this_device(config: MorphServeConfig, vllm_config: Any) -> MorphServeCon
     """With the ladder that an empty `ladder.steps` means here.
 
     Half the bytes at little cost come before 4 bits: fp8 on a GPU that multiplies it, else int8 weights, where Marlin
-    runs. Two levels a format: each has CUDA graphs of its own, which cost memory and time at start.
+    runs. Two levels a format, because each has CUDA graphs of its own, which cost memory and time at start; one where
+    vLLM's custom all-reduce has no room for the graphs of more.
     """
     from vllm.platforms import current_platform
+
+    from morphserve.integration.device.checks import has_room_for_banks
 
     ladder = config.ladder
     if not current_platform.is_cuda() or ladder.steps is not None or config.profile is not None:
         return config
-    per_level = -(-vllm_config.model_config.get_total_num_hidden_layers() // 2)
     formats = _formats(current_platform.has_device_capability)
+    parts = 2 if has_room_for_banks(vllm_config, 1 + 2 * len(formats)) else 1
+    per_level = -(-vllm_config.model_config.get_total_num_hidden_layers() // parts)
     steps = [LadderStep(format=fmt, layers_per_level=per_level) for fmt in formats]
     return config.model_copy(update={"ladder": ladder.model_copy(update={"steps": steps})})
 

@@ -73,6 +73,10 @@ def test_budget_is_level_zero_plus_one_chunk() -> None:
     """Guards: a staging reserve too small for what a chunk takes beyond its level, or needlessly large."""
     assert largest_chunk_bytes(LAYER_BYTES, 2) == 660 + 560  # w8 beside base; base in the place of KV
     assert largest_chunk_bytes(LAYER_BYTES, 99) == sum(LAYER_BYTES["w8"])
+    rig = Rig(num_ranks=1)
+    ledger = make_ledgers(rig.ladder, rig.ranks, [2400])[0]
+    assert ledger.budget_bytes == 8300 + 20 * 130 + 2400
+    assert ledger.free_bytes == 2400
 
 
 def test_a_chunk_fills_its_reserve() -> None:
@@ -82,7 +86,3 @@ def test_a_chunk_fills_its_reserve() -> None:
     assert layers_within(LAYER_BYTES, 1, 8, three - 1) == 2
     assert layers_within(LAYER_BYTES, 1, 2, three) == 2, "more than any level changes"
     assert layers_within(LAYER_BYTES, 5, 8, 0) == 5, "less than everywhere else"
-    rig = Rig(num_ranks=1)
-    ledger = make_ledgers(rig.ladder, rig.ranks, [2400])[0]
-    assert ledger.budget_bytes == 8300 + 20 * 130 + 2400
-    assert ledger.free_bytes == 2400

@@ -12,6 +12,7 @@ from morphserve.errors import ConfigError
 # (vllm/distributed/device_communicators/custom_all_reduce.py, rank_data; same in 0.32 and 0.33).
 _ALL_REDUCE_BUFFERS = 65_536
 _STARTUP_PLAN = "VLLM_ENABLE_STARTUP_PLAN"
+_ESTIMATE = "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS"
 
 
 def check_device(vllm_config: Any) -> None:
@@ -61,6 +62,11 @@ def check_device(vllm_config: Any) -> None:
             "a KV size that vLLM kept from another start is of another ladder's CUDA graphs",
             f"{_STARTUP_PLAN}={os.environ.get(_STARTUP_PLAN)}",
         ),
+        (
+            os.environ.get(_ESTIMATE, "1").strip().lower() in ("0", "false"),
+            "the CUDA graphs of all levels would not be taken off the memory for KV",
+            f"{_ESTIMATE}={os.environ.get(_ESTIMATE)}",
+        ),
         (v.lora_config is not None, "LoRA on a GPU is not proven", "--enable-lora"),
         (
             v.model_config.quantization is not None,
@@ -100,6 +106,16 @@ def check_graph_buffers(vllm_config: Any, levels: Sequence[tuple[str, ...]]) -> 
                 f"{_ALL_REDUCE_BUFFERS:,}: at most {max(most, 0)} levels. Set fewer ladder.steps or more "
                 "layers_per_level, fewer cudagraph_capture_sizes, or --disable-custom-all-reduce."
             )
+
+
+def has_room_for_banks(vllm_config: Any, num_banks: int) -> bool:
+    """Whether `check_graph_buffers` passes so many levels that differ in every layer."""
+    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    try:
+        check_graph_buffers(vllm_config, [(str(level),) * num_layers for level in range(num_banks)])
+    except ConfigError:
+        return False
+    return True
 
 
 def _graphs_of_a_bank(vllm_config: Any) -> int:

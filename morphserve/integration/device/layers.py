@@ -72,7 +72,7 @@ class DeviceLayers:
         self._values: dict[tuple[int, str, str], Tensor] = {}  # (layer, norm, format) -> what a variant brings
         self._slots: dict[int, dict[str, LinearSlot]] = {}
         self.swapper: DeviceSwapper | None = None
-        self._chunk_layers: int | None = None  # None: as the settings say
+        self._staging_bytes: int | None = None  # None: as the settings say
 
     def capture(self, model: torch.nn.Module) -> None:
         """Make every variant, and keep it on the host.
@@ -144,13 +144,12 @@ class DeviceLayers:
             for layer, slots in recipe.tensor_slots().items():
                 tensors[layer] = slots | tensors.get(layer, {})
         self.swapper = DeviceSwapper(self._slots, self._arena, self._build, tensors, self._values)
-        transition = self._config.transition
+        transition, sizes = self._config.transition, self._layer_bytes()
+        most = transition.layers_per_step
         if transition.max_layers_per_step is None:
-            budget = int(_RESERVE_SHARE * self._memory.total_bytes)
-            self._chunk_layers = layers_within(
-                self._layer_bytes(), transition.layers_per_step, self._widest_level(), budget
-            )
-        reserve = largest_chunk_bytes(self._layer_bytes(), self._chunk_layers or transition.layers_per_step)
+            most = layers_within(sizes, most, self._widest_level(), int(_RESERVE_SHARE * self._memory.total_bytes))
+            self._staging_bytes = largest_chunk_bytes(sizes, most)
+        reserve = largest_chunk_bytes(sizes, most)
         self._memory.release_cached()
         self._memory.pool.create(-(-reserve // self._memory.page_bytes))
 
@@ -210,7 +209,7 @@ class DeviceLayers:
             largest_linear_bytes=0,  # nothing is built beside what it is built from
             kernels={fmt: kernel.name for fmt, kernel in self._kernels.items()},
             page_bytes=self._memory.page_bytes,
-            chunk_layers=self._chunk_layers,
+            staging_bytes=self._staging_bytes,
         )
 
     def _layer_bytes(self) -> dict[str, tuple[int, ...]]:

@@ -71,12 +71,13 @@ def _weights_loaded(original: Callable[..., Any]) -> Any:
 
         vllm_config = get_current_vllm_config_or_none()
         config = read_settings(getattr(vllm_config, "additional_config", None))
-        if config is None or not wants_device(target_device.type):
-            return original(model, model_config, target_device)
         fresh = _Rank()
         if _RANK.memory is not None:  # an earlier engine of this process: its pages are wanted
             old, _RANK.memory = _RANK.memory, None
             old.close()
+        if config is None or not wants_device(target_device.type):
+            vars(_RANK).update(vars(fresh))  # what we wrap lets this engine through
+            return original(model, model_config, target_device)
         try:
             fresh.memory = open_memory(target_device)
             config = for_this_device(config, vllm_config)
@@ -197,6 +198,9 @@ def _capture_model(original: Callable[..., Any]) -> Any:
         if _RANK.rank is None or kwargs.get("profile_only"):
             return original(self, *args, **kwargs)
         assert _RANK.layers is not None
+        manager = getattr(self, "cudagraph_manager", None)
+        if manager is not None and manager.use_breakable_cg:
+            manager.init_breakable_cg_runner(self.model)  # else it is made in mid-capture, and belongs to no bank
         _RANK.graphs = LevelGraphs(self, _RANK.swapper, _RANK.rank, _RANK.layers.weights)
         workspace = BankWorkspace()
 

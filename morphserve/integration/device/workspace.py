@@ -30,7 +30,7 @@ class BankWorkspace:
             ConfigError: the workspace has moved away under the graphs of an earlier bank.
         """
         now = _buffers()
-        for (address, num_bytes), (new_address, new_bytes) in zip(self._seen, now, strict=bool(self._seen)):
+        for (address, num_bytes), (new_address, new_bytes) in zip(self._seen, now, strict=False):
             if num_bytes and address != new_address:
                 raise ConfigError(
                     f"CUDA graphs: a level of the ladder needs a workspace of {new_bytes:,} B, and graphs of levels "
