@@ -9,6 +9,7 @@ start their processes as vLLM does.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -26,14 +27,25 @@ PRELOADED = [
 ]
 
 
-def _begin(environment: dict[str, str], target: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+# Where vLLM says on which cores the OpenMP library that a rank will load is to run.
+_CORES = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES")
+
+
+def _cores(environment: dict[str, str]) -> set[int]:
+    """What vLLM asks for ("0 1", "...proclist=[0,1]", "{0,1}"), or else those of this process."""
+    told = next((environment[name] for name in _CORES if name in environment), "")
+    return {int(core) for core in re.findall(r"\d+", told)} or set(os.sched_getaffinity(0))
+
+
+def _begin(
+    environment: dict[str, str], cores: set[int], target: Callable[..., Any], *args: Any, **kwargs: Any
+) -> None:
     """First thing in the child: what a spawned process gets before its libraries are loaded."""
     import torch
 
     os.environ.clear()
     os.environ.update(environment)
-    if cores := environment.get("OMP_PLACES", "").strip("{}"):
-        os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
+    os.sched_setaffinity(0, cores)
     if threads := environment.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
     # Whoever comes from the server asks the same one. CPython says so, and starts another.
@@ -43,10 +55,11 @@ def _begin(environment: dict[str, str], target: Callable[..., Any], *args: Any, 
 
 
 class ForkedProcess(ForkServerProcess):
-    """Takes the environment of the moment along."""
+    """Takes the environment and the cores of the moment along."""
 
     def __init__(self, target: Callable[..., Any], args: tuple[Any, ...] = (), **others: Any) -> None:
-        super().__init__(target=_begin, args=(dict(os.environ), target, *args), **others)
+        environment = dict(os.environ)
+        super().__init__(target=_begin, args=(environment, _cores(environment), target, *args), **others)
 
 
 class ForkedContext(ForkServerContext):
@@ -63,4 +76,5 @@ def fork_ranks() -> None:
     """From now on, the ranks of this process's engines come from the fork server."""
     from vllm.v1.executor import multiproc_executor
 
+    forkserver.ensure_running()  # now: where vLLM asks for a rank, the environment is of one core
     multiproc_executor.get_mp_context = lambda: CONTEXT

@@ -63,7 +63,6 @@ def engine(
     from vllm import LLM
 
     _register_kernels_once()
-    fork_ranks()
     settings: dict[str, Any] = dict(
         model=str(model),
         enforce_eager=True,
@@ -86,6 +85,8 @@ def engine(
         }
         settings["additional_config"] = {"morphserve": merged}
     settings.update(overrides)
+    if settings.get("distributed_executor_backend") == "mp":
+        fork_ranks()
     # A start collects garbage again and again, each time through all that torch and vLLM have imported. vLLM freezes
     # all objects, too, but only at the end of a start.
     gc.freeze()
