@@ -4,7 +4,7 @@ For a vLLM whose CUDA libraries cannot run here. The stub (scripts/stub_driver) 
 so nothing is said of kernels, speed or results. Columns: section, check, ok or NO, what was found. Exit status 1 if a
 check does not hold. Last stdout line: one JSON document.
 
-    python scripts/check_packed.py --site /tmp/sp --python /tmp/gpuenv/bin/python
+    python scripts/check_packed.py --site DIRECTORY --python PYTHON
 
 --site: a directory with vllm/ and what it needs beside torch. --python: of an environment with torch for CUDA 13,
 cuda-bindings, transformers. Nothing is installed there. Takes about two minutes, and two more for each engine.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 from cpu.graph_world import BASE, SIZES, Desc, GraphWorld, Key, Mode, at, scope_of
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 from morphserve.device import (
     Formats,
+    GraphBanks,
+    Holder,
     Landing,
     Offer,
     narrow_candidates,
@@ -124,6 +127,17 @@ def test_scopes_are_learned_anew_after_a_clear() -> None:
         world.banks.clear()
         world.formats = base
         assert all(shelf.holder.scope is None for shelf in world.banks._shelves)
+
+
+def test_a_wrapper_of_another_model_says_nothing() -> None:
+    """Guards: prefills without graphs at every level, because some other module's wrapper has none."""
+    world = GraphWorld()
+    stranger = SimpleNamespace(entries={}, runnable=None, graph_pool=None)
+    holders = [*world.holders, Holder(stranger, "entries", full=False, learns=True)]
+    world.banks = GraphBanks(holders, world.routes, later_pool=world.gpu.later, watch=world._watch)
+    for formats in (world.formats, ("w4",) * 3):
+        world.capture(formats, full=[])
+        assert {world.step(size) for size in SIZES} == {Mode.PIECEWISE}
 
 
 def test_what_was_not_seen_is_not_shared(caplog: pytest.LogCaptureFixture) -> None:

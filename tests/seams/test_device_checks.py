@@ -176,8 +176,29 @@ class Platform:
         return self._capability >= capability
 
 
-def of_layers(num_layers: int) -> Any:
-    return SimpleNamespace(model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: num_layers))
+def of_layers(num_layers: int, **parallel: Any) -> Any:
+    engine = captured(**{"tensor_parallel_size": 1, **parallel})
+    engine.model_config = SimpleNamespace(get_total_num_hidden_layers=lambda: num_layers)
+    return engine
+
+
+def test_a_default_ladder_has_room_for_its_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a large model under tensor parallel that does not start unless somebody writes a ladder for it."""
+    monkeypatch.setattr("vllm.platforms.current_platform", Platform(90))
+    for num_layers, num_levels in ((32, 5), (80, 3)):
+        engine = of_layers(num_layers, tensor_parallel_size=4)
+        steps = for_this_device(MorphServeConfig(), engine).ladder.steps
+        assert isinstance(steps, list)
+        assert [step.layers_per_level for step in steps] == [2 * num_layers // (num_levels - 1)] * 2
+        check_graph_buffers(engine, ladder_of(num_levels, num_layers))
+
+
+@pytest.mark.parametrize("value", ["0", "false"])
+def test_graphs_must_be_taken_off_the_memory(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """Guards: five banks captured into memory that the KV cache was given."""
+    monkeypatch.setenv("VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS", value)
+    with pytest.raises(ConfigError, match=f"Leave out VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS={value}"):
+        check_device(config())
 
 
 @pytest.mark.parametrize(

@@ -186,3 +186,46 @@ def test_a_runner_without_a_workspace_has_banks_too(scratch: Any, monkeypatch: p
     workspace = BankWorkspace()
     workspace.open()
     workspace.check()
+
+
+def test_a_breakable_runner_is_there_before_its_banks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: graphs of level 0, which no bank has, replayed while another level is captured."""
+    from morphserve.integration.device import worker
+
+    called: list[str] = []
+
+    class Banks(Levels):
+        def __init__(self, *args: Any) -> None:
+            called.append("banks")
+
+        def capture(self, *args: Any) -> int:
+            return 0
+
+    rank = SimpleNamespace(
+        rank=object(), swapper=None, layers=SimpleNamespace(weights={}), level_formats=(),
+        kv=SimpleNamespace(num_mapped=48),
+    )  # fmt: skip
+    monkeypatch.setattr(worker, "_RANK", rank)
+    monkeypatch.setattr(worker, "LevelGraphs", Banks)
+    for breakable, expected in ((True, ["model", "banks"]), (False, ["banks"])):
+        manager = SimpleNamespace(use_breakable_cg=breakable, init_breakable_cg_runner=called.append)
+        worker._capture_model(lambda self: 0)(SimpleNamespace(cudagraph_manager=manager, model="model"))
+        assert called == expected
+        called.clear()
+
+
+def test_an_engine_without_morphserve_that_comes_later_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: blocks without pages, five times the graphs' memory, weights that cannot be loaded again, in an engine that
+    has nothing to do with us."""
+    from morphserve.integration.device import worker
+
+    rank, closed = worker._Rank(), list[bool]()
+    rank.memory = SimpleNamespace(close=lambda: closed.append(True))  # type: ignore[assignment]
+    rank.layers = SimpleNamespace(num_banks=5)  # type: ignore[assignment]
+    rank.base_num_blocks = 48
+    monkeypatch.setattr(worker, "_RANK", rank)
+    load = worker._weights_loaded(lambda model, config, device: "loaded")
+    assert load(None, None, torch.device("cpu")) == "loaded"
+    assert closed == [True] and vars(rank).keys() == vars(worker._Rank()).keys()
+    assert rank.memory is rank.layers is rank.base_num_blocks is rank.rank is None
+    assert worker._graph_memory(lambda self: 100)(object()) == 100
