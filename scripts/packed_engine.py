@@ -70,7 +70,8 @@ def stand_in() -> None:
         return num_sampled, torch.zeros_like(num_sampled)
 
     def first_that_fits(fmt: str, dtype: Any, name: Any, device: str, shapes: Any = ()) -> Any:
-        for kernel in (make(dtype) for make in selftest.by_preference(fmt, device)):
+        makes: Any = selftest.by_preference(fmt, device)
+        for kernel in (make(dtype) for make in makes):
             if not kernel.unavailable():
                 for n, k in shapes:
                     kernel.check_shape(n, k)
@@ -138,7 +139,8 @@ class Engine:
             additional_config={"morphserve": _MORPHSERVE},
             **how,
         )
-        self._core = self._llm.llm_engine.engine_core.engine_core
+        client: Any = self._llm.llm_engine.engine_core
+        self._core = client.engine_core
         self.morph = self._core.scheduler.morph
         self.worker = self._core.model_executor.driver_worker.worker
 
