@@ -14,6 +14,7 @@ import importlib
 import os
 import sys
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,14 @@ _SIZES = [1, 2, 4, 8, 16]
 _PATIENCE_S = 60.0
 _SMALL_KV_BYTES = 8 << 20  # one quantum of blocks: under load, blocks of running requests must move before a restore
 _REQUESTS, _TOKENS = 16, 200
+
+
+_loaded: dict[str, str] = {}  # parameter |-> digest, before its layer moves into the arena
+
+
+def _digest(parameter: Any) -> str:
+    """Of bytes that are read as a copy from the device would read them."""
+    return hashlib.sha256(ctypes.string_at(parameter.data_ptr(), parameter.nbytes)).hexdigest()
 
 
 class Script:
@@ -61,7 +70,8 @@ def stand_in() -> None:
         return num_sampled, torch.zeros_like(num_sampled)
 
     def first_that_fits(fmt: str, dtype: Any, name: Any, device: str, shapes: Any = (), groups: Any = ()) -> Any:
-        for kernel in (make(dtype) for make in selftest.by_preference(fmt, device)):
+        makes: Any = selftest.by_preference(fmt, device)
+        for kernel in (make(dtype) for make in makes):
             if not kernel.unavailable():
                 for n, k in shapes:
                     kernel.check_shape(n, k)
@@ -74,6 +84,14 @@ def stand_in() -> None:
         packed = {name: kernel.pack(weight) for name, weight in made.items()}
         return {name: {key: tensor.to(device) for key, tensor in found.items()} for name, found in packed.items()}
 
+    def with_weights(self: Any, model: Any) -> None:
+        for parameter in model.parameters():  # vLLM's dummy weights are made by kernels: all would be zero
+            parameter.data.copy_(torch.randn(parameter.shape).to(parameter.dtype))
+        _loaded.update({name: _digest(parameter) for name, parameter in model.named_parameters()})
+        capture(self, model)
+
+    layers: Any = importlib.import_module("morphserve.integration.device.layers").DeviceLayers
+    capture, layers.capture = layers.capture, with_weights
     sampler: Any = importlib.import_module("vllm.v1.worker.gpu.sample.sampler")
     sampler.get_num_sampled_and_rejected = one_token_each
     _clear_tokens(sampler.Sampler, "__call__")
@@ -121,7 +139,8 @@ class Engine:
             additional_config={"morphserve": _MORPHSERVE},
             **how,
         )
-        self._core = self._llm.llm_engine.engine_core.engine_core
+        client: Any = self._llm.llm_engine.engine_core
+        self._core = client.engine_core
         self.morph = self._core.scheduler.morph
         self.worker = self._core.model_executor.driver_worker.worker
 
@@ -153,11 +172,8 @@ class Engine:
         return found
 
     def weights(self) -> dict[str, tuple[int, str]]:
-        """Address and digest of each parameter, read as a copy from the device would read it."""
-        return {
-            name: (p.data_ptr(), hashlib.sha256(ctypes.string_at(p.data_ptr(), p.nbytes)).hexdigest())
-            for name, p in self.worker.model_runner.model.named_parameters()
-        }
+        """Address and digest of each parameter."""
+        return {name: (p.data_ptr(), _digest(p)) for name, p in self.worker.model_runner.model.named_parameters()}
 
     def stop(self) -> None:
         """Give the fake device back."""
@@ -190,6 +206,7 @@ def run(runner: str, graphs: str) -> None:
     row("captured", partial(_captured, engine, graphs))
     row("generates", lambda: want(engine.generate(3, 8), [8] * 3))
     pages, weights = engine.memory(), engine.weights()
+    row("weights are what was loaded", lambda: _same({n: d for n, (_, d) in weights.items()}, _loaded))
     for level in _LEVELS:
         row(f"level {level}", partial(_at_level, engine, level, graphs))
     row("under load", partial(_under_load, engine))
@@ -199,7 +216,7 @@ def run(runner: str, graphs: str) -> None:
     engine.stop()
 
 
-def _same(now: dict[str, tuple[int, str]], then: dict[str, tuple[int, str]]) -> str:
+def _same(now: Mapping[str, Any], then: Mapping[str, Any]) -> str:
     changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
     want(changed, [])
     return f"{len(now)} parameters"

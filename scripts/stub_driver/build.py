@@ -25,7 +25,7 @@ _HOST_DEFINES = "\n".join(
     )
 )
 _DECLARED = re.compile(r"\bCUresult\s+(cu[A-Z]\w*)\s*\(")
-_TRACED = "int {name}(void) {{ return fake_unsupported(\"{name}\"); }}\n"
+_TRACED = 'int {name}(void) {{ return fake_unsupported("{name}"); }}\n'
 _SILENT = "int {name}(void) {{ return 0; }}\n"
 
 

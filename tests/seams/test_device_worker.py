@@ -215,8 +215,8 @@ def test_a_breakable_runner_is_there_before_its_banks(monkeypatch: pytest.Monkey
 
 
 def test_an_engine_without_morphserve_that_comes_later_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: blocks without pages, five times the graphs' memory, weights that cannot be loaded again, in an engine that
-    has nothing to do with us."""
+    """Guards: blocks without pages, five times the graphs' memory, weights that cannot be loaded again, in an engine
+    that has nothing to do with us."""
     from morphserve.integration.device import worker
 
     rank, closed = worker._Rank(), list[bool]()
