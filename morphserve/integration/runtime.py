@@ -13,6 +13,7 @@ from morphserve.controller import Ledgers, largest_chunk_bytes, make_ledgers
 from morphserve.errors import ConfigError
 from morphserve.integration.block_pool import blocks_of_one_request, check_supported
 from morphserve.integration.describe import RankDescription
+from morphserve.integration.device.budget import check_given_blocks
 from morphserve.integration.device.kv import check_kinds, geometry_of, quantum_of
 from morphserve.integration.settings import config_file
 from morphserve.ladder import build_ladder, check_floor
@@ -59,6 +60,9 @@ class EngineRuntime:
             check_supported(self.vllm_config, kv_cache_config)
             if self.in_background:
                 check_kinds(kv_cache_config)
+        if self.in_background:
+            given = self.vllm_config.cache_config.num_gpu_blocks_override
+            check_given_blocks(given, base, available_memory)
         if len({tuple(sorted(rank.kernels.items())) for rank in self.ranks}) > 1:
             found = "; ".join(f"rank {rank.rank}: {rank.kernels}" for rank in self.ranks)
             raise ConfigError(f"ranks run other kernels ({found}). Name one for each format under `kernels`.")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from morphserve.config import MorphServeConfig
 from morphserve.errors import ConfigError
 from morphserve.integration import seams
 from morphserve.integration.device import budget
@@ -229,3 +230,34 @@ def test_an_engine_without_morphserve_that_comes_later_is_left_alone(monkeypatch
     assert closed == [True] and vars(rank).keys() == vars(worker._Rank()).keys()
     assert rank.memory is rank.layers is rank.base_num_blocks is rank.rank is None
     assert worker._graph_memory(lambda self: 100)(object()) == 100
+
+
+@pytest.mark.parametrize("given", [None, 100, 101])
+def test_a_given_number_of_blocks_must_fit(monkeypatch: pytest.MonkeyPatch, given: int | None) -> None:
+    """Guards: a start that runs out of memory minutes later, when the graphs of the last level are captured."""
+    from morphserve.integration import runtime
+
+    count = given or 100
+    config = SimpleNamespace(num_blocks=count, kv_cache_tensors=[SimpleNamespace(size=count * 4096)])
+    cache = SimpleNamespace(num_gpu_blocks_override=given)
+    described = [SimpleNamespace(page_bytes=4096, staging_bytes=None, kernels={}) for _ in range(2)]
+    executor = SimpleNamespace(collective_rpc=lambda name: described)
+    of_engine = runtime.EngineRuntime(
+        SimpleNamespace(model_executor=executor), SimpleNamespace(cache_config=cache), MorphServeConfig()
+    )
+    for name in ("check_supported", "check_kinds"):
+        monkeypatch.setattr(runtime, name, lambda *args: None)
+    monkeypatch.setattr(runtime, "_quantum", Reached.stop)
+    error, words = Reached, None
+    if given == 101:
+        error, words = ConfigError, "101 blocks take 413,696 B, and 409,600 B .* at most 100"
+    with pytest.raises(error, match=words):
+        of_engine.plan_kv(lambda *args: [config, config], None, [500_000, 409_600])
+
+
+class Reached(Exception):
+    """What comes after the check."""
+
+    @staticmethod
+    def stop(*args: Any) -> int:
+        raise Reached

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,3 +33,26 @@ def check_fixed_kv(worker: Any, num_banks: int) -> None:
             f"than the {free:,} B that are free. Give at most {max(free - graphs, 0):,} B, fewer ladder.steps, or "
             "leave --kv-cache-memory-bytes out: then it is measured."
         )
+
+
+def check_given_blocks(given: int | None, kv_cache_configs: Sequence[Any], available: Sequence[int]) -> None:
+    """A number of blocks that is given is laid out whatever memory says: see that every rank has it.
+
+    Args:
+        given: num_gpu_blocks_override; None = vLLM counts what fits.
+        kv_cache_configs: of each rank, for that number.
+        available: bytes for KV on each rank, those of all banks taken off.
+
+    Raises:
+        ConfigError: the number, what it takes, what there is, and the number that would do.
+    """
+    if given is None:
+        return
+    for config, free in zip(kv_cache_configs, available, strict=True):
+        needed = sum(tensor.size for tensor in config.kv_cache_tensors)
+        if needed > free:
+            fitting = max(free, 0) * config.num_blocks // needed
+            raise ConfigError(
+                f"num_gpu_blocks_override: {given:,} blocks take {needed:,} B, and {free:,} B are left beside weights "
+                f"and the CUDA graphs of all levels. Give at most {fitting:,}, or leave --num-gpu-blocks-override out."
+            )
