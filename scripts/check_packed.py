@@ -24,30 +24,13 @@ from pathlib import Path
 
 from stub_driver import StubError, build, environment
 
+from morphserve.gpucheck.engines import MODELS
+
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("libraries", "seams", "config", "plugin", "refusals", "wraps")
 ENGINES = tuple(f"engine_{runner}_{how}" for runner in ("v2", "v1") for how in ("eager", "full", "compiled"))
 _LIMIT_S = 600
 _ENGINE_MIB = 2048  # of the fake device; what is written to it is this machine's memory
-_MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "torch_dtype": "bfloat16",
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 _SMALL = {
     "hidden_size": 1024,
     "intermediate_size": 2048,
@@ -117,7 +100,7 @@ def child_environment(site: Path, work: Path, base: dict[str, str]) -> dict[str,
     write_distribution(work / "dist")
     for name, changes in (("model", dict[str, int]()), ("small", _SMALL)):
         (work / name).mkdir(exist_ok=True)
-        (work / name / "config.json").write_text(json.dumps({**_MODEL, **changes}))
+        (work / name / "config.json").write_text(json.dumps({**MODELS["8B shape"], **changes}))
     kept = {k: v for k, v in base.items() if not k.startswith(("VLLM_", "MORPHSERVE_", "PYTHON"))}
     path = [str(site.resolve()), str(ROOT), str(work / "dist")]
     return {

@@ -33,16 +33,21 @@ def test_drain_timeout_keeps_the_old_level_and_allows_degrading() -> None:
     rig.go_to(4, steps=6)
 
 
-def test_a_wait_for_room_ends_with_room() -> None:
-    """Guards: an engine whose requests have left stays quantized until a back-off is over, or tries without room."""
+def full_and_waiting() -> Rig:
+    """At level 3, with a request that fills the cache, right after a restore has given up."""
     rig = Rig()
     rig.go_to(3)
     assert rig.pool.allocate(1, rig.pool.num_kv_blocks - 1)
     rig.step()
     rig.script.level = 0
-    ended = rig.controller.counters.transitions
-    while ("restore", "aborted") not in ended:
+    while ("restore", "aborted") not in rig.controller.counters.transitions:
         rig.step()
+    return rig
+
+
+def test_a_wait_for_room_ends_with_room() -> None:
+    """Guards: an engine whose requests have left stays quantized until a back-off is over, or tries without room."""
+    rig = full_and_waiting()
     rig.step(5)
     assert rig.controller.phase is Phase.IDLE
     rig.pool.finish(1)
@@ -52,18 +57,11 @@ def test_a_wait_for_room_ends_with_room() -> None:
 
 def test_room_ends_no_wait_after_a_fault() -> None:
     """Guards: a restore that fails is tried again at every step of an engine that has room."""
-    rig = Rig()
-    rig.go_to(3)
-    assert rig.pool.allocate(1, rig.pool.num_kv_blocks - 1)
-    rig.step()
-    rig.script.level = 0
-    ended = rig.controller.counters.transitions
-    while ("restore", "aborted") not in ended:
-        rig.step()
+    rig = full_and_waiting()
     rig.executor.fail = lambda command, plan, rank: "no memory" if command == "prepare" else ""  # type: ignore[assignment]
     rig.pool.finish(1)
     rig.step(80)  # 4 s
-    assert ended[("restore", "aborted")] == 2
+    assert rig.controller.counters.transitions[("restore", "aborted")] == 2
 
 
 @pytest.mark.parametrize(("num_used_blocks", "ends"), [(120, True), (119, False)])
