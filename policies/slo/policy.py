@@ -25,6 +25,10 @@ _MAX_HORIZON_S = 15.0  # so far at most
 _PROMPT_S = 0.1  # who fits is admitted within
 _AS_FAST = 0.97  # of the requests per second that a shallower level serves
 _QUICKER = 0.95  # a queue that much shorter is worth a drain
+_LONG_QUEUE = 4.0  # promised waits: an overload with more of them ahead will last
+_WORSE = 1.3  # times as many late at a deeper level are not within the error of the prediction
+_AHEAD = 2.0  # a deeper level is entered so many times before the KV cache is full as the way there takes,
+_AHEAD_S = 0.2  # which is so much more than predicted
 _SAFETY = 1.15  # arrivals and errors are taken so much larger before a restore
 _FILL_AFTER_RESTORE = 0.95  # of the blocks: a shallower level must hold what lives, with air
 _REENTRY_S = 20.0  # degrading so soon after a restore means that the restore was too early
@@ -141,9 +145,10 @@ class SloPolicy:
         if self.budget.exhausted:
             decision = self._spent(s, heading, load)
         elif self.distrusts:
+            self._max_queued_tokens = None  # nobody is refused on a prediction that was wrong
             decision = self._follow(s, heading, by_threshold)
         else:
-            decision = self._think(s, heading, load)
+            decision = self._think(s, heading, load, by_threshold)
         if decision.max_queued_tokens != self._max_queued_tokens:
             decision = replace(decision, max_queued_tokens=self._max_queued_tokens)
         self._last = decision
@@ -151,7 +156,7 @@ class SloPolicy:
 
     # ---- the decision
 
-    def _think(self, s: Signals, heading: int, load: Load) -> Decision:
+    def _think(self, s: Signals, heading: int, load: Load, by_threshold: Decision) -> Decision:
         if self._is_calm(s, load, heading):
             self._max_queued_tokens = None
             return self._stay(heading, "nothing to do")
@@ -159,15 +164,20 @@ class SloPolicy:
         here = outlooks[heading]
         best = self._cheapest(outlooks, load)
         self._shed(outlooks, load)
+        binds = here.binds and not self._wait_elsewhere(s, load)
+        if binds and self._leaves_it(outlooks, best, heading, by_threshold, load):
+            return self._follow(s, heading, by_threshold)
         if best > heading:
             self._fits_since = [None] * len(self._ladder)  # no shallower one does
             saved = here.violations - outlooks[best].violations
-            if not here.binds or self._wait_elsewhere(s, load):
+            if not binds:
                 return self._stay(heading, f"late {here.share:.0%}, but KV does not bind")
             dearer = (self._costs[best] - self._costs[heading]) / max(self._costs[-1], 1e-9)
             worth = _WORTH_REQUESTS + _WORTH_IF_DEAREST * max(dearer, 0.0)
             if saved < max(worth, _WORTH_SHARE * here.violations):
                 return self._stay(heading, f"level {best} would save {saved:.1f} requests")
+            if self._has_time(s, heading, best, load):
+                return self._stay(heading, f"level {best} is not needed yet")
             if self._bucket.level < 1.0:
                 return self._stay(heading, "too many changes of the level lately")
             what = f"late {here.share:.0%} -> {outlooks[best].share:.0%} of {here.requests:.0f}"
@@ -187,8 +197,7 @@ class SloPolicy:
         return self._stay(0, "quality budget spent") if heading == 0 else self._go(s, 0, "quality budget spent")
 
     def _follow(self, s: Signals, heading: int, asked: Decision) -> Decision:
-        """What the thresholds ask for, within the token bucket; nobody is refused on a prediction that was wrong."""
-        self._max_queued_tokens = None
+        """What the thresholds ask for, within the token bucket."""
         self._fits_since = [None] * len(self._ladder)
         if asked.level == heading or self._bucket.level < (1.0 if asked.level > heading else 2.0):
             return self._stay(heading, asked.reason)
@@ -212,6 +221,30 @@ class SloPolicy:
             self._max_queued_tokens = max(int(served * load.typical.prompt_tokens), 1)
         else:
             self._max_queued_tokens = None
+
+    def _leaves_it(self, outlooks: list[Outlook], best: int, heading: int, by_threshold: Decision, load: Load) -> bool:
+        """Thresholds decide, while no level keeps the promise and the queue may be a short one.
+
+        Full caches preempt in ways that no closed form ranks. As long as a burst may end soon, room is worth more than
+        speed, and thresholds, which go by the blocks that are held, have fewer late. Not where compute is so short that
+        a deeper level would only make it worse.
+        """
+        here, there = outlooks[heading], outlooks[min(by_threshold.level, len(outlooks) - 1)]
+        if self._keeps_promise(outlooks[best]) or here.last_wait_s > _LONG_QUEUE * load.ttft_s:
+            return False
+        return by_threshold.level <= heading or there.violations <= _WORSE * here.violations
+
+    def _keeps_promise(self, outlook: Outlook) -> bool:
+        """Expected violations are within the target."""
+        return outlook.violations <= self.targets.target * max(outlook.requests, 1.0)
+
+    def _has_time(self, s: Signals, heading: int, level: int, load: Load) -> bool:
+        """The blocks that are free outlast the way to `level`, with those who wait admitted and nobody ending."""
+        size = self._limits.block_size
+        prompt_blocks = load.typical.prompt_tokens / size + 0.5
+        free = self._usable[heading] - s.used_kv_blocks - s.num_waiting * prompt_blocks
+        taken_per_s = s.num_running / size / max(s.step_s, 1e-3) + load.arrival_rate * prompt_blocks
+        return free > taken_per_s * _AHEAD * (self._delay_s(s, level) + _AHEAD_S)
 
     def _wait_elsewhere(self, s: Signals, load: Load) -> bool:
         """Requests have been waiting although the next ones would fit: for prefill, or for max_num_seqs."""
@@ -241,7 +274,7 @@ class SloPolicy:
         for level in reversed(range(heading)):
             outlook = self._predictor.outlook(level, load, self._delay_s(s, level))
             holds = s.used_kv_blocks <= _FILL_AFTER_RESTORE * self._usable[level]
-            late = outlook.violations > self.targets.target * max(outlook.requests, 1.0)
+            late = not self._keeps_promise(outlook)
             # Deeper is not always faster: in an overload all are late, and a level that computes faster is less.
             quicker = outlook.last_wait_s < _QUICKER * here.last_wait_s and outlook.violations <= here.violations
             if not quicker and (not holds or late or outlook.binds):

@@ -15,6 +15,7 @@ from policies.step_times import StepTime
 from policies.types import Cohort, EngineLimits, Signals
 
 _UNKNOWN_OUTPUT_TOKENS = 128.0  # until a request has ended
+_PRIOR_REQUESTS = 4.0  # of mean size, that the running ones are weighed against
 _FORECAST_POINTS = 4
 _LOST_WEIGHT = 0.2
 _SQRT2 = sqrt(2.0)
@@ -39,7 +40,10 @@ class Typical:
         output = s.output_tokens or max(s.blocks_per_request * size - prompt, 0.0) or _UNKNOWN_OUTPUT_TOKENS
         final = max((prompt + output) / size + 0.5, s.blocks_per_request, 1.0)
         mean = (prompt + output / 2) / size + 0.5
-        return cls(prompt, output, final, mean, prompt + output / 2)
+        # The long answers of a burst outlive the others: who runs at its end holds more than most do.
+        seen = (s.used_kv_blocks + _PRIOR_REQUESTS * mean) / (s.num_running + _PRIOR_REQUESTS)
+        mean = max(mean, seen)
+        return cls(prompt, output, final, mean, (mean - 0.5) * size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,7 @@ class Predictor:
 
         violations = requests = ahead = tokens = 0.0
         for cohort in s.waiting:
-            for part in _parts(cohort, s.now_s, load, step_s, typical, tpot_s):
+            for part in _parts(cohort, load, typical, tpot_s):
                 wait = wait_s(ahead + (part.num_requests - 1) / 2, tokens + part.num_tokens / 2)
                 ahead, tokens = ahead + part.num_requests, tokens + part.num_tokens
                 weight = part.num_requests * (_LOST_WEIGHT if part.is_lost else 1.0)
@@ -190,20 +194,19 @@ class _Part:
     is_lost: bool
 
 
-def _parts(
-    cohort: Cohort, now_s: float, load: Load, step_s: float, typical: Typical, tpot_s: float
-) -> tuple[_Part, ...]:
+def _parts(cohort: Cohort, load: Load, typical: Typical, tpot_s: float) -> tuple[_Part, ...]:
     """A cohort came evenly between its first and its last; the early ones may be lost already.
 
     A lost request is no reason for any level to keep its promise, but its answer is still wanted: it counts a little,
-    as one that has just come.
+    as one that has just come. Who is lost depends on the engine as it is: a level that would lose more pays for them.
     """
-    count, tokens = float(cohort.num_requests), float(cohort.num_tokens)
+    s = load.signals
+    count, tokens, now_s, step_s = float(cohort.num_requests), float(cohort.num_tokens), s.now_s, s.step_s
     if cohort.has_token:  # may spend on waiting what its tokens leave of its time
-        spare_s = ((cohort.tpot_s or load.tpot_s) - tpot_s) * typical.output_tokens
-        left_s = spare_s - (now_s - cohort.last_arrival_s)
-        lost = left_s <= step_s
-        return (_Part(count, tokens, max(spare_s, load.ttft_s) if lost else left_s, lost),)
+        limit_s, waited_s = cohort.tpot_s or load.tpot_s, now_s - cohort.last_arrival_s
+        spare_s = (limit_s - tpot_s) * typical.output_tokens
+        lost = (limit_s - s.tpot_s) * typical.output_tokens - waited_s <= step_s
+        return (_Part(count, tokens, max(spare_s, load.ttft_s) if lost else spare_s - waited_s, lost),)
     limit_s = cohort.ttft_s or load.ttft_s
     first, last = cohort.first_arrival_s, cohort.last_arrival_s
     alive_from = now_s - limit_s + step_s

@@ -143,9 +143,7 @@ def load(signals: Signals, rate: float = 0.0) -> Load:
 
 
 PREDICTOR = Predictor((48, 150), TIMES, LIMITS)
-PACKED = replace(
-    QUIET, num_running=10, used_kv_blocks=46, num_waiting=12, waiting=(Cohort(12, 768, 98.9, 99.6),)
-)
+PACKED = replace(QUIET, num_running=10, used_kv_blocks=46, num_waiting=12, waiting=(Cohort(12, 768, 98.9, 99.6),))
 
 
 def test_more_blocks_save_who_waits() -> None:
@@ -182,3 +180,21 @@ def test_cost_depends_on_cohorts_not_on_requests() -> None:
     """Guards: predictions that walk the queue."""
     many = replace(PACKED, num_waiting=10_000, waiting=(Cohort(10_000, 640_000, 90.0, 99.6),))
     assert PREDICTOR.outlook(0, load(many), 0.0).violations > 1000
+
+
+def test_long_answers_at_the_end_of_a_burst_take_more_room() -> None:
+    """Guards: seats counted in usual requests, while those that are left hold three times as much."""
+    young, old = (replace(QUIET, num_running=20, used_kv_blocks=used) for used in (40, 240))
+    assert Typical.of(young, LIMITS).mean_blocks == pytest.approx(Typical.of(QUIET, LIMITS).mean_blocks)
+    assert Typical.of(old, LIMITS).mean_blocks > 10
+    lone = replace(QUIET, num_running=1, used_kv_blocks=12)
+    assert Typical.of(lone, LIMITS).mean_blocks < 7, "one request says little"
+
+
+def test_a_slow_level_pays_for_those_it_would_lose() -> None:
+    """Guards: requests that only a slow level cannot save counted as lost anyway, which makes it look good."""
+    late_soon = replace(PACKED, step_s=0.02, waiting=(Cohort(12, 768, 98.1, 98.2),))
+    slow = StepTime(5.0, 0.01, 0.001, 0.0)
+    assert Predictor((150,), (slow,), LIMITS).outlook(0, load(late_soon), 0.0).requests == pytest.approx(12 + 10)
+    preempted = replace(late_soon, tpot_s=0.05, waiting=(Cohort(12, 768, 98.1, 98.2, has_token=True),))
+    assert Predictor((150,), (slow,), LIMITS).outlook(0, load(preempted), 0.0).requests == pytest.approx(12 + 10)
