@@ -40,7 +40,7 @@ def build_parser(description: str, corpus: Path) -> argparse.ArgumentParser:
     prompt_options(group, corpus)
     run_options(parser.add_argument_group("runs"))
     server_options(parser.add_argument_group("servers (the same for all runs; all are up at once)"))
-    simulated.model_options(parser.add_argument_group("simulation; without --step-times there is none"))
+    simulated.add_options(parser.add_argument_group("simulation; without --step-times there is none"))
     return parser
 
 
@@ -51,21 +51,29 @@ def main(description: str, corpus: Path, argv: Sequence[str] | None = None) -> i
 
 
 def _sweep(args: argparse.Namespace) -> dict[str, Any]:
-    if args.out is None or args.model is None:
-        raise ReplayError("--out DIR and --model DIR are needed.")
-    simulated.check_model_options(args)
-    args.serve_arg = [*args.serve_arg, *simulated.server_arguments(args)]
+    if args.simulate:
+        args.url = None  # a sweep starts its own servers
+        simulated.check_options(args)
+    else:
+        _check_servers(args)
+        args.serve_arg = [*args.serve_arg, *simulated.server_arguments(args)]
     comparisons: dict[str, Comparison] = {}
     for window in read_windows(args.window):
         check_fits(window.workload, args.max_model_len)
-        comparison = comparison_of(args, window.source, window.workload)
+        comparison = comparison_of(args, window.source, window.workload, with_text=not args.simulate)
         comparisons[window.name] = replace(comparison, out=args.out / window.name)
-    next(iter(comparisons.values())).check()
-    # Before hours of measuring: a config or a calibration that cannot be simulated.
-    rows = _simulate(args, comparisons) if args.step_times is not None else {}
-    with ConsoleProgress(enabled=not args.quiet) as progress:
-        measured = measure_all(comparisons, progress)
-    text = markdown(measured, rows, f"{len(args.compare)} runs on {len(comparisons)} windows")
+    next(iter(comparisons.values())).check(is_simulated=args.simulate)
+    title, repeats = f"{len(args.compare)} runs on {len(comparisons)} windows", "interleaved repeats"
+    measured: dict[tuple[str, str], list[Row]]
+    if args.simulate:
+        measured, rows = _simulate(args, comparisons, args.sim_speed), {}
+        title, repeats = f"Simulated at {args.sim_speed:g} times the step times: {title}", "seeds"
+    else:
+        # Before hours of measuring: a config or a calibration that cannot be simulated.
+        rows = _at_all_speeds(args, comparisons) if args.step_times is not None else {}
+        with ConsoleProgress(enabled=not args.quiet) as progress:
+            measured = measure_all(comparisons, progress)
+    text = markdown(measured, rows, title, repeats)
     report = args.out / "sweep.md"
     report.write_text(text, encoding="utf-8")
     sys.stderr.write(text)
@@ -83,18 +91,32 @@ def _sweep(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _simulate(
+def _check_servers(args: argparse.Namespace) -> None:
+    if args.out is None or args.model is None:
+        raise ReplayError("--out DIR and --model DIR are needed.")
+    simulated.check_model_options(args)
+    if args.sim_speed != 1.0:
+        raise ReplayError("--sim-speed is of a simulation without servers. Add --simulate, or leave it out.")
+
+
+def _at_all_speeds(
     args: argparse.Namespace, comparisons: Mapping[str, Comparison]
 ) -> dict[tuple[str, str], dict[float, Row]]:
-    rows: dict[tuple[str, str], dict[float, Row]] = {}
+    by_speed = {speed: _simulate(args, comparisons, speed) for speed in SPEEDS}
+    return {key: {speed: middle(rows[key]) for speed, rows in by_speed.items()} for key in by_speed[1.0]}
+
+
+def _simulate(
+    args: argparse.Namespace, comparisons: Mapping[str, Comparison], speed: float
+) -> dict[tuple[str, str], list[Row]]:
+    """One row a repeat, by window and run; repeats differ in the seed of the noise."""
+    rows: dict[tuple[str, str], list[Row]] = {}
     for window, comparison in comparisons.items():
         model = simulated.load_model(comparison, args)
         for name in comparison.names:
             directory = comparison.out / f"{name}.simulated"
-            for speed in SPEEDS:
-                repeats = [
-                    simulated.run_one(comparison, name, repeat, directory, model, speed, args.seed + repeat).figures()
-                    for repeat in range(comparison.repeats)
-                ]
-                rows.setdefault((window, name), {})[speed] = middle(repeats)
+            rows[window, name] = [
+                simulated.run_one(comparison, name, repeat, directory, model, speed, args.seed + repeat).figures()
+                for repeat in range(comparison.repeats)
+            ]
     return rows

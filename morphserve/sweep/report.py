@@ -23,10 +23,19 @@ _COLUMNS: tuple[tuple[str, str, float, str], ...] = (
 )
 
 
-def markdown(measured: Rows, simulated: Mapping[tuple[str, str], Mapping[float, Row]], title: str) -> str:
-    """The whole report; without simulated rows only what was measured."""
+def markdown(
+    measured: Rows,
+    simulated: Mapping[tuple[str, str], Mapping[float, Row]],
+    title: str,
+    repeated: str = "interleaved repeats",
+) -> str:
+    """The whole report; without simulated rows only what was measured.
+
+    Args:
+        repeated: what several rows of a pair are.
+    """
     repeats = max(len(rows) for rows in measured.values())
-    parts = [f"# {title}", "", f"Medians of {repeats} interleaved repeats [least, most].", ""]
+    parts = [f"# {title}", "", f"Medians of {repeats} {repeated} [least, most].", ""]
     parts += _measured_tables(measured)
     parts += ["## All windows together", "", *_total_table(measured, simulated)]
     parts += _dominated(measured)

@@ -122,6 +122,8 @@ def test_runs_in_which_nothing_came_out_have_no_cost() -> None:
     [
         (("--sim-noise", "0.1"), "--sim-noise is of a simulation: add --step-times"),
         (("--step-times", "times.json", "--serve-arg=--max-num-batched-tokens=512"), "give it as an option of its own"),
+        (("--sim-speed", "0.7"), "--sim-speed is of a simulation without servers"),
+        (("--simulate",), "--simulate needs --step-times FILE"),
     ],
 )
 def test_what_only_one_side_would_get_is_refused(
@@ -203,3 +205,21 @@ def test_a_bad_config_is_refused_before_any_server_starts(tmp_path: Path, capsys
     )  # fmt: skip
     assert code == 1 and "unknown option 'thinn'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_many_windows_are_simulated_without_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: a model, prompts or servers asked for though only lengths are read; repeats that are all one."""
+    CALIBRATION.save(tmp_path / "times.json")
+    root = Path(__file__).parents[2]
+    windows = [f"--window=synthetic:{seed},duration=20" for seed in (1, 2)]
+    options = ["--config", str(root / "policies" / "yaml" / "demo.yaml"), "--compare", "stock,morphserve", "--quiet"]
+    options += ["--simulate", "--step-times", str(tmp_path / "times.json"), "--out", str(tmp_path / "out")]
+    options += [f"{window}:input_clip=8,120:output_clip=4,384" for window in windows]
+    assert main("sweep", tmp_path, [*options, "--repeats", "2", "--sim-noise", "0.1"]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [run["name"] for run in document["runs"]].count("morphserve") == 1 and document["agreement"] == []
+    text = Path(document["report"]).read_text()
+    assert text.startswith("# Simulated at 1 times") and "Medians of 2 seeds" in text
+    cells = next(line for line in text.splitlines() if line.startswith("| stock")).split("|")
+    low, high = cells[6].split("[")[1].rstrip("] ").split(", ")
+    assert low != high, "two seeds, two durations"
