@@ -77,7 +77,7 @@ def check_options(args: argparse.Namespace) -> None:
         return
     if args.step_times is None or args.out is None:
         raise ReplayError("--simulate needs --step-times FILE (scripts/calibrate.py makes it) and --out DIR.")
-    if args.url is not None or args.serve_arg or args.token_ids:
+    if getattr(args, "url", None) is not None or args.serve_arg or args.token_ids:  # a sweep has no --url
         raise ReplayError("--simulate starts no server: leave out --url, --serve-arg and --token-ids.")
 
 

@@ -52,7 +52,6 @@ def main(description: str, corpus: Path, argv: Sequence[str] | None = None) -> i
 
 def _sweep(args: argparse.Namespace) -> dict[str, Any]:
     if args.simulate:
-        args.url = None  # a sweep starts its own servers
         simulated.check_options(args)
     else:
         _check_servers(args)

@@ -84,7 +84,7 @@ class SloPolicy:
 
     1. Degrades only while KV is what binds, and only for requests that the deeper level saves.
     2. Level changes stay within the token bucket; a way down is always paid for before a way up is taken.
-    3. When predictions have been wrong, thresholds decide until they are right again.
+    3. When predictions have been wrong, thresholds decide until they are right again. So they do in a brief overload.
     """
 
     def __init__(self, config: SloConfig, ladder: Ladder, times: StepTimes, limits: EngineLimits) -> None:
@@ -165,7 +165,7 @@ class SloPolicy:
         best = self._cheapest(outlooks, load)
         self._shed(outlooks, load)
         binds = here.binds and not self._wait_elsewhere(s, load)
-        if binds and self._leaves_it(outlooks, best, heading, by_threshold, load):
+        if binds and self._thresholds_decide(outlooks, best, heading, by_threshold, load):
             return self._follow(s, heading, by_threshold)
         if best > heading:
             self._fits_since = [None] * len(self._ladder)  # no shallower one does
@@ -222,8 +222,10 @@ class SloPolicy:
         else:
             self._max_queued_tokens = None
 
-    def _leaves_it(self, outlooks: list[Outlook], best: int, heading: int, by_threshold: Decision, load: Load) -> bool:
-        """Thresholds decide, while no level keeps the promise and the queue may be a short one.
+    def _thresholds_decide(
+        self, outlooks: list[Outlook], best: int, heading: int, by_threshold: Decision, load: Load
+    ) -> bool:
+        """No level keeps the promise, and the queue may be a short one.
 
         Full caches preempt in ways that no closed form ranks. As long as a burst may end soon, room is worth more than
         speed, and thresholds, which go by the blocks that are held, have fewer late. Not where compute is so short that
@@ -257,13 +259,13 @@ class SloPolicy:
         Where no level keeps the promise, demand is above supply, and what counts is how many requests a level serves
         per second. One that serves fewer than a shallower level offers room for a moment and a longer queue after it.
         """
-        allowed = self.targets.target * max(outlooks[0].requests, 1.0)
-        levels = [level for level, outlook in enumerate(outlooks) if outlook.violations <= allowed]
+        levels = [level for level, outlook in enumerate(outlooks) if self._keeps_promise(outlook)]
         if not levels:
             rates = [self._predictor.release_rate(level, load) for level in range(len(outlooks))]
             sound = [level for level, rate in enumerate(rates) if rate >= _AS_FAST * max(rates[: level + 1])]
             fewest = min(outlooks[level].violations for level in sound)
-            levels = [level for level in sound if outlooks[level].violations <= fewest + allowed]
+            about = self.targets.target * max(outlooks[0].requests, 1.0)
+            levels = [level for level in sound if outlooks[level].violations <= fewest + about]
         return min(levels, key=lambda level: (self._costs[level], level))
 
     def _rested(self, s: Signals, heading: int) -> int:
