@@ -87,6 +87,7 @@ class Executor:
     """Two ranks that do what they are told, in no time."""
 
     num_ranks = 2
+    in_background = False
 
     def _answer(self, plan: Plan) -> Ticket:
         return Ticket(tuple(Reply(r, plan.revision, True, num_kv_blocks=plan.num_kv_blocks) for r in range(2)))
