@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_it_goes_up_and_down() -> None:
+    """Its executor has all that the controller reads; without that every transition fails."""
     command = [sys.executable, "scripts/bench_controller.py", "--steps", "3000"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
