@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint serve clean
+.PHONY: help setup demo test test-lower-tiers lint serve clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +13,12 @@ PY := $(VENV)/bin/python
 TORCH_INDEX ?=
 # cpu or cuda; empty = cuda when a device answers
 MORPHSERVE_EXTRA ?=
-export VENV TORCH_INDEX MORPHSERVE_EXTRA
+# avx2, avx512, vnni or bf16: behave as on a lesser CPU (morphserve/cpu_tier.py); empty = as this one
+ifndef TIER
+TIER := $(MORPHSERVE_CPU_TIER)
+endif
+MORPHSERVE_CPU_TIER := $(TIER)
+export VENV TORCH_INDEX MORPHSERVE_EXTRA MORPHSERVE_CPU_TIER
 
 # empty = the demo model, obtained and converted once
 MODEL ?=
@@ -21,6 +26,10 @@ CONFIG ?= policies/yaml/demo.yaml
 WORKLOAD ?= scripts/workloads/convD.jsonl
 OUT ?= reports/demo
 PORT ?= 8000
+# auto = float32 on a CPU without bf16 instructions, else the model's own
+DTYPE ?= auto
+# 0 = the window and the limits as they are, not fitted to this machine
+FIT ?= 1
 FULL ?= 0
 PYTEST_ARGS ?=
 # test processes side by side; each takes a core, and up to 5 GiB
@@ -30,11 +39,15 @@ SERVE_ARGS ?=
 runs := stock,morphserve$(if $(filter 1,$(FULL)),$(strip ,static_w8,static_w4))
 # A shell fragment that leaves the directory of the model in $$model.
 with_model = model="$(MODEL)"; model="$${model:-$$($(PY) scripts/demo_model.py | tail -n 1)}"
+# files that hold tests marked cpu_tier: the others need not be imported for that
+tier_tests = $(shell grep -lr 'mark.cpu_tier' tests --include='test_*.py' | sort)
+run_tests = MORPHSERVE_DEMO_MODEL="$$model" $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 help:
 	@echo "make setup   .venv with vLLM for this machine"
-	@echo "make demo    stock vLLM, then MorphServe, on one burst; FULL=1 adds static W8 and static W4"
-	@echo "make test    lint, then every test this machine can run; WORKERS=2 processes"
+	@echo "make demo    stock vLLM, then MorphServe, on a burst that fits this machine; FULL=1 adds static W8 and W4"
+	@echo "make test    lint, then every test this machine can run; WORKERS=2 processes, TIER=avx2 as on a lesser CPU"
+	@echo "make test-lower-tiers   the tests that depend on the CPU's instructions, on each tier below this one's"
 	@echo "make lint    ruff, mypy, import rules"
 	@echo "make serve   vllm serve with the plugin on the demo model; PORT=8000"
 	@echo "make clean   removes .venv, caches of the tools and reports/demo"
@@ -44,19 +57,26 @@ setup:
 
 demo: setup
 	@$(with_model); $(PY) scripts/replay.py --workload $(WORKLOAD) --compare $(runs) \
-		--config $(CONFIG) --out $(OUT) --model "$$model" --enforce-eager
+		--config $(CONFIG) --out $(OUT) --model "$$model" --dtype $(DTYPE) --enforce-eager $(if $(filter 0,$(FIT)),,--fit)
 
 test: lint
-	@$(with_model); MORPHSERVE_DEMO_MODEL="$$model" $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	@$(with_model); $(run_tests) $(PYTEST_ARGS)
+
+test-lower-tiers: setup
+	@$(with_model); for tier in $$($(PY) -c "from morphserve.cpu_tier import lower_tiers; print(*lower_tiers())"); do echo "== $$tier, emulated"; \
+		MORPHSERVE_CPU_TIER=$$tier $(run_tests) -m cpu_tier $(tier_tests); done
 
 lint: setup
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy -p policies -p morphserve.controller -m morphserve.monitor -m morphserve.ladder
 	@$(VENV)/bin/lint-imports --no-logo
 
+# With a size given, vLLM asks for it alone; without, for 92 % of the memory that it counts on the node.
 serve: setup
-	@$(with_model); exec $(VENV)/bin/vllm serve "$$model" --served-model-name demo --port $(PORT) \
-		--plugin morphserve --morphserve-config $(CONFIG) \
+	@export VLLM_CPU_KVCACHE_SPACE="$${VLLM_CPU_KVCACHE_SPACE:-1}"; $(with_model); \
+		dtype="$$($(PY) -m morphserve.serve_dtype $(DTYPE) --model "$$model")"; \
+		exec $(VENV)/bin/vllm serve "$$model" --served-model-name demo --port $(PORT) \
+		$$dtype --plugin morphserve --morphserve-config $(CONFIG) \
 		--block-size 32 --num-gpu-blocks-override 49 --max-model-len 512 --max-num-seqs 64 $(SERVE_ARGS)
 
 clean:

@@ -1,9 +1,10 @@
-"""`python -m morphserve check`: can MorphServe run here, in which formats. `inspect PROFILE`: what is in a profile.
-`replay-log FILE`: does a decision log's policy, asked again, answer the same."""
+"""`python -m morphserve check`: can MorphServe run here, in which dtype and formats. `inspect PROFILE`: what is in a
+profile. `replay-log FILE`: does a decision log's policy, asked again, answer the same."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 
@@ -13,7 +14,10 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="versions, every vLLM symbol that MorphServe touches, every kernel")
     check.add_argument("--json", action="store_true", help="print one JSON document")
-    check.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="of the model")
+    check.add_argument(
+        "--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"],
+        help="that a server is to have; auto = the one that serves best on this CPU",
+    )  # fmt: skip
     inspect = commands.add_parser("inspect", help="print a profile as tables")
     inspect.add_argument("profile", help="directory that scripts/profile_layers.py made")
     replay = commands.add_parser("replay-log", help="ask a policy again what a decision log says it was asked")
@@ -26,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         from morphserve.replay_log import run
 
         return run(args.file, args.policy)
+    # Read as torch is loaded: threads that wait in a loop would time, and slow down, whatever else has the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from morphserve.check import check as check_machine
 
     return check_machine(args.dtype, args.json)

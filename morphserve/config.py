@@ -28,6 +28,9 @@ class LadderStep(_Section):
     )
     layers: int | Literal["all"] = Field("all", description="how many layers, in `order`")
     layers_per_level: int = Field(5, ge=1, description="layers one level adds to the one before")
+    optional: bool = Field(
+        False, description="left out, with a warning, where no kernel runs the format; else the start is refused"
+    )
 
 
 class LadderConfig(_Section):
@@ -37,7 +40,7 @@ class LadderConfig(_Section):
         None, description="swap order of decoder layers; null = the profile's, without one front to back"
     )
     steps: Annotated[list[LadderStep], Field(min_length=1)] | Literal["profile"] | None = Field(
-        None, description="null = the profile's ladder, level by level; without one w8, then w4"
+        None, description="null = the profile's ladder, level by level; without one w8, then w4, what runs of them"
     )
     expected_kl: dict[str, float] = Field(
         default_factory=dict,

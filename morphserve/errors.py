@@ -29,3 +29,7 @@ class StoreError(MorphServeError, RuntimeError):
 
 class ProfilingError(MorphServeError):
     """A model cannot be profiled."""
+
+
+class EngineEndedError(MorphServeError, RuntimeError):
+    """The engine or a worker ended; the message is what ended it."""

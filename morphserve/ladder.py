@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NoReturn
@@ -16,7 +16,7 @@ from policies.types import BASE_FORMAT, Ladder, MorphLevel
 # What a ladder takes by itself: fast wherever MorphServe serves. No list of all formats: fp8 is slow on CPU, and a new
 # one is for who names it.
 DEFAULT_FORMATS = ("w8", "w4")
-_DEFAULT_STEPS = tuple(LadderStep(format=fmt) for fmt in DEFAULT_FORMATS)
+_DEFAULT_STEPS = tuple(LadderStep(format=fmt, optional=True) for fmt in DEFAULT_FORMATS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,21 @@ def ladder_formats(config: LadderConfig, profile: ProfileLadder | None = None) -
     if rungs := _profile_rungs(config, profile):
         return tuple(dict.fromkeys(fmt for rung in rungs for fmt in rung.values()))
     return tuple(dict.fromkeys(step.format for step in _steps(config)))
+
+
+def optional_formats(config: LadderConfig, profile: ProfileLadder | None = None) -> frozenset[str]:
+    """Formats that the ladder does without where no kernel runs them: those that no step insists on."""
+    if _profile_rungs(config, profile):
+        return frozenset()
+    steps = _steps(config)
+    return frozenset(step.format for step in steps) - {step.format for step in steps if not step.optional}
+
+
+def without_formats(config: LadderConfig, formats: Collection[str]) -> LadderConfig:
+    """The section without the steps of some formats, not of all; as it is where there are none to leave out."""
+    if not formats:
+        return config
+    return config.model_copy(update={"steps": [step for step in _steps(config) if step.format not in formats]})
 
 
 def build_ladder(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from morphserve.errors import MorphServeError
-from morphserve.integration import seams
+from morphserve.integration import ending, seams
 from morphserve.integration.settings import CONFIG_FILE, KEY, is_active, read_settings
 
 logger = logging.getLogger("vllm.morphserve")
@@ -37,6 +37,7 @@ def register() -> None:
         # thing in EngineCore.__init__, and the wrappers do nothing for a config that is not ours.
         if "vllm.v1.engine.core" in sys.modules:
             install_engine_seams()
+        ending.listen()
     except Exception:
         logger.exception("morphserve: could not register; vLLM goes on without it")
 
@@ -107,6 +108,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Any:
         if not is_active(self.additional_config):
             return original(self, *args, **kwargs)
         try:
+            ending.arm(_is_cli())
             _activate(self)
             config = original(self, *args, **kwargs)
             from morphserve.integration.checks import check_engine
@@ -116,6 +118,9 @@ def _create_engine_config(original: Callable[..., Any]) -> Any:
             # On the command line one clear line beats a traceback of vLLM's start-up.
             if _is_cli():
                 _exit(str(e))
+            raise
+        except Exception as e:  # of vLLM's, above which stands its stack
+            ending.note(e)
             raise
         return config
 

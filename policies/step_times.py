@@ -56,6 +56,8 @@ class StepTimes:
     residuals: Mapping[str, float] | None = None  # by format: root mean square of the relative error of the fit
     model: str = ""
     machine: str = ""
+    dtype: str = ""  # of the activations and the base weights, as bfloat16
+    tier: str = ""  # of the CPU that was timed, emulated or not; as morphserve.cpu_tier has them
 
     @property
     def scatter(self) -> float:
@@ -140,6 +142,8 @@ def parse_step_times(raw: object, source: str) -> StepTimes:
             residuals=raw.get("residuals"),
             model=raw.get("model", ""),
             machine=raw.get("machine", ""),
+            dtype=raw.get("dtype", ""),
+            tier=raw.get("tier", ""),
         )
         _check(times)
     except (KeyError, TypeError, AttributeError, ValueError) as e:

@@ -11,6 +11,7 @@ from policies.types import BASE_FORMAT, Decision, Ladder, Signals
 
 _GROWTH_UNTIL_KNOWN = 1.5  # a request holds its prompt at first; until one has ended, expect it to grow so
 _FULL = 0.9  # kv_usage from which a costlier format is worth its price
+_SLOWER = 1.1  # times level 0's linears from which a level costs time; less is within what such measurements scatter
 _QUIET_S = 1.0  # nothing waited for so long: the load is draining
 _REENTRY_S = 20.0  # degrading so soon after a restore means that the restore was too early
 _DWELL_GROWTH = 2.0
@@ -84,6 +85,9 @@ class ThresholdPolicy:
     requests were preempted, or when one waits too long while KV is what binds. Restore to the
     shallowest level that would have held the need, at `restore_below`, throughout the dwell. Being
     wrong (degrading again soon after a restore) doubles the dwell; quiet time halves it again.
+
+    A level whose steps are slower than level 0's buys blocks with time per token: while blocks are left, the policy
+    stays at the deepest level above it that is not slower with as many sequences as run now.
     """
 
     def __init__(self, config: ThresholdConfig, ladder: Ladder) -> None:
@@ -99,6 +103,7 @@ class ThresholdPolicy:
         # `performance` goes as deep as the need asks at once; the others take a costlier format only
         # when the cheaper ones, on all their layers, do not hold the need.
         self._tier_ends = () if config.mode == "performance" else tier_ends(ladder[: len(self._usable)])
+        self._rests = rests(ladder[: len(self._usable)])
         self._leave_tier_below = (self.thresholds.restore_below + self.thresholds.degrade_above) / 2
         self.dwell_s = self.thresholds.restore_after_s
         self._fits_since: list[float | None] = [None] * len(ladder)  # by level; None = does not fit now
@@ -124,10 +129,11 @@ class ThresholdPolicy:
         usable = self._usable_at(s)
 
         pressure = self._pressure(s, usable, running_need, need, per_request, preempted)
-        self._note_fits(s, need, preempted)
+        rest = self._rest(s.num_running)
+        self._note_fits(s, need, preempted, rest)
         if pressure is not None:
             why, is_event = pressure
-            level = self._level_for(need, s.used_kv_blocks)
+            level = self._unless_slow(self._level_for(need, s.used_kv_blocks), s.used_kv_blocks, rest)
             if is_event:  # seen, not predicted: whatever the need says, one rung more at least
                 level = max(level, self._next_useful(heading))
             if level > heading:
@@ -189,20 +195,33 @@ class ThresholdPolicy:
             level = end
         return level
 
+    def _rest(self, num_seqs: int) -> tuple[int, ...]:
+        """By level, the deepest one up to it whose steps are not slower than level 0's with so many sequences."""
+        return next((rest for batch, rest in self._rests if num_seqs <= batch), self._rests[-1][1])
+
+    def _unless_slow(self, level: int, used: int, rest: tuple[int, ...]) -> int:
+        """`level`, or a shallower one that is not slow; what is held leads beyond that, no further than it asks."""
+        fast = rest[level]
+        full = max(self.thresholds.degrade_above, _FULL)
+        if fast == level or used <= full * self._usable[fast]:
+            return fast
+        return max(fast + 1, min(level, bisect_left(self._usable, used / full)))
+
     def _next_useful(self, level: int) -> int:
         """First deeper level with more blocks than `level`, else the deepest useful one."""
         if level >= self._deepest_useful:
             return self._deepest_useful
         return bisect_left(self._usable, self._usable[level] + 1)
 
-    def _note_fits(self, s: Signals, need: float, preempted: bool) -> None:
+    def _note_fits(self, s: Signals, need: float, preempted: bool, rest: tuple[int, ...]) -> None:
         """Remember since when each level would have held the load."""
         t = self.thresholds
         queued = preempted or s.oldest_wait_s > t.queue_delay_s
         first_fit = len(self._usable) if queued else bisect_left(self._usable, need / t.restore_below)
         for level in range(len(self._usable)):
             fits = level >= first_fit
-            if not fits and not queued and level in self._tier_ends:  # leave the costlier format early
+            is_end = level in self._tier_ends or (rest[level] == level and level in rest[level + 1 :])
+            if not fits and not queued and is_end:  # leave the costlier format, and slow levels, early
                 fits = need <= self._leave_tier_below * self._usable[level]
             if not fits:
                 self._fits_since[level] = None
@@ -259,6 +278,23 @@ def tier_ends(ladder: Ladder) -> tuple[int, ...]:
             ends.append(level.index - 1)
         seen |= new
     return tuple(ends)
+
+
+def rests(ladder: Ladder) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Where to rest instead of at a slow level.
+
+    Returns:
+        For each measured batch, ascending: (sequences, by level the deepest one up to it that is not slow). One row in
+        which no level is slow, where nothing was measured.
+    """
+    rows = []
+    for i, (batch, _) in enumerate(ladder[-1].time_factors):
+        rest: list[int] = []
+        for level in ladder:
+            is_slow = level.index > 0 and level.time_factors[i][1] > _SLOWER
+            rest.append(rest[-1] if is_slow else level.index)
+        rows.append((batch, tuple(rest)))
+    return tuple(rows) or ((0, tuple(level.index for level in ladder)),)
 
 
 def _blocks_per_request(s: Signals) -> float:

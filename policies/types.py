@@ -18,6 +18,9 @@ class MorphLevel:
     weight_bytes: int  # per rank, the morphable linears of all decoder layers
     num_kv_blocks: int  # per rank, null block included
     expected_kl: float | None = None  # nats per token against level 0; None = never measured
+    # (sequences in a step, what the decoder layers' linears then take over what they take at level 0), ascending, as
+    # measured on this machine; empty = never measured.
+    time_factors: tuple[tuple[int, float], ...] = ()
 
     @property
     def swapped_layers(self) -> tuple[int, ...]:

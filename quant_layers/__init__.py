@@ -3,12 +3,14 @@
 Needs torch and nothing else of ours; vLLM's operators are used where another package has loaded them.
 """
 
+# First: in a format, kernels are tried in the order in which they register.
+from . import kernels as kernels  # isort: skip
 from .checkpoint import Checkpoint, ImportedLayer, tensor_files
 from .cuda_float8 import F8A8Cutlass
 from .errors import CheckpointError, KernelError, ProfileError, QuantError, StoreError, SwapError
 from .float8 import QuantF8
 from .halves import HALVES, Half, format_of, half_of, join_format, split_format
-from .kernels import KernelBase
+from .kernel_base import KernelBase
 from .linears import LinearImpl, Native
 from .machete import W4A16Machete
 from .marlin import W4A16Marlin, W8A16Marlin

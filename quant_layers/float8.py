@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels import KernelBase
+from .kernel_base import KernelBase
 from .linears import LinearImpl, Rows, nbytes_of
 from .neutral import Quant, finite_matrix, round_up, usable_scale
 from .registry import register

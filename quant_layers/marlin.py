@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import KernelError
-from .kernels import KernelBase
+from .kernel_base import KernelBase
 from .linears import UINT4_ID, UINT8B128_ID, LinearImpl, Rows, _op, nbytes_of
 from .neutral import Quant, QuantW4, QuantW8
 from .packing import _from_words, _to_words

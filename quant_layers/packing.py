@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from .neutral import QuantW4
 
 TILE_N = 32  # output channels in one block of the VNNI kernels
+PANEL_N = 16  # those of our own (kPanel in csrc/int16_linear.h)
 _COMP_BYTES = 4  # one int32 of compensation per output channel and block
 
 
@@ -105,18 +108,56 @@ def unpack_w4_columns(packed: dict[str, Tensor]) -> QuantW4:
     return QuantW4(q, packed["scale"].t().contiguous(), packed["zero"].t().contiguous())
 
 
+def pack_w8_panels(q: Tensor) -> Tensor:
+    """int8 [N, K] -> int8 [N / 16, K / 2, 16, 2]: what one vector of 16-bit multiplications takes lies together."""
+    n, k = q.shape
+    return q.view(n // PANEL_N, PANEL_N, k // 2, 2).permute(0, 2, 1, 3).contiguous()
+
+
+def unpack_w8_panels(packed: Tensor) -> Tensor:
+    """Inverse of `pack_w8_panels`: int8 [N, K]."""
+    panels, pairs = packed.shape[:2]
+    return packed.permute(0, 2, 1, 3).reshape(panels * PANEL_N, 2 * pairs)
+
+
+def pack_w4_panels(quant: QuantW4) -> dict[str, Tensor]:
+    """Four pairs of input channels in two 16-bit words, so that a shift and a mask give one pair.
+
+    Returns:
+        weight: uint8 [N / 16, K / 8, 16, 4]; input channel 2 i + word is nibble i of a word.
+        zero: uint8 [N / 16, G, 16]. scale: fp32 [N / 16, G, 16].
+    """
+    n, k = quant.q.shape
+    q = quant.q.view(n // PANEL_N, PANEL_N, k // 8, 2, 2, 2)  # [..., byte of its word, nibble of its byte, word]
+    weight = (q[..., 0, :] | (q[..., 1, :] << 4)).permute(0, 2, 1, 4, 3)
+    return {
+        "weight": weight.reshape(n // PANEL_N, k // 8, PANEL_N, 4).contiguous(),
+        "zero": _by_block(quant.zero, PANEL_N),
+        "scale": _by_block(quant.scale.float(), PANEL_N),
+    }
+
+
+def unpack_w4_panels(packed: Mapping[str, Tensor]) -> QuantW4:
+    """Inverse of `pack_w4_panels`."""
+    weight = packed["weight"]
+    panels, eights = weight.shape[:2]
+    bytes_ = weight.view(panels, eights, PANEL_N, 2, 2).permute(0, 2, 1, 4, 3)  # [..., byte of its word, word]
+    q = torch.stack((bytes_ & 15, bytes_ >> 4), dim=-2).reshape(panels * PANEL_N, 8 * eights)
+    return QuantW4(q, _by_channel(packed["scale"]), _by_channel(packed["zero"]))
+
+
 def _w4_vnni_group(weight: Tensor) -> int:
     return (weight.shape[2] - TILE_N * _COMP_BYTES) // (TILE_N // 2)
 
 
-def _by_block(per_group: Tensor) -> Tensor:
-    """[N, G] -> [N / 32, G, 32]."""
+def _by_block(per_group: Tensor, size: int = TILE_N) -> Tensor:
+    """[N, G] -> [N / size, G, size]."""
     n, groups = per_group.shape
-    return per_group.view(n // TILE_N, TILE_N, groups).permute(0, 2, 1).contiguous()
+    return per_group.view(n // size, size, groups).permute(0, 2, 1).contiguous()
 
 
 def _by_channel(blocked: Tensor) -> Tensor:
-    """[N / 32, G, 32] -> [N, G]."""
+    """Inverse of `_by_block`."""
     return blocked.permute(0, 2, 1).reshape(-1, blocked.shape[1]).contiguous()
 
 

@@ -4,8 +4,8 @@ A new format is two classes, and `register`:
 
 * the neutral form, a subclass of `Quant` (neutral.py): what a quantized weight means, how a weight is rounded to it,
   and by how much that can move it;
-* at least one kernel, best a subclass of `KernelBase` (kernels.py): its name and its `neutral` form, `pack_quant` into
-  tensors that can be stored, `unpack` back, and `build` into something callable (linears.py). Several kernels may
+* at least one kernel, best a subclass of `KernelBase` (kernel_base.py): its name and its `neutral` form, `pack_quant`
+  into tensors that can be stored, `unpack` back, and `build` into something callable (linears.py). Several kernels may
   share a format: the first that passes its self-test runs it.
 
 Users then name the format under `ladder.steps`, `kernels` and `variants`; the default ladder stays what it is. A
@@ -38,7 +38,8 @@ class Kernel(Protocol):
     format: str  # that of `neutral`
     neutral: type[Quant]
     dtype: torch.dtype  # of activations, outputs, and weights to pack (or these in fp32)
-    quantizes_activations: bool  # per token
+    quantizes_activations: bool  # per token, to 8 bits: then folding outliers into the weights (smoothing.py) pays
+    runs_on: tuple[str, ...]  # device types, of which it needs one; empty: any
     slow_on: tuple[str, ...]  # device types on which every other kernel of the format goes first
     fast_on: tuple[str, ...]  # device types on which it goes first
     packs_on: str  # device type whose operator lays weights out; empty: torch alone does, on any device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,10 @@ from .errors import KernelError
 from .linears import LinearImpl
 from .neutral import group_of_slice
 from .registry import CANDIDATES, FORMATS, Kernel
+
+logger = logging.getLogger("vllm.morphserve")
+
+_warned: set[str] = set()  # formats that were said to be slow here
 
 _ROWS = (1, 17)
 _SIGMAS = 6.0  # of the error that rounding alone causes; the inputs are seeded, so this is no coin toss
@@ -69,6 +74,12 @@ def choose(
             continue
         report = check_kernel(kernel, device)
         if report.ok:
+            if name is None and device in kernel.slow_on and format not in _warned:
+                _warned.add(format)
+                logger.warning(
+                    "morphserve: %s is slow here: it runs as %s, for no faster kernel can (%s)",
+                    format, kernel.name, "; ".join(failed),
+                )  # fmt: skip
             return kernel
         failed.append(f"{report.name}: {report.reason}")
     raise KernelError(
@@ -80,14 +91,23 @@ def choose(
 def by_preference(format: str, device: str = "cpu") -> list[type[Kernel]]:
     """The kernels of a format, in the order in which they are tried."""
     makes = (make for make in CANDIDATES if make.format == format)
-    return sorted(makes, key=lambda make: (device in make.slow_on, device not in make.fast_on))
+    return sorted(
+        makes, key=lambda make: (bool(_needs(make, device)), device in make.slow_on, device not in make.fast_on)
+    )
+
+
+def _needs(kernel: Kernel | type[Kernel], device: str) -> str:
+    """Why a kernel is not for this type of device, or an empty string."""
+    if not kernel.runs_on or device in kernel.runs_on:
+        return ""
+    return f"needs a {' or '.join(kernel.runs_on)} device, not {device}"
 
 
 def check_kernel(kernel: Kernel, device: str = "cpu") -> KernelReport:
     """Run one kernel on small random linears and compare with its own dequantization in float64."""
     worst = float("nan")
     try:
-        reason = kernel.unavailable()
+        reason = _needs(kernel, device) or kernel.unavailable()  # in this order: the second may compile it
         if not reason:
             worst = max(_worst_error(kernel, n, k, device) for n, k in kernel.proof_shapes)
             if not worst <= 1.0:  # also catches nan
@@ -133,7 +153,7 @@ def _run_error(kernel: Kernel, impl: LinearImpl, x: Tensor, meaning: Tensor, bia
         exact += bias.double()
     spread = x.double().square() @ meaning.square().t()
     eps = torch.finfo(x.dtype).eps
-    bound = eps * (exact.abs() + _SIGMAS * spread.sqrt())
+    bound = eps * (exact.abs() + _SIGMAS * spread.sqrt()) + _summation_error(exact, spread, x.shape[1])
     variance = kernel.activation_half_step(x).square() / 3  # of what is spread evenly between the half steps
     bound = bound + _SIGMAS * (variance @ meaning.square().t()).sqrt()
     got = impl(x)
@@ -143,6 +163,17 @@ def _run_error(kernel: Kernel, impl: LinearImpl, x: Tensor, meaning: Tensor, bia
     if not torch.isfinite(error).all():
         raise KernelError("returned values that are not finite")
     return float((error / (bound + torch.finfo(torch.float32).tiny)).max())
+
+
+def _summation_error(exact: Tensor, spread: Tensor, k: int) -> Tensor:
+    """What adding K products in fp32 explains, in whatever order: counts only where outputs are fp32, too.
+
+    Each of K additions rounds its partial sum by half an ulp at most: evenly spread, so eps / 2 / sqrt(3) of it. No
+    partial sum is much larger than the whole, nor than products that cancel (their root mean square, `spread`), and
+    the roundings are independent: K of them weigh sqrt(K) times one.
+    """
+    largest = (exact.square() + spread).sqrt()
+    return _SIGMAS * torch.finfo(torch.float32).eps / 2 * (k / 3) ** 0.5 * largest
 
 
 def _check_views(impl: LinearImpl, wide: Tensor, k: int) -> None:

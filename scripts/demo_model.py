@@ -24,7 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bootstrap import GIB, SetupError, check_disk, exclusive, explain_pip_failure, run_quiet
+from bootstrap import GIB, SetupError, check_disk, exclusive, run_quiet
+from pip_progress import explain_pip_failure
 
 if TYPE_CHECKING:
     from bootstrap import Runner
@@ -132,9 +133,13 @@ def _other_model() -> str:
 
 
 def convert(gguf: Path, model: Path) -> None:
-    """Dequantize to bf16 and save weights, tokenizer and chat template."""
+    """Dequantize to bf16 and save weights, tokenizer and chat template; no progress bars, it takes seconds."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; transformers' switch misses one bar
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     kwargs = {"gguf_file": gguf.name}
     weights = AutoModelForCausalLM.from_pretrained(

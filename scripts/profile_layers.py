@@ -24,6 +24,7 @@ from pathlib import Path
 
 def main(argv: list[str] | None = None) -> int:
     from morphserve.ladder import DEFAULT_FORMATS
+    from morphserve.serve_dtype import AUTO, add_dtype_option, resolve_dtype
     from quant_layers import FORMATS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-measure", action="store_true", help="predict only; needs no vLLM")
     parser.add_argument("--plot", type=Path, help="PNG of what the levels free and cost")
     parser.add_argument("--compiled", action="store_true", help="measure step times with compiled models")
+    add_dtype_option(parser)
     args = parser.parse_args(argv)
 
     from rich.progress import Progress
@@ -57,7 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with Progress(transient=True, disable=not sys.stderr.isatty()) as progress:
             task = progress.add_task("profiling", total=None)
-            measure = None if args.no_measure else ("--compiled",) if args.compiled else ()
+            compiled = ("--compiled",) if args.compiled else ()
+            dtype = resolve_dtype(args.dtype, args.model) or AUTO
+            measure = None if args.no_measure else ("--dtype", dtype, *compiled)
             profile, seconds = run_profile(
                 job, measure, tuple(args.eval_text or ()),
                 lambda what, done, total: progress.update(task, description=what, completed=done, total=total),

@@ -5,10 +5,14 @@ memory, or given with --url) and writes a report: summary.md, summary.json, repo
 per run result.json (a superset of `vllm bench serve --save-result --save-detailed`), requests.csv,
 series.csv, server.log.
 
-The last line on stdout is one JSON document: {"workload", "slo": {"ttft_s", "tpot_s"}, "runs": [{"name",
-"sent", "violation_rate", "ttft_p50_s", "ttft_p95_s", "tpot_p50_ms", "tpot_p99_ms", "output_tok_s",
-"duration_s", "preemptions", "tokens_by_level", "expected_kl_per_token", "transitions",
-"level_zero_after_s", "pause_max_ms"}, ...], "report"}; null where a run has no such figure.
+With --fit a stock server is measured first, for less than a minute. Limits become the multiples of a lone request's
+times that 2 s and 150 ms are on a CPU with VNNI; the workload is thinned, or sent faster, until stock would have two in
+five requests late even if the machine were a fifth faster. What is given on the command line stays.
+
+The last line on stdout is one JSON document: {"workload", "slo": {"ttft_s", "tpot_s"}, "dtype", "fit", "runs":
+[{"name", "sent", "violation_rate", "ttft_violation_rate", "tpot_violation_rate", "ttft_p50_s", "ttft_p95_s",
+"tpot_p50_ms", "tpot_p99_ms", "output_tok_s", "duration_s", "preemptions", "tokens_by_level", "expected_kl_per_token",
+"transitions", "level_zero_after_s", "pause_max_ms"}, ...], "report"}; null where a run has no such figure.
 
 Example:
     python scripts/replay.py --workload scripts/workloads/convD.jsonl --model MODEL_DIR \\

@@ -79,10 +79,16 @@ def read_header(raw: Mapping[str, Any]) -> Header:
             other = sorted(set(raw.get(name) or ()) ^ set(_FIELDS[cls])) or "their order"
             raise LogError(f"its {cls.__name__} are not those of this version, the difference: {other}")
     try:
-        levels = (MorphLevel(**{**level, "layer_formats": tuple(level["layer_formats"])}) for level in raw["ladder"])
-        return Header(PolicySetup.from_document(raw), tuple(levels), str(raw["morphserve"]), int(raw["engine"]))
+        ladder = tuple(map(_read_level, raw["ladder"]))
+        return Header(PolicySetup.from_document(raw), ladder, str(raw["morphserve"]), int(raw["engine"]))
     except (KeyError, TypeError, ValueError) as e:
         raise LogError(f"the header does not say what the policy was made of ({type(e).__name__}: {e})") from e
+
+
+def _read_level(raw: Mapping[str, Any]) -> MorphLevel:
+    """Earlier logs have no `time_factors`."""
+    factors = tuple((int(num_seqs), float(factor)) for num_seqs, factor in raw.get("time_factors", ()))
+    return MorphLevel(**{**raw, "layer_formats": tuple(raw["layer_formats"]), "time_factors": factors})
 
 
 class PairWriter:

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from morphserve import cpu_tier
 from morphserve.calibration_fit import fit_step_time
 from morphserve.config import MorphServeConfig, load_config
 from morphserve.errors import MorphServeError
-from morphserve.ladder import ladder_formats
+from morphserve.ladder import ladder_formats, optional_formats
 from morphserve.replay.environment import describe_machine
+from morphserve.serve_dtype import add_dtype_option, resolve_dtype
 from policies.step_times import LayerMove, StepTimes
 from policies.types import BASE_FORMAT, Decision, StepLoad
 
@@ -55,6 +57,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--max-model-len", type=int, default=512)
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--enforce-eager", action="store_true", help="as the server that the figures are for")
+    add_dtype_option(parser)
     parser.add_argument("--cpu-bind", default="0", metavar="CORES", help="cores of the engine")
     parser.add_argument(
         "--no-server", action="store_true", help="do not start a server: no figure for what lies outside of the steps"
@@ -69,6 +72,7 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
         raise MorphServeError("--out FILE is needed: the config has no profile that the figures could go into.")
     if args.rounds < 1:
         raise MorphServeError(f"--rounds is {args.rounds}, must be at least 1.")
+    args.dtype = resolve_dtype(args.dtype, args.model)
     engine = _TimedEngine(args, config)
     try:
         for _ in range(args.rounds):
@@ -83,6 +87,8 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
             residuals={fmt: round(error, 4) for fmt, (_, error) in fits.items()},
             model=str(args.model),
             machine=str(describe_machine().get("cpu", "")),
+            dtype=engine.dtype,
+            tier=cpu_tier.tier() or "",
         )
         calibration = engine.with_bytes(times)
     finally:
@@ -124,19 +130,22 @@ class _TimedEngine:
         from morphserve.profile_ladder import read_ladder
         from quant_layers import FORMATS
 
-        halves = [half for fmt in ladder_formats(config.ladder, read_ladder(config)) for half in fmt.split("/")]
+        profile = read_ladder(config)
+        halves = [half for fmt in ladder_formats(config.ladder, profile) for half in fmt.split("/")]
         own = dict.fromkeys(half for half in halves if half != BASE_FORMAT)
         formats = sorted(own, key=lambda fmt: -FORMATS[fmt].bits)
-        self.formats = (BASE_FORMAT, *formats)
-        self.steps: dict[str, list[StepLoad]] = {fmt: [] for fmt in self.formats}
+        optional = optional_formats(config.ladder, profile)
         settings = config.model_dump(mode="json", exclude={"policy", "decision_log", "kv"})
-        settings["ladder"] = {"steps": [{"format": fmt, "layers_per_level": 1_000_000} for fmt in formats]}
+        settings["ladder"] = {
+            "steps": [{"format": f, "layers_per_level": 1_000_000, "optional": f in optional} for f in formats]
+        }
         settings["policy"] = {"kind": "static", "level": 0}
         longest = args.max_model_len - 2 * _DECODE_STEPS - 16
         self._lengths = (16, max(longest // 2, 16))
         blocks = max(_BATCHES) * -(-(self._lengths[-1] + 2 * _DECODE_STEPS + 8) // args.block_size) + 2
         self._llm = LLM(
             args.model,
+            dtype=args.dtype or "auto",
             enforce_eager=args.enforce_eager,
             block_size=args.block_size,
             num_gpu_blocks_override=max(blocks, -(-args.max_model_len // args.block_size) + 1),
@@ -150,8 +159,12 @@ class _TimedEngine:
             additional_config={"morphserve": settings},
         )
         self._engine = self._llm.llm_engine
+        self.dtype = str(self._engine.model_config.dtype).removeprefix("torch.")
         core = self._engine.engine_core.engine_core
         self._morph = core.scheduler.morph
+        served = self._morph.runtime.ranks[0].kernels
+        self.formats = (BASE_FORMAT, *(fmt for fmt in formats if fmt in served))  # level by level
+        self.steps: dict[str, list[StepLoad]] = {fmt: [] for fmt in self.formats}
         self._wanted = _Wanted()
         self._morph.controller.replace_policy(self._wanted, "calibration", self._morph.setup)
         self._seconds = 0.0
@@ -259,6 +272,7 @@ def _as_served(args: argparse.Namespace, calibration: Any) -> Any:
         max_num_seqs=args.max_num_seqs,
         block_size=args.block_size,
         num_blocks=257,
+        dtype=args.dtype,
         enforce_eager=args.enforce_eager,
         cpu_bind=args.cpu_bind,
     )

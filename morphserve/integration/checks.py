@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 from typing import Any
 
+from morphserve import cpu_tier
 from morphserve.config import MorphServeConfig, check_formats, step_times_file
 from morphserve.errors import ConfigError
 from morphserve.integration.device.checks import check_device, check_graph_buffers
@@ -102,6 +104,11 @@ def check_platform() -> None:
         raise ConfigError(
             f"device {current_platform.device_type!r}: MorphServe morphs on CPUs and on NVIDIA GPUs. "
             "Start without --plugin morphserve on this device."
+        )
+    if current_platform.is_cpu() and cpu_tier.machine_tier() is None:
+        raise ConfigError(
+            f"this CPU ({platform.machine()}) is no x86-64 with AVX2, for which MorphServe's kernels are made and "
+            "tested. Start without --plugin morphserve on this machine."
         )
     if current_platform.is_cuda() and os.environ.get(UNPROVEN_CUDA) != "1":
         raise ConfigError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from morphserve.layer_times import LayerTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +18,8 @@ class RankDescription:
         largest_linear_bytes: of one linear at full precision.
         kernels: format -> name of the kernel that serves it here.
         page_bytes: of device memory that layers and KV exchange; None where both are host memory.
+        left_out: optional format |-> why no kernel runs it here.
+        layer_times: how long a layer's linears take, by format; empty where that was not measured.
         staging_bytes: reserved for the layers of one chunk, where the settings leave open how many; else None.
     """
 
@@ -25,3 +29,5 @@ class RankDescription:
     kernels: dict[str, str]
     page_bytes: int | None = None
     staging_bytes: int | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+    layer_times: LayerTimes = field(default_factory=dict)

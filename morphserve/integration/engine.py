@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from morphserve.integration import seams
+from morphserve.integration import ending, seams
 from morphserve.integration.morph import Morph
 from morphserve.integration.runtime import EngineRuntime
 from morphserve.integration.settings import for_this_device, read_settings
@@ -25,6 +25,7 @@ def install() -> None:
     """Wrap the engine core. Re-entrant; engines without MorphServe pass straight through."""
     seams.wrap("vllm.v1.engine.core:EngineCore._initialize_kv_caches", _initialize_kv_caches)
     seams.wrap("vllm.v1.engine.core:get_kv_cache_configs", _get_kv_cache_configs)
+    ending.install()
     from vllm.v1.engine.core import EngineCore
 
     if not hasattr(EngineCore, "morphserve_status"):

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from morphserve.serve_dtype import add_dtype_option, resolve_dtype
+
 
 def main(argv: list[str] | None = None, description: str = "What does a format cost?") -> int:
     """See scripts/measure_kl.py."""
@@ -33,6 +35,7 @@ def main(argv: list[str] | None = None, description: str = "What does a format c
     parser.add_argument("--predict-offset", type=float, default=0.0, help="like --offset, for that text")
     parser.add_argument("--timed", action="store_true", help="also measure decode steps")
     parser.add_argument("--compiled", action="store_true", help="as a server runs by default")
+    add_dtype_option(parser)
     args = parser.parse_args(argv)
 
     from morphserve.errors import MorphServeError
@@ -50,7 +53,12 @@ def main(argv: list[str] | None = None, description: str = "What does a format c
         "variants": dict(pair.split("=", 1) for pair in args.variant),
         "kernels": dict(pair.split("=", 1) for pair in args.kernel),
     }
-    model = ServedModel(args.model, args.length, settings, enforce_eager=not args.compiled)
+    try:
+        dtype = resolve_dtype(args.dtype, args.model)
+    except MorphServeError as error:
+        sys.stderr.write(f"measure_kl: {error}\n")
+        return 1
+    model = ServedModel(args.model, args.length, settings, enforce_eager=not args.compiled, dtype=dtype)
     try:
         if rungs:
             names = [f"level {index}" for index in range(len(rungs))]

@@ -24,7 +24,14 @@ _SLOTS: list[LinearSlot] = []
 _libraries: list[torch.library.Library] = []  # kept: a Library that is collected takes its ops with it
 _is_native = False
 
-_KINDS = {"onednn": 1, "int8_vnni": 2, "int4_vnni": 3, "int8_onednn": 4}  # as in csrc/opaque_linear.cpp
+_KINDS = {  # as in csrc/opaque_linear.cpp
+    "onednn": 1,
+    "int8_vnni": 2,
+    "int4_vnni": 3,
+    "int8_onednn": 4,
+    "int16_w8_linear": 5,
+    "int16_w4_linear": 6,
+}
 
 
 def _linear(x: torch.Tensor, slot: int, num_outputs: int) -> torch.Tensor:

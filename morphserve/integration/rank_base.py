@@ -25,7 +25,6 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from morphserve.errors import ConfigError
 from quant_layers import BIAS, KernelError, LinearImpl, Native
 
 _WEIGHT, _SCALE = "weight", "weight_scale"
@@ -47,11 +46,7 @@ class BaseLinear(Protocol):
         ...
 
     def take(self) -> LinearImpl:
-        """vLLM's own implementation, which from then on belongs to the caller. After vLLM packed it.
-
-        Raises:
-            ConfigError: dropping it would free nothing.
-        """
+        """vLLM's own implementation, which from then on belongs to the caller. After vLLM packed it."""
         ...
 
     def build(self, tensors: Mapping[str, Tensor]) -> LinearImpl:
@@ -89,17 +84,31 @@ def _with_bias(tensors: dict[str, Tensor], linear: LinearBase) -> dict[str, Tens
 
 
 class UnquantizedImpl:
-    """vLLM's own full-precision linear, as a callable that owns the matmul."""
+    """vLLM's own full-precision linear, as a callable that owns the matmul, or the weight that it multiplies by."""
 
-    __slots__ = ("_bias", "_linear", "native", "nbytes")
+    __slots__ = ("_bias", "_linear", "_weight", "native", "nbytes")
 
-    def __init__(self, linear: Any, bias: Tensor | None, nbytes: int) -> None:
-        self._linear, self._bias, self.nbytes = linear, bias, nbytes
+    def __init__(self, linear: Any, weight: Tensor | None, bias: Tensor | None, nbytes: int) -> None:
+        """
+        Args:
+            linear: the function of (x, weight, bias) that vLLM made.
+            weight: [N, K], where vLLM did not pack it into `linear`.
+            bias: that the model's own module keeps.
+            nbytes: of the weight, packed or not.
+        """
+        self._linear, self._weight, self._bias, self.nbytes = linear, weight, bias, nbytes
         handler = _onednn_handler(linear)
         self.native = None if handler is None else ("onednn", (handler,), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._linear(x, None, self._bias)
+        return self._linear(x, self._weight, self._bias)
+
+    @property
+    def runs_in(self) -> str:
+        """What multiplies, for messages."""
+        if self._weight is not None:
+            return "torch"
+        return "vLLM's own" if self.native is None else "oneDNN"
 
 
 def _onednn_handler(linear: Any) -> Tensor | None:
@@ -115,12 +124,18 @@ def _onednn_handler(linear: Any) -> Tensor | None:
 
 
 class UnquantizedBase:
-    """bf16 or fp16: vLLM's CPU backend makes a oneDNN matmul of the weight (dispatch_cpu_unquantized_gemm)."""
+    """bf16, fp16 or fp32 weights, as vLLM's CPU backend runs them (dispatch_cpu_unquantized_gemm).
+
+    It packs a weight into an opaque matmul where oneDNN has one for the dtype on this CPU. Elsewhere (bf16 without
+    AVX-512, fp16 without its instructions) it keeps the tensor and calls torch's linear: then the tensor is what goes
+    and comes back.
+    """
 
     opaque = True
 
     def __init__(self, linear: LinearBase) -> None:
         self._linear = linear
+        self._is_kept = False  # the weight, as a tensor; known when vLLM has packed what it packs
         self.method = method_of(linear)
         self.bits = linear.weight.dtype.itemsize * 8
 
@@ -132,24 +147,29 @@ class UnquantizedBase:
 
     def take(self) -> LinearImpl:
         linear = self._linear
-        if linear.weight.numel():
-            raise ConfigError(
-                f"{linear.prefix}: vLLM kept the weight tensor instead of packing it (no oneDNN on this CPU), so "
-                "swapping it would free nothing. Start without --plugin morphserve here."
-            )
         num_outputs = int(getattr(linear, "output_size_per_partition", linear.output_size))
         nbytes = num_outputs * linear.input_size_per_partition * linear.params_dtype.itemsize
-        return UnquantizedImpl(linear.__dict__.pop("cpu_linear"), applied_bias(linear), nbytes)
+        weight = _weight_of(linear)
+        self._is_kept = weight is not None
+        if self._is_kept:
+            linear.weight = torch.nn.Parameter(linear.weight.new_empty(0), requires_grad=False)  # as where it packs
+        return UnquantizedImpl(linear.__dict__.pop("cpu_linear"), weight, applied_bias(linear), nbytes)
 
     def build(self, tensors: Mapping[str, Tensor]) -> LinearImpl:
         bias = applied_bias(self._linear)  # the module keeps it at every level: no second copy
-        shadow = SimpleNamespace(weight=torch.nn.Parameter(tensors[_WEIGHT], requires_grad=False), bias=bias)
+        shadow: Any = SimpleNamespace(weight=torch.nn.Parameter(tensors[_WEIGHT], requires_grad=False), bias=bias)
         nbytes = tensors[_WEIGHT].nbytes
-        dispatch_cpu_unquantized_gemm(shadow, remove_weight=True)  # type: ignore[arg-type]
-        if shadow.weight.numel():
+        dispatch_cpu_unquantized_gemm(shadow, remove_weight=True)
+        weight = _weight_of(shadow)
+        if (weight is not None) != self._is_kept:
             # vLLM swallows the failure and falls back to a matmul on the tensor: not what level 0 runs.
             raise KernelError(f"{self._linear.prefix}: vLLM could not build its matmul (out of memory?)")
-        return UnquantizedImpl(shadow.cpu_linear, bias, nbytes)
+        return UnquantizedImpl(shadow.cpu_linear, weight, bias, nbytes)
+
+
+def _weight_of(linear: Any) -> Tensor | None:
+    """The weight that vLLM kept beside its matmul; None where it is inside of it."""
+    return linear.weight.data if linear.weight.numel() else None
 
 
 class ScaledImpl:

@@ -23,10 +23,13 @@ from morphserve.errors import StoreError as MorphStoreError
 from morphserve.integration import opaque_linear
 from morphserve.integration.describe import RankDescription
 from morphserve.integration.host_memory import FREED_WEIGHTS_RETURN, weights_on_their_own_pages
+from morphserve.integration.layer_speed import TimedLayer, known_or_measured
 from morphserve.integration.rank_base import BaseLinear, applied_bias, base_of, method_of
 from morphserve.integration.rank_profile import Plain
-from morphserve.integration.recipes import choose_kernels, formats_of_halves, open_recipe
+from morphserve.integration.recipes import Needs, choose_kernels, formats_of_halves, open_recipe
+from morphserve.integration.settings import served_ladder
 from morphserve.ladder import ladder_formats
+from morphserve.layer_times import LayerTimes
 from morphserve.profile_ladder import read_ladder
 from policies.types import BASE_FORMAT
 from quant_layers import (
@@ -150,12 +153,19 @@ class RankLayers:
         self._bases: Bases = {}
         self._base_bytes: dict[int, dict[str, int]] = {}  # that a linear takes at level 0, its bias left out
         self.kernels: dict[str, Kernel] = {}
+        self._left_out: dict[str, str] = {}  # format of the settings' ladder |-> why it cannot run here
         self._ladder_formats: tuple[str, ...] = ()  # of layers: halves may differ
         self.store: VariantStore | None = None
         self._recipes: dict[str, Plain] = {}  # by format
         self._tensors: dict[int, dict[str, TensorSlot]] = {}
         self._slots: dict[int, dict[str, LinearSlot]] = {}
+        self._layer_times: LayerTimes = {}
         self.swapper: LayerSwapper | None = None
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of activations."""
+        return next(iter(next(iter(self.linears.values())).values())).params_dtype
 
     def capture(self, model: torch.nn.Module) -> None:
         """Write what is missing in the cache (base tensors and packed variants), verify the rest.
@@ -166,11 +176,15 @@ class RankLayers:
         """
         self.linears = find_linears(model)
         self._bases = find_bases(self.linears)
-        self._ladder_formats = ladder_formats(self.config.ladder, read_ladder(self.config))
-        formats = formats_of_halves(self._ladder_formats)
+        profile = read_ladder(self.config)
+        formats = formats_of_halves(ladder_formats(self.config.ladder, profile))
         self._check_quantized(formats)
-        dtype = next(iter(next(iter(self.linears.values())).values())).params_dtype
-        self.kernels = choose_kernels(self.config, formats, dtype, "cpu")
+        shapes = {tuple(linear.weight.shape) for linears in self.linears.values() for linear in linears.values()}
+        choice = choose_kernels(self.config, formats, Needs(self._dtype, shapes=sorted(shapes)))
+        self.kernels, self._left_out = choice.kernels, choice.left_out
+        self.config = served_ladder(self.config, choice.left_out)
+        self._ladder_formats = ladder_formats(self.config.ladder, profile)
+        formats = list(self.kernels)
         model_config = self.vllm_config.model_config
         self._recipes = {fmt: open_recipe(self.config, fmt, model, self.linears, model_config) for fmt in formats}
         mark = fingerprint(self._bases)
@@ -243,6 +257,22 @@ class RankLayers:
             for layer, tensors in recipe.tensor_slots().items():
                 self._tensors[layer] = tensors | self._tensors.get(layer, {})
         self.swapper = LayerSwapper(slots, self.store, self.kernels, self._build_base, reclaim, self._tensors)
+        names = {fmt: kernel.name for fmt, kernel in self.kernels.items()}
+        self._layer_times = known_or_measured(self.store.directory, self._dtype, names, self._layer_to_time)
+
+    def _layer_to_time(self) -> TimedLayer:
+        """The first layer in every format, beside the live one; biases and norms of variants make no difference."""
+        assert self.store is not None
+        layer, slots = min(self._slots.items())
+        formats: dict[str, dict[str, LinearImpl]] = {}
+        with weights_on_their_own_pages():
+            stored = self.store.read(layer, BASE_FORMAT)
+            formats[BASE_FORMAT] = {name: self._build_base(layer, name, stored[name]) for name in slots}
+            for fmt, kernel in self.kernels.items():
+                stored = self.store.read(layer, fmt)
+                formats[fmt] = {name: kernel.build(stored[name], slot.bias) for name, slot in slots.items()}
+        widths = {name: linear.input_size_per_partition for name, linear in self.linears[layer].items()}
+        return TimedLayer(formats, widths, self._dtype)
 
     def _build_base(self, layer: int, name: str, tensors: dict[str, torch.Tensor]) -> LinearImpl:
         return self._bases[layer][name].build(tensors)
@@ -259,6 +289,8 @@ class RankLayers:
                 slot.impl.nbytes for slots in self._slots.values() for slot in slots.values()
             ),
             kernels={fmt: kernel.name for fmt, kernel in self.kernels.items()},
+            left_out=self._left_out,
+            layer_times=self._layer_times,
         )
 
     def _layer_bytes(self, layer: int, layer_format: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from morphserve.errors import ConfigError
 from morphserve.integration.rank_base import applied_bias
 from morphserve.integration.rank_import import Importer
 from morphserve.integration.rank_profile import Plain, Smoother
+from morphserve.ladder import optional_formats
+from morphserve.profile_ladder import read_ladder
 from policies.types import BASE_FORMAT
 from quant_layers import Kernel, KernelError, choose, split_format
 
@@ -24,34 +26,61 @@ def formats_of_halves(layer_formats: Iterable[str]) -> list[str]:
     return [fmt for fmt in dict.fromkeys(halves) if fmt != BASE_FORMAT]
 
 
-def choose_kernels(
-    config: MorphServeConfig,
-    formats: Sequence[str],
-    dtype: torch.dtype,
-    device: str,
-    shapes: Sequence[tuple[int, int]] = (),
-    recipes: Mapping[str, Plain] = MappingProxyType({}),
-) -> dict[str, Kernel]:
-    """By format, the first kernel that proves itself on this type of device, or the one that is asked for.
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a kernel must take on one rank, and where.
 
-    Args:
-        config: names kernels that are asked for.
-        formats: to be run.
+    Attributes:
         dtype: of activations.
         device: type of torch.
-        shapes: [N, K] of the weights that the kernel must take.
-        recipes: by format, where weights come from: the kernel must take the groups that they come in.
+        shapes: [N, K] of the weights; none where every kernel of the device takes any.
+        group_sizes: by format, the groups that a checkpoint's weights come in.
+    """
+
+    dtype: torch.dtype
+    device: str = "cpu"
+    shapes: Sequence[tuple[int, int]] = ()
+    group_sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """By format, the kernel that runs it here, or why none does."""
+
+    kernels: dict[str, Kernel]
+    left_out: dict[str, str]
+
+
+def choose_kernels(config: MorphServeConfig, formats: Sequence[str], needs: Needs) -> Choice:
+    """The first kernel of each format that proves itself here, or the one that is asked for.
+
+    A format is left out where the ladder may do without it, and where nothing else of the settings names it.
+
+    Args:
+        config: says which kernels are asked for, and which formats are optional.
+        formats: to be run, full precision left out.
+        needs: of this rank.
 
     Raises:
-        ConfigError: a format that cannot run here.
+        ConfigError: a format that the settings name cannot run here, or no format can.
     """
-    try:
-        groups = {fmt: recipe.group_sizes for fmt, recipe in recipes.items()}
-        return {
-            fmt: choose(fmt, dtype, config.kernels.get(fmt), device, shapes, groups.get(fmt, ())) for fmt in formats
-        }
-    except KernelError as e:
-        raise ConfigError(f"{e} Take that format out of ladder.steps.") from e
+    optional = optional_formats(config.ladder, read_ladder(config)) - {*config.kernels, *config.variants}
+    choice = Choice({}, {})
+    for fmt in formats:
+        try:
+            choice.kernels[fmt] = choose(
+                fmt, needs.dtype, config.kernels.get(fmt), needs.device, needs.shapes, needs.group_sizes.get(fmt, ())
+            )
+        except KernelError as e:
+            if fmt not in optional:
+                raise ConfigError(f"{e} Take that format out of ladder.steps.") from e
+            choice.left_out[fmt] = str(e)
+    if formats and not choice.kernels:
+        raise ConfigError(
+            f"no format of the ladder can run here: {'; '.join(choice.left_out.values())}. `python -m morphserve "
+            "check` says for which dtypes one can: serve with such a --dtype, or without --plugin morphserve."
+        )
+    return choice
 
 
 def open_recipe(

@@ -15,8 +15,9 @@ from morphserve.integration.block_pool import blocks_of_one_request, check_suppo
 from morphserve.integration.describe import RankDescription
 from morphserve.integration.device.budget import check_given_blocks
 from morphserve.integration.device.kv import check_kinds, geometry_of, quantum_of
-from morphserve.integration.settings import config_file
+from morphserve.integration.settings import config_file, served_ladder
 from morphserve.ladder import build_ladder, check_floor
+from morphserve.layer_times import with_time_factors
 from morphserve.profile_ladder import read_ladder
 from morphserve.rank_bytes import RankBytes, most_uneven
 from policies.types import Ladder
@@ -38,13 +39,14 @@ class EngineRuntime:
         """`stated`: the settings as the user wrote them, where `config` fills in what they mean on this device."""
         self.engine_core = engine_core
         self.vllm_config = vllm_config
-        self.config = config
         self.stated = stated or config
         self.ranks: list[RankDescription] = engine_core.model_executor.collective_rpc("morphserve_describe")
+        self.config = served_ladder(config, self.ranks[0].left_out)  # `plan_kv` holds the ranks to each other
+        self._warn_of_left_out()
         if all(rank.staging_bytes is not None for rank in self.ranks):  # each rank's reserve is what limits a chunk
             num_layers = vllm_config.model_config.get_total_num_hidden_layers()
             transition = config.transition.model_copy(update={"max_layers_per_step": num_layers})
-            self.config = config.model_copy(update={"transition": transition})
+            self.config = self.config.model_copy(update={"transition": transition})
         self.rank_bytes: list[RankBytes] = []
         self.ladder: Ladder = ()
         self.base_num_blocks = 0
@@ -137,6 +139,14 @@ class EngineRuntime:
         ]
         return make_ledgers(self.ladder, self.rank_bytes, staging)
 
+    def _warn_of_left_out(self) -> None:
+        left_out = self.ranks[0].left_out
+        if left_out and self.index == 0:
+            logger.warning(
+                "morphserve: the ladder does without %s: %s. It has %s.",
+                " and ".join(left_out), "; ".join(left_out.values()), " and ".join(self.ranks[0].kernels),
+            )  # fmt: skip
+
     def _ladder(self) -> Ladder:
         """One for all ranks. Says so when a pipeline stage frees what waits for another."""
         ladder = build_ladder(
@@ -155,4 +165,4 @@ class EngineRuntime:
                 "stages in turn, a profile's own levels are taken as they were measured.",
                 level, least, most,
             )  # fmt: skip
-        return ladder
+        return with_time_factors(ladder, [rank.layer_times for rank in self.ranks])

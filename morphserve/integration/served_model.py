@@ -18,29 +18,32 @@ from morphserve.integration.describe import RankDescription
 from morphserve.integration.worker import rank_layers
 from policies.types import BASE_FORMAT
 
+_BATCH = 16  # requests that `step_time_s` decodes at once
+
 
 class ServedModel:
     """An engine in this process. Close it."""
 
     def __init__(
-        self, model: str, length: int, settings: Mapping[str, Any], *, batch: int = 16, enforce_eager: bool = True
-    ) -> None:
+        self, model: str, length: int, settings: Mapping[str, Any], *, enforce_eager: bool = True,
+        dtype: str | None = None,
+    ) -> None:  # fmt: skip
         """
         Args:
             model: directory or hub name.
             length: tokens of the longest text.
             settings: of MorphServe; says which formats there are.
-            batch: requests that `step_time_s` decodes at once.
+            dtype: of the engine; None = the model's own.
         """
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the logits are read inside the worker
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        self._batch = batch
         self._llm = LLM(
             model,
+            dtype=dtype or "auto",
             enforce_eager=enforce_eager,
             max_model_len=length + 32,
             max_num_batched_tokens=max(2048, length + 32),
-            max_num_seqs=batch,
+            max_num_seqs=_BATCH,
             enable_prefix_caching=False,
             disable_log_stats=True,
             additional_config={"morphserve": {**settings, "policy": {"kind": "static", "level": 0}}},
@@ -77,10 +80,10 @@ class ServedModel:
         return rows
 
     def step_time_s(self, steps: int = 24) -> float:
-        """Median time of a decode step with `batch` requests."""
+        """Median time of a decode step with 16 requests."""
         engine = self._llm.llm_engine
         params = SamplingParams(temperature=0.0, max_tokens=steps + 1, ignore_eos=True)
-        for i in range(self._batch):
+        for i in range(_BATCH):
             engine.add_request(f"{time.monotonic_ns()}-{i}", {"prompt_token_ids": [5 + i] * 32}, params)
         times = []
         while engine.has_unfinished_requests():
@@ -99,7 +102,7 @@ class ServedModel:
 
         def compute_logits(hidden: Any, *args: Any, **kwargs: Any) -> Any:
             logits = original(hidden, *args, **kwargs)
-            if logits is not None and len(logits) > self._batch:  # a prompt; fewer are sampled tokens'
+            if logits is not None and len(logits) > _BATCH:  # a prompt; fewer are sampled tokens'
                 self._rows.append(logits.float().log_softmax(-1))
             return logits
 

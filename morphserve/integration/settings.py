@@ -6,11 +6,12 @@ hash, and a changed threshold must not recompile the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from morphserve.config import LadderStep, MorphServeConfig, load_config, parse_config
+from morphserve.ladder import without_formats
 
 KEY = "morphserve"
 CONFIG_FILE = "config_file"
@@ -52,8 +53,13 @@ def for_this_device(config: MorphServeConfig, vllm_config: Any) -> MorphServeCon
     formats = _formats(current_platform.has_device_capability)
     parts = 2 if has_room_for_banks(vllm_config, 1 + 2 * len(formats)) else 1
     per_level = -(-vllm_config.model_config.get_total_num_hidden_layers() // parts)
-    steps = [LadderStep(format=fmt, layers_per_level=per_level) for fmt in formats]
+    steps = [LadderStep(format=fmt, layers_per_level=per_level, optional=True) for fmt in formats]
     return config.model_copy(update={"ladder": ladder.model_copy(update={"steps": steps})})
+
+
+def served_ladder(config: MorphServeConfig, left_out: Collection[str]) -> MorphServeConfig:
+    """The settings with the formats that run here."""
+    return config.model_copy(update={"ladder": without_formats(config.ladder, left_out)})
 
 
 def _formats(reaches: Callable[[int], bool]) -> tuple[str, ...]:

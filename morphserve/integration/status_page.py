@@ -23,6 +23,7 @@ class StatusPage:
                 "weight_bytes": level.weight_bytes,
                 "expected_kl": level.expected_kl,
                 "layers_by_format": level.layers_by_format(),
+                "time_factors": {str(batch): factor for batch, factor in level.time_factors},
             }
             for level in runtime.ladder
         ]

@@ -1,4 +1,4 @@
-"""What the command lines have in common: one JSON document at the end, errors in words, servers that are stopped."""
+"""What the command lines have in common: one JSON document at the end, errors in a line, servers that are stopped."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from morphserve.endings import one_line
 from morphserve.errors import MorphServeError
 
 
@@ -29,7 +30,7 @@ def run_command(name: str, job: Callable[[], dict[str, Any]], when_interrupted: 
     try:
         document = job()
     except MorphServeError as e:
-        sys.stderr.write(f"{name}: {e}\n")
+        sys.stderr.write(f"{name}: {one_line(str(e))}\n")
         return 1
     except OSError as e:  # of a file of the user's, or a full disk: the message names it
         sys.stderr.write(f"{name}: {e}. Finished runs are kept; run again when that is repaired.\n")

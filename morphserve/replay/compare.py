@@ -13,15 +13,18 @@ from typing import Any, Protocol
 
 import yaml
 
+from morphserve import cpu_tier
 from morphserve.config import load_config, parse_config, step_times_file
 from morphserve.ladder import ladder_formats
 from morphserve.replay.client import Outcome
 from morphserve.replay.environment import describe_machine
 from morphserve.replay.errors import ReplayError
 from morphserve.replay.measure import Measurement, measure
+from morphserve.replay.metrics import Slo
 from morphserve.replay.results import RunResult
 from morphserve.replay.server import Server, ServerOptions, serve
-from policies import load_step_times
+from morphserve.serve_dtype import model_dtype
+from policies import StepTimes, load_step_times
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,8 @@ class Progress(Protocol):
     """What the user sees while it runs."""
 
     def starting(self, title: str) -> None: ...
+
+    def fitting(self, title: str) -> None: ...
 
     def waiting(self, seconds: float) -> None: ...
 
@@ -55,6 +60,7 @@ class Comparison:
     config: Path | None = None  # YAML of the morphserve run; the static runs derive theirs from it
     policies: Mapping[str, Path] = field(default_factory=dict)  # YAML of further runs by name
     repeats: int = 1
+    promise: Slo | None = None  # what a policy that keeps promises is to keep; None = what its own YAML says
     setup: dict[str, Any] | None = None  # recorded with every run
 
     def check(self, is_simulated: bool = False) -> None:
@@ -103,9 +109,19 @@ class Comparison:
                     f"{path}: policy slo needs `step_times` (scripts/calibrate.py makes them), or a profile with some."
                 )
             try:
-                load_step_times(times)
+                self._check_times(times, load_step_times(times))
             except ValueError as e:
                 raise ReplayError(f"{path}: {e}") from e
+
+    def _check_times(self, path: Path, times: StepTimes) -> None:
+        """Say in one line that a calibration is of another dtype or tier than the servers will have."""
+        dtype, tier = self.server.dtype or model_dtype(self.server.model), cpu_tier.tier()
+        if (times.dtype and dtype and times.dtype != dtype) or (times.tier and tier and times.tier != tier):
+            log.warning(
+                "%s is of %s on tier %s, the servers run %s on tier %s: policy slo will predict other times than they "
+                "take until it has learnt. Run scripts/calibrate.py again.",
+                path, times.dtype or "?", times.tier or "?", dtype or "?", tier or "?",
+            )  # fmt: skip
 
     def config_of(self, name: str) -> Path:
         """YAML of a run with the plugin.
@@ -124,22 +140,24 @@ def static_format(name: str) -> str:
     return name.removeprefix(_STATIC) if name.startswith(_STATIC) else ""
 
 
-def run_all(comparison: Comparison, progress: Progress) -> list[RunResult]:
+def run_all(comparison: Comparison, progress: Progress, done: Sequence[RunResult] = ()) -> list[RunResult]:
     """Run everything, interleaved: a, b, a, b, so that a drift of the machine meets all runs alike.
 
     Every run is saved as soon as it is measured.
+
+    Args:
+        done: the first runs, where they are measured already.
 
     Raises:
         ReplayError: a server does not start or does not answer.
     """
     comparison.check()
-    results = []
-    for repeat in range(1, comparison.repeats + 1):
-        for name in comparison.names:
-            result = _run_one(comparison, name, repeat, progress)
-            result.save()
-            progress.finished(result)
-            results.append(result)
+    results = list(done)
+    runs = [(name, repeat) for repeat in range(1, comparison.repeats + 1) for name in comparison.names]
+    for name, repeat in runs[len(done) :]:
+        directory = run_directory(comparison, name, repeat)
+        with start_server(comparison, name, progress, directory, run_title(comparison, name, repeat)) as server:
+            results.append(measure_on(comparison, name, repeat, server, progress))
     return results
 
 
@@ -155,8 +173,11 @@ def measure_url(comparison: Comparison, name: str, url: str, progress: Progress)
     return results
 
 
-def derived_config(base: Path, name: str, directory: Path) -> dict[str, Any]:
+def derived_config(base: Path, name: str, directory: Path, promise: Slo | None = None) -> dict[str, Any]:
     """The YAML of a run: as given, a static policy for the anchors, logs in the run's own directory.
+
+    Args:
+        promise: what a policy of kind slo is to keep; None = what the YAML says.
 
     Raises:
         ConfigError: a config that MorphServe would refuse.
@@ -165,19 +186,27 @@ def derived_config(base: Path, name: str, directory: Path) -> dict[str, Any]:
     raw = yaml.safe_load(base.expanduser().read_text(encoding="utf-8")) or {}
     if fmt := static_format(name):
         raw["policy"] = {"kind": "static", "level": fmt}
+    elif promise is not None and (raw.get("policy") or {}).get("kind") == "slo":
+        raw["policy"] = {**raw["policy"], "ttft_s": promise.ttft_s, "tpot_s": promise.tpot_s}
     if raw.get("decision_log"):
         raw["decision_log"] = str((directory / "decisions.jsonl").resolve())
     parse_config(raw, source=f"config derived for {name}")
     return dict(raw)
 
 
-def _run_one(comparison: Comparison, name: str, repeat: int, progress: Progress) -> RunResult:
+def measure_on(comparison: Comparison, name: str, repeat: int, server: Server, progress: Progress) -> RunResult:
+    """One run on a server that was started for it; saved.
+
+    Raises:
+        ReplayError: it does not answer.
+    """
     directory = run_directory(comparison, name, repeat)
-    title = run_title(comparison, name, repeat)
-    with start_server(comparison, name, progress, directory, title) as server:
-        log.info("%s: up after %.0f s, log %s", name, server.start_s, directory / "server.log")
-        setup = {"command": server.command, "server_start_s": round(server.start_s, 1)}
-        return measure_run(comparison, name, repeat, directory, server.url, setup, progress)
+    log.info("%s: up after %.0f s, log %s", name, server.start_s, directory / "server.log")
+    setup = {"command": server.command, "server_start_s": round(server.start_s, 1)}
+    result = measure_run(comparison, name, repeat, directory, server.url, setup, progress)
+    result.save()
+    progress.finished(result)
+    return result
 
 
 @contextlib.contextmanager
@@ -194,10 +223,8 @@ def start_server(
     own_args: tuple[str, ...] = ()
     if name != STOCK:
         config_path = directory / "config.yaml"
-        config_path.write_text(
-            yaml.safe_dump(derived_config(comparison.config_of(name), name, directory), sort_keys=False),
-            encoding="utf-8",
-        )
+        config = derived_config(comparison.config_of(name), name, directory, comparison.promise)
+        config_path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         own_args = ("--plugin", "morphserve", "--morphserve-config", str(config_path.resolve()))
     progress.starting(title or name)
     with serve(comparison.server, directory / "server.log", own_args, progress.waiting) as server:

@@ -56,6 +56,11 @@ class ConsoleProgress:
         self._say(f"{title}: starting the server")
         self._replace(f"{title}: server starts", total=None)
 
+    def fitting(self, title: str) -> None:
+        """Its steps are being measured."""
+        self._say(f"{title}: measuring its steps, to fit load and limits to this machine")
+        self._replace(f"{title}: steps are measured", total=None)
+
     def waiting(self, seconds: float) -> None:
         """It is not up yet."""
         self._note(f"{seconds:.0f} s")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from morphserve.replay.compare import MORPHSERVE, STOCK
 from morphserve.replay.results import RunResult
-from morphserve.replay.summary import Summary, percent, price, seconds
+from morphserve.replay.summary import Summary, milliseconds, percent, price, seconds
 
 Rows = Sequence[tuple[str, list[str] | None]]
 
@@ -133,7 +133,9 @@ def _cards(summary: Summary) -> str:
             f'<div class="card"><h3>{_text(row["name"])}</h3><div class="big {tone}">{percent(rate)}</div>'
             f'<div class="of">SLO violations of {row["sent"]} requests</div>'
             f"<p>P95 TTFT <b>{seconds(row['ttft_p95_s'])}</b></p>"
-            f"<p>P99 TPOT <b>{_ms(row['tpot_p99_ms'])}</b></p>"
+            f"<p>first token late <b>{percent(row['ttft_violation_rate'])}</b>, tokens slow "
+            f"<b>{percent(row['tpot_violation_rate'])}</b></p>"
+            f"<p>P99 TPOT <b>{milliseconds(row['tpot_p99_ms'])}</b></p>"
             f'<p class="muted">{_text(cost)}</p></div>'
         )
     return f'<div class="cards">{"".join(cards)}</div>'
@@ -153,15 +155,17 @@ def _bought_and_cost(summary: Summary) -> str:
     bought = [
         f"SLO violations {percent(base['violation_rate'])} → {percent(row['violation_rate'])} "
         f"({base['sent'] - base['good']} → {row['sent'] - row['good']} requests)",
+        f"first token late {percent(base['ttft_violation_rate'])} → {percent(row['ttft_violation_rate'])}, tokens slow "
+        f"{percent(base['tpot_violation_rate'])} → {percent(row['tpot_violation_rate'])}",
         f"P95 TTFT {seconds(base['ttft_p95_s'])} → {seconds(row['ttft_p95_s'])}",
-        f"P99 TPOT {_ms(base['tpot_p99_ms'])} → {_ms(row['tpot_p99_ms'])}",
+        f"P99 TPOT {milliseconds(base['tpot_p99_ms'])} → {milliseconds(row['tpot_p99_ms'])}",
         f"output {base['output_tok_s']:.0f} → {row['output_tok_s']:.0f} tokens per second, "
         f"{base['duration_s']:.0f} → {row['duration_s']:.0f} s for the whole workload",
         f"preemptions {_number(base['preemptions'])} → {_number(row['preemptions'])}",
     ]
     cost = [
         price(row),
-        f"transitions: {_number(row['transitions'])}, longest pause {_ms(row['pause_max_ms'])}",
+        f"transitions: {_number(row['transitions'])}, longest pause {milliseconds(row['pause_max_ms'])}",
         f"full precision again {seconds(row['level_zero_after_s'])} after the pressure ended"
         if row["level_zero_after_s"] is not None
         else "return to full precision: not seen"
@@ -207,6 +211,7 @@ def _how(summary: Summary, shown: Sequence[RunResult]) -> str:
         f"{w.input_tokens:,} prompt tokens, "
         f"{w.output_tokens:,} output tokens, greedy, sent at the trace's times whatever the server does",
         f"SLO: TTFT {summary.slo.ttft_s:g} s and TPOT {summary.slo.tpot_s * 1000:g} ms, both",
+        *summary.remarks,
         f"**simulated, no server was started**: {machine['simulated']}"
         if "simulated" in machine
         else f"machine: {machine.get('cores', '?')} cores, {machine.get('cpu', 'unknown processor')}, "
@@ -235,7 +240,7 @@ def _circumstances(run: RunResult) -> str:
     lag = run.figures()["dispatch_lag"]
     return (
         f"load average before {run.setup.get('load_average_before', 0):.1f}, after "
-        f"{run.setup.get('load_average_after', 0):.1f}; client sent {_ms(lag['p99_ms'])} late at P99"
+        f"{run.setup.get('load_average_after', 0):.1f}; client sent {milliseconds(lag['p99_ms'])} late at P99"
     )
 
 
@@ -250,10 +255,6 @@ def _figure(path: Path, alt: str, caption: str) -> str:
 def _text(text: str, code: bool = False) -> str:
     escaped = html.escape(text)
     return escaped if code else re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", escaped)
-
-
-def _ms(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.1f} ms" if value < 9.95 else f"{value:,.0f} ms"
 
 
 def _number(value: float | None) -> str:

@@ -20,5 +20,5 @@ def check_times(args: argparse.Namespace) -> None:
     for names, least, words in ((_ABOVE_0, math.ulp(0.0), "above 0"), (_AT_LEAST_0, 0.0, "0 or more")):
         for name in names:
             value = getattr(args, name, 1.0)
-            if not (math.isfinite(value) and value >= least):
+            if value is not None and not (math.isfinite(value) and value >= least):
                 raise ReplayError(f"--{name.replace('_', '-')} is {value:g}, must be a number {words}.")

@@ -21,6 +21,7 @@ from morphserve.replay.scrape import Poller, fetch_status
 from morphserve.replay.workload import Workload
 
 _ALIVE_S = 60.0  # a server that is only busy answers in that time
+_DIED = "it died in the run, of which nothing is kept. Its log says why."
 _LEAD_S = 0.5  # between the last preparation and workload time 0
 
 
@@ -89,13 +90,12 @@ async def _warm_up(session: aiohttp.ClientSession, what: Measurement) -> None:
 
 async def _check_alive(session: aiohttp.ClientSession, url: str) -> None:
     try:
-        async with asyncio.timeout(_ALIVE_S), session.get(f"{url}/health"):
-            pass  # whatever it answers
+        async with asyncio.timeout(_ALIVE_S), session.get(f"{url}/health") as answer:
+            is_dead = answer.status == 503  # vLLM's API process outlives its engine by seconds
     except (aiohttp.ClientError, OSError, TimeoutError) as e:
-        raise ReplayError(
-            f"{url} does not answer any more ({type(e).__name__}): it died in the run, of which nothing is kept. Its "
-            "log says why."
-        ) from e
+        raise ReplayError(f"{url} does not answer any more ({type(e).__name__}): {_DIED}") from e
+    if is_dead:
+        raise ReplayError(f"{url}/health answers that the engine is dead: {_DIED}")
 
 
 async def _await_level_zero(poller: Poller, what: Measurement) -> None:

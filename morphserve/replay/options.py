@@ -9,6 +9,7 @@ from typing import Any
 
 from morphserve.replay import simulated, synthetic
 from morphserve.replay.compare import STOCK
+from morphserve.serve_dtype import add_dtype_option
 
 
 def build_parser(description: str, corpus: Path) -> argparse.ArgumentParser:
@@ -38,16 +39,14 @@ def _workload_options(group: Any, corpus: Path) -> None:
     add(
         "--thin",
         type=_number,
-        default=1.0,
         metavar="K",
-        help="keep every K-th request (keeps burst durations)",
+        help="keep every K-th request (keeps burst durations); default: 1, or as --fit finds",
     )
     add(
         "--rate-scale",
         type=_number,
-        default=1.0,
         metavar="R",
-        help="divide all arrival times by R (time stretching)",
+        help="divide all arrival times by R (time stretching); default: 1, or as --fit finds",
     )
     add("--input-scale", type=_number, default=1.0, metavar="F", help="multiply prompt lengths, e.g. 1/16")
     add("--input-clip", type=_pair(int), metavar="LO,HI", help="bounds of prompt lengths, tokens")
@@ -92,8 +91,8 @@ def run_options(group: Any) -> None:
     )
     add("--out", type=Path, metavar="DIR", help="where the report goes")
     add("--repeats", type=int, default=1, help="interleaved; the summary gives medians and the spread")
-    add("--slo-ttft-s", type=float, default=2.0, help="limit of the time to first token")
-    add("--slo-tpot-ms", type=float, default=150.0, help="limit of the time per output token")
+    add("--slo-ttft-s", type=float, help="limit of the time to first token; default: 2")
+    add("--slo-tpot-ms", type=float, help="limit of the time per output token; default: 150")
     add("--cutoff", type=float, default=120.0, metavar="S", help="end a run this long after its last arrival")
     add("--request-timeout", type=float, default=300.0, metavar="S", help="give up on one request after this")
     add("--poll", type=float, default=0.5, metavar="S", help="beat of the /metrics poll")
@@ -104,6 +103,12 @@ def run_options(group: Any) -> None:
 def _single_options(group: Any) -> None:
     add = group.add_argument
     add("--url", help="measure this server instead of starting any")
+    add(
+        "--fit",
+        action="store_true",
+        help="measure a stock server first, and set what is not given of --slo-ttft-s, --slo-tpot-ms and of --thin and "
+        "--rate-scale to what means on this machine what the defaults mean on the one of docs/results/step_times.json",
+    )
     add("--name", default="server", help="what to call the server of --url")
     add("--dry-run", action="store_true", help="read, check and describe the workload, then stop")
 
@@ -117,6 +122,7 @@ def server_options(group: Any) -> None:
     add("--max-num-seqs", type=int, default=64)
     add("--block-size", type=int, default=32, help="tokens per KV block")
     add("--num-blocks", type=int, default=49, help="KV blocks at full precision, null block included")
+    add_dtype_option(group)
     add(
         "--enforce-eager",
         action="store_true",

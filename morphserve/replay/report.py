@@ -146,6 +146,7 @@ def _markdown(summary: Summary) -> str:
         f"{summary.workload.span_s:.0f} s. SLO: TTFT {summary.slo.ttft_s:g} s and TPOT "
         f"{summary.slo.tpot_s * 1000:g} ms, both. "
         + ("Median of repeats, least and most in brackets." if summary.rows[0]["repeats"] > 1 else ""),
+        *[f"\n{remark}." for remark in summary.remarks],
         "",
         "![timeline](timeline.png)",
     ]

@@ -17,7 +17,8 @@ from morphserve.replay.scrape import Snapshot
 
 # The columns of a comparison, in the order of the document on stdout.
 ROW_KEYS = (
-    "name", "sent", "violation_rate", "ttft_p50_s", "ttft_p95_s", "tpot_p50_ms", "tpot_p99_ms",
+    "name", "sent", "violation_rate", "ttft_violation_rate", "tpot_violation_rate",
+    "ttft_p50_s", "ttft_p95_s", "tpot_p50_ms", "tpot_p99_ms",
     "output_tok_s", "duration_s", "preemptions", "tokens_by_level", "expected_kl_per_token",
     "transitions", "level_zero_after_s", "pause_max_ms",
 )  # fmt: skip

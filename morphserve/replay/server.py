@@ -17,11 +17,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from morphserve.endings import cause_in, how_it_ended, one_line, sentence
 from morphserve.replay.errors import ReplayError
 
 log = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 20.0
+_DEATH_GRACE_S = 15.0  # vLLM's API process looks every 5 s whether its engine lives
+_LAST_LINE_CHARS = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class ServerOptions:
     max_num_seqs: int = 64
     block_size: int = 32
     num_blocks: int = 49  # null block included
+    dtype: str | None = None  # None = the model's own
     enforce_eager: bool = False
     prefix_caching: bool = False
     cpu_bind: str = "0"  # cores of the engine; the client needs one of its own
@@ -56,6 +60,8 @@ class ServerOptions:
             "--disable-uvicorn-access-log",  # two lines per poll would bury what the log is read for
             "--enable-prefix-caching" if self.prefix_caching else "--no-enable-prefix-caching",
         ]  # fmt: skip
+        if self.dtype is not None:
+            args += ["--dtype", self.dtype]
         if self.enforce_eager:
             args.append("--enforce-eager")
         return [*args, *self.extra_args, *own]
@@ -117,9 +123,43 @@ def serve(
         try:
             url = f"http://127.0.0.1:{port}"
             took = _wait_healthy(process, url, options.start_timeout_s, log_path, on_wait)
-            yield Server(url=url, pid=process.pid, command=command, start_s=took)
+            with _death_explained(process, url, log_path):
+                yield Server(url=url, pid=process.pid, command=command, start_s=took)
         finally:
             stop(process)
+
+
+@contextlib.contextmanager
+def _death_explained(process: subprocess.Popen[bytes], url: str, log_path: Path) -> Iterator[None]:
+    """Of a server that dies in the block the user hears why, not what its clients made of it."""
+    try:
+        yield
+    except Exception as e:
+        if process.poll() is None:
+            if _healthy(url):
+                raise
+            # Its engine is gone: the process itself follows when it has noticed.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_DEATH_GRACE_S)
+        raise ReplayError(ending(log_path, process.poll(), "the server died in the run")) from e
+
+
+def ending(log_path: Path, code: int | None, what: str) -> str:
+    """Why a server ended: the cause out of its log, the remedy, and the log's path, in one line.
+
+    Args:
+        log_path: stdout and stderr of all of its processes.
+        code: exit status; negative: the signal. None = it still runs.
+        what: happened, as seen from outside.
+    """
+    try:
+        cause = cause_in(log_path.read_text(encoding="utf-8", errors="replace"))
+    except OSError as e:
+        cause = f"its log cannot be read ({e.strerror})"
+    if cause is None:
+        by_itself = code is not None and 0 <= code <= 128
+        cause = f"{_last_line(log_path)} (exit code {code})" if by_itself else how_it_ended(code)
+    return sentence(f"{what}: {cause}", f"Log: {log_path.resolve()}")
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -156,15 +196,13 @@ def _wait_healthy(
     while True:
         waited = time.monotonic() - begin
         if (code := process.poll()) is not None:
-            raise ReplayError(
-                f"the server ended with code {code} before it was up. Full log: {log_path}\n{tail(log_path)}"
-            )
+            raise ReplayError(ending(log_path, code, "the server did not start"))
         if _healthy(url):
             return waited
         if waited > timeout_s:
             raise ReplayError(
-                f"the server was not up after {waited:.0f} s (limit {timeout_s:g}, raise it with "
-                f"--start-timeout). Full log: {log_path}\n{tail(log_path)}"
+                f"the server was not up after {waited:.0f} s, limit {timeout_s:g}; raise it with --start-timeout. "
+                f"It said last: {_last_line(log_path)}. Log: {log_path.resolve()}"
             )
         on_wait(waited)
         time.sleep(0.5)
@@ -178,13 +216,14 @@ def _healthy(url: str) -> bool:
         return False
 
 
-def tail(path: Path, num_lines: int = 25) -> str:
-    """The last lines of a log."""
+def _last_line(log_path: Path) -> str:
+    """Of a log that names no cause."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return ""
-    return "\n".join(f"  | {line}" for line in lines[-num_lines:])
+        lines = []
+    said = next((line.strip() for line in reversed(lines[1:]) if line.strip()), "")  # the first is the command
+    return one_line(said)[:_LAST_LINE_CHARS] or "it said nothing"
 
 
 def free_port() -> int:

@@ -150,12 +150,25 @@ def load_model(comparison: Comparison, args: argparse.Namespace) -> SimModel:
     Raises:
         ConfigError: of the server's settings, or the calibration.
     """
-    from morphserve.simulation import SimServer, load_calibration
+    from morphserve.simulation import load_calibration
 
-    what = comparison.measurement
     calibration = load_calibration(args.step_times)
     times = calibration.times
-    server = SimServer(
+    server = server_of(comparison, args, times.scatter if args.sim_noise is None else args.sim_noise)
+    source = f"{args.step_times}, measured with {times.model or 'a model'} on {times.machine or 'a machine'}"
+    return SimModel(server, calibration, source)
+
+
+def server_of(comparison: Comparison, args: argparse.Namespace, step_noise: float) -> SimServer:
+    """The server of a comparison, simulated.
+
+    Raises:
+        ConfigError: settings that vLLM would refuse.
+    """
+    from morphserve.simulation import SimServer
+
+    what = comparison.measurement
+    return SimServer(
         num_blocks=comparison.server.num_blocks,
         block_size=comparison.server.block_size,
         max_model_len=comparison.server.max_model_len,
@@ -168,10 +181,8 @@ def load_model(comparison: Comparison, args: argparse.Namespace) -> SimModel:
         cutoff_s=what.client.cutoff_s,
         restore_wait_s=what.restore_wait_s,
         snapshot_s=what.poll_s,
-        step_noise=times.scatter if args.sim_noise is None else args.sim_noise,
+        step_noise=step_noise,
     )
-    source = f"{args.step_times}, measured with {times.model or 'a model'} on {times.machine or 'a machine'}"
-    return SimModel(server, calibration, source)
 
 
 def run_one(
@@ -192,7 +203,7 @@ def run_one(
 
     config, profile, text = None, None, "no plugin"
     if name != STOCK:
-        raw = derived_config(comparison.config_of(name), name, directory)
+        raw = derived_config(comparison.config_of(name), name, directory, comparison.promise)
         config = parse_config(raw)
         profile = read_ladder(config)
         text = yaml.safe_dump(raw, sort_keys=False)

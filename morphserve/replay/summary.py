@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from morphserve.replay.results import ROW_KEYS, RunResult
 from morphserve.replay.workload import Workload
 
 _LAG_LIMIT_MS = 100.0  # 5 % of the usual TTFT limit
+_CLEARLY = 0.8  # of another's percentile: repeats of one run differ by less
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +26,22 @@ class Summary:
     rows: tuple[dict[str, Any], ...]  # figures per run name, plus "repeats" and "spread"
     headline: str
     notes: tuple[str, ...]  # verdicts and warnings, most important first
+    dtype: str | None = None  # of all servers; None = not known
+    fit: dict[str, Any] | None = None  # how load and limits were fitted to the machine
+
+    @property
+    def remarks(self) -> list[str]:
+        """What else of the set-up a reader must know, a sentence each."""
+        own = [] if self.dtype is None else [f"dtype of all servers: {self.dtype}"]
+        return own if self.fit is None else [*own, self.fit["sentence"]]
 
     def document(self, report: str) -> dict[str, Any]:
         """The one JSON document a comparison ends with."""
         return {
             "workload": self.workload_path,
             "slo": {"ttft_s": self.slo.ttft_s, "tpot_s": self.slo.tpot_s},
+            "dtype": self.dtype,
+            "fit": self.fit,
             "runs": [{key: row[key] for key in ROW_KEYS} for row in self.rows],
             "report": report,
         }
@@ -46,6 +57,8 @@ def summarize(workload: Workload, workload_path: str, slo: Slo, results: Sequenc
         rows=rows,
         headline=_simulated(results) + _headline(rows),
         notes=(*_verdicts(rows), *_warnings(rows)),
+        dtype=results[0].setup.get("dtype"),
+        fit=results[0].setup.get("fit"),
     )
 
 
@@ -122,8 +135,11 @@ def _headline(rows: Sequence[dict[str, Any]]) -> str:
             for row in rows
         )
     bought = (
-        f"SLO violations {percent(base['violation_rate'])} → {percent(subject['violation_rate'])}; "
-        f"P95 TTFT {seconds(base['ttft_p95_s'])} → {seconds(subject['ttft_p95_s'])}"
+        f"SLO violations {percent(base['violation_rate'])} → {percent(subject['violation_rate'])} "
+        f"(first token late {percent(base['ttft_violation_rate'])} → {percent(subject['ttft_violation_rate'])}, "
+        f"tokens slow {percent(base['tpot_violation_rate'])} → {percent(subject['tpot_violation_rate'])}); "
+        f"P95 TTFT {seconds(base['ttft_p95_s'])} → {seconds(subject['ttft_p95_s'])}, "
+        f"P95 TPOT {milliseconds(base['tpot_p95_ms'])} → {milliseconds(subject['tpot_p95_ms'])}"
     )
     return f"{bought}; price: {price(subject)}"
 
@@ -138,7 +154,7 @@ def price(row: dict[str, Any]) -> str:
 
 
 def _verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Say so where a run without any policy is at least as good in both respects."""
+    """Say so where another run is at least as good in every respect: in both limits, and in quality."""
     subject = _find(rows, MORPHSERVE)
     if subject is None or subject["violation_rate"] is None:
         return []
@@ -148,6 +164,12 @@ def _verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
             continue
         kl = 0.0 if row["name"] == STOCK else row["expected_kl_per_token"]
         if row["violation_rate"] > subject["violation_rate"] or kl is None:
+            continue
+        if better := [*_better(subject, row)]:
+            notes.append(
+                f"{row['name']} has no more violations than MorphServe ({percent(row['violation_rate'])} against "
+                f"{percent(subject['violation_rate'])}), yet does not dominate: MorphServe has {', '.join(better)}."
+            )
             continue
         own_kl = subject["expected_kl_per_token"]
         if row["name"] == STOCK and not (subject["share_above_level_0"] or 0.0):
@@ -161,6 +183,22 @@ def _verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
                 f"more quality cost ({kl:.3g} against {own_kl:.3g} nats/token). {verdict}"
             )
     return notes
+
+
+def _better(subject: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
+    """In which limits a run does better than one with no more violations, in words.
+
+    Where both miss a limit, how far they miss it counts as well: all requests late by a minute, or by a second.
+    """
+    for limit, what, key, show in (
+        ("ttft", "P95 TTFT", "ttft_p95_s", seconds), ("tpot", "P95 TPOT", "tpot_p95_ms", milliseconds),
+    ):  # fmt: skip
+        own, its = subject[f"{limit}_violation_rate"], other[f"{limit}_violation_rate"]
+        if own < its:
+            yield f"fewer beyond the {limit.upper()} limit ({percent(own)} against {percent(its)})"
+        mine, theirs = subject[key], other[key]
+        if its > 0 and mine is not None and theirs is not None and mine < _CLEARLY * theirs:
+            yield f"{what} {show(mine)} against {show(theirs)}"
 
 
 def _warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -201,3 +239,8 @@ def seconds(value: float | None) -> str:
     if value is None:
         return "n/a"
     return f"{value:.1f} s" if value >= 9.95 else f"{value:.2f} s"
+
+
+def milliseconds(value: float | None) -> str:
+    """A time per token for people."""
+    return "n/a" if value is None else f"{value:.1f} ms" if value < 9.95 else f"{value:,.0f} ms"

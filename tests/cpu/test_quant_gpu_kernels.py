@@ -222,7 +222,8 @@ def test_machete_then_marlin_then_triton(monkeypatch: pytest.MonkeyPatch) -> Non
     weight does not fit the first."""
     assert [make.name for make in by_preference("w4", "cuda")][:2] == ["w4a16_machete", "w4a16_marlin"]
     assert by_preference("w8", "cuda")[0] is W8A16Marlin
-    assert {make.name for make in by_preference("w4")[-2:]} == {"w4a16_machete", "w4a16_marlin"}
+    assert {make.name for make in by_preference("w4")[-3:-1]} == {"w4a16_machete", "w4a16_marlin"}
+    assert by_preference("w4")[-1].name == "w4_plain"
     monkeypatch.setenv("TRITON_INTERPRET", "0")
 
     def name(**wanted: Any) -> str:

@@ -25,10 +25,14 @@ from quant_layers import (
 )
 from quant_layers.packing import (
     pack_w4_int32,
+    pack_w4_panels,
     pack_w4_vnni,
+    pack_w8_panels,
     pack_w8_vnni,
     unpack_w4_int32,
+    unpack_w4_panels,
     unpack_w4_vnni,
+    unpack_w8_panels,
     unpack_w8_vnni,
     w4_vnni_shape,
 )
@@ -153,6 +157,7 @@ def test_w8_layout_is_a_bijection(blocks: int, k: int, seed: int) -> None:
     packed = pack_w8_vnni(q)
     assert packed.shape == (32 * blocks, k + 4)
     assert torch.equal(unpack_w8_vnni(packed), q)
+    assert torch.equal(unpack_w8_panels(pack_w8_panels(q)), q)
     tail = packed.view(blocks, -1)[:, 32 * k :].contiguous().view(torch.int32).flatten()
     assert torch.equal(tail, 128 * q.int().sum(dim=1, dtype=torch.int32))
 
@@ -169,7 +174,8 @@ def test_w4_layouts_are_bijections(blocks: int, groups: int, size: int, seed: in
     quant = _random_w4(32 * blocks, groups * size, size, seed)
     vnni = pack_w4_vnni(quant)
     assert w4_vnni_shape(vnni["weight"]) == tuple(quant.q.shape)
-    for back in (unpack_w4_vnni(vnni), unpack_w4_int32(pack_w4_int32(quant))):
+    panels = unpack_w4_panels(pack_w4_panels(quant))
+    for back in (unpack_w4_vnni(vnni), unpack_w4_int32(pack_w4_int32(quant)), panels):
         assert torch.equal(back.q, quant.q)
         assert torch.equal(back.zero, quant.zero)
         assert torch.equal(back.scale, quant.scale)
@@ -211,6 +217,10 @@ _LAYOUTS = {
     "w8a8_onednn": "e5bde145c48616ae",
     "w4a8_vnni": "207023fb4185d6cc",
     "w4a16": "5e9738cfeb70cb34",
+    "w8_int16": "f9cd7a399d606781",
+    "w4_int16": "57451b97fe2f7a22",
+    "w8_plain": "e5bde145c48616ae",
+    "w4_plain": "d91e7947027e7808",
     "w8a16_aten": "3e5cb267d7e35e8f",
     "w4a16_triton": "4287451f2b28c6c0",
     "fp8_torch": "fd45206e2f4edaf0",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -10,9 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant_layers import KernelError, LinearImpl, check_kernel, choose, dequantize_w4, probe, selftest
+from quant_layers import (
+    Kernel,
+    KernelError,
+    LinearImpl,
+    check_kernel,
+    choose,
+    dequantize_w4,
+    int16,
+    kernel_base,
+    probe,
+    selftest,
+)
+from quant_layers.int16 import W4Int16, W8Int16
 from quant_layers.kernels import W4A8Vnni, W8A8Vnni
 from quant_layers.packing import unpack_w4_vnni
+from quant_layers.plain import W4Plain, W8Plain
 
 Twist = Callable[[Tensor, Tensor], Tensor]  # (x [..., K], honest output [..., N]) -> output
 
@@ -110,6 +124,67 @@ def test_a_packing_that_means_other_weights_is_caught() -> None:
     assert "rounding explains" in check_kernel(Wrong()).reason
 
 
+class _Fp32(_FakeW8):
+    _dtypes = (torch.float32,)
+
+
+def _fp32_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, weight)
+
+
+def _in_turn(x: Tensor, weight: Tensor) -> Tensor:
+    """One product after the other: the order of summation that errs most."""
+    total = torch.zeros(*x.shape[:-1], len(weight))
+    for k in range(x.shape[-1]):
+        total += x[..., k, None] * weight[:, k]
+    return total
+
+
+def _saturated(x: Tensor, weight: Tensor) -> Tensor:
+    """Sums of pairs of 8-bit products held in int16, as oneDNN does without VNNI: activations in 0..255."""
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    steps = weight.abs().amax(1, keepdim=True) / 127
+    q, w = (x / scale).round() + 128, (weight / steps).round()
+    pairs = q.unsqueeze(-2) * w
+    sums = pairs.unflatten(-1, (-1, 2)).sum(-1).clamp(-(2**15), 2**15 - 1).sum(-1) - 128 * w.sum(-1)
+    return sums * scale * steps.squeeze(1)
+
+
+def _fp32(run: Callable[[Tensor, Tensor], Tensor]) -> type[_Fp32]:
+    class Kernel(_Fp32):
+        def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
+            weight = self.reference(tensors)
+            impl = _Linear(weight, None, lambda x, out: run(x, weight) + (0 if bias is None else bias))
+            return impl
+
+        def activation_half_step(self, x: Tensor) -> Tensor:
+            return super().activation_half_step(x) * (run is _saturated)
+
+    return Kernel
+
+
+@pytest.mark.parametrize("run", [_fp32_linear, _in_turn])
+def test_fp32_sums_pass_in_any_order(run: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Guards: a bound for fp32 outputs that only the exactly rounded result keeps."""
+    report = check_kernel(_fp32(run)(torch.float32))
+    assert report.ok, report.reason
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        _saturated,
+        lambda x, weight: _fp32_linear(x.bfloat16().float(), weight),
+        lambda x, weight: _fp32_linear(x, weight.bfloat16().float()),
+        lambda x, weight: _fp32_linear(x, weight) * (1 + 2**-15),
+    ],
+    ids=["saturating", "bf16-activations", "bf16-weights", "scale"],
+)
+def test_fp32_kernels_that_lose_more_than_summing_does_are_caught(run: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Guards: a term for summation so wide that it hides a kernel which computes in fewer bits than it says."""
+    assert "times what rounding explains" in check_kernel(_fp32(run)(torch.float32)).reason
+
+
 def test_a_raising_kernel_becomes_a_report() -> None:
     """Guards against a start-up that dies on an exception inside a kernel it would not have used."""
 
@@ -121,20 +196,25 @@ def test_a_raising_kernel_becomes_a_report() -> None:
 
 
 def test_without_vllm_every_kernel_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against an AttributeError where vLLM's extension is not loaded."""
+    """Guards against an AttributeError where vLLM's extension is not loaded, and a format that then has no kernel."""
     monkeypatch.setattr(torch.ops, "_C", SimpleNamespace())
+    monkeypatch.setattr(int16, "load", lambda: "cannot be compiled on this CPU")
     reports = probe(torch.bfloat16)
-    of_torch = {"w8a16_aten", "fp8_torch", "fp8a16"}
+    of_torch = {"w8a16_aten", "w8_plain", "w4_plain", "fp8_torch", "fp8a16"}
+    of_ours = {"w8_int16", "w4_int16"}
     of_cuda = {"w4a16_machete", "w4a16_marlin", "w8a16_marlin", "fp8_cutlass"}
-    assert set(reports) == {"w8a8_vnni", "w8a8_onednn", "w4a8_vnni", "w4a16", "w4a16_triton"} | of_cuda | of_torch
+    of_vllm = {"w8a8_vnni", "w8a8_onednn", "w4a8_vnni", "w4a16", "w4a16_triton"}
+    assert set(reports) == of_vllm | of_ours | of_cuda | of_torch
     assert {name for name, report in reports.items() if report.ok} == of_torch
     for name, report in reports.items():
         assert name in of_torch or any(word in report.reason for word in ("not loaded", "CPU", "GPU")), name
-    with pytest.raises(KernelError, match="w4a8_vnni: .*w4a16: .*remove w4"):
+    assert choose("w8", torch.float32).name == "w8_plain" and choose("w4").name == "w4_plain"
+    monkeypatch.setattr(kernel_base.KernelBase, "unavailable", lambda self: "broken")
+    with pytest.raises(KernelError, match="w4a8_vnni: .*w4_int16: .*w4a16: .*w4_plain: .*remove w4"):
         choose("w4")
     with pytest.raises(KernelError, match="no kernel can run w8 .*w8a8_vnni"):
         choose("w8", name="w8a8_vnni")
-    with pytest.raises(KernelError, match="unknown kernel 'w8a9' for w8; known are w8a8_vnni, .* w8a16_marlin"):
+    with pytest.raises(KernelError, match="unknown kernel 'w8a9' for w8; known are w8a8_vnni, w8_int16, .* w8_plain"):
         choose("w8", name="w8a9")
 
 
@@ -154,6 +234,32 @@ def test_choose_takes_the_first_that_passes(monkeypatch: pytest.MonkeyPatch) -> 
         choose("w8")
     with pytest.raises(KernelError, match="unknown format 'w3'; known are w8, w4, fp8"):
         choose("w3")
+
+
+@pytest.mark.parametrize("make", [W8Int16, W4Int16, W8Plain, W4Plain], ids=lambda make: make.name)
+def test_a_kernel_for_cpus_is_refused_by_device(make: type[Kernel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: twenty seconds of g++ to learn that a GPU is no CPU, and plain torch served on one."""
+    monkeypatch.setattr(int16, "load", lambda: pytest.fail("the operators were compiled"))
+    report = check_kernel(make(torch.bfloat16), "cuda")  # type: ignore[call-arg]
+    assert report.reason == "needs a cpu device, not cuda"
+
+
+def test_a_format_that_is_slow_here_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards: a machine without g++ that serves many times slower, and nobody knows why."""
+    monkeypatch.setattr(torch.ops, "_C", SimpleNamespace())
+    monkeypatch.setattr(int16, "load", lambda: "cannot be compiled here: no C++ compiler: install g++")
+    monkeypatch.setattr(selftest, "_warned", set())
+    with caplog.at_level(logging.WARNING):
+        choose("w4", name="w4_plain")  # as the user wanted it
+        assert not caplog.records
+        for _ in range(2):
+            assert choose("w4", torch.float32).name == "w4_plain"
+        choose("w8", torch.float32)
+    four, eight = (record.getMessage() for record in caplog.records)
+    assert "w4 is slow here: it runs as w4_plain" in four and "install g++" in four
+    assert "w8 is slow here: it runs as w8_plain" in eight and "install g++" in eight
 
 
 def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:

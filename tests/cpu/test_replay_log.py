@@ -175,8 +175,9 @@ def test_lines_are_small() -> None:
 @pytest.mark.parametrize("kind", SETUPS)
 def test_header_comes_back(kind: str) -> None:
     """Guards: the policy is rebuilt on another ladder, other step times or other limits."""
-    header = make_header(SETUPS[kind], LADDER, 3)
-    assert read_header(json.loads(json.dumps(header.document()))) == header
+    for ladder in (LADDER, tuple(replace(level, time_factors=((1, 1.0), (8, 0.333))) for level in LADDER)):
+        header = make_header(SETUPS[kind], ladder, 3)
+        assert read_header(json.loads(json.dumps(header.document()))) == header
 
 
 @pytest.mark.parametrize(

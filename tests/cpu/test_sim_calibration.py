@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cpu.sim_world import CALIBRATION, TIMES
+from cpu.sim_world import CALIBRATION, SERVER, TIMES, config
 
+from morphserve.config import MorphServeConfig
 from morphserve.errors import ConfigError
 from morphserve.simulation import load_calibration
+from morphserve.simulation.morphing import plan_ladder
 from policies import load_step_times
 
 SIZES = {"layers": {"base": [5]}, "kv_block_bytes": 1, "block_size": 1}
@@ -61,3 +63,21 @@ def test_step_times_alone_are_no_calibration(tmp_path: Path) -> None:
         load_calibration(path)
     with pytest.raises(ConfigError, match="No such file"):
         load_calibration(tmp_path / "none.json")
+
+
+def test_levels_know_what_was_calibrated() -> None:
+    """Guards: a simulated policy that does not see which level is slow, as the serving one does."""
+    ladder = plan_ladder(config(), SERVER, CALIBRATION, None)
+    assert ladder[0].time_factors == ((1, 1.0), (8, 1.0), (32, 1.0))
+    assert ladder[1].time_factors == ((1, 0.589), (8, 0.618), (32, 0.669)), "all layers w8: 16.6 over 24.8 ms at 32"
+    assert ladder[-1].time_factors[2] == (32, 1.097)
+
+
+def test_a_format_that_the_calibrated_engine_left_out() -> None:
+    """Guards: default settings that cannot be simulated with what was measured under them; a named format, dropped."""
+    kept = {fmt: times for fmt, times in TIMES.formats.items() if fmt != "w4"}
+    without = replace(CALIBRATION, times=replace(TIMES, formats=kept))
+    ladder = plan_ladder(MorphServeConfig(), SERVER, without, None)
+    assert {fmt for level in ladder for fmt in level.formats} == {"base", "w8"}
+    with pytest.raises(ConfigError, match="step times of format 'w4' are not known"):
+        plan_ladder(config(), SERVER, without, None)

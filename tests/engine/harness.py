@@ -16,11 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from engine.forked import fork_ranks
 from engine.stock_runs import stock as stock
 from engine.stock_runs import stock_later as stock_later
 
 from morphserve.controller.ports import Plan
+from morphserve.cpu_tier import best_dtype
 from policies.types import Decision, Signals
 
 PROMPTS = (
@@ -65,6 +67,7 @@ def engine(
     _register_kernels_once()
     settings: dict[str, Any] = dict(
         model=str(model),
+        dtype=best_dtype(),
         enforce_eager=True,
         block_size=32,
         num_gpu_blocks_override=49,
@@ -98,6 +101,18 @@ def engine(
             llm.llm_engine.engine_core.shutdown()
     finally:
         gc.unfreeze()  # shutdown does so; a start that was refused does not get there
+
+
+def need_kernel(name: str, dtype: str = "bfloat16") -> None:
+    """Skip the test where this kernel does not run, with the kernel's own reason."""
+    import torch
+    import vllm._custom_ops  # noqa: F401  loads vLLM's operators, the build that fits this CPU
+
+    from quant_layers import probe
+
+    report = probe(getattr(torch, dtype))[name]
+    if not report.ok:
+        pytest.skip(f"{name}: {report.reason}")
 
 
 def _register_kernels_once() -> None:

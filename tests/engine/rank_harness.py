@@ -49,7 +49,7 @@ SCRIPT = {0: 0, 6: W8, 12: W4, 60: 5, 64: W4, 210: 2, 220: 5, 225: 0}
 RESIZES = {3: 140, 9: 38, 14: 120, 18: 30, 20: 34, 27: 49, 33: 146, 36: 40, 43: 36, 46: 60}
 
 
-def make_model(directory: Path) -> Path:
+def make_model(directory: Path, num_layers: int = NUM_LAYERS) -> Path:
     """A Llama of random weights whose heads divide by two.
 
     Its row-parallel linears have a bias, which only rank 0 adds: the ranks do not hold the same bytes.
@@ -63,7 +63,7 @@ def make_model(directory: Path) -> Path:
             vocab_size=512,
             hidden_size=512,
             intermediate_size=1024,
-            num_hidden_layers=NUM_LAYERS,
+            num_hidden_layers=num_layers,
             num_attention_heads=8,
             num_key_value_heads=4,
             head_dim=64,

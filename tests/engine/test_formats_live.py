@@ -13,13 +13,17 @@ from engine.harness import PROMPTS, engine, generate
 from safetensors.torch import load_file
 from torch import Tensor
 
+from morphserve.cpu_tier import best_dtype
 from morphserve.integration.worker import _RANK
 from quant_layers import BASE, CANDIDATES, Kernel, LayerSwapper, LinearSlot, VariantStore
 
+pytestmark = pytest.mark.cpu_tier
+
 LAYER = 7
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-# Half the distance of two neighbours, as a share of the smaller: results are rounded to bf16, sums kept in fp32.
-BF16_HALF_ULP, FP32_HALF_ULP = 2.0**-8, 2.0**-24
+DTYPE = getattr(torch, best_dtype())
+# Half the distance of two neighbours, as a share of the smaller: results are rounded to the dtype, sums kept in fp32.
+HALF_ULP, FP32_HALF_ULP = torch.finfo(DTYPE).eps / 2, torch.finfo(torch.float32).eps / 2
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,9 @@ def excess(
     if not exact_x:
         bound += kernel.activation_half_step(x) @ meaning.abs().t()
     exact = wide @ (meaning if weight is None else weight).t()
-    bound += BF16_HALF_ULP * (exact.abs() + bound) + 2 * x.shape[1] * FP32_HALF_ULP * total
+    bound += HALF_ULP * (exact.abs() + bound) + 2 * x.shape[1] * FP32_HALF_ULP * total
     if not kernel.quantizes_activations:
-        bound += BF16_HALF_ULP * total  # these widen the weights to bf16, each rounded once
+        bound += HALF_ULP * total  # these widen the weights to the dtype, each rounded once
     return float(((y.double() - exact).abs() / bound).max())
 
 
@@ -106,7 +110,7 @@ def test_a_live_layer_errs_by_no_more_than_its_rounding(
     live: Live, tmp_path: Path, make: Callable[[torch.dtype], Kernel]
 ) -> None:
     """Guards: a kernel that reproduces its packed tensors, where these do not mean the weight; a layer not restored."""
-    kernel = make(torch.bfloat16)
+    kernel = make(DTYPE)
     if why := kernel.unavailable():  # Triton's interpreter has a process of its own: tests/triton_probe.py
         pytest.skip(why)
     base = _RANK.layers.store.read(LAYER, BASE)
@@ -120,7 +124,7 @@ def test_a_live_layer_errs_by_no_more_than_its_rounding(
         for name, tensors in store.read(LAYER, kernel.format).items():
             x = live.inputs[name]
             y = live.run(name, x)
-            hot = torch.eye(x.shape[1], dtype=torch.bfloat16)  # each weight by itself: in a sum, errors hide each other
+            hot = torch.eye(x.shape[1], dtype=DTYPE)  # each weight by itself: in a sum, errors hide each other
             shares = {
                 "weight": excess(kernel, tensors, live.weights[name], x, y),
                 "packed": excess(kernel, tensors, None, x, y),

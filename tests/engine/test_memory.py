@@ -15,16 +15,14 @@ from engine.harness import engine, follow, generate, morph_of, settle
 from engine.resident_sampler import sampled
 
 from morphserve.controller.ports import Plan
-from morphserve.integration import worker
+from morphserve.integration import host_memory, worker
 from morphserve.integration.host_memory import FREED_WEIGHTS_RETURN, resident_bytes
 from quant_layers import trim
 
 pytestmark = pytest.mark.skipif(not FREED_WEIGHTS_RETURN, reason="not glibc's allocator")
 
 LEVELS = (6, 12, 6, 0)
-# What is not ours: the interpreter's and oneDNN's own heap, which creeps by some pages with every chunk.
-HEAP_NOISE_BYTES = 8 << 20
-COMMAND_NOISE_BYTES = 4 << 20  # of it, what may show in a few transitions: half of what the wrong order costs
+PYTHON_ARENA_BYTES = 1 << 20  # by which the interpreter's heap grows (CPython, Objects/obmalloc.c); one fills meanwhile
 MIN_SAMPLES = 3  # of resident memory during each command of a rank; here it gets 10 to 130
 
 
@@ -63,6 +61,21 @@ def test_resident_memory_follows_the_ledger(llm: Any) -> None:
         assert memory["staging_bytes"] == ledger["staging_bytes"] == 0
 
 
+def in_the_heap(llm: Any, fmt: str) -> int:
+    """Bytes of a format's tensors that are too small for pages of their own, all layers. Their holes stay resident."""
+    layers = morph_of(llm).runtime.ranks[0].layer_bytes[fmt]
+    with host_memory.weights_on_their_own_pages():
+        stored = worker.rank_layers().store.read(0, fmt).values()
+    sizes = [tensor.nbytes for parts in stored for tensor in parts.values()]
+    return len(layers) * sum(size for size in sizes if size < host_memory._WEIGHTS_THRESHOLD)
+
+
+def beside_the_ledger(llm: Any, level: int) -> int:
+    """Resident bytes at rest at `level` that the ledger does not count: interpreter, oneDNN primitives, holes."""
+    ledger = go(llm, level)
+    return anonymous() - ledger["weights_bytes"] - ledger["kv_blocks_bytes"]
+
+
 @dataclass(frozen=True)
 class Command:
     """One command that a rank carried out: when, and what the ledger and the rank's answer allow it to hold."""
@@ -96,10 +109,15 @@ def test_never_above_the_budget_in_between(llm: Any, monkeypatch: pytest.MonkeyP
     Another process watches all the time, so a peak between two lines of ours counts too. One file is read whole
     before it is packed linear by linear, so one layer's stored tensors come on top of the budget. Each command
     must also stay below what the ledger holds for it, which is less than the budget for most of them.
+
+    What else is resident was looked at before, at rest, at each level: a level's oneDNN primitives, and the holes that
+    the small tensors of the level before have left in the heap. In between both may be there, and the interpreter may
+    open one more arena.
     """
     layer_bytes = {fmt: max(sizes) for fmt, sizes in morph_of(llm).runtime.rank_bytes[0].layers.items()}
+    slack = PYTHON_ARENA_BYTES + max(in_the_heap(llm, fmt) for fmt in layer_bytes)
+    other = max(beside_the_ledger(llm, level) for level in (*LEVELS, *LEVELS))
     ledger, start = go(llm, 0), anonymous()
-    other = start - ledger["weights_bytes"] - ledger["kv_blocks_bytes"]
     commands = record_commands(llm, monkeypatch)
     with sampled(os.getpid()) as samples:
         for level in LEVELS:
@@ -109,11 +127,11 @@ def test_never_above_the_budget_in_between(llm: Any, monkeypatch: pytest.MonkeyP
         during = [nbytes for at, nbytes in samples if command.begin_s <= at <= command.end_s]
         assert len(during) >= MIN_SAMPLES, (command, "the sampler did not look")
         reading = layer_bytes[command.plan.layer_formats[0][1]]
-        assert max(during) - other <= command.limit_bytes + reading + COMMAND_NOISE_BYTES, command
+        assert max(during) - other <= command.limit_bytes + reading + slack, command
     peak = max(nbytes for _, nbytes in samples)
     gap_ms = 1e3 * max(after - before for (before, _), (after, _) in pairwise(samples))
     print(f"{len(samples)} samples, the largest gap {gap_ms:.1f} ms, peak {(peak - other) / 1e6:.1f} MB")
-    assert start < peak <= other + ledger["budget_bytes"] + layer_bytes["base"] + HEAP_NOISE_BYTES
+    assert start < peak <= other + ledger["budget_bytes"] + layer_bytes["base"] + slack
 
 
 def test_cycles_do_not_grow(llm: Any) -> None:
@@ -124,4 +142,6 @@ def test_cycles_do_not_grow(llm: Any) -> None:
     for _ in range(20):
         go(llm, 12)
         go(llm, 0)
-    assert anonymous() - start <= HEAP_NOISE_BYTES
+    # Once, not in every cycle: the small tensors may have found other holes than in the first. 20 layers' worth of a
+    # leak of one linear would be more.
+    assert anonymous() - start <= PYTHON_ARENA_BYTES + in_the_heap(llm, "w4")

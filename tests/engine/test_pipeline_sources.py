@@ -9,7 +9,7 @@ import pytest
 from checkpoints import write_checkpoint
 from engine.harness import engine, generate, morph_of, stock_later
 from engine.rank_harness import NUM_LAYERS, PROMPTS, go, needs_two_cores, run
-from engine.test_import import config
+from engine.test_import import config_as_vllm
 from engine.test_pipeline import STAGES
 from safetensors.torch import load_file
 
@@ -23,8 +23,9 @@ UNCACHED = {**STAGES, "enable_prefix_caching": False}
 def test_a_checkpoint_gives_the_tokens_of_static_serving(tiny_llama: Path, tmp_path: Path) -> None:
     """Guards: a stage that misses what the other has, or takes another layer's weights."""
     checkpoint = write_checkpoint(tiny_llama, tmp_path / "awq", "awq", 128)
-    expected = stock_later(checkpoint, [PROMPTS[:4]], 24, **UNCACHED)
-    with engine(tiny_llama, tmp_path / "variants", config("w4", checkpoint), **UNCACHED) as llm:
+    settings, of_vllm = config_as_vllm("w4", checkpoint), {**UNCACHED, "dtype": "bfloat16"}
+    expected = stock_later(checkpoint, [PROMPTS[:4]], 24, **of_vllm)
+    with engine(tiny_llama, tmp_path / "variants", settings, **of_vllm) as llm:
         go(llm, 1)
         swapped = generate(llm, PROMPTS[:4], 24)
     assert swapped == expected.result()[0]

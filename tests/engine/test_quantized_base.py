@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from checkpoints import write_checkpoint
-from engine.harness import engine, follow, generate, morph_of, settle, stock_later
+from engine.harness import engine, follow, generate, morph_of, need_kernel, settle, stock_later
 from engine.rank_harness import NUM_LAYERS, PARALLEL, PROMPTS, needs_two_cores
 
 from morphserve.errors import ConfigError
@@ -22,7 +22,8 @@ PLAIN: dict[str, Any] = {
     "enable_prefix_caching": False,
     "max_num_batched_tokens": 512,  # all prompts in one step; see BATCH_TOKENS
 }
-HEAP_NOISE_BYTES = 8 << 20  # as in test_memory.py
+IN_BF16 = {"dtype": "bfloat16"}  # vLLM serves 4-bit checkpoints in no wider one
+HEAP_NOISE_BYTES = 8 << 20
 
 
 def all_layers(format: str, **others: Any) -> dict[str, Any]:
@@ -128,11 +129,13 @@ def test_freed_bytes_return_at_once(demo_model: Path, tmp_path: Path) -> None:
 
 def test_a_checkpoint_in_4_bits_is_a_step(tiny_llama: Path, tmp_path: Path) -> None:
     """Guards: a variant's integers loaded into the int8 weights, or taken for theirs."""
+    need_kernel("w4a16")
     model = write_checkpoint(tiny_llama, tmp_path / "ct_int8", "ct_int8", 0)
     source = write_checkpoint(tiny_llama, tmp_path / "awq", "awq", 64)
     config = all_layers("w4", variants={"w4": str(source)}, kernels={"w4": "w4a16"})
-    expected = stock_later(source, [PROMPTS[:4]], 16, **PLAIN)
-    with engine(model, tmp_path / "variants", config, **PLAIN) as llm:
+    of_vllm = {**PLAIN, **IN_BF16}
+    expected = stock_later(source, [PROMPTS[:4]], 16, **of_vllm)
+    with engine(model, tmp_path / "variants", config, **of_vllm) as llm:
         base, swapped, restored = down_and_back(llm)
     assert restored == base
     assert swapped == expected.result()[0]
@@ -141,7 +144,7 @@ def test_a_checkpoint_in_4_bits_is_a_step(tiny_llama: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("kind", "config", "overrides", "words"),
     [
-        ("gptq", all_layers("w4"), {}, "quantization '.*gptq.*'; level 0 must be .* can be a step of its ladder"),
+        ("gptq", all_layers("w4"), IN_BF16, "quantization '.*gptq.*'; level 0 must be .* can be a step of its ladder"),
         ("ct_w4_sym", all_layers("w4"), {}, r"layer 0 .* runs CompressedTensorsLinearMethod \(.*WNA16\); level 0 must"),
         ("ct_int8", all_layers("w8"), {}, r"format w8 of 8 bits, which frees nothing.* to \[\{format: w4\}\]"),
         ("ct_fp8", all_layers("w4"), {"enforce_eager": False}, r"\(.*W8A8Fp8\), .* Start with --enforce-eager"),

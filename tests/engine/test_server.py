@@ -21,6 +21,8 @@ import yaml
 from engine.harness import BATCH_TOKENS
 from prometheus_client.parser import text_string_to_metric_families
 
+from morphserve.cpu_tier import best_dtype
+
 START_TIMEOUT_S = 300
 EXIT_TIMEOUT_S = 120
 
@@ -35,7 +37,8 @@ class Server:
         command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--enforce-eager"]
         command += ["--served-model-name", "demo", "--port", str(self.port), "--host", "127.0.0.1"]
         command += ["--block-size", "32", "--num-gpu-blocks-override", "49", "--max-model-len", "512"]
-        command += ["--max-num-seqs", "16", "--max-num-batched-tokens", str(BATCH_TOKENS), *arguments]
+        command += ["--max-num-seqs", "16", "--max-num-batched-tokens", str(BATCH_TOKENS), "--dtype", best_dtype()]
+        command += arguments
         if settings is not None:
             file = directory / "morph.yaml"
             file.write_text(yaml.safe_dump(settings))
@@ -88,18 +91,22 @@ class Server:
         return self.process.wait(EXIT_TIMEOUT_S)
 
     def processes(self) -> list[str]:
-        """Command lines of all processes of the server's session that still run.
+        """Command lines of all processes of the server's session that still run."""
+        return list(self.command_lines().values())
+
+    def command_lines(self) -> dict[int, str]:
+        """The same by process id.
 
         Without CPython's resource tracker, which ends by itself a moment after the process it belongs to, and
         without processes that have given up their memory, command line included: they are as good as gone.
         """
-        found = []
+        found = {}
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with suppress(OSError):
                 state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
                 if int(session) == self.process.pid and state != "Z":
-                    found.append(stat.with_name("cmdline").read_text().replace("\0", " "))
-        return [line for line in found if line and "multiprocessing.resource_tracker" not in line]
+                    found[int(stat.parent.name)] = stat.with_name("cmdline").read_text().replace("\0", " ")
+        return {pid: line for pid, line in found.items() if line and "multiprocessing.resource_tracker" not in line}
 
 
 def _first_label(labels: dict[str, str]) -> str:
@@ -178,3 +185,25 @@ def test_sigterm_in_mid_transition(demo_model: Path, variant_cache: Path, tmp_pa
             client.close()
         assert server.process.wait(EXIT_TIMEOUT_S) == 0
         assert server.processes() == []
+
+
+def test_start_that_fails_ends_with_the_cause(demo_model: Path, variant_cache: Path, tmp_path: Path) -> None:
+    """Guards: what a worker met stands somewhere in the log, and its last line is of a stack that says nothing."""
+    settings = {"cache_dir": str(variant_cache), "kernels": {"w8": "no_such_kernel"}}
+    with serve(demo_model, tmp_path, settings) as server:
+        assert server.process.wait(START_TIMEOUT_S) == 1
+        last = server.log.read_text().splitlines()[-1]
+        assert last.startswith("morphserve: error: ") and "no_such_kernel" in last
+
+
+def test_killed_worker_is_the_last_thing_said(demo_model: Path, variant_cache: Path, tmp_path: Path) -> None:
+    """Guards: the system kills a worker for its memory, and the server ends as if nothing had been."""
+    settings = {"cache_dir": str(variant_cache), "ladder": {"steps": [{"format": "w8"}]}}
+    with serve(demo_model, tmp_path, settings) as server:
+        server.wait_until_healthy()
+        (worker,) = (pid for pid, line in server.command_lines().items() if "VLLM::Worker" in line)
+        os.kill(worker, signal.SIGKILL)
+        server.process.wait(EXIT_TIMEOUT_S)
+        last = server.log.read_text().splitlines()[-1]
+        assert last.startswith("morphserve: error: vLLM's process ") and "was killed (SIGKILL)" in last
+        assert "Free some memory" in last and server.processes() == []

@@ -316,11 +316,12 @@ def test_a_stage_counts_the_banks_of_its_own_layers() -> None:
 
 def test_a_kernel_that_cannot_take_the_models_shapes_is_not_chosen() -> None:
     """Guards: a start that ends in the first layer although another kernel would do."""
-    assert choose("w8").name in ("w8a8_vnni", "w8a8_onednn")
-    shapes = [(100, 64)]  # VNNI wants multiples of 32
-    assert choose("w8", shapes=shapes).name == "w8a8_onednn"
-    with pytest.raises(KernelError, match="w4a8_vnni: N=100 of a weight"):
-        choose("w4", shapes=shapes)
+    assert choose("w8", shapes=[(96, 64)]).name in ("w8a8_vnni", "w8_int16")
+    shapes = [(100, 64)]  # these want multiples of 32 or 16
+    assert choose("w8", shapes=shapes).name in ("w8a8_onednn", "w8a16_aten", "w8_plain")
+    assert choose("w4", shapes=shapes).name == "w4_plain"
+    with pytest.raises(KernelError, match="w4a8_vnni: N=100 of a weight.*K=40 is divisible by none"):
+        choose("w4", shapes=[(100, 40)])
 
 
 @pytest.mark.parametrize(
@@ -353,3 +354,37 @@ def test_the_groups_of_a_checkpoint_choose_the_kernel(
     with stand_in_operators():
         layers.capture(torch.nn.Module())
     assert layers._kernels["w4"].name == kernel
+
+
+def test_a_default_ladder_on_a_gpu_does_without_what_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a GPU whose default ladder does not start for want of one kernel; banks of graphs for levels that the
+    ladder does not have; a step that a user wrote, left out."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    def check(kernel: Kernel, device: str) -> KernelReport:
+        runs = kernel.format == "w4" and not kernel.unavailable()
+        return KernelReport(kernel.name, kernel.format, runs, "" if runs else "planted", 0.5)
+
+    monkeypatch.setattr("vllm.platforms.current_platform", Platform(90))
+    linear = SimpleNamespace(
+        quant_method=object.__new__(UnquantizedLinearMethod), weight=torch.empty(256, 384), params_dtype=torch.bfloat16
+    )
+    home = "morphserve.integration.device.layers"
+    monkeypatch.setattr(f"{home}.find_linears", lambda model: {0: {"o_proj": linear}, 1: {"o_proj": linear}})
+    monkeypatch.setattr(f"{home}.open_recipe", lambda *_: SimpleNamespace(group_sizes=()))
+    monkeypatch.setattr(DeviceLayers, "_make", lambda *_: None)
+    monkeypatch.setattr("quant_layers.selftest.check_kernel", check)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+    def capture(config: MorphServeConfig) -> DeviceLayers:
+        layers = DeviceLayers(config, of_layers(2), 0, SimpleNamespace(device_type="cuda", pool=None, copier=None))  # type: ignore[arg-type]
+        with stand_in_operators():
+            layers.capture(torch.nn.Module())
+        return layers
+
+    layers = capture(for_this_device(MorphServeConfig(), of_layers(2)))
+    assert list(layers._kernels) == ["w4"] and list(layers._left_out) == ["fp8"]
+    assert layers._levels() == [("base", "base"), ("w4", "base"), ("w4", "w4")] and layers.num_banks == 3
+    with pytest.raises(ConfigError, match="no kernel can run fp8 .* Take that format out of ladder.steps"):
+        capture(MorphServeConfig(ladder=LadderConfig(steps=[LadderStep(format="fp8"), LadderStep(format="w4")])))

@@ -240,7 +240,7 @@ def test_a_given_number_of_blocks_must_fit(monkeypatch: pytest.MonkeyPatch, give
     count = given or 100
     config = SimpleNamespace(num_blocks=count, kv_cache_tensors=[SimpleNamespace(size=count * 4096)])
     cache = SimpleNamespace(num_gpu_blocks_override=given)
-    described = [SimpleNamespace(page_bytes=4096, staging_bytes=None, kernels={}) for _ in range(2)]
+    described = [SimpleNamespace(page_bytes=4096, staging_bytes=None, left_out={}, kernels={}) for _ in range(2)]
     executor = SimpleNamespace(collective_rpc=lambda name: described)
     of_engine = runtime.EngineRuntime(
         SimpleNamespace(model_executor=executor), SimpleNamespace(cache_config=cache), MorphServeConfig()

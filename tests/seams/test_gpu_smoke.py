@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm._custom_ops")
-pytest.importorskip("vllm._C")
 
 import vllm  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402

@@ -21,6 +21,8 @@ enum Kind : int64_t {
   kInt8Vnni = 2,    // tensors: weight, scale, [bias]
   kInt4Vnni = 3,    // tensors: weight, zero, scale, [bias]
   kInt8Onednn = 4,  // tensors: handler, azp_adj, [bias]; activations by token, without zero points
+  kInt16W8 = 5,     // tensors: weight, scale, [bias]
+  kInt16W4 = 6,     // tensors: weight, zero, scale, [bias]
 };
 
 struct Slot {
@@ -47,6 +49,10 @@ void set_slot(int64_t index, int64_t kind, int64_t num_inputs, const std::vector
 
 using OnednnMm = void(at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&);
 
+using W8Linear = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&);
+using W4Linear = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                            const std::optional<at::Tensor>&);
+
 // As vLLM's CPUInt8ScaledMMLinearKernel calls the two operators.
 at::Tensor int8_onednn(const Slot& slot, const at::Tensor& rows, int64_t num_outputs, const c10::IValue& bias) {
   static const auto quantize = op("_C::dynamic_scaled_int8_quant");
@@ -67,6 +73,14 @@ at::Tensor run(const Slot& slot, const at::Tensor& rows, int64_t num_outputs) {
     at::Tensor out = at::empty({rows.size(0), num_outputs}, rows.options());
     onednn.call(out, rows, slot.bias, slot.tensors[0]);
     return out;
+  }
+  if (slot.kind == kInt16W8) {
+    static const auto w8 = op("morphserve_int16::w8_linear").typed<W8Linear>();
+    return w8.call(rows, slot.tensors[0], slot.tensors[1], slot.bias);
+  }
+  if (slot.kind == kInt16W4) {
+    static const auto w4 = op("morphserve_int16::w4_linear").typed<W4Linear>();
+    return w4.call(rows, slot.tensors[0], slot.tensors[1], slot.tensors[2], slot.bias);
   }
   const c10::IValue bias = slot.bias.has_value() ? c10::IValue(*slot.bias) : c10::IValue();
   if (slot.kind == kInt8Onednn) {

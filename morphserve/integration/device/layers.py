@@ -22,7 +22,8 @@ from morphserve.integration.opaque_linear import MorphLinearMethod, is_compiled
 from morphserve.integration.rank_base import applied_bias, method_of
 from morphserve.integration.rank_layers import Linears, find_linears
 from morphserve.integration.rank_profile import Plain
-from morphserve.integration.recipes import choose_kernels, formats_of_halves, open_recipe
+from morphserve.integration.recipes import Needs, choose_kernels, formats_of_halves, open_recipe
+from morphserve.integration.settings import served_ladder
 from morphserve.ladder import ladder_formats
 from morphserve.profile_ladder import read_ladder
 from policies.types import BASE_FORMAT
@@ -68,6 +69,7 @@ class DeviceLayers:
         self._linears: Linears = {}
         self._kernels: dict[str, Kernel] = {}
         self._recipes: dict[str, Plain] = {}
+        self._left_out: dict[str, str] = {}  # format of the settings' ladder |-> why it cannot run here
         self._ladder_formats: tuple[str, ...] = ()
         self._values: dict[tuple[int, str, str], Tensor] = {}  # (layer, norm, format) -> what a variant brings
         self._slots: dict[int, dict[str, LinearSlot]] = {}
@@ -91,14 +93,19 @@ class DeviceLayers:
                     )
                 if self._memory.device_type == "cpu":  # fake pages: vLLM must not pack what is to stay a tensor
                     linear._cpu_skip_gemm_dispatch = True
-        self._ladder_formats = ladder_formats(self._config.ladder, read_ladder(self._config))
-        formats = formats_of_halves(self._ladder_formats)
+        profile = read_ladder(self._config)
+        formats = formats_of_halves(ladder_formats(self._config.ladder, profile))
         dtype = next(iter(next(iter(self._linears.values())).values())).params_dtype
         shapes = {tuple(linear.weight.shape) for linears in self._linears.values() for linear in linears.values()}
         model_config = self._vllm_config.model_config
         self._recipes = {fmt: open_recipe(self._config, fmt, model, self._linears, model_config) for fmt in formats}
-        device = self._memory.device_type
-        self._kernels = choose_kernels(self._config, formats, dtype, device, sorted(shapes), self._recipes)
+        groups = {fmt: recipe.group_sizes for fmt, recipe in self._recipes.items()}
+        needs = Needs(dtype, self._memory.device_type, sorted(shapes), groups)
+        choice = choose_kernels(self._config, formats, needs)
+        self._kernels, self._left_out = choice.kernels, choice.left_out
+        self._recipes = {fmt: recipe for fmt, recipe in self._recipes.items() if fmt in self._kernels}
+        self._config = served_ladder(self._config, choice.left_out)
+        self._ladder_formats = ladder_formats(self._config.ladder, profile)
         for layer, linears in self._linears.items():
             for fmt, kernel in self._kernels.items():
                 self._make(layer, fmt, kernel, linears)
@@ -210,6 +217,7 @@ class DeviceLayers:
             kernels={fmt: kernel.name for fmt, kernel in self._kernels.items()},
             page_bytes=self._memory.page_bytes,
             staging_bytes=self._staging_bytes,
+            left_out=self._left_out,
         )
 
     def _layer_bytes(self) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,88 @@
+"""Which formats of a ladder a rank serves, and what it says about the others."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm._custom_ops")
+
+import torch  # noqa: E402
+
+from morphserve.config import parse_config  # noqa: E402
+from morphserve.errors import ConfigError  # noqa: E402
+from morphserve.integration import recipes  # noqa: E402
+from morphserve.integration.describe import RankDescription  # noqa: E402
+from morphserve.integration.recipes import Choice, Needs, choose_kernels  # noqa: E402
+from morphserve.integration.runtime import EngineRuntime  # noqa: E402
+from quant_layers import KernelError  # noqa: E402
+
+OPTIONAL = {"ladder": {"steps": [{"format": fmt, "optional": True} for fmt in ("w8", "w4")]}}
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], failing: set[str]) -> Choice:
+    def planted(fmt: str, *_: Any) -> Any:
+        if fmt in failing:
+            raise KernelError(f"no kernel can run {fmt}")
+        return SimpleNamespace(name=f"some_{fmt}")
+
+    monkeypatch.setattr(recipes, "choose", planted)
+    return choose_kernels(parse_config(settings), ["w8", "w4"], Needs(torch.float32))
+
+
+@pytest.mark.parametrize("settings", [{}, OPTIONAL])
+@pytest.mark.parametrize("missing", ["w8", "w4"])
+def test_a_ladder_that_nobody_wrote_down_does_without(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], missing: str
+) -> None:
+    """Guards: default and demo settings that do not start on a machine without a kernel for one of their formats."""
+    (kept,) = {"w8", "w4"} - {missing}
+    choice = choose(monkeypatch, settings, {missing})
+    assert [kernel.name for kernel in choice.kernels.values()] == [f"some_{kept}"]
+    assert choice.left_out == {missing: f"no kernel can run {missing}"}
+    assert choose(monkeypatch, settings, set()).left_out == {}
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"ladder": {"steps": [{"format": "w8"}, {"format": "w4"}]}},
+        {"kernels": {"w4": "w4a16"}},
+        {"variants": {"w4": "/some/checkpoint"}},
+    ],
+)
+def test_what_the_user_names_is_refused(monkeypatch: pytest.MonkeyPatch, named: dict[str, Any]) -> None:
+    """Guards: a checkpoint, a kernel or a step that somebody asked for, left out with a line in a log."""
+    with pytest.raises(ConfigError, match="no kernel can run w4 Take that format out of ladder.steps"):
+        choose(monkeypatch, named, {"w4"})
+
+
+def test_a_ladder_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a server that can never leave level 0, or an empty list of steps deep inside of a worker."""
+    with pytest.raises(ConfigError, match="no format .* run w8; no kernel can run w4. .*check.* such a --dtype"):
+        choose(monkeypatch, {}, {"w8", "w4"})
+
+
+def runtime(index: int, left_out: dict[str, str]) -> EngineRuntime:
+    """Of replica `index`, whose two ranks have left out the same."""
+    sizes = {fmt: (100,) * 4 for fmt in ("base", "w8", "w4") if fmt not in left_out}
+    kernels = {fmt: f"some_{fmt}" for fmt in ("w8", "w4") if fmt not in left_out}
+    ranks = [RankDescription(rank, sizes, 10, kernels, left_out=left_out) for rank in range(2)]
+    executor = SimpleNamespace(collective_rpc=lambda method: ranks)
+    vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=index))
+    return EngineRuntime(SimpleNamespace(model_executor=executor), vllm_config, parse_config({}))
+
+
+def test_one_warning_says_what_the_ladder_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: levels in a format that the ranks have left out; a warning of each rank and replica, or none."""
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("vllm.morphserve"), "warning", lambda text, *args: said.append(text % args))
+    runtimes = [runtime(index, {"w4": "no kernel can run w4"}) for index in range(2)]
+    runtime(0, {})
+    assert said == ["morphserve: the ladder does without w4: no kernel can run w4. It has w8."]
+    for each in runtimes:
+        assert isinstance(each.config.ladder.steps, list)
+        assert [step.format for step in each.config.ladder.steps] == ["w8"] and each.stated.ladder.steps is None
