@@ -24,10 +24,14 @@ _EXCEPTION = re.compile(r"(?P<kind>[A-Za-z_][\w.]*)(?:: (?P<said>.*))?")
 _NEXT = re.compile(r"\(\w[\w-]* pid=\d+\)|\[|/\S+:\d+: |Traceback|The above exception|During handling|sys:\d")
 _USAGE = re.compile(r"vllm[\w ]*: error: (.*)")
 # Of one process about another: true, and of no use to whoever must repair it.
-_HEARSAY = re.compile(r"[Ss]ee (?:the )?(?:stack trace|root cause)|^cancelled$|Engine core initialization failed")
+_HEARSAY = re.compile(
+    r"[Ss]ee (?:the )?(?:stack trace|root cause)|^cancelled$|Engine core initialization failed|^Executor failed\.$"
+)
 _QUOTING = re.compile(r"Worker failed with error '(?P<said>.*)', please check", re.DOTALL)
-_DIED = re.compile(r"[Pp]roc (?P<name>\S+) died unexpectedly \(exit code: (?P<code>-?\d+)\)")
+# Nobody knows the code of a process whose pipe is closed and that the system has not buried yet.
+_DIED = re.compile(r"[Pp]roc (?P<name>\S+) died unexpectedly \(exit code: (?P<code>-?\d+|None)\)")
 _FAILED_CORE = re.compile(r"Failed core proc\(s\): \{'(?P<name>[^']+)': (?P<code>-?\d+)")
+_SHORT_OF_MEMORY = "as a rule by a system that is short of memory"
 _CORE_GONE = "engine core exited unexpectedly"
 _ASKED_FOR = (0, -signal.SIGTERM, -signal.SIGINT)
 _ENDED_BY_USER = ("KeyboardInterrupt", "SystemExit", "CancelledError")
@@ -96,7 +100,7 @@ def how_it_ended(code: int | None, name: str = "the server") -> str:
         return f"{name} does not answer"
     number = -code if code < 0 else max(code - 128, 0)
     if number == signal.SIGKILL:
-        return f"{name} was killed (SIGKILL), as a rule by a system that is short of memory"
+        return f"{name} was killed (SIGKILL), {_SHORT_OF_MEMORY}"
     if number == signal.SIGILL:
         return f"{name} met an instruction that this processor does not have (SIGILL)"
     if number in signal.valid_signals():
@@ -128,6 +132,8 @@ def _behind(problem: Problem) -> Problem | None:
     if match := _QUOTING.search(problem.said):
         return Problem(problem.kind, match["said"])
     if match := _DIED.search(problem.said) or _FAILED_CORE.search(problem.said):
+        if match["code"] == "None":
+            return Problem("", f"vLLM's process {match['name']} died and left no word, {_SHORT_OF_MEMORY}")
         code = int(match["code"])
         seen = code not in _ASKED_FOR and (code < 0 or match.re is _DIED)  # a core that raised ends with code 1
         return Problem("", how_it_ended(code, f"vLLM's process {match['name']}")) if seen else None

@@ -449,7 +449,9 @@ def test_ctrl_c_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 @pytest.mark.parametrize(("inherited", "given", "tier"), [("", "", ""), ("", "avx2", "avx2"), ("vnni", "", "vnni")])
 def test_tier_reaches_what_make_starts(inherited: str, given: str, tier: str) -> None:
     """Guards: every target dies because two variables are made of each other, or TIER reaches no process."""
-    env = {name: value for name, value in os.environ.items() if name not in ("MORPHSERVE_CPU_TIER", "TIER")}
+    # What an outer make, like that of `make test`, hands down would be in the way: its variables, its directory lines.
+    outer = ("MORPHSERVE_CPU_TIER", "TIER", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
+    env = {name: value for name, value in os.environ.items() if name not in outer}
     env |= {"MORPHSERVE_CPU_TIER": inherited} if inherited else {}
     command = ["make", "--eval=show-tier: ; @echo tier=$$MORPHSERVE_CPU_TIER", "show-tier"]
     command += [f"TIER={given}"] if given else []

@@ -170,6 +170,18 @@ def test_what_the_user_asked_for_is_no_cause() -> None:
     assert first_cause([Problem("MemoryError", "")]) == "MemoryError"
 
 
+def test_a_killed_worker_without_a_code_is_the_cause() -> None:
+    """Guards: the core's word that its executor failed is taken, since nobody had buried the worker yet."""
+    died = Problem("", "Worker proc VllmWorker-0 died unexpectedly (exit code: None), shutting down executor.")
+    for problems in (
+        [died, Problem("RuntimeError", "Executor failed.")],
+        [Problem("RuntimeError", "Executor failed."), died],
+    ):
+        cause = first_cause(problems)
+        assert cause is not None and cause.startswith("vLLM's process VllmWorker-0 died and left no word")
+        assert "Free some memory" in sentence(cause)
+
+
 def test_a_remedy_is_said_once() -> None:
     """Guards: the last line of a server, which holds the remedy, is repeated with another one behind it."""
     once = sentence("OSError: [Errno 98] Address already in use")

@@ -205,5 +205,7 @@ def test_killed_worker_is_the_last_thing_said(demo_model: Path, variant_cache: P
         os.kill(worker, signal.SIGKILL)
         server.process.wait(EXIT_TIMEOUT_S)
         last = server.log.read_text().splitlines()[-1]
-        assert last.startswith("morphserve: error: vLLM's process ") and "was killed (SIGKILL)" in last
+        assert last.startswith("morphserve: error: vLLM's process ")
+        # The second, where vLLM asks for the exit status before the system has it.
+        assert "was killed (SIGKILL)" in last or "died and left no word" in last
         assert "Free some memory" in last and server.processes() == []
