@@ -23,7 +23,8 @@ from morphserve.serve_dtype import add_dtype_option, resolve_dtype
 from policies.step_times import LayerMove, StepTimes
 from policies.types import BASE_FORMAT, Decision, StepLoad
 
-_BATCHES = (1, 2, 4, 8, 16, 32)
+_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+_MAX_LONG_SEQS = 32  # more sequences are timed with short contexts only: KV for them would be half a server's
 _DECODE_STEPS = 8
 _WARM_STEPS = 2
 _MAX_STEPS_OF_A_MOVE = 200  # of two live requests; a move takes a step for every few layers
@@ -103,11 +104,19 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
             f"{1e6 * fit.per_prefill_token_s:.1f} us/prefill token + {1e6 * fit.per_context_token_s:.3f} us/context "
             f"token, error {error:.1%} of {len(engine.steps[fmt])} steps\n"
         )
+    ratios = {fmt: engine.ratios(fmt) for fmt in engine.formats[1:]}
+    for fmt, by_batch in ratios.items():
+        spans = ", ".join(f"{batch}: {mid:.2f} ({low:.2f}-{high:.2f})" for batch, (mid, low, high) in by_batch.items())
+        sys.stdout.write(f"{fmt:<6} decode step over full precision's, by sequences: {spans}\n")
     return {
         "out": str(out),
         "residuals": calibration.times.residuals,
         "offset_ms": round(1e3 * calibration.times.offset_s, 2),
         "move_ms": [round(1e3 * s, 3) for s in (calibration.times.move.degrade_s, calibration.times.move.restore_s)],
+        "step_ratios": {
+            fmt: {batch: [round(ratio, 3) for ratio in spread] for batch, spread in by_batch.items()}
+            for fmt, by_batch in ratios.items()
+        },
         "num_steps": {fmt: len(engine.steps[fmt]) for fmt in engine.formats},
     }
 
@@ -142,7 +151,7 @@ class _TimedEngine:
         settings["policy"] = {"kind": "static", "level": 0}
         longest = args.max_model_len - 2 * _DECODE_STEPS - 16
         self._lengths = (16, max(longest // 2, 16))
-        blocks = max(_BATCHES) * -(-(self._lengths[-1] + 2 * _DECODE_STEPS + 8) // args.block_size) + 2
+        blocks = _MAX_LONG_SEQS * -(-(self._lengths[-1] + 2 * _DECODE_STEPS + 8) // args.block_size) + 2
         self._llm = LLM(
             args.model,
             dtype=args.dtype or "auto",
@@ -165,6 +174,7 @@ class _TimedEngine:
         served = self._morph.runtime.ranks[0].kernels
         self.formats = (BASE_FORMAT, *(fmt for fmt in formats if fmt in served))  # level by level
         self.steps: dict[str, list[StepLoad]] = {fmt: [] for fmt in self.formats}
+        self._decodes: dict[tuple[str, int], list[float]] = {}  # medians, in the order of the visits
         self._wanted = _Wanted()
         self._morph.controller.replace_policy(self._wanted, "calibration", self._morph.setup)
         self._seconds = 0.0
@@ -208,9 +218,11 @@ class _TimedEngine:
         """Time steps of all kinds at the level that the engine is at."""
         fmt = self.formats[self._level]
         for batch in _BATCHES:
-            for length in self._lengths:
+            for length in self._lengths[: 1 if batch > _MAX_LONG_SEQS else None]:
                 self._add(batch, length, _DECODE_STEPS + _WARM_STEPS)
                 self._record(fmt, _DECODE_STEPS)
+                decodes = [step.seconds for step in self.steps[fmt][-_DECODE_STEPS:] if not step.prefill_tokens]
+                self._decodes.setdefault((fmt, batch), []).append(statistics.median(decodes))
                 self._drain()
         for beside in (1, 8):
             self._add(beside, 64, 4 * len(_PREFILLS) + 8)
@@ -220,6 +232,15 @@ class _TimedEngine:
                     self._add(1, tokens, 3)
                     self._record(fmt, 3)
             self._drain()
+
+    def ratios(self, fmt: str) -> dict[int, tuple[float, float, float]]:
+        """Sequences |-> what a decode step takes over one in full precision of the same round: median, least, most."""
+        found = {}
+        for batch in _BATCHES:
+            pairs = zip(self._decodes[fmt, batch], self._decodes[BASE_FORMAT, batch], strict=True)
+            of_rounds = [here / base for here, base in pairs]
+            found[batch] = (statistics.median(of_rounds), min(of_rounds), max(of_rounds))
+        return found
 
     def _record(self, fmt: str | None, count: int) -> None:
         for _ in range(count):
