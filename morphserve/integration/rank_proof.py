@@ -1,16 +1,16 @@
 """How much memory a worst-case forward pass takes beside everything else: measured, not assumed.
 
 Growth may not take the memory that the next long prefill needs. So before anything is published the ranks run the worst
-case of vLLM's own (`profile_run`: max_num_batched_tokens tokens, max_num_seqs requests sampled), at full precision and
-with a layer in each format of the ladder, since each kernel has scratch memory of its own. What it took at most is kept
-free whenever blocks are mapped. The figures are stored beside the variants, for the next start.
+case of vLLM's own (`profile_run`: max_num_batched_tokens tokens, max_num_seqs requests sampled) with a layer in each
+format of the ladder, since each kernel has scratch memory of its own. What it took at most is kept free whenever blocks
+are mapped. The figure is stored beside the variants, for the next start.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,7 @@ def known(worker: Any, layers: Any) -> int | None:
         worker: vLLM's.
         layers: this rank's `RankLayers`.
     """
-    sizes = _read(layers.store.directory / _FILE).get(_conditions(worker, layers), {})
-    return max(sizes.values()) if set(sizes) == {BASE_FORMAT, *layers.kernels} else None
+    return _read(layers.store.directory / _FILE).get(_conditions(worker, layers))
 
 
 def measure(worker: Any, layers: Any) -> int:
@@ -53,31 +52,35 @@ def measure(worker: Any, layers: Any) -> int:
 
     state = torch.get_rng_state()
     forward()  # what is allocated once and stays (buffers, compiled code) is not the price of a forward pass
-    sizes = {}
-    for fmt in (BASE_FORMAT, *layers.kernels):
-        with _one_layer(layers, fmt):
-            sizes[fmt] = int(_MARGIN * max(peak_beyond_now(forward) for _ in range(_RUNS)))
+    size = 0
+    for mixed in _mixtures(list(layers.linears), (BASE_FORMAT, *layers.kernels)):
+        with _in_formats(layers, mixed):
+            size = max(size, *(int(_MARGIN * peak_beyond_now(forward)) for _ in range(_RUNS)))
     torch.set_rng_state(state)
-    shown = ", ".join(f"{fmt} {size / 2**20:.0f}" for fmt, size in sizes.items())
-    logger.info("morphserve: rank %d, a worst-case forward pass takes (MiB): %s", worker.rank, shown)
+    logger.info("morphserve: rank %d, a worst-case forward pass takes %.0f MiB", worker.rank, size / 2**20)
     file = layers.store.directory / _FILE
-    _write(file, _read(file) | {_conditions(worker, layers): sizes})
-    return max(sizes.values())
+    _write(file, _read(file) | {_conditions(worker, layers): size})
+    return size
+
+
+def _mixtures(layers: Sequence[int], formats: Sequence[str]) -> Iterator[dict[int, str]]:
+    """Layer |-> format, until each format had a layer: in one go if there are enough, since a pass takes seconds."""
+    for start in range(0, len(formats), len(layers)):
+        yield dict(zip(layers, formats[start:], strict=False))
 
 
 @contextmanager
-def _one_layer(layers: Any, fmt: str) -> Iterator[None]:
-    """Inside, one layer is in this format: a kernel's scratch memory is gone when it returns, all take no more."""
-    first = min(layers.linears)
-    _put(layers, first, fmt)
+def _in_formats(layers: Any, mixed: Mapping[int, str]) -> Iterator[None]:
+    """Inside, layers are in these formats: a kernel's scratch memory is gone when it returns, so one layer tells."""
+    _put(layers, mixed)
     try:
         yield
     finally:
-        _put(layers, first, BASE_FORMAT)
+        _put(layers, dict.fromkeys(mixed, BASE_FORMAT))
 
 
-def _put(layers: Any, layer: int, fmt: str) -> None:
-    layers.prepare({layer: fmt})
+def _put(layers: Any, mixed: Mapping[int, str]) -> None:
+    layers.prepare(mixed)
     layers.swapper.commit()
 
 
@@ -101,15 +104,14 @@ def _conditions(worker: Any, layers: Any) -> str:
     )
 
 
-def _read(file: Path) -> dict[str, dict[str, int]]:
+def _read(file: Path) -> dict[str, int]:
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        return {key: {fmt: int(size) for fmt, size in sizes.items()} for key, sizes in stored.items()}
+        return {key: int(size) for key, size in json.loads(file.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, AttributeError, TypeError):
-        return {}  # absent or damaged: measured again
+        return {}  # absent, damaged, or of another release: measured again
 
 
-def _write(file: Path, figures: dict[str, dict[str, int]]) -> None:
+def _write(file: Path, figures: Mapping[str, int]) -> None:
     partial = file.with_suffix(".partial")
     try:
         partial.write_text(json.dumps(figures, indent=1), encoding="utf-8")
