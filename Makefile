@@ -68,7 +68,7 @@ test-lower-tiers: setup
 
 lint: setup
 	@$(PY) -m ruff check .
-	@$(PY) -m mypy -p policies -p morphserve.controller -m morphserve.monitor -m morphserve.ladder
+	@$(PY) -m mypy -p policies -p morphserve.control
 	@$(VENV)/bin/lint-imports --no-logo
 
 # With a size given, vLLM asks for it alone; without, for 92 % of the memory that it counts on the node.

@@ -27,18 +27,18 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "inspect":
         return _inspect(args.profile)
     if args.command == "replay-log":
-        from morphserve.replay_log import run
+        from morphserve.control.replay_log import run
 
         return run(args.file, args.policy)
     # Read as torch is loaded: threads that wait in a loop would time, and slow down, whatever else has the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from morphserve.check import check as check_machine
+    from morphserve.integration.offline.check import check as check_machine
 
     return check_machine(args.dtype, args.json)
 
 
 def _inspect(directory: str) -> int:
-    from morphserve.inspect_profile import describe
+    from morphserve.tools.profile.inspect import describe
     from quant_layers import ProfileError, read_profile
 
     try:

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from morphserve.errors import MorphServeError
-from morphserve.integration import ending, seams
-from morphserve.integration.settings import CONFIG_FILE, KEY, is_active, read_settings
+from morphserve.integration.seams import rows as seams
+from morphserve.integration.start import ending
+from morphserve.integration.start.settings import CONFIG_FILE, KEY, is_active, read_settings
 
 logger = logging.getLogger("vllm.morphserve")
 
-SCHEDULER_CLS = "morphserve.integration.scheduler.make_scheduler"
-WORKER_EXTENSION_CLS = "morphserve.integration.worker.MorphServeWorker"
-DEVICE_WORKER_EXTENSION_CLS = "morphserve.integration.device.worker.MorphServeDeviceWorker"
+SCHEDULER_CLS = "morphserve.integration.engine.scheduler.make_scheduler"
+WORKER_EXTENSION_CLS = "morphserve.integration.worker.worker.MorphServeWorker"
+DEVICE_WORKER_EXTENSION_CLS = "morphserve.integration.worker.cuda.worker.MorphServeDeviceWorker"
 
 
 def register() -> None:
@@ -44,7 +45,7 @@ def register() -> None:
 
 def install_engine_seams() -> None:
     """Wrap what the engine-core process needs. Re-entrant; inert for other engines."""
-    from morphserve.integration import engine
+    from morphserve.integration.engine import wiring as engine
 
     engine.install()
 
@@ -111,7 +112,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Any:
             ending.arm(_is_cli())
             _activate(self)
             config = original(self, *args, **kwargs)
-            from morphserve.integration.checks import check_engine
+            from morphserve.integration.start.checks import check_engine
 
             check_engine(config)
         except MorphServeError as e:
@@ -151,16 +152,16 @@ def _activate(engine_args: Any) -> None:
 
 def _device_seams() -> tuple[seams.Seam, ...]:
     """Rows that hold or fall with a GPU."""
-    from morphserve.integration.checks import current_device_type
-    from morphserve.integration.seams_cuda import CUDA_SEAMS
+    from morphserve.integration.seams.cuda import CUDA_SEAMS
+    from morphserve.integration.start.checks import current_device_type
 
     return CUDA_SEAMS if current_device_type() == "cuda" else ()
 
 
 def _worker_extension_cls() -> str:
     """Of the device that vLLM has found."""
-    from morphserve.integration.checks import current_device_type
-    from morphserve.integration.device.memory import wants_device
+    from morphserve.integration.start.checks import current_device_type
+    from morphserve.residence.paged.memory import wants_device
 
     return DEVICE_WORKER_EXTENSION_CLS if wants_device(current_device_type()) else WORKER_EXTENSION_CLS
 

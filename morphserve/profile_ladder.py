@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from morphserve.config import MorphServeConfig
+from morphserve.control.ladder import ProfileLadder
 from morphserve.errors import ConfigError
-from morphserve.ladder import ProfileLadder
 
 
 def read_ladder(config: MorphServeConfig) -> ProfileLadder | None:

@@ -4,18 +4,10 @@ Needs torch and nothing else of ours; vLLM's operators are used where another pa
 """
 
 # First: in a format, kernels are tried in the order in which they register.
-from . import kernels as kernels  # isort: skip
-from .checkpoint import Checkpoint, ImportedLayer, tensor_files
-from .cuda_float8 import F8A8Cutlass
-from .errors import CheckpointError, KernelError, ProfileError, QuantError, StoreError, SwapError
-from .float8 import QuantF8
-from .halves import HALVES, Half, format_of, half_of, join_format, split_format
-from .kernel_base import KernelBase
-from .linears import LinearImpl, Native
-from .machete import W4A16Machete
-from .marlin import W4A16Marlin, W8A16Marlin
-from .memory import trim
-from .neutral import (
+from quant_layers.kernels import cpu as cpu  # isort: skip
+from quant_layers.formats.float8 import QuantF8
+from quant_layers.formats.halves import HALVES, Half, format_of, half_of, join_format, split_format
+from quant_layers.formats.neutral import (
     Quant,
     QuantW4,
     QuantW8,
@@ -26,15 +18,24 @@ from .neutral import (
     quantize_w8,
     regroup,
 )
-from .profile import LayerScales, Profile, Rung, base_fingerprint, read_profile, write_profile
-from .registry import CANDIDATES, FORMATS, Kernel, register, unregister
-from .selftest import KernelReport, by_preference, check_kernel, choose, probe
-from .sensitivity import Change, Move, QuadraticCost, Unit, greedy, layer_importance_order
-from .smoothing import Fold, Scale, apply_scales, choose_scale, folds_of
-from .store import BASE, StoredLayer, VariantStore
-from .store import SCHEMA as STORE_SCHEMA
-from .swapper import BIAS, RECIPE_MARK, LayerSwapper, LinearSlot, TensorSlot
-from .tensorfile import LayerTensors, digest
+from quant_layers.kernels.base import KernelBase
+from quant_layers.kernels.cpu_linears import LinearImpl, Native
+from quant_layers.kernels.float8 import F8A8Cutlass
+from quant_layers.kernels.machete import W4A16Machete
+from quant_layers.kernels.marlin import W4A16Marlin, W8A16Marlin
+from quant_layers.kernels.registry import CANDIDATES, FORMATS, Kernel, register, unregister
+from quant_layers.kernels.selftest import KernelReport, by_preference, check_kernel, choose, probe
+from quant_layers.sources.checkpoint import Checkpoint, ImportedLayer, tensor_files
+from quant_layers.sources.profile import LayerScales, Profile, Rung, base_fingerprint, read_profile, write_profile
+from quant_layers.sources.sensitivity import Change, Move, QuadraticCost, Unit, greedy, layer_importance_order
+from quant_layers.sources.smoothing import Fold, Scale, apply_scales, choose_scale, folds_of
+from quant_layers.store.layer_store import BASE, StoredLayer, VariantStore
+from quant_layers.store.layer_store import SCHEMA as STORE_SCHEMA
+from quant_layers.store.tensorfile import LayerTensors, digest
+from quant_layers.swap import BIAS, RECIPE_MARK, LayerSwapper, LinearSlot, TensorSlot
+
+from .errors import CheckpointError, KernelError, ProfileError, QuantError, StoreError, SwapError
+from .memory import trim
 
 __all__ = [
     "apply_scales",

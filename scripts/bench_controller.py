@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from morphserve.config import LadderConfig, MorphServeConfig
-from morphserve.controller import (
+from morphserve.control import (
     Controller,
     DecisionLog,
     EngineView,
@@ -36,9 +36,9 @@ from morphserve.controller import (
     make_header,
     make_ledgers,
 )
-from morphserve.ladder import build_ladder
-from morphserve.monitor import Monitor
-from morphserve.rank_bytes import RankBytes
+from morphserve.control.ladder import build_ladder
+from morphserve.control.monitor import Monitor
+from morphserve.control.rank_bytes import RankBytes
 from policies import EngineLimits, PolicySetup, ThresholdConfig
 
 EDGES_US = (2, 5, 10, 20, 50, 100, 200, 500, 1000)

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     import vllm._custom_ops  # noqa: F401  # loads the build of vLLM's extension that fits this CPU
 
-    from quant_layers import int16
+    from quant_layers.kernels import int16
 
     shapes = [(int(n), int(k)) for n, k in (shape.split("x") for shape in args.shapes)]
     weights = [[_weight(shape, 100 * layer + i) for i, shape in enumerate(shapes)] for layer in range(args.layers)]

@@ -135,7 +135,7 @@ def _shrink(engine: Any, morph: Any, limit: int, migrate: int) -> tuple[list[flo
 
 
 def _commit(morph: Any, copies: Any, num_kv_blocks: int) -> None:
-    from morphserve.controller import Plan
+    from morphserve.control import Plan
 
     replies = morph.executor.commit(Plan(0, (), num_kv_blocks, copies)).poll()
     assert replies is not None and all(reply.ok for reply in replies), replies

@@ -1,6 +1,6 @@
 """What does profiling cost per layer as models grow deeper? Random Llamas of several depths, equal layers.
 
-Times both sweeps of scripts/profile_layers.py (see morphserve/profiling/effects.py) and the greedy ladder.
+Times both sweeps of scripts/profile_layers.py (see morphserve/tools/profile/effects.py) and the greedy ladder.
 Output columns: layers, seconds of the sweeps, per layer, seconds of the ladder.
 Last stdout line: one JSON document [{"layers", "sweeps_s", "sweeps_s_per_layer", "ladder_s"}].
 
@@ -27,7 +27,14 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from morphserve.profiling import RoundToNearest, StreamedModel, Workspace, backward_sweep, cost_of, forward_sweep
+    from morphserve.tools.profile import (
+        RoundToNearest,
+        StreamedModel,
+        Workspace,
+        backward_sweep,
+        cost_of,
+        forward_sweep,
+    )
     from quant_layers import greedy
 
     rows = []

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from stub_driver import StubError, build, environment
 
-from morphserve.gpucheck.engines import MODELS
+from morphserve.tools.gpucheck.engines import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("libraries", "seams", "config", "plugin", "refusals", "wraps")

@@ -18,10 +18,10 @@ import sys
 from pathlib import Path
 
 from morphserve.errors import SeamError
-from morphserve.integration import seam_source
-from morphserve.integration.seam_tree import SourceTree
-from morphserve.integration.seams import SEAMS, SeamResult
-from morphserve.integration.seams_cuda import CUDA_KERNEL_SEAMS, CUDA_SEAMS
+from morphserve.integration.seams import source as seam_source
+from morphserve.integration.seams.cuda import CUDA_KERNEL_SEAMS, CUDA_SEAMS
+from morphserve.integration.seams.rows import SEAMS, SeamResult
+from morphserve.integration.seams.tree import SourceTree
 from morphserve.version import SUPPORTED_VLLM
 
 TABLES = {"all": SEAMS, "cuda": CUDA_SEAMS, "kernels": CUDA_KERNEL_SEAMS}

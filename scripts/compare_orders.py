@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"compare_orders: {error}\n")
         return 1
     if args.plot is not None:
-        from morphserve.profiling.plots import plot_orders
+        from morphserve.tools.profile.plots import plot_orders
 
         plot_orders(args.counts, found, args.plot)
     document = {"format": args.format, "counts": args.counts, "orders": found}
@@ -64,7 +64,7 @@ def _orders(args: argparse.Namespace) -> dict[str, list[list[int]]]:
     import transformers
 
     from morphserve.hub import find_files
-    from morphserve.profiling import (
+    from morphserve.tools.profile import (
         RoundToNearest,
         StreamedModel,
         Workspace,
@@ -118,7 +118,7 @@ def _measure(args: argparse.Namespace, orders: dict[str, list[list[int]]]) -> di
     with tempfile.TemporaryDirectory() as scratch:
         rungs = Path(scratch) / "rungs.json"
         rungs.write_text(json.dumps([dict.fromkeys(sorted(layers), args.format) for layers in wanted]))
-        command = [sys.executable, "-m", "morphserve.integration.measure", args.model, "--rungs", rungs]
+        command = [sys.executable, "-m", "morphserve.integration.offline.measure", args.model, "--rungs", rungs]
         command += ["--text", *args.eval_text, "--windows", str(args.eval_windows)]
         done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True)
     if done.returncode:

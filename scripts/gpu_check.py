@@ -16,7 +16,7 @@ time, with the reason; for each criterion whether it holds. Exit code: 0 no part
 
 from __future__ import annotations
 
-from morphserve.gpucheck import main
+from morphserve.tools.gpucheck import main
 
 if __name__ == "__main__":
     raise SystemExit(main(description=__doc__))

@@ -62,8 +62,9 @@ def stand_in() -> None:
     """What kernels would have computed and the start relies on."""
     import torch
 
-    from morphserve.integration import rank_profile, recipes
-    from quant_layers import selftest
+    from morphserve.integration.worker import profile_source as rank_profile
+    from morphserve.integration.worker import recipes
+    from quant_layers.kernels import selftest
 
     def one_token_each(num_sampled: Any, *rest: Any) -> tuple[Any, Any]:
         num_sampled.copy_(torch.ones(num_sampled.shape, dtype=num_sampled.dtype))
@@ -90,7 +91,7 @@ def stand_in() -> None:
         _loaded.update({name: _digest(parameter) for name, parameter in model.named_parameters()})
         capture(self, model)
 
-    layers: Any = importlib.import_module("morphserve.integration.device.layers").DeviceLayers
+    layers: Any = importlib.import_module("morphserve.integration.worker.cuda.layers").DeviceLayers
     capture, layers.capture = layers.capture, with_weights
     sampler: Any = importlib.import_module("vllm.v1.worker.gpu.sample.sampler")
     sampler.get_num_sampled_and_rejected = one_token_each
@@ -235,7 +236,7 @@ def _layout(engine: Engine) -> str:
 
 def _captured(engine: Engine, graphs: str) -> str:
     """Captures are as many as banks hold, or none."""
-    worker = importlib.import_module("morphserve.integration.device.worker")
+    worker = importlib.import_module("morphserve.integration.worker.cuda.worker")
     have = worker._RANK.graphs
     if graphs == "eager":
         return f"none: {want(have, None)}"
@@ -272,7 +273,7 @@ def _under_load(engine: Engine) -> str:
 
 def _count_moves() -> list[int]:
     """Numbers of blocks that are copied from now on, one entry a command."""
-    worker = importlib.import_module("morphserve.integration.device.worker")
+    worker = importlib.import_module("morphserve.integration.worker.cuda.worker")
     kv: Any = type(worker._RANK.kv)
     original, moved = kv.move, list[int]()
 

@@ -21,8 +21,8 @@ from typing import Any
 from unittest.mock import patch
 
 from morphserve.errors import MorphServeError
-from morphserve.integration import seams
-from morphserve.integration.seams_cuda import CUDA_KERNEL_SEAMS, CUDA_SEAMS
+from morphserve.integration.seams import rows as seams
+from morphserve.integration.seams.cuda import CUDA_KERNEL_SEAMS, CUDA_SEAMS
 from morphserve.version import SUPPORTED_VLLM, UNPROVEN_CUDA
 
 # Of a Llama-8B without options; docs/gpu.md claims the same.
@@ -180,7 +180,7 @@ def _with_plugin(**options: Any) -> Any:
 
 
 def _accepted() -> str:
-    from morphserve.integration.settings import for_this_device, read_settings
+    from morphserve.integration.start.settings import for_this_device, read_settings
 
     found = _with_plugin()
     want(found.parallel_config.worker_extension_cls.rpartition(".")[2], "MorphServeDeviceWorker")
@@ -195,8 +195,8 @@ def _same_configuration() -> str:
 
 
 def refusals() -> None:
-    """Each row of integration/device/checks.py, on configurations that vLLM makes itself where it lets us."""
-    from morphserve.integration.device.checks import check_device
+    """Each row of integration/start/device_checks.py, on configurations that vLLM makes itself where it lets us."""
+    from morphserve.integration.start.device_checks import check_device
 
     os.environ[UNPROVEN_CUDA] = "1"
     importlib.import_module("morphserve.plugin").register()
@@ -226,14 +226,14 @@ def refusals() -> None:
 
 
 def _passes() -> str:
-    from morphserve.integration.device.checks import check_device
+    from morphserve.integration.start.device_checks import check_device
 
     check_device(engine_config())
     return "passes"
 
 
 def _check_changed(vllm_config: Any, part: str, field: str, value: Any) -> None:
-    from morphserve.integration.device.checks import check_device
+    from morphserve.integration.start.device_checks import check_device
 
     check_device(changed(vllm_config, part, field, value))
 
@@ -266,8 +266,8 @@ def refused(call: Callable[..., Any], words: str, *args: Any, **options: Any) ->
 
 def wraps() -> None:
     """The worker's seams and the engine core's, installed on the modules of this vLLM."""
-    worker = importlib.import_module("morphserve.integration.device.worker")
-    engine = importlib.import_module("morphserve.integration.engine")
+    worker = importlib.import_module("morphserve.integration.worker.cuda.worker")
+    engine = importlib.import_module("morphserve.integration.engine.wiring")
     engine.install()
     counted = [(owner, name) for owner, name, _ in seams._installed]
     worker.install_worker_seams()

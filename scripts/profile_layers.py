@@ -1,7 +1,7 @@
 """Which layers should be swapped first, into what, and what does each level cost? Profiles MODEL.
 
 Two passes over the weights, one decoder layer at a time, price every layer in every format by what it does to the
-model's answers on real text (see morphserve/profiling/effects.py), and find the input scales with which W8 loses
+model's answers on real text (see morphserve/tools/profile/effects.py), and find the input scales with which W8 loses
 least. The ladder takes, move by move, what frees most bytes per KL. Its levels are then measured in the kernels
 that serve them: on the calibration text (expected KL) and on other text (measured KL). `profile: DIR` in the
 MorphServe config uses all of it.
@@ -23,7 +23,7 @@ from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
-    from morphserve.ladder import DEFAULT_FORMATS
+    from morphserve.control.ladder import DEFAULT_FORMATS
     from morphserve.serve_dtype import AUTO, add_dtype_option, resolve_dtype
     from quant_layers import FORMATS
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     from rich.progress import Progress
 
     from morphserve.errors import MorphServeError
-    from morphserve.profiling import ProfileJob, run_profile
+    from morphserve.tools.profile import ProfileJob, run_profile
     from quant_layers import QuantError
 
     job = ProfileJob(
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(f"{level:>3}  {moves}  kl {rung.expected_kl:.4f}  {measured}  {mib:.1f} MiB  {factor}\n")
         before = dict(rung.layers)
     if args.plot is not None:
-        from morphserve.profiling.plots import plot_frontier
+        from morphserve.tools.profile.plots import plot_frontier
 
         plot_frontier({args.out.name: profile.ladder}, args.plot)
     document = {

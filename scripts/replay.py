@@ -32,7 +32,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from morphserve.replay import main
+from morphserve.tools.bench import main
 
 if __name__ == "__main__":
     corpus = Path(__file__).resolve().parent / "corpus" / "wikitext2.txt"

@@ -22,7 +22,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from morphserve.sweep import main
+from morphserve.tools.bench.sweep import main
 
 if __name__ == "__main__":
     corpus = Path(__file__).resolve().parent / "corpus" / "wikitext2.txt"

@@ -25,7 +25,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from morphserve.tuning import main
+from morphserve.tools.tune import main
 
 if __name__ == "__main__":
     sys.exit(main(__doc__ or "", Path(__file__).resolve().parents[1] / "policies" / "yaml" / "space.yaml"))

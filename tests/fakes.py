@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from morphserve.config import LadderConfig, LadderStep, MorphServeConfig, TransitionConfig
-from morphserve.controller import (
+from morphserve.control import (
     Controller,
     DecisionLog,
     EngineView,
@@ -22,9 +22,9 @@ from morphserve.controller import (
     largest_chunk_bytes,
     make_ledgers,
 )
-from morphserve.ladder import build_ladder
-from morphserve.monitor import Monitor
-from morphserve.rank_bytes import RankBytes
+from morphserve.control.ladder import build_ladder
+from morphserve.control.monitor import Monitor
+from morphserve.control.rank_bytes import RankBytes
 from policies import BASE_FORMAT, Decision, Ladder, Policy, Signals
 from tests.rank_rules import FakeTicket, RankRules, RankState
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
-from morphserve.controller import Ledgers, Plan, Reply
-from morphserve.rank_bytes import RankBytes
+from morphserve.control import Ledgers, Plan, Reply
+from morphserve.control.rank_bytes import RankBytes
 
 
 @dataclass(slots=True)

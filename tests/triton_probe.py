@@ -11,7 +11,7 @@ import sys
 import torch
 
 from quant_layers import check_kernel, quantize_w4
-from quant_layers.kernels import W4A16Triton
+from quant_layers.kernels.cpu import W4A16Triton
 
 SHAPES = [(m, n, k, group) for m in (1, 17, 70) for n, k, group in ((32, 128, 128), (96, 64, 32), (160, 256, 64))]
 

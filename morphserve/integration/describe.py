@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from morphserve.layer_times import LayerTimes
+from morphserve.control.layer_times import LayerTimes
 
 
 @dataclass(frozen=True, slots=True)

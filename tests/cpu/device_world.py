@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kv_resize import ArenaBacking, ElasticCache, FakePager, KVGeometry, PagePool
-from morphserve.device import DeviceRank, DeviceSwapper, HostCopier, Part, WeightArena
+from morphserve.residence import DeviceRank, DeviceSwapper, HostCopier, Part, WeightArena
 from quant_layers import (
     BASE,
     CANDIDATES,

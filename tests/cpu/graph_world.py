@@ -15,7 +15,7 @@ from typing import Any
 
 from cpu.graph_memory import Cell, Gpu, Graph
 
-from morphserve.device import Formats, GraphBanks, Holder, Route, narrow_candidates
+from morphserve.residence import Formats, GraphBanks, Holder, Route, narrow_candidates
 
 BASE = "base"
 NUM_SCRATCH = {BASE: 0, "w8": 1, "w4": 2}  # kernels of other formats want other scratch memory

@@ -10,13 +10,13 @@ from typing import Any
 from cpu.sim_reference import ReferenceScheduler, Request
 from hypothesis import strategies as st
 
-from morphserve.replay.formats import TraceRequest
-from morphserve.replay.workload import Workload
-from morphserve.simulation.pool import SimPool
-from morphserve.simulation.prefix import CachingScheduler, PromptContents
-from morphserve.simulation.request import SimRequest
-from morphserve.simulation.scheduler import SimScheduler
-from morphserve.simulation.server import SimServer
+from morphserve.tools.sim.pool import SimPool
+from morphserve.tools.sim.prefix import CachingScheduler, PromptContents
+from morphserve.tools.sim.request import SimRequest
+from morphserve.tools.sim.scheduler import SimScheduler
+from morphserve.tools.sim.server import SimServer
+from morphserve.tools.workload.formats import TraceRequest
+from morphserve.tools.workload.workload import Workload
 
 BLOCK_TOKENS = 8  # of a hash id
 

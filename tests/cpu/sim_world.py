@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from morphserve.config import MorphServeConfig, parse_config
-from morphserve.rank_bytes import RankBytes
-from morphserve.replay.formats import TraceRequest
-from morphserve.replay.workload import Workload
-from morphserve.simulation import Calibration, SimServer
+from morphserve.control.rank_bytes import RankBytes
+from morphserve.tools.sim import Calibration, SimServer
+from morphserve.tools.workload.formats import TraceRequest
+from morphserve.tools.workload.workload import Workload
 from policies import LayerMove, StepTime, StepTimes
 
 NUM_LAYERS = 30

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from morphserve.controller import Plan
-from morphserve.integration.commands import Commands, Figures, KVUnknown
+from morphserve.control import Plan
+from morphserve.integration.worker.commands import Commands, Figures, KVUnknown
 
 pytestmark = pytest.mark.cpu
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from morphserve.controller import DecisionLog
+from morphserve.control import DecisionLog
 from morphserve.errors import ConfigError
 from policies import Decision, Signals
 from tests.fakes import Rig

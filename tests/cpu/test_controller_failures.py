@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 
 from morphserve.config import MorphServeConfig, TransitionConfig
-from morphserve.controller import Phase, Plan, Reply
-from morphserve.controller.backoff import BackOff
+from morphserve.control import Phase, Plan, Reply
+from morphserve.control.backoff import BackOff
 from tests.fakes import BASE_BLOCKS, FakeRank, Rig
 
 pytestmark = pytest.mark.cpu

@@ -7,8 +7,8 @@ import logging
 import pytest
 
 from morphserve.config import MorphServeConfig, TransitionConfig
-from morphserve.controller import Phase, Plan
-from morphserve.controller.replies import ReplyDesk
+from morphserve.control import Phase, Plan
+from morphserve.control.replies import ReplyDesk
 from tests.fakes import BASE_BLOCKS, KV_BLOCK_BYTES, LAYER_BYTES, FakeRank, Rig, pipeline
 from tests.rank_rules import FakeTicket
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from morphserve.controller import Ledger, largest_chunk_bytes, layers_within, make_ledgers
+from morphserve.control import Ledger, largest_chunk_bytes, layers_within, make_ledgers
 from morphserve.errors import LedgerError
 from tests.fakes import LAYER_BYTES, Rig
 

@@ -7,10 +7,10 @@ import logging
 import pytest
 
 from morphserve.config import KVConfig, MorphServeConfig, TransitionConfig
-from morphserve.controller import Controller, EngineView, Phase, Plan
-from morphserve.controller.transition import check_move
+from morphserve.control import Controller, EngineView, Phase, Plan
+from morphserve.control.rank_bytes import RankBytes
+from morphserve.control.transition import check_move
 from morphserve.errors import ConfigError, IllegalTransition
-from morphserve.rank_bytes import RankBytes
 from policies import PolicySetup, StaticConfig, StaticPolicy
 from tests.fakes import BASE_BLOCKS, LAYER_BYTES, Rig
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from morphserve.config import KVConfig, MorphServeConfig, TransitionConfig
-from morphserve.controller import Phase
-from morphserve.rank_bytes import RankBytes
+from morphserve.control import Phase
+from morphserve.control.rank_bytes import RankBytes
 from tests.fakes import BASE_BLOCKS, KV_BLOCK_BYTES, LAYER_BYTES, Rig, pipeline
 
 pytestmark = pytest.mark.cpu

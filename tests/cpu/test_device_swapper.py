@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_resize import BackingError
-from morphserve.device import Layout, Part
+from morphserve.residence import Layout, Part
 from quant_layers import BASE, SwapError
 
 pytestmark = pytest.mark.cpu

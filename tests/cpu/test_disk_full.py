@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from morphserve.errors import ProfilingError
-from morphserve.profiling.workspace import Workspace
+from morphserve.tools.profile.workspace import Workspace
 from quant_layers import ProfileError, Rung, StoreError, VariantStore, write_profile
 
 LIMITS = (0, 1, 100, 4096, 20_000, 60_000)  # bytes of one file; the largest one here has more, each time

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from morphserve.gpucheck import cli, frame
-from morphserve.gpucheck.frame import Options, judge, run_parts
-from morphserve.gpucheck.parts import PARTS, Part, choose
-from morphserve.gpucheck.results import Findings, PartResult, Verdict
+from morphserve.tools.gpucheck import cli, frame
+from morphserve.tools.gpucheck.frame import Options, judge, run_parts
+from morphserve.tools.gpucheck.parts import PARTS, Part, choose
+from morphserve.tools.gpucheck.results import Findings, PartResult, Verdict
 
 ROOT = Path(__file__).parents[2]
 FAKES = {
@@ -53,7 +53,7 @@ FAKES = {
             bench.expect("it is fast", False, "it is not")
     """,
     "elsewhere": """
-        from morphserve.gpucheck.bench import Skip
+        from morphserve.tools.gpucheck.bench import Skip
         def run(bench):
             raise Skip("not on this machine")
     """,
@@ -260,6 +260,7 @@ def test_parts_are_chosen_by_key() -> None:
 
 def test_the_frame_loads_neither_torch_nor_vllm() -> None:
     """Guards: a parent that holds a CUDA context, and dies with a part's driver."""
-    code = "import sys, morphserve.gpucheck; sys.exit(str(sorted({'torch', 'vllm', 'pydantic'} & set(sys.modules))))"
+    code = "import sys, morphserve.tools.gpucheck; "
+    code += "sys.exit(str(sorted({'torch', 'vllm', 'pydantic'} & set(sys.modules))))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stderr.strip() == "[]"

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from morphserve.gpucheck import t8_vllm, t9_plugin
-from morphserve.gpucheck.bench import Bench, run_part
-from morphserve.gpucheck.engines import EngineError, EngineProcess, StandIn
+from morphserve.tools.gpucheck import t8_vllm, t9_plugin
+from morphserve.tools.gpucheck.bench import Bench, run_part
+from morphserve.tools.gpucheck.engines import EngineError, EngineProcess, StandIn
 
 
 def missed(part: ModuleType, required: bool = True) -> list[str]:
@@ -22,7 +22,7 @@ def missed(part: ModuleType, required: bool = True) -> list[str]:
 def test_t8_notices_tokens_that_do_not_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: an engine whose answers depend on the run, taken for one whose level 0 can be compared."""
     (tmp_path / "restless.py").write_text(
-        "from morphserve.gpucheck.engines import StandIn\n"
+        "from morphserve.tools.gpucheck.engines import StandIn\n"
         "class Engine(StandIn):\n"
         "    def generate(self, *sizes):\n"
         "        self._level += 1\n"
@@ -69,7 +69,7 @@ def test_an_engine_that_fails_is_an_error_in_words(tmp_path: Path, monkeypatch: 
         "    def stop(self): pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("morphserve.gpucheck.engines._STOP_S", 0.5)
+    monkeypatch.setattr("morphserve.tools.gpucheck.engines._STOP_S", 0.5)
     for name, words in (
         ("Dies", "describe: the engine's process ended, exit code 7"),
         ("Mute", "describe: no answer in 1 s"),

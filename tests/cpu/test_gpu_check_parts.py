@@ -15,17 +15,18 @@ import pytest
 import torch
 
 from kv_resize import ArenaBacking, ElasticCache, FakePager, PagePool
-from morphserve.device import GraphBanks, landing
-from morphserve.gpucheck import t3_copy, t4_recycle, t5_kernels, t7_opaque
-from morphserve.gpucheck.bench import Bench, run_part
-from morphserve.gpucheck.engines import MODELS
-from morphserve.gpucheck.frame import Options, judge, run_one
-from morphserve.gpucheck.mini_engine import MiniEngine
-from morphserve.gpucheck.mini_model import BaseLinear, LayerArena, MiniModel
-from morphserve.gpucheck.parts import PARTS
-from morphserve.gpucheck.results import Findings
+from morphserve.residence import GraphBanks
+from morphserve.residence.graphs import landing
+from morphserve.tools.gpucheck import t3_copy, t4_recycle, t5_kernels, t7_opaque
+from morphserve.tools.gpucheck.bench import Bench, run_part
+from morphserve.tools.gpucheck.engines import MODELS
+from morphserve.tools.gpucheck.frame import Options, judge, run_one
+from morphserve.tools.gpucheck.mini_engine import MiniEngine
+from morphserve.tools.gpucheck.mini_model import BaseLinear, LayerArena, MiniModel
+from morphserve.tools.gpucheck.parts import PARTS
+from morphserve.tools.gpucheck.results import Findings
 from quant_layers import KernelReport
-from quant_layers.float8 import F8ScaledLinear
+from quant_layers.formats.float8 import F8ScaledLinear
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,7 @@ def test_every_part_runs_dry(key: str) -> None:
     """Guards: a typo that shows when a GPU is lent for ten minutes."""
     findings = dry(key)
     if key == "t7" and not t7_opaque.is_there():
-        assert findings.skipped == "morphserve.device.weight_linear is not there yet"
+        assert findings.skipped == "morphserve.residence.graphs.weight_linear is not there yet"
         return
     assert judge(findings, 0, 1.0) == ("ok", ""), findings.notes
     assert findings.figures and findings.finished
@@ -262,8 +263,8 @@ def test_t7_notices_pieces_of_another_level(broken: str, monkeypatch: pytest.Mon
 
 def test_the_8b_shape_is_the_one_the_kernels_are_measured_on() -> None:
     """Guards: figures of kernels and of engines that speak of different models."""
-    from morphserve.gpucheck.mini_model import Shape
-    from morphserve.gpucheck.t5_kernels import SHAPES
+    from morphserve.tools.gpucheck.mini_model import Shape
+    from morphserve.tools.gpucheck.t5_kernels import SHAPES
 
     config = MODELS["8B shape"]
     shape = Shape()

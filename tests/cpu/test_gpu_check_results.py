@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from morphserve.gpucheck import machine
-from morphserve.gpucheck.bench import Bench
-from morphserve.gpucheck.results import Findings, PartResult, read_findings, write_findings
-from morphserve.gpucheck.tables import render
+from morphserve.tools.gpucheck import machine
+from morphserve.tools.gpucheck.bench import Bench
+from morphserve.tools.gpucheck.results import Findings, PartResult, read_findings, write_findings
+from morphserve.tools.gpucheck.tables import render
 
 
 def test_findings_survive_a_writer_that_is_killed(tmp_path: Path) -> None:

@@ -10,16 +10,8 @@ from cpu.graph_world import BASE, SIZES, Desc, GraphWorld, Key, Mode, at, scope_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from morphserve.device import (
-    Formats,
-    GraphBanks,
-    Holder,
-    Landing,
-    Offer,
-    narrow_candidates,
-    narrow_keys,
-)
-from morphserve.device.shelves import Watched
+from morphserve.residence import Formats, GraphBanks, Holder, Landing, Offer, narrow_candidates, narrow_keys
+from morphserve.residence.graphs.shelves import Watched
 
 sizes = st.sets(st.sampled_from(SIZES)).map(sorted)
 

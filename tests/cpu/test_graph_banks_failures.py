@@ -9,8 +9,8 @@ import pytest
 from cpu.graph_memory import Gpu, Graph
 from cpu.graph_world import BASE, SIZES, Desc, Entry, GraphWorld, Mode, at
 
-from morphserve.device import GraphBankError, GraphBanks, Holder, Landing
-from morphserve.device.landing import land
+from morphserve.residence import GraphBankError, GraphBanks, Holder, Landing
+from morphserve.residence.graphs.landing import land
 
 
 def test_a_capture_while_serving_is_refused() -> None:

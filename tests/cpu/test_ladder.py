@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from morphserve.config import LadderConfig, LadderStep, check_formats, parse_config
-from morphserve.errors import ConfigError
-from morphserve.ladder import (
+from morphserve.control.ladder import (
     ProfileLadder,
     build_ladder,
     check_floor,
@@ -17,7 +16,8 @@ from morphserve.ladder import (
     resolve_level,
     without_formats,
 )
-from morphserve.rank_bytes import RankBytes
+from morphserve.control.rank_bytes import RankBytes
+from morphserve.errors import ConfigError
 from policies import BASE_FORMAT, Ladder
 from policies.config import ThresholdConfig
 from policies.threshold import fill_in

@@ -108,7 +108,7 @@ def test_entry_points_carry_one_name() -> None:
     groups = PROJECT["entry-points"]
     assert groups == {
         "vllm.general_plugins": {"morphserve": "morphserve.plugin:register"},
-        "vllm.endpoint_plugins": {"morphserve": "morphserve.integration.metrics:make_endpoint"},
+        "vllm.endpoint_plugins": {"morphserve": "morphserve.integration.server.metrics:make_endpoint"},
     }
 
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from morphserve.controller import EngineView
-from morphserve.monitor import AnswerLength, DecayingMean, Monitor, WindowRate
+from morphserve.control import EngineView
+from morphserve.control.monitor import AnswerLength, DecayingMean, Monitor, WindowRate
 from policies import Signals
 
 pytestmark = pytest.mark.cpu

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import pytest
 
 from morphserve.config import LadderConfig, MorphServeConfig
-from morphserve.controller import Controller, EngineView, Phase, largest_chunk_bytes, make_ledgers
-from morphserve.ladder import build_ladder
-from morphserve.monitor import Monitor
-from morphserve.rank_bytes import RankBytes
+from morphserve.control import Controller, EngineView, Phase, largest_chunk_bytes, make_ledgers
+from morphserve.control.ladder import build_ladder
+from morphserve.control.monitor import Monitor
+from morphserve.control.rank_bytes import RankBytes
 from policies import ThresholdConfig, ThresholdPolicy
 from tests.fakes import FakeExecutor, FakePool
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from morphserve.errors import ConfigError, ProfilingError
-from morphserve.profiling import (
+from morphserve.tools.profile import (
     ProfileJob,
     RoundToNearest,
     StreamedModel,
@@ -25,7 +25,7 @@ from morphserve.profiling import (
     swap_order,
     token_windows,
 )
-from morphserve.profiling.variants import parts_of
+from morphserve.tools.profile.variants import parts_of
 from quant_layers import HALVES, Change, Move, choose_scale
 
 pytestmark = pytest.mark.cpu
@@ -82,7 +82,7 @@ def test_streamed_logits_are_those_of_the_whole_model(tiny: Any, family: str) ->
 @pytest.mark.parametrize("family", FAMILIES)
 def test_smoothing_changes_nothing_at_full_precision(tiny: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: scales folded in on one side only, or into the wrong norm of a family."""
-    from morphserve.profiling import variants as module
+    from morphserve.tools.profile import variants as module
 
     _, directory = tiny(family)
     model = StreamedModel(directory)
@@ -135,7 +135,7 @@ def test_prices_are_what_swapping_costs(tiny: Any, tmp_path: Path, family: str) 
 
 def test_slopes_are_of_their_own_window(tiny: Any, tmp_path: Path) -> None:
     """Guards: the gradient of one text with the change of another, which no mean would show."""
-    from morphserve.profiling.effects import _gradients_of_answers
+    from morphserve.tools.profile.effects import _gradients_of_answers
 
     model = StreamedModel(tiny("llama")[1])
     workspace = Workspace(tmp_path / "work", {})

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from morphserve.errors import ProfilingError
-from morphserve.profiling import token_windows
+from morphserve.tools.profile import token_windows
 from quant_layers import Rung
 
 pytestmark = pytest.mark.cpu
@@ -26,7 +26,7 @@ def test_windows_at_another_offset_are_other_text(tmp_path: Path) -> None:
 
 def test_meetings_are_read_as_text(tmp_path: Path) -> None:
     """Guards: braces and quotes of the file taken for language."""
-    from morphserve.profiling.text import read_text
+    from morphserve.tools.profile.text import read_text
 
     file = tmp_path / "meetings.jsonl"
     turns = [{"speaker": "A", "content": "hello"}, {"speaker": "B", "content": "goodbye"}]
@@ -39,7 +39,7 @@ def test_meetings_are_read_as_text(tmp_path: Path) -> None:
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     """Guards: a picture that fails at the end of an hour of profiling."""
-    from morphserve.profiling.plots import plot_frontier, plot_orders
+    from morphserve.tools.profile.plots import plot_frontier, plot_orders
 
     predicted = (Rung({}, 0.0, 0.0, 0, 1.0), Rung({0: "w8"}, 0.01, None, 2**20), Rung({0: "w4"}, 0.2, None, 2**21))
     measured = (Rung({}, 0.0, 0.0, 0, 1.0), Rung({0: "w8"}, 0.01, 0.012, 2**20, 0.8))

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from morphserve.gpucheck import stand_in_ops
-from morphserve.gpucheck.stand_in_ops import Refused, on_any_device, stand_in_operators
+from morphserve.tools.gpucheck import stand_in_ops
+from morphserve.tools.gpucheck.stand_in_ops import Refused, on_any_device, stand_in_operators
 from quant_layers import (
     F8A8Cutlass,
     Kernel,
@@ -26,16 +26,15 @@ from quant_layers import (
     by_preference,
     check_kernel,
     choose,
-    machete,
-    neutral,
     quantize_w4,
-    selftest,
 )
-from quant_layers.checkpoint import read_scheme
-from quant_layers.importers import Scheme
-from quant_layers.machete import MacheteLinear
-from quant_layers.marlin import MarlinLinear
-from quant_layers.neutral import group_of_slice, round_in_pieces
+from quant_layers.formats import neutral
+from quant_layers.formats.neutral import group_of_slice, round_in_pieces
+from quant_layers.kernels import machete, selftest
+from quant_layers.kernels.machete import MacheteLinear
+from quant_layers.kernels.marlin import MarlinLinear
+from quant_layers.sources.checkpoint import read_scheme
+from quant_layers.sources.importers import Scheme
 
 MAKES = (W4A16Machete, W4A16Marlin, W8A16Marlin, F8A8Cutlass)
 N, K = 256, 384
@@ -171,7 +170,7 @@ def plain_prepack(monkeypatch: pytest.MonkeyPatch) -> None:
     """An operator that takes its result's memory alone, as the real one; pieces are small beside 4096 x 4096."""
     monkeypatch.setattr(neutral, "_PIECE", neutral._PIECE // 8)
     monkeypatch.setattr(machete, "_PIECE", machete._PIECE // 8)
-    monkeypatch.setattr("quant_layers.machete._op", lambda name: lambda words, *_: words.clone())
+    monkeypatch.setattr("quant_layers.kernels.machete._op", lambda name: lambda words, *_: words.clone())
 
 
 @pytest.mark.usefixtures("plain_prepack")

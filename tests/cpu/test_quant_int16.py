@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant_layers import Kernel, KernelError, LinearImpl, QuantW4, QuantW8, int16
-from quant_layers.int16 import W4Int16, W8Int16
+from quant_layers import Kernel, KernelError, LinearImpl, QuantW4, QuantW8
+from quant_layers.kernels import int16
+from quant_layers.kernels.int16 import W4Int16, W8Int16
 
 pytestmark = [
     pytest.mark.cpu_tier,
@@ -116,7 +117,7 @@ def test_the_number_of_threads_changes_nothing(make: type[Kernel]) -> None:
 
 _SIZES_IN_TURN = """
 import os, torch
-from quant_layers.int16 import W8Int16, load
+from quant_layers.kernels.int16 import W8Int16, load
 
 assert not load()
 torch.set_num_threads(4)

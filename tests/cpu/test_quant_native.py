@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant_layers import int16, native
+from quant_layers.kernels import int16, native
 
 TIERS = ("avx2", "avx512", "vnni")
 

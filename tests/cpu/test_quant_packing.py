@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from morphserve.gpucheck.stand_in_ops import on_any_device, stand_in_operators
+from morphserve.tools.gpucheck.stand_in_ops import on_any_device, stand_in_operators
 from quant_layers import (
     CANDIDATES,
     FORMATS,
@@ -23,7 +23,7 @@ from quant_layers import (
     quantize_w4,
     quantize_w8,
 )
-from quant_layers.packing import (
+from quant_layers.formats.packing import (
     pack_w4_int32,
     pack_w4_panels,
     pack_w4_vnni,

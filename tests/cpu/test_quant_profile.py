@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quant_layers import ProfileError, Rung, base_fingerprint, read_profile, write_profile
-from quant_layers import profile as module
+from quant_layers.sources import profile as module
 
 pytestmark = pytest.mark.cpu
 

@@ -12,8 +12,8 @@ from quant_world import World
 from torch import Tensor
 
 from morphserve.config import LadderConfig, check_formats, parse_config
-from morphserve.ladder import build_ladder
-from morphserve.rank_bytes import RankBytes
+from morphserve.control.ladder import build_ladder
+from morphserve.control.rank_bytes import RankBytes
 from quant_layers import (
     CANDIDATES,
     FORMATS,
@@ -29,7 +29,7 @@ from quant_layers import (
     register,
     unregister,
 )
-from quant_layers.linears import Rows, nbytes_of
+from quant_layers.kernels.cpu_linears import Rows, nbytes_of
 
 
 @dataclass(frozen=True, slots=True)

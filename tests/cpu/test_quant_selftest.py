@@ -11,22 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant_layers import (
-    Kernel,
-    KernelError,
-    LinearImpl,
-    check_kernel,
-    choose,
-    dequantize_w4,
-    int16,
-    kernel_base,
-    probe,
-    selftest,
-)
-from quant_layers.int16 import W4Int16, W8Int16
-from quant_layers.kernels import W4A8Vnni, W8A8Vnni
-from quant_layers.packing import unpack_w4_vnni
-from quant_layers.plain import W4Plain, W8Plain
+from quant_layers import Kernel, KernelError, LinearImpl, check_kernel, choose, dequantize_w4, probe
+from quant_layers.formats.packing import unpack_w4_vnni
+from quant_layers.kernels import base as kernel_base
+from quant_layers.kernels import int16, selftest
+from quant_layers.kernels.cpu import W4A8Vnni, W8A8Vnni
+from quant_layers.kernels.int16 import W4Int16, W8Int16
+from quant_layers.kernels.plain import W4Plain, W8Plain
 
 Twist = Callable[[Tensor, Tensor], Tensor]  # (x [..., K], honest output [..., N]) -> output
 

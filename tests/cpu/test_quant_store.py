@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from quant_layers import StoreError, VariantStore, digest
-from quant_layers.tensorfile import read_file, write_file
+from quant_layers.store.tensorfile import read_file, write_file
 
 _ROOT = Path(__file__).resolve().parents[2]
 Tensors = dict[str, dict[str, torch.Tensor]]

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from quant_layers import QuantW4
-from quant_layers.kernels import W4A16Triton
-from quant_layers.packing import pack_w4_columns, unpack_w4_columns
+from quant_layers.formats.packing import pack_w4_columns, unpack_w4_columns
+from quant_layers.kernels.cpu import W4A16Triton
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.cpu

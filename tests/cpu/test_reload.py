@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from morphserve.config import load_config, parse_config, step_times_file
-from morphserve.controller import DecisionLog, Phase, make_header
+from morphserve.control import DecisionLog, Phase, make_header
+from morphserve.control.reload import PolicyReloader, ReloadWatch
+from morphserve.control.replay_log import replay
 from morphserve.errors import ConfigError
-from morphserve.reload import PolicyReloader, ReloadWatch
-from morphserve.replay_log import replay
 from policies import (
     BASE_FORMAT,
     EngineLimits,

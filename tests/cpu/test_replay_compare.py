@@ -21,20 +21,20 @@ from cpu import replay_fakes
 from cpu.replay_fakes import CORPUS, encode
 
 from morphserve.errors import ConfigError
-from morphserve.replay import ReplayError, Slo, main, run_command
-from morphserve.replay.client import ClientOptions, Outcome, Replayed
-from morphserve.replay.compare import Comparison, derived_config, run_all
-from morphserve.replay.console import ConsoleProgress
-from morphserve.replay.formats import TraceRequest
-from morphserve.replay.measure import Measurement, measure
-from morphserve.replay.paired import PairedResult
-from morphserve.replay.prompts import PromptMaker
-from morphserve.replay.report import write_report
-from morphserve.replay.results import ROW_KEYS, RunResult
-from morphserve.replay.scrape import Snapshot
-from morphserve.replay.server import ServerOptions, serve
-from morphserve.replay.summary import summarize
-from morphserve.replay.workload import Workload
+from morphserve.tools.bench import ReplayError, Slo, main, run_command
+from morphserve.tools.bench.compare import Comparison, derived_config, run_all
+from morphserve.tools.bench.load.client import ClientOptions, Outcome, Replayed
+from morphserve.tools.bench.load.measure import Measurement, measure
+from morphserve.tools.bench.load.scrape import Snapshot
+from morphserve.tools.bench.load.server import ServerOptions, serve
+from morphserve.tools.bench.paired import PairedResult
+from morphserve.tools.bench.report.console import ConsoleProgress
+from morphserve.tools.bench.report.report import write_report
+from morphserve.tools.bench.report.results import ROW_KEYS, RunResult
+from morphserve.tools.bench.report.summary import summarize
+from morphserve.tools.workload.formats import TraceRequest
+from morphserve.tools.workload.prompts import PromptMaker
+from morphserve.tools.workload.workload import Workload
 
 FAKE = ServerOptions(
     model="tiny", command=(sys.executable, replay_fakes.__file__), start_timeout_s=60, extra_args=()

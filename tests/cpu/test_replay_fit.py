@@ -15,15 +15,16 @@ from aiohttp.test_utils import TestServer
 from cpu.replay_fakes import FakeServer
 from cpu.test_replay_compare import FAKE, comparison
 
-from morphserve.replay import ReplayError, Slo, main, probe
-from morphserve.replay.client import ClientOptions, Outcome
-from morphserve.replay.compare import Comparison, derived_config
-from morphserve.replay.console import ConsoleProgress
-from morphserve.replay.fit import TPOT_OF_LONE, TTFT_OF_LONE, Given, fit
-from morphserve.replay.fitted import run_fitted
-from morphserve.replay.probe import StockSpeed
-from morphserve.replay.workload import WorkloadSpec
-from morphserve.simulation import SimServer
+from morphserve.tools.bench import ReplayError, Slo, main
+from morphserve.tools.bench.compare import Comparison, derived_config
+from morphserve.tools.bench.fit import TPOT_OF_LONE, TTFT_OF_LONE, Given, fit
+from morphserve.tools.bench.fitted import run_fitted
+from morphserve.tools.bench.load import probe
+from morphserve.tools.bench.load.client import ClientOptions, Outcome
+from morphserve.tools.bench.load.probe import StockSpeed
+from morphserve.tools.bench.report.console import ConsoleProgress
+from morphserve.tools.sim import SimServer
+from morphserve.tools.workload.workload import WorkloadSpec
 from policies import StepTime, load_step_times
 
 ROOT = Path(__file__).parents[2]

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from morphserve.__main__ import main
 from morphserve.config import LadderConfig, parse_config
-from morphserve.controller import DecisionLog, make_header
-from morphserve.controller.log_format import LogError, PairReader, PairWriter, read_header
-from morphserve.ladder import build_ladder
-from morphserve.rank_bytes import RankBytes
-from morphserve.replay_log import Replay, replay
+from morphserve.control import DecisionLog, make_header
+from morphserve.control.ladder import build_ladder
+from morphserve.control.log_format import LogError, PairReader, PairWriter, read_header
+from morphserve.control.rank_bytes import RankBytes
+from morphserve.control.replay_log import Replay, replay
 from policies import (
     Cohort,
     Decision,
@@ -108,7 +108,7 @@ def ask(log: DecisionLog, policy: Policy, signals: list[Signals]) -> list[Decisi
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for every line: how fast the writer's thread gets its turn is no part of these tests."""
-    monkeypatch.setattr("morphserve.controller.decision_log._MAX_PENDING", 10_000)
+    monkeypatch.setattr("morphserve.control.decision_log._MAX_PENDING", 10_000)
 
 
 def assert_problem(found: Replay, words: str) -> None:
@@ -314,7 +314,7 @@ class SlowDisk:
     """Room for 100 lines, and a writer that stops at its next one until `go_on`."""
 
     def __init__(self, path: Path, setup: PolicySetup, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("morphserve.controller.decision_log._MAX_PENDING", 100)
+        monkeypatch.setattr("morphserve.control.decision_log._MAX_PENDING", 100)
         self.log = DecisionLog(path, header=make_header(setup, LADDER))
         self._gate, self._drained, self._to_line = threading.Event(), threading.Event(), self.log._to_line
         monkeypatch.setattr(self.log, "_to_line", self._held)

@@ -9,10 +9,10 @@ from cpu.replay_fakes import CORPUS, encode
 from hypothesis import given
 from hypothesis import strategies as st
 
-from morphserve.replay import WorkloadError
-from morphserve.replay.formats import TraceRequest
-from morphserve.replay.prompts import PromptMaker, load_encoder, read_corpus
-from morphserve.replay.workload import Workload
+from morphserve.tools.bench import WorkloadError
+from morphserve.tools.workload.formats import TraceRequest
+from morphserve.tools.workload.prompts import PromptMaker, load_encoder, read_corpus
+from morphserve.tools.workload.workload import Workload
 
 SHIPPED = Path(__file__).parents[2] / "scripts" / "corpus" / "wikitext2.txt"
 

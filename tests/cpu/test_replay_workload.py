@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from morphserve.replay import WorkloadError, WorkloadSpec, load_workload, save_workload
-from morphserve.replay.formats import TraceRequest, read_trace
-from morphserve.replay.workload import Workload, check_fits
+from morphserve.tools.bench import WorkloadError, WorkloadSpec, load_workload, save_workload
+from morphserve.tools.workload.formats import TraceRequest, read_trace
+from morphserve.tools.workload.workload import Workload, check_fits
 
 SHIPPED = Path(__file__).parents[2] / "scripts" / "workloads"
 

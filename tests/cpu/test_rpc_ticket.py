@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from morphserve.controller import Plan, Reply
-from morphserve.integration.executor import RpcExecutor
+from morphserve.control import Plan, Reply
+from morphserve.integration.engine.executor import RpcExecutor
 
 pytestmark = pytest.mark.cpu
 

@@ -15,9 +15,10 @@ import check_seams
 import pytest
 
 from morphserve.errors import SeamError
-from morphserve.integration import seam_source, seams
-from morphserve.integration.seam_tree import SourceTree
-from morphserve.integration.seams import Seam, SeamResult
+from morphserve.integration.seams import rows as seams
+from morphserve.integration.seams import source as seam_source
+from morphserve.integration.seams.rows import Seam, SeamResult
+from morphserve.integration.seams.tree import SourceTree
 
 _NUMBERS = itertools.count()
 FILES = {

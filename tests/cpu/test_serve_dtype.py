@@ -14,10 +14,10 @@ from cpu.test_replay_compare import FAKE, comparison
 from cpu.test_step_times import TIMES
 
 from morphserve import cpu_tier, serve_dtype
-from morphserve.replay import ReplayError
-from morphserve.replay.cli import settle_dtype
-from morphserve.replay.options import build_parser
 from morphserve.serve_dtype import main, model_dtype, resolve_dtype
+from morphserve.tools.bench import ReplayError
+from morphserve.tools.bench.cli import settle_dtype
+from morphserve.tools.bench.options import build_parser
 from policies import load_step_times
 
 

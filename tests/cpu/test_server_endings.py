@@ -15,9 +15,9 @@ import pytest
 from aiohttp import web
 from cpu import replay_fakes
 
-from morphserve.replay import ReplayError
-from morphserve.replay.measure import _check_alive
-from morphserve.replay.server import ServerOptions, ending, serve
+from morphserve.tools.bench import ReplayError
+from morphserve.tools.bench.load.measure import _check_alive
+from morphserve.tools.bench.load.server import ServerOptions, ending, serve
 
 FAKE = ServerOptions(model="tiny", command=(sys.executable, replay_fakes.__file__), start_timeout_s=60)
 
@@ -98,7 +98,7 @@ def test_dead_engine_behind_a_living_api_process_is_no_result() -> None:
 def test_command_ends_with_one_line(error: str, line: str) -> None:
     """Guards: a command of ours ends with a stack, or with the last of several lines, which says little."""
     code = (
-        "from morphserve.errors import MorphServeError\nfrom morphserve.replay import run_command\n"
+        "from morphserve.errors import MorphServeError\nfrom morphserve.tools.bench import run_command\n"
         f"def job(): raise {error}\nraise SystemExit(run_command('name', job, 'stopped'))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -12,8 +12,8 @@ from cpu.sim_world import CALIBRATION, SERVER, TIMES, config
 
 from morphserve.config import MorphServeConfig
 from morphserve.errors import ConfigError
-from morphserve.simulation import load_calibration
-from morphserve.simulation.morphing import plan_ladder
+from morphserve.tools.sim import load_calibration
+from morphserve.tools.sim.morphing import plan_ladder
 from policies import load_step_times
 
 SIZES = {"layers": {"base": [5]}, "kv_block_bytes": 1, "block_size": 1}

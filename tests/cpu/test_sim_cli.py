@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from cpu.sim_world import CALIBRATION
 
-from morphserve.replay import WorkloadError, WorkloadSpec, load_workload, main
-from morphserve.replay.synthetic import generate, parse_synthetic
+from morphserve.tools.bench import WorkloadError, WorkloadSpec, load_workload, main
+from morphserve.tools.workload.synthetic import generate, parse_synthetic
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "policies" / "yaml" / "demo.yaml"

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from morphserve.errors import IllegalTransition
-from morphserve.simulation.pool import SimPool
+from morphserve.tools.sim.pool import SimPool
 
 KINDS = ["take", "free", "grow", "begin", "advance", "end", "cancel"]
 OPERATIONS = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 99)))

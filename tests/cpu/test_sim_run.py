@@ -11,12 +11,12 @@ import pytest
 from cpu.sim_world import CALIBRATION, SERVER, TIMES, config, workload
 
 from morphserve.config import MorphServeConfig
+from morphserve.control.ladder import ProfileLadder
 from morphserve.errors import ConfigError
-from morphserve.ladder import ProfileLadder
-from morphserve.replay import Slo, WorkloadError, WorkloadSpec, load_workload
-from morphserve.replay.results import RunResult
-from morphserve.simulation import Simulated, simulate
-from morphserve.simulation.engine import SimEngine
+from morphserve.tools.bench import Slo, WorkloadError, WorkloadSpec, load_workload
+from morphserve.tools.bench.report.results import RunResult
+from morphserve.tools.sim import Simulated, simulate
+from morphserve.tools.sim.engine import SimEngine
 from policies import Decision, Signals, ThresholdPolicy
 
 SHIPPED = Path(__file__).parents[2] / "scripts" / "workloads"
@@ -205,5 +205,5 @@ def test_a_profile_gives_the_ladder() -> None:
 
 def test_loads_without_torch() -> None:
     """Guards: a tuner that waits for torch at every start; the import rules do not see package `__init__` files."""
-    code = "import morphserve.simulation, sys; sys.exit(any(m in sys.modules for m in ('torch', 'vllm')))"
+    code = "import morphserve.tools.sim, sys; sys.exit(any(m in sys.modules for m in ('torch', 'vllm')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,11 +9,11 @@ from cpu.sim_traffic import Traffic, run_model, run_reference, traffics
 from hypothesis import given
 
 from morphserve.errors import ConfigError
-from morphserve.simulation.pool import SimPool
-from morphserve.simulation.prefix import CachingScheduler, PromptContents
-from morphserve.simulation.request import Batch, SimRequest, State
-from morphserve.simulation.scheduler import SimScheduler
-from morphserve.simulation.server import SimServer
+from morphserve.tools.sim.pool import SimPool
+from morphserve.tools.sim.prefix import CachingScheduler, PromptContents
+from morphserve.tools.sim.request import Batch, SimRequest, State
+from morphserve.tools.sim.scheduler import SimScheduler
+from morphserve.tools.sim.server import SimServer
 
 # Six blocks of four tokens for two requests that end with four blocks each.
 TIGHT = Traffic(((0, 6, 10), (0, 6, 10)), num_blocks=7, block_size=4, max_num_seqs=4, max_tokens=16)

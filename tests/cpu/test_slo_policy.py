@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from morphserve.replay.metrics import Slo
-from morphserve.replay.timeline import level_zero_after_s
-from morphserve.replay.workload import Workload
-from morphserve.simulation import SimServer, Simulated, simulate
-from morphserve.simulation.morphing import plan_ladder
+from morphserve.tools.sim import SimServer, Simulated, simulate
+from morphserve.tools.sim.morphing import plan_ladder
+from morphserve.tools.workload.metrics import Slo
+from morphserve.tools.workload.timeline import level_zero_after_s
+from morphserve.tools.workload.workload import Workload
 from policies import EngineLimits, Ladder, SloConfig, SloPolicy, StepTime, build_policy
 from policies.slo.policy import fill_in
 from tests.cpu.sim_world import CALIBRATION, SERVER, config, workload

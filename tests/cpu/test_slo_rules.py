@@ -10,7 +10,7 @@ from cpu.sim_world import CALIBRATION, SERVER, config
 from cpu.test_slo_parts import LIMITS, QUIET
 from pydantic import ValidationError
 
-from morphserve.simulation.morphing import plan_ladder
+from morphserve.tools.sim.morphing import plan_ladder
 from policies import Cohort, Decision, Signals, SloConfig, SloPolicy
 
 LADDER = plan_ladder(config(), SERVER, CALIBRATION, None)

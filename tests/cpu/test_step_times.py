@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from morphserve.calibration_fit import fit_step_time
 from morphserve.errors import MorphServeError
+from morphserve.tools.profile.step_time_fit import fit_step_time
 from policies import LayerMove, MorphLevel, StepLoad, StepTime, StepTimes, load_step_times
 
 BASE = StepTime(0.010, 4e-4, 2e-4, 1e-6)

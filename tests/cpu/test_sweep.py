@@ -11,13 +11,13 @@ import pytest
 from cpu.sim_world import CALIBRATION
 from cpu.test_replay_compare import QUIET, comparison, fake
 
-from morphserve.replay import ReplayError, simulated
-from morphserve.replay.compare import Comparison
-from morphserve.sweep import main
-from morphserve.sweep.agreement import Agreement, compare, middle
-from morphserve.sweep.measured import measure_all
-from morphserve.sweep.ranking import Order, Total, dominated, orders, totals, window_order
-from morphserve.sweep.report import markdown
+from morphserve.tools.bench import ReplayError, simulated
+from morphserve.tools.bench.compare import Comparison
+from morphserve.tools.bench.sweep import main
+from morphserve.tools.bench.sweep.agreement import Agreement, compare, middle
+from morphserve.tools.bench.sweep.measured import measure_all
+from morphserve.tools.bench.sweep.ranking import Order, Total, dominated, orders, totals, window_order
+from morphserve.tools.bench.sweep.report import markdown
 
 pytestmark = pytest.mark.cpu
 

@@ -14,8 +14,8 @@ from cpu import sim_world
 from cpu.tuning_world import burst, write_inputs
 
 from morphserve.config import load_config
-from morphserve.simulation import Simulated, simulate
-from morphserve.tuning import main
+from morphserve.tools.sim import Simulated, simulate
+from morphserve.tools.tune import main
 from policies import LayerMove, StepTimes, ThresholdConfig
 
 pytestmark = pytest.mark.cpu
@@ -86,7 +86,7 @@ def test_run_again_is_the_same_and_simulates_no_trial(
     argv = arguments(files, out)
     first = tune(capsys, argv)
     kept = {name: (out / name).read_bytes() for name in ("trials.csv", "report.md", "study.journal")}
-    monkeypatch.setattr("morphserve.tuning.study.Search._run_batch", None)
+    monkeypatch.setattr("morphserve.tools.tune.study.Search._run_batch", None)
     assert tune(capsys, argv) == first
     assert {name: (out / name).read_bytes() for name in kept} == kept
 
@@ -189,7 +189,7 @@ def test_interrupted(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
             raise KeyboardInterrupt
         return simulate(*args, **options)
 
-    monkeypatch.setattr("morphserve.tuning.evaluate.simulate", stopped)
+    monkeypatch.setattr("morphserve.tools.tune.evaluate.simulate", stopped)
     assert main("", Path("unused"), arguments(files, out)) == 130
     assert "run again to go on" in capsys.readouterr().err
     monkeypatch.undo()

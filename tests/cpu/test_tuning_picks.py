@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from cpu import sim_world
 
-from morphserve.simulation.morphing import plan_ladder
-from morphserve.tuning.anchors import Anchor, Scores, anchor_configs
-from morphserve.tuning.picks import Candidate, Pick, pareto_front, pick, verdict, warnings_of
-from morphserve.tuning.score import Score, total
+from morphserve.tools.sim.morphing import plan_ladder
+from morphserve.tools.tune.anchors import Anchor, Scores, anchor_configs
+from morphserve.tools.tune.picks import Candidate, Pick, pareto_front, pick, verdict, warnings_of
+from morphserve.tools.tune.score import Score, total
 from policies import StaticConfig
 
 pytestmark = pytest.mark.cpu

@@ -12,14 +12,14 @@ from cpu.tuning_world import make_space, make_world
 from optuna.trial import FrozenTrial, TrialState
 
 from morphserve.config import MorphServeConfig
-from morphserve.replay import Workload
-from morphserve.simulation import Simulated, simulate
-from morphserve.tuning.errors import TuningError
-from morphserve.tuning.evaluate import Evaluator, Invalid, Scored
-from morphserve.tuning.score import Score
-from morphserve.tuning.space import Space
-from morphserve.tuning.store import StudyFile
-from morphserve.tuning.study import BATCH, Search, scores_of
+from morphserve.tools.bench import Workload
+from morphserve.tools.sim import Simulated, simulate
+from morphserve.tools.tune.errors import TuningError
+from morphserve.tools.tune.evaluate import Evaluator, Invalid, Scored
+from morphserve.tools.tune.score import Score
+from morphserve.tools.tune.space import Space
+from morphserve.tools.tune.store import StudyFile
+from morphserve.tools.tune.study import BATCH, Search, scores_of
 
 pytestmark = pytest.mark.cpu
 
@@ -205,7 +205,7 @@ def test_a_policy_that_came_before_is_not_simulated_again(
         names.append(workload.name)
         return simulate(workload, *args, **options)
 
-    monkeypatch.setattr("morphserve.tuning.evaluate.simulate", counted)
+    monkeypatch.setattr("morphserve.tools.tune.evaluate.simulate", counted)
     with Evaluator(world, 1) as evaluator:
         first = list(evaluator.scores([config, config], [0, 1]))
         assert list(evaluator.scores([config], [0, 1])) == first[:1] == first[1:]

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from cpu.tuning_world import burst
 
-from morphserve.replay import WorkloadError, WorkloadSpec
-from morphserve.replay.windows import parse_window
-from morphserve.tuning.errors import TuningError
-from morphserve.tuning.windows import load_windows
+from morphserve.tools.bench import WorkloadError, WorkloadSpec
+from morphserve.tools.tune.errors import TuningError
+from morphserve.tools.tune.windows import load_windows
+from morphserve.tools.workload.windows import parse_window
 
 pytestmark = pytest.mark.cpu
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from morphserve.waiting import NO_LIMITS, RequestLimits, WaitingBook
+from morphserve.control.waiting import NO_LIMITS, RequestLimits, WaitingBook
 
 EVENTS = st.lists(
     st.tuples(

@@ -22,7 +22,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
-from morphserve.device import WeightError, WeightSlot, register_op, reset, slots, weight_linear
+from morphserve.residence import WeightError, WeightSlot, register_op, reset, slots
+from morphserve.residence.graphs import weight_linear
 from quant_layers import LayerSwapper
 
 ROOT = Path(__file__).parents[2]
@@ -175,7 +176,7 @@ def test_the_operator_keeps_its_contract(stack: Stack, monkeypatch: pytest.Monke
 
 _UNREADABLE = """
 import ctypes, mmap, torch
-from morphserve.device import WeightSlot, register_op
+from morphserve.residence import WeightSlot, register_op
 register_op()
 memory = mmap.mmap(-1, 64 * 64 * 4)
 weight = torch.frombuffer(memory, dtype=torch.float32).view(64, 64)

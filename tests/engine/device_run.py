@@ -15,7 +15,7 @@ import pytest
 from engine.harness import PROMPTS, compilations, engine, follow, generate, morph_of, settle
 from engine.rank_harness import CONFIG, PARALLEL, W4, W8, needs_two_cores, run
 
-from morphserve.integration.device.memory import FAKE_DEVICE
+from morphserve.residence.paged.memory import FAKE_DEVICE
 
 
 def steps(layers_per_level: int) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from kv_resize import MapError
-from morphserve.integration import worker as worker_module
-from morphserve.integration.worker import _RANK
+from morphserve.integration.worker import worker as worker_module
+from morphserve.integration.worker.worker import _RANK
 
 _PLANTED = pytest.MonkeyPatch()
 _EVENTS: list[tuple[str, int]] = []

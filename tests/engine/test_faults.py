@@ -11,10 +11,10 @@ import pytest
 from engine.harness import PROMPTS, engine, follow, generate, morph_of, renew, settle
 
 from kv_resize import ElasticCache, MapError
-from morphserve.integration.block_pool import VllmBlockPool
-from morphserve.integration.executor import RpcExecutor
-from morphserve.integration.worker import _RANK
-from morphserve.monitor import Monitor
+from morphserve.control.monitor import Monitor
+from morphserve.integration.engine.block_pool import VllmBlockPool
+from morphserve.integration.engine.executor import RpcExecutor
+from morphserve.integration.worker.worker import _RANK
 from quant_layers import LayerSwapper
 
 NUM_TOKENS = 12

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from morphserve.cpu_tier import best_dtype
-from morphserve.integration.worker import _RANK
+from morphserve.integration.worker.worker import _RANK
 from quant_layers import BASE, CANDIDATES, Kernel, LayerSwapper, LinearSlot, VariantStore
 
 pytestmark = pytest.mark.cpu_tier

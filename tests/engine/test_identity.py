@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from engine.harness import PROMPTS, engine, follow, generate, kv_script, morph_of, settle, stock_later
 
-from morphserve.integration.worker import _RANK
+from morphserve.integration.worker.worker import _RANK
 
 # Long enough for several blocks, with a common first block: prefix hits happen, also on moved blocks.
 LONG = tuple("The following is the record of a meeting about the library. " * 8 + p for p in PROMPTS)
@@ -82,7 +82,7 @@ def test_planted_fault_is_seen(
     llm: Any, stock_rounds: list[Any], monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     """Guards the test above: without the KV copy, or without the table rewrite, tokens must differ."""
-    from morphserve.integration.rank_kv import RankKV
+    from morphserve.integration.worker.kv import RankKV
 
     monkeypatch.setattr(RankKV, fault, lambda *args, **kwargs: None)
     with kv_script(llm, RESIZES) as driver:

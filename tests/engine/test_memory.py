@@ -14,9 +14,9 @@ import pytest
 from engine.harness import engine, follow, generate, morph_of, settle
 from engine.resident_sampler import sampled
 
-from morphserve.controller.ports import Plan
-from morphserve.integration import host_memory, worker
-from morphserve.integration.host_memory import FREED_WEIGHTS_RETURN, resident_bytes
+from morphserve.control.ports import Plan
+from morphserve.integration.worker import host_memory, worker
+from morphserve.integration.worker.host_memory import FREED_WEIGHTS_RETURN, resident_bytes
 from quant_layers import trim
 
 pytestmark = pytest.mark.skipif(not FREED_WEIGHTS_RETURN, reason="not glibc's allocator")

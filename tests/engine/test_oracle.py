@@ -17,7 +17,7 @@ from engine import oracle
 from engine.harness import engine, kv_script, morph_of
 from engine.rank_harness import CONFIG, ROUNDS, rpc, run
 
-from morphserve.integration.rank_kv import RankKV
+from morphserve.integration.worker.kv import RankKV
 
 CYCLES = int(os.environ.get("CYCLES", "30"))
 # On several threads vLLM's matmuls round otherwise in a batch of another size, resizing or not.

@@ -29,7 +29,7 @@ from engine.rank_harness import (
     scripted,
 )
 
-from morphserve.controller.ports import Plan
+from morphserve.control.ports import Plan
 
 pytestmark = needs_two_cores
 
@@ -181,7 +181,7 @@ def test_resizing_is_invisible(llm: Any, stock_rounds: list[Any], pipelined: Non
 def test_a_stage_that_moves_nothing_is_seen(llm: Any, stock_rounds: list[Any], method: str, pipelined: None) -> None:
     """Guards the test above: with the fault on stage 1 alone, tokens or logprobs must differ."""
     run(llm, ROUNDS[1])
-    rpc(llm, rank_probe.skip, 1, f"morphserve.integration.rank_kv.RankKV.{method}")
+    rpc(llm, rank_probe.skip, 1, f"morphserve.integration.worker.kv.RankKV.{method}")
     with kv_script(llm, RESIZES) as driver:
         assert run(llm) != stock_rounds[0]
         assert driver.num_copied > 0

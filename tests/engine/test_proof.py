@@ -15,7 +15,8 @@ from engine import proof_run
 from engine.harness import engine, follow, generate, morph_of, settle
 
 from kv_resize import backing
-from morphserve.integration import rank_proof, worker
+from morphserve.integration.worker import headroom as rank_proof
+from morphserve.integration.worker import worker
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from engine.harness import engine, follow, generate, morph_of, need_kernel, sett
 from engine.rank_harness import NUM_LAYERS, PARALLEL, PROMPTS, needs_two_cores
 
 from morphserve.errors import ConfigError
-from morphserve.integration import opaque_linear
-from morphserve.integration.host_memory import FREED_WEIGHTS_RETURN, resident_bytes
+from morphserve.integration.worker.host_memory import FREED_WEIGHTS_RETURN, resident_bytes
+from morphserve.integration.worker.ops import opaque_linear
 from quant_layers import trim, write_profile
 
 # Level 1 may read what level 0 left in the prefix cache; stock serving has no such thing.

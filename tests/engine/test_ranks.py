@@ -33,7 +33,7 @@ from engine.rank_harness import (
     scripted,
 )
 
-from morphserve.integration.host_memory import FREED_WEIGHTS_RETURN
+from morphserve.integration.worker.host_memory import FREED_WEIGHTS_RETURN
 
 pytestmark = needs_two_cores
 
@@ -202,7 +202,7 @@ def test_resizing_is_invisible(llm: Any, stock_rounds: list[Any]) -> None:
 def test_a_rank_that_moves_nothing_is_seen(llm: Any, stock_rounds: list[Any], method: str) -> None:
     """Guards the test above: with the fault on rank 1 alone, tokens or logprobs must differ."""
     run(llm, ROUNDS[1])
-    rpc(llm, rank_probe.skip, 1, f"morphserve.integration.rank_kv.RankKV.{method}")
+    rpc(llm, rank_probe.skip, 1, f"morphserve.integration.worker.kv.RankKV.{method}")
     with kv_script(llm, RESIZES) as driver:
         assert run(llm) != stock_rounds[0]
         assert driver.num_copied > 0

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from engine.test_server import Server, serve
 
-from morphserve.replay_log import replay
+from morphserve.control.replay_log import replay
 
 FULL = {"kind": "static", "level": 0}
 W8 = {"kind": "static", "level": "w8"}

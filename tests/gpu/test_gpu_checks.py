@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from morphserve.gpucheck.frame import Options, run_one
-from morphserve.gpucheck.parts import PARTS, Part
+from morphserve.tools.gpucheck.frame import Options, run_one
+from morphserve.tools.gpucheck.parts import PARTS, Part
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False here")
 

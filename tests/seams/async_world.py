@@ -25,11 +25,11 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from morphserve.config import MorphServeConfig
-from morphserve.controller.ports import Plan, Reply
-from morphserve.integration import engine
+from morphserve.control.ports import Plan, Reply
 from morphserve.integration.describe import RankDescription
-from morphserve.integration.runtime import EngineRuntime
-from morphserve.integration.scheduler import make_scheduler
+from morphserve.integration.engine import wiring as engine
+from morphserve.integration.engine.runtime import EngineRuntime
+from morphserve.integration.engine.scheduler import make_scheduler
 from tests.fakes import ScriptedPolicy
 
 BLOCK = 4  # tokens

@@ -15,8 +15,8 @@ from seams.pool_ranks import Ranks
 from seams.pool_requests import Requests
 
 from morphserve.config import KVConfig, MorphServeConfig, TransitionConfig
-from morphserve.controller import EngineView
-from morphserve.integration.provenance import PrefixReuse
+from morphserve.control import EngineView
+from morphserve.integration.engine.provenance import PrefixReuse
 from tests.fakes import BASE_BLOCKS, Rig
 
 _STEP_S = 0.05

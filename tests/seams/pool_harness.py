@@ -19,8 +19,8 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
-from morphserve.integration.block_pool import VllmBlockPool
-from morphserve.integration.provenance import PrefixReuse, Provenance
+from morphserve.integration.engine.block_pool import VllmBlockPool
+from morphserve.integration.engine.provenance import PrefixReuse, Provenance
 
 BLOCK = 4  # tokens per block
 MAX_MODEL_LEN = 24

@@ -17,7 +17,7 @@ from seams.pool_model import BLOCK
 from seams.pool_parts import make_manager, new_request
 from vllm.v1.request import Request
 
-from morphserve.integration.block_pool import VllmBlockPool
+from morphserve.integration.engine.block_pool import VllmBlockPool
 
 Tokens = tuple[int, ...]
 

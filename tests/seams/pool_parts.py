@@ -13,8 +13,8 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import Request
 
-from morphserve.controller import ShrinkProgress
-from morphserve.integration.block_pool import VllmBlockPool
+from morphserve.control import ShrinkProgress
+from morphserve.integration.engine.block_pool import VllmBlockPool
 
 
 def _exact(parts: tuple[bytes, tuple[int, ...], Any]) -> bytes:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from seams.pool_model import BLOCK, Prefix
 
-from morphserve.controller import Ledgers, Plan
-from morphserve.rank_bytes import RankBytes
+from morphserve.control import Ledgers, Plan
+from morphserve.control.rank_bytes import RankBytes
 from policies.types import Ladder
 from tests.rank_rules import FakeTicket, RankRules, RankState
 

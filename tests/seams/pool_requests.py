@@ -12,8 +12,8 @@ from seams.pool_parts import CheckedPool, make_manager, new_request
 from seams.pool_ranks import Forward, Ranks, Work
 from vllm.v1.request import Request, RequestStatus
 
-from morphserve.integration.block_pool import VllmBlockPool
-from morphserve.integration.provenance import PrefixReuse, Provenance
+from morphserve.integration.engine.block_pool import VllmBlockPool
+from morphserve.integration.engine.provenance import PrefixReuse, Provenance
 
 _VOCABULARY = 2  # few tokens: prefixes meet again
 

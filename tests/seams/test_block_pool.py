@@ -142,7 +142,7 @@ def test_empty_blocks_are_offered_before_cached_ones() -> None:
 
 def test_a_large_pool_is_not_walked_through(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a grow that pauses the engine for milliseconds because 100,000 blocks are free."""
-    monkeypatch.setattr("morphserve.integration.block_pool._OFFER_WALK", 3)
+    monkeypatch.setattr("morphserve.integration.engine.block_pool._OFFER_WALK", 3)
     kv = KVModel()
     kv.begin(10)
     kv.finish()

@@ -14,8 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from seams.pool_driver import OPERATIONS, World, drive
 from seams.pool_ranks import Command, Forward, Rank
 
-from morphserve.controller import Plan
-from morphserve.controller.runner import ChunkRunner
+from morphserve.control import Plan
+from morphserve.control.runner import ChunkRunner
 
 _HAPPENED = ("grow", "begin_shrink", "blocks_copied", "finish_shrink", "cancel_shrink", "preempt", "prefix_hits")
 _HAPPENED += ("no_room", "levels", "rank_failures", "held_back", "forwards")

@@ -16,12 +16,14 @@ pytest.importorskip("vllm._custom_ops")
 
 import torch  # noqa: E402
 
-from morphserve import check, cpu_tier  # noqa: E402
+from morphserve import cpu_tier  # noqa: E402
 from morphserve.__main__ import main  # noqa: E402
+from morphserve.control.ladder import DEFAULT_FORMATS  # noqa: E402
 from morphserve.errors import ConfigError  # noqa: E402
-from morphserve.integration import checks, dtype_check, seams  # noqa: E402
-from morphserve.integration.dtype_check import DTYPES, base_linear, check_dtype  # noqa: E402
-from morphserve.ladder import DEFAULT_FORMATS  # noqa: E402
+from morphserve.integration.offline import check, dtype_check
+from morphserve.integration.offline.dtype_check import DTYPES, base_linear, check_dtype  # noqa: E402
+from morphserve.integration.seams import rows as seams  # noqa: E402
+from morphserve.integration.start import checks
 from quant_layers import CANDIDATES, FORMATS, KernelError, KernelReport, choose  # noqa: E402
 
 pytestmark = pytest.mark.cpu_tier
@@ -272,7 +274,7 @@ def test_it_runs_with_what_the_base_install_brings() -> None:
     """Guards: a command that needs a package of some extra, on a machine that just serves."""
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('rich', 'aiohttp', 'matplotlib'))); "
-        "import morphserve.check, morphserve.check_report"
+        "import morphserve.integration.offline.check, morphserve.integration.offline.check_report"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)

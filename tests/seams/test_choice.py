@@ -14,10 +14,10 @@ import torch  # noqa: E402
 
 from morphserve.config import parse_config  # noqa: E402
 from morphserve.errors import ConfigError  # noqa: E402
-from morphserve.integration import recipes  # noqa: E402
 from morphserve.integration.describe import RankDescription  # noqa: E402
-from morphserve.integration.recipes import Choice, Needs, choose_kernels  # noqa: E402
-from morphserve.integration.runtime import EngineRuntime  # noqa: E402
+from morphserve.integration.engine.runtime import EngineRuntime  # noqa: E402
+from morphserve.integration.worker import recipes  # noqa: E402
+from morphserve.integration.worker.recipes import Choice, Needs, choose_kernels  # noqa: E402
 from quant_layers import KernelError  # noqa: E402
 
 OPTIONAL = {"ladder": {"steps": [{"format": fmt, "optional": True} for fmt in ("w8", "w4")]}}

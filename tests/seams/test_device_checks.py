@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from morphserve.config import LadderConfig, LadderStep, MorphServeConfig
+from morphserve.control.ladder import build_ladder
+from morphserve.control.rank_bytes import RankBytes
 from morphserve.errors import ConfigError
-from morphserve.gpucheck.stand_in_ops import stand_in_operators
-from morphserve.integration import checks
-from morphserve.integration.block_tables import rewrite_block_tables
-from morphserve.integration.device.checks import check_device, check_graph_buffers
-from morphserve.integration.device.kv import geometry_of, quantum_of
-from morphserve.integration.device.layers import DeviceLayers
-from morphserve.integration.device.memory import FAKE_DEVICE, numbered, wants_device
-from morphserve.integration.settings import for_this_device
-from morphserve.ladder import build_ladder
-from morphserve.rank_bytes import RankBytes
+from morphserve.integration.start import checks
+from morphserve.integration.start.device_checks import check_device, check_graph_buffers
+from morphserve.integration.start.settings import for_this_device
+from morphserve.integration.worker.block_tables import rewrite_block_tables
+from morphserve.integration.worker.cuda.kv import geometry_of, quantum_of
+from morphserve.integration.worker.cuda.layers import DeviceLayers
+from morphserve.residence.paged.memory import FAKE_DEVICE, numbered, wants_device
+from morphserve.tools.gpucheck.stand_in_ops import stand_in_operators
 from morphserve.version import UNPROVEN_CUDA
 from quant_layers import Kernel, KernelError, KernelReport, choose
 
@@ -340,11 +340,11 @@ def test_the_groups_of_a_checkpoint_choose_the_kernel(
     linear = SimpleNamespace(
         quant_method=object.__new__(UnquantizedLinearMethod), weight=torch.empty(256, 384), params_dtype=torch.bfloat16
     )
-    home = "morphserve.integration.device.layers"
+    home = "morphserve.integration.worker.cuda.layers"
     monkeypatch.setattr(f"{home}.find_linears", lambda model: {0: {"o_proj": linear}})
     monkeypatch.setattr(f"{home}.open_recipe", lambda *_: SimpleNamespace(group_sizes=group_sizes))
     monkeypatch.setattr(DeviceLayers, "_make", lambda *_: None)
-    monkeypatch.setattr("quant_layers.selftest.check_kernel", check)
+    monkeypatch.setattr("quant_layers.kernels.selftest.check_kernel", check)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     layers = object.__new__(DeviceLayers)
@@ -369,11 +369,11 @@ def test_a_default_ladder_on_a_gpu_does_without_what_no_kernel_runs(monkeypatch:
     linear = SimpleNamespace(
         quant_method=object.__new__(UnquantizedLinearMethod), weight=torch.empty(256, 384), params_dtype=torch.bfloat16
     )
-    home = "morphserve.integration.device.layers"
+    home = "morphserve.integration.worker.cuda.layers"
     monkeypatch.setattr(f"{home}.find_linears", lambda model: {0: {"o_proj": linear}, 1: {"o_proj": linear}})
     monkeypatch.setattr(f"{home}.open_recipe", lambda *_: SimpleNamespace(group_sizes=()))
     monkeypatch.setattr(DeviceLayers, "_make", lambda *_: None)
-    monkeypatch.setattr("quant_layers.selftest.check_kernel", check)
+    monkeypatch.setattr("quant_layers.kernels.selftest.check_kernel", check)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
 

@@ -11,10 +11,10 @@ import torch
 
 from morphserve.config import MorphServeConfig
 from morphserve.errors import ConfigError
-from morphserve.integration import seams
-from morphserve.integration.device import budget
-from morphserve.integration.device.refusals import _TARGETS, refuse_weight_access
-from morphserve.integration.device.workspace import BankWorkspace
+from morphserve.integration.seams import rows as seams
+from morphserve.integration.start import device_budget as budget
+from morphserve.integration.worker.cuda.refusals import _TARGETS, refuse_weight_access
+from morphserve.integration.worker.cuda.workspace import BankWorkspace
 
 pytestmark = pytest.mark.seams
 
@@ -61,7 +61,7 @@ def test_the_worker_of_a_device_refuses(restored_seams: None) -> None:
     """Guards: refusals that are written and never installed."""
     from vllm.v1.worker.gpu_worker import Worker
 
-    from morphserve.integration.device import worker
+    from morphserve.integration.worker.cuda import worker
 
     worker.install_worker_seams()
     for method in (*_TARGETS, "determine_available_memory"):
@@ -141,7 +141,7 @@ class Levels:
 
 def test_banks_of_a_runner_that_always_locks(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: banks of the V1 runner, whose capture takes no argument and leaves the workspace locked."""
-    from morphserve.integration.device import worker
+    from morphserve.integration.worker.cuda import worker
 
     layers = SimpleNamespace(weights={})
     rank = SimpleNamespace(
@@ -164,7 +164,7 @@ def test_banks_of_a_runner_that_always_locks(scratch: Any, monkeypatch: pytest.M
 
 def test_a_given_kv_size_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: the check above, written and never called; and asked in an engine without MorphServe."""
-    from morphserve.integration.device import worker
+    from morphserve.integration.worker.cuda import worker
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * GIB, 20 * GIB))
     monkeypatch.setattr(worker, "_RANK", SimpleNamespace(layers=SimpleNamespace(num_banks=4)))
@@ -191,7 +191,7 @@ def test_a_runner_without_a_workspace_has_banks_too(scratch: Any, monkeypatch: p
 
 def test_a_breakable_runner_is_there_before_its_banks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: graphs of level 0, which no bank has, replayed while another level is captured."""
-    from morphserve.integration.device import worker
+    from morphserve.integration.worker.cuda import worker
 
     called: list[str] = []
 
@@ -218,7 +218,7 @@ def test_a_breakable_runner_is_there_before_its_banks(monkeypatch: pytest.Monkey
 def test_an_engine_without_morphserve_that_comes_later_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: blocks without pages, five times the graphs' memory, weights that cannot be loaded again, in an engine
     that has nothing to do with us."""
-    from morphserve.integration.device import worker
+    from morphserve.integration.worker.cuda import worker
 
     rank, closed = worker._Rank(), list[bool]()
     rank.memory = SimpleNamespace(close=lambda: closed.append(True))  # type: ignore[assignment]
@@ -235,7 +235,7 @@ def test_an_engine_without_morphserve_that_comes_later_is_left_alone(monkeypatch
 @pytest.mark.parametrize("given", [None, 100, 101])
 def test_a_given_number_of_blocks_must_fit(monkeypatch: pytest.MonkeyPatch, given: int | None) -> None:
     """Guards: a start that runs out of memory minutes later, when the graphs of the last level are captured."""
-    from morphserve.integration import runtime
+    from morphserve.integration.engine import runtime
 
     count = given or 100
     config = SimpleNamespace(num_blocks=count, kv_cache_tensors=[SimpleNamespace(size=count * 4096)])

@@ -9,7 +9,7 @@ import pytest
 
 from morphserve.config import parse_config
 from morphserve.errors import ConfigError
-from morphserve.integration.checks import _check_features, _check_lora, _check_model, _check_speculation
+from morphserve.integration.start.checks import _check_features, _check_lora, _check_model, _check_speculation
 
 PLAIN: dict[str, Any] = dict.fromkeys(
     ("is_hybrid", "is_attention_free", "is_moe", "use_mla", "is_encoder_decoder", "is_multimodal_model"), False

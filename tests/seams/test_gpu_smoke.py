@@ -16,10 +16,10 @@ import vllm  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 
 from morphserve.config import parse_config  # noqa: E402
-from morphserve.controller import Controller  # noqa: E402
-from morphserve.gpucheck.engines import MODELS, settings, write_model  # noqa: E402
-from morphserve.gpucheck.t9_plugin import plugin_settings  # noqa: E402
-from morphserve.integration.gpu_smoke import VllmEngine  # noqa: E402
+from morphserve.control import Controller  # noqa: E402
+from morphserve.integration.offline.gpu_smoke import VllmEngine  # noqa: E402
+from morphserve.tools.gpucheck.engines import MODELS, settings, write_model  # noqa: E402
+from morphserve.tools.gpucheck.t9_plugin import plugin_settings  # noqa: E402
 
 
 def test_vllm_takes_every_argument(tmp_path: Path) -> None:

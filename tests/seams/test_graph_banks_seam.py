@@ -12,7 +12,7 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
-from morphserve.device import GraphBankError, GraphBanks, Holder, Route, narrow_keys
+from morphserve.residence import GraphBankError, GraphBanks, Holder, Route, narrow_keys
 
 DEEP = ("w4",) * 3
 

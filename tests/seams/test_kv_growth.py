@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from morphserve.integration.kv_growth import ExtendedByVllm, growth_of, vllm_extends
+from morphserve.integration.worker.kv_growth import ExtendedByVllm, growth_of, vllm_extends
 
 
 def ours(num_mapped: int) -> SimpleNamespace:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from morphserve import cpu_tier
-from morphserve.integration import layer_speed
-from morphserve.integration.layer_speed import TimedLayer, factors, known_or_measured, time_layer
-from morphserve.layer_times import TIMED_BATCHES
+from morphserve.control.layer_times import TIMED_BATCHES
+from morphserve.integration.worker import layer_speed
+from morphserve.integration.worker.layer_speed import TimedLayer, factors, known_or_measured, time_layer
 
 pytestmark = pytest.mark.cpu_tier
 

@@ -14,9 +14,9 @@ from cpu.graph_world import Mode
 from seams.graph_world_vllm import VllmWorld, open_world
 from vllm.compilation import breakable_cudagraph, cuda_graph
 
-from morphserve.device import WeightSlot, register_op, reset
-from morphserve.integration.device import graphs
-from morphserve.integration.device.graphs import LevelGraphs
+from morphserve.integration.worker.cuda import graphs
+from morphserve.integration.worker.cuda.graphs import LevelGraphs
+from morphserve.residence import WeightSlot, register_op, reset
 
 pytestmark = pytest.mark.seams
 

@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from morphserve.integration.metrics import MorphServeEndpoint, StatusCollector
+from morphserve.integration.server.metrics import MorphServeEndpoint, StatusCollector
 
 pytestmark = pytest.mark.seams
 

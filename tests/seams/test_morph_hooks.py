@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from morphserve.integration.morph import Morph
-from morphserve.integration.traffic import Traffic
+from morphserve.integration.engine.hooks import Morph
+from morphserve.integration.engine.traffic import Traffic
 
 
 class Broken:

@@ -9,7 +9,7 @@ import pytest
 from vllm.config import CompilationMode
 
 from morphserve.errors import ConfigError
-from morphserve.integration.checks import _check_features
+from morphserve.integration.start.checks import _check_features
 
 pytestmark = pytest.mark.seams
 

@@ -21,8 +21,10 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from morphserve.__main__ import main
 from morphserve.config import parse_config
 from morphserve.errors import ConfigError, SeamError, StoreError
-from morphserve.integration import rank_layers, recipes, seams
-from morphserve.integration.worker import install_worker_seams
+from morphserve.integration.seams import rows as seams
+from morphserve.integration.worker import layers as rank_layers
+from morphserve.integration.worker import recipes
+from morphserve.integration.worker.worker import install_worker_seams
 from morphserve.plugin import (
     SCHEDULER_CLS,
     WORKER_EXTENSION_CLS,

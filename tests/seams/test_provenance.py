@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from seams.pool_harness import BLOCK, KVModel, make_request
 
-from morphserve.integration.provenance import CLEAN, Provenance, Span
-from morphserve.integration.receipts import PRECISION_ARG, RECEIPT_ARG, Receipts
+from morphserve.integration.engine.provenance import CLEAN, Provenance, Span
+from morphserve.integration.engine.receipts import PRECISION_ARG, RECEIPT_ARG, Receipts
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9]  # two full blocks and one token
 
@@ -224,7 +224,7 @@ def test_partial_entries_follow_the_same_rules() -> None:
 
 def test_stale_entries_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against books that grow with every block that was ever cached."""
-    monkeypatch.setattr("morphserve.integration.provenance._PRUNE_AT", 4)
+    monkeypatch.setattr("morphserve.integration.engine.provenance._PRUNE_AT", 4)
     kv = KVModel("any")
     kv.provenance._prune_at = 4
     kv.set_level(1)

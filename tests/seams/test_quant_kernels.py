@@ -28,9 +28,9 @@ from quant_layers import (  # noqa: E402
     quantize_w4,
     quantize_w8,
 )
-from quant_layers.int16 import W4Int16, W8Int16  # noqa: E402
-from quant_layers.kernels import W4A8Vnni, W8A8Onednn, W8A8Vnni  # noqa: E402
-from quant_layers.packing import pack_w4_vnni, pack_w8_vnni  # noqa: E402
+from quant_layers.formats.packing import pack_w4_vnni, pack_w8_vnni  # noqa: E402
+from quant_layers.kernels.cpu import W4A8Vnni, W8A8Onednn, W8A8Vnni  # noqa: E402
+from quant_layers.kernels.int16 import W4Int16, W8Int16  # noqa: E402
 
 pytestmark = pytest.mark.cpu_tier
 
@@ -93,7 +93,7 @@ def test_every_dtype_has_a_compiled_kernel(dtype: torch.dtype) -> None:
 
 def test_an_opaque_slot_runs_our_operators_without_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a kind of slot that the native op does not know, or hands over in another order."""
-    from morphserve.integration import opaque_linear
+    from morphserve.integration.worker.ops import opaque_linear
 
     if why := W8Int16(torch.float32).unavailable():
         pytest.skip(why)

@@ -9,7 +9,7 @@ from vllm.config import ParallelConfig, SchedulerConfig
 from vllm.exceptions import MaxQueuedTokensError
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from morphserve.integration.queue_limit import QueueLimit
+from morphserve.integration.server.queue_limit import QueueLimit
 
 
 def client(own: int | None) -> SimpleNamespace:

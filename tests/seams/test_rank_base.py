@@ -11,7 +11,7 @@ import torch
 import vllm._custom_ops as ops
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-from morphserve.integration.rank_base import UnquantizedBase, dequantize
+from morphserve.integration.worker.base_linear import UnquantizedBase, dequantize
 from quant_layers import KernelError
 
 pytestmark = pytest.mark.cpu_tier

@@ -17,11 +17,12 @@ from fastapi.testclient import TestClient
 from vllm.v1.engine import UtilityOutput
 from vllm.v1.engine.core import EngineCoreProc
 
-from morphserve.integration import engine, reload_api
-from morphserve.integration.metrics import MorphServeEndpoint
-from morphserve.integration.morph import Morph
-from morphserve.integration.reload_api import on_hangup
-from morphserve.integration.settings import config_file
+from morphserve.integration.engine import wiring as engine
+from morphserve.integration.engine.hooks import Morph
+from morphserve.integration.server import reload_api
+from morphserve.integration.server.metrics import MorphServeEndpoint
+from morphserve.integration.server.reload_api import on_hangup
+from morphserve.integration.start.settings import config_file
 
 SECTION = {"kind": "static", "level": 0}
 

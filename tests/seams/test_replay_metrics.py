@@ -12,10 +12,10 @@ import vllm.benchmarks.serve as bench
 from vllm.benchmarks.datasets import SampleRequest
 from vllm.benchmarks.lib.endpoint_request_func import RequestFuncOutput
 
-from morphserve.replay import Slo
-from morphserve.replay.client import Outcome, Replayed
-from morphserve.replay.metrics import PERCENTILES, bench_result
-from morphserve.replay.results import RunResult
+from morphserve.tools.bench import Slo
+from morphserve.tools.bench.load.client import Outcome, Replayed
+from morphserve.tools.bench.report.results import RunResult
+from morphserve.tools.workload.metrics import PERCENTILES, bench_result
 
 
 def outcomes(seed: int, num: int = 60) -> list[Outcome]:

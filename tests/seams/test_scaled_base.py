@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from morphserve.integration.rank_base import ScaledBase, applied_bias
+from morphserve.integration.worker.base_linear import ScaledBase, applied_bias
 
 WIDTHS = [8, 4, 4]  # rows of q, k and v, whole
 INPUTS = 32

@@ -10,10 +10,11 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from morphserve.integration import seam_source, seams  # noqa: E402
-from morphserve.integration.seam_tree import SourceTree  # noqa: E402
-from morphserve.integration.seams import OPTIONAL, SEAMS, Seam  # noqa: E402
-from morphserve.integration.seams_cuda import CUDA_KERNEL_SEAMS, CUDA_SEAMS  # noqa: E402
+from morphserve.integration.seams import rows as seams  # noqa: E402
+from morphserve.integration.seams import source as seam_source
+from morphserve.integration.seams.cuda import CUDA_KERNEL_SEAMS, CUDA_SEAMS  # noqa: E402
+from morphserve.integration.seams.rows import OPTIONAL, SEAMS, Seam  # noqa: E402
+from morphserve.integration.seams.tree import SourceTree  # noqa: E402
 
 ROWS = (*SEAMS, *OPTIONAL, *CUDA_SEAMS, *CUDA_KERNEL_SEAMS)
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from morphserve.integration import seams, seams_cuda
+from morphserve.integration.seams import cuda as seams_cuda
+from morphserve.integration.seams import rows as seams
 
 _CODE = Path(seams.__file__).parent
 # Code |-> its rows: what is shared, and what the device path needs beyond.
@@ -84,7 +85,7 @@ def test_what_the_code_uses_has_a_row(code: tuple[str, ...], rows: tuple[seams.S
     """Guards: vLLM renames a method that we call, the table holds, and the server breaks in its first burst."""
     used = used_names(code) - listed_names(rows) - _COMMON - _OURS
     missing = {n: found for n, cls in classes(rows).items() if (found := used & seams.instance_attributes(cls))}
-    assert missing == {}, "add rows to morphserve/integration/seams.py, or for a device to seams_cuda.py"
+    assert missing == {}, "add rows to morphserve/integration/seams/rows.py, or for a device to seams_cuda.py"
 
 
 @pytest.mark.parametrize(

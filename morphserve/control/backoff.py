@@ -1,0 +1,61 @@
+"""When the next attempt may start, after one that failed."""
+
+from __future__ import annotations
+
+from morphserve.config import TransitionConfig
+from morphserve.control.transition import Direction
+
+_OTHER: dict[Direction, Direction] = {"degrade": "restore", "restore": "degrade"}
+
+
+class BackOff:
+    """Nothing starts right after a failure; what keeps failing waits twice as long each time, up to a limit.
+
+    Each attempt of a restore takes KV away from running requests for nothing, and writes a warning: a damaged
+    file must not cost that every few seconds for days. Directions count apart, because a restore that fails for
+    ever must not keep the engine from degrading in a burst, nor look healed because degrading works.
+    """
+
+    def __init__(self, config: TransitionConfig) -> None:
+        self._first_s = config.backoff_s
+        self._longest_s = max(config.backoff_s, config.backoff_max_s)
+        self._next_wait_s: dict[Direction, float] = {}  # of directions whose last attempt failed
+        self._not_before_s: dict[Direction, float] = {}
+        self._full_at = 0  # blocks that the last drain did not get down to; 0 = no drain has timed out
+
+    def allows(self, now_s: float, direction: Direction) -> bool:
+        """Whether an attempt may start now."""
+        return now_s >= self._not_before_s.get(direction, now_s)
+
+    def failed(self, now_s: float, direction: Direction) -> float:
+        """Returns how long nothing starts in `direction`, in seconds."""
+        wait_s = self._next_wait_s.get(direction, self._first_s)
+        self._next_wait_s[direction] = min(2 * wait_s, self._longest_s)
+        self._full_at = 0  # a fault's wait is not ended by room
+        self._hold(_OTHER[direction], now_s + self._first_s)
+        return self._hold(direction, now_s + wait_s) - now_s
+
+    def drain_timed_out(self, now_s: float, num_kv_blocks: int, num_used_blocks: int) -> float:
+        """The KV cache was too full to restore: no fault, so it waits no longer the second time.
+
+        Args:
+            num_kv_blocks: what the cache was to shrink to, null block included.
+            num_used_blocks: those that live requests hold. Where they would have fitted, something else stood
+                in the way, and only time ends the wait.
+        """
+        self._full_at = num_kv_blocks if num_used_blocks >= num_kv_blocks else 0
+        return self._hold("restore", now_s + self._first_s) - now_s
+
+    def see_room(self, num_used_blocks: int) -> None:
+        """Live requests hold so many blocks: a wait for room is over once they fit."""
+        if num_used_blocks < self._full_at:
+            self._not_before_s.pop("restore", None)
+
+    def succeeded(self, direction: Direction) -> None:
+        """A transition in `direction` has reached its level."""
+        self._next_wait_s.pop(direction, None)
+
+    def _hold(self, direction: Direction, until_s: float) -> float:
+        until_s = max(until_s, self._not_before_s.get(direction, until_s))
+        self._not_before_s[direction] = until_s
+        return until_s

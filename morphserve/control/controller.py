@@ -1,0 +1,394 @@
+"""Asks the policy at every step boundary, and moves the engine to the level it wants."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from morphserve.config import MorphServeConfig
+from morphserve.control.backoff import BackOff
+from morphserve.control.chunk import ChunkEnd
+from morphserve.control.counters import Counters
+from morphserve.control.decision_log import DecisionLog
+from morphserve.control.ledger import Ledgers
+from morphserve.control.monitor import Monitor
+from morphserve.control.policy_seat import PolicySeat
+from morphserve.control.ports import BlockPoolPort, EngineView, ExecutorPort
+from morphserve.control.rank_bytes import RankBytes
+from morphserve.control.runner import ChunkRunner
+from morphserve.control.transition import Direction, Outcome, Phase, Transition
+from morphserve.errors import ConfigError
+from policies import PolicySetup
+from policies.types import Ladder, Policy
+
+logger = logging.getLogger(__name__)
+
+
+class Controller:
+    """One tick per engine step. O(1), and nothing in it grows with uptime.
+
+    Promises:
+        1. The scheduler never hands out a block that some rank has not mapped.
+        2. No rank unmaps a block that the scheduler can still hand out.
+        3. weights + KV + staging stay within the budget of every rank's ledger, also in mid-transition.
+        4. A rank that fails to prepare, or does not in time, leaves the old level in force on all ranks, one
+           WARNING and one count, and a back-off.
+        5. `tick` never raises: an error trips the controller, which finishes or undoes what is under
+           way and then leaves the engine at the level it has.
+    """
+
+    def __init__(
+        self,
+        ladder: Ladder,
+        policy: Policy,
+        pool: BlockPoolPort,
+        executor: ExecutorPort,
+        monitor: Monitor,
+        config: MorphServeConfig,
+        ledgers: Ledgers,
+        *,
+        ranks: Sequence[RankBytes],
+        clock: Callable[[], float],
+        log: DecisionLog | None = None,
+        on_level: Callable[[int], None] | None = None,
+    ) -> None:
+        """Start at level 0, idle.
+
+        Args:
+            ladder: all levels, as `build_ladder` made them from `ranks`.
+            policy: asked once per tick.
+            pool: the scheduler's blocks, at level 0's count.
+            executor: sends plans to all ranks.
+            monitor: turns counters into signals.
+            config: uses `kv` and `transition`.
+            ledgers: of the ranks at level 0, see `make_ledgers`.
+            ranks: bytes of each rank's layers and KV blocks.
+            clock: monotonic seconds, the one the monitor's events use.
+            log: where decisions are recorded; None = nowhere.
+            on_level: told the exposure level whenever that changes.
+
+        Raises:
+            ConfigError: ladder, ranks and pool contradict each other.
+        """
+        self._ladder = ladder
+        self._pool = pool
+        self._monitor = monitor
+        self._config = config
+        self._ledgers = ledgers
+        self._clock = clock
+        self._on_level = on_level
+        self._runner = ChunkRunner(ladder, ranks, pool, executor, ledgers, config)
+        self._standing = self._runner.standing
+        self.counters = Counters(
+            num_blocks_published=pool.num_kv_blocks, num_blocks_mapped=pool.num_kv_blocks
+        )
+        self._seat = PolicySeat(policy, len(ladder), self.counters, log)
+        self._transition: Transition | None = None
+        self._told_level = 0
+        self._tripped = False  # the policy is asked no more; what is under way is undone
+        self._dead = False  # the ranks' state is unknown: replies are drained, nothing is sent
+        self._backoff = BackOff(config.transition)
+
+    # ---- questions
+
+    @property
+    def level(self) -> int:
+        """Committed level: the deepest that is fully reached."""
+        return self._standing.lower
+
+    @property
+    def target_level(self) -> int:
+        """Where the transition under way is heading; == level when there is none."""
+        return self.level if self._transition is None else self._seat.decision.level
+
+    @property
+    def exposure_level(self) -> int:
+        """The level that tokens count for: between two levels, the deeper one."""
+        return self._standing.upper
+
+    @property
+    def phase(self) -> Phase:
+        """What the chunk under way is doing."""
+        return self._runner.phase
+
+    @property
+    def max_queued_tokens(self) -> int | None:
+        """Requests beyond so many waiting prompt tokens are to be refused at the door; None = none are."""
+        return None if self._tripped else self._seat.decision.max_queued_tokens
+
+    @property
+    def in_transition(self) -> bool:
+        """True while the next step has something to do here, whatever the policy says."""
+        if self._dead:
+            return False
+        return self.phase is not Phase.IDLE or (not self._tripped and self._transition is not None)
+
+    @property
+    def tripped(self) -> bool:
+        """True after an error in here: never morphs again."""
+        return self._tripped
+
+    @property
+    def wants_wakeup(self) -> bool:
+        """True while an idle engine must still call `tick`, or it would stay where it is."""
+        if self._dead:
+            return False
+        if self._runner.phase is not Phase.IDLE:
+            return True
+        if self._tripped:
+            return False
+        if self._seat.has_successor or self._seat.decision.level != self.level:
+            return True
+        # vLLM's workers poll without a pause for a second after each step: a wake-up a second is a busy core.
+        return self.exposure_level > 0 and not self._seat.decision.is_final
+
+    def status(self) -> dict[str, Any]:
+        """Everything an operator may ask, ready for JSON."""
+        transitions = {f"{d}_{outcome}": n for (d, outcome), n in self.counters.transitions.items()}
+        layers: dict[str, int] = {}
+        ledgers = self._ledgers.snapshots()
+        for fmt in self._standing.formats:
+            layers[fmt] = layers.get(fmt, 0) + 1
+        return {
+            "level": self.level,
+            "target_level": self.target_level,
+            "exposure_level": self.exposure_level,
+            "deepest_level": len(self._ladder) - 1,
+            "wanted_level": self._seat.decision.level,
+            "reason": self._seat.decision.reason,
+            "phase": self.phase.name.lower(),
+            "revision": self._runner.revision,
+            "tripped": self._tripped,
+            "max_queued_tokens": self.max_queued_tokens,
+            "layers_by_format": layers,
+            "num_kv_blocks": self._pool.num_kv_blocks,
+            "used_kv_blocks": self._pool.num_used_blocks,
+            "ledger": ledgers[self._ledgers.tightest],
+            "ledgers": ledgers,
+            "ranks": {
+                str(rank): asdict(figures) for rank, figures in sorted(self._runner.desk.ranks.items())
+            },
+            "counters": {**asdict(self.counters), "transitions": transitions},
+        }
+
+    # ---- another policy
+
+    def replace_policy(self, policy: Policy, note: str, setup: PolicySetup) -> None:
+        """Ask `policy` from the next tick on; it goes on from the level and the transition that are then.
+
+        May be called by any thread. Of two before one tick the later counts.
+
+        Args:
+            policy: that has been asked nothing yet.
+            note: why, in words, for the log.
+            setup: what it was made of, for the decision log.
+
+        Raises:
+            ConfigError: no policy is asked any more.
+        """
+        if self._tripped:
+            raise ConfigError("MorphServe gave up after an error, no policy is asked any more. Restart the server.")
+        self._seat.replace(policy, note, setup)
+
+    # ---- one step
+
+    def tick(self, view: EngineView) -> None:
+        """Ask the policy, then take the transition as far as replies allow. Never raises or blocks."""
+        if self._dead:
+            self._drain_replies()
+            return
+        place = "clock"
+        try:
+            now = self._clock()
+            if not self._tripped:
+                place = "monitor"
+                signals = self._monitor.snapshot(
+                    now,
+                    view,
+                    self._pool.num_kv_blocks,
+                    self._pool.num_used_blocks,
+                    self.level,
+                    self.target_level,
+                )
+                place = "policy"
+                self._seat.consult(signals)
+        except Exception:
+            self._trip(place)
+        try:
+            self._drive(self._clock())
+            self._publish()
+        except Exception:
+            self._die()
+
+    def close(self) -> None:
+        """Write what the decision log still holds."""
+        self._seat.close()
+
+    def _drive(self, now: float) -> None:
+        """Finish the chunk under way if its replies are in, and open the next one."""
+        runner = self._runner
+        runner.desk.pause_s = 0.0
+        runner.desk.poll_copies()
+        runner.desk.drop_late()
+        if runner.phase is not Phase.IDLE and not self._advance(now):
+            return
+        rung = self._next_rung(now)
+        if rung is None:
+            return
+        if self._transition is None:
+            self._open_transition(now, rung)
+        runner.start(now, rung)
+        # An executor that answers at once commits here. The next chunk still waits for the next
+        # step boundary: two in one gap would double the pause.
+        if self._advance(now):
+            self._next_rung(now)
+
+    def _advance(self, now: float) -> bool:
+        """Let the chunk go on; True when it has ended."""
+        transition = self._transition
+        assert transition is not None
+        end = self._runner.advance(now, self._is_wanted(transition.direction))
+        if end is None:
+            return False
+        if end.outcome == "committed":
+            transition.num_layers += end.num_layers
+            transition.last_format = end.format
+            self.counters.num_layers_switched += end.num_layers
+        elif end.outcome == "aborted":
+            wait_s = self._back_off(now, transition.direction, end)
+            room = "" if end.place else " or until there is room"
+            self._close_transition(now, "aborted", f"{end.error}; no new attempt for {wait_s:.1f} s{room}")
+        else:
+            self._close_transition(now, "cancelled")
+        return True
+
+    def _is_wanted(self, direction: Direction) -> bool:
+        """Does the newest decision still lie in the direction of the chunk under way?"""
+        if self._tripped:
+            return False
+        if direction == "degrade":
+            return self._seat.decision.level > self._standing.lower
+        return self._seat.decision.level < self._standing.upper
+
+    def _next_rung(self, now: float) -> int | None:
+        """The rung for the next chunk; closes the transition when it is done or must turn."""
+        standing = self._standing
+        rung = None if self._tripped else standing.next_rung(self._seat.decision.level)
+        transition = self._transition
+        direction = None if rung is None else standing.direction(rung)
+        if transition is not None and direction != transition.direction:
+            self._close_transition(now, "committed" if rung is None and not self._tripped else "cancelled")
+        self._backoff.see_room(self._pool.num_used_blocks)
+        if direction is not None and not self._backoff.allows(now, direction):
+            return None
+        return rung
+
+    # ---- transitions
+
+    def _open_transition(self, now: float, rung: int) -> None:
+        standing = self._standing
+        direction = standing.direction(rung)
+        self._transition = Transition(
+            revision=self._runner.revision + 1,
+            direction=direction,
+            from_level=standing.upper if direction == "restore" else standing.lower,
+            reason=self._seat.decision.reason,
+            started_s=now,
+            blocks_before=self._pool.num_kv_blocks,
+        )
+        logger.info(
+            "morph r%d: level %d -> %d (%s)",
+            self._transition.revision,
+            self._transition.from_level,
+            self._seat.decision.level,
+            self._seat.decision.reason,
+        )
+
+    def _close_transition(self, now: float, outcome: Outcome, error: str = "") -> None:
+        t = self._transition
+        assert t is not None
+        self._transition = None
+        self.counters.count_transition(t.direction, outcome)
+        self.counters.transition_seconds += now - t.started_s
+        milliseconds = (now - t.started_s) * 1000
+        if outcome == "aborted":
+            logger.warning(
+                "morph r%d: aborted at level %d after %.0f ms (%s)", t.revision, self.level, milliseconds, error
+            )
+        elif outcome == "cancelled":
+            logger.info(
+                "morph r%d: cancelled at level %d after %.0f ms", t.revision, self.level, milliseconds
+            )
+        else:
+            self._backoff.succeeded(t.direction)
+            logger.info(
+                "morph r%d: committed in %.0f ms, %d layers %s, %+d KV blocks",
+                t.revision,
+                milliseconds,
+                t.num_layers,
+                t.last_format,
+                self._pool.num_kv_blocks - t.blocks_before,
+            )
+
+    def _back_off(self, now: float, direction: Direction, end: ChunkEnd) -> float:
+        """Returns for how many seconds there is no new attempt."""
+        if not end.place:  # the drain timed out
+            return self._backoff.drain_timed_out(now, end.num_kv_blocks, self._pool.num_used_blocks)
+        self.counters.count_error(end.place)
+        return self._backoff.failed(now, direction)
+
+    def _publish(self) -> None:
+        """Bring gauges up to date and tell of a new exposure level."""
+        counters, runner, exposure = self.counters, self._runner, self.exposure_level
+        counters.num_blocks_published = self._pool.num_kv_blocks
+        counters.short_grows = runner.short_grows
+        counters.forced_preemptions = runner.preemptions.total
+        if runner.desk.ranks:
+            counters.num_blocks_mapped = min(rank.num_kv_blocks for rank in runner.desk.ranks.values())
+        if runner.desk.pause_s > 0:
+            counters.last_pause_s = runner.desk.pause_s
+            counters.max_pause_s = max(counters.max_pause_s, runner.desk.pause_s)
+        if self._on_level is not None and exposure != self._told_level:
+            try:
+                self._on_level(exposure)
+                self._told_level = exposure
+            except Exception:
+                # Who must know of the level does not: told again at the next step, and no new transition.
+                self._trip("on_level")
+
+    # ---- errors
+
+    def trip(self, place: str) -> None:
+        """What feeds the controller broke outside of it: the same as an error of the policy."""
+        if not self._tripped:
+            self._trip(place)
+
+    def _trip(self, place: str) -> None:
+        """The policy or what feeds it is broken; ranks and pool are fine: undo or finish, then rest."""
+        self.counters.count_error(place)
+        self._tripped = True
+        logger.exception("morph: %s failed; the engine stays at level %d, for good", place, self.level)
+
+    def _die(self) -> None:
+        """A transition broke half-way: leave everything where it is safe, and send nothing more."""
+        self.counters.count_error("controller")
+        self._tripped = self._dead = True
+        logger.exception(
+            "morph: %s failed; the engine stays at level %d, for good", self.phase.name, self.level
+        )
+        if self._transition is not None:
+            self.counters.count_transition(self._transition.direction, "aborted")
+            self._transition = None
+        try:
+            self._runner.wind_down()
+        except Exception:
+            self.counters.count_error("wind_down")
+            logger.exception("morph: giving back fenced blocks and staged layers failed")
+
+    def _drain_replies(self) -> None:
+        try:
+            self._runner.desk.drain()
+        except Exception:
+            self.counters.count_error("drain_replies")

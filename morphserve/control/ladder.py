@@ -1,0 +1,291 @@
+"""From the `ladder:` section and measured bytes to the ordered levels. Integers only, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NoReturn
+
+import policies.levels
+from morphserve.config import LadderConfig, LadderStep
+from morphserve.control.rank_bytes import RankBytes, balance, kv_quantum, paid_blocks, stage_of
+from morphserve.errors import ConfigError
+from policies.types import BASE_FORMAT, Ladder, MorphLevel
+
+# What a ladder takes by itself: fast wherever MorphServe serves. No list of all formats: fp8 is slow on CPU, and a new
+# one is for who names it.
+DEFAULT_FORMATS = ("w8", "w4")
+_DEFAULT_STEPS = tuple(LadderStep(format=fmt, optional=True) for fmt in DEFAULT_FORMATS)
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileLadder:
+    """What a profile says about a model's ladder, in plain values."""
+
+    order: tuple[int, ...]  # every decoder layer id, least harmful first
+    rungs: tuple[Mapping[int, str], ...]  # level 0 first: decoder layer id |-> format, full precision left out
+    kl: tuple[float, ...]  # nats per token, one a rung
+
+
+def ladder_formats(config: LadderConfig, profile: ProfileLadder | None = None) -> tuple[str, ...]:
+    """Formats that the levels use, in the order in which they come in."""
+    if rungs := _profile_rungs(config, profile):
+        return tuple(dict.fromkeys(fmt for rung in rungs for fmt in rung.values()))
+    return tuple(dict.fromkeys(step.format for step in _steps(config)))
+
+
+def optional_formats(config: LadderConfig, profile: ProfileLadder | None = None) -> frozenset[str]:
+    """Formats that the ladder does without where no kernel runs them: those that no step insists on."""
+    if _profile_rungs(config, profile):
+        return frozenset()
+    steps = _steps(config)
+    return frozenset(step.format for step in steps) - {step.format for step in steps if not step.optional}
+
+
+def without_formats(config: LadderConfig, formats: Collection[str]) -> LadderConfig:
+    """The section without the steps of some formats, not of all; as it is where there are none to leave out."""
+    if not formats:
+        return config
+    return config.model_copy(update={"steps": [step for step in _steps(config) if step.format not in formats]})
+
+
+def build_ladder(
+    num_layers: int,
+    ranks: Sequence[RankBytes],
+    config: LadderConfig,
+    base_num_blocks: int,
+    max_num_blocks: int | None = None,
+    profile: ProfileLadder | None = None,
+) -> Ladder:
+    """All levels, from full precision to the last step's last layer, or those of the profile.
+
+    One ladder for all ranks: a level publishes the blocks that EVERY rank has freed the bytes of. So that no
+    pipeline stage waits for another, steps take layers of all stages in turn, each stage's in the given order.
+    The levels of a profile were measured, and are taken as they are.
+
+    Args:
+        num_layers: decoder layers of the model.
+        ranks: bytes of each layer's morphable linears, by format; must hold 'base' and every format
+            the steps use, `num_layers` figures each.
+        config: the swap order and the steps.
+        base_num_blocks: KV blocks at level 0, null block included.
+        max_num_blocks: no level publishes more than this, in whole quanta of blocks.
+        profile: of this model, where the section leaves the order or the steps to it.
+
+    Returns:
+        Levels with `ladder[k].index == k`; `num_kv_blocks` never decreases, `weight_bytes` never
+        increases with k and is the most that any rank holds.
+
+    Raises:
+        ConfigError: the section does not fit this model or these bytes.
+    """
+    _check_blocks(base_num_blocks, ranks, max_num_blocks)
+    _check_layer_bytes(num_layers, ranks, ladder_formats(config, profile))
+    _check_expected_kl(config.expected_kl)
+    if profile is not None and len(profile.order) != num_layers:
+        raise ConfigError(
+            f"the profile is of a model with {len(profile.order)} decoder layers, this one has {num_layers}. "
+            "Make it again with scripts/profile_layers.py, or leave out `profile`."
+        )
+    known = _profile_rungs(config, profile)
+    if known:
+        assert profile is not None
+        rungs = [tuple(rung.get(layer, BASE_FORMAT) for layer in range(num_layers)) for rung in known]
+        kls: Sequence[float | None] = profile.kl
+        _check_rungs(rungs, ranks)
+    else:
+        rungs = _rungs_of_steps(num_layers, ranks, config, profile)
+        kls = [_expected_kl(rung, config.expected_kl) for rung in rungs]
+
+    quantum = kv_quantum(ranks)
+    if max_num_blocks is not None:
+        max_num_blocks -= max_num_blocks % quantum
+    ladder = []
+    for index, rung in enumerate(rungs):
+        num_blocks = base_num_blocks + paid_blocks(ranks, rungs[0], rung)
+        if max_num_blocks is not None:
+            num_blocks = min(num_blocks, max_num_blocks)
+        ladder.append(MorphLevel(index, rung, max(rank.weight(rung) for rank in ranks), num_blocks, kls[index]))
+    return tuple(ladder)
+
+
+def _steps(config: LadderConfig) -> Sequence[LadderStep]:
+    return config.steps if isinstance(config.steps, list) else _DEFAULT_STEPS
+
+
+def _profile_rungs(config: LadderConfig, profile: ProfileLadder | None) -> tuple[Mapping[int, str], ...]:
+    """The profile's own levels, empty where the section's steps count."""
+    if config.steps == "profile" and (profile is None or len(profile.rungs) < 2):
+        raise ConfigError(
+            "ladder.steps is 'profile', and there is no profile with a ladder. Set `profile` to a directory that "
+            "scripts/profile_layers.py made, or list the steps."
+        )
+    own = config.steps is None and config.order in (None, "profile")
+    return profile.rungs if profile is not None and (config.steps == "profile" or own) and profile.rungs[1:] else ()
+
+
+def _check_rungs(rungs: Sequence[tuple[str, ...]], ranks: Sequence[RankBytes]) -> None:
+    """A level that takes more than the one before would shrink the KV cache on the way down: refuse it."""
+    for rank in ranks:
+        sizes = [rank.weight(rung) for rung in rungs]
+        for level, (before, after) in enumerate(pairwise(sizes), start=1):
+            if after > before:
+                raise ConfigError(
+                    f"level {level} of the profile takes {after} B, level {level - 1} takes {before} B: it was made "
+                    "for other kernels. Make it again here with scripts/profile_layers.py, or list ladder.steps."
+                )
+
+
+def _rungs_of_steps(
+    num_layers: int, ranks: Sequence[RankBytes], config: LadderConfig, profile: ProfileLadder | None
+) -> list[tuple[str, ...]]:
+    """Formats by layer, level by level, as the steps put them."""
+    order = _swap_order(num_layers, config.order, profile)
+    formats = [BASE_FORMAT] * num_layers
+    rungs = [tuple(formats)]
+    for number, step in enumerate(_steps(config)):
+        count = _num_step_layers(num_layers, step, number)
+        layers = balance(ranks, order, formats, step.format)[:count]
+        for start in range(0, len(layers), step.layers_per_level):
+            for layer in layers[start : start + step.layers_per_level]:
+                _check_frees(layer, formats[layer], step.format, ranks, number)
+                formats[layer] = step.format
+            rungs.append(tuple(formats))
+    return rungs
+
+
+def check_floor(base_num_blocks: int, max_model_len: int, block_size: int, needed: int | None = None) -> None:
+    """Refuse a level 0 that could not hold one request of the longest length.
+
+    Args:
+        base_num_blocks: KV blocks at level 0, null block included.
+        max_model_len: tokens.
+        block_size: tokens per block.
+        needed: blocks of one request, null block included, where they are not all of one kind.
+
+    Raises:
+        ConfigError: fewer blocks than one request of `max_model_len` needs.
+    """
+    if needed is None:
+        needed = -(-max_model_len // block_size) + 1  # the null block holds no tokens
+    if base_num_blocks < needed:
+        raise ConfigError(
+            f"KV cache of {base_num_blocks} blocks at level 0 cannot hold one request: max_model_len "
+            f"{max_model_len} needs {needed} blocks of {block_size} tokens (null block included). "
+            f"Raise kv.base_num_blocks or the KV cache memory, or lower --max-model-len to "
+            f"{max(base_num_blocks - 1, 0) * max_model_len // (needed - 1) // block_size * block_size}."
+        )
+
+
+def resolve_level(ladder: Ladder, spec: int | str) -> int:
+    """Index of the level that `spec` names: an index, 'deepest', or a format all layers are in.
+
+    Raises:
+        ConfigError: no such level.
+    """
+    try:
+        return policies.levels.resolve_level(ladder, spec)
+    except ValueError as e:
+        raise ConfigError(str(e)) from e
+
+
+def _swap_order(num_layers: int, order: str | list[int] | None, profile: ProfileLadder | None) -> list[int]:
+    """Layer ids in swap order; a list may leave layers out, but not repeat or invent them."""
+    if order == "profile" and profile is None:
+        raise ConfigError(
+            "ladder.order is 'profile', and there is none. Set `profile` to a directory that "
+            "scripts/profile_layers.py made, or give ids or 'front_to_back'."
+        )
+    if order in (None, "profile") and profile is not None:
+        return list(profile.order)
+    if order is None or isinstance(order, str):
+        ids = list(range(num_layers))
+        return ids[::-1] if order == "back_to_front" else ids
+    unknown = sorted({layer for layer in order if not 0 <= layer < num_layers})
+    if unknown:
+        raise ConfigError(
+            f"ladder.order names layers {unknown}, the model has layers 0 to {num_layers - 1}. Remove them."
+        )
+    twice = sorted({layer for layer in order if order.count(layer) > 1})
+    if twice:
+        raise ConfigError(f"ladder.order names layers {twice} more than once. Name each layer once.")
+    if not order:
+        raise ConfigError("ladder.order is an empty list, it must name a layer. Give ids or 'front_to_back'.")
+    return list(order)
+
+
+def _num_step_layers(num_layers: int, step: LadderStep, number: int) -> int:
+    """Layers the step covers; 'all' means all that `order` names."""
+    if step.layers == "all":
+        return num_layers
+    if not 1 <= step.layers <= num_layers:
+        raise ConfigError(
+            f"ladder.steps[{number}].layers is {step.layers}, the model has {num_layers} decoder layers. "
+            f"Give 1 to {num_layers}, or 'all'."
+        )
+    return step.layers
+
+
+def _check_blocks(base_num_blocks: int, ranks: Sequence[RankBytes], max_num_blocks: int | None) -> None:
+    """Block size and cap make sense."""
+    smallest = min(rank.kv_block_bytes for rank in ranks)
+    if smallest < 1:
+        raise ConfigError(f"kv_block_bytes is {smallest}, must be at least 1. Give one block's bytes.")
+    if max_num_blocks is not None and max_num_blocks < base_num_blocks:
+        raise ConfigError(
+            f"kv.max_num_blocks {max_num_blocks} is below the {base_num_blocks} blocks of level 0. "
+            "Raise it, or leave it out."
+        )
+    quantum = kv_quantum(ranks)
+    if base_num_blocks % quantum:
+        raise ConfigError(
+            f"{base_num_blocks} KV blocks at level 0, but {quantum} of them share memory pages and go together. "
+            f"Set kv.base_num_blocks to {max(base_num_blocks // quantum, 1) * quantum}."
+        )
+
+
+def _check_layer_bytes(num_layers: int, ranks: Sequence[RankBytes], formats: Sequence[str]) -> None:
+    """Every format in use has one figure per layer, above 0 on the ranks that hold the layer and on no other."""
+    for fmt in (BASE_FORMAT, *formats):
+        for rank in ranks:
+            figures = rank.layers.get(fmt)
+            if figures is None or len(figures) != num_layers:
+                _refuse_layer_bytes(num_layers, fmt, "none" if figures is None else str(len(figures)))
+        for layer in range(num_layers):
+            holders = stage_of(ranks, layer)
+            found = [rank.layers[fmt][layer] for rank in ranks]
+            if not holders or any((size < 1) is (i in holders) for i, size in enumerate(found)):
+                _refuse_layer_bytes(num_layers, fmt, f"{found} for layer {layer}, one figure a rank")
+
+
+def _refuse_layer_bytes(num_layers: int, fmt: str, found: str) -> NoReturn:
+    raise ConfigError(
+        f"ladder: format {fmt!r} needs {num_layers} layer sizes of 1 byte or more, found {found}. "
+        "Does this model have the decoder layers that MorphServe expects?"
+    )
+
+
+def _check_expected_kl(figures: Mapping[str, float]) -> None:
+    negative = {fmt: kl for fmt, kl in figures.items() if not kl >= 0}
+    if negative:
+        raise ConfigError(f"ladder.expected_kl {negative} must be 0 or more nats per token. Measure again.")
+
+
+def _check_frees(layer: int, old: str, new: str, ranks: Sequence[RankBytes], number: int) -> None:
+    """A step that makes a layer larger would shrink the KV cache on the way down: refuse it."""
+    for rank in ranks:
+        before, after = rank.layers[old][layer], rank.layers[new][layer]
+        if after > before:
+            raise ConfigError(
+                f"ladder.steps[{number}] turns layer {layer} from {old} ({before} B) into {new} "
+                f"({after} B), which frees nothing. Order the steps from wide to narrow."
+            )
+
+
+def _expected_kl(rung: Sequence[str], figures: Mapping[str, float]) -> float | None:
+    """Nats per token if layers added up independently: each carries its share of the all-layers figure."""
+    used = [fmt for fmt in rung if fmt != BASE_FORMAT]
+    if any(fmt not in figures for fmt in used):
+        return None
+    return sum(figures[fmt] for fmt in used) / len(rung)

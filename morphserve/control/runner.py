@@ -1,0 +1,326 @@
+"""Carries out one chunk at a time, phase by phase."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from morphserve.config import MorphServeConfig
+from morphserve.control.chunk import Chunk, ChunkEnd
+from morphserve.control.drain import Drain, Preemptions
+from morphserve.control.ledger import Ledgers
+from morphserve.control.picking import LayerPicker
+from morphserve.control.ports import BlockPoolPort, ExecutorPort, Plan, Reply, Ticket
+from morphserve.control.rank_bytes import RankBytes
+from morphserve.control.replies import CommandFailed, ReplyDesk, failures, require_success, slowest
+from morphserve.control.standing import Standing
+from morphserve.control.transition import Phase, check_move
+from morphserve.errors import ConfigError
+from policies.types import Ladder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class ChunkRunner:
+    """Takes all ranks from where they stand to a neighbouring rung, a chunk at a time.
+
+    Promises:
+        1. `pool.grow` is called with no more blocks than every rank has answered to have mapped.
+        2. A rank is told to unmap only blocks that `pool.finish_shrink` has forgotten.
+        3. The ledgers hold every byte before a rank is asked to make it resident.
+        4. Copies leave for the ranks within the call that renamed the blocks.
+        5. No rank is told to switch before all have prepared, within `transition.rank_timeout_s`.
+    """
+
+    ladder: Ladder
+    ranks: Sequence[RankBytes]
+    pool: BlockPoolPort
+    executor: ExecutorPort
+    ledgers: Ledgers
+    config: MorphServeConfig
+    phase: Phase = Phase.IDLE
+    revision: int = 0
+    short_grows: int = 0
+    preemptions: Preemptions = field(default_factory=Preemptions)
+    desk: ReplyDesk = field(default_factory=ReplyDesk)
+    standing: Standing = field(init=False)
+    _picker: LayerPicker = field(init=False)
+    _chunk: Chunk | None = None
+    _now_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.standing = Standing(self.ladder, self.ranks)
+        base = self.ladder[0]
+        if self.pool.num_kv_blocks != base.num_kv_blocks:
+            raise ConfigError(
+                f"the block pool starts with {self.pool.num_kv_blocks} blocks, level 0 has "
+                f"{base.num_kv_blocks}. Set kv.base_num_blocks to what the pool has."
+            )
+        self._picker = LayerPicker(self.ranks, self.ledgers, self.config.transition)
+
+    @property
+    def formats(self) -> list[str]:
+        """Of every layer."""
+        return self.standing.formats
+
+    def next_revision(self) -> int:
+        """A number that every rank has yet to see."""
+        self.revision += 1
+        return self.revision
+
+    # ---- the chunk
+
+    def start(self, now_s: float, rung: int) -> None:
+        """Open a chunk toward `rung`, a neighbour as `next_rung` names it. Follow with `advance`."""
+        self._now_s = now_s
+        standing = self.standing
+        direction = standing.direction(rung)
+        if direction == "degrade":
+            self.preemptions.on_way_back = 0
+        layers = self._picker.pick(
+            standing.formats, self.ladder[rung].layer_formats, direction, self.executor.in_background
+        )
+        chunk = Chunk(
+            toward=rung,
+            direction=direction,
+            layers=layers,
+            new_bytes=standing.new_bytes(layers),
+            old_bytes=standing.old_bytes(layers),
+            blocks_before=self.pool.num_kv_blocks,
+            blocks_after=standing.blocks_with(layers, rung),
+            revision=self.next_revision(),
+        )
+        self._chunk = chunk
+        if chunk.blocks_after < chunk.blocks_before:
+            chunk.drain = Drain(self.pool, self.config.kv, self.preemptions, chunk.blocks_after, now_s)
+            self._move(Phase.DRAINING)
+        elif self.ledgers.num_kv_blocks <= chunk.blocks_after:
+            self._send_layers(chunk)
+        else:
+            # Some rank mapped less than the others and decided what is published: those give it back.
+            self._move(Phase.SHRINKING)
+            self._unmap(chunk, ())
+
+    def advance(self, now_s: float, wanted: bool) -> ChunkEnd | None:
+        """Go as far as the replies allow, each phase once; never blocks.
+
+        Args:
+            now_s: monotonic clock.
+            wanted: False = turn around: give everything back and end as cancelled.
+
+        Returns:
+            How the chunk ended, None while it is under way.
+
+        Raises:
+            CommandFailed: see there; the runner must not be used again.
+        """
+        chunk = self._chunk
+        assert chunk is not None
+        self._now_s = now_s
+        if self.phase is Phase.DRAINING:
+            self._drain(chunk, wanted)
+        if self.phase is Phase.SHRINKING and not self.desk.copies and self._answered(chunk) is not None:
+            self.ledgers.book_kv(chunk.blocks_after)
+            if wanted:
+                self._send_layers(chunk)
+            else:
+                chunk.end = ChunkEnd("cancelled")
+                self._send_regrow(chunk)
+        if self.phase is Phase.PREPARING:
+            if self._votes:
+                self._await_prepare(chunk, wanted)
+            else:
+                self._await_apply(chunk)
+        if self.phase is Phase.COMMITTING and (replies := self._answered(chunk)) is not None:
+            self._settle(chunk, replies)
+        if self.phase is Phase.ABORTING and self._answered(chunk) is not None:
+            self._undo(chunk)
+        if self.phase is Phase.REGROWING and (replies := self._answered(chunk)) is not None:
+            self._grow(chunk.blocks_before, replies)
+            self._move(Phase.IDLE)
+        if self.phase is not Phase.IDLE:
+            return None
+        self._chunk = None
+        return chunk.end
+
+    def wind_down(self) -> None:
+        """After an error in here: unfence and unstage, as far as the world still answers."""
+        chunk = self._chunk
+        if self.phase is Phase.DRAINING:
+            self.pool.cancel_shrink()
+        if self._votes and self.phase is Phase.PREPARING and chunk is not None and chunk.plan is not None:
+            self.desk.give_up()
+            self.desk.expect(self.executor.abort(chunk.plan), self._now_s)
+
+    # ---- phases
+
+    def _drain(self, chunk: Chunk, wanted: bool) -> None:
+        """Move live tail blocks below the fence; unmap when the tail is free."""
+        assert chunk.drain is not None
+        error = chunk.drain.timed_out(self._now_s)
+        if error or not wanted:
+            self.pool.cancel_shrink()
+            self._move(Phase.IDLE)
+            full = ChunkEnd("aborted", error=error, place="", num_kv_blocks=chunk.blocks_after)
+            chunk.end = full if wanted else ChunkEnd("cancelled")
+            return
+        if self.desk.is_full:
+            return
+        step = chunk.drain.advance(self._now_s)
+        if step.num_live_tail == 0:
+            self.pool.finish_shrink()
+            self._move(Phase.SHRINKING)
+            self._unmap(chunk, step.copies)
+        elif step.copies:
+            plan = Plan(chunk.revision, (), chunk.blocks_before, step.copies)
+            self.desk.copies.append(self.executor.commit(plan))
+            chunk.revision = self.next_revision()
+
+    def _unmap(self, chunk: Chunk, copies: tuple[tuple[int, int], ...]) -> None:
+        """Send the last copies and the unmapping; a single rank gets the layers in the same command."""
+        if self._votes:
+            self._sent(self.executor.commit(Plan(chunk.revision, (), chunk.blocks_after, copies)))
+            chunk.revision = self.next_revision()
+        else:
+            # It unmaps before it builds, so the bytes are there when it does.
+            self.ledgers.book_kv(chunk.blocks_after)
+            self._send_layers(chunk, copies)
+
+    @property
+    def _votes(self) -> bool:
+        """More than one rank: none may switch before all can. One that prepares in the background votes for itself."""
+        return self.executor.num_ranks > 1 or self.executor.in_background
+
+    def _send_layers(self, chunk: Chunk, copies: tuple[tuple[int, int], ...] = ()) -> None:
+        self.ledgers.reserve_staging(chunk.new_bytes)
+        chunk.plan = Plan(chunk.revision, chunk.layers, chunk.blocks_after, copies)
+        if self._votes:
+            self._sent(self.executor.prepare(chunk.plan))
+        else:
+            chunk.exposure_before = self.standing.upper
+            self.standing.expose(chunk.toward)
+            self._sent(self.executor.apply(chunk.plan))
+        self._move(Phase.PREPARING)
+
+    def _await_apply(self, chunk: Chunk) -> None:
+        """One rank: its answer to `apply` says that it has switched, or that no layer has changed."""
+        before = {rank: figures.weight_bytes for rank, figures in self.desk.ranks.items()}
+        replies = self._replies(chunk)
+        if replies is None:
+            return
+        if failed := failures(replies):
+            # Against the rank's own last word: what the ledger counts may be a bound.
+            switched = any(r.weight_bytes != before.get(r.rank, self.ledgers[0]["weights"]) for r in replies)
+            if switched or not all(reply.kv_moved for reply in replies):
+                raise CommandFailed(f"apply stopped half-way: {failed}")
+            self.standing.upper = chunk.exposure_before
+            chunk.end = ChunkEnd("aborted", error=failed)
+            self._move(Phase.ABORTING)
+            self._undo(chunk)
+            return
+        self._move(Phase.COMMITTING)
+        self._settle(chunk, replies)
+
+    def _undo(self, chunk: Chunk) -> None:
+        """The layers stay what they were; give back the KV that was to pay for them."""
+        self.ledgers.release_staging(chunk.new_bytes)
+        if self.pool.num_kv_blocks < chunk.blocks_before:
+            self._send_regrow(chunk)
+        else:
+            self._move(Phase.IDLE)
+
+    def _await_prepare(self, chunk: Chunk, wanted: bool) -> None:
+        """Count the votes; one that is against, or later than the time-out, decides for all ranks."""
+        assert chunk.plan is not None
+        timeout_s = self.config.transition.rank_timeout_s
+        replies = self.desk.answer()
+        if replies is None:
+            silence_s = self.desk.silence_s(self._now_s)
+            if silence_s <= timeout_s:
+                return
+            self.desk.give_up()
+            error = f"a rank has not prepared in {silence_s:.1f} s, transition.rank_timeout_s is {timeout_s:g}"
+            self._abort(chunk, ChunkEnd("aborted", error=error, place="rank_timeout"))
+            return
+        chunk.worker_s = slowest(replies)
+        late = [reply for reply in replies if reply.elapsed_s > timeout_s]
+        if failed := failures(replies):
+            self._abort(chunk, ChunkEnd("aborted", error=failed))
+        elif late:
+            self._picker.learn(chunk.direction, chunk.layers, chunk.worker_s)  # the next attempt takes fewer layers
+            took = ", ".join(f"rank {reply.rank} took {reply.elapsed_s:.1f} s" for reply in late)
+            error = f"{took} to prepare, transition.rank_timeout_s is {timeout_s:g}"
+            self._abort(chunk, ChunkEnd("aborted", error=error, place="rank_timeout"))
+        elif not wanted:
+            self._abort(chunk, ChunkEnd("cancelled"))
+        else:
+            self.standing.expose(chunk.toward)
+            self._sent(self.executor.commit(chunk.plan))
+            self._move(Phase.COMMITTING)
+
+    def _abort(self, chunk: Chunk, end: ChunkEnd) -> None:
+        """Have every rank forget what it has staged, or is still about to: commands keep their order."""
+        assert chunk.plan is not None
+        chunk.end = end
+        self._sent(self.executor.abort(chunk.plan))
+        self._move(Phase.ABORTING)
+
+    def _settle(self, chunk: Chunk, replies: tuple[Reply, ...]) -> None:
+        """All ranks have switched: make that the truth here too."""
+        self.ledgers.switch(chunk.new_bytes, chunk.old_bytes)
+        self.standing.settle(chunk.layers, chunk.toward)
+        if chunk.blocks_after > self.pool.num_kv_blocks:
+            self.ledgers.book_kv(chunk.blocks_after)
+            self._grow(chunk.blocks_after, replies)
+        self._picker.learn(chunk.direction, chunk.layers, chunk.worker_s + slowest(replies))
+        chunk.end = ChunkEnd("committed", num_layers=len(chunk.layers), format=chunk.layers[-1][1])
+        self._move(Phase.IDLE)
+
+    # ---- parts
+
+    def _move(self, phase: Phase) -> None:
+        revision = 0 if self._chunk is None else self._chunk.revision
+        logger.debug("morph r%d: %s -> %s", revision, self.phase.name, phase.name)
+        self.phase = check_move(revision, self.phase, phase)
+
+    def _send_regrow(self, chunk: Chunk) -> None:
+        """Map again what was unmapped for a switch that does not happen."""
+        self.ledgers.book_kv(chunk.blocks_before)
+        self._sent(self.executor.commit(Plan(self.next_revision(), (), chunk.blocks_before)))
+        self._move(Phase.REGROWING)
+
+    def _grow(self, num_kv_blocks: int, replies: tuple[Reply, ...]) -> None:
+        """Publish what every rank has mapped, which may be less than it was asked for."""
+        mapped = min(reply.num_kv_blocks for reply in replies)
+        published = self.pool.num_kv_blocks
+        if mapped < published:
+            raise CommandFailed(f"a rank has {mapped} KV blocks mapped, but {published} are published.")
+        if mapped < num_kv_blocks:
+            self.short_grows += 1
+            logger.warning("morph: ranks mapped %d KV blocks of the %d asked for", mapped, num_kv_blocks)
+        self.pool.grow(min(mapped, num_kv_blocks))
+
+    def _answered(self, chunk: Chunk) -> tuple[Reply, ...] | None:
+        """All ranks' replies to a command that cannot fail, None while one is missing."""
+        replies = self._replies(chunk)
+        if replies is not None:
+            require_success(replies, self.phase.name.lower())
+        return replies
+
+    def _replies(self, chunk: Chunk) -> tuple[Reply, ...] | None:
+        """To a command that cannot be taken back: all one can do about a late rank is to wait, and to say so."""
+        replies = self.desk.answer()
+        if replies is None and self.desk.becomes_late(self._now_s, self.config.transition.rank_timeout_s):
+            logger.warning(
+                "morph r%d: no answer of all ranks in %s for %.1f s; the engine goes on with %d KV blocks and waits",
+                chunk.revision,
+                self.phase.name,
+                self.desk.silence_s(self._now_s),
+                self.pool.num_kv_blocks,
+            )
+        return replies
+
+    def _sent(self, ticket: Ticket) -> None:
+        self.desk.expect(ticket, self._now_s)

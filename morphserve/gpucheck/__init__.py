@@ -1,9 +1,0 @@
-"""What MorphServe needs of a machine with an NVIDIA GPU, measured part by part: see docs/gpu.md.
-
-The frame (cli, frame, results, machine, tables) loads neither torch nor vLLM: a part that crashes the driver, hangs or
-runs out of memory does so in a process of its own, and what the other parts found is on disk already.
-"""
-
-from morphserve.gpucheck.cli import main
-
-__all__ = ["main"]

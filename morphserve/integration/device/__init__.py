@@ -1,1 +1,0 @@
-"""The door between vLLM and `morphserve.device`: layers and KV cache on a GPU, or on fake pages in tests."""

@@ -1,0 +1,243 @@
+"""What the scheduler calls at every step: the controller's way in, and what the controller is told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vllm.v1.core.sched.interface import PauseState
+
+from morphserve.control import Controller, DecisionLog, make_header
+from morphserve.control.monitor import Monitor
+from morphserve.control.ports import EngineView
+from morphserve.control.reload import PolicyReloader, ReloadWatch
+from morphserve.integration.engine.block_pool import VllmBlockPool
+from morphserve.integration.engine.executor import RpcExecutor
+from morphserve.integration.engine.histogram import TimeHistogram
+from morphserve.integration.engine.provenance import Provenance
+from morphserve.integration.engine.publish import publish_base
+from morphserve.integration.engine.receipts import Receipts
+from morphserve.integration.engine.runtime import EngineRuntime
+from morphserve.integration.engine.status import StatusPage
+from morphserve.integration.engine.traffic import Traffic
+from morphserve.integration.engine.wake import IdleWaker
+from morphserve.integration.start.checks import make_policy, policy_setup
+from policies import PolicySetup
+
+
+@dataclass(frozen=True, slots=True)
+class _StepInFlight:
+    """The engine as it was when a step was scheduled."""
+
+    level: int  # exposure
+    settled: bool = False  # no transition took a part of its time
+    used_blocks: int = 0
+
+
+class Morph:
+    """What the scheduler calls. Nothing in here may raise: an exception would kill the engine."""
+
+    def __init__(self, scheduler: Any, runtime: EngineRuntime) -> None:
+        self._scheduler = scheduler
+        self.runtime = runtime
+        self.wake_due = False
+        self.failed = False  # tripped outside the controller's own guard
+        self.tokens_by_level = [0] * len(runtime.ladder)
+        self._in_flight: dict[int, _StepInFlight] = {}  # by id(scheduler output)
+        self._level_of_outputs = 0  # of those that vLLM reads now, or read last
+        self._heap_used = False  # a transition has been since the ranks last gave free heap back
+        self.tick_times = TimeHistogram()
+        model_executor = runtime.engine_core.model_executor
+        self.pool = VllmBlockPool(scheduler)
+        self.worst_forward_bytes = publish_base(self.pool, model_executor.collective_rpc, runtime.base_num_blocks)
+        self.provenance = Provenance(scheduler.kv_cache_manager, runtime.config.kv.prefix_reuse)
+        self.receipts = Receipts(self.provenance, scheduler.cache_config.block_size)
+        self.monitor = Monitor()
+        self.traffic = Traffic(scheduler, self.monitor)
+        self.pool.on_forced_preemption = lambda request: self.on_preemption(request, forced=True)
+        self.executor = RpcExecutor(model_executor, len(runtime.ranks), runtime.in_background)
+        self.setup = policy_setup(runtime.config, runtime.vllm_config)
+        self.log = self._open_log()
+        self.controller = self._make_controller()
+        self._page = StatusPage(runtime, self.executor, self.worst_forward_bytes)
+        self._watch = self._watch_settings()
+        self._waker: IdleWaker | None = None
+        if hasattr(runtime.engine_core, "input_queue"):  # an in-process engine has none, and nobody to wake
+            self.wake_due = True  # a step before the first request: the policy may want another level
+            self._waker = IdleWaker(runtime.engine_core.input_queue, self._claims_step)
+
+    def _open_log(self) -> DecisionLog | None:
+        runtime = self.runtime
+        if runtime.decision_log is None:
+            return None
+        is_full = runtime.config.decision_log_detail == "all"
+        header = make_header(self.setup, runtime.ladder, runtime.index) if is_full else None
+        return DecisionLog(runtime.decision_log, header=header)
+
+    def _make_controller(self) -> Controller:
+        """At level 0, which pool and ranks must be at."""
+        runtime, config = self.runtime, self.runtime.config
+        return Controller(
+            runtime.ladder,
+            make_policy(self.setup, runtime.ladder),
+            self.pool,
+            self.executor,
+            self.monitor,
+            config,
+            runtime.make_ledgers(),
+            ranks=runtime.rank_bytes,
+            clock=time.monotonic,
+            log=self.log,
+            on_level=self._on_level,
+        )
+
+    def _watch_settings(self) -> ReloadWatch:
+        """A thread that hands an edited policy to the controller, which asks it from its next tick on."""
+        runtime = self.runtime
+
+        def install(setup: PolicySetup, note: str) -> None:
+            self.controller.replace_policy(make_policy(setup, runtime.ladder), note, setup)
+
+        return ReloadWatch(
+            PolicyReloader(
+                runtime.config_file,
+                runtime.stated,
+                self.setup,
+                setup_of=lambda config: policy_setup(config, runtime.vllm_config),
+                install=install,
+            )
+        )
+
+    # -- called by the scheduler, once per engine step --------------------------------------------
+
+    def before_schedule(self) -> None:
+        """Controller first, then vLLM's own schedule()."""
+        start = time.perf_counter()
+        self.wake_due = False
+        if self.failed:
+            self._tick()
+        else:
+            self._guard(self._tick)
+        self.tick_times.add(time.perf_counter() - start)
+
+    def after_schedule(self, output: Any) -> None:
+        self._guard(self._after_schedule, output)
+
+    def before_update(self, output: Any) -> None:
+        """Requests that end while vLLM reads `output` end at the level it was made at."""
+        step = self._in_flight.get(id(output))
+        self._level_of_outputs = self._level_of_outputs if step is None else step.level
+
+    def after_update(self, output: Any, model_output: Any, made: Any) -> None:
+        self._guard(self._after_update, output, model_output)
+        self._guard(self._attach_receipts, made)
+
+    def on_arrival(self, request: Any) -> None:
+        self._guard(self._on_arrival, request)
+
+    def on_preemption(self, request: Any, forced: bool = False) -> None:
+        self._guard(self.traffic.on_preemption, request, forced)
+
+    def on_finish(self, request: Any) -> None:
+        self._guard(self._on_finish, request)
+        self.provenance.forget(request.request_id)
+
+    def _guard(self, call: Callable[..., None], *args: Any) -> None:
+        if self.failed:
+            return
+        try:
+            call(*args)
+        except Exception:
+            # Without its signals the policy must rest. The controller is ticked on: it finishes or undoes
+            # what is under way, and the server goes on at the level it then has.
+            self.failed = True
+            self.controller.trip("glue")  # logs the error under way
+
+    def _tick(self) -> None:
+        view = EngineView(0, 0, 0.0) if self.failed else self.traffic.view()
+        self.controller.tick(view)
+        # Idle in mid-transition: ask for the next step at once instead of waiting to be woken.
+        busy = view.num_running + view.num_waiting > 0
+        self.wake_due = not busy and self.controller.in_transition and self._may_wake()
+
+    def _may_wake(self) -> bool:
+        """A paused engine was promised to be idle."""
+        return self._scheduler.pause_state == PauseState.UNPAUSED
+
+    def _after_schedule(self, output: Any) -> None:
+        controller = self.controller
+        level = controller.exposure_level
+        self._in_flight[id(output)] = _StepInFlight(level, not controller.in_transition, self.pool.num_used_blocks)
+        self.receipts.on_scheduled(output.num_scheduled_tokens, level)
+        self.traffic.on_scheduled(output.scheduled_new_reqs, output.scheduled_cached_reqs.resumed_req_ids)
+
+    def _after_update(self, output: Any, model_output: Any) -> None:
+        step = self._in_flight.pop(id(output), None) or _StepInFlight(self.controller.exposure_level)
+        level = step.level
+        num_tokens = sum(map(len, model_output.sampled_token_ids or ()))
+        self.tokens_by_level[level] += num_tokens
+        self.receipts.on_sampled(level)
+        self.traffic.on_step(num_tokens, output, step.used_blocks, level if step.settled else None)
+        if self._heap_used:
+            self._trim_when_idle()
+
+    def _trim_when_idle(self) -> None:
+        """Small tensors of the variants live in the heap and leave free pages there: give them back, once
+        after each return to level 0, when no request can notice the milliseconds."""
+        controller = self.controller
+        restored = controller.exposure_level == 0 and not controller.in_transition
+        if restored and not self._scheduler.has_unfinished_requests():
+            self._heap_used = False
+            self.executor.trim()
+
+    def _attach_receipts(self, made: Any) -> None:
+        self.receipts.attach(output for outputs in made.values() for output in outputs.outputs)
+
+    def _on_arrival(self, request: Any) -> None:
+        self.traffic.on_arrival(request)
+        self.receipts.on_arrival(request)
+
+    def _on_finish(self, request: Any) -> None:
+        self.traffic.on_finish(request)
+        self.receipts.on_finish(request, self._level_of_outputs)
+
+    def _on_level(self, level: int) -> None:
+        """The next forward pass runs at `level`."""
+        self._heap_used = True
+        self.provenance.set_level(level)
+
+    # -- idle ---------------------------------------------------------------------------------------
+
+    def _claims_step(self) -> bool:
+        """Asked by the wake-up thread: a level above 0 waits to be restored, and nothing else makes steps."""
+        idle = not self._scheduler.has_unfinished_requests() and self._may_wake()
+        if idle and self.controller.wants_wakeup and not self.wake_due:
+            self.wake_due = True
+            return True
+        return False
+
+    def close(self) -> None:
+        """Stop the wake-ups and the watch, and flush the decision log. Re-entrant."""
+        self._watch.close()
+        if self._waker is not None:
+            self._waker.close()
+        self.wake_due = False
+        if self.log is not None:
+            self.log.close()
+
+    # -- status ---------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """Plain values for the status page and the metrics."""
+        page = self._page.render(self.controller.status(), self.failed, self.tick_times, self.tokens_by_level)
+        return {**page, "policy": asdict(self._watch.reloads)}
+
+    def reload(self, cause: str) -> Future[dict[str, Any]]:
+        """Read the policy from the settings' file now; the answer comes from the thread that does."""
+        answer: Future[dict[str, Any]] = Future()
+        index = self.runtime.index
+        self._watch.ask(cause).add_done_callback(lambda done: answer.set_result({**done.result(), "engine": index}))
+        return answer

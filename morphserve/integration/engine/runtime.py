@@ -1,0 +1,168 @@
+"""What is known before the scheduler exists: what the ranks' layers weigh, and the KV cache for the whole ladder."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from morphserve.config import MorphServeConfig
+from morphserve.control import Ledgers, largest_chunk_bytes, make_ledgers
+from morphserve.control.ladder import build_ladder, check_floor
+from morphserve.control.layer_times import with_time_factors
+from morphserve.control.rank_bytes import RankBytes, most_uneven
+from morphserve.errors import ConfigError
+from morphserve.integration.describe import RankDescription
+from morphserve.integration.engine.block_pool import blocks_of_one_request, check_supported
+from morphserve.integration.start.device_budget import check_given_blocks
+from morphserve.integration.start.settings import config_file, served_ladder
+from morphserve.integration.worker.cuda.kv import check_kinds, geometry_of, quantum_of
+from morphserve.profile_ladder import read_ladder
+from policies.types import Ladder
+
+logger = logging.getLogger("vllm.morphserve")
+
+
+def _quantum(kv_cache_config: Any, page_bytes: int | None) -> int:
+    """KV blocks that come and go together: one on the host, whose pages are small and need not be full."""
+    return 1 if page_bytes is None else quantum_of(geometry_of(kv_cache_config, page_bytes))
+
+
+class EngineRuntime:
+    """What is known before the scheduler exists."""
+
+    def __init__(
+        self, engine_core: Any, vllm_config: Any, config: MorphServeConfig, stated: MorphServeConfig | None = None
+    ) -> None:
+        """`stated`: the settings as the user wrote them, where `config` fills in what they mean on this device."""
+        self.engine_core = engine_core
+        self.vllm_config = vllm_config
+        self.stated = stated or config
+        self.ranks: list[RankDescription] = engine_core.model_executor.collective_rpc("morphserve_describe")
+        self.config = served_ladder(config, self.ranks[0].left_out)  # `plan_kv` holds the ranks to each other
+        self._warn_of_left_out()
+        if all(rank.staging_bytes is not None for rank in self.ranks):  # each rank's reserve is what limits a chunk
+            num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+            transition = config.transition.model_copy(update={"max_layers_per_step": num_layers})
+            self.config = self.config.model_copy(update={"transition": transition})
+        self.rank_bytes: list[RankBytes] = []
+        self.ladder: Ladder = ()
+        self.base_num_blocks = 0
+
+    def plan_kv(self, original: Callable[..., Any], specs: Any, available_memory: Any) -> Any:
+        """KV cache configs for the deepest level's blocks; the scheduler starts with level 0's.
+
+        Raises:
+            ConfigError: the budget does not hold one request, or the pool is not one we can resize.
+        """
+        base = original(self.vllm_config, specs, available_memory)
+        for kv_cache_config in base:
+            check_supported(self.vllm_config, kv_cache_config)
+            if self.in_background:
+                check_kinds(kv_cache_config)
+        if self.in_background:
+            given = self.vllm_config.cache_config.num_gpu_blocks_override
+            check_given_blocks(given, base, available_memory)
+        if len({tuple(sorted(rank.kernels.items())) for rank in self.ranks}) > 1:
+            found = "; ".join(f"rank {rank.rank}: {rank.kernels}" for rank in self.ranks)
+            raise ConfigError(f"ranks run other kernels ({found}). Name one for each format under `kernels`.")
+        kv = self.config.kv
+        quanta = [_quantum(c, rank.page_bytes) for c, rank in zip(base, self.ranks, strict=True)]
+        quantum = math.lcm(*quanta)
+        self.base_num_blocks = min(c.num_blocks for c in base) // quantum * quantum
+        if kv.base_num_blocks is not None:
+            if kv.base_num_blocks > self.base_num_blocks:
+                raise ConfigError(
+                    f"kv.base_num_blocks is {kv.base_num_blocks}, memory for the KV cache holds "
+                    f"{self.base_num_blocks}. Lower it, or leave it out."
+                )
+            self.base_num_blocks = kv.base_num_blocks
+        check_floor(
+            self.base_num_blocks,
+            self.vllm_config.model_config.max_model_len,
+            self.vllm_config.cache_config.block_size,
+            max(blocks_of_one_request(self.vllm_config, kv_cache_config) for kv_cache_config in base),
+        )
+        block_bytes = [c.kv_cache_tensors[0].size // c.num_blocks for c in base]
+        self.rank_bytes = [
+            RankBytes(r.layer_bytes, size, q) for r, size, q in zip(self.ranks, block_bytes, quanta, strict=True)
+        ]
+        self.ladder = self._ladder()
+        if self.in_background:
+            levels = tuple(level.layer_formats for level in self.ladder)
+            self.engine_core.model_executor.collective_rpc("morphserve_plan", args=(self.base_num_blocks, levels))
+        cache_config = self.vllm_config.cache_config
+        override = cache_config.num_gpu_blocks_override
+        cache_config.num_gpu_blocks_override = self.ladder[-1].num_kv_blocks
+        try:
+            return original(self.vllm_config, specs, available_memory)
+        finally:
+            cache_config.num_gpu_blocks_override = override
+
+    @property
+    def kv_block_bytes(self) -> int:
+        """Of one block on the rank where it is largest: pipeline stages differ in their number of layers."""
+        return max(rank.kv_block_bytes for rank in self.rank_bytes)
+
+    @property
+    def in_background(self) -> bool:
+        """Ranks hold layers and KV in device pages, and move them beside their forward passes."""
+        return self.ranks[0].page_bytes is not None
+
+    @property
+    def index(self) -> int:
+        """Of this data-parallel replica, 0 where there is only one."""
+        return int(self.vllm_config.parallel_config.data_parallel_index)
+
+    @property
+    def config_file(self) -> Path | None:
+        """That the settings came from; None where they were given as a mapping."""
+        return config_file(self.vllm_config.additional_config)
+
+    @property
+    def decision_log(self) -> Path | None:
+        """Replicas would write into one another's lines: all but the first put their index into the name."""
+        path = self.config.decision_log
+        if path is None or self.index == 0:
+            return path
+        return path.with_name(f"{path.stem}.{self.index}{path.suffix}")
+
+    def make_ledgers(self) -> Ledgers:
+        """Of all ranks, at level 0."""
+        # A matmul that keeps a copy of its own (oneDNN) is built while the tensor it reads is still there.
+        staging = [
+            (rank.staging_bytes or largest_chunk_bytes(rank.layer_bytes, self.config.transition.layers_per_step))
+            + rank.largest_linear_bytes
+            for rank in self.ranks
+        ]
+        return make_ledgers(self.ladder, self.rank_bytes, staging)
+
+    def _warn_of_left_out(self) -> None:
+        left_out = self.ranks[0].left_out
+        if left_out and self.index == 0:
+            logger.warning(
+                "morphserve: the ladder does without %s: %s. It has %s.",
+                " and ".join(left_out), "; ".join(left_out.values()), " and ".join(self.ranks[0].kernels),
+            )  # fmt: skip
+
+    def _ladder(self) -> Ladder:
+        """One for all ranks. Says so when a pipeline stage frees what waits for another."""
+        ladder = build_ladder(
+            self.vllm_config.model_config.get_total_num_hidden_layers(),
+            self.rank_bytes,
+            self.config.ladder,
+            self.base_num_blocks,
+            self.config.kv.max_num_blocks,
+            read_ladder(self.config),
+        )
+        if (worst := most_uneven(self.rank_bytes, ladder)) is not None:
+            level, least, most = worst
+            logger.warning(
+                "morphserve: level %d frees the bytes of %d KV blocks on one pipeline stage and of %d on another, and "
+                "only the fewer can be published. Name layers of every stage in ladder.order; ladder.steps take the "
+                "stages in turn, a profile's own levels are taken as they were measured.",
+                level, least, most,
+            )  # fmt: skip
+        return with_time_factors(ladder, [rank.layer_times for rank in self.ranks])

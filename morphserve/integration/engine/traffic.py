@@ -1,0 +1,109 @@
+"""What requests do, told to the monitor as it happens, and read from the scheduler at a step boundary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+
+from morphserve.control.monitor import Monitor
+from morphserve.control.ports import EngineView
+from morphserve.integration.engine.request_limits import limits_of
+
+
+class Traffic:
+    """Constant cost per event; a step costs what is new in it, and those that still wait for a first token.
+
+    vLLM stamps arrivals with the wall clock, the monitor's own is monotonic.
+    """
+
+    def __init__(self, scheduler: Any, monitor: Monitor) -> None:
+        self._scheduler = scheduler
+        self._monitor = monitor
+        self._awaiting_first_token: list[Any] = []
+        self._last_preemption_wall_s = 0.0
+
+    def view(self) -> EngineView:
+        """The queues as they are now."""
+        num_running, num_waiting = self._scheduler.get_request_counts()
+        waiting = self._scheduler.waiting
+        oldest = 0.0
+        if len(waiting):
+            head = waiting.peek_request()
+            # A preempted request is put back at the head with the arrival time it always had; what it
+            # waits for began when it was preempted.
+            since = self._last_preemption_wall_s if head.num_preemptions else head.arrival_time
+            oldest = max(0.0, time.time() - since)
+        return EngineView(num_waiting, num_running, oldest)
+
+    def on_arrival(self, request: Any) -> None:
+        """A request entered the waiting queue."""
+        now = time.monotonic()
+        self._monitor.on_arrival(now, request.request_id, request.num_tokens, limits_of(request), self._rank(request))
+
+    def on_scheduled(self, new: Sequence[Any], resumed: Iterable[str]) -> None:
+        """Requests were scheduled for the first time (`NewRequestData`), or again after a preemption (ids)."""
+        if not new and not resumed:
+            return
+        now, wall = time.monotonic(), time.time()
+        for data in new:
+            request = self._scheduler.requests.get(data.req_id)
+            if request is not None:
+                wait_s = max(0.0, wall - request.arrival_time)
+                self._monitor.on_scheduled(now, wait_s, data.req_id, limits_of(request).tpot_s)
+                self._awaiting_first_token.append(request)
+        for request_id in resumed:
+            request = self._scheduler.requests.get(request_id)
+            self._monitor.on_resumed(request_id, None if request is None else limits_of(request).tpot_s)
+
+    def on_step(self, num_tokens: int, output: Any, used_blocks: int, level: int | None) -> None:
+        """The requests have got the tokens of a step, so many of them.
+
+        Args:
+            output: vLLM's SchedulerOutput of the step.
+            used_blocks: that live requests held when it was scheduled.
+            level: all of its layers ran at, None while they were changing.
+        """
+        if not output.total_num_scheduled_tokens:
+            # vLLM makes such a step after the last request has ended; the next one may be long in coming.
+            self._monitor.on_idle()
+            return
+        num_seqs, block_size = len(output.num_scheduled_tokens), self._scheduler.block_size
+        context = max(used_blocks * block_size - num_seqs * block_size // 2, 0)  # half of each last block is empty
+        self._monitor.on_step(
+            time.monotonic(), num_tokens, num_seqs, output.total_num_scheduled_tokens - num_seqs, context, level
+        )
+        if not self._awaiting_first_token:
+            return
+        wall = time.time()
+        still: list[Any] = []
+        for request in self._awaiting_first_token:
+            if request.num_output_tokens > 0:
+                self._monitor.on_first_token(max(0.0, wall - request.arrival_time))
+            elif not request.is_finished():
+                still.append(request)
+        self._awaiting_first_token = still
+
+    def on_preemption(self, request: Any, forced: bool = False) -> None:
+        """A running request lost its blocks: `forced` by a way back to a shallower level, or for want of memory."""
+        self._last_preemption_wall_s = time.time()
+        self._monitor.on_preemption(
+            time.monotonic(),
+            request.request_id,
+            request.num_tokens,
+            limits_of(request),
+            self._rank(request),
+            has_token=request.num_output_tokens > 0,
+            forced=forced,
+        )
+
+    def on_finish(self, request: Any) -> None:
+        """A request ends; its blocks are still its own."""
+        num_blocks = sum(map(len, self._scheduler.kv_cache_manager.get_block_ids(request.request_id)))
+        self._monitor.on_finish(num_blocks, time.monotonic(), request.request_id, request.num_output_tokens)
+
+    def _rank(self, request: Any) -> int:
+        """Its place in the queue: by priority, where the scheduler goes by that."""
+        return int(request.priority) if self._scheduler.policy == SchedulingPolicy.PRIORITY else 0

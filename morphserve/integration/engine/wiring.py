@@ -1,0 +1,78 @@
+"""The engine-core side: plan the KV cache for the whole ladder, then tie the controller to the scheduler.
+
+Order at start (vllm/v1/engine/core.py, EngineCore.__init__): workers load the model -> `_initialize_kv_caches`
+(we ask the ranks what their layers weigh) -> `get_kv_cache_configs` (we lay the cache out for the deepest
+level) -> the scheduler is built (`attach`: publish only level 0's blocks, start the controller).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from morphserve.integration.engine.hooks import Morph
+from morphserve.integration.engine.runtime import EngineRuntime
+from morphserve.integration.seams import rows as seams
+from morphserve.integration.start import ending
+from morphserve.integration.start.settings import for_this_device, read_settings
+
+_RUNTIMES: dict[int, EngineRuntime] = {}  # id(vllm_config) |-> runtime, between planning and attach
+
+
+def install() -> None:
+    """Wrap the engine core. Re-entrant; engines without MorphServe pass straight through."""
+    seams.wrap("vllm.v1.engine.core:EngineCore._initialize_kv_caches", _initialize_kv_caches)
+    seams.wrap("vllm.v1.engine.core:get_kv_cache_configs", _get_kv_cache_configs)
+    ending.install()
+    from vllm.v1.engine.core import EngineCore
+
+    if not hasattr(EngineCore, "morphserve_status"):
+        EngineCore.morphserve_status = _status
+        EngineCore.morphserve_reload = _reload
+
+
+def _initialize_kv_caches(original: Callable[..., Any]) -> Any:
+    @functools.wraps(original)
+    def initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
+        config = read_settings(vllm_config.additional_config)
+        if config is not None:
+            _RUNTIMES[id(vllm_config)] = EngineRuntime(self, vllm_config, for_this_device(config, vllm_config), config)
+        return original(self, vllm_config)
+
+    return initialize_kv_caches
+
+
+def _get_kv_cache_configs(original: Callable[..., Any]) -> Any:
+    @functools.wraps(original)
+    def get_kv_cache_configs(vllm_config: Any, kv_cache_specs: Any, available_memory: Any, *rest: Any) -> Any:
+        def stock(*args: Any) -> Any:
+            return original(*args, *rest)  # vLLM 0.33 hands over the cache groups as well
+
+        runtime = _RUNTIMES.get(id(vllm_config))
+        if runtime is None:
+            return stock(vllm_config, kv_cache_specs, available_memory)
+        return runtime.plan_kv(stock, kv_cache_specs, available_memory)
+
+    return get_kv_cache_configs
+
+
+def attach(scheduler: Any) -> Morph:
+    """Called from the scheduler's constructor."""
+    # vLLM configures the handlers of its own logger only; the packages that do not know vLLM log through it.
+    logging.getLogger("morphserve").parent = logging.getLogger("vllm")
+    return Morph(scheduler, _RUNTIMES.pop(id(scheduler.vllm_config)))
+
+
+def _status(self: Any) -> dict[str, Any] | None:
+    """Utility method of EngineCore; runs between two steps, on the engine's own thread."""
+    morph = getattr(self.scheduler, "morph", None)
+    return None if morph is None else morph.status()
+
+
+def _reload(self: Any, cause: str) -> Future[dict[str, Any]] | None:
+    """Utility method of EngineCore: vLLM sends the answer when the thread that reads the file has it."""
+    morph = getattr(self.scheduler, "morph", None)
+    return None if morph is None else morph.reload(cause)

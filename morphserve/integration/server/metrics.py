@@ -1,0 +1,218 @@
+"""`GET /morphserve/status` and the `morphserve:*` metrics on vLLM's own /metrics; reloads are in `reload_api.py`.
+
+The engine cores are asked twice a second; a scrape reads the last answers. Each data-parallel replica is an engine of
+its own, told by its index. vLLM's own cache_config_info label is fixed at start and goes stale after a resize:
+`morphserve:kv_blocks` is the one to watch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+from operator import itemgetter
+from typing import Any
+
+from fastapi import APIRouter, HTTPException
+from prometheus_client import REGISTRY
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from morphserve.integration.server.queue_limit import QueueLimit
+from morphserve.integration.server.reload_api import add_route, on_hangup
+
+logger = logging.getLogger("vllm.morphserve")
+
+POLL_INTERVAL_S = 0.5
+PREFIX = "morphserve:"
+
+
+_Status = dict[str, Any]
+_Row = tuple[tuple[str, ...], float]  # values of the labels beside `engine`, value
+
+
+class StatusCollector(Collector):
+    """Turns the last statuses into metric families, every sample with the index of its engine."""
+
+    def __init__(self) -> None:
+        self.statuses: list[_Status] = []
+
+    def collect(self) -> Iterator[Metric]:
+        if not self.statuses:
+            return
+        for kind, name, doc, labels, rows_of in _FAMILIES:
+            family = kind(PREFIX + name, doc, labels=[*labels, "engine"])
+            for status in self.statuses:
+                for values, value in rows_of(status):
+                    family.add_metric([*values, str(status["engine"])], value)
+            yield family
+        yield self._times()
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing is known before the first poll; without this the registry would call collect()."""
+        return iter(())
+
+    def _times(self) -> Metric:
+        doc = "Time of monitor, policy and controller in one engine step."
+        family = HistogramMetricFamily(PREFIX + "controller_seconds", doc, labels=["engine"])
+        for status in self.statuses:
+            times = status["controller_time"]
+            edges = [*(f"{edge:g}" for edge in times["edges_s"]), "+Inf"]
+            buckets = list(zip(edges, accumulate(times["counts"]), strict=True))
+            family.add_metric([str(status["engine"])], buckets, sum_value=times["sum_s"])
+        return family
+
+
+def _one(key: str) -> Callable[[_Status], list[_Row]]:
+    return lambda s: [((), s[key])]
+
+
+def _by(key: str) -> Callable[[_Status], list[_Row]]:
+    return lambda s: [((name,), value) for name, value in s[key].items()]
+
+
+def _blocks(s: _Status) -> list[_Row]:
+    keys = {"published": "num_kv_blocks", "backed": "mapped_kv_blocks", "used": "used_kv_blocks"}
+    return [((state,), s[key]) for state, key in keys.items()]
+
+
+def _longest_pause(s: _Status) -> list[_Row]:
+    longest = s["pause_ms"]["max"]
+    return [] if longest is None else [((), longest)]
+
+
+def _transitions(s: _Status) -> list[_Row]:
+    return [(tuple(key.split("_", 1)), count) for key, count in s["transitions"].items()]
+
+
+def _reloads(s: _Status) -> list[_Row]:
+    return [(("ok",), s["policy"]["reloads"]), (("refused",), s["policy"]["refused"])]
+
+
+_FAMILIES: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, tuple[str, ...], Any], ...] = (
+    (
+        GaugeMetricFamily,
+        "level",
+        "Morph level that tokens count for; 0 = full precision.",
+        (),
+        _one("exposure_level"),
+    ),
+    (GaugeMetricFamily, "target_level", "Level the transition in progress heads for.", (), _one("target_level")),
+    (GaugeMetricFamily, "kv_blocks", "KV blocks per rank, null block included.", ("state",), _blocks),
+    (GaugeMetricFamily, "layers", "Decoder layers by format.", ("format",), _by("layers_by_format")),
+    (GaugeMetricFamily, "memory_bytes", "Ledger of the rank with the least left.", ("account",), _by("ledger")),
+    (
+        GaugeMetricFamily,
+        "pause_ms_max",
+        "Longest time a command kept a rank from its next step.",
+        (),
+        _longest_pause,
+    ),
+    (
+        GaugeMetricFamily,
+        "failed",
+        "1 when MorphServe gave up and the server goes on without it.",
+        (),
+        lambda s: [((), float(bool(s["failed"])))],
+    ),
+    (
+        CounterMetricFamily,
+        "transitions",
+        "Transitions by direction and outcome.",
+        ("direction", "outcome"),
+        _transitions,
+    ),
+    (CounterMetricFamily, "tokens", "Generated tokens by morph level.", ("level",), _by("tokens_by_level")),
+    (CounterMetricFamily, "transition_seconds", "Time spent in transitions.", (), _one("transition_seconds")),
+    (CounterMetricFamily, "policy_reloads", "Policies taken from an edited file.", ("outcome",), _reloads),
+    (CounterMetricFamily, "errors", "Errors by the part they came from.", ("where",), _by("errors")),
+)
+
+
+class MorphServeEndpoint:
+    """Endpoint plugin (vllm/plugins/endpoint_plugins/interface.py)."""
+
+    name = "morphserve"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self._collector = StatusCollector()
+        self._client: Any = None
+        self._queue_limit = QueueLimit(None)
+        self._task: asyncio.Task[None] | None = None
+
+    def attach_router(self, app: Any) -> None:
+        router = APIRouter(prefix="/morphserve")
+
+        @router.get("/status")
+        async def status(engine: int | None = None) -> dict[str, Any]:
+            """Level, capacity, ladder and counters of an engine, read between two of its steps.
+
+            Of several engines (data parallel) `engine` names one; without it they are all under `engines`.
+            """
+            answers = await self._ask()
+            if not answers:
+                raise HTTPException(503, "the engine runs without MorphServe")
+            if engine is not None:
+                answers = [answer for answer in answers if answer["engine"] == engine]
+                if not answers:
+                    raise HTTPException(404, f"no engine {engine} behind this API server")
+            return answers[0] if len(answers) == 1 else {"engines": answers}
+
+        add_route(router, self._reload)
+        app.include_router(router)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        self._client = engine_client
+        if engine_client is None:
+            return
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            logger.warning(
+                "morphserve: several API servers share one registry of files, which cannot hold morphserve:* "
+                "metrics; GET /morphserve/status has the same figures. Use --api-server-count 1 for the metrics."
+            )
+        with contextlib.suppress(ValueError):  # a second app in this process: already registered
+            REGISTRY.register(self._collector)
+        self._queue_limit = QueueLimit(engine_client)
+        self._task = asyncio.create_task(self._poll())
+        on_hangup(self._reload)
+
+    async def _ask(self) -> list[_Status]:
+        """The status of every engine behind this API server."""
+        return await self._call("morphserve_status")
+
+    async def _reload(self, cause: str) -> list[_Status]:
+        """What came of it in every engine."""
+        return await self._call("morphserve_reload", cause)
+
+    async def _call(self, method: str, *args: str) -> list[dict[str, Any]]:
+        core = getattr(self._client, "engine_core", None)
+        if core is None:
+            return []
+        answers = await core.call_utility_all_async(method, *args)
+        return sorted((answer for answer in answers if answer is not None), key=itemgetter("engine"))
+
+    async def _poll(self) -> None:
+        warned = False
+        while True:
+            try:
+                statuses = await self._ask()
+                self._collector.statuses = statuses
+                self._queue_limit.apply([status["max_queued_tokens"] for status in statuses])
+                warned = False
+            except asyncio.CancelledError:
+                raise
+            except Exception as e:  # the engine may be starting, stopping or dead; the metrics go quiet
+                self._collector.statuses = []
+                if not warned:
+                    logger.warning("morphserve: no status from the engine (%s)", e)
+                warned = True
+            await asyncio.sleep(POLL_INTERVAL_S)
+
+
+def make_endpoint() -> MorphServeEndpoint:
+    """Factory named by the `vllm.endpoint_plugins` entry point."""
+    return MorphServeEndpoint()

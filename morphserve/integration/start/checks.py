@@ -1,0 +1,229 @@
+"""Refusals that need the finished VllmConfig but neither weights nor workers: fail before they start."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+from morphserve import cpu_tier
+from morphserve.config import MorphServeConfig, check_formats, step_times_file
+from morphserve.control.ladder import build_ladder, check_floor, ladder_formats
+from morphserve.control.rank_bytes import RankBytes
+from morphserve.errors import ConfigError
+from morphserve.integration.start.device_checks import check_device, check_graph_buffers
+from morphserve.integration.start.settings import for_this_device, read_settings
+from morphserve.profile_ladder import read_ladder
+from morphserve.residence.paged.memory import wants_device
+from morphserve.version import UNPROVEN_CUDA
+from policies import EngineLimits, PolicySetup, load_step_times
+from policies.types import BASE_FORMAT, Ladder, Policy
+from quant_layers import FORMATS, split_format
+
+_BASE_BITS = 16
+
+_PROPOSERS = ("ngram",)
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Refuse what MorphServe cannot serve.
+
+    Raises:
+        ConfigError: value, limit, remedy.
+    """
+    config = read_settings(vllm_config.additional_config)
+    if config is None:
+        return
+    check_platform()
+    config = for_this_device(config, vllm_config)
+    check_formats(config, FORMATS)
+    _check_model(vllm_config)
+    _check_features(vllm_config)
+    if wants_device(current_device_type()):
+        check_device(vllm_config)
+    _check_speculation(vllm_config)
+    _check_lora(config, vllm_config)
+    _check_ladder(config, vllm_config)
+    if wants_device(current_device_type()):
+        check_graph_buffers(vllm_config, [level.layer_formats for level in nominal_ladder(config, vllm_config)])
+    if config.kv.base_num_blocks is not None:
+        check_floor(
+            config.kv.base_num_blocks,
+            vllm_config.model_config.max_model_len,
+            vllm_config.cache_config.block_size,
+        )
+
+
+def policy_setup(config: MorphServeConfig, vllm_config: Any) -> PolicySetup:
+    """What the policy is made of, beside the ladder.
+
+    Raises:
+        ConfigError: the step times it needs cannot be read. Policies do not know our errors.
+    """
+    limits = EngineLimits(
+        vllm_config.cache_config.block_size,
+        vllm_config.scheduler_config.max_num_seqs,
+        vllm_config.scheduler_config.max_num_batched_tokens,
+    )
+    try:
+        file = step_times_file(config)
+        times = None if file is None or config.policy.kind != "slo" else load_step_times(file)
+    except ValueError as e:
+        raise ConfigError(f"policy: {e}") from e
+    return PolicySetup(config.policy, times, limits)
+
+
+def make_policy(setup: PolicySetup, ladder: Ladder) -> Policy:
+    """The policy that the `policy:` section asks for.
+
+    Raises:
+        ConfigError: the section does not fit the ladder, or there are no step times and it needs them.
+    """
+    try:
+        return setup.build(ladder)
+    except ValueError as e:
+        raise ConfigError(f"policy: {e}") from e
+
+
+def current_device_type() -> str:
+    """Of the device that vLLM has found."""
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_type)
+
+
+def check_platform() -> None:
+    """Refuse a device that MorphServe cannot morph on.
+
+    Raises:
+        ConfigError: says which device vLLM has found.
+    """
+    from vllm.platforms import current_platform
+
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        raise ConfigError(
+            f"device {current_platform.device_type!r}: MorphServe morphs on CPUs and on NVIDIA GPUs. "
+            "Start without --plugin morphserve on this device."
+        )
+    if current_platform.is_cpu() and cpu_tier.machine_tier() is None:
+        raise ConfigError(
+            f"this CPU ({platform.machine()}) is no x86-64 with AVX2, for which MorphServe's kernels are made and "
+            "tested. Start without --plugin morphserve on this machine."
+        )
+    if current_platform.is_cuda() and os.environ.get(UNPROVEN_CUDA) != "1":
+        raise ConfigError(
+            f"device 'cuda': MorphServe has not been proven on a GPU yet (docs/gpu.md says what is missing). Set "
+            f"{UNPROVEN_CUDA}=1 to try it, or start without --plugin morphserve."
+        )
+
+
+def _check_model(vllm_config: Any) -> None:
+    model = vllm_config.model_config
+    remedy = "Start without --plugin morphserve, or serve a dense decoder-only transformer."
+    for bad, what in (
+        (model.runner_type != "generate", f"runner {model.runner_type!r}: only 'generate' decodes tokens"),
+        (model.is_hybrid, "hybrid (Mamba) layers keep state that is not a KV block"),
+        (model.is_attention_free, "no attention layers, so no KV cache that could grow"),
+        (model.is_moe, "mixture of experts: experts are not ordinary linears and have no variants"),
+        (model.use_mla, "multi-head latent attention: its linears are folded into the attention"),
+        (model.is_encoder_decoder, "encoder-decoder: cross-attention KV is not resized"),
+        (model.is_multimodal_model, "multimodal: the encoder's layers are not in the ladder"),
+    ):
+        if bad:
+            raise ConfigError(f"{model.model}: {what}. {remedy}")
+    if model.quantization not in (None, "compressed-tensors"):  # of which rank_base.py takes some
+        raise ConfigError(
+            f"{model.model}: quantization {model.quantization!r}; level 0 must be bf16 or fp16 weights, or "
+            "compressed-tensors int8 or float8. Serve such a checkpoint of this model; one in 4 bits can be a step of "
+            "its ladder (`variants: {w4: CHECKPOINT}`)."
+        )
+
+
+def _check_features(vllm_config: Any) -> None:
+    from vllm.config import CompilationMode
+
+    v = vllm_config
+    backend = v.parallel_config.distributed_executor_backend
+    if backend not in ("mp", "uni") or (backend == "uni" and v.parallel_config.world_size > 1):
+        raise ConfigError(
+            f"distributed_executor_backend {backend!r} with {v.parallel_config.world_size} ranks: commands must "
+            "travel in one queue with the steps, as with 'mp' (any number) and 'uni' (one rank). Use one of them."
+        )
+    for bad, what, remedy in (
+        (v.kv_transfer_config is not None, "a KV connector registers KV memory", "--kv-transfer-config"),
+        (v.model_config.enable_sleep_mode, "sleep mode frees weights on its own", "--enable-sleep-mode"),
+        (
+            # Seen with and without MorphServe: vLLM makes the buffer between stages in a warm-up that only a compiled
+            # model gets (vllm/v1/worker/cpu_model_runner.py, warming_up_model).
+            current_device_type() == "cpu"
+            and v.parallel_config.pipeline_parallel_size > 1
+            and v.compilation_config.mode == CompilationMode.NONE,
+            "vLLM on CPU cannot run pipeline stages eagerly, its first step fails",
+            "--enforce-eager",
+        ),
+        (
+            v.parallel_config.data_parallel_size > 1 and v.parallel_config.data_parallel_backend != "mp",
+            f"data parallel backend {v.parallel_config.data_parallel_backend!r} is not proven, 'mp' is",
+            "--data-parallel-backend",
+        ),
+        (v.parallel_config.enable_expert_parallel, "expert parallel", "--enable-expert-parallel"),
+    ):
+        if bad:
+            raise ConfigError(f"not supported together with MorphServe: {what}. Leave out {remedy}.")
+
+
+def _check_speculation(vllm_config: Any) -> None:
+    """N-gram proposals come from the text alone; draft models have weights and a KV cache of their own."""
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in _PROPOSERS:
+        raise ConfigError(
+            f"speculative decoding with {speculative.method!r}: draft models keep weights and block tables that "
+            f"MorphServe does not follow, supported is {', '.join(_PROPOSERS)}. Leave out --speculative-config."
+        )
+
+
+def _check_lora(config: MorphServeConfig, vllm_config: Any) -> None:
+    """An adapter reads the input of the linear it belongs to: a variant must not scale that input."""
+    if vllm_config.lora_config is None:
+        return
+    for name, given in (("profile", config.profile), ("variants", config.variants)):
+        if given:
+            raise ConfigError(
+                f"{name}: {given} together with --enable-lora: its layers change norms, and so what adapters read. "
+                f"Leave {name} out (layers are then rounded to nearest), or serve without LoRA."
+            )
+
+
+def nominal_ladder(config: MorphServeConfig, vllm_config: Any) -> Ladder:
+    """The levels with the formats that they will have, and sizes that only stand for the real ones.
+
+    Raises:
+        ConfigError: the section does not fit the model.
+    """
+    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    profile = read_ladder(config)
+    formats = dict.fromkeys((BASE_FORMAT, *FORMATS, *ladder_formats(config.ladder, profile)))
+    nominal = {fmt: [_nominal_bytes(fmt)] * num_layers for fmt in formats}
+    return build_ladder(num_layers, [RankBytes(nominal, 1024)], config.ladder, 64, profile=profile)
+
+
+def _check_ladder(config: MorphServeConfig, vllm_config: Any) -> None:
+    """Walk the ladder with nominal sizes: a bad order or level shows here, not in a worker."""
+    make_policy(policy_setup(config, vllm_config), nominal_ladder(config, vllm_config))
+
+
+def _nominal_bytes(fmt: str) -> int:
+    """A sixth of the weights are in the attention of a usual layer."""
+    attention, mlp = (_bits(half) for half in split_format(fmt))
+    return (attention + 5 * mlp) * 1024
+
+
+def _bits(fmt: str) -> int:
+    if fmt == BASE_FORMAT:
+        return _BASE_BITS
+    if fmt not in FORMATS:  # the settings' own were checked before
+        raise ConfigError(
+            f"the profile's ladder has format {fmt!r}; known are {', '.join(FORMATS)}. Make it again with "
+            "scripts/profile_layers.py."
+        )
+    return FORMATS[fmt].bits

@@ -1,0 +1,143 @@
+"""CUDA graphs of every level, captured at start by vLLM's own capture, with the layers really at that level."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from morphserve.residence import (
+    DeviceRank,
+    DeviceSwapper,
+    GraphBanks,
+    Holder,
+    Route,
+    addresses_used,
+    narrow_candidates,
+    narrow_keys,
+)
+
+logger = logging.getLogger("vllm.morphserve")
+
+_LAYERS_AT_ONCE = 1  # what the staging reserve holds for certain
+
+
+class LevelGraphs:
+    """One bank a level; levels share the graphs of pieces of the model wherever they agree on a piece's layers.
+
+    At formats between two levels steps run the graphs of pieces if all pieces have them, else none: slower, never
+    wrong.
+    """
+
+    def __init__(
+        self, runner: Any, swapper: DeviceSwapper, rank: DeviceRank, weights: Mapping[int, int] = MappingProxyType({})
+    ) -> None:
+        """
+        Args:
+            runner: vLLM's, V1 or V2.
+            swapper: at level 0.
+            rank: with nothing under way.
+            weights: address of each weight that `linear_of` is given |-> its decoder layer; without them each level has
+                pieces of its own.
+        """
+        self._swapper = swapper
+        self._rank = rank
+        places = {layer: place for place, layer in enumerate(sorted(swapper.formats()))}
+        self._place_of = {address: places[layer] for address, layer in weights.items()}
+        self._banks = GraphBanks(
+            _holders(runner),
+            _routes(runner),
+            later_pool=torch.cuda.graph_pool_handle() if weights else None,
+            watch=self._watch if weights else None,
+        )
+
+    def capture(self, original: Callable[[], int], levels: Sequence[tuple[str, ...]], num_kv_blocks: int) -> int:
+        """All banks; the layers are at level 0 again when it returns.
+
+        Args:
+            original: vLLM's capture; its result says how many bytes it took.
+            levels: formats of each, by decoder layer id; level 0 first.
+            num_kv_blocks: that are mapped, and stay so.
+
+        Returns:
+            Bytes that all banks take.
+        """
+        own = sorted(self._swapper.formats())
+        # Levels may differ in the layers of other pipeline stages alone.
+        distinct = list(dict.fromkeys(tuple(level[layer] for layer in own) for level in levels))
+        total = 0
+        for formats in distinct:
+            self._move(dict(zip(own, formats, strict=True)), num_kv_blocks)
+            start = time.perf_counter()
+            self._banks.begin(formats)
+            try:
+                num_bytes = original()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()  # captures warm up on a stream of their own, on pages that go next
+            finally:
+                has_full = self._banks.end()
+            total += num_bytes
+            logger.info(
+                "morphserve: %d CUDA graphs of a level in %.1f s, %.0f MiB%s",
+                self._banks.num_graphs()[formats],
+                time.perf_counter() - start,
+                num_bytes / 2**20,
+                "" if has_full else ", none of whole steps",
+            )
+        self._move(dict(zip(own, distinct[0], strict=True)), num_kv_blocks)
+        self.show()
+        return total
+
+    def show(self) -> None:
+        """The graphs of the formats that the layers have now, and no others."""
+        self._banks.switch(self._formats())
+
+    @contextmanager
+    def _watch(self) -> Iterator[set[int]]:
+        found: set[int] = set()
+        with addresses_used() as used:
+            yield found
+        found.update(self._place_of[address] for address in used)
+
+    def _formats(self) -> tuple[str, ...]:
+        """Of this rank's own layers, by id."""
+        return tuple(fmt for _, fmt in sorted(self._swapper.formats().items()))
+
+    def _move(self, formats: Mapping[int, str], num_kv_blocks: int) -> None:
+        now = self._swapper.formats()
+        changes = [(layer, fmt) for layer, fmt in formats.items() if now[layer] != fmt]
+        for start in range(0, len(changes), _LAYERS_AT_ONCE):
+            self._rank.prepare(dict(changes[start : start + _LAYERS_AT_ONCE]))
+            self._rank.wait()
+            self._rank.commit(True, num_kv_blocks)
+            self._rank.wait()
+
+
+def _holders(runner: Any) -> list[Holder]:
+    """Everything that keeps graphs of the model. Draft models are refused at start (checks.py)."""
+    from vllm.compilation.breakable_cudagraph import BreakableCUDAGraphWrapper
+    from vllm.compilation.cuda_graph import CUDAGraphWrapper
+
+    holders = [
+        Holder(wrapper, "concrete_cudagraph_entries", full=is_full, learns=not is_full)
+        for wrapper in CUDAGraphWrapper._all_instances
+        for is_full in (wrapper.runtime_mode.name == "FULL",)
+    ]
+    holders += [Holder(wrapper, "entries", full=False) for wrapper in BreakableCUDAGraphWrapper._all_instances]
+    manager = getattr(runner, "cudagraph_manager", None)
+    if manager is not None:
+        holders.append(Holder(manager, "graphs"))
+    return holders
+
+
+def _routes(runner: Any) -> list[Route]:
+    """Where vLLM looks up which graph a step may ask for."""
+    manager = getattr(runner, "cudagraph_manager", None)
+    if manager is not None:
+        return [Route(manager, "_candidates", narrow_candidates)]
+    return [Route(runner.cudagraph_dispatcher, "cudagraph_keys", narrow_keys)]

@@ -1,0 +1,38 @@
+"""What vLLM lets a caller do to a running worker's weights, and MorphServe must not."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from morphserve.errors import ConfigError
+from morphserve.integration.seams import rows as seams
+
+_WORKER = "vllm.v1.worker.gpu_worker:Worker"
+# Each writes to, or reads, every parameter of the model, wherever it is.
+_TARGETS = ("reload_weights", "start_weight_update", "update_weights", "reset_weights", "compute_weight_checksums")
+
+
+def refuse_weight_access(is_ours: Callable[[], bool]) -> None:
+    """Re-entrant. From now on these methods of workers raise, where `is_ours` says that layers come and go."""
+    for name in _TARGETS:
+        seams.wrap(f"{_WORKER}.{name}", _refusal(name, is_ours))
+
+
+@functools.cache  # the same maker for the same question, so that `wrap` knows it again
+def _refusal(name: str, is_ours: Callable[[], bool]) -> Callable[[Callable[..., Any]], Any]:
+    def make(original: Callable[..., Any]) -> Any:
+        @functools.wraps(original)
+        def refused(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if is_ours():
+                raise ConfigError(
+                    f"{name}: the parameters of layers that are swapped out have no memory, and a restore brings back "
+                    "the weights of the start. Restart the server with the new weights, or start without --plugin "
+                    "morphserve."
+                )
+            return original(self, *args, **kwargs)
+
+        return refused
+
+    return make

@@ -1,0 +1,160 @@
+"""The one indirection of a morphable linear.
+
+Eager: `apply` calls the slot's implementation. Compiled: torch.compile would trace that call away, and a
+swap would be ignored or kill the worker (both seen on CPU), so the call goes through a custom op that
+looks the slot up at run time. One compiled artifact then serves every level.
+
+The op has one name, `morphserve::linear`, and two implementations: native (csrc/opaque_linear.cpp) and
+Python. A compiled artifact from the cache works with either.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+from morphserve.integration.worker.ops import native
+from quant_layers import LinearImpl, LinearSlot
+
+# One process holds one model; the index of a slot is the constant that the compiled graph keeps.
+_SLOTS: list[LinearSlot] = []
+_libraries: list[torch.library.Library] = []  # kept: a Library that is collected takes its ops with it
+_is_native = False
+
+_KINDS = {  # as in csrc/opaque_linear.cpp
+    "onednn": 1,
+    "int8_vnni": 2,
+    "int4_vnni": 3,
+    "int8_onednn": 4,
+    "int16_w8_linear": 5,
+    "int16_w4_linear": 6,
+}
+
+
+def _linear(x: torch.Tensor, slot: int, num_outputs: int) -> torch.Tensor:
+    return _SLOTS[slot].impl(x)
+
+
+def _linear_fake(x: torch.Tensor, slot: int, num_outputs: int) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], num_outputs))
+
+
+def register_op(cache_dir: Path) -> None:
+    """Register `morphserve::linear`. Re-entrant."""
+    global _is_native
+    if _libraries:
+        return
+    _is_native = native.load(cache_dir)
+    library = torch.library.Library("morphserve", "FRAGMENT")
+    if _is_native:
+        library.impl("python_linear", _linear, "CPU")
+    else:
+        library.define("linear(Tensor x, int slot, int num_outputs) -> Tensor")
+        library.impl("linear", _linear, "CPU")
+    torch.library.register_fake("morphserve::linear", _linear_fake, lib=library)
+    _libraries.append(library)
+
+
+def reset() -> None:
+    """Forget the slots of a model that this process held before: indices start at 0 for every model."""
+    _SLOTS.clear()
+
+
+class OpaqueSlot(LinearSlot):
+    """A slot that tells the native op of every switch.
+
+    Storing an attribute, here as there, is all that a switch is: it cannot fail.
+    """
+
+    __slots__ = ("_impl", "_index", "_num_inputs")
+
+    def __init__(
+        self, name: str, impl: LinearImpl, format: str, bias: torch.Tensor | None, num_inputs: int
+    ) -> None:
+        self._index = len(_SLOTS)
+        self._num_inputs = num_inputs
+        _SLOTS.append(self)
+        super().__init__(name, impl, format, bias)
+
+    @property
+    def impl(self) -> LinearImpl:  # type: ignore[override]
+        """What the next forward pass calls."""
+        return self._impl
+
+    @impl.setter
+    def impl(self, impl: LinearImpl) -> None:
+        self._impl = impl
+        if not _is_native:
+            return
+        kind, tensors, bias = getattr(impl, "native", None) or ("python", (), None)
+        torch.ops.morphserve.set_slot(
+            self._index, _KINDS.get(kind, 0), self._num_inputs, list(tensors), bias
+        )
+
+    @property
+    def index(self) -> int:
+        """The constant in the compiled graph."""
+        return self._index
+
+
+class MorphLinearMethod(UnquantizedLinearMethod):
+    """`quant_method` of a morphable linear.
+
+    It stays an UnquantizedLinearMethod because vLLM asks for that class in places, and because the layer
+    must not announce an input quantization key (vllm/model_executor/layers/fusion/fused_act_quant.py).
+    """
+
+    def __init__(self, slot: LinearSlot) -> None:
+        super().__init__()
+        self.slot = slot
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`bias` is already inside the implementation: it is the one that LinearBase.forward passes."""
+        return self.slot.impl(x)
+
+
+class OpaqueMorphLinearMethod(UnquantizedLinearMethod):
+    """The same under torch.compile."""
+
+    def __init__(self, slot: OpaqueSlot, num_outputs: int) -> None:
+        super().__init__()
+        self._slot_index = slot.index
+        self._num_outputs = num_outputs
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As in eager mode, past the tracer."""
+        return torch.ops.morphserve.linear(x, self._slot_index, self._num_outputs)
+
+
+def is_compiled(vllm_config: Any) -> bool:
+    """Whether vLLM compiles the model."""
+    from vllm.config import CompilationMode
+
+    return vllm_config.compilation_config.mode not in (None, CompilationMode.NONE)
+
+
+def install(
+    vllm_config: Any, cache_dir: Path, linear: Any, name: str, impl: LinearImpl, format: str, bias: Any
+) -> LinearSlot:
+    """Give `linear` a slot and the method that goes through it; which one, the engine's mode decides."""
+    if not is_compiled(vllm_config):
+        slot = LinearSlot(name=name, impl=impl, format=format, bias=bias)
+        linear.quant_method = MorphLinearMethod(slot)
+        return slot
+    register_op(cache_dir)
+    num_inputs = linear.input_size_per_partition
+    opaque = OpaqueSlot(name, impl, format, bias, num_inputs)
+    linear.quant_method = OpaqueMorphLinearMethod(opaque, num_outputs(linear))
+    return opaque
+
+
+def num_outputs(linear: Any) -> int:
+    """N of this rank's slice."""
+    return int(getattr(linear, "output_size_per_partition", linear.output_size))

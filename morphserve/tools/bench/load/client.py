@@ -1,0 +1,214 @@
+"""Open-loop client: every request leaves at its time, whatever became of those before it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from morphserve.tools.workload.workload import Workload
+
+# vLLM's server closes a connection that is idle for 5 s (uvicorn's default). A client that was kept from running
+# at that moment would send its next request into it, and count a violation that the server knows nothing of.
+_KEEP_ALIVE_S = 2.0
+
+OK, CUTOFF, TIMEOUT, ERROR = "ok", "cutoff", "timeout", "error"  # else "http_<status>"
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one request. Times in seconds; `sent_s` counts from the start of the run."""
+
+    index: int
+    scheduled_s: float
+    prompt_tokens: int  # as asked for; the server's count once it has told us
+    asked_tokens: int
+    sent_s: float | None = None  # None: the run ended before its time came
+    ended_s: float | None = None  # None: unfinished at the cut-off
+    status: str = CUTOFF
+    ttft_s: float = 0.0
+    latency_s: float = 0.0  # first byte sent to last token
+    itls_s: list[float] = field(default_factory=list)
+    output_tokens: int = 0
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Answered in full."""
+        return self.status == OK
+
+    @property
+    def tpot_s(self) -> float:
+        """(latency - TTFT) / (output tokens - 1); 0 for a single token, as vLLM's goodput has it."""
+        return (self.latency_s - self.ttft_s) / (self.output_tokens - 1) if self.output_tokens > 1 else 0.0
+
+    @property
+    def lag_s(self) -> float | None:
+        """How late the client itself sent the request."""
+        return None if self.sent_s is None else self.sent_s - self.scheduled_s
+
+
+@dataclass(frozen=True, slots=True)
+class ClientOptions:
+    """How requests are sent."""
+
+    url: str  # http://host:port, without /v1
+    model: str  # name the server knows the model by
+    request_timeout_s: float = 300.0
+    cutoff_s: float = 120.0  # after the last arrival: what is unfinished then counts as violated
+    token_ids: bool = False  # ask for the ids of the answer (vLLM only)
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """The outcomes in workload order, and the clock they were taken with."""
+
+    outcomes: list[Outcome]
+    started: float  # perf_counter at workload time 0
+    duration_s: float  # first dispatch to last completion (or cut-off)
+
+
+async def replay(
+    workload: Workload,
+    prompts: Sequence[list[int]],
+    options: ClientOptions,
+    started: float,
+    on_done: Callable[[Outcome], None] = lambda _: None,
+) -> Replayed:
+    """Send the whole workload once.
+
+    Args:
+        prompts: token ids, one list per request.
+        started: perf_counter reading that is the workload's 0 s.
+        on_done: called in the event loop as each request ends.
+    """
+    outcomes = [
+        Outcome(i, r.arrival_s, r.input_tokens, r.output_tokens) for i, r in enumerate(workload.requests)
+    ]
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
+    # A connection limit would turn the loop closed.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+
+        async def one(outcome: Outcome) -> None:
+            await asyncio.sleep(max(0.0, outcome.scheduled_s - (time.perf_counter() - started)))
+            body = completion_body(options, prompts[outcome.index], outcome.asked_tokens)
+            await send(session, options, body, outcome, started)
+            on_done(outcome)
+
+        tasks = [asyncio.create_task(one(o)) for o in outcomes]
+        try:
+            remaining_s = started + workload.span_s + options.cutoff_s - time.perf_counter()
+            await asyncio.wait(tasks, timeout=max(0.0, remaining_s))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        ended = time.perf_counter()
+    return Replayed(outcomes, started, _duration_s(outcomes, ended - started))
+
+
+def completion_body(options: ClientOptions, prompt: list[int], max_tokens: int) -> dict[str, Any]:
+    """Body of one /v1/completions request: greedy, exactly `max_tokens` long."""
+    body: dict[str, Any] = {
+        "model": options.model,
+        "prompt": prompt,  # ids: no second tokenization that could change the length
+        "max_tokens": max_tokens,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if options.token_ids:
+        body["return_token_ids"] = True
+    return body
+
+
+async def send(
+    session: aiohttp.ClientSession,
+    options: ClientOptions,
+    body: dict[str, Any],
+    outcome: Outcome,
+    zero: float,
+) -> None:
+    """Send one request and fill in its outcome; only a cancellation gets out."""
+    begin = time.perf_counter()
+    outcome.sent_s = begin - zero
+    try:
+        async with asyncio.timeout(options.request_timeout_s):
+            async with session.post(f"{options.url}/v1/completions", json=body) as response:
+                if response.status == 200:
+                    await _read_stream(response, outcome, begin)
+                else:
+                    outcome.status = f"http_{response.status}"
+                    outcome.error = (await response.text())[:500]
+    except TimeoutError:
+        outcome.status = TIMEOUT
+        outcome.error = f"no complete answer within {options.request_timeout_s:g} s"
+    except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError) as e:
+        outcome.status = ERROR
+        outcome.error = f"{type(e).__name__}: {e}"
+    outcome.ended_s = time.perf_counter() - zero
+
+
+async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome, begin: float) -> None:
+    """Time the chunks the way `vllm bench serve` does: chunks with `choices` count, nothing else."""
+    last = begin
+    async for event in sse_events(response.content.iter_any()):
+        if event == "[DONE]":
+            continue
+        chunk = json.loads(event)
+        if "error" in chunk:
+            raise ValueError(f"server sent {json.dumps(chunk['error'])[:300]}")
+        if choices := chunk.get("choices"):
+            now = time.perf_counter()
+            if last == begin:
+                outcome.ttft_s = now - begin
+            else:
+                outcome.itls_s.append(now - last)
+            last = now
+            outcome.latency_s = now - begin
+            outcome.text += choices[0].get("text") or ""
+            outcome.token_ids += choices[0].get("token_ids") or []
+        if usage := chunk.get("usage"):
+            outcome.output_tokens = int(usage.get("completion_tokens") or 0)
+            outcome.prompt_tokens = int(usage.get("prompt_tokens") or outcome.prompt_tokens)
+    if last == begin:
+        raise ValueError("the stream ended without a token")
+    outcome.output_tokens = outcome.output_tokens or 1 + len(outcome.itls_s)
+    if outcome.output_tokens < outcome.asked_tokens:
+        raise ValueError(
+            f"the stream ended after {outcome.output_tokens} of {outcome.asked_tokens} tokens "
+            "(ignore_eos not obeyed, or the answer was cut)"
+        )
+    outcome.status = OK
+
+
+async def sse_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[str]:
+    """The `data:` payloads of a server-sent event stream, however the network cut it up."""
+    pending = b""
+    async for chunk in chunks:
+        pending += chunk
+        *lines, pending = pending.split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line[5:].strip().decode("utf-8")
+    if pending.startswith(b"data:"):
+        yield pending[5:].strip().decode("utf-8")
+
+
+def _duration_s(outcomes: Sequence[Outcome], elapsed_s: float) -> float:
+    sent = [o for o in outcomes if o.sent_s is not None]
+    if not sent:
+        return elapsed_s
+    first = min(o.sent_s for o in sent if o.sent_s is not None)
+    if any(o.ended_s is None for o in sent):
+        return elapsed_s - first
+    return max(max(o.ended_s or 0.0 for o in sent) - first, 1e-9)

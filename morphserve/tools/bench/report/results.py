@@ -1,0 +1,202 @@
+"""One measured run: its figures, and the files that keep it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from morphserve.tools.bench.load.client import Replayed
+from morphserve.tools.bench.load.scrape import Snapshot
+from morphserve.tools.workload import timeline
+from morphserve.tools.workload.metrics import Slo, bench_result, dispatch_lag, violations
+
+# The columns of a comparison, in the order of the document on stdout.
+ROW_KEYS = (
+    "name", "sent", "violation_rate", "ttft_violation_rate", "tpot_violation_rate",
+    "ttft_p50_s", "ttft_p95_s", "tpot_p50_ms", "tpot_p99_ms",
+    "output_tok_s", "duration_s", "preemptions", "tokens_by_level", "expected_kl_per_token",
+    "transitions", "level_zero_after_s", "pause_max_ms",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What one run measured."""
+
+    name: str
+    repeat: int
+    directory: Path
+    slo: Slo
+    replayed: Replayed
+    series: Sequence[Snapshot]  # in time order, from just before the first request
+    status: dict[str, Any] | None  # /morphserve/status at the end
+    setup: dict[str, Any] = field(default_factory=dict)  # command, seeds, model: how to repeat it
+
+    def figures(self) -> dict[str, Any]:
+        """All figures of the run by name; None where it has none."""
+        bench = bench_result(self.replayed, self.slo)
+        done = bench["completed"] > 0
+
+        def of_done(key: str, scale: float = 1.0) -> float | None:
+            return bench[key] * scale if done else None
+
+        return {
+            "name": self.name,
+            **violations(self.replayed.outcomes, self.slo),
+            "ttft_p50_s": of_done("p50_ttft_ms", 1e-3),
+            "ttft_p95_s": of_done("p95_ttft_ms", 1e-3),
+            "ttft_p99_s": of_done("p99_ttft_ms", 1e-3),
+            "tpot_p50_ms": of_done("p50_tpot_ms"),
+            "tpot_p95_ms": of_done("p95_tpot_ms"),
+            "tpot_p99_ms": of_done("p99_tpot_ms"),
+            "itl_p50_ms": of_done("p50_itl_ms"),
+            "itl_p95_ms": of_done("p95_itl_ms"),
+            "itl_p99_ms": of_done("p99_itl_ms"),
+            "output_tok_s": bench["output_throughput"],
+            "goodput_rps": bench["request_goodput"],
+            "duration_s": bench["duration"],
+            "dispatch_lag": dispatch_lag(self.replayed.outcomes),
+            **self._server_figures(),
+        }
+
+    def _server_figures(self) -> dict[str, Any]:
+        first, last = (self.series[0], self.series[-1]) if self.series else (None, None)
+        out: dict[str, Any] = {
+            "preemptions": None, "max_waiting": None, "tokens_by_level": None, "share_above_level_0": None,
+            "expected_kl_per_token": None, "transitions": None, "transitions_by_outcome": None,
+            "transition_s": None, "level_max": None, "level_at_end": None, "level_zero_after_s": None,
+            "pause_max_ms": None, "kv_blocks_max": None, "errors": None,
+        }  # fmt: skip
+        if first is None or last is None:
+            return out
+        if first.preemptions is not None and last.preemptions is not None:
+            out["preemptions"] = last.preemptions - first.preemptions
+        out["max_waiting"] = max((s.waiting for s in self.series if s.waiting is not None), default=None)
+        out["kv_blocks_max"] = max(s.blocks_published or 0 for s in self.series) or None
+        if last.is_morphserve:
+            out |= self._morph_figures(first, last)
+        return out
+
+    def _morph_figures(self, first: Snapshot, last: Snapshot) -> dict[str, Any]:
+        tokens = timeline.gained(first.tokens_by_level, last.tokens_by_level)
+        moves = timeline.gained(first.transitions, last.transitions)
+        total = sum(tokens.values())
+        pause = last.pause_max_ms  # since the server's start: of this run only where it has grown
+        if pause is None and self.status is not None:
+            pause = (self.status.get("pause_ms") or {}).get("max")
+        if pause is not None and pause <= (first.pause_max_ms or 0.0):
+            pause = None
+        return {
+            "tokens_by_level": tokens,
+            "share_above_level_0": 1.0 - tokens.get("0", 0) / total if total else None,
+            "expected_kl_per_token": timeline.expected_kl(tokens, self.status),
+            "transitions": timeline.committed(moves),
+            "transitions_by_outcome": moves,
+            "transition_s": None
+            if last.transition_s is None
+            else last.transition_s - (first.transition_s or 0.0),
+            "level_max": max(s.level or 0 for s in self.series),
+            "level_at_end": last.level,
+            "level_zero_after_s": timeline.level_zero_after_s(
+                self.series, timeline.level0_blocks(self.status)
+            ),
+            "pause_max_ms": pause,
+            "errors": timeline.gained(first.errors, last.errors),
+        }
+
+    def document(self) -> dict[str, Any]:
+        """A superset of the result file of `vllm bench serve --save-result --save-detailed`."""
+        outcomes = self.replayed.outcomes
+        setup = self.setup
+        return {
+            "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
+            "endpoint_type": "openai",
+            "backend": "openai",
+            "label": self.name,
+            "model_id": setup.get("model"),
+            "tokenizer_id": setup.get("tokenizer"),
+            "num_prompts": len(outcomes),
+            "request_rate": "inf",  # arrival times come from the trace
+            "burstiness": 1.0,
+            "max_concurrency": None,
+            **bench_result(self.replayed, self.slo),
+            "slo": {"ttft_s": self.slo.ttft_s, "tpot_s": self.slo.tpot_s},
+            "figures": self.figures(),
+            "statuses": [o.status for o in outcomes],
+            "scheduled_s": [o.scheduled_s for o in outcomes],
+            "sent_s": [o.sent_s for o in outcomes],
+            "dispatch_lags": [o.lag_s for o in outcomes],
+            "generated_token_ids": [o.token_ids for o in outcomes],
+            "setup": setup,
+            "morphserve_status": self.status,
+            "series": [s.to_dict() for s in self.series],
+        }
+
+    def save(self) -> None:
+        """Write requests.csv, series.csv and result.json into the run's directory; the last one whole or not at all."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        _write_csv(self.directory / "requests.csv", [self._request_row(i) for i in self._order()])
+        _write_csv(self.directory / "series.csv", _series_rows(self.series))
+        part = self.directory / "result.json.part"
+        part.write_text(json.dumps(self.document(), allow_nan=False), encoding="utf-8")
+        part.replace(self.directory / "result.json")
+
+    def _order(self) -> range:
+        return range(len(self.replayed.outcomes))
+
+    def _request_row(self, index: int) -> dict[str, Any]:
+        o = self.replayed.outcomes[index]
+        return {
+            "index": o.index,
+            "scheduled_s": round(o.scheduled_s, 4),
+            "sent_s": _rounded(o.sent_s),
+            "lag_ms": _rounded(None if o.lag_s is None else o.lag_s * 1000, 2),
+            "status": o.status,
+            "prompt_tokens": o.prompt_tokens,
+            "asked_tokens": o.asked_tokens,
+            "output_tokens": o.output_tokens,
+            "ttft_s": _rounded(o.ttft_s if o.latency_s else None),
+            "tpot_ms": _rounded(o.tpot_s * 1000 if o.ok else None, 2),
+            "itl_max_ms": _rounded(max(o.itls_s, default=0.0) * 1000 if o.ok else None, 2),
+            "e2el_s": _rounded(o.latency_s if o.ok else None),
+            "ttft_ok": int(self.slo.ttft_ok(o)),
+            "tpot_ok": int(self.slo.tpot_ok(o)),
+            "good": int(self.slo.good(o)),
+            "error": o.error.replace("\n", " ")[:200],
+        }
+
+
+def _series_rows(series: Sequence[Snapshot]) -> list[dict[str, Any]]:
+    formats = dict.fromkeys(("base", *(fmt for s in series for fmt in s.layers)))
+    return [_series_row(s) | {f"layers_{fmt}": s.layers.get(fmt) for fmt in formats} for s in series]
+
+
+def _series_row(s: Snapshot) -> dict[str, Any]:
+    return {
+        "t_s": round(s.t_s, 3),
+        "kv_usage": s.kv_usage,
+        "running": s.running,
+        "waiting": s.waiting,
+        "preemptions": s.preemptions,
+        "level": s.level,
+        "blocks_published": s.blocks_published,
+        "blocks_backed": s.blocks_backed,
+        "blocks_used": s.blocks_used,
+    }
+
+
+def _rounded(value: float | None, digits: int = 4) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        if rows:
+            writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)

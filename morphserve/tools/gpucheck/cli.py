@@ -1,0 +1,104 @@
+"""The command line of scripts/gpu_check.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from morphserve.tools.gpucheck.frame import Options, run_parts
+from morphserve.tools.gpucheck.machine import describe_machine, missing_device
+from morphserve.tools.gpucheck.parts import Part, choose
+from morphserve.tools.gpucheck.results import PartResult, write_whole
+from morphserve.tools.gpucheck.tables import DRY_BANNER, render, summary
+
+EXIT_OK, EXIT_FAILED, EXIT_NO_DEVICE, EXIT_NO_TIME = 0, 1, 3, 4  # argparse takes 2
+
+
+def main(argv: list[str] | None = None, description: str | None = None) -> int:
+    """0: no part failed. 1: one has. 3: no NVIDIA device. 4: none failed, but for some there was no time."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="parts with commas between, such as t1,t3; default all")
+    parser.add_argument("--skip", default="", help="parts to leave out, such as t8,t9")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for the whole run")
+    parser.add_argument("--out", type=Path, help="directory of the report; default $OUT, else reports/gpu_check")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--dry-run", action="store_true", help="with --device cpu: try the code paths, measure nothing")
+    args = parser.parse_args(argv)
+    if (args.device == "cpu") != args.dry_run:
+        parser.error("--device cpu and --dry-run go together: nothing measured on a CPU is a figure of a GPU")
+    if args.minutes <= 0:
+        parser.error(f"--minutes {args.minutes:g}: must be above 0")
+    try:
+        parts = choose(args.only, args.skip)
+    except ValueError as e:
+        parser.error(str(e))
+    out = args.out or Path(os.environ.get("OUT") or "reports/gpu_check")
+    missing = None if args.device == "cpu" else missing_device()
+    signal.signal(signal.SIGTERM, _exit)  # so that a part's process does not outlive us
+    return check(parts, Options(args.device, args.dry_run, args.minutes), out, missing)
+
+
+def check(parts: Sequence[Part], options: Options, out: Path, missing: str | None = None) -> int:
+    """Run `parts`, keep the report in `out` up to date, print it, and say by the exit code what came of it."""
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / "gpu_check.json", out / "gpu_check.md"]
+    machine = describe_machine()
+
+    def report(results: Sequence[PartResult]) -> None:
+        for result in results:
+            machine.update(result.findings.environment)
+        waiting = [part.key for part in parts[len(results) :]]
+        _write(files, machine, results, waiting, options)
+        newest = results[-1] if results else None
+        if newest is not None:
+            print(f"{newest.part} {newest.status} {newest.seconds:g} s {newest.reason}", file=sys.stderr, flush=True)
+
+    report([])
+    results = run_parts(parts, options, report, missing)
+    code = exit_code(results, missing)
+    sys.stdout.write(render(machine, results, options.dry) + "\n")
+    sys.stdout.write(json.dumps(summary(results, options.dry, [str(file) for file in files], code)) + "\n")
+    return code
+
+
+def exit_code(results: Sequence[PartResult], missing: str | None) -> int:
+    """See `main`."""
+    statuses = {result.status for result in results}
+    if missing is not None:
+        return EXIT_NO_DEVICE
+    if "failed" in statuses:
+        return EXIT_FAILED
+    return EXIT_NO_TIME if "no time" in statuses else EXIT_OK
+
+
+def _write(
+    files: Sequence[Path],
+    machine: dict[str, Any],
+    results: Sequence[PartResult],
+    waiting: Sequence[str],
+    options: Options,
+) -> None:
+    note = f"Not run yet, or never reached: {', '.join(waiting)}." if waiting else ""
+    document = {
+        "dry_run": options.dry,
+        "warning": DRY_BANNER if options.dry else "",
+        "device": options.device,
+        "minutes": options.minutes,
+        "machine": machine,
+        "not_run": list(waiting),
+        "parts": [asdict(result) for result in results],
+    }
+    write_whole(files[0], json.dumps(document, indent=1))
+    write_whole(files[1], render(machine, results, options.dry, note))
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

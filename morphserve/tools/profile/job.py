@@ -1,0 +1,244 @@
+"""From a model and a text to a profile."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from morphserve.errors import ProfilingError
+from morphserve.hub import find_files
+from morphserve.tools.profile.effects import LayerEffects, backward_sweep, cost_of, forward_sweep
+from morphserve.tools.profile.model import StreamedModel
+from morphserve.tools.profile.text import token_windows
+from morphserve.tools.profile.variants import RoundToNearest
+from morphserve.tools.profile.workspace import Workspace
+from morphserve.version import __version__
+from quant_layers import (
+    FORMATS,
+    HALVES,
+    Change,
+    Move,
+    Profile,
+    ProfileError,
+    QuadraticCost,
+    Rung,
+    Scale,
+    Unit,
+    base_fingerprint,
+    greedy,
+    half_of,
+    join_format,
+    read_profile,
+    split_format,
+    write_profile,
+)
+
+_MEASURE = "morphserve.integration.offline.measure"  # runs vLLM, which nothing here may import
+_BETWEEN = 0.5  # of a window's share of the text: where profiling did not look
+Progress = Callable[[str, int, int], Any]  # what, done, of how many
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileJob:
+    """What one profile is made from. Two runs with equal jobs make the same profile."""
+
+    model: str  # directory or hub name
+    text: tuple[Path, ...]
+    out: Path
+    formats: tuple[str, ...]
+    windows: int  # per text
+    length: int  # tokens of a window
+    draws: int  # answers drawn per token
+    moves_per_level: int
+    seed: int
+    halves: bool = False  # attention and MLP one by one
+
+
+def run_profile(
+    job: ProfileJob,
+    measure: Sequence[str] | None,
+    eval_text: Sequence[Path],
+    progress: Progress = lambda *_: None,
+) -> tuple[Profile, float]:
+    """Profile the model into `job.out`.
+
+    Args:
+        job: what to do.
+        measure: further arguments of the measuring script; None to leave measuring out.
+        eval_text: what levels are measured on; empty = other windows of the calibration text.
+        progress: hears how far it is.
+
+    Returns:
+        The profile, and the seconds it took (of this run, where an earlier one was taken over).
+
+    Raises:
+        ProfilingError, ProfileError: bad input, no room, or the model cannot be measured.
+    """
+    start = time.perf_counter()
+    if job.out.exists():
+        raise ProfileError(f"{job.out} exists; give another --out, or delete it")
+    directory = find_files(job.model, "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    windows = token_windows(tokenizer, job.text, job.windows, job.length)
+    model = StreamedModel(directory)
+    fingerprint = base_fingerprint(dict(model.norms()))
+    settings = {key: str(value) for key, value in asdict(job).items()} | {"fingerprint": fingerprint}
+    workspace = Workspace(job.out.with_name(f"{job.out.name}.unfinished"), settings)
+    effects, scales = _sweeps(job, model, windows, workspace, progress)
+    cost = cost_of(effects)
+    sizes = estimated_bytes(model, ("base", *job.formats))
+    moves = greedy(cost, lambda unit, fmt: sizes[fmt][unit])
+    ladder = _rungs(moves, job.moves_per_level)
+    order = swap_order(moves, len(model))
+    made = _provenance(job, directory)
+    figures = _figures(effects, scales, cost) | {"priced_kl": [rung.expected_kl for rung in ladder]}
+    values = {layer: {name: scale.values for name, scale in row.items()} for layer, row in enumerate(scales)}
+    if measure is not None:
+        with tempfile.TemporaryDirectory(dir=workspace.directory) as scratch:
+            predicted = Path(scratch) / "predicted"
+            write_profile(predicted, fingerprint, values, ladder, order, made, figures)
+            progress("measuring levels", 0, 1)
+            ladder = _measured(job, predicted, ladder, measure, eval_text, Path(scratch))
+    seconds = round(time.perf_counter() - start, 1)
+    write_profile(job.out, fingerprint, values, ladder, order, made, figures | {"seconds": seconds})
+    workspace.remove()
+    return read_profile(job.out), seconds
+
+
+def swap_order(moves: Sequence[Move], num_layers: int) -> tuple[int, ...]:
+    """Layers as they are first touched; any that no move touches come last."""
+    touched = dict.fromkeys(move.change.layer for move in moves)
+    return (*touched, *(layer for layer in range(num_layers) if layer not in touched))
+
+
+def estimated_bytes(model: StreamedModel, formats: Sequence[str]) -> dict[str, dict[Unit, int]]:
+    """Bytes of the linears of each layer and half by format, as CPU kernels lay them out; serving uses its own."""
+    found: dict[str, dict[Unit, int]] = {fmt: {} for fmt in formats}
+    for index in range(len(model)):
+        for name, linear in model.linears(index).items():
+            for fmt, sizes in found.items():
+                size = _linear_bytes(fmt, *linear.weight.shape)
+                for unit in ((index, ""), (index, half_of(name))):
+                    sizes[unit] = sizes.get(unit, 0) + size
+    return found
+
+
+def _linear_bytes(fmt: str, n: int, k: int) -> int:
+    if fmt == "base":
+        return 2 * n * k
+    return FORMATS[fmt].packed_bytes(n, k)
+
+
+def _sweeps(
+    job: ProfileJob, model: StreamedModel, windows: torch.Tensor, workspace: Workspace, progress: Progress
+) -> tuple[list[LayerEffects], list[dict[str, Scale]]]:
+    depth = len(model)
+    arguments = forward_sweep(model, windows, workspace, lambda i: progress("input scales", i + 1, depth))
+    scales: list[dict[str, Scale]] = [workspace.load("scales", index) for index in range(depth)]
+    values = {layer: {name: scale.values for name, scale in row.items()} for layer, row in enumerate(scales)}
+    variants = [RoundToNearest(fmt, values, half) for half in (HALVES if job.halves else ("",)) for fmt in job.formats]
+    effects = backward_sweep(
+        model, variants, arguments, workspace, job.draws, job.seed,
+        lambda i: progress("effects of layers", depth - i, depth),
+    )  # fmt: skip
+    return effects, scales
+
+
+def _rungs(moves: Sequence[Move], per_level: int) -> list[Rung]:
+    """Level 0, then one level every `per_level` moves; the last move ends the last level."""
+    ladder = [Rung({}, 0.0, 0.0, 0, 1.0)]
+    layers: dict[int, str] = {}
+    for number, move in enumerate(moves, start=1):
+        layers[move.change.layer] = _changed(layers.get(move.change.layer, "base"), move.change)
+        if number % per_level == 0 or number == len(moves):
+            ladder.append(Rung(dict(layers), move.expected_kl, None, move.bytes_freed))
+    return ladder
+
+
+def _changed(format: str, change: Change) -> str:
+    """A layer's format after a change of it or of half of it."""
+    attention, mlp = split_format(format)
+    return {
+        "": change.format,
+        "attention": join_format(change.format, mlp),
+        "mlp": join_format(attention, change.format),
+    }[change.half]
+
+
+def _measured(
+    job: ProfileJob, predicted: Path, ladder: Sequence[Rung], arguments: Sequence[str], texts: Sequence[Path],
+    scratch: Path,
+) -> list[Rung]:  # fmt: skip
+    """The ladder with what its levels cost where they are served. vLLM runs in a process of its own.
+
+    What is expected of a level is then its KL on the calibration text, in windows between those that chose the scales
+    (these would flatter it) and twice as many (one window's KL varies by 10 to 20 %): the prices that made the ladder
+    are of second order, and 15 to 41 % low on SmolLM2-135M.
+    """
+    rungs = scratch / "rungs.json"
+    rungs.write_text(json.dumps([rung.layers for rung in ladder[1:]]))
+    command = [sys.executable, "-m", _MEASURE, job.model, "--profile", str(predicted), "--rungs", str(rungs), "--timed"]
+    command += ["--windows", str(job.windows), "--length", str(job.length), *arguments]
+    command += ["--text", *map(str, texts or job.text), *(() if texts else ("--offset", str(_BETWEEN)))]
+    command += ["--predict-text", *map(str, job.text), "--predict-windows", str(2 * job.windows)]
+    command += ["--predict-offset", str(_BETWEEN)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ProfilingError(
+            f"the levels could not be measured (vLLM said: {done.stderr.strip()[-500:]}). Start again with "
+            "--no-measure to keep the prediction alone."
+        )
+    document = json.loads(done.stdout.splitlines()[-1])
+    sizes = document["layer_bytes"]
+    found = [ladder[0]]
+    for rung, row in zip(ladder[1:], document["rows"], strict=True):
+        freed = sum(sizes["base"][layer] - sizes[fmt][layer] for layer, fmt in rung.layers.items())
+        found.append(Rung(rung.layers, row["kl_predicted"], row["kl"], freed, row["step_time_factor"]))
+    return found
+
+
+def _provenance(job: ProfileJob, directory: Path) -> dict[str, Any]:
+    return {
+        "model": directory.name,
+        "morphserve": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "text": [file.name for file in job.text],
+        "windows": job.windows,
+        "length": job.length,
+        "draws": job.draws,
+        "seed": job.seed,
+    }
+
+
+def _figures(
+    effects: Sequence[LayerEffects], scales: Sequence[dict[str, Scale]], cost: QuadraticCost
+) -> dict[str, Any]:
+    """What is not needed for serving, but for understanding the ladder."""
+    layers = {
+        str(layer): {
+            "kl": {_label(half, fmt): cost.kl([Change(layer, fmt, half)]) for half, fmt in e.slopes},
+            "lts": e.transformation,
+            "lrs": {_label(half, fmt): lrs for (half, fmt), lrs in e.replacement.items()},
+            "smoothing": {
+                name: {"exponent": s.exponent, "error": s.error, "error_plain": s.error_plain}
+                for name, s in row.items()
+            },
+        }
+        for layer, (e, row) in enumerate(zip(effects, scales, strict=True))
+    }
+    return {"layers": layers}
+
+
+def _label(half: str, format: str) -> str:
+    return f"{half} {format}".strip()

@@ -1,0 +1,12 @@
+"""The engine in virtual time: the controller, monitor and policies that serve, against a model of vLLM's scheduler.
+
+Neither torch nor vLLM; the same inputs give the same outputs.
+"""
+
+from __future__ import annotations
+
+from morphserve.tools.sim.calibration import Calibration, load_calibration
+from morphserve.tools.sim.run import Simulated, simulate
+from morphserve.tools.sim.server import SimServer
+
+__all__ = ["Calibration", "SimServer", "Simulated", "load_calibration", "simulate"]

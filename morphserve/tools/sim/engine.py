@@ -1,0 +1,216 @@
+"""The virtual engine: a clock, arrivals, the scheduler's model, and the controller before every step."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from math import inf
+
+from morphserve.tools.sim.morphing import Morphing
+from morphserve.tools.sim.pace import Pace
+from morphserve.tools.sim.recorder import Recorder
+from morphserve.tools.sim.request import Batch, SimRequest, State
+from morphserve.tools.sim.scheduler import SimScheduler
+from morphserve.tools.sim.server import SimServer
+
+Flight = tuple[Batch, float, int, int | None]  # batch, its end, the level of its tokens, the level of all layers
+
+
+class SimEngine:
+    """Does what vLLM's engine core does, in the same order, on a clock of its own.
+
+    Attributes:
+        now_s: since the start of the workload; below 0 while the controller settles before it.
+        ends: when each step ended, by its number.
+        refused: by the queue limit.
+        timed_out: the client gave up on them.
+    """
+
+    def __init__(self, server: SimServer, requests: Sequence[SimRequest], pace: Pace, scheduler: SimScheduler) -> None:
+        """`requests` in the order of their arrival."""
+        self.now_s = 0.0
+        self.ends: list[float] = []
+        self.refused: list[SimRequest] = []
+        self.timed_out: list[SimRequest] = []
+        self.tokens_by_level = [0]
+        self._server = server
+        self._requests = requests
+        self._pace = pace
+        self._scheduler = scheduler
+        self._morphing: Morphing | None = None
+        self._recorder: Recorder | None = None
+        self._depth = 2 if server.async_scheduling else 1  # steps under way, as vLLM's batch queue has it
+        self._flights: deque[Flight] = deque()
+        self._busy_until_s = 0.0  # end of the newest step
+        self._pause_s = 0.0  # before the next step
+        self._next = 0  # request that has not come yet
+        self._at_door: deque[SimRequest] = deque()  # has come, between two steps
+        self._queued_tokens = 0  # prompts of accepted requests without a first token
+        self._oldest = 0  # request whose time-out comes next
+        self._due_s = 0.0  # of the next thing that is no step
+        self._cutoff_s = requests[-1].arrival_s + server.cutoff_s
+
+    def run(self, recorder: Recorder, morphing: Morphing | None) -> None:
+        """The whole workload, and until level 0 after it."""
+        self._recorder, self._morphing = recorder, morphing
+        if morphing is not None:
+            self.tokens_by_level.extend([0] * (len(morphing.ladder) - 1))
+            self.now_s = -3600.0
+            morphing.settle(self._scheduler, self._advance, self._server.idle_step_s)
+            self.now_s = 0.0
+        scheduler, flights = self._scheduler, self._flights
+        while True:
+            if self._due_s <= self.now_s:
+                self._happen()
+            if not scheduler.running and not scheduler.waiting and not flights:
+                if not self._idle():
+                    break
+                continue
+            self._step()
+        recorder.finish(self.now_s)
+
+    # ---- steps
+
+    def _step(self) -> None:
+        """One turn of the engine core's loop."""
+        scheduler, morphing, flights = self._scheduler, self._morphing, self._flights
+        level, rung = 0, None
+        if morphing is not None:
+            pause_s = morphing.tick(scheduler)
+            level = morphing.controller.exposure_level
+            rung = None if pause_s or morphing.controller.in_transition else morphing.rung
+            scheduler.level = level
+            self._pause_s += pause_s
+            if self._depth == 1:
+                self.now_s += pause_s
+        batch = scheduler.schedule()
+        if morphing is not None and (batch.preempted or batch.admitted):
+            morphing.on_scheduled(self.now_s, batch)
+        if batch.num_seqs:
+            start_s = self.now_s if self._depth == 1 else max(self.now_s, self._busy_until_s) + self._pause_s
+            self._pause_s = 0.0
+            seconds = self._pace.seconds(batch.num_seqs, batch.prefill_tokens, batch.context_tokens)
+            self._busy_until_s = start_s + seconds
+            flights.append((batch, self._busy_until_s, level, rung))
+            if len(flights) < self._depth:
+                return
+        assert flights or batch.preempted, "requests wait, nothing runs, and none of them fits"
+        if flights:
+            self._complete(*flights.popleft())
+
+    def _complete(self, batch: Batch, end_s: float, level: int, rung: int | None) -> None:
+        limited = self._counts_queue
+        if limited:
+            self._knock(end_s)  # they came before the tokens of this step were known
+        self.now_s = end_s
+        self.ends.append(end_s)
+        self._scheduler.complete(batch)
+        self.tokens_by_level[level] += batch.num_tokens
+        if limited:
+            self._queued_tokens -= sum(request.prompt_tokens for request in batch.firsts)
+        if self._morphing is not None:
+            self._morphing.on_completed(end_s, batch, rung)
+
+    # ---- what is no step
+
+    def _happen(self) -> None:
+        """All that is due."""
+        now_s = self.now_s
+        assert self._recorder is not None
+        self._recorder.catch_up(now_s)
+        self._knock(now_s)
+        while self._at_door:
+            request = self._at_door.popleft()
+            self._scheduler.add(request)
+            if self._morphing is not None:
+                self._morphing.on_arrival(now_s, request)
+        self._time_out(now_s)
+        if now_s >= self._cutoff_s:
+            for request in self._requests:
+                self._abort(request)
+        self._due_s = min(self._recorder.due_s, self._next_arrival_s(), self._next_timeout_s(), self._next_cutoff_s())
+
+    def _knock(self, until_s: float) -> None:
+        """Requests come to the server's door, where those beyond the queue limit are refused."""
+        limit = self._queue_limit()
+        requests = self._requests
+        while self._next < len(requests) and requests[self._next].arrival_s <= until_s:
+            request = requests[self._next]
+            self._next += 1
+            if limit is not None and self._queued_tokens >= limit:
+                request.state = State.DONE
+                self.refused.append(request)
+                continue
+            self._queued_tokens += request.prompt_tokens
+            self._at_door.append(request)
+
+    @property
+    def _counts_queue(self) -> bool:
+        return self._server.max_num_queued_tokens is not None or self._morphing is not None
+
+    def _queue_limit(self) -> int | None:
+        """The server's own or the policy's, whichever is lower."""
+        own = self._server.max_num_queued_tokens
+        policys = None if self._morphing is None else self._morphing.controller.max_queued_tokens
+        return min((limit for limit in (own, policys) if limit is not None), default=None)
+
+    def _time_out(self, now_s: float) -> None:
+        while self._next_timeout_s() <= now_s:
+            request = self._requests[self._oldest]
+            if self._abort(request):
+                self.timed_out.append(request)
+            self._oldest += 1
+
+    def _abort(self, request: SimRequest) -> bool:
+        """Its client goes; False = it had its answer."""
+        if request.state is State.DONE:
+            return False
+        if request.first_step < 0:
+            self._queued_tokens -= request.prompt_tokens
+        num_blocks = self._scheduler.abort(request)
+        if self._morphing is not None:
+            self._morphing.on_finish(self.now_s, request, num_blocks)
+        return True
+
+    def _next_arrival_s(self) -> float:
+        return self._requests[self._next].arrival_s if self._next < len(self._requests) else inf
+
+    def _next_timeout_s(self) -> float:
+        """Of those that have come: they come in order, so they time out in order."""
+        while self._oldest < self._next and self._requests[self._oldest].state is State.DONE:
+            self._oldest += 1
+        if self._oldest == self._next:
+            return inf
+        return self._requests[self._oldest].arrival_s + self._server.request_timeout_s
+
+    def _next_cutoff_s(self) -> float:
+        return self._cutoff_s if self.now_s < self._cutoff_s else inf
+
+    # ---- without work
+
+    def _idle(self) -> bool:
+        """Until the next request comes; False = none does, and level 0 is reached or was waited for long enough."""
+        morphing, server = self._morphing, self._server
+        last = self._next == len(self._requests)
+        give_up_s = self.now_s + server.restore_wait_s if last else inf
+        while self._next_arrival_s() > self.now_s:
+            until_s = self._next_arrival_s()
+            if morphing is not None:
+                self._advance(morphing.tick(self._scheduler))
+                if last and (self.now_s >= give_up_s or not morphing.controller.exposure_level):
+                    return False
+                if morphing.controller.in_transition:
+                    until_s = min(until_s, self.now_s + server.idle_step_s)
+                elif morphing.controller.wants_wakeup:
+                    until_s = min(until_s, self.now_s + server.wake_interval_s)
+            if until_s == inf:
+                return False
+            self._advance(max(until_s - self.now_s, 0.0))
+            if self._due_s <= self.now_s:
+                self._happen()
+                if self._scheduler.waiting:
+                    return True
+        return True
+
+    def _advance(self, seconds: float) -> None:
+        self.now_s += seconds

@@ -1,0 +1,202 @@
+"""The controller that serves, its monitor and its policy, on a simulated engine: told what the real one is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from morphserve.config import MorphServeConfig
+from morphserve.control import Controller, DecisionLog, EngineView, largest_chunk_bytes, make_ledgers
+from morphserve.control.ladder import ProfileLadder, build_ladder, check_floor, optional_formats, without_formats
+from morphserve.control.layer_times import TIMED_BATCHES
+from morphserve.control.monitor import Monitor
+from morphserve.errors import ConfigError
+from morphserve.tools.sim.calibration import Calibration
+from morphserve.tools.sim.executor import SimExecutor
+from morphserve.tools.sim.pace import Pace
+from morphserve.tools.sim.pool import SimPool
+from morphserve.tools.sim.request import Batch, SimRequest
+from morphserve.tools.sim.scheduler import SimScheduler
+from morphserve.tools.sim.server import SimServer
+from policies import EngineLimits, Ladder, StepTime, build_policy
+
+_MAX_WARM_UP_TICKS = 10_000
+
+
+def plan_ladder(
+    config: MorphServeConfig, server: SimServer, calibration: Calibration, profile: ProfileLadder | None
+) -> Ladder:
+    """As the engine builds it at start, without the optional formats that the calibrated one did not have.
+
+    Raises:
+        ConfigError: settings, server and calibration contradict each other.
+    """
+    base = server.num_blocks if config.kv.base_num_blocks is None else config.kv.base_num_blocks
+    if base > server.num_blocks:
+        raise ConfigError(
+            f"kv.base_num_blocks is {base}, the server has {server.num_blocks} blocks. Lower it, or leave it out."
+        )
+    if config.profile is not None and profile is None:
+        raise ConfigError(
+            f"profile {config.profile} was not read. Hand its ladder to the simulation, or list ladder.order and steps."
+        )
+    check_floor(base, server.max_model_len, server.block_size)
+    ranks = [calibration.rank_with(server.block_size)]
+    left_out = optional_formats(config.ladder, profile) - calibration.times.formats.keys()
+    section = without_formats(config.ladder, left_out)
+    ladder = build_ladder(calibration.num_layers, ranks, section, base, config.kv.max_num_blocks, profile)
+    try:
+        times = calibration.times.of_ladder(ladder)
+    except ValueError as e:
+        raise ConfigError(str(e)) from e
+    return tuple(
+        replace(level, time_factors=tuple((n, _factor(time, times[0], n)) for n in TIMED_BATCHES))
+        for level, time in zip(ladder, times, strict=True)
+    )
+
+
+def _factor(time: StepTime, base: StepTime, num_seqs: int) -> float:
+    """As the server measures it, but for the part of a step that no format changes, which is in these times."""
+    return round(time.seconds(num_seqs, 0, 0) / base.seconds(num_seqs, 0, 0), 3)
+
+
+class Morphing:
+    """What `morphserve.integration` is on vLLM: events to the monitor, a tick before every step."""
+
+    def __init__(
+        self,
+        config: MorphServeConfig,
+        server: SimServer,
+        calibration: Calibration,
+        ladder: Ladder,
+        pool: SimPool,
+        pace: Pace,
+        clock: Callable[[], float],
+    ) -> None:
+        """At level 0.
+
+        Raises:
+            ConfigError: a policy that does not fit the ladder.
+        """
+        rank = calibration.rank_with(server.block_size)
+        limits = EngineLimits(server.block_size, server.max_num_seqs, server.max_num_batched_tokens)
+        try:
+            policy = build_policy(config.policy, ladder, calibration.times, limits)
+        except ValueError as e:
+            raise ConfigError(f"policy: {e}") from e
+        self.ladder = ladder
+        self.monitor = Monitor()
+        self.executor = SimExecutor(rank, calibration.num_layers, ladder[0].num_kv_blocks, pace, server.copy_s)
+        staging = [largest_chunk_bytes(rank.layers, config.transition.layers_per_step)]
+        self._log = None if config.decision_log is None else DecisionLog(config.decision_log)
+        self.controller = Controller(
+            ladder, policy, pool, self.executor, self.monitor, config, make_ledgers(ladder, [rank], staging),
+            ranks=[rank], clock=clock, log=self._log,
+        )  # fmt: skip
+        self._block_size = server.block_size
+        self._clock = clock
+        self._last_preemption_s = 0.0
+
+    # ---- before a step
+
+    def tick(self, scheduler: SimScheduler) -> float:
+        """The controller's part of a step boundary; for how many seconds the engine stood still for it."""
+        waiting = scheduler.waiting
+        oldest_s = 0.0
+        if waiting:
+            head = waiting[0]
+            # What a preempted request waits for began when it was preempted.
+            oldest_s = max(self._clock() - (self._last_preemption_s if head.preemptions else head.arrival_s), 0.0)
+        executor = self.executor
+        executor.pause_s = 0.0
+        self.controller.tick(EngineView(len(waiting), len(scheduler.running), oldest_s))
+        return executor.pause_s
+
+    @property
+    def rung(self) -> int | None:
+        """The level that all layers are at; None = they are between two."""
+        level = self.controller.level
+        return level if level == self.controller.exposure_level else None
+
+    # ---- events
+
+    def on_arrival(self, now_s: float, request: SimRequest) -> None:
+        """The engine has taken it from its input queue."""
+        self.monitor.on_arrival(now_s, request.name, request.prompt_tokens)
+
+    def on_scheduled(self, now_s: float, batch: Batch) -> None:
+        """A step was planned."""
+        for request in batch.preempted:
+            self.on_preemption(now_s, request)
+        for request in batch.admitted:
+            if request.preemptions:
+                self.monitor.on_resumed(request.name)
+            else:
+                self.monitor.on_scheduled(now_s, now_s - request.arrival_s, request.name)
+
+    def on_preemption(self, now_s: float, request: SimRequest, forced: bool = False) -> None:
+        """It lost its blocks: `forced` by a way back to a shallower level, or for want of memory."""
+        self._last_preemption_s = now_s
+        self.monitor.on_preemption(
+            now_s, request.name, request.num_tokens, has_token=request.generated > 0, forced=forced
+        )
+
+    def on_completed(self, now_s: float, batch: Batch, level: int | None) -> None:
+        """A step has ended.
+
+        Args:
+            level: all layers ran at, for the whole of the time since the step before; else None.
+        """
+        for request in batch.ends:
+            # The last token was never put into the KV cache.
+            num_blocks = -(-(request.prompt_tokens + request.output_tokens - 1) // self._block_size)
+            self.on_finish(now_s, request, num_blocks)
+        self.monitor.on_step(
+            now_s, batch.num_tokens, batch.num_seqs, batch.prefill_tokens, batch.context_tokens, level
+        )
+        for request in batch.firsts:
+            if request.first_step == batch.step:
+                self.monitor.on_first_token(now_s - request.arrival_s)
+
+    def on_finish(self, now_s: float, request: SimRequest, num_blocks: int) -> None:
+        """It ended or was aborted, holding so many blocks."""
+        self.monitor.on_finish(num_blocks, now_s, request.name, request.generated)
+
+    # ---- the rest
+
+    def settle(self, scheduler: SimScheduler, advance: Callable[[float], None], step_s: float) -> None:
+        """Before the first request: go where the policy wants to be without any."""
+        for _ in range(_MAX_WARM_UP_TICKS):
+            advance(self.tick(scheduler) + step_s)
+            if not self.controller.in_transition:
+                return
+
+    def close(self) -> None:
+        """Write what the decision log still holds."""
+        if self._log is not None:
+            self._log.close()
+
+    def status(self, tokens_by_level: list[int]) -> dict[str, Any]:
+        """What `/morphserve/status` would say, as far as there is something behind it."""
+        status = self.controller.status()
+        counters = status["counters"]
+        return {
+            **status,
+            "failed": self.controller.tripped,
+            "transitions": counters["transitions"],
+            "transition_seconds": counters["transition_seconds"],
+            "errors": counters["errors"],
+            "ladder": [
+                {
+                    "level": level.index,
+                    "num_kv_blocks": level.num_kv_blocks,
+                    "weight_bytes": level.weight_bytes,
+                    "expected_kl": level.expected_kl,
+                    "layers_by_format": level.layers_by_format(),
+                }
+                for level in self.ladder
+            ],
+            "tokens_by_level": {str(level): tokens for level, tokens in enumerate(tokens_by_level)},
+            "pause_ms": {"max": 1e3 * counters["max_pause_s"]},
+        }

@@ -1,0 +1,219 @@
+"""Command line of `scripts/tune.py`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from morphserve.config import MorphServeConfig, load_config
+from morphserve.profile_ladder import read_ladder
+from morphserve.tools.bench import Slo
+from morphserve.tools.bench.command import run_command
+from morphserve.tools.sim import SimServer, load_calibration
+from morphserve.tools.tune.errors import TuningError
+from morphserve.tools.tune.evaluate import World
+from morphserve.tools.tune.space import Space, load_space
+from morphserve.tools.tune.windows import load_windows
+from morphserve.tools.workload.limits import check_times
+from morphserve.tools.workload.windows import Window
+
+STUDY_FILE = "study.journal"
+
+
+def build_parser(description: str, space: Path) -> argparse.ArgumentParser:
+    """All options; `space` is the default search space."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    _study_options(parser.add_argument_group("study"), space)
+    _server_options(parser.add_argument_group("server (as of scripts/replay.py, simulated)"))
+    return parser
+
+
+def _study_options(group: Any, space: Path) -> None:
+    add = group.add_argument
+    trace = "a trace and what to take of it: FILE[:window=START,LEN][:thin=K][:rate_scale=R][:input_scale=F]"
+    add("--config", type=Path, required=True, metavar="YAML", help="MorphServe config: the current policy")
+    add("--step-times", type=Path, required=True, metavar="FILE", help="what scripts/calibrate.py measured")
+    add("--space", type=Path, default=space, metavar="YAML", help="which keys may move; default: %(default)s")
+    add(
+        "--dev",
+        action="append",
+        default=[],
+        metavar="WINDOW",
+        help=f"{trace}[:input_clip=LO,HI][:output_scale=F][:output_clip=LO,HI][:num_requests=N][:seed=S], or a YAML "
+        "list of such; policies are tuned on these; repeatable",
+    )
+    add(
+        "--held-out",
+        action="append",
+        default=[],
+        metavar="WINDOW",
+        help="likewise; the front is scored on these, and never chosen by them",
+    )
+    add("--trials", type=int, default=300, metavar="N", help="in all, those of an interrupted run included")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, required=True, metavar="DIR", help="study and report; an unfinished study is gone on with")
+    add(
+        "--constraints",
+        type=_limits,
+        default=(0.0, 0.01, 0.05),
+        metavar="PCT,...",
+        help="violations in %% of requests, for each of which the cheapest policy is written; default 0,1,5",
+    )
+    add("--slo-ttft-s", type=float, default=2.0, help="limit of the time to first token")
+    add("--slo-tpot-ms", type=float, default=150.0, help="limit of the time per output token")
+    add("--jobs", type=int, default=0, metavar="N", help="simulating processes; 0 = one a core; the result is the same")
+    add("--quiet", action="store_true", help="no progress display")
+
+
+def _server_options(group: Any) -> None:
+    add = group.add_argument
+    add("--max-model-len", type=int, default=512)
+    add("--max-num-seqs", type=int, default=64)
+    add("--max-num-batched-tokens", type=int, default=2048)
+    add("--block-size", type=int, default=32, help="tokens per KV block")
+    add("--num-blocks", type=int, default=49, help="KV blocks at full precision, null block included")
+    add("--max-num-queued-tokens", type=int, metavar="N", help="beyond it requests get a 503")
+    add("--async-scheduling", action="store_true")
+    add("--prefix-caching", action="store_true")
+
+
+def main(description: str, space: Path, argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the last line on stdout is one JSON document."""
+    parser = build_parser(description, space)
+    args = parser.parse_args(argv)
+    return run_command(
+        "tune", lambda: _tune(args, _command(args, parser)), "finished trials are kept, run again to go on"
+    )
+
+
+def _tune(args: argparse.Namespace, command: str) -> dict[str, Any]:
+    config, space, world = _inputs(args)
+    try:
+        import matplotlib  # noqa: F401
+        import optuna  # noqa: F401
+        import rich  # noqa: F401
+    except ImportError as e:
+        raise TuningError(f"{e}. Install what tuning needs: pip install -e '.[tune]'.") from e
+    # Slow to import, and not needed to refuse bad input.
+    from morphserve.tools.tune.job import run_study
+
+    settings = _settings(args, config, space, world)
+    made = {"command": command} | {
+        key: _shown(getattr(args, key)) for key in ("config", "space", "step_times", "seed")
+    } | {"versions": settings["versions"], "code": settings["code"]}  # fmt: skip
+    jobs = args.jobs or len(os.sched_getaffinity(0))
+    findings, page = run_study(
+        space, world, settings, made, args.out / STUDY_FILE,
+        num_trials=args.trials, limits=args.constraints, seed=args.seed, jobs=jobs, step_times=args.step_times,
+        quiet=args.quiet,
+    )  # fmt: skip
+    for warning in findings.warnings:
+        sys.stderr.write(f"warning: {warning}\n")
+    sys.stderr.write(f"{page}\n")
+    return findings.document({"report": str(page), "study": str(args.out / STUDY_FILE)})
+
+
+def _inputs(args: argparse.Namespace) -> tuple[MorphServeConfig, Space, World]:
+    """Read and check everything that a user can get wrong.
+
+    Raises:
+        MorphServeError: value, limit, remedy.
+    """
+    for option, value, least in (("--trials", args.trials, 1), ("--jobs", args.jobs, 0)):
+        if value < least:
+            raise TuningError(f"{option} is {value}, must be at least {least}.")
+    check_times(args)
+    config = load_config(args.config)
+    space = load_space(args.space, config)
+    dev, held_out = load_windows(args.dev, args.held_out)
+    server = SimServer(
+        num_blocks=args.num_blocks,
+        block_size=args.block_size,
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        async_scheduling=args.async_scheduling,
+        prefix_caching=args.prefix_caching,
+        max_num_queued_tokens=args.max_num_queued_tokens,
+        restore_wait_s=0.0,  # no tokens come then: nothing that is scored
+    )
+    slo = Slo(args.slo_ttft_s, args.slo_tpot_ms / 1000.0)
+    calibration = load_calibration(args.step_times)
+    return config, space, World((*dev, *held_out), len(dev), server, calibration, slo, read_ladder(config))
+
+
+def _settings(args: argparse.Namespace, config: MorphServeConfig, space: Space, world: World) -> dict[str, Any]:
+    """All that decides what a trial is and scores: a study is gone on with only where they agree."""
+    import numpy
+    import optuna
+
+    from morphserve.version import __version__
+
+    dev, held_out = [[world.windows[i] for i in indices] for indices in (world.dev, world.held_out)]
+    return {
+        "versions": {"morphserve": __version__, "optuna": optuna.__version__, "numpy": numpy.__version__},
+        "code": _digest(*sorted(_SOURCES.rglob("*.py")), *sorted((_SOURCES.parent / "policies").rglob("*.py"))),
+        "seed": args.seed,
+        "config": config.model_dump(mode="json", exclude={"cache_dir", "decision_log"}),
+        "profile": None if world.profile is None else hashlib.sha256(repr(world.profile).encode()).hexdigest()[:16],
+        "space": space.document(),
+        "step_times": _digest(args.step_times.expanduser()),
+        "slo": {"ttft_s": world.slo.ttft_s, "tpot_s": world.slo.tpot_s},
+        "server": {name: getattr(world.server, name) for name in world.server.__slots__},
+        "dev": _window_settings(dev),
+        "held_out": _window_settings(held_out),
+    }
+
+
+_SOURCES = Path(__file__).resolve().parents[2]  # the simulator, the controller and all they stand on
+
+
+def _window_settings(windows: Sequence[Window]) -> dict[str, str]:
+    return {f"{number}": f"{w.source} ({w.digest})" for number, w in enumerate(windows)}
+
+
+def _digest(*files: Path) -> str:
+    """Of their contents."""
+    together = hashlib.sha256()
+    for file in files:
+        together.update(hashlib.sha256(file.read_bytes()).digest())
+    return together.hexdigest()[:16]
+
+
+def _command(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """What gives the same result again: without where it goes, and how many processes it takes."""
+    words = ["scripts/tune.py"]
+    for name, value in vars(args).items():
+        if name in ("out", "jobs", "quiet") or value == parser.get_default(name):
+            continue
+        if name == "constraints":
+            value = ",".join(f"{limit * 100:g}" for limit in value)
+        for one in value if isinstance(value, list) else [value]:
+            words += [f"--{name.replace('_', '-')}", *([] if one is True else [_shown(one)])]
+    return shlex.join(words)
+
+
+def _shown(value: object) -> str:
+    """Files of this directory by their short names."""
+    inside = isinstance(value, Path) and value.is_relative_to(Path.cwd())
+    return str(value.relative_to(Path.cwd())) if inside and isinstance(value, Path) else str(value)
+
+
+def _limits(text: str) -> tuple[float, ...]:
+    try:
+        limits = tuple(sorted({float(part) / 100.0 for part in text.split(",")}))
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of percentages such as 0,1,5") from e
+    if not all(0 <= limit <= 1 for limit in limits):
+        raise argparse.ArgumentTypeError(f"{text!r} must be percentages of requests, 0 to 100")
+    return limits
+
+

@@ -1,0 +1,149 @@
+"""Pieces of traces: `FILE:window=START,LEN:thin=4`, or a YAML list of such."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from morphserve.tools.workload.errors import WorkloadError
+from morphserve.tools.workload.workload import Workload, WorkloadSpec, load_workload
+
+_OPTION = re.compile(r"^([a-z][a-z_-]*)=(.*)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One workload and how it came about."""
+
+    name: str  # unique among those read together
+    source: str  # as a user may write it on the command line
+    workload: Workload
+
+    @property
+    def digest(self) -> str:
+        """Of its requests: the same file name may hold others tomorrow."""
+        rows = [(r.arrival_s, r.input_tokens, r.output_tokens, r.hash_ids) for r in self.workload.requests]
+        return hashlib.sha256(repr((self.workload.block_tokens, rows)).encode()).hexdigest()[:16]
+
+
+def read_windows(texts: Sequence[str], seen: dict[str, int] | None = None) -> list[Window]:
+    """Read all of them.
+
+    Args:
+        texts: windows as on the command line, or YAML files with lists of them.
+        seen: how often each name was given out before; updated.
+
+    Raises:
+        WorkloadError: an option that is none, or a trace that cannot be read or of which nothing is left.
+    """
+    counts = {} if seen is None else seen
+    return [_load(source, counts) for text in texts for source in _expand(text)]
+
+
+def parse_window(text: str) -> WorkloadSpec:
+    """One window as written on the command line.
+
+    Raises:
+        WorkloadError: an unknown option, or a value that is none.
+    """
+    file, options = _split(text)
+    fields: dict[str, Any] = {}
+    for name, value in options:
+        if name not in _OPTIONS:
+            raise WorkloadError(f"window {text!r}: unknown option {name!r}; there are {', '.join(_OPTIONS)}.")
+        field, read = _OPTIONS[name]
+        if field in fields:
+            raise WorkloadError(f"window {text!r}: {name} is given twice. Leave one out.")
+        try:
+            fields[field] = read(value)
+        except (ValueError, ZeroDivisionError) as e:
+            raise WorkloadError(f"window {text!r}: {name}={value!r} is not {_FORMS[read]}.") from e
+    return WorkloadSpec(Path(file).expanduser(), **fields)
+
+
+def _split(text: str) -> tuple[str, list[tuple[str, str]]]:
+    """File and options; from the right, because a file's name may have a colon in it."""
+    parts = text.split(":")
+    options: list[tuple[str, str]] = []
+    while len(parts) > 1 and (match := _OPTION.match(parts[-1])):
+        options.insert(0, (match[1].replace("-", "_"), match[2]))
+        parts.pop()
+    return ":".join(parts), options
+
+
+def _load(source: str, seen: dict[str, int]) -> Window:
+    workload = load_workload(parse_window(source))
+    count = seen[workload.name] = seen.get(workload.name, 0) + 1
+    return Window(workload.name if count == 1 else f"{workload.name}#{count}", source, workload)
+
+
+def _expand(text: str) -> list[str]:
+    """A YAML list of windows as command-line texts; anything else as it is."""
+    path = Path(text).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        return [text]
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise WorkloadError(f"windows {path}: {e.strerror}. Give a readable YAML file.") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise WorkloadError(f"windows {path}: not valid YAML: {e}") from e
+    if not isinstance(raw, list) or not raw:
+        raise WorkloadError(f"windows {path}: must be a list of windows, such as `- {{file: mine.jsonl, thin: 4}}`.")
+    return [_entry(path, number, entry) for number, entry in enumerate(raw)]
+
+
+def _entry(path: Path, number: int, entry: object) -> str:
+    if isinstance(entry, str):
+        entry = {"file": entry}
+    if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
+        raise WorkloadError(f"windows {path}: entry {number} is {entry!r}, needs a `file`.")
+    file: str | Path = entry["file"]
+    if not entry["file"].startswith("synthetic:"):
+        file = path.parent / Path(file).expanduser()  # relative to the list, not to who reads it
+    options = [
+        f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in entry.items()
+        if name != "file"
+    ]
+    return ":".join([str(file), *options])
+
+
+def _number(text: str) -> float:
+    return float(Fraction(text))
+
+
+def _seconds_pair(text: str) -> tuple[float, float]:
+    first, second = (float(part) for part in text.split(","))
+    return first, second
+
+
+def _token_pair(text: str) -> tuple[int, int]:
+    first, second = (int(part) for part in text.split(","))
+    return first, second
+
+
+_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "window": ("window_s", _seconds_pair),
+    "thin": ("thin", _number),
+    "rate_scale": ("rate_scale", _number),
+    "input_scale": ("input_scale", _number),
+    "input_clip": ("input_clip", _token_pair),
+    "output_scale": ("output_scale", _number),
+    "output_clip": ("output_clip", _token_pair),
+    "num_requests": ("limit", int),
+    "seed": ("seed", int),
+}
+_FORMS: dict[Callable[[str], Any], str] = {
+    _number: "a number or a fraction such as 1/16",
+    _seconds_pair: "START,LEN in seconds",
+    _token_pair: "LO,HI in tokens",
+    int: "a whole number",
+}

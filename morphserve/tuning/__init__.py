@@ -1,8 +1,0 @@
-"""Find the policy for one's own traces: a search over the keys of the YAML, each trial simulated."""
-
-from __future__ import annotations
-
-from morphserve.tuning.cli import main
-from morphserve.tuning.errors import TuningError
-
-__all__ = ["TuningError", "main"]

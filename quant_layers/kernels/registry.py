@@ -1,0 +1,119 @@
+"""All kernels and formats there are. Nothing outside this package lists them by hand.
+
+A new format is two classes, and `register`:
+
+* the neutral form, a subclass of `Quant` (neutral.py): what a quantized weight means, how a weight is rounded to it,
+  and by how much that can move it;
+* at least one kernel, best a subclass of `KernelBase` (kernel_base.py): its name and its `neutral` form, `pack_quant`
+  into tensors that can be stored, `unpack` back, and `build` into something callable (linears.py). Several kernels may
+  share a format: the first that passes its self-test runs it.
+
+Users then name the format under `ladder.steps`, `kernels` and `variants`; the default ladder stays what it is. A
+layer's bytes are those of the tensors that `pack_quant` gives. What is parametrized over `CANDIDATES` tests it without
+a line more: layouts (tests/cpu/test_quant_packing.py, which also wants the digest of a layout written down; not of
+one that an operator makes, which belongs to the vLLM that brings it and must not outlive the process), the
+self-test and odd batches on the installed vLLM (tests/seams/test_quant_kernels.py), a layer of a live engine
+(tests/engine/test_formats_live.py). tests/cpu/test_quant_registry.py takes a toy format of 3 bits the whole way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, ValuesView
+from types import MappingProxyType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quant_layers.errors import KernelError
+from quant_layers.formats.halves import split_format
+from quant_layers.formats.neutral import Quant
+from quant_layers.kernels.cpu_linears import LinearImpl
+
+
+class Kernel(Protocol):
+    """One way to run one format. Instances are bound to the activation dtype."""
+
+    name: str  # also of the packed layout on disk: whoever changes what `pack` gives changes the name
+    format: str  # that of `neutral`
+    neutral: type[Quant]
+    dtype: torch.dtype  # of activations, outputs, and weights to pack (or these in fp32)
+    quantizes_activations: bool  # per token, to 8 bits: then folding outliers into the weights (smoothing.py) pays
+    runs_on: tuple[str, ...]  # device types, of which it needs one; empty: any
+    slow_on: tuple[str, ...]  # device types on which every other kernel of the format goes first
+    fast_on: tuple[str, ...]  # device types on which it goes first
+    packs_on: str  # device type whose operator lays weights out; empty: torch alone does, on any device
+    proof_shapes: tuple[tuple[int, int], ...]  # [N, K] that the self-test runs, each of which the kernel must take
+
+    def unavailable(self) -> str:
+        """Why this kernel cannot run here with this dtype, or an empty string."""
+        ...
+
+    def check_shape(self, n: int, k: int) -> None:
+        """Raise KernelError when a weight [n, k] does not fit this kernel."""
+        ...
+
+    def check_group(self, size: int) -> None:
+        """Raise KernelError when scales for groups of so many input channels do not fit this kernel."""
+        ...
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """Quantize and lay out a weight [N, K], on the device where it lies: plain tensors that can be stored."""
+        ...
+
+    def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
+        """Lay out a weight that somebody else quantized.
+
+        Raises:
+            KernelError: another format than this kernel's, or a shape that does not fit it.
+        """
+        ...
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> Quant:
+        """Inverse of `pack_quant`, but for the dtype of scales."""
+        ...
+
+    def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
+        """Make a stored linear callable. Keeps references to `tensors` where the kernel reads them."""
+        ...
+
+    def reference(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """What the stored linear means: fp32 [N, K]."""
+        ...
+
+    def activation_half_step(self, x: Tensor) -> Tensor:
+        """The most by which it moves each activation of `x` [M, K] when it rounds them: fp64 [M, K]."""
+        ...
+
+
+_kernels: dict[str, type[Kernel]] = {}
+_formats: dict[str, type[Quant]] = {}
+
+# Live: who holds them sees what is registered later. Within a format, the first kernel that passes its self-test runs.
+CANDIDATES: ValuesView[type[Kernel]] = _kernels.values()
+FORMATS: Mapping[str, type[Quant]] = MappingProxyType(_formats)  # as users write them |-> neutral form
+
+
+def register(kernel: type[Kernel]) -> None:
+    """Add a kernel behind those of its format, and its format where it is the first.
+
+    Raises:
+        KernelError: its name is taken, or that of its format is, by another neutral form.
+    """
+    neutral = kernel.neutral
+    if not neutral.format or split_format(neutral.format)[0] != neutral.format:
+        raise KernelError(f"format {neutral.format!r} of {neutral.__name__} must be a name without '/'; rename it")
+    if kernel.name in _kernels or _formats.get(neutral.format, neutral) is not neutral:
+        raise KernelError(
+            f"kernel {kernel.name!r} or format {neutral.format!r} is registered already; give it another name, or "
+            "unregister what has it"
+        )
+    _kernels[kernel.name] = kernel
+    _formats[neutral.format] = neutral
+
+
+def unregister(kernel: type[Kernel]) -> None:
+    """Inverse of `register`."""
+    del _kernels[kernel.name]
+    if all(other.neutral is not kernel.neutral for other in CANDIDATES):
+        del _formats[kernel.neutral.format]
