@@ -13,9 +13,10 @@ from cpu.replay_fakes import FakeServer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from morphserve.tools.bench.load.client import ClientOptions, Outcome, Replayed, replay, sse_events
+from morphserve.tools.bench.load.client import ClientOptions, replay, sse_events
 from morphserve.tools.workload.formats import TraceRequest
 from morphserve.tools.workload.metrics import Slo, violations
+from morphserve.tools.workload.outcome import Outcome, Replayed
 from morphserve.tools.workload.workload import Workload
 
 TestServer.__test__ = False  # type: ignore[attr-defined]  # not a test class, whatever its name says

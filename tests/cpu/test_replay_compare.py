@@ -23,9 +23,8 @@ from cpu.replay_fakes import CORPUS, encode
 from morphserve.errors import ConfigError
 from morphserve.tools.bench import ReplayError, Slo, main, run_command
 from morphserve.tools.bench.compare import Comparison, derived_config, run_all
-from morphserve.tools.bench.load.client import ClientOptions, Outcome, Replayed
+from morphserve.tools.bench.load.client import ClientOptions
 from morphserve.tools.bench.load.measure import Measurement, measure
-from morphserve.tools.bench.load.scrape import Snapshot
 from morphserve.tools.bench.load.server import ServerOptions, serve
 from morphserve.tools.bench.paired import PairedResult
 from morphserve.tools.bench.report.console import ConsoleProgress
@@ -33,6 +32,7 @@ from morphserve.tools.bench.report.report import write_report
 from morphserve.tools.bench.report.results import ROW_KEYS, RunResult
 from morphserve.tools.bench.report.summary import summarize
 from morphserve.tools.workload.formats import TraceRequest
+from morphserve.tools.workload.outcome import Outcome, Replayed, Snapshot
 from morphserve.tools.workload.prompts import PromptMaker
 from morphserve.tools.workload.workload import Workload
 

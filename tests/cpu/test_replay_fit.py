@@ -20,10 +20,11 @@ from morphserve.tools.bench.compare import Comparison, derived_config
 from morphserve.tools.bench.fit import TPOT_OF_LONE, TTFT_OF_LONE, Given, fit
 from morphserve.tools.bench.fitted import run_fitted
 from morphserve.tools.bench.load import probe
-from morphserve.tools.bench.load.client import ClientOptions, Outcome
+from morphserve.tools.bench.load.client import ClientOptions
 from morphserve.tools.bench.load.probe import StockSpeed
 from morphserve.tools.bench.report.console import ConsoleProgress
 from morphserve.tools.sim import SimServer
+from morphserve.tools.workload.outcome import Outcome
 from morphserve.tools.workload.workload import WorkloadSpec
 from policies import StepTime, load_step_times
 

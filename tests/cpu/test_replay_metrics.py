@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from morphserve.tools.bench import Slo
-from morphserve.tools.bench.load.client import CUTOFF, Outcome, Replayed
-from morphserve.tools.bench.load.scrape import Snapshot, parse_metrics, snapshot
+from morphserve.tools.bench.load.scrape import parse_metrics, snapshot
 from morphserve.tools.workload import timeline
 from morphserve.tools.workload.metrics import bench_result, dispatch_lag, violations
+from morphserve.tools.workload.outcome import CUTOFF, Outcome, Replayed, Snapshot
 
 
 def answered(ttft_s: float, tpot_s: float, tokens: int = 11, sent_s: float | None = 0.0) -> Outcome:

@@ -13,9 +13,9 @@ from vllm.benchmarks.datasets import SampleRequest
 from vllm.benchmarks.lib.endpoint_request_func import RequestFuncOutput
 
 from morphserve.tools.bench import Slo
-from morphserve.tools.bench.load.client import Outcome, Replayed
 from morphserve.tools.bench.report.results import RunResult
 from morphserve.tools.workload.metrics import PERCENTILES, bench_result
+from morphserve.tools.workload.outcome import Outcome, Replayed
 
 
 def outcomes(seed: int, num: int = 60) -> list[Outcome]:

@@ -52,8 +52,11 @@ def is_fake(device_type: str) -> bool:
     return device_type == "cpu" and os.environ.get(FAKE_DEVICE) == "1"
 
 
-def open_memory(device: torch.device) -> DeviceMemory:
-    """Nothing is allocated yet.
+def open_memory(device: torch.device, forward_stream: Callable[[], Any]) -> DeviceMemory:
+    """Open a rank's pages; nothing is allocated yet.
+
+    Args:
+        forward_stream: gives the CUDA stream of the forward passes, asked for once.
 
     Raises:
         PagerError: no such device, or cuda-bindings is missing.
@@ -65,10 +68,7 @@ def open_memory(device: torch.device) -> DeviceMemory:
         return DeviceMemory("cpu", pager, PagePool(pager, 0), HostCopier(), thread, _nothing, _nothing, total)
     device = numbered(device)
     copier = CudaCopier(device)
-    # The stream of the forward passes: asked for as vLLM asks, which then keeps to it.
-    from vllm.utils.torch_utils import current_stream
-
-    streams = (current_stream(), copier.stream)
+    streams = (forward_stream(), copier.stream)
     cuda_pager = CudaPager(device.index, streams)
     thread = ThreadPoolExecutor(1, "morphserve-pages", _on_stream, (device, copier.stream))
     thread.submit(_nothing).result()  # a thread that cannot work ends the start, not the first transition

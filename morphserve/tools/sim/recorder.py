@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from morphserve.tools.bench.load.scrape import Snapshot
 from morphserve.tools.sim.morphing import Morphing
 from morphserve.tools.sim.pool import SimPool
 from morphserve.tools.sim.scheduler import SimScheduler
+from morphserve.tools.workload.outcome import Snapshot
 
 
 class Recorder:

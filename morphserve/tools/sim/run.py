@@ -10,8 +10,6 @@ from typing import Any
 from morphserve.config import MorphServeConfig
 from morphserve.control.ladder import ProfileLadder, check_floor
 from morphserve.errors import ConfigError
-from morphserve.tools.bench.load.client import CUTOFF, OK, TIMEOUT, Outcome, Replayed
-from morphserve.tools.bench.load.scrape import Snapshot
 from morphserve.tools.sim.calibration import Calibration
 from morphserve.tools.sim.engine import SimEngine
 from morphserve.tools.sim.morphing import Morphing, plan_ladder
@@ -24,6 +22,7 @@ from morphserve.tools.sim.scheduler import SimScheduler
 from morphserve.tools.sim.server import SimServer
 from morphserve.tools.workload import timeline
 from morphserve.tools.workload.metrics import Slo
+from morphserve.tools.workload.outcome import CUTOFF, OK, TIMEOUT, Outcome, Replayed, Snapshot
 from morphserve.tools.workload.workload import Workload, check_fits
 
 REFUSED = "http_503"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from morphserve.tools.bench.load.client import Outcome, Replayed
+from morphserve.tools.workload.outcome import Outcome, Replayed
 
 PERCENTILES = (50, 90, 95, 99)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from morphserve.tools.bench.load.scrape import Snapshot
+from morphserve.tools.workload.outcome import Snapshot
 
 
 def level_zero_after_s(series: Sequence[Snapshot], level0_blocks: int | None) -> float | None:

@@ -27,6 +27,13 @@ from morphserve.residence import DeviceRank, DeviceSwapper
 from morphserve.residence.paged.memory import DeviceMemory, open_memory, wants_device
 
 
+def _forward_stream() -> Any:
+    """Ask as vLLM asks, which then keeps to the stream that it gets."""
+    from vllm.utils.torch_utils import current_stream
+
+    return current_stream()
+
+
 class _Rank:
     """This process's rank. Filled while vLLM loads; a process holds one model."""
 
@@ -79,7 +86,7 @@ def _weights_loaded(original: Callable[..., Any]) -> Any:
             vars(_RANK).update(vars(fresh))  # what we wrap lets this engine through
             return original(model, model_config, target_device)
         try:
-            fresh.memory = open_memory(target_device)
+            fresh.memory = open_memory(target_device, _forward_stream)
             config = for_this_device(config, vllm_config)
             fresh.layers = DeviceLayers(config, vllm_config, get_world_group().rank, fresh.memory)
             fresh.layers.capture(model)

@@ -6,54 +6,17 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 
+from morphserve.tools.workload.outcome import ERROR, OK, TIMEOUT, Outcome, Replayed
 from morphserve.tools.workload.workload import Workload
 
 # vLLM's server closes a connection that is idle for 5 s (uvicorn's default). A client that was kept from running
 # at that moment would send its next request into it, and count a violation that the server knows nothing of.
 _KEEP_ALIVE_S = 2.0
-
-OK, CUTOFF, TIMEOUT, ERROR = "ok", "cutoff", "timeout", "error"  # else "http_<status>"
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What became of one request. Times in seconds; `sent_s` counts from the start of the run."""
-
-    index: int
-    scheduled_s: float
-    prompt_tokens: int  # as asked for; the server's count once it has told us
-    asked_tokens: int
-    sent_s: float | None = None  # None: the run ended before its time came
-    ended_s: float | None = None  # None: unfinished at the cut-off
-    status: str = CUTOFF
-    ttft_s: float = 0.0
-    latency_s: float = 0.0  # first byte sent to last token
-    itls_s: list[float] = field(default_factory=list)
-    output_tokens: int = 0
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    error: str = ""
-
-    @property
-    def ok(self) -> bool:
-        """Answered in full."""
-        return self.status == OK
-
-    @property
-    def tpot_s(self) -> float:
-        """(latency - TTFT) / (output tokens - 1); 0 for a single token, as vLLM's goodput has it."""
-        return (self.latency_s - self.ttft_s) / (self.output_tokens - 1) if self.output_tokens > 1 else 0.0
-
-    @property
-    def lag_s(self) -> float | None:
-        """How late the client itself sent the request."""
-        return None if self.sent_s is None else self.sent_s - self.scheduled_s
-
 
 @dataclass(frozen=True, slots=True)
 class ClientOptions:
@@ -64,15 +27,6 @@ class ClientOptions:
     request_timeout_s: float = 300.0
     cutoff_s: float = 120.0  # after the last arrival: what is unfinished then counts as violated
     token_ids: bool = False  # ask for the ids of the answer (vLLM only)
-
-
-@dataclass(frozen=True, slots=True)
-class Replayed:
-    """The outcomes in workload order, and the clock they were taken with."""
-
-    outcomes: list[Outcome]
-    started: float  # perf_counter at workload time 0
-    duration_s: float  # first dispatch to last completion (or cut-off)
 
 
 async def replay(

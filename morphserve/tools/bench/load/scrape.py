@@ -6,45 +6,16 @@ import asyncio
 import re
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import aiohttp
+
+from morphserve.tools.workload.outcome import Snapshot
 
 _LINE = re.compile(r"^((?:vllm|morphserve):[a-zA-Z0-9_]+)(?:\{(.*)\})? (\S+)")
 _LABEL = re.compile(r'([a-zA-Z0-9_]+)="((?:[^"\\]|\\.)*)"')
 
 Sample = tuple[str, dict[str, str], float]
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The server at one moment. None: the server does not tell. Counters are since its start."""
-
-    t_s: float  # since the start of the run
-    kv_usage: float | None = None
-    running: int | None = None
-    waiting: int | None = None
-    preemptions: int | None = None
-    level: int | None = None
-    blocks_published: int | None = None  # null block included
-    blocks_backed: int | None = None
-    blocks_used: int | None = None
-    layers: dict[str, int] = field(default_factory=dict)  # by format
-    tokens_by_level: dict[str, int] = field(default_factory=dict)
-    transitions: dict[str, int] = field(default_factory=dict)  # by "direction/outcome"
-    transition_s: float | None = None
-    errors: dict[str, int] = field(default_factory=dict)  # by place
-    pause_max_ms: float | None = None
-
-    @property
-    def is_morphserve(self) -> bool:
-        """The plugin is on."""
-        return self.level is not None
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def parse_metrics(text: str) -> list[Sample]:

@@ -16,9 +16,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from morphserve.tools.bench.load.client import Outcome
 from morphserve.tools.bench.report.results import RunResult
 from morphserve.tools.bench.report.summary import percent, seconds
+from morphserve.tools.workload.outcome import Outcome
 
 
 class ConsoleProgress:

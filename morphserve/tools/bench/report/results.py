@@ -10,10 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from morphserve.tools.bench.load.client import Replayed
-from morphserve.tools.bench.load.scrape import Snapshot
 from morphserve.tools.workload import timeline
 from morphserve.tools.workload.metrics import Slo, bench_result, dispatch_lag, violations
+from morphserve.tools.workload.outcome import Replayed, Snapshot
 
 # The columns of a comparison, in the order of the document on stdout.
 ROW_KEYS = (
