@@ -18,7 +18,7 @@ Last stdout line: one JSON document.
 
 from __future__ import annotations
 
-from morphserve.integration.offline.calibrate import main
+from morphserve.tools.profile.calibrate import main
 
 if __name__ == "__main__":
     raise SystemExit(main(description=__doc__))

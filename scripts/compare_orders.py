@@ -118,7 +118,7 @@ def _measure(args: argparse.Namespace, orders: dict[str, list[list[int]]]) -> di
     with tempfile.TemporaryDirectory() as scratch:
         rungs = Path(scratch) / "rungs.json"
         rungs.write_text(json.dumps([dict.fromkeys(sorted(layers), args.format) for layers in wanted]))
-        command = [sys.executable, "-m", "morphserve.integration.offline.measure", args.model, "--rungs", rungs]
+        command = [sys.executable, "-m", "morphserve.tools.profile.measure", args.model, "--rungs", rungs]
         command += ["--text", *args.eval_text, "--windows", str(args.eval_windows)]
         done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True)
     if done.returncode:

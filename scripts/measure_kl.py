@@ -12,7 +12,7 @@ Last stdout line: one JSON document; its "expected_kl" goes under `ladder:` of t
 
 from __future__ import annotations
 
-from morphserve.integration.offline.measure import main
+from morphserve.tools.profile.measure import main
 
 if __name__ == "__main__":
     raise SystemExit(main(description=__doc__))

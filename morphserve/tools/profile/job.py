@@ -43,7 +43,7 @@ from quant_layers import (
     write_profile,
 )
 
-_MEASURE = "morphserve.integration.offline.measure"  # runs vLLM, which nothing here may import
+_MEASURE = "morphserve.tools.profile.measure"  # runs vLLM, which nothing here may import
 _BETWEEN = 0.5  # of a window's share of the text: where profiling did not look
 Progress = Callable[[str, int, int], Any]  # what, done, of how many
 
