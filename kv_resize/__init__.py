@@ -9,6 +9,7 @@ from kv_resize.cuda_pager import CudaPager
 from kv_resize.elastic_cache import ElasticCache
 from kv_resize.errors import BackingError, KVResizeError, MapError, PagerError
 from kv_resize.geometry import ByteRange, KVGeometry, Placement, Run
+from kv_resize.host_memory import available_bytes
 from kv_resize.pager import FakePager, Page, Pager
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "PagerError",
     "Placement",
     "Run",
+    "available_bytes",
 ]

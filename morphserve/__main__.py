@@ -27,9 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "inspect":
         return _inspect(args.profile)
     if args.command == "replay-log":
-        from morphserve.control.replay_log import run
+        from morphserve.control import print_replay
 
-        return run(args.file, args.policy)
+        return print_replay(args.file, args.policy)
     # Read as torch is loaded: threads that wait in a loop would time, and slow down, whatever else has the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from morphserve.integration.offline.check import check as check_machine

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from morphserve.errors import ConfigError
-from policies.config import PolicyConfig, ThresholdConfig
+from policies import PolicyConfig, ThresholdConfig
 
 # Which formats there are, the kernels say, and these need torch: `check_formats` asks later. "/" joins two halves.
 FormatName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from morphserve.errors import MorphServeError
-from morphserve.integration.seams import rows as seams
+from morphserve.integration import seams
 from morphserve.integration.start import ending
 from morphserve.integration.start.settings import CONFIG_FILE, KEY, is_active, read_settings
 
@@ -45,9 +45,9 @@ def register() -> None:
 
 def install_engine_seams() -> None:
     """Wrap what the engine-core process needs. Re-entrant; inert for other engines."""
-    from morphserve.integration.engine import wiring as engine
+    from morphserve.integration.engine import wiring
 
-    engine.install()
+    wiring.install()
 
 
 def _add_cli_args(original: Callable[..., Any]) -> Any:
@@ -152,7 +152,7 @@ def _activate(engine_args: Any) -> None:
 
 def _device_seams() -> tuple[seams.Seam, ...]:
     """Rows that hold or fall with a GPU."""
-    from morphserve.integration.seams.cuda import CUDA_SEAMS
+    from morphserve.integration.seams import CUDA_SEAMS
     from morphserve.integration.start.checks import current_device_type
 
     return CUDA_SEAMS if current_device_type() == "cuda" else ()
@@ -161,7 +161,7 @@ def _device_seams() -> tuple[seams.Seam, ...]:
 def _worker_extension_cls() -> str:
     """Of the device that vLLM has found."""
     from morphserve.integration.start.checks import current_device_type
-    from morphserve.residence.paged.memory import wants_device
+    from morphserve.residence import wants_device
 
     return DEVICE_WORKER_EXTENSION_CLS if wants_device(current_device_type()) else WORKER_EXTENSION_CLS
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from morphserve.config import MorphServeConfig
-from morphserve.control.ladder import ProfileLadder
+from morphserve.control import ProfileLadder
 from morphserve.errors import ConfigError
 
 

@@ -29,16 +29,16 @@ from morphserve.control import (
     Controller,
     DecisionLog,
     EngineView,
+    Monitor,
     Plan,
+    RankBytes,
     Reply,
     ShrinkProgress,
+    build_ladder,
     largest_chunk_bytes,
     make_header,
     make_ledgers,
 )
-from morphserve.control.ladder import build_ladder
-from morphserve.control.monitor import Monitor
-from morphserve.control.rank_bytes import RankBytes
 from policies import EngineLimits, PolicySetup, ThresholdConfig
 
 EDGES_US = (2, 5, 10, 20, 50, 100, 200, 500, 1000)

@@ -30,7 +30,7 @@ class _Wanted:
     level = 0
 
     def decide(self, signals: Any) -> Any:
-        from policies.types import Decision
+        from policies import Decision
 
         return Decision(self.level, "benchmark")
 

@@ -18,10 +18,16 @@ import sys
 from pathlib import Path
 
 from morphserve.errors import SeamError
-from morphserve.integration.seams import source as seam_source
-from morphserve.integration.seams.cuda import CUDA_KERNEL_SEAMS, CUDA_SEAMS
-from morphserve.integration.seams.rows import SEAMS, SeamResult
-from morphserve.integration.seams.tree import SourceTree
+from morphserve.integration.seams import (
+    CUDA_KERNEL_SEAMS,
+    CUDA_SEAMS,
+    SEAMS,
+    SeamResult,
+    SourceTree,
+    check_sources,
+    check_sources_version,
+    sources_version,
+)
 from morphserve.version import SUPPORTED_VLLM
 
 TABLES = {"all": SEAMS, "cuda": CUDA_SEAMS, "kernels": CUDA_KERNEL_SEAMS}
@@ -39,14 +45,14 @@ def main(argv: list[str] | None = None) -> int:
         tree = SourceTree(path)
     except SeamError as e:
         parser.error(str(e))
-    version = seam_source.check_version(tree)
+    version = check_sources_version(tree)
     results = {"all": [version], "cuda": [], "kernels": []}
     for table, rows in TABLES.items():
-        results[table] += seam_source.check_all(rows, tree)
+        results[table] += check_sources(rows, tree)
     for table, of_table in results.items():
         for r in of_table:
             print(f"{table:<8} {r.seam.name:<22} {'ok' if r.ok else 'NO':<3} {r.seam.target}  {r.detail}")
-    print(json.dumps(document(path, seam_source.version(tree), results)))
+    print(json.dumps(document(path, sources_version(tree), results)))
     return 0 if all(r.ok for table in _REQUIRED for r in results[table]) else 1
 
 

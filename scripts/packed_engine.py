@@ -21,7 +21,7 @@ from typing import Any
 from packed_rows import Missed, keep_rows_apart, row, want
 
 from morphserve.version import UNPROVEN_CUDA
-from policies.types import Decision, Signals
+from policies import Decision, Signals
 
 _LEVELS = (2, 4, 0)
 _UNDER_LOAD = {0: 4, 60: 0, 120: 2, 160: 0}  # decision |-> level, while more requests run than level 0 has blocks for

@@ -23,7 +23,7 @@ from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
-    from morphserve.control.ladder import DEFAULT_FORMATS
+    from morphserve.control import DEFAULT_FORMATS
     from morphserve.serve_dtype import AUTO, add_dtype_option, resolve_dtype
     from quant_layers import FORMATS
 

@@ -5,27 +5,60 @@ from __future__ import annotations
 from morphserve.control.controller import Controller
 from morphserve.control.counters import Counters
 from morphserve.control.decision_log import DecisionLog
+from morphserve.control.ladder import (
+    DEFAULT_FORMATS,
+    ProfileLadder,
+    build_ladder,
+    check_floor,
+    ladder_formats,
+    optional_formats,
+    without_formats,
+)
+from morphserve.control.layer_times import TIMED_BATCHES, LayerTimes, with_time_factors
 from morphserve.control.ledger import Ledger, Ledgers, largest_chunk_bytes, layers_within, make_ledgers
 from morphserve.control.log_format import make_header
+from morphserve.control.monitor import Monitor
 from morphserve.control.ports import BlockPoolPort, EngineView, ExecutorPort, Plan, Reply, ShrinkProgress, Ticket
+from morphserve.control.rank_bytes import RankBytes, most_uneven
+from morphserve.control.reload import PolicyReloader, ReloadWatch
+from morphserve.control.replay_log import print_replay
 from morphserve.control.transition import Phase
+from morphserve.control.waiting import NO_LIMITS, RequestLimits
 
 __all__ = [
     "BlockPoolPort",
     "Controller",
     "Counters",
+    "DEFAULT_FORMATS",
     "DecisionLog",
     "EngineView",
     "ExecutorPort",
+    "LayerTimes",
     "Ledger",
     "Ledgers",
+    "Monitor",
+    "NO_LIMITS",
     "Phase",
     "Plan",
+    "PolicyReloader",
+    "ProfileLadder",
+    "RankBytes",
+    "ReloadWatch",
     "Reply",
+    "RequestLimits",
     "ShrinkProgress",
+    "TIMED_BATCHES",
     "Ticket",
+    "build_ladder",
+    "check_floor",
+    "ladder_formats",
     "largest_chunk_bytes",
     "layers_within",
     "make_header",
     "make_ledgers",
+    "most_uneven",
+    "optional_formats",
+    "print_replay",
+    "with_time_factors",
+    "without_formats",
 ]

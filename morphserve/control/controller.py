@@ -20,8 +20,7 @@ from morphserve.control.rank_bytes import RankBytes
 from morphserve.control.runner import ChunkRunner
 from morphserve.control.transition import Direction, Outcome, Phase, Transition
 from morphserve.errors import ConfigError
-from policies import PolicySetup
-from policies.types import Ladder, Policy
+from policies import Ladder, Policy, PolicySetup
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from morphserve.control.log_format import Header, PairWriter
 from morphserve.errors import ConfigError
-from policies.types import Decision, Signals
+from policies import Decision, Signals
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import policies.levels
 from morphserve.config import LadderConfig, LadderStep
 from morphserve.control.rank_bytes import RankBytes, balance, kv_quantum, paid_blocks, stage_of
 from morphserve.errors import ConfigError
-from policies.types import BASE_FORMAT, Ladder, MorphLevel
+from policies import BASE_FORMAT, Ladder, MorphLevel
 
 # What a ladder takes by itself: fast wherever MorphServe serves. No list of all formats: fp8 is slow on CPU, and a new
 # one is for who names it.

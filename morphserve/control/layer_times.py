@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from policies.types import Ladder
+from policies import Ladder
 
 TIMED_BATCHES = (1, 8, 32)  # sequences in a step: a lone request, a few, a burst
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from morphserve.control.rank_bytes import LayerBytes, RankBytes
 from morphserve.errors import LedgerError
-from policies.types import Ladder
+from policies import Ladder
 
 Account = Literal["weights", "kv_blocks", "staging"]
 _REMEDY: Mapping[Account, str] = {

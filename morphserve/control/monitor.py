@@ -6,7 +6,7 @@ from math import exp
 from typing import TYPE_CHECKING
 
 from morphserve.control.waiting import NO_LIMITS, RequestLimits, WaitingBook
-from policies.types import Signals, StepLoad
+from policies import Signals, StepLoad
 
 if TYPE_CHECKING:  # the controller package imports this module
     from morphserve.control.ports import EngineView

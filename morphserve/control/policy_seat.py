@@ -9,8 +9,7 @@ from typing import Any
 
 from morphserve.control.counters import Counters
 from morphserve.control.decision_log import DecisionLog
-from policies import PolicySetup
-from policies.types import Decision, Policy, Signals
+from policies import Decision, Policy, PolicySetup, Signals
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from policies.types import BASE_FORMAT, Ladder
+from policies import BASE_FORMAT, Ladder
 
 LayerBytes = Mapping[str, Sequence[int]]  # format -> bytes of each decoder layer on one rank
 Stage = tuple[int, ...]  # indices of the ranks that hold a layer

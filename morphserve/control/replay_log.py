@@ -229,8 +229,8 @@ def _name(setup: PolicySetup) -> str:
     return f"{setup.section.kind} {mode}"
 
 
-def run(file: str, policy: str | None) -> int:
-    """The command: prints, and answers with the exit status."""
+def print_replay(file: str, policy: str | None) -> int:
+    """Replay a decision log, print what came of it, and answer with the exit status of the command."""
     try:
         found = replay(Path(file), None if policy is None else load_config(policy))
     except ConfigError as e:

@@ -17,7 +17,7 @@ from morphserve.control.replies import CommandFailed, ReplyDesk, failures, requi
 from morphserve.control.standing import Standing
 from morphserve.control.transition import Phase, check_move
 from morphserve.errors import ConfigError
-from policies.types import Ladder
+from policies import Ladder
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from morphserve.control.picking import LayerFormats
 from morphserve.control.rank_bytes import RankBytes, paid_blocks
 from morphserve.control.transition import Direction
 from morphserve.errors import ConfigError
-from policies.types import Ladder
+from policies import Ladder
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ from bisect import bisect
 from dataclasses import dataclass
 from itertools import pairwise
 
-from policies.types import Cohort
+from policies import Cohort
 
 _SPAN_S = 0.1  # requests that came within it count as one
 _MAX_COHORTS = 24

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from morphserve.control.layer_times import LayerTimes
+from morphserve.control import LayerTimes
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,15 @@ from morphserve.residence.graphs.shelves import Entries, Formats, Holder, Watch
 from morphserve.residence.graphs.weight_linear import WeightSlot, addresses_used, register_op, reset, slots
 from morphserve.residence.paged.copier import Copier, CudaCopier, HostCopier
 from morphserve.residence.paged.layout import Layout, Place
+from morphserve.residence.paged.memory import DeviceMemory, open_memory, wants_device
 from morphserve.residence.paged.rank import DeviceRank, ElasticKV
 from morphserve.residence.paged.swapper import DeviceSwapper, layer_bytes
 from morphserve.residence.paged.weights import Part, WeightArena
 
 __all__ = [
-    "addresses_used",
     "Copier",
     "CudaCopier",
+    "DeviceMemory",
     "DeviceRank",
     "DeviceSwapper",
     "ElasticKV",
@@ -31,19 +32,22 @@ __all__ = [
     "Holder",
     "HostCopier",
     "Landing",
-    "layer_bytes",
     "Layout",
-    "narrow_candidates",
-    "narrow_keys",
     "Offer",
     "Part",
     "Place",
-    "register_op",
-    "reset",
     "Route",
-    "slots",
     "Watch",
     "WeightArena",
     "WeightError",
     "WeightSlot",
+    "addresses_used",
+    "layer_bytes",
+    "narrow_candidates",
+    "narrow_keys",
+    "open_memory",
+    "register_op",
+    "reset",
+    "slots",
+    "wants_device",
 ]

@@ -306,8 +306,8 @@ def test_a_wheel_says_what_its_directory_says(world: World, tmp_path: Path) -> N
         for file in FILES:
             archive.write(tmp_path / world.name / file, f"{world.name}/{file}")
     rows = [world.seam(*row) for row in HOLD]
-    packed = seam_source.check_all(rows, SourceTree(wheel, world.name))
-    assert packed == seam_source.check_all(rows, SourceTree(tmp_path, world.name)) and all(r.ok for r in packed)
+    packed = seam_source.check_sources(rows, SourceTree(wheel, world.name))
+    assert packed == seam_source.check_sources(rows, SourceTree(tmp_path, world.name)) and all(r.ok for r in packed)
 
 
 def test_what_is_no_vllm_is_refused(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def stub(root: Path, version: str) -> Path:
 @pytest.mark.parametrize(("version", "ok"), [("0.32.1", True), ("0.32.0+cu130", True), ("0.33.0", False)])
 def test_the_version_is_read(tmp_path: Path, version: str, ok: bool) -> None:
     """Guards: rows of a vLLM outside of the supported range pass for a promise."""
-    result = seam_source.check_version(SourceTree(stub(tmp_path, version)))
+    result = seam_source.check_sources_version(SourceTree(stub(tmp_path, version)))
     assert result.ok == ok and version in result.detail
 
 

@@ -15,8 +15,7 @@ from engine import proof_run
 from engine.harness import engine, follow, generate, morph_of, settle
 
 from kv_resize import backing
-from morphserve.integration.worker import headroom as rank_proof
-from morphserve.integration.worker import worker
+from morphserve.integration.worker import headroom, worker
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +62,16 @@ def test_the_figure_is_kept(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     file = rank.store.directory / "worst_forward.json"
     whole = file.read_text()
-    kept = json.loads(whole)[rank_proof._conditions(driver, rank)]
-    assert rank_proof.known(driver, rank) == kept == morph_of(llm).worst_forward_bytes
+    kept = json.loads(whole)[headroom._conditions(driver, rank)]
+    assert headroom.known(driver, rank) == kept == morph_of(llm).worst_forward_bytes
     monkeypatch.setattr(driver.vllm_config.scheduler_config, "max_num_batched_tokens", proof_run.BATCH_TOKENS // 2)
-    assert rank_proof.known(driver, rank) is None
+    assert headroom.known(driver, rank) is None
     monkeypatch.undo()
     try:
-        of_a_former_release = json.dumps({rank_proof._conditions(driver, rank): {"base": kept}})
+        of_a_former_release = json.dumps({headroom._conditions(driver, rank): {"base": kept}})
         for damaged in ("", "[]", '{"a": 1}', whole[:40], of_a_former_release):
             file.write_text(damaged)
-            assert rank_proof.known(driver, rank) is None
+            assert headroom.known(driver, rank) is None
     finally:
         file.write_text(whole)
 
@@ -80,7 +79,7 @@ def test_the_figure_is_kept(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 30])
 def test_every_format_has_a_layer_in_some_pass(num_layers: int) -> None:
     """Guards: the kernel with the largest scratch memory is in no pass, on a stage with few layers or many."""
-    mixtures = list(rank_proof._mixtures(range(10, 10 + num_layers), ("base", "w8", "w4")))
+    mixtures = list(headroom._mixtures(range(10, 10 + num_layers), ("base", "w8", "w4")))
     assert sorted(fmt for mixed in mixtures for fmt in mixed.values()) == ["base", "w4", "w8"]
     assert len(mixtures) == -(-3 // num_layers)
     assert all(layer in range(10, 10 + num_layers) for mixed in mixtures for layer in mixed)

@@ -21,7 +21,7 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec, UniformTypeKVCacheSpecs
 
-from morphserve.control.ports import ShrinkProgress
+from morphserve.control import ShrinkProgress
 from morphserve.errors import ConfigError, IllegalTransition, LedgerError
 
 _KINDS = (FullAttentionSpec, SlidingWindowSpec)  # by their names: a kind derived from one may be something else

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from morphserve.control.ports import Plan, Reply, Ticket
+from morphserve.control import Plan, Reply, Ticket
 
 PAUSE_SAMPLES = 512  # bounded: the status page reports percentiles of the latest
 

@@ -10,10 +10,7 @@ from typing import Any
 
 from vllm.v1.core.sched.interface import PauseState
 
-from morphserve.control import Controller, DecisionLog, make_header
-from morphserve.control.monitor import Monitor
-from morphserve.control.ports import EngineView
-from morphserve.control.reload import PolicyReloader, ReloadWatch
+from morphserve.control import Controller, DecisionLog, EngineView, Monitor, PolicyReloader, ReloadWatch, make_header
 from morphserve.integration.engine.block_pool import VllmBlockPool
 from morphserve.integration.engine.executor import RpcExecutor
 from morphserve.integration.engine.histogram import TimeHistogram

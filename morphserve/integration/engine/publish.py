@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from morphserve.control.ports import Plan
+from morphserve.control import Plan
 from morphserve.errors import ConfigError
 from morphserve.integration.engine.block_pool import VllmBlockPool
 

@@ -6,7 +6,7 @@ import logging
 import math
 from typing import Any
 
-from morphserve.control.waiting import NO_LIMITS, RequestLimits
+from morphserve.control import NO_LIMITS, RequestLimits
 
 logger = logging.getLogger("vllm.morphserve")
 

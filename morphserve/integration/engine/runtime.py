@@ -9,10 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from morphserve.config import MorphServeConfig
-from morphserve.control import Ledgers, largest_chunk_bytes, make_ledgers
-from morphserve.control.ladder import build_ladder, check_floor
-from morphserve.control.layer_times import with_time_factors
-from morphserve.control.rank_bytes import RankBytes, most_uneven
+from morphserve.control import (
+    Ledgers,
+    RankBytes,
+    build_ladder,
+    check_floor,
+    largest_chunk_bytes,
+    make_ledgers,
+    most_uneven,
+    with_time_factors,
+)
 from morphserve.errors import ConfigError
 from morphserve.integration.describe import RankDescription
 from morphserve.integration.engine.block_pool import blocks_of_one_request, check_supported
@@ -20,7 +26,7 @@ from morphserve.integration.start.device_budget import check_given_blocks
 from morphserve.integration.start.settings import config_file, served_ladder
 from morphserve.integration.worker.cuda.kv import check_kinds, geometry_of, quantum_of
 from morphserve.profile_ladder import read_ladder
-from policies.types import Ladder
+from policies import Ladder
 
 logger = logging.getLogger("vllm.morphserve")
 

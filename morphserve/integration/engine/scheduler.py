@@ -11,7 +11,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from morphserve.integration.engine import wiring as engine
+from morphserve.integration.engine import wiring
 
 
 class _MorphScheduler:
@@ -19,7 +19,7 @@ class _MorphScheduler:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.morph = engine.attach(self)
+        self.morph = wiring.attach(self)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self.morph.before_schedule()

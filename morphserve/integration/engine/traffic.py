@@ -8,8 +8,7 @@ from typing import Any
 
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
-from morphserve.control.monitor import Monitor
-from morphserve.control.ports import EngineView
+from morphserve.control import EngineView, Monitor
 from morphserve.integration.engine.request_limits import limits_of
 
 

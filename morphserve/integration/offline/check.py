@@ -9,9 +9,9 @@ import sys
 
 from morphserve import cpu_tier
 from morphserve.errors import ConfigError
+from morphserve.integration import seams
 from morphserve.integration.offline.check_report import Machine
 from morphserve.integration.offline.dtype_check import DTYPES, check_dtype
-from morphserve.integration.seams import rows as seams
 from morphserve.version import SUPPORTED_VLLM
 
 AUTO = "auto"

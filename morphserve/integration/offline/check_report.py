@@ -9,13 +9,12 @@ from typing import Any
 import torch
 
 from morphserve import cpu_tier
-from morphserve.control.ladder import DEFAULT_FORMATS
-from morphserve.control.layer_times import TIMED_BATCHES
+from morphserve.control import DEFAULT_FORMATS, TIMED_BATCHES
 from morphserve.integration.offline.dtype_check import DtypeReport
-from morphserve.integration.seams.rows import SeamResult
+from morphserve.integration.seams import SeamResult
 from morphserve.integration.worker.layer_speed import factors
 from morphserve.version import SUPPORTED_VLLM, __version__
-from policies.types import BASE_FORMAT
+from policies import BASE_FORMAT
 
 _CLEARLY = 1.25  # a dtype so many times as fast as the one that is served is worth a line
 _BATCHES = ", ".join(map(str, TIMED_BATCHES))

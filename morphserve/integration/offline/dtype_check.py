@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from morphserve.control.ladder import DEFAULT_FORMATS
-from morphserve.control.layer_times import LayerTimes
+from morphserve.control import DEFAULT_FORMATS, LayerTimes
 from morphserve.errors import ConfigError
-from policies.types import BASE_FORMAT
+from policies import BASE_FORMAT
 from quant_layers import FORMATS, KernelReport, LinearImpl, by_preference, probe
 
 DTYPES = ("bfloat16", "float16", "float32")

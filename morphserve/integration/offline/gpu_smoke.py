@@ -6,7 +6,7 @@ import importlib.util
 import os
 from typing import Any
 
-from policies.types import Decision, Signals
+from policies import Decision, Signals
 
 
 class _Wanted:

@@ -16,7 +16,7 @@ from vllm import LLM, SamplingParams
 
 from morphserve.integration.describe import RankDescription
 from morphserve.integration.worker.worker import rank_layers
-from policies.types import BASE_FORMAT
+from policies import BASE_FORMAT
 
 _BATCH = 16  # requests that `step_time_s` decodes at once
 

@@ -10,12 +10,10 @@ from typing import Any
 from vllm import LLM, SamplingParams
 
 from morphserve.config import MorphServeConfig
-from morphserve.control.ladder import ladder_formats, optional_formats
-from morphserve.control.rank_bytes import RankBytes
+from morphserve.control import RankBytes, ladder_formats, optional_formats
 from morphserve.errors import MorphServeError
 from morphserve.profile_ladder import read_ladder
-from policies.step_times import LayerMove
-from policies.types import BASE_FORMAT, Decision, StepLoad
+from policies import BASE_FORMAT, Decision, LayerMove, StepLoad
 from quant_layers import FORMATS
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)

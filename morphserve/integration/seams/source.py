@@ -45,20 +45,20 @@ def check_seam(seam: Seam, tree: SourceTree) -> SeamResult:
     return SeamResult(seam, True, ", ".join(["present", *notes]))
 
 
-def check_all(rows: Iterable[Seam], tree: SourceTree) -> list[SeamResult]:
+def check_sources(rows: Iterable[Seam], tree: SourceTree) -> list[SeamResult]:
     """One result a row."""
     return [check_seam(row, tree) for row in rows]
 
 
-def check_version(tree: SourceTree) -> SeamResult:
+def check_sources_version(tree: SourceTree) -> SeamResult:
     """The vLLM of these sources is inside the supported range."""
-    have = version(tree)
+    have = sources_version(tree)
     seam = Seam("version", "vllm:__version__", (), f"tested range {SUPPORTED_VLLM}")
     ok = have is not None and SpecifierSet(SUPPORTED_VLLM).contains(Version(have).base_version, prereleases=True)
     return SeamResult(seam, ok, f"sources of {have or 'no version'}, supported {SUPPORTED_VLLM}")
 
 
-def version(tree: SourceTree) -> str | None:
+def sources_version(tree: SourceTree) -> str | None:
     """What a built vLLM says of itself; None for a checkout that was never built."""
     module = tree.module("vllm._version")
     binding = module.scope.names.get("__version__") if module else None

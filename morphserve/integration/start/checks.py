@@ -8,16 +8,14 @@ from typing import Any
 
 from morphserve import cpu_tier
 from morphserve.config import MorphServeConfig, check_formats, step_times_file
-from morphserve.control.ladder import build_ladder, check_floor, ladder_formats
-from morphserve.control.rank_bytes import RankBytes
+from morphserve.control import RankBytes, build_ladder, check_floor, ladder_formats
 from morphserve.errors import ConfigError
 from morphserve.integration.start.device_checks import check_device, check_graph_buffers
 from morphserve.integration.start.settings import for_this_device, read_settings
 from morphserve.profile_ladder import read_ladder
-from morphserve.residence.paged.memory import wants_device
+from morphserve.residence import wants_device
 from morphserve.version import UNPROVEN_CUDA
-from policies import EngineLimits, PolicySetup, load_step_times
-from policies.types import BASE_FORMAT, Ladder, Policy
+from policies import BASE_FORMAT, EngineLimits, Ladder, Policy, PolicySetup, load_step_times
 from quant_layers import FORMATS, split_format
 
 _BASE_BITS = 16

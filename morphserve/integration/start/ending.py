@@ -23,7 +23,7 @@ from typing import Any
 
 from morphserve.endings import PREFIX, Problem, first_cause, sentence
 from morphserve.errors import EngineEndedError, MorphServeError
-from morphserve.integration.seams import rows as seams
+from morphserve.integration import seams
 
 _FILE = "MORPHSERVE_ENDING_FILE"  # set by the front process for its children; no option for users
 # Functions of vLLM that log what ends their process; the last one what it saw of another's end.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from morphserve.config import LadderStep, MorphServeConfig, load_config, parse_config
-from morphserve.control.ladder import without_formats
+from morphserve.control import without_formats
 
 KEY = "morphserve"
 CONFIG_FILE = "config_file"

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from morphserve.control.ports import Plan, Reply
+from morphserve.control import Plan, Reply
 
 logger = logging.getLogger("vllm.morphserve")
 

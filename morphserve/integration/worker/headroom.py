@@ -20,7 +20,7 @@ import vllm
 from vllm.v1.worker.cpu_model_runner import _set_global_compilation_settings
 
 from morphserve.integration.worker.host_memory import peak_beyond_now
-from policies.types import BASE_FORMAT
+from policies import BASE_FORMAT
 
 logger = logging.getLogger("vllm.morphserve")
 

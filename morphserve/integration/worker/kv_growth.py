@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from morphserve.integration.seams.rows import OPTIONAL, check_seam
+from morphserve.integration.seams import OPTIONAL, check_seam
 
 logger = logging.getLogger("vllm.morphserve")
 

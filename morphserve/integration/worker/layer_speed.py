@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from morphserve import cpu_tier
-from morphserve.control.layer_times import TIMED_BATCHES, LayerTimes
-from policies.types import BASE_FORMAT
+from morphserve.control import TIMED_BATCHES, LayerTimes
+from policies import BASE_FORMAT
 from quant_layers import HALVES, LinearImpl, half_of
 
 logger = logging.getLogger("vllm.morphserve")

@@ -18,8 +18,7 @@ import torch
 from vllm.model_executor.layers.linear import LinearBase
 
 from morphserve.config import MorphServeConfig
-from morphserve.control.ladder import ladder_formats
-from morphserve.control.layer_times import LayerTimes
+from morphserve.control import LayerTimes, ladder_formats
 from morphserve.errors import ConfigError
 from morphserve.errors import StoreError as MorphStoreError
 from morphserve.integration.describe import RankDescription
@@ -31,7 +30,7 @@ from morphserve.integration.worker.ops import opaque_linear
 from morphserve.integration.worker.profile_source import Plain
 from morphserve.integration.worker.recipes import Needs, choose_kernels, formats_of_halves, open_recipe
 from morphserve.profile_ladder import read_ladder
-from policies.types import BASE_FORMAT
+from policies import BASE_FORMAT
 from quant_layers import (
     FORMATS,
     STORE_SCHEMA,

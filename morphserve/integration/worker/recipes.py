@@ -10,13 +10,13 @@ import torch
 from vllm.model_executor.layers.linear import LinearBase
 
 from morphserve.config import MorphServeConfig
-from morphserve.control.ladder import optional_formats
+from morphserve.control import optional_formats
 from morphserve.errors import ConfigError
 from morphserve.integration.worker.base_linear import applied_bias
 from morphserve.integration.worker.import_source import Importer
 from morphserve.integration.worker.profile_source import Plain, Smoother
 from morphserve.profile_ladder import read_ladder
-from policies.types import BASE_FORMAT
+from policies import BASE_FORMAT
 from quant_layers import Kernel, KernelError, choose, split_format
 
 

@@ -11,17 +11,17 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from morphserve.control.ports import Plan, Reply
+from morphserve.control import Plan, Reply
 from morphserve.errors import ConfigError
+from morphserve.integration import seams
 from morphserve.integration.describe import RankDescription
-from morphserve.integration.seams import rows as seams
 from morphserve.integration.start.settings import read_settings
-from morphserve.integration.worker import headroom as rank_proof
+from morphserve.integration.worker import headroom
 from morphserve.integration.worker.commands import Commands, Figures, KVUnknown
 from morphserve.integration.worker.host_memory import resident_bytes, weights_on_their_own_pages
 from morphserve.integration.worker.kv import RankKV
 from morphserve.integration.worker.layers import RankLayers
-from morphserve.residence.paged.memory import wants_device
+from morphserve.residence import wants_device
 from quant_layers import trim
 
 
@@ -99,7 +99,7 @@ class MorphServeWorker:
 
     def morphserve_worst_forward(self, measure: bool) -> int | None:
         """Bytes that a worst-case forward pass takes on this rank at most; None = unknown yet, and not measured."""
-        return (rank_proof.measure if measure else rank_proof.known)(self, rank_layers())
+        return (headroom.measure if measure else headroom.known)(self, rank_layers())
 
     def morphserve_keep_free(self, num_bytes: int, num_ranks: int) -> None:
         """Before any block is mapped: what all ranks of this host need beside the KV cache."""

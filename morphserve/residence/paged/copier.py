@@ -8,8 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kv_resize import BackingError
-from kv_resize.host_memory import available_bytes
+from kv_resize import BackingError, available_bytes
 
 
 class Copier(Protocol):

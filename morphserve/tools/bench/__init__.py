@@ -6,10 +6,17 @@ from morphserve.tools.bench.cli import main
 from morphserve.tools.bench.command import run_command
 from morphserve.tools.bench.load.server import ServerOptions
 from morphserve.tools.bench.paired import ClosedLoop, PairedResult, compare_idle
-from morphserve.tools.workload.errors import ReplayError, WorkloadError
-from morphserve.tools.workload.metrics import Slo
-from morphserve.tools.workload.prompts import load_encoder, read_corpus
-from morphserve.tools.workload.workload import Workload, WorkloadSpec, load_workload, save_workload
+from morphserve.tools.workload import (
+    ReplayError,
+    Slo,
+    Workload,
+    WorkloadError,
+    WorkloadSpec,
+    load_encoder,
+    load_workload,
+    read_corpus,
+    save_workload,
+)
 
 __all__ = [
     "ClosedLoop",

@@ -25,13 +25,20 @@ from morphserve.tools.bench.load.server import ServerOptions
 from morphserve.tools.bench.options import build_parser
 from morphserve.tools.bench.report.console import ConsoleProgress
 from morphserve.tools.bench.report.summary import summarize
-from morphserve.tools.workload.errors import ReplayError
-from morphserve.tools.workload.limits import check_times
-from morphserve.tools.workload.metrics import Slo
-from morphserve.tools.workload.prompts import PromptMaker, load_encoder, read_corpus
-from morphserve.tools.workload.workload import Workload, WorkloadSpec, check_fits, load_workload, save_workload
-from policies import load_step_times
-from policies.types import BASE_FORMAT
+from morphserve.tools.workload import (
+    PromptMaker,
+    ReplayError,
+    Slo,
+    Workload,
+    WorkloadSpec,
+    check_fits,
+    check_times,
+    load_encoder,
+    load_workload,
+    read_corpus,
+    save_workload,
+)
+from policies import BASE_FORMAT, load_step_times
 
 
 def main(description: str, corpus: Path, argv: Sequence[str] | None = None) -> int:

@@ -15,15 +15,13 @@ import yaml
 
 from morphserve import cpu_tier
 from morphserve.config import load_config, parse_config, step_times_file
-from morphserve.control.ladder import ladder_formats
+from morphserve.control import ladder_formats
 from morphserve.serve_dtype import model_dtype
 from morphserve.tools.bench.environment import describe_machine
 from morphserve.tools.bench.load.measure import Measurement, measure
 from morphserve.tools.bench.load.server import Server, ServerOptions, serve
 from morphserve.tools.bench.report.results import RunResult
-from morphserve.tools.workload.errors import ReplayError
-from morphserve.tools.workload.metrics import Slo
-from morphserve.tools.workload.outcome import Outcome
+from morphserve.tools.workload import Outcome, ReplayError, Slo
 from policies import StepTimes, load_step_times
 
 log = logging.getLogger(__name__)

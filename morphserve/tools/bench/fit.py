@@ -11,12 +11,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from morphserve.control.rank_bytes import RankBytes
+from morphserve.control import RankBytes
 from morphserve.tools.bench.load.probe import StockSpeed
-from morphserve.tools.workload.metrics import Slo
-from morphserve.tools.workload.workload import WorkloadSpec, load_workload
-from policies import LayerMove, StepTimes
-from policies.types import BASE_FORMAT
+from morphserve.tools.workload import Slo, WorkloadSpec, load_workload
+from policies import BASE_FORMAT, LayerMove, StepTimes
 
 if TYPE_CHECKING:  # it builds on this package
     from morphserve.tools.sim import SimServer

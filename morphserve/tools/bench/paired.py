@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 
 from morphserve.tools.bench.load.server import ServerOptions, serve
-from morphserve.tools.workload.errors import ReplayError
+from morphserve.tools.workload import ReplayError
 
 # Student's t, 97.5 % quantile, by degrees of freedom (pairs - 1); beyond the table an expansion around the normal's.
 _T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)

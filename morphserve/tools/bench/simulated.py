@@ -23,7 +23,7 @@ from morphserve.tools.bench.compare import (
 )
 from morphserve.tools.bench.environment import describe_machine
 from morphserve.tools.bench.report.results import RunResult
-from morphserve.tools.workload.errors import ReplayError
+from morphserve.tools.workload import ReplayError
 
 if TYPE_CHECKING:  # it builds on this package
     from morphserve.tools.sim import Calibration, SimServer

@@ -21,9 +21,8 @@ from morphserve.serve_dtype import add_dtype_option, resolve_dtype
 from morphserve.tools.bench.environment import describe_machine
 from morphserve.tools.bench.load.server import ServerOptions, serve
 from morphserve.tools.profile.step_time_fit import fit_step_time
-from morphserve.tools.sim.calibration import Calibration
-from policies.step_times import StepTimes
-from policies.types import BASE_FORMAT
+from morphserve.tools.sim import Calibration
+from policies import BASE_FORMAT, StepTimes
 
 
 def main(argv: list[str] | None = None, description: str = "How long does a step take?") -> int:

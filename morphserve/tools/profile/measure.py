@@ -13,7 +13,7 @@ from morphserve.serve_dtype import add_dtype_option, resolve_dtype
 
 def main(argv: list[str] | None = None, description: str = "What does a format cost?") -> int:
     """See scripts/measure_kl.py."""
-    from morphserve.control.ladder import DEFAULT_FORMATS
+    from morphserve.control import DEFAULT_FORMATS
     from quant_layers import FORMATS
 
     parser = argparse.ArgumentParser(

@@ -8,8 +8,7 @@ from itertools import combinations
 import numpy as np
 
 from morphserve.errors import MorphServeError
-from policies.step_times import StepTime
-from policies.types import StepLoad
+from policies import StepLoad, StepTime
 
 _TRIM = 0.02  # slowest share of the steps left out: the machine did something else
 _MIN_STEPS = 20

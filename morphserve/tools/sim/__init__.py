@@ -6,7 +6,15 @@ Neither torch nor vLLM; the same inputs give the same outputs.
 from __future__ import annotations
 
 from morphserve.tools.sim.calibration import Calibration, load_calibration
+from morphserve.tools.sim.morphing import plan_ladder
 from morphserve.tools.sim.run import Simulated, simulate
 from morphserve.tools.sim.server import SimServer
 
-__all__ = ["Calibration", "SimServer", "Simulated", "load_calibration", "simulate"]
+__all__ = [
+    "Calibration",
+    "SimServer",
+    "Simulated",
+    "load_calibration",
+    "plan_ladder",
+    "simulate",
+]

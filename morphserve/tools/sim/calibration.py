@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from morphserve.control.rank_bytes import RankBytes
+from morphserve.control import RankBytes
 from morphserve.errors import ConfigError
-from policies.step_times import StepTimes, load_step_times
-from policies.types import BASE_FORMAT
+from policies import BASE_FORMAT, StepTimes, load_step_times
 
 _KEY = "model_bytes"
 _REMEDY = "Make it with scripts/calibrate.py."

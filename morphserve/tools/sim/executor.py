@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from morphserve.control.ports import Plan, Reply
-from morphserve.control.rank_bytes import RankBytes
+from morphserve.control import Plan, RankBytes, Reply
 from morphserve.tools.sim.pace import Pace
-from policies.types import BASE_FORMAT
+from policies import BASE_FORMAT
 
 
 class _Answered:

@@ -7,10 +7,20 @@ from dataclasses import replace
 from typing import Any
 
 from morphserve.config import MorphServeConfig
-from morphserve.control import Controller, DecisionLog, EngineView, largest_chunk_bytes, make_ledgers
-from morphserve.control.ladder import ProfileLadder, build_ladder, check_floor, optional_formats, without_formats
-from morphserve.control.layer_times import TIMED_BATCHES
-from morphserve.control.monitor import Monitor
+from morphserve.control import (
+    TIMED_BATCHES,
+    Controller,
+    DecisionLog,
+    EngineView,
+    Monitor,
+    ProfileLadder,
+    build_ladder,
+    check_floor,
+    largest_chunk_bytes,
+    make_ledgers,
+    optional_formats,
+    without_formats,
+)
 from morphserve.errors import ConfigError
 from morphserve.tools.sim.calibration import Calibration
 from morphserve.tools.sim.executor import SimExecutor

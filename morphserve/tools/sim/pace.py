@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from policies.step_times import StepTimes
-from policies.types import BASE_FORMAT, MorphLevel
+from policies import BASE_FORMAT, MorphLevel, StepTimes
 
 
 class Pace:

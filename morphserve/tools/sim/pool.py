@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from morphserve.control.ports import ShrinkProgress
+from morphserve.control import ShrinkProgress
 from morphserve.errors import IllegalTransition
 
 

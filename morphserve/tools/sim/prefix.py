@@ -10,7 +10,7 @@ from morphserve.tools.sim.pool import SimPool
 from morphserve.tools.sim.request import SimRequest, State
 from morphserve.tools.sim.scheduler import SimScheduler
 from morphserve.tools.sim.server import SimServer
-from morphserve.tools.workload.workload import Workload
+from morphserve.tools.workload import Workload
 
 PrefixReuse = Literal["any", "not_worse", "exact"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from morphserve.tools.sim.morphing import Morphing
 from morphserve.tools.sim.pool import SimPool
 from morphserve.tools.sim.scheduler import SimScheduler
-from morphserve.tools.workload.outcome import Snapshot
+from morphserve.tools.workload import Snapshot
 
 
 class Recorder:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from morphserve.config import MorphServeConfig
-from morphserve.control.ladder import ProfileLadder, check_floor
+from morphserve.control import ProfileLadder, check_floor
 from morphserve.errors import ConfigError
 from morphserve.tools.sim.calibration import Calibration
 from morphserve.tools.sim.engine import SimEngine
@@ -20,10 +20,18 @@ from morphserve.tools.sim.recorder import Recorder
 from morphserve.tools.sim.request import SimRequest, State
 from morphserve.tools.sim.scheduler import SimScheduler
 from morphserve.tools.sim.server import SimServer
-from morphserve.tools.workload import timeline
-from morphserve.tools.workload.metrics import Slo
-from morphserve.tools.workload.outcome import CUTOFF, OK, TIMEOUT, Outcome, Replayed, Snapshot
-from morphserve.tools.workload.workload import Workload, check_fits
+from morphserve.tools.workload import (
+    CUTOFF,
+    OK,
+    TIMEOUT,
+    Outcome,
+    Replayed,
+    Slo,
+    Snapshot,
+    Workload,
+    check_fits,
+    timeline,
+)
 
 REFUSED = "http_503"
 

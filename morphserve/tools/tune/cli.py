@@ -20,8 +20,7 @@ from morphserve.tools.tune.errors import TuningError
 from morphserve.tools.tune.evaluate import World
 from morphserve.tools.tune.space import Space, load_space
 from morphserve.tools.tune.windows import load_windows
-from morphserve.tools.workload.limits import check_times
-from morphserve.tools.workload.windows import Window
+from morphserve.tools.workload import Window, check_times
 
 STUDY_FILE = "study.journal"
 

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from morphserve.config import MorphServeConfig
-from morphserve.control.ladder import ProfileLadder
+from morphserve.control import ProfileLadder
 from morphserve.errors import ConfigError
 from morphserve.tools.sim import Calibration, SimServer, simulate
 from morphserve.tools.tune.errors import TuningError
 from morphserve.tools.tune.score import Score, score_of
-from morphserve.tools.workload.metrics import Slo
-from morphserve.tools.workload.windows import Window
+from morphserve.tools.workload import Slo, Window
 
 
 @dataclass(frozen=True, slots=True)

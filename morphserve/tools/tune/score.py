@@ -8,7 +8,7 @@ from typing import Any
 
 from morphserve.tools.sim import Simulated
 from morphserve.tools.tune.errors import TuningError
-from morphserve.tools.workload.metrics import Slo
+from morphserve.tools.workload import Slo
 
 
 @dataclass(frozen=True, slots=True)

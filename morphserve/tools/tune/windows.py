@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from morphserve.tools.tune.errors import TuningError
-from morphserve.tools.workload.windows import Window, read_windows
+from morphserve.tools.workload import Window, read_windows
 
 
 def load_windows(dev: Sequence[str], held_out: Sequence[str]) -> tuple[list[Window], list[Window]]:

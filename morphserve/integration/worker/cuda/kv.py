@@ -11,7 +11,7 @@ from kv_resize import ArenaBacking, ElasticCache, KVGeometry, Placement
 from morphserve.errors import ConfigError
 from morphserve.integration.worker.block_tables import rewrite_block_tables
 from morphserve.integration.worker.kv import ZerosFrom
-from morphserve.residence.paged.memory import DeviceMemory
+from morphserve.residence import DeviceMemory
 
 logger = logging.getLogger("vllm.morphserve")
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from morphserve.config import MorphServeConfig
-from morphserve.control import largest_chunk_bytes, layers_within
-from morphserve.control.ladder import ladder_formats
+from morphserve.control import ladder_formats, largest_chunk_bytes, layers_within
 from morphserve.errors import ConfigError
 from morphserve.integration.describe import RankDescription
 from morphserve.integration.start.checks import nominal_ladder
@@ -24,9 +23,17 @@ from morphserve.integration.worker.ops.opaque_linear import MorphLinearMethod, i
 from morphserve.integration.worker.profile_source import Plain
 from morphserve.integration.worker.recipes import Needs, choose_kernels, formats_of_halves, open_recipe
 from morphserve.profile_ladder import read_ladder
-from morphserve.residence import DeviceSwapper, Part, WeightArena, WeightSlot, layer_bytes, register_op, reset
-from morphserve.residence.paged.memory import DeviceMemory
-from policies.types import BASE_FORMAT
+from morphserve.residence import (
+    DeviceMemory,
+    DeviceSwapper,
+    Part,
+    WeightArena,
+    WeightSlot,
+    layer_bytes,
+    register_op,
+    reset,
+)
+from policies import BASE_FORMAT
 from quant_layers import BIAS, HALVES, Half, Kernel, KernelError, LinearImpl, LinearSlot, TensorSlot, half_of
 
 logger = logging.getLogger("vllm.morphserve")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from morphserve.errors import ConfigError
-from morphserve.integration.seams import rows as seams
+from morphserve.integration import seams
 
 _WORKER = "vllm.v1.worker.gpu_worker:Worker"
 # Each writes to, or reads, every parameter of the model, wherever it is.

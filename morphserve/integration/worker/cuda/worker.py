@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kv_resize import KVResizeError
-from morphserve.control.ports import Plan, Reply
+from morphserve.control import Plan, Reply
 from morphserve.errors import ConfigError
+from morphserve.integration import seams
 from morphserve.integration.describe import RankDescription
-from morphserve.integration.seams import rows as seams
 from morphserve.integration.start.device_budget import check_fixed_kv
 from morphserve.integration.start.settings import for_this_device, read_settings
 from morphserve.integration.worker.commands import Commands, Figures, KVUnknown
@@ -23,8 +23,7 @@ from morphserve.integration.worker.cuda.kv import DeviceKV
 from morphserve.integration.worker.cuda.layers import DeviceLayers
 from morphserve.integration.worker.cuda.refusals import refuse_weight_access
 from morphserve.integration.worker.cuda.workspace import BankWorkspace
-from morphserve.residence import DeviceRank, DeviceSwapper
-from morphserve.residence.paged.memory import DeviceMemory, open_memory, wants_device
+from morphserve.residence import DeviceMemory, DeviceRank, DeviceSwapper, open_memory, wants_device
 
 
 def _forward_stream() -> Any:

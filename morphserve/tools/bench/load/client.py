@@ -11,8 +11,7 @@ from typing import Any
 
 import aiohttp
 
-from morphserve.tools.workload.outcome import ERROR, OK, TIMEOUT, Outcome, Replayed
-from morphserve.tools.workload.workload import Workload
+from morphserve.tools.workload import ERROR, OK, TIMEOUT, Outcome, Replayed, Workload
 
 # vLLM's server closes a connection that is idle for 5 s (uvicorn's default). A client that was kept from running
 # at that moment would send its next request into it, and count a violation that the server knows nothing of.

@@ -16,10 +16,7 @@ import aiohttp
 from morphserve.tools.bench.load.client import ClientOptions, completion_body, replay, send
 from morphserve.tools.bench.load.scrape import Poller, fetch_status
 from morphserve.tools.bench.report.results import RunResult
-from morphserve.tools.workload.errors import ReplayError
-from morphserve.tools.workload.metrics import Slo
-from morphserve.tools.workload.outcome import Outcome
-from morphserve.tools.workload.workload import Workload
+from morphserve.tools.workload import Outcome, ReplayError, Slo, Workload
 
 _ALIVE_S = 60.0  # a server that is only busy answers in that time
 _DIED = "it died in the run, of which nothing is kept. Its log says why."

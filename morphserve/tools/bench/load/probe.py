@@ -12,8 +12,7 @@ import aiohttp
 
 from morphserve.tools.bench.load.client import ClientOptions, completion_body, send
 from morphserve.tools.bench.load.server import ServerOptions
-from morphserve.tools.workload.errors import ReplayError
-from morphserve.tools.workload.outcome import Outcome
+from morphserve.tools.workload import Outcome, ReplayError
 from policies import StepTime
 
 LONE_PROMPT_TOKENS = 40  # about the mean of the conversation windows

@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 
-from morphserve.tools.workload.outcome import Snapshot
+from morphserve.tools.workload import Snapshot
 
 _LINE = re.compile(r"^((?:vllm|morphserve):[a-zA-Z0-9_]+)(?:\{(.*)\})? (\S+)")
 _LABEL = re.compile(r'([a-zA-Z0-9_]+)="((?:[^"\\]|\\.)*)"')

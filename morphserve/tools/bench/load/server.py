@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from morphserve.endings import cause_in, how_it_ended, one_line, sentence
-from morphserve.tools.workload.errors import ReplayError
+from morphserve.tools.workload import ReplayError
 
 log = logging.getLogger(__name__)
 

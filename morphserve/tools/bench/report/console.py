@@ -18,7 +18,7 @@ from rich.progress import (
 
 from morphserve.tools.bench.report.results import RunResult
 from morphserve.tools.bench.report.summary import percent, seconds
-from morphserve.tools.workload.outcome import Outcome
+from morphserve.tools.workload import Outcome
 
 
 class ConsoleProgress:

@@ -10,9 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from morphserve.tools.workload import timeline
-from morphserve.tools.workload.metrics import Slo, bench_result, dispatch_lag, violations
-from morphserve.tools.workload.outcome import Replayed, Snapshot
+from morphserve.tools.workload import Replayed, Slo, Snapshot, bench_result, dispatch_lag, timeline, violations
 
 # The columns of a comparison, in the order of the document on stdout.
 ROW_KEYS = (

@@ -9,8 +9,7 @@ from typing import Any
 
 from morphserve.tools.bench.compare import MORPHSERVE, STOCK, by_name, static_format
 from morphserve.tools.bench.report.results import ROW_KEYS, RunResult
-from morphserve.tools.workload.metrics import Slo
-from morphserve.tools.workload.workload import Workload
+from morphserve.tools.workload import Slo, Workload
 
 _LAG_LIMIT_MS = 100.0  # 5 % of the usual TTFT limit
 _CLEARLY = 0.8  # of another's percentile: repeats of one run differ by less

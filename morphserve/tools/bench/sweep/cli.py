@@ -19,9 +19,7 @@ from morphserve.tools.bench.sweep.agreement import SPEEDS, Row, compare, middle
 from morphserve.tools.bench.sweep.measured import measure_all
 from morphserve.tools.bench.sweep.ranking import dominated, totals
 from morphserve.tools.bench.sweep.report import markdown
-from morphserve.tools.workload.errors import ReplayError
-from morphserve.tools.workload.windows import read_windows
-from morphserve.tools.workload.workload import check_fits
+from morphserve.tools.workload import ReplayError, check_fits, read_windows
 
 
 def build_parser(description: str, corpus: Path) -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from morphserve.tools.bench.compare import STOCK, Comparison, Progress, derived_config, measure_run, start_server
-from morphserve.tools.workload.errors import ReplayError
+from morphserve.tools.workload import ReplayError
 
 Row = dict[str, Any]  # figures of one run, as RunResult.figures gives them
 
