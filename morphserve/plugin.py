@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from morphserve.errors import MorphServeError
-from morphserve.integration import seams
-from morphserve.integration.start import ending
+from morphserve.integration import ending, seams
 from morphserve.integration.start.settings import CONFIG_FILE, KEY, is_active, read_settings
 
 logger = logging.getLogger("vllm.morphserve")

@@ -16,7 +16,7 @@ import vllm.v1.executor.multiproc_executor as executor
 
 from morphserve.endings import PREFIX
 from morphserve.errors import ConfigError, EngineEndedError
-from morphserve.integration.start import ending
+from morphserve.integration import ending
 
 MEMORY = "Available memory on node 0 (15.56/17.09 GiB) on startup is less"
 
