@@ -18,7 +18,7 @@ from typing import Any
 
 from morphserve.errors import MorphServeError
 from morphserve.integration import ending, seams
-from morphserve.integration.start.settings import CONFIG_FILE, KEY, is_active, read_settings
+from morphserve.integration.start import CONFIG_FILE, KEY, is_active, read_settings
 
 logger = logging.getLogger("vllm.morphserve")
 
@@ -44,9 +44,9 @@ def register() -> None:
 
 def install_engine_seams() -> None:
     """Wrap what the engine-core process needs. Re-entrant; inert for other engines."""
-    from morphserve.integration.engine import wiring
+    from morphserve.integration import engine
 
-    wiring.install()
+    engine.install()
 
 
 def _add_cli_args(original: Callable[..., Any]) -> Any:
@@ -111,7 +111,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Any:
             ending.arm(_is_cli())
             _activate(self)
             config = original(self, *args, **kwargs)
-            from morphserve.integration.start.checks import check_engine
+            from morphserve.integration.start import check_engine
 
             check_engine(config)
         except MorphServeError as e:
@@ -152,14 +152,14 @@ def _activate(engine_args: Any) -> None:
 def _device_seams() -> tuple[seams.Seam, ...]:
     """Rows that hold or fall with a GPU."""
     from morphserve.integration.seams import CUDA_SEAMS
-    from morphserve.integration.start.checks import current_device_type
+    from morphserve.integration.start import current_device_type
 
     return CUDA_SEAMS if current_device_type() == "cuda" else ()
 
 
 def _worker_extension_cls() -> str:
     """Of the device that vLLM has found."""
-    from morphserve.integration.start.checks import current_device_type
+    from morphserve.integration.start import current_device_type
     from morphserve.residence import wants_device
 
     return DEVICE_WORKER_EXTENSION_CLS if wants_device(current_device_type()) else WORKER_EXTENSION_CLS

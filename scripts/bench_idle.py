@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from morphserve.tools.bench import ClosedLoop, ServerOptions, compare_idle, load_encoder, read_corpus, run_command
+from morphserve.tools.bench import ClosedLoop, ServerOptions, compare_idle, run_command
+from morphserve.tools.workload import load_encoder, read_corpus
 
 CORPUS = Path(__file__).resolve().parent / "corpus" / "wikitext2.txt"
 

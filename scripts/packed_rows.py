@@ -180,7 +180,7 @@ def _with_plugin(**options: Any) -> Any:
 
 
 def _accepted() -> str:
-    from morphserve.integration.start.settings import for_this_device, read_settings
+    from morphserve.integration.start import for_this_device, read_settings
 
     found = _with_plugin()
     want(found.parallel_config.worker_extension_cls.rpartition(".")[2], "MorphServeDeviceWorker")
@@ -196,7 +196,7 @@ def _same_configuration() -> str:
 
 def refusals() -> None:
     """Each row of integration/start/device_checks.py, on configurations that vLLM makes itself where it lets us."""
-    from morphserve.integration.start.device_checks import check_device
+    from morphserve.integration.start import check_device
 
     os.environ[UNPROVEN_CUDA] = "1"
     importlib.import_module("morphserve.plugin").register()
@@ -226,14 +226,14 @@ def refusals() -> None:
 
 
 def _passes() -> str:
-    from morphserve.integration.start.device_checks import check_device
+    from morphserve.integration.start import check_device
 
     check_device(engine_config())
     return "passes"
 
 
 def _check_changed(vllm_config: Any, part: str, field: str, value: Any) -> None:
-    from morphserve.integration.start.device_checks import check_device
+    from morphserve.integration.start import check_device
 
     check_device(changed(vllm_config, part, field, value))
 

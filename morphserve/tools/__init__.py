@@ -1,0 +1,1 @@
+"""Measuring from outside; nothing that serves imports it."""

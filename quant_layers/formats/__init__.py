@@ -1,0 +1,1 @@
+"""What a quantized weight means: values and scales, whoever runs them."""

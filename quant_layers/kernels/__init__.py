@@ -1,0 +1,1 @@
+"""Who multiplies by a quantized weight here: candidates, their self-test, the choice."""

@@ -1,0 +1,1 @@
+"""Where quantized weights come from: checkpoints, scales, a profile."""

@@ -1,0 +1,1 @@
+"""Packed layers on disk."""

@@ -21,7 +21,7 @@ from cpu import replay_fakes
 from cpu.replay_fakes import CORPUS, encode
 
 from morphserve.errors import ConfigError
-from morphserve.tools.bench import ReplayError, Slo, main, run_command
+from morphserve.tools.bench import main, run_command
 from morphserve.tools.bench.compare import Comparison, derived_config, run_all
 from morphserve.tools.bench.load.client import ClientOptions
 from morphserve.tools.bench.load.measure import Measurement, measure
@@ -31,6 +31,7 @@ from morphserve.tools.bench.report.console import ConsoleProgress
 from morphserve.tools.bench.report.report import write_report
 from morphserve.tools.bench.report.results import ROW_KEYS, RunResult
 from morphserve.tools.bench.report.summary import summarize
+from morphserve.tools.workload import ReplayError, Slo
 from morphserve.tools.workload.formats import TraceRequest
 from morphserve.tools.workload.outcome import Outcome, Replayed, Snapshot
 from morphserve.tools.workload.prompts import PromptMaker

@@ -15,7 +15,7 @@ from aiohttp.test_utils import TestServer
 from cpu.replay_fakes import FakeServer
 from cpu.test_replay_compare import FAKE, comparison
 
-from morphserve.tools.bench import ReplayError, Slo, main
+from morphserve.tools.bench import main
 from morphserve.tools.bench.compare import Comparison, derived_config
 from morphserve.tools.bench.fit import TPOT_OF_LONE, TTFT_OF_LONE, Given, fit
 from morphserve.tools.bench.fitted import run_fitted
@@ -24,6 +24,7 @@ from morphserve.tools.bench.load.client import ClientOptions
 from morphserve.tools.bench.load.probe import StockSpeed
 from morphserve.tools.bench.report.console import ConsoleProgress
 from morphserve.tools.sim import SimServer
+from morphserve.tools.workload import ReplayError, Slo
 from morphserve.tools.workload.outcome import Outcome
 from morphserve.tools.workload.workload import WorkloadSpec
 from policies import StepTime, load_step_times

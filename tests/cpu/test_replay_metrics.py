@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from morphserve.tools.bench import Slo
 from morphserve.tools.bench.load.scrape import parse_metrics, snapshot
-from morphserve.tools.workload import timeline
+from morphserve.tools.workload import Slo, timeline
 from morphserve.tools.workload.metrics import bench_result, dispatch_lag, violations
 from morphserve.tools.workload.outcome import CUTOFF, Outcome, Replayed, Snapshot
 

@@ -9,7 +9,7 @@ from cpu.replay_fakes import CORPUS, encode
 from hypothesis import given
 from hypothesis import strategies as st
 
-from morphserve.tools.bench import WorkloadError
+from morphserve.tools.workload import WorkloadError
 from morphserve.tools.workload.formats import TraceRequest
 from morphserve.tools.workload.prompts import PromptMaker, load_encoder, read_corpus
 from morphserve.tools.workload.workload import Workload

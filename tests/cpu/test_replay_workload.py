@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from morphserve.tools.bench import WorkloadError, WorkloadSpec, load_workload, save_workload
+from morphserve.tools.workload import WorkloadError, WorkloadSpec, load_workload, save_workload
 from morphserve.tools.workload.formats import TraceRequest, read_trace
 from morphserve.tools.workload.workload import Workload, check_fits
 

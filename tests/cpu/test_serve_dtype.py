@@ -15,9 +15,9 @@ from cpu.test_step_times import TIMES
 
 from morphserve import cpu_tier, serve_dtype
 from morphserve.serve_dtype import main, model_dtype, resolve_dtype
-from morphserve.tools.bench import ReplayError
 from morphserve.tools.bench.cli import settle_dtype
 from morphserve.tools.bench.options import build_parser
+from morphserve.tools.workload import ReplayError
 from policies import load_step_times
 
 

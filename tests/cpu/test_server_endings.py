@@ -15,9 +15,9 @@ import pytest
 from aiohttp import web
 from cpu import replay_fakes
 
-from morphserve.tools.bench import ReplayError
 from morphserve.tools.bench.load.measure import _check_alive
 from morphserve.tools.bench.load.server import ServerOptions, ending, serve
+from morphserve.tools.workload import ReplayError
 
 FAKE = ServerOptions(model="tiny", command=(sys.executable, replay_fakes.__file__), start_timeout_s=60)
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from cpu.sim_world import CALIBRATION
 
-from morphserve.tools.bench import WorkloadError, WorkloadSpec, load_workload, main
+from morphserve.tools.bench import main
+from morphserve.tools.workload import WorkloadError, WorkloadSpec, load_workload
 from morphserve.tools.workload.synthetic import generate, parse_synthetic
 
 ROOT = Path(__file__).parents[2]

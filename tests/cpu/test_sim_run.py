@@ -13,10 +13,10 @@ from cpu.sim_world import CALIBRATION, SERVER, TIMES, config, workload
 from morphserve.config import MorphServeConfig
 from morphserve.control.ladder import ProfileLadder
 from morphserve.errors import ConfigError
-from morphserve.tools.bench import Slo, WorkloadError, WorkloadSpec, load_workload
 from morphserve.tools.bench.report.results import RunResult
 from morphserve.tools.sim import Simulated, simulate
 from morphserve.tools.sim.engine import SimEngine
+from morphserve.tools.workload import Slo, WorkloadError, WorkloadSpec, load_workload
 from policies import Decision, Signals, ThresholdPolicy
 
 SHIPPED = Path(__file__).parents[2] / "scripts" / "workloads"

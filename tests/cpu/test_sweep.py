@@ -11,13 +11,14 @@ import pytest
 from cpu.sim_world import CALIBRATION
 from cpu.test_replay_compare import QUIET, comparison, fake
 
-from morphserve.tools.bench import ReplayError, simulated
+from morphserve.tools.bench import simulated
 from morphserve.tools.bench.compare import Comparison
 from morphserve.tools.bench.sweep import main
 from morphserve.tools.bench.sweep.agreement import Agreement, compare, middle
 from morphserve.tools.bench.sweep.measured import measure_all
 from morphserve.tools.bench.sweep.ranking import Order, Total, dominated, orders, totals, window_order
 from morphserve.tools.bench.sweep.report import markdown
+from morphserve.tools.workload import ReplayError
 
 pytestmark = pytest.mark.cpu
 

@@ -12,7 +12,6 @@ from cpu.tuning_world import make_space, make_world
 from optuna.trial import FrozenTrial, TrialState
 
 from morphserve.config import MorphServeConfig
-from morphserve.tools.bench import Workload
 from morphserve.tools.sim import Simulated, simulate
 from morphserve.tools.tune.errors import TuningError
 from morphserve.tools.tune.evaluate import Evaluator, Invalid, Scored
@@ -20,6 +19,7 @@ from morphserve.tools.tune.score import Score
 from morphserve.tools.tune.space import Space
 from morphserve.tools.tune.store import StudyFile
 from morphserve.tools.tune.study import BATCH, Search, scores_of
+from morphserve.tools.workload import Workload
 
 pytestmark = pytest.mark.cpu
 

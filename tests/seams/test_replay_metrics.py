@@ -12,8 +12,8 @@ import vllm.benchmarks.serve as bench
 from vllm.benchmarks.datasets import SampleRequest
 from vllm.benchmarks.lib.endpoint_request_func import RequestFuncOutput
 
-from morphserve.tools.bench import Slo
 from morphserve.tools.bench.report.results import RunResult
+from morphserve.tools.workload import Slo
 from morphserve.tools.workload.metrics import PERCENTILES, bench_result
 from morphserve.tools.workload.outcome import Outcome, Replayed
 

@@ -21,7 +21,7 @@ from morphserve.integration.engine.runtime import EngineRuntime
 from morphserve.integration.engine.status import StatusPage
 from morphserve.integration.engine.traffic import Traffic
 from morphserve.integration.engine.wake import IdleWaker
-from morphserve.integration.start.checks import make_policy, policy_setup
+from morphserve.integration.start import make_policy, policy_setup
 from policies import PolicySetup
 
 

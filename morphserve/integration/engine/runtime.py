@@ -22,8 +22,7 @@ from morphserve.control import (
 from morphserve.errors import ConfigError
 from morphserve.integration.describe import RankDescription
 from morphserve.integration.engine.block_pool import blocks_of_one_request, check_supported
-from morphserve.integration.start.device_budget import check_given_blocks
-from morphserve.integration.start.settings import config_file, served_ladder
+from morphserve.integration.start import check_given_blocks, config_file, served_ladder
 from morphserve.integration.worker.cuda.kv import check_kinds, geometry_of, quantum_of
 from morphserve.profile_ladder import read_ladder
 from policies import Ladder

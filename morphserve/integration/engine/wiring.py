@@ -16,7 +16,7 @@ from typing import Any
 from morphserve.integration import ending, seams
 from morphserve.integration.engine.hooks import Morph
 from morphserve.integration.engine.runtime import EngineRuntime
-from morphserve.integration.start.settings import for_this_device, read_settings
+from morphserve.integration.start import for_this_device, read_settings
 
 _RUNTIMES: dict[int, EngineRuntime] = {}  # id(vllm_config) |-> runtime, between planning and attach
 

@@ -1,0 +1,1 @@
+"""Engines that serve nobody: to measure, to check, to smoke-test."""

@@ -68,6 +68,6 @@ def examine(dtype: str = AUTO) -> Machine:
 
 
 def _require_platform() -> None:
-    from morphserve.integration.start.checks import check_platform  # imports what needs vLLM
+    from morphserve.integration.start import check_platform  # imports what needs vLLM
 
     check_platform()

@@ -22,7 +22,7 @@ from morphserve.control import LayerTimes, ladder_formats
 from morphserve.errors import ConfigError
 from morphserve.errors import StoreError as MorphStoreError
 from morphserve.integration.describe import RankDescription
-from morphserve.integration.start.settings import served_ladder
+from morphserve.integration.start import served_ladder
 from morphserve.integration.worker.base_linear import BaseLinear, applied_bias, base_of, method_of
 from morphserve.integration.worker.host_memory import FREED_WEIGHTS_RETURN, weights_on_their_own_pages
 from morphserve.integration.worker.layer_speed import TimedLayer, known_or_measured

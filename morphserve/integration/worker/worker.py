@@ -15,7 +15,7 @@ from morphserve.control import Plan, Reply
 from morphserve.errors import ConfigError
 from morphserve.integration import seams
 from morphserve.integration.describe import RankDescription
-from morphserve.integration.start.settings import read_settings
+from morphserve.integration.start import read_settings
 from morphserve.integration.worker import headroom
 from morphserve.integration.worker.commands import Commands, Figures, KVUnknown
 from morphserve.integration.worker.host_memory import resident_bytes, weights_on_their_own_pages

@@ -1,0 +1,1 @@
+"""CUDA graphs for every level, in one pool of memory."""

@@ -1,0 +1,1 @@
+"""Layers and KV in pages of device memory, copied beside the forward passes."""

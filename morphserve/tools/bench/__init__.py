@@ -4,34 +4,19 @@ from __future__ import annotations
 
 from morphserve.tools.bench.cli import main
 from morphserve.tools.bench.command import run_command
-from morphserve.tools.bench.load.server import ServerOptions
+from morphserve.tools.bench.environment import describe_machine
+from morphserve.tools.bench.load.server import ServerOptions, serve
 from morphserve.tools.bench.paired import ClosedLoop, PairedResult, compare_idle
-from morphserve.tools.workload import (
-    ReplayError,
-    Slo,
-    Workload,
-    WorkloadError,
-    WorkloadSpec,
-    load_encoder,
-    load_workload,
-    read_corpus,
-    save_workload,
-)
+from morphserve.tools.bench.report.summary import percent
 
 __all__ = [
     "ClosedLoop",
     "PairedResult",
-    "ReplayError",
     "ServerOptions",
-    "Slo",
-    "Workload",
-    "WorkloadError",
-    "WorkloadSpec",
     "compare_idle",
-    "load_encoder",
-    "load_workload",
+    "describe_machine",
     "main",
-    "read_corpus",
+    "percent",
     "run_command",
-    "save_workload",
+    "serve",
 ]

@@ -18,8 +18,7 @@ from morphserve import cpu_tier
 from morphserve.config import load_config
 from morphserve.errors import MorphServeError
 from morphserve.serve_dtype import add_dtype_option, resolve_dtype
-from morphserve.tools.bench.environment import describe_machine
-from morphserve.tools.bench.load.server import ServerOptions, serve
+from morphserve.tools.bench import ServerOptions, describe_machine, serve
 from morphserve.tools.profile.step_time_fit import fit_step_time
 from morphserve.tools.sim import Calibration
 from policies import BASE_FORMAT, StepTimes

@@ -13,14 +13,13 @@ from typing import Any
 
 from morphserve.config import MorphServeConfig, load_config
 from morphserve.profile_ladder import read_ladder
-from morphserve.tools.bench import Slo
-from morphserve.tools.bench.command import run_command
+from morphserve.tools.bench import run_command
 from morphserve.tools.sim import SimServer, load_calibration
 from morphserve.tools.tune.errors import TuningError
 from morphserve.tools.tune.evaluate import World
 from morphserve.tools.tune.space import Space, load_space
 from morphserve.tools.tune.windows import load_windows
-from morphserve.tools.workload import Window, check_times
+from morphserve.tools.workload import Slo, Window, check_times
 
 STUDY_FILE = "study.journal"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from morphserve.tools.bench.report.summary import percent
+from morphserve.tools.bench import percent
 from morphserve.tools.sim import plan_ladder
 from morphserve.tools.tune.anchors import score_anchors
 from morphserve.tools.tune.evaluate import Evaluator, World

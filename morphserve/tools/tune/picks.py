@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from morphserve.tools.bench.report.summary import percent
+from morphserve.tools.bench import percent
 from morphserve.tools.tune.anchors import CURRENT, STOCK, Anchor, Scores
 from morphserve.tools.tune.score import Score
 

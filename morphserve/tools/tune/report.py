@@ -11,7 +11,7 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from morphserve.config import MorphServeConfig
-from morphserve.tools.bench.report.summary import percent
+from morphserve.tools.bench import percent
 from morphserve.tools.tune import importance
 from morphserve.tools.tune.findings import Findings
 from morphserve.tools.tune.picks import Pick, in_words, verdict

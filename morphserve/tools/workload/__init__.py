@@ -1,3 +1,7 @@
+"""What is sent and what came of it: traces, prompts, outcomes, and the figures of a run. No engine, no client."""
+
+from __future__ import annotations
+
 from morphserve.tools.workload.errors import ReplayError, WorkloadError
 from morphserve.tools.workload.limits import check_times
 from morphserve.tools.workload.metrics import Slo, bench_result, dispatch_lag, violations

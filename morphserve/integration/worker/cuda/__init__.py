@@ -1,0 +1,1 @@
+"""A rank on a GPU, whose layers and KV share pages."""

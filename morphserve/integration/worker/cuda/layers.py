@@ -15,8 +15,7 @@ from morphserve.config import MorphServeConfig
 from morphserve.control import ladder_formats, largest_chunk_bytes, layers_within
 from morphserve.errors import ConfigError
 from morphserve.integration.describe import RankDescription
-from morphserve.integration.start.checks import nominal_ladder
-from morphserve.integration.start.settings import served_ladder
+from morphserve.integration.start import nominal_ladder, served_ladder
 from morphserve.integration.worker.base_linear import applied_bias, method_of
 from morphserve.integration.worker.layers import Linears, find_linears
 from morphserve.integration.worker.ops.opaque_linear import MorphLinearMethod, is_compiled

@@ -15,8 +15,7 @@ from morphserve.control import Plan, Reply
 from morphserve.errors import ConfigError
 from morphserve.integration import seams
 from morphserve.integration.describe import RankDescription
-from morphserve.integration.start.device_budget import check_fixed_kv
-from morphserve.integration.start.settings import for_this_device, read_settings
+from morphserve.integration.start import check_fixed_kv, for_this_device, read_settings
 from morphserve.integration.worker.commands import Commands, Figures, KVUnknown
 from morphserve.integration.worker.cuda.graphs import LevelGraphs
 from morphserve.integration.worker.cuda.kv import DeviceKV

@@ -1,0 +1,1 @@
+"""Servers, and the client that sends to them."""
