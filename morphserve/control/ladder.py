@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NoReturn
 
-import policies.levels
+import policies
 from morphserve.config import LadderConfig, LadderStep
 from morphserve.control.rank_bytes import RankBytes, balance, kv_quantum, paid_blocks, stage_of
 from morphserve.errors import ConfigError
@@ -185,7 +185,7 @@ def resolve_level(ladder: Ladder, spec: int | str) -> int:
         ConfigError: no such level.
     """
     try:
-        return policies.levels.resolve_level(ladder, spec)
+        return policies.resolve_level(ladder, spec)
     except ValueError as e:
         raise ConfigError(str(e)) from e
 
