@@ -116,3 +116,13 @@ def test_changelog_has_the_version() -> None:
     """Guards: a release without a word on what it changes."""
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## [{__version__}]" in changelog or "## [Unreleased]" in changelog
+
+
+def test_the_picture_of_the_rooms_is_of_today(tmp_path: Path) -> None:
+    """Guards: docs/rooms.md shows a house that was rebuilt since."""
+    drawn = tmp_path / "rooms.md"
+    command = [sys.executable, str(ROOT / "scripts" / "draw_rooms.py"), "--out", str(drawn)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    shown = (ROOT / "docs" / "rooms.md").read_text(encoding="utf-8")
+    assert drawn.read_text(encoding="utf-8") == shown, "run `python scripts/draw_rooms.py`"
