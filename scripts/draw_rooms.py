@@ -56,7 +56,7 @@ def read_floors(file: Path) -> list[list[str]]:
 def find_arrows(floors: Floors) -> list[tuple[str, str]]:
     """Pair each room with those that its modules import from, lazily or at load."""
     rooms = [room for floor in floors for room in floor]
-    graph = grimp.build_graph(*_PACKAGES)
+    graph = grimp.build_graph(*_PACKAGES, cache_dir=None)
     found = set()
     for module in graph.modules:
         here = _room_of(module, rooms)
