@@ -4,7 +4,7 @@ Importing it needs no device. Making a `CudaPager` does, and NVIDIA's `cuda-bind
 """
 
 from kv_resize.arena import ArenaBacking, PagePool
-from kv_resize.backing import Backing, FakeBacking, HostBacking
+from kv_resize.backing import Backing, HostBacking
 from kv_resize.cuda_pager import CudaPager
 from kv_resize.elastic_cache import ElasticCache
 from kv_resize.errors import BackingError, KVResizeError, MapError, PagerError
@@ -19,7 +19,6 @@ __all__ = [
     "ByteRange",
     "CudaPager",
     "ElasticCache",
-    "FakeBacking",
     "FakePager",
     "HostBacking",
     "KVGeometry",

@@ -76,15 +76,6 @@ class KVGeometry:
         return cls.from_placements([layers], max_num_blocks, stride * num_layers, page_bytes)
 
     @classmethod
-    def block_outermost(
-        cls, num_layers: int, block_bytes_per_layer: int, max_num_blocks: int, page_bytes: int
-    ) -> KVGeometry:
-        """All layers of a block side by side (BLHNC, BLNHC, BHLNC)."""
-        stride = block_bytes_per_layer * num_layers
-        layers = Placement(num_layers, layer_stride=block_bytes_per_layer, block_stride=stride)
-        return cls.from_placements([layers], max_num_blocks, stride * max_num_blocks, page_bytes)
-
-    @classmethod
     def from_placements(
         cls, placements: Iterable[Placement], max_num_blocks: int, size_bytes: int, page_bytes: int
     ) -> KVGeometry:

@@ -101,15 +101,9 @@ class StepTimes:
         """Plain values for JSON, as `parse_step_times` reads them."""
         return {"schema": SCHEMA, **asdict(self), "formats": {k: asdict(v) for k, v in self.formats.items()}}
 
-    def save(self, path: Path) -> None:
-        """Write JSON, whole or not at all."""
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(self.document(), indent=2) + "\n", encoding="utf-8")
-        part.replace(path)
-
 
 def load_step_times(path: Path) -> StepTimes:
-    """Read what `StepTimes.save` wrote.
+    """Read what `StepTimes.document` gave from a JSON file.
 
     Raises:
         ValueError: unreadable, of another schema, or with figures that are no times.

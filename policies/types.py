@@ -23,11 +23,6 @@ class MorphLevel:
     time_factors: tuple[tuple[int, float], ...] = ()
 
     @property
-    def swapped_layers(self) -> tuple[int, ...]:
-        """Ids of the layers that are not at full precision, ascending."""
-        return tuple(i for i, fmt in enumerate(self.layer_formats) if fmt != BASE_FORMAT)
-
-    @property
     def formats(self) -> frozenset[str]:
         """Formats that any layer or half of a layer has."""
         return frozenset(half for fmt in self.layer_formats for half in fmt.split("/"))

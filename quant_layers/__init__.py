@@ -7,23 +7,13 @@ Needs torch and nothing else of ours; vLLM's operators are used where another pa
 from quant_layers.kernels import cpu as cpu  # isort: skip
 from quant_layers.formats.float8 import QuantF8
 from quant_layers.formats.halves import HALVES, Half, format_of, half_of, join_format, split_format
-from quant_layers.formats.neutral import (
-    Quant,
-    QuantW4,
-    QuantW8,
-    choose_group_size,
-    dequantize_w4,
-    dequantize_w8,
-    quantize_w4,
-    quantize_w8,
-    regroup,
-)
+from quant_layers.formats.neutral import Quant, QuantW4, QuantW8, choose_group_size, quantize_w4, quantize_w8, regroup
 from quant_layers.kernels.base import KernelBase
 from quant_layers.kernels.cpu_linears import LinearImpl, Native
 from quant_layers.kernels.float8 import F8A8Cutlass
 from quant_layers.kernels.machete import W4A16Machete
 from quant_layers.kernels.marlin import W4A16Marlin, W8A16Marlin
-from quant_layers.kernels.registry import CANDIDATES, FORMATS, Kernel, register, unregister
+from quant_layers.kernels.registry import CANDIDATES, FORMATS, Kernel, register
 from quant_layers.kernels.selftest import KernelReport, by_preference, check_kernel, choose, probe
 from quant_layers.sources.checkpoint import Checkpoint, ImportedLayer, tensor_files
 from quant_layers.sources.profile import LayerScales, Profile, Rung, base_fingerprint, read_profile, write_profile
@@ -51,8 +41,6 @@ __all__ = [
     "choose",
     "choose_group_size",
     "choose_scale",
-    "dequantize_w4",
-    "dequantize_w8",
     "digest",
     "F8A8Cutlass",
     "Fold",
@@ -103,7 +91,6 @@ __all__ = [
     "TensorSlot",
     "trim",
     "Unit",
-    "unregister",
     "VariantStore",
     "write_profile",
     "W4A16Machete",

@@ -103,11 +103,6 @@ class LayerSwapper:
         self._staged: _Change | None = None
 
     @property
-    def prepared(self) -> bool:
-        """Whether a change is staged and waits for commit or abort."""
-        return self._staged is not None
-
-    @property
     def resident_bytes(self) -> int:
         """Bytes of the linears in use, without staging."""
         return sum(slot.impl.nbytes for layer in self._slots.values() for slot in layer.values())

@@ -143,7 +143,8 @@ def _drive(args: argparse.Namespace, log_file: Path) -> int:
         took_us.append(1e6 * (time.perf_counter() - start))
         if args.pace_ms:
             time.sleep(args.pace_ms / 1e3)
-    controller.close()
+    if log is not None:
+        log.close()
     cpu_s = time.process_time() - time.thread_time() - cpu_s
     if controller.tripped:
         sys.stderr.write("bench_controller: the controller tripped\n")

@@ -15,8 +15,6 @@ from quant_layers import (
     QuantW4,
     QuantW8,
     VariantStore,
-    dequantize_w4,
-    dequantize_w8,
     digest,
     quantize_w4,
     quantize_w8,
@@ -69,8 +67,8 @@ class FakeKernel:
 
     def reference(self, tensors: Mapping[str, Tensor]) -> Tensor:
         if self.format == "w8":
-            return dequantize_w8(QuantW8(tensors["weight"], tensors["scale"]))
-        return dequantize_w4(QuantW4(tensors["weight"], tensors["scale"], tensors["zero"]))
+            return QuantW8(tensors["weight"], tensors["scale"]).dequantize()
+        return QuantW4(tensors["weight"], tensors["scale"], tensors["zero"]).dequantize()
 
 
 class World:

@@ -221,10 +221,6 @@ class Controller:
         except Exception:
             self._die()
 
-    def close(self) -> None:
-        """Write what the decision log still holds."""
-        self._seat.close()
-
     def _drive(self, now: float) -> None:
         """Finish the chunk under way if its replies are in, and open the next one."""
         runner = self._runner

@@ -79,11 +79,6 @@ class PolicySeat:
                 logger.warning("morph: decision log failed, no further decisions are written", exc_info=True)
                 self._log = None
 
-    def close(self) -> None:
-        """Write what the decision log still holds."""
-        if self._log is not None:
-            self._log.close()
-
     def _hand_over(self, level: int) -> None:
         new = self._next.popleft()
         self._policy = new.policy

@@ -60,11 +60,6 @@ class ChunkRunner:
             )
         self._picker = LayerPicker(self.ranks, self.ledgers, self.config.transition)
 
-    @property
-    def formats(self) -> list[str]:
-        """Of every layer."""
-        return self.standing.formats
-
     def next_revision(self) -> int:
         """A number that every rank has yet to see."""
         self.revision += 1

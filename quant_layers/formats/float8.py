@@ -45,9 +45,6 @@ class QuantF8(Quant):
     def dequantize(self) -> Tensor:
         return self.q.float() * self.scale.float()[:, None]
 
-    def half_step(self) -> Tensor:
-        return _half_step(self.q) * self.scale.float()[:, None]
-
 
 def _rounded(values: Tensor, scale: Tensor) -> Tensor:
     """`values` in steps of `scale`. Clamped first: what does not fit would become NaN."""

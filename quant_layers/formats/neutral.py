@@ -56,10 +56,6 @@ class Quant(ABC):
     def dequantize(self) -> Tensor:
         """What it means: fp32 [N, K]."""
 
-    @abstractmethod
-    def half_step(self) -> Tensor:
-        """The most by which rounding to nearest can have moved each weight: fp32 [N, K]."""
-
 
 @dataclass(frozen=True, slots=True)
 class QuantW8(Quant):
@@ -84,9 +80,6 @@ class QuantW8(Quant):
 
     def dequantize(self) -> Tensor:
         return self.q.float() * self.scale.float()[:, None]
-
-    def half_step(self) -> Tensor:
-        return (self.scale.float() / 2)[:, None].expand(self.q.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +113,6 @@ class QuantW4(Quant):
         n, k = self.q.shape
         groups = self.q.view(n, -1, self.group_size).float() - self.zero.float()[..., None]
         return (groups * self.scale.float()[..., None]).view(n, k)
-
-    def half_step(self) -> Tensor:
-        return (self.scale.float() / 2).repeat_interleave(self.group_size, dim=1)
 
 
 def round_in_pieces(neutral: type[Quant], weight: Tensor, scale_dtype: torch.dtype) -> Quant:
@@ -225,16 +215,6 @@ def regroup(q: Tensor, scale: Tensor, zero: Tensor) -> QuantW4:
         f"a weight [N={n}, K={k}] has groups that are no multiple of {IMPORTED_GROUP_SIZES[-1]} input channels on this "
         "rank; choose another tensor-parallel size, or another group size when quantizing"
     )
-
-
-def dequantize_w8(quant: QuantW8) -> Tensor:
-    """fp32 [N, K]."""
-    return quant.dequantize()
-
-
-def dequantize_w4(quant: QuantW4) -> Tensor:
-    """fp32 [N, K]."""
-    return quant.dequantize()
 
 
 def finite_matrix(weight: Tensor) -> Tensor:

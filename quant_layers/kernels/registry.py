@@ -2,18 +2,19 @@
 
 A new format is two classes, and `register`:
 
-* the neutral form, a subclass of `Quant` (neutral.py): what a quantized weight means, how a weight is rounded to it,
-  and by how much that can move it;
+* the neutral form, a subclass of `Quant` (neutral.py): what a quantized weight means, and how a weight is rounded to
+  it;
 * at least one kernel, best a subclass of `KernelBase` (kernel_base.py): its name and its `neutral` form, `pack_quant`
   into tensors that can be stored, `unpack` back, and `build` into something callable (linears.py). Several kernels may
   share a format: the first that passes its self-test runs it.
 
 Users then name the format under `ladder.steps`, `kernels` and `variants`; the default ladder stays what it is. A
 layer's bytes are those of the tensors that `pack_quant` gives. What is parametrized over `CANDIDATES` tests it without
-a line more: layouts (tests/cpu/test_quant_packing.py, which also wants the digest of a layout written down; not of
-one that an operator makes, which belongs to the vLLM that brings it and must not outlive the process), the
-self-test and odd batches on the installed vLLM (tests/seams/test_quant_kernels.py), a layer of a live engine
-(tests/engine/test_formats_live.py). tests/cpu/test_quant_registry.py takes a toy format of 3 bits the whole way.
+a line more, if its steps are even (tests/half_steps.py is told of others): layouts (tests/cpu/test_quant_packing.py,
+which also wants the digest of a layout written down; not of one that an operator makes, which belongs to the vLLM that
+brings it and must not outlive the process), the self-test and odd batches on the installed vLLM
+(tests/seams/test_quant_kernels.py), a layer of a live engine (tests/engine/test_formats_live.py).
+tests/cpu/test_quant_registry.py takes a toy format of 3 bits the whole way.
 """
 
 from __future__ import annotations
@@ -105,15 +106,7 @@ def register(kernel: type[Kernel]) -> None:
         raise KernelError(f"format {neutral.format!r} of {neutral.__name__} must be a name without '/'; rename it")
     if kernel.name in _kernels or _formats.get(neutral.format, neutral) is not neutral:
         raise KernelError(
-            f"kernel {kernel.name!r} or format {neutral.format!r} is registered already; give it another name, or "
-            "unregister what has it"
+            f"kernel {kernel.name!r} or format {neutral.format!r} is registered already; give it another name"
         )
     _kernels[kernel.name] = kernel
     _formats[neutral.format] = neutral
-
-
-def unregister(kernel: type[Kernel]) -> None:
-    """Inverse of `register`."""
-    del _kernels[kernel.name]
-    if all(other.neutral is not kernel.neutral for other in CANDIDATES):
-        del _formats[kernel.neutral.format]

@@ -78,10 +78,6 @@ class QuadraticCost:
         """Half the mean product of two changes' slopes."""
         return self._products[a][b]
 
-    def as_table(self) -> list[list[float]]:
-        """Rows and columns in the order of `changes`."""
-        return [[self._products[a][b] for b in self._products] for a in self._products]
-
 
 def greedy(cost: QuadraticCost, size: Callable[[Unit, str], int]) -> list[Move]:
     """All moves, each the one that frees most bytes per expected KL after the ones before.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quant_layers.errors import QuantError
-from quant_layers.formats.neutral import dequantize_w8, quantize_w8
+from quant_layers.formats.neutral import quantize_w8
 
 EXPONENTS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # 0.0 stands for "leave it as it is"
 _TINY = 1e-6
@@ -87,7 +87,7 @@ def _token_error(x: Tensor, weight: Tensor, exact: Tensor, power: Tensor) -> flo
     """Relative to each token's own power: a few tokens are hundreds of times larger than all the others."""
     step = x.abs().amax(dim=1, keepdim=True).clamp_min(_TINY) / 127
     rounded = (x / step).round_() * step
-    out = rounded @ dequantize_w8(quantize_w8(weight)).t()
+    out = rounded @ quantize_w8(weight).dequantize().t()
     return float(((out - exact).square().sum(dim=1) / power).mean())
 
 

@@ -82,11 +82,11 @@ def test_slow_disk_drops_lines_instead_of_waiting(tmp_path: Path) -> None:
 
 
 def test_controller_writes_through_it(tmp_path: Path) -> None:
-    """Guards: a decision log that is configured and never fed, or not closed."""
+    """Guards: a decision log that is configured and never fed."""
     path = tmp_path / "log.jsonl"
-    rig = Rig(log=DecisionLog(path))
-    rig.go_to(1)
-    rig.controller.close()
+    log = DecisionLog(path)
+    Rig(log=log).go_to(1)
+    log.close()
     assert [line["level"] for line in read(path)] == [1]
 
 

@@ -28,6 +28,7 @@ from kv_resize import (
     PagePool,
     PagerError,
 )
+from tests.kv_layouts import block_outermost
 
 
 def test_pages_go_from_weights_to_kv_and_back() -> None:
@@ -109,7 +110,7 @@ def test_what_could_be_mapped_is_exact() -> None:
 
 
 @PAGERS
-@pytest.mark.parametrize("layout", [KVGeometry.layer_outermost, KVGeometry.block_outermost])
+@pytest.mark.parametrize("layout", [KVGeometry.layer_outermost, block_outermost])
 def test_any_call_may_fail(make: MakePager, layout: Callable[[int, int, int, int], KVGeometry]) -> None:
     """Guards against a page lost, mapped twice, used without access, unmapped under work, or live KV harmed when the
     driver refuses."""

@@ -18,7 +18,6 @@ from kv_resize import (
     Backing,
     BackingError,
     ElasticCache,
-    FakeBacking,
     FakePager,
     HostBacking,
     KVGeometry,
@@ -27,6 +26,8 @@ from kv_resize import (
     PagePool,
 )
 from kv_resize.host_memory import available_bytes
+from tests.fake_backing import FakeBacking
+from tests.kv_layouts import block_outermost
 
 PAGE = HostBacking(1).page_bytes
 Layout = Callable[[int, int, int, int], KVGeometry]
@@ -48,7 +49,7 @@ def arena(size_bytes: int, page_bytes: int = PAGE, limit_bytes: int | None = Non
 
 
 BACKINGS = pytest.mark.parametrize("make", [host, fake, arena])
-LAYOUTS = pytest.mark.parametrize("layout", [KVGeometry.layer_outermost, KVGeometry.block_outermost])
+LAYOUTS = pytest.mark.parametrize("layout", [KVGeometry.layer_outermost, block_outermost])
 
 
 def block_bytes(cache: ElasticCache, block: int) -> torch.Tensor:
@@ -322,7 +323,7 @@ class ElasticCacheMachine(RuleBasedStateMachine):
 class BlockOutermostMachine(ElasticCacheMachine):
     """The same with all layers of a block side by side."""
 
-    layout = KVGeometry.block_outermost
+    layout = block_outermost
 
 
 class ArenaMachine(ElasticCacheMachine):

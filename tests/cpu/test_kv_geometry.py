@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kv_resize import KVGeometry, Placement, Run
 from kv_resize.geometry import ByteRange, total
+from tests.kv_layouts import block_outermost
 
 
 @st.composite
@@ -84,7 +85,7 @@ def test_fringe_covers_every_byte_that_may_be_stale(g: KVGeometry, data: st.Data
 def test_layouts_of_the_demo_model() -> None:
     """Guards against a wrong stride for the layouts vLLM uses: 30 layers, 24,576 B per block and layer."""
     layer = KVGeometry.layer_outermost(30, 24_576, 192, 4096)
-    block = KVGeometry.block_outermost(30, 24_576, 192, 4096)
+    block = block_outermost(30, 24_576, 192, 4096)
     assert layer.block_bytes == block.block_bytes == 737_280
     assert layer.size_bytes == block.size_bytes == 192 * 737_280
     assert layer.runs[1] == Run(192 * 24_576, 24_576)

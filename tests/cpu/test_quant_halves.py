@@ -75,4 +75,5 @@ def test_what_is_not_known_is_refused(world: World) -> None:
         world.swapper.prepare({0: "w8/w3"})
     with pytest.raises(StoreError, match="has no"):
         world.store.entry(9, "w8")
-    assert not world.swapper.prepared
+    with pytest.raises(SwapError, match="nothing is prepared"):
+        world.swapper.commit()

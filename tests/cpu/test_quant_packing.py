@@ -18,11 +18,11 @@ from quant_layers import (
     Quant,
     QuantW4,
     choose_group_size,
-    dequantize_w4,
     digest,
     quantize_w4,
     quantize_w8,
 )
+from quant_layers.formats.float8 import F8A8
 from quant_layers.formats.packing import (
     pack_w4_int32,
     pack_w4_panels,
@@ -36,6 +36,7 @@ from quant_layers.formats.packing import (
     unpack_w8_vnni,
     w4_vnni_shape,
 )
+from tests.half_steps import half_step
 
 _HALF_STEP = 0.5 * (1 + 1e-5)  # fp32 division may land a hair past the middle
 
@@ -77,7 +78,7 @@ def test_every_format_is_within_half_a_step(
     quant = neutral.of(weight, scale_dtype)
     assert (quant.scale > 0).all()  # a zero step would make q the cast of a nan
     error = (quant.dequantize().double() - weight.double()).abs()
-    assert (error <= 2 * _HALF_STEP * quant.half_step().double()).all()
+    assert (error <= 2 * _HALF_STEP * half_step(quant).double()).all()
 
 
 @pytest.mark.parametrize("neutral", FORMATS.values(), ids=FORMATS)
@@ -86,18 +87,20 @@ def test_no_format_claims_a_coarser_grid_than_it_has(neutral: type[Quant]) -> No
     order = torch.randperm(4096, generator=torch.Generator().manual_seed(0))  # every group has the whole range
     weight = torch.linspace(-1, 1, 4096)[order].repeat(2, 1)
     quant = neutral.of(weight)
-    error = (quant.dequantize() - weight).abs() / quant.half_step()
+    error = (quant.dequantize() - weight).abs() / half_step(quant)
     assert 0.9 < float(error.max()) <= 1 + 1e-3
-    assert 0.9 < float(quant.half_step().max()) * quant.coarsest_levels < 1.1
+    assert 0.9 < float(half_step(quant).max()) * quant.coarsest_levels < 1.1
 
 
 def test_fp8_is_what_torch_rounds_to() -> None:
     """Guards against a largest weight that becomes NaN, and against steps of another float8."""
     weight = torch.tensor([[448.0, -448.0, 1.0, 1.06, 0.0, 2**-6, 2**-9, 2**-11]])
+    half_steps = [[16.0, 16.0, 2**-4, 2**-4, 2**-10, 2**-10, 2**-10, 2**-10]]
     quant = FORMATS["fp8"].of(weight)
     assert quant.scale.item() == 1 and quant.q.dtype == torch.float8_e4m3fn
     assert quant.dequantize().tolist() == [[448.0, -448.0, 1.0, 1.0, 0.0, 2**-6, 2**-9, 0.0]]
-    assert quant.half_step().tolist() == [[16.0, 16.0, 2**-4, 2**-4, 2**-10, 2**-10, 2**-10, 2**-10]]
+    assert half_step(quant).tolist() == half_steps
+    assert F8A8(torch.bfloat16).activation_half_step(weight).tolist() == half_steps
     assert FORMATS["fp8"].of(torch.tensor([[9e-43]])).dequantize().isfinite().all()  # its scale rounds down to a third
 
 
@@ -135,7 +138,7 @@ def test_w4_is_within_half_a_step(weight: torch.Tensor, symmetric: bool, scale_d
     """Guards against a zero point or a rounded-down scale that pushes a group's end off the grid."""
     size = choose_group_size(weight.shape[1])
     quant = quantize_w4(weight, size, symmetric=symmetric, scale_dtype=scale_dtype)
-    error = (dequantize_w4(quant).double() - weight.double()).abs().view(weight.shape[0], -1, size)
+    error = (quant.dequantize().double() - weight.double()).abs().view(weight.shape[0], -1, size)
     assert quant.scale.dtype == scale_dtype and (quant.scale > 0).all()
     assert int(quant.q.max()) <= 15 and int(quant.zero.max()) <= 15
     assert (error <= _HALF_STEP * quant.scale.double()[..., None]).all()

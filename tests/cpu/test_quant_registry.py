@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -27,9 +29,10 @@ from quant_layers import (
     choose,
     probe,
     register,
-    unregister,
 )
+from quant_layers.kernels import registry
 from quant_layers.kernels.cpu_linears import Rows, nbytes_of
+from tests.half_steps import half_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +60,6 @@ class QuantW3(Quant):
 
     def dequantize(self) -> Tensor:
         return self.q.float() * self.scale[:, None]
-
-    def half_step(self) -> Tensor:
-        return (self.scale / 2)[:, None].expand(self.q.shape)
 
 
 class W3Planes(KernelBase):
@@ -98,11 +98,18 @@ class PlanesLinear(Rows):
         return torch.nn.functional.linear(x.float(), weight, bias).to(x.dtype)
 
 
+@contextlib.contextmanager
+def registered() -> Iterator[None]:
+    """W3Planes is, and what was registered inside of the block is forgotten behind it."""
+    with patch.dict(registry._kernels), patch.dict(registry._formats):
+        register(W3Planes)
+        yield
+
+
 @pytest.fixture
 def w3() -> Iterator[None]:
-    register(W3Planes)
-    yield
-    unregister(W3Planes)
+    with registered():
+        yield
 
 
 def test_a_registered_format_is_known_everywhere_and_then_nowhere() -> None:
@@ -111,15 +118,12 @@ def test_a_registered_format_is_known_everywhere_and_then_nowhere() -> None:
     config = parse_config({"ladder": {"steps": [{"format": "w3"}]}, "kernels": {"w3": "w3_planes"}})
     with pytest.raises(KernelError, match="unknown format 'w3'"):
         choose("w3")
-    register(W3Planes)
-    try:
+    with registered():
         check_formats(config, FORMATS)
         assert choose("w3", name=config.kernels["w3"]).name == "w3_planes" and probe()["w3_planes"].ok
         for twice in (W3Planes, type("Other", (W3Planes,), {"name": "other", "neutral": type("Q", (QuantW3,), {})})):
             with pytest.raises(KernelError, match="is registered already"):
                 register(twice)
-    finally:
-        unregister(W3Planes)
     assert (list(FORMATS), list(CANDIDATES)) == before
     halves = type("Halves", (W3Planes,), {"neutral": type("Q", (QuantW3,), {"format": "w8/w4"})})
     with pytest.raises(KernelError, match="without '/'"):
@@ -150,7 +154,7 @@ def test_a_registered_format_is_packed_stored_swapped_and_restored(tmp_path: Pat
         expected = x.double() @ kernel.reference(tensors).double().t() + slot.bias.double()
         assert torch.allclose(slot.impl(x).double(), expected, rtol=2**-8, atol=1e-3)
         moved = (kernel.reference(tensors) - world.base[1][name]["weight"].float()).abs()
-        assert (moved <= 1.001 * kernel.unpack(tensors).half_step()).all() and moved.max() > 0
+        assert (moved <= 1.001 * half_step(kernel.unpack(tensors))).all() and moved.max() > 0
     base, packed = store.nbytes(1, "base"), store.nbytes(1, "w3")
     assert packed == sum(QuantW3.packed_bytes(*t["weight"].shape) for t in world.base[1].values())
     sizes = {"base": [base] * 3, "w3": [packed] * 3}

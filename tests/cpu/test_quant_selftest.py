@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant_layers import Kernel, KernelError, LinearImpl, check_kernel, choose, dequantize_w4, probe
+from quant_layers import Kernel, KernelError, LinearImpl, check_kernel, choose, probe
 from quant_layers.formats.packing import unpack_w4_vnni
 from quant_layers.kernels import base as kernel_base
 from quant_layers.kernels import int16, selftest
@@ -100,7 +100,7 @@ def test_a_kernel_that_ignores_zero_points_is_caught() -> None:
         def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
             quant = unpack_w4_vnni(dict(tensors))
             quant.zero.fill_(8)
-            return _Linear(dequantize_w4(quant), bias, None)
+            return _Linear(quant.dequantize(), bias, None)
 
     assert "rounding explains" in check_kernel(NoZeros()).reason
 

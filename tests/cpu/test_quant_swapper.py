@@ -34,12 +34,14 @@ def test_nothing_changes_before_commit(world: World) -> None:
     """Guards against a forward pass that meets half a transition."""
     before, resident = world.impls(), world.swapper.resident_bytes
     world.swapper.prepare({0: "w8", 2: "w4"})
-    assert world.swapper.prepared and world.swapper.staging_bytes > 0
+    assert world.swapper.staging_bytes > 0
     assert (world.impls(), world.swapper.resident_bytes) == (before, resident)
     assert world.swapper.formats() == dict.fromkeys(range(3), "base")
     world.swapper.commit()
     assert world.swapper.formats() == {0: "w8", 1: "base", 2: "w4"}
-    assert world.swapper.staging_bytes == 0 and not world.swapper.prepared
+    assert world.swapper.staging_bytes == 0
+    with pytest.raises(SwapError, match="nothing is prepared"):
+        world.swapper.commit()
     changed = [old != new for old, new in zip(before, world.impls(), strict=True)]
     assert changed == [True, True, False, False, True, True]
 
@@ -81,7 +83,7 @@ def test_a_failure_at_any_linear_leaves_everything_as_it_was(world: World, fail_
     world.kernels["w8"].fail_at = fail_at
     with pytest.raises(MemoryError):
         world.swapper.prepare(dict.fromkeys(range(NUM_LAYERS), "w8"))
-    assert world.swapper.staging_bytes == 0 and not world.swapper.prepared
+    assert world.swapper.staging_bytes == 0
     assert (world.impls(), world.swapper.formats()) == (before, formats)
     assert world.swapper.resident_bytes == resident
     with pytest.raises(SwapError, match="nothing is prepared"):
@@ -131,7 +133,7 @@ def test_a_change_to_the_present_format_builds_nothing(world: World) -> None:
     world.switch({0: "w8"})
     before, builds = world.impls(), world.kernels["w8"].builds
     world.swapper.prepare({0: "w8", 1: "base"})
-    assert world.swapper.staging_bytes == 0 and world.swapper.prepared
+    assert world.swapper.staging_bytes == 0
     world.swapper.commit()
     assert world.impls() == before and world.kernels["w8"].builds == builds
 
@@ -307,4 +309,5 @@ def test_a_prepare_that_fails_leaves_the_norms(tmp_path: Path) -> None:
     with pytest.raises(MemoryError):
         world.swapper.prepare({0: "w8", 1: "w8"})
     assert all(torch.equal(norm, world.before[layer]) for layer, norm in world.norms.items())
-    assert not world.swapper.prepared
+    with pytest.raises(SwapError, match="nothing is prepared"):
+        world.swapper.commit()

@@ -14,6 +14,7 @@ from morphserve.control.rank_bytes import RankBytes, alternate, balance, kv_quan
 from morphserve.errors import ConfigError
 from policies import BASE_FORMAT, Ladder
 from tests.fakes import pipeline
+from tests.levels import swapped_layers
 
 pytestmark = pytest.mark.cpu
 
@@ -113,7 +114,7 @@ def test_steps_take_the_stages_in_turn() -> None:
     ranks = pipeline({BASE_FORMAT: [100] * 6, "w8": [60] * 6}, 60, 3)
     config = LadderConfig(steps=[LadderStep(format="w8", layers_per_level=2)])
     ladder = build_ladder(6, ranks, config, 10)
-    assert [level.swapped_layers for level in ladder] == [(), (0, 3), (0, 1, 3, 4), (0, 1, 2, 3, 4, 5)]
+    assert [swapped_layers(level) for level in ladder] == [(), (0, 3), (0, 1, 3, 4), (0, 1, 2, 3, 4, 5)]
     assert [level.num_kv_blocks for level in ladder] == [10, 11, 12, 14]
     assert alternate(ranks, [0, 1, 2, 4, 5]) == [0, 4, 1, 5, 2]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ from morphserve.control import DecisionLog, Phase, make_header
 from morphserve.control.reload import PolicyReloader, ReloadWatch
 from morphserve.control.replay_log import replay
 from morphserve.errors import ConfigError
+from morphserve.files import write_whole
 from policies import (
     BASE_FORMAT,
     EngineLimits,
@@ -211,17 +213,17 @@ def test_step_times_of_slo_are_watched(tmp_path: Path) -> None:
     """Guards: a new calibration that needs a restart; one that restarts a policy which does not predict."""
     times = {fmt: StepTime(0.012, 0.0004, 0.00025, 1.2e-6) for fmt in (BASE_FORMAT, "w8", "w4")}
     file = tmp_path / "times.json"
-    StepTimes(times, LayerMove(0.001, 0.002)).save(file)
+    write_whole(file, json.dumps(StepTimes(times, LayerMove(0.001, 0.002)).document()))
     rest = f"step_times: {file}\n"
     desk = Desk(tmp_path, "policy: {kind: threshold}\n" + rest)
     desk.look()
-    StepTimes(times, LayerMove(0.001, 0.003)).save(file)
+    write_whole(file, json.dumps(StepTimes(times, LayerMove(0.001, 0.003)).document()))
     desk.look()
     assert desk.taken == [] and desk.reloader.reloads.last_outcome is None
     desk.write("policy: {kind: slo}\n" + rest)
     desk.look()
     assert desk.taken[0][0].times is not None and len(desk.taken) == 1
-    StepTimes(times, LayerMove(0.001, 0.004)).save(file)
+    write_whole(file, json.dumps(StepTimes(times, LayerMove(0.001, 0.004)).document()))
     desk.look()
     assert len(desk.taken) == 2 and desk.taken[1][1].endswith("step times")
 
@@ -296,7 +298,8 @@ def test_new_policy_is_asked_from_the_next_tick(tmp_path: Path) -> None:
     first = PolicySetup(ThresholdConfig(kind="threshold"), None, LIMITS)
     second = PolicySetup(ThresholdConfig(kind="threshold", mode="performance", restore_after_s=0.1), None, LIMITS)
     rig = Rig()
-    rig = Rig(policy=first.build(rig.ladder), log=DecisionLog(path, header=make_header(first, rig.ladder)))
+    log = DecisionLog(path, header=make_header(first, rig.ladder))
+    rig = Rig(policy=first.build(rig.ladder), log=log)
     rig.pool.allocate(1, 18)
     rig.step(10)
     reached = rig.controller.level
@@ -307,7 +310,7 @@ def test_new_policy_is_asked_from_the_next_tick(tmp_path: Path) -> None:
     rig.pool.finish(1)
     rig.step(100)
     assert rig.controller.level == 0 and not rig.controller.tripped
-    rig.controller.close()
+    log.close()
     found = replay(path)
     assert found.agrees and found.compared == 120 and found.policies == ["threshold default", "threshold performance"]
 

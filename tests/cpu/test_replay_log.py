@@ -219,7 +219,7 @@ def test_controllers_pairs_replay(tmp_path: Path) -> None:
     rig.pool.finish(1)
     rig.step(40)
     assert rig.controller.counters.transitions
-    rig.controller.close()
+    log.close()
     found = replay(path)
     assert found.agrees and found.compared == 70
 
@@ -290,7 +290,7 @@ def test_slo_may_be_asked_of_a_log_that_has_no_step_times(tmp_path: Path) -> Non
     """Guards: limits that only an slo log carries; step times that are looked for in the log alone."""
     path = tmp_path / "log"
     write(path, THRESHOLD, load(6, 50))
-    TIMES.save(tmp_path / "times.json")
+    (tmp_path / "times.json").write_text(json.dumps(TIMES.document()))
     asked = parse_config({"policy": {"kind": "slo"}, "step_times": str(tmp_path / "times.json")})
     assert replay(path, asked).policies == ["slo default"]
     assert_problem(replay(path, parse_config({"policy": {"kind": "slo"}})), "there are none")

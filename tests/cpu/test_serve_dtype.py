@@ -161,7 +161,7 @@ def test_step_times_of_another_dtype_are_pointed_out(
 ) -> None:
     """Guards: promises predicted with the step times of another dtype, and nobody told."""
     tier("vnni")
-    replace(TIMES, dtype=of, tier="vnni").save(tmp_path / "times.json")
+    (tmp_path / "times.json").write_text(json.dumps(replace(TIMES, dtype=of, tier="vnni").document()))
     assert load_step_times(tmp_path / "times.json").dtype == of
     asked = comparison(tmp_path, "morphserve", server=replace(FAKE, dtype=dtype))
     assert asked.config is not None

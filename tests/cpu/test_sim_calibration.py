@@ -58,7 +58,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, change: dict[str, Any], messa
 def test_step_times_alone_are_no_calibration(tmp_path: Path) -> None:
     """Guards: a KeyError for a file that serves well."""
     path = tmp_path / "times.json"
-    replace(TIMES, model="m").save(path)
+    path.write_text(json.dumps(replace(TIMES, model="m").document()))
     with pytest.raises(ConfigError, match="no 'model_bytes'"):
         load_calibration(path)
     with pytest.raises(ConfigError, match="No such file"):

@@ -74,9 +74,8 @@ def test_an_uncalibrated_format_says_what_to_do() -> None:
 
 def test_written_and_read_again(tmp_path: Path) -> None:
     """Guards: a figure lost on the way to the disk."""
-    TIMES.save(tmp_path / "times.json")
+    (tmp_path / "times.json").write_text(json.dumps(TIMES.document()))
     assert load_step_times(tmp_path / "times.json") == TIMES
-    assert [p.name for p in tmp_path.iterdir()] == ["times.json"]
 
 
 @pytest.mark.parametrize(
@@ -94,9 +93,7 @@ def test_written_and_read_again(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_nonsense_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
     """Guards: predictions from figures that are no times."""
-    TIMES.save(tmp_path / "times.json")
-    document = json.loads((tmp_path / "times.json").read_text())
-    (tmp_path / "times.json").write_text(json.dumps(document | change))
+    (tmp_path / "times.json").write_text(json.dumps(TIMES.document() | change))
     with pytest.raises(ValueError, match=message) as caught:
         load_step_times(tmp_path / "times.json")
     assert "scripts/calibrate.py" in str(caught.value)

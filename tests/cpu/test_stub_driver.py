@@ -1,4 +1,4 @@
-"""What of the stub driver and of scripts/check_packed.py does not need NVIDIA's packages: names, environments, rows."""
+"""What of the stub driver and of check_packed.py does not need NVIDIA's packages: names, environments, rows."""
 
 from __future__ import annotations
 

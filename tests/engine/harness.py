@@ -186,7 +186,7 @@ def renew(llm: Any) -> None:
     """Level 0 and a fresh controller, whatever a fault has left. The engine must be idle."""
     morph = morph_of(llm)
     pool, base = morph.pool, morph.runtime.base_num_blocks
-    if pool.shrinking:
+    if pool._limit is not None:  # a shrink is in progress
         pool.cancel_shrink()
     if pool.num_kv_blocks > base:
         morph._scheduler.kv_cache_manager.reset_prefix_cache()  # nothing is worth moving below
@@ -194,7 +194,7 @@ def renew(llm: Any) -> None:
         pool.advance_shrink(0)
         pool.finish_shrink()
     runner = morph.controller._runner
-    layers = tuple((layer, "base") for layer in range(len(runner.formats)))
+    layers = tuple((layer, "base") for layer in range(len(runner.standing.formats)))
     replies = morph.executor.apply(Plan(runner.next_revision(), layers, base)).poll()
     assert replies is not None and all(reply.ok for reply in replies), replies
     if pool.num_kv_blocks < base:

@@ -16,6 +16,7 @@ from torch import Tensor
 from morphserve.cpu_tier import best_dtype
 from morphserve.integration.worker.worker import _RANK
 from quant_layers import BASE, CANDIDATES, Kernel, LayerSwapper, LinearSlot, VariantStore
+from tests.half_steps import half_step
 
 pytestmark = pytest.mark.cpu_tier
 
@@ -95,7 +96,7 @@ def excess(
     quant = kernel.unpack(tensors)
     wide, meaning = x.double(), quant.dequantize().double()
     total = wide.abs() @ meaning.abs().t()
-    bound = torch.zeros_like(total) if weight is None else wide.abs() @ quant.half_step().double().t()
+    bound = torch.zeros_like(total) if weight is None else wide.abs() @ half_step(quant).double().t()
     if not exact_x:
         bound += kernel.activation_half_step(x) @ meaning.abs().t()
     exact = wide @ (meaning if weight is None else weight).t()

@@ -30,6 +30,7 @@ from engine.rank_harness import (
 )
 
 from morphserve.control.ports import Plan
+from tests.levels import swapped_layers
 
 pytestmark = needs_two_cores
 
@@ -116,7 +117,7 @@ def test_a_level_publishes_what_the_scarcest_stage_has_freed(llm: Any) -> None:
         for sizes in rank.layers.values():
             assert [layer for layer, size in enumerate(sizes) if size] == list(own)
     ladder = runtime.ladder
-    assert ladder[1].swapped_layers == (0, 4), "the stages were to take turns"
+    assert swapped_layers(ladder[1]) == (0, 4), "the stages were to take turns"
     start = rpc(llm, "morphserve_memory")
     for level in (1, W8, W4, 5, 0):
         go(llm, level)

@@ -14,6 +14,7 @@ from engine.test_pipeline import STAGES
 from safetensors.torch import load_file
 
 from quant_layers import Rung, base_fingerprint, write_profile
+from tests.levels import swapped_layers
 
 pytestmark = [needs_two_cores, pytest.mark.usefixtures("two_cores")]
 
@@ -48,7 +49,7 @@ def test_a_profile_is_known_by_the_norms_of_all_stages(tiny_llama: Path, tmp_pat
     write_profile(profile, base_fingerprint(norms_of(tiny_llama)), {}, rungs, order, {}, {})
     with engine(tiny_llama, tmp_path / "variants", {"profile": str(profile)}, **UNCACHED) as llm:
         ladder = morph_of(llm).runtime.ladder
-        assert [level.swapped_layers for level in ladder] == [tuple(sorted(rung.layers)) for rung in rungs]
+        assert [swapped_layers(level) for level in ladder] == [tuple(sorted(rung.layers)) for rung in rungs]
         base = run(llm, PROMPTS[:4])
         go(llm, 3)
         assert morph_of(llm).pool.num_kv_blocks == ladder[3].num_kv_blocks > 49

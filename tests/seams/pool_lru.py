@@ -122,7 +122,7 @@ class RealCache:
         self.manager.watermark_blocks = 0
 
     def _drain(self) -> None:
-        if self.port.shrinking:
+        if self.port._limit is not None:  # a shrink is in progress
             progress = self.port.advance_shrink(self.copies)
             self.num_copied += len(progress.copies)
             if progress.num_live_tail == 0:

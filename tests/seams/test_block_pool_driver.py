@@ -117,7 +117,7 @@ def on_send(world: World, action: Callable[[Plan], None]) -> None:
 
 def publish_before_mapping(world: World) -> None:
     def publish(plan: Plan) -> None:
-        if plan.num_kv_blocks > world.port.num_kv_blocks and not world.port.shrinking:
+        if plan.num_kv_blocks > world.port.num_kv_blocks and world.port._limit is None:
             world.pool.grow(plan.num_kv_blocks)
 
     on_send(world, publish)

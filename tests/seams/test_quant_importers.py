@@ -16,8 +16,6 @@ from quant_layers import (
     CheckpointError,
     QuantW4,
     QuantW8,
-    dequantize_w4,
-    dequantize_w8,
     quantize_w4,
     quantize_w8,
 )
@@ -84,8 +82,8 @@ def test_awq_means_the_same_with_its_norms(base: Path, tmp_path: Path) -> None:
     quant = layer.linears[name]
     assert isinstance(quant, QuantW4)
     exact = weights[f"{name}.weight"].float() * weights[norm].float()
-    with_norm = dequantize_w4(quant) * layer.others[norm].float()
-    alone = dequantize_w4(quant) * weights[norm].float()
+    with_norm = quant.dequantize() * layer.others[norm].float()
+    alone = quant.dequantize() * weights[norm].float()
     assert float((with_norm - exact).norm() / exact.norm()) < 0.2
     assert float((alone - exact).norm() / exact.norm()) > 0.4
 
@@ -96,7 +94,7 @@ def test_wide_and_narrow_grids_dequantize_alike(base: Path, tmp_path: Path) -> N
     for kind, limit in (("gptq", 0.12), ("gptq_v2_asym", 0.1), ("ct_w4_asym", 0.1), ("ct_w8", 0.01), ("ct_int8", 0.01)):
         layer = Checkpoint.open(write_checkpoint(base, tmp_path / kind, kind, 32)).layer(0)
         for name, quant in layer.linears.items():
-            meaning = dequantize_w8(quant) if isinstance(quant, QuantW8) else dequantize_w4(quant)
+            meaning = quant.dequantize()
             exact = weights[f"{name}.weight"].float()
             assert float((meaning - exact).norm() / exact.norm()) < limit, (kind, name)
 

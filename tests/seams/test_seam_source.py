@@ -13,10 +13,10 @@ pytest.importorskip("vllm")
 from morphserve.integration.seams import rows as seams  # noqa: E402
 from morphserve.integration.seams import source as seam_source
 from morphserve.integration.seams.cuda import CUDA_KERNEL_SEAMS, CUDA_SEAMS  # noqa: E402
-from morphserve.integration.seams.rows import OPTIONAL, SEAMS, Seam  # noqa: E402
+from morphserve.integration.seams.rows import SEAMS, Seam  # noqa: E402
 from morphserve.integration.seams.tree import SourceTree  # noqa: E402
 
-ROWS = (*SEAMS, *OPTIONAL, *CUDA_SEAMS, *CUDA_KERNEL_SEAMS)
+ROWS = (*SEAMS, *CUDA_SEAMS, *CUDA_KERNEL_SEAMS)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def tree() -> SourceTree:
 def test_both_checks_agree(tree: SourceTree, row: Seam) -> None:
     """Guards: sources of a vLLM that cannot be imported are judged by other rules than the one that runs here."""
     read, imported = seam_source.check_seam(row, tree), seams.check_seam(row)
-    assert read.ok == imported.ok == (row not in OPTIONAL), (read.detail, imported.detail)
+    assert read.ok and imported.ok, (read.detail, imported.detail)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
@@ -57,5 +57,5 @@ def test_the_script_checks_the_installed_vllm(capsys: pytest.CaptureFixture[str]
     assert check_seams.main([]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     found = json.loads(last)
-    assert found["ok"] and found["num_rows"] == len(lines) == len(ROWS) - len(OPTIONAL) + 1
+    assert found["ok"] and found["num_rows"] == len(lines) == len(ROWS) + 1
     assert all(row["holds"] for row in found["seams"])

@@ -128,11 +128,6 @@ class VllmBlockPool:
         """Blocks that live requests hold, without the null block."""
         return int(self._pool.num_gpu_blocks - 1 - self._pool.get_num_free_blocks())
 
-    @property
-    def shrinking(self) -> bool:
-        """A shrink has begun and is neither finished nor cancelled."""
-        return self._limit is not None
-
     def grow(self, num_kv_blocks: int) -> None:
         """Publish blocks up to `num_kv_blocks`. Only after every rank has mapped them.
 

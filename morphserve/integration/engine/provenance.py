@@ -66,7 +66,6 @@ class Provenance:
         self._written: dict[int, tuple[KVCacheBlock, Span]] = {}
         self._prune_at = _PRUNE_AT
         self._asking: str | None = None  # the request whose lookup is under way
-        self._wrapped: list[tuple[Any, str, Any]] = []
         self._original: dict[str, Any] = {}
         for owner, name, wrapper in (
             (self._pool, "cache_full_blocks", self._cache_full_blocks),
@@ -77,17 +76,6 @@ class Provenance:
         ):
             self._original[name] = getattr(owner, name)
             setattr(owner, name, wrapper)
-            self._wrapped.append((owner, name, wrapper))
-
-    @property
-    def level(self) -> int:
-        """The level the next step runs at, as last set."""
-        return self._level
-
-    @property
-    def num_degraded_blocks(self) -> int:
-        """Blocks remembered as cached with KV of a level above 0."""
-        return len(self._written)
 
     def span(self, request_id: str) -> Span:
         """What a live request's context depends on."""
@@ -123,12 +111,6 @@ class Provenance:
             if block.block_hash is not None:
                 self._pool._maybe_evict_cached_block(block)
         self._written.clear()
-
-    def uninstall(self) -> None:
-        """Leave the pool and its manager as found."""
-        for owner, name, wrapper in self._wrapped:
-            if owner.__dict__.get(name) == wrapper:
-                delattr(owner, name)
 
     # ---- looking into the cache ----
 

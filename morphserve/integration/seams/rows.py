@@ -224,12 +224,6 @@ SEAMS: tuple[Seam, ...] = (
     Seam("block_table_host", "vllm.v1.utils:CpuGpuBuffer", (), "the same", ("np",)),
 )
 
-# Not required: what a newer vLLM may offer, and we would then use.
-OPTIONAL: tuple[Seam, ...] = (
-    Seam("kv_extend", "vllm.v1.worker.gpu_model_runner:GPUModelRunner.extend_kv_cache", (),
-         "growth under the addresses there are, see kv_growth.py"),
-)
-
 
 def resolve(target: str) -> tuple[Any, str, Any]:
     """(owner, attribute name, value) of "module:a.b". Raises ImportError or AttributeError."""

@@ -19,6 +19,7 @@ import torch
 import vllm
 from vllm.v1.worker.cpu_model_runner import _set_global_compilation_settings
 
+from morphserve.files import write_whole
 from morphserve.integration.worker.host_memory import peak_beyond_now
 from policies import BASE_FORMAT
 
@@ -112,9 +113,7 @@ def _read(file: Path) -> dict[str, int]:
 
 
 def _write(file: Path, figures: Mapping[str, int]) -> None:
-    partial = file.with_suffix(".partial")
     try:
-        partial.write_text(json.dumps(figures, indent=1), encoding="utf-8")
-        partial.replace(file)
+        write_whole(file, json.dumps(figures, indent=1))
     except OSError as e:
         logger.warning("morphserve: %s cannot be kept (%s); it is measured again at the next start", file, e)

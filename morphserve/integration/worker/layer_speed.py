@@ -21,6 +21,7 @@ import torch
 
 from morphserve import cpu_tier
 from morphserve.control import TIMED_BATCHES, LayerTimes
+from morphserve.files import write_whole
 from policies import BASE_FORMAT
 from quant_layers import HALVES, LinearImpl, half_of
 
@@ -164,9 +165,7 @@ def _checked(rows: list[list[float]]) -> tuple[tuple[float, float], ...]:
 
 
 def _write(file: Path, figures: Mapping[str, LayerTimes]) -> None:
-    partial = file.with_suffix(".partial")
     try:
-        partial.write_text(json.dumps(figures, indent=1), encoding="utf-8")
-        partial.replace(file)
+        write_whole(file, json.dumps(figures, indent=1))
     except OSError as e:
         logger.warning("morphserve: %s cannot be kept (%s); it is measured again at the next start", file, e)

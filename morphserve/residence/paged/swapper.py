@@ -70,11 +70,6 @@ class DeviceSwapper:
                 self._impls[part, name] = slot.impl
 
     @property
-    def prepared(self) -> bool:
-        """Whether a change is staged and waits for commit or abort."""
-        return self._prepared
-
-    @property
     def resident_bytes(self) -> int:
         """Bytes of the parts in use, in whole pages."""
         return self._bytes(self._live.values())

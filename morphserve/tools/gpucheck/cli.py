@@ -13,10 +13,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from morphserve.files import write_whole
 from morphserve.tools.gpucheck.frame import Options, run_parts
 from morphserve.tools.gpucheck.machine import describe_machine, missing_device
 from morphserve.tools.gpucheck.parts import Part, choose
-from morphserve.tools.gpucheck.results import PartResult, write_whole
+from morphserve.tools.gpucheck.results import PartResult
 from morphserve.tools.gpucheck.tables import DRY_BANNER, render, summary
 
 EXIT_OK, EXIT_FAILED, EXIT_NO_DEVICE, EXIT_NO_TIME = 0, 1, 3, 4  # argparse takes 2

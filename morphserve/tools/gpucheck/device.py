@@ -69,11 +69,6 @@ class Mark:
         if self._event is not None:
             self._event.synchronize()
 
-    def hold(self) -> None:
-        """Let the current stream wait for it, without the caller waiting."""
-        if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
-
     def us_since(self, earlier: Mark) -> float:
         """Microseconds on the device, once both have passed."""
         if self._event is None:

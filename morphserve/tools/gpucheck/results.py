@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from morphserve.files import write_whole
 
 Status = Literal["ok", "failed", "skipped", "no time"]
 
@@ -117,10 +118,3 @@ def read_findings(file: Path) -> Findings | None:
 def write_findings(file: Path, findings: Findings) -> None:
     """Replace the file as a whole."""
     write_whole(file, json.dumps(asdict(findings)))
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Whoever reads `file`, or kills us, sees the old text or the new one and nothing in between."""
-    beside = file.with_name(file.name + ".new")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from morphserve.errors import ProfilingError
+from morphserve.files import replacing, write_whole
 
 _SETTINGS = "settings.json"
 
@@ -36,12 +36,7 @@ class Workspace:
                     f"{directory} holds an unfinished profile that was begun with other settings. Finish that one, "
                     f"or delete {directory}."
                 )
-            partial = file.with_suffix(".partial")
-            try:
-                partial.write_text(text, encoding="utf-8")
-                os.replace(partial, file)
-            finally:
-                partial.unlink(missing_ok=True)
+            write_whole(file, text)
         except OSError as error:
             raise ProfilingError(f"{directory}: {error.strerror}. Give an --out on a disk with room.") from error
 
@@ -56,12 +51,10 @@ class Workspace:
     def save(self, what: str, index: int, value: Any) -> None:
         """Raises ProfilingError when the disk refuses."""
         file = self._file(what, index)
-        partial = file.with_suffix(".partial")
         try:
-            torch.save(value, partial)
-            os.replace(partial, file)
+            with replacing(file) as partial:
+                torch.save(value, partial)
         except (OSError, RuntimeError) as error:  # torch wraps what a full disk raises
-            partial.unlink(missing_ok=True)
             raise ProfilingError(f"cannot write {file}: {error}. Make room, start again: it goes on here.") from error
 
     def drop(self, what: str, index: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from morphserve.control import RankBytes
 from morphserve.errors import ConfigError
+from morphserve.files import write_whole
 from policies import BASE_FORMAT, StepTimes, load_step_times
 
 _KEY = "model_bytes"
@@ -57,16 +58,12 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write JSON, whole or not at all. `policies.load_step_times` reads its part of it."""
-        part = path.with_name(path.name + ".part")
-        self.times.save(part)
-        document = json.loads(part.read_text(encoding="utf-8"))
-        document[_KEY] = {
+        model_bytes = {
             "layers": {fmt: list(sizes) for fmt, sizes in self.rank.layers.items()},
             "kv_block_bytes": self.rank.kv_block_bytes,
             "block_size": self.block_size,
         }
-        part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_whole(path, json.dumps({**self.times.document(), _KEY: model_bytes}, indent=2) + "\n")
 
 
 def load_calibration(path: Path) -> Calibration:

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from morphserve.files import write_whole
 from morphserve.tools.workload import Replayed, Slo, Snapshot, bench_result, dispatch_lag, timeline, violations
 
 # The columns of a comparison, in the order of the document on stdout.
@@ -139,9 +140,7 @@ class RunResult:
         self.directory.mkdir(parents=True, exist_ok=True)
         _write_csv(self.directory / "requests.csv", [self._request_row(i) for i in self._order()])
         _write_csv(self.directory / "series.csv", _series_rows(self.series))
-        part = self.directory / "result.json.part"
-        part.write_text(json.dumps(self.document(), allow_nan=False), encoding="utf-8")
-        part.replace(self.directory / "result.json")
+        write_whole(self.directory / "result.json", json.dumps(self.document(), allow_nan=False))
 
     def _order(self) -> range:
         return range(len(self.replayed.outcomes))

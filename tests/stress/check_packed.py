@@ -1,10 +1,10 @@
 """Does MorphServe fit a CUDA build of vLLM, as far as a machine without a GPU can tell? Imports, configs, wraps.
 
-For a vLLM whose CUDA libraries cannot run here. The stub (scripts/stub_driver) is a faked H200 that computes nothing,
+For a vLLM whose CUDA libraries cannot run here. The stub (tests/stub_driver) is a faked H200 that computes nothing,
 so nothing is said of kernels, speed or results. Columns: section, check, ok or NO, what was found. Exit status 1 if a
 check does not hold. Last stdout line: one JSON document.
 
-    python scripts/check_packed.py --site DIRECTORY --python PYTHON
+    python tests/stress/check_packed.py --site DIRECTORY --python PYTHON
 
 --site: a directory with vllm/ and what it needs beside torch. --python: of an environment with torch for CUDA 13,
 cuda-bindings, transformers. Nothing is installed there. Takes about two minutes, and two more for each engine.
@@ -22,11 +22,13 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stub_driver import StubError, build, environment
-
 from morphserve.tools.gpucheck.engines import MODELS
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the stub driver lies
+from stub_driver import StubError, build, environment
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 SECTIONS = ("libraries", "seams", "config", "plugin", "refusals", "wraps")
 ENGINES = tuple(f"engine_{runner}_{how}" for runner in ("v2", "v1") for how in ("eager", "full", "compiled"))
 _LIMIT_S = 600
@@ -129,7 +131,7 @@ def write_distribution(directory: Path) -> None:
 def run_section(section: str, python: str, work: Path, env: dict[str, str], verbose: bool) -> list[Row]:
     """Rows of one section; what it could not tell, because it ended early, is a row that does not hold."""
     is_engine = section in ENGINES
-    command = [python, str(ROOT / "scripts" / ("packed_engine.py" if is_engine else "packed_rows.py")), section]
+    command = [python, str(HERE / ("packed_engine.py" if is_engine else "packed_rows.py")), section]
     where = work / ("small" if is_engine else "model")
     if is_engine:
         env = {**env, "FAKE_GPU_MIB": str(_ENGINE_MIB)}

@@ -10,8 +10,8 @@ Output columns: operations so far, seconds, microseconds per operation; with --h
 blocks hit right before, right after the shrink and right after the grow, the same for the LRU, blocks copied.
 Last stdout line: one JSON document.
 
-    python scripts/check_pool.py --operations 10000000 --seed 7
-    python scripts/check_pool.py --hits
+    python tests/stress/check_pool.py --operations 10000000 --seed 7
+    python tests/stress/check_pool.py --hits
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,25 @@
+"""Files that are there whole or not at all. Standard library only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Write to the path that this gives, beside `file`; what was written takes its place when the block ends well."""
+    partial = file.with_name(file.name + ".partial")
+    try:
+        yield partial
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Whoever reads `file`, or kills us, sees the old text or the new one and nothing in between."""
+    with replacing(file) as partial:
+        partial.write_text(text, encoding="utf-8")

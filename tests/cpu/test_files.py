@@ -1,0 +1,35 @@
+"""A file is replaced as a whole, or stays what it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from morphserve.files import replacing, write_whole
+
+
+def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    """Guards: a reader, or whoever starts after a kill, that meets half a file; a partial left beside the whole one."""
+    file = tmp_path / "figures.json"
+    write_whole(file, "old")
+    with replacing(file) as partial:
+        partial.write_text("ne")
+        assert file.read_text() == "old"
+        partial.write_text("new")
+    assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
+    write_whole(file, "größer")
+    assert file.read_bytes() == "größer".encode() and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), RuntimeError("in torch"), KeyboardInterrupt()])
+def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
+    """Guards: the old file lost to a write that failed, and partials that fill a disk which is full already."""
+    file = tmp_path / "figures.json"
+    for before in ([], [file]):
+        with pytest.raises(type(error)), replacing(file) as partial:
+            partial.write_text("half")
+            raise error
+        assert list(tmp_path.iterdir()) == before
+        write_whole(file, "old")
+    assert file.read_text() == "old"
