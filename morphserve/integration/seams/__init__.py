@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from morphserve.integration.seams.cuda import CUDA_KERNEL_SEAMS, CUDA_SEAMS
 from morphserve.integration.seams.rows import (
-    OPTIONAL,
     SEAMS,
     Seam,
     SeamResult,
@@ -22,7 +21,6 @@ from morphserve.integration.seams.tree import SourceTree
 __all__ = [
     "CUDA_KERNEL_SEAMS",
     "CUDA_SEAMS",
-    "OPTIONAL",
     "SEAMS",
     "Seam",
     "SeamResult",
