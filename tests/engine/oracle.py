@@ -1,5 +1,9 @@
 """Many mixed requests, with and without a KV cache that is resized under them: the same tokens and log probabilities.
 
+To the last bit, but in fp32: there vLLM's own sums depend on how a prompt is cut into steps (on AVX2 by 1e-5 in the
+log probabilities of a tiny model), and a smaller cache admits and so cuts prompts otherwise. The bound there is what
+sums of so many terms differ by in another order; a block that was not copied changed them by 1.1 to 2.2.
+
 60 requests in every test run; ORACLE_REQUESTS=500 for the whole thing by hand.
 """
 
@@ -10,12 +14,15 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from engine.harness import kv_script, morph_of
 
 NUM_REQUESTS = int(os.environ.get("ORACLE_REQUESTS", "60"))
 VOCABULARY = 512
 LONGEST = 400  # tokens of a prompt; with the longest output still below max_model_len
 FLOOR, TOP = 24, 146  # blocks of 32 tokens: the longest request needs 16
+# Of log probabilities in fp32: terms of the longest attention, in up to eight layers, one rounding each.
+_REORDERED = 2.0**-23 * 512 * 8
 Answer = list[tuple[tuple[int, ...], tuple[float, ...]]]
 
 
@@ -136,7 +143,18 @@ def check(llm: Any, seed: int = 0, seeded: bool = True) -> dict[str, int]:
             }
     finally:
         del morph.on_preemption
-    different = [index for index in expected if found.get(index) != expected[index]]
+    tolerance = _REORDERED if llm.llm_engine.model_config.dtype == torch.float32 else 0.0
+    different = [i for i in expected if not _same(found.get(i, []), expected[i], tolerance)]
     assert found.keys() == expected.keys() and not different, f"requests {different} differ; {happened}"
     assert happened["blocks_copied"] > NUM_REQUESTS / 2 and happened["sizes"] > NUM_REQUESTS / 4, happened
     return happened
+
+
+def _same(found: Answer, expected: Answer, tolerance: float) -> bool:
+    """The same tokens, with the same log probabilities up to a tolerance."""
+    tokens = [one for one, _ in found] == [one for one, _ in expected]
+    return tokens and all(
+        abs(here - there) <= tolerance
+        for (_, ours), (_, theirs) in zip(found, expected, strict=True)
+        for here, there in zip(ours, theirs, strict=True)
+    )
