@@ -53,7 +53,8 @@ def test_a_part_knows_what_is_left_of_its_budget() -> None:
 
 
 def test_the_machine_is_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: fields in another order, "[N/A]" taken for a value, a driver's version taken for a number."""
+    """Guards: fields in another order, "[N/A]" taken for a value, a driver's version taken for a number, what nobody
+    knows written down."""
     smi = tmp_path / "nvidia-smi"
     smi.write_text(
         "#!/bin/sh\n"
@@ -64,7 +65,10 @@ def test_the_machine_is_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert machine.missing_device() is None
-    found = machine.describe_machine()
+    monkeypatch.setattr(machine, "_PACKAGES", ("no-such-package",))
+    monkeypatch.setattr("morphserve.tools.machine.cpu_name", lambda: "unknown")
+    found = machine.describe_host()
+    assert found["cores"] and not {"cpu", "no-such-package"} & found.keys()
     assert (found["gpu"], found["driver"], found["sm_max_mhz"]) == ("NVIDIA H200", "580.20", 1980.0)
     assert machine.read_sensors() == {
         "sm_mhz": 345.0, "memory_mhz": 3201.0, "temperature_c": 31.0, "memory_used_mib": 4.0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from morphserve.tools.bench.load.scrape import parse_metrics, snapshot
+from morphserve.tools.bench.load.scrape import snapshot
 from morphserve.tools.workload import Slo, timeline
 from morphserve.tools.workload.metrics import bench_result, dispatch_lag, violations
 from morphserve.tools.workload.outcome import CUTOFF, Outcome, Replayed, Snapshot
@@ -58,7 +58,11 @@ PAGE = """# HELP vllm:num_requests_waiting Number of requests waiting
 vllm:num_requests_waiting{engine="0",model_name="a b}\\"c"} 3.0
 vllm:num_requests_waiting{engine="1",model_name="a b}\\"c"} 4.0
 vllm:kv_cache_usage_perc{engine="0"} 0.25
+# HELP vllm:num_preemptions_total Cumulative number of preemptions
+# TYPE vllm:num_preemptions_total counter
 vllm:num_preemptions_total{engine="0"} 1.2e+01
+# TYPE vllm:num_preemptions_created gauge
+vllm:num_preemptions_created{engine="0"} 1.7e+09
 vllm:cache_config_info{block_size="32",engine="0",num_gpu_blocks="49"} 1.0
 process_cpu_seconds_total 5.0
 """
@@ -80,16 +84,38 @@ morphserve:errors_total{where="policy"} 0
 
 def test_stock_page_gives_blocks_and_no_level() -> None:
     """Guards runs without the plugin: absent metrics are None, blocks come from vLLM's own label."""
-    s = snapshot(parse_metrics(PAGE), 1.0)
+    s = snapshot(PAGE, 1.0)
     assert (s.waiting, s.running, s.preemptions, s.kv_usage) == (7, None, 12, 0.25)
     assert (s.blocks_published, s.blocks_used) == (49, 12)
     assert (s.level, s.is_morphserve, s.tokens_by_level) == (None, False, {})
-    assert snapshot(parse_metrics("<html>bad gateway\nvllm:x\nvllm:y {} z"), 1.0) == Snapshot(1.0)
+    assert snapshot("<html>bad gateway\nvllm:x\nvllm:y {} z", 1.0) == Snapshot(1.0)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        '{engine="1"',
+        '{engine="1"}',
+        '{engine="1", ="0"} 5',
+        '{engine="1",engine="1"} 5',
+        "{engine=1} 5",
+        '{engine="1"} 5_0',
+        '{engine="1"} +Inf',
+        '{engine="1"} NaN',
+        f'{{engine="1"}} 1{"0" * 400}',
+        "5",
+    ],
+)
+def test_a_damaged_line_costs_no_other(damaged: str) -> None:
+    """Guards a run of minutes, ended by one line, or left without figures by it."""
+    name = "vllm:num_requests_waiting"
+    for page in (f"{name}{damaged}\n{PAGE}", f"{PAGE}{name}{damaged}"):
+        assert snapshot(page, 1.0) == snapshot(PAGE, 1.0)
 
 
 def test_morphserve_page_overrides_the_stale_label() -> None:
     """Guards the picture after a resize, when vLLM's own block label is stale."""
-    s = snapshot(parse_metrics(PAGE + MORPH), 1.0)
+    s = snapshot(PAGE + MORPH, 1.0)
     assert (s.level, s.blocks_published, s.blocks_backed, s.blocks_used) == (2, 153, 160, 77)
     assert s.layers == {"base": 20, "w8": 10}
     assert s.tokens_by_level == {"0": 100, "2": 40}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from policies import LayerMove, MorphLevel, StepLoad, StepTime, StepTimes, load_
 
 BASE = StepTime(0.010, 4e-4, 2e-4, 1e-6)
 W8 = StepTime(0.006, 3e-4, 1e-4, 1e-6)
+LONE = StepTime(0.010, 4e-4, 0.0, 1e-6)  # prefill is free
 TIMES = StepTimes({"base": BASE, "w8": W8}, LayerMove(0.001, 0.002), 0.004, {"base": 0.02}, "m", "cpu")
 
 
@@ -50,6 +52,13 @@ def test_the_fit_survives_stalls_and_never_goes_below_zero() -> None:
     free = StepTime(0.01, 0.0, 1e-4, 0.0)
     found, _ = fit_step_time(steps(free, 200, noise=0.05, seed=3))
     assert min(found.per_seq_s, found.per_prefill_token_s, found.per_context_token_s) >= 0
+
+
+def test_steps_that_never_prefill_are_fitted() -> None:
+    """Guards: a calibration that dies of a coefficient nothing was timed for."""
+    found, error = fit_step_time([replace(step, prefill_tokens=0) for step in steps(LONE, 200)])
+    assert error < 1e-6
+    assert (found.per_prefill_token_s, found.per_seq_s) == (0, pytest.approx(LONE.per_seq_s, rel=1e-4))
 
 
 def test_too_few_steps_are_refused() -> None:

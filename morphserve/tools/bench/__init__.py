@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from morphserve.tools.bench.cli import main
 from morphserve.tools.bench.command import run_command
-from morphserve.tools.bench.environment import describe_machine
 from morphserve.tools.bench.load.server import ServerOptions, serve
 from morphserve.tools.bench.paired import ClosedLoop, PairedResult, compare_idle
 from morphserve.tools.bench.report.summary import percent
@@ -14,7 +13,6 @@ __all__ = [
     "PairedResult",
     "ServerOptions",
     "compare_idle",
-    "describe_machine",
     "main",
     "percent",
     "run_command",

@@ -15,7 +15,6 @@ from morphserve.serve_dtype import AUTO, model_dtype, resolve_dtype
 from morphserve.tools.bench import simulated
 from morphserve.tools.bench.command import run_command
 from morphserve.tools.bench.compare import Comparison, measure_url, run_all
-from morphserve.tools.bench.environment import describe_machine
 from morphserve.tools.bench.fit import Given, fit
 from morphserve.tools.bench.fitted import run_fitted
 from morphserve.tools.bench.load.client import ClientOptions
@@ -25,6 +24,7 @@ from morphserve.tools.bench.load.server import ServerOptions
 from morphserve.tools.bench.options import build_parser
 from morphserve.tools.bench.report.console import ConsoleProgress
 from morphserve.tools.bench.report.summary import summarize
+from morphserve.tools.machine import describe_machine
 from morphserve.tools.workload import (
     PromptMaker,
     ReplayError,

@@ -17,10 +17,10 @@ from morphserve import cpu_tier
 from morphserve.config import load_config, parse_config, step_times_file
 from morphserve.control import ladder_formats
 from morphserve.serve_dtype import model_dtype
-from morphserve.tools.bench.environment import describe_machine
 from morphserve.tools.bench.load.measure import Measurement, measure
 from morphserve.tools.bench.load.server import Server, ServerOptions, serve
 from morphserve.tools.bench.report.results import RunResult
+from morphserve.tools.machine import describe_machine
 from morphserve.tools.workload import Outcome, ReplayError, Slo
 from policies import StepTimes, load_step_times
 

@@ -21,8 +21,8 @@ from morphserve.tools.bench.compare import (
     run_title,
     static_format,
 )
-from morphserve.tools.bench.environment import describe_machine
 from morphserve.tools.bench.report.results import RunResult
+from morphserve.tools.machine import describe_machine
 from morphserve.tools.workload import ReplayError
 
 if TYPE_CHECKING:  # it builds on this package

@@ -15,7 +15,7 @@ from typing import Any
 
 from morphserve.files import write_whole
 from morphserve.tools.gpucheck.frame import Options, run_parts
-from morphserve.tools.gpucheck.machine import describe_machine, missing_device
+from morphserve.tools.gpucheck.machine import describe_host, missing_device
 from morphserve.tools.gpucheck.parts import Part, choose
 from morphserve.tools.gpucheck.results import PartResult
 from morphserve.tools.gpucheck.tables import DRY_BANNER, render, summary
@@ -51,7 +51,7 @@ def check(parts: Sequence[Part], options: Options, out: Path, missing: str | Non
     """Run `parts`, keep the report in `out` up to date, print it, and say by the exit code what came of it."""
     out.mkdir(parents=True, exist_ok=True)
     files = [out / "gpu_check.json", out / "gpu_check.md"]
-    machine = describe_machine()
+    machine = describe_host()
 
     def report(results: Sequence[PartResult]) -> None:
         for result in results:

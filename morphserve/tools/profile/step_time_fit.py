@@ -43,12 +43,11 @@ def _nonnegative(load: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     best, least = np.zeros(4), np.inf
     for size in range(1, 5):
         for columns in combinations(range(4), size):
-            scale = rows[:, columns].max(axis=0)
-            solution, *_ = np.linalg.lstsq(rows[:, columns] / scale, np.ones(len(rows)), rcond=None)
+            solution, *_ = np.linalg.lstsq(rows[:, columns], np.ones(len(rows)), rcond=None)
             if (solution < 0).any():
                 continue
             full = np.zeros(4)
-            full[list(columns)] = solution / scale
+            full[list(columns)] = solution
             loss = float(np.sum((rows @ full - 1) ** 2))
             if loss < least:
                 best, least = full, loss

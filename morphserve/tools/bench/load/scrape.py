@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import re
+import contextlib
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
 
 from morphserve.tools.workload import Snapshot
 
-_LINE = re.compile(r"^((?:vllm|morphserve):[a-zA-Z0-9_]+)(?:\{(.*)\})? (\S+)")
-_LABEL = re.compile(r'([a-zA-Z0-9_]+)="((?:[^"\\]|\\.)*)"')
 
-Sample = tuple[str, dict[str, str], float]
-
-
-def parse_metrics(text: str) -> list[Sample]:
-    """vLLM's and MorphServe's samples of a Prometheus text page."""
-    samples = []
-    for line in text.splitlines():
-        if (match := _LINE.match(line)) is None:
-            continue
-        try:
-            value = float(match[3])
-        except ValueError:
-            continue
-        samples.append((match[1], dict(_LABEL.findall(match[2] or "")), value))
-    return samples
-
-
-def snapshot(samples: Iterable[Sample], t_s: float) -> Snapshot:
-    """Fold one page into a snapshot; several engines of one server are added up."""
-    page = _Page(samples)
+def snapshot(text: str, t_s: float) -> Snapshot:
+    """Fold one page of /metrics into a snapshot; several engines of one server are added up."""
+    page = _Page(text)
     usage = page.mean("vllm:kv_cache_usage_perc")
     published = page.by("morphserve:kv_blocks", "state")
     if not published and (stock := page.label("vllm:cache_config_info", "num_gpu_blocks")) is not None:
@@ -61,16 +44,27 @@ def snapshot(samples: Iterable[Sample], t_s: float) -> Snapshot:
 
 
 class _Page:
-    """Sums over one metrics page; every answer is None or empty where a metric is absent."""
+    """Sums over one metrics page; every answer is None or empty where a metric is absent.
 
-    def __init__(self, samples: Iterable[Sample]) -> None:
-        self._by_name: dict[str, list[tuple[dict[str, str], float]]] = {}
-        for name, labels, value in samples:
-            if value == value:  # a gauge that was never set reads NaN
-                self._by_name.setdefault(name, []).append((labels, value))
+    Only the lines asked for are parsed, one by one: the client sends nothing while it parses all the others, and the
+    parser gives up a page at its first damaged line.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._lines: dict[str, list[str]] = {}
+        for line in text.splitlines():
+            self._lines.setdefault(line.partition("{")[0].partition(" ")[0], []).append(line)
+
+    def _samples(self, name: str) -> Iterator[tuple[dict[str, str], float]]:
+        for line in self._lines.get(name, ()):
+            with contextlib.suppress(ValueError, IndexError, OverflowError):  # what the parser makes of damaged lines
+                (family,) = text_string_to_metric_families(line)
+                (sample,) = family.samples
+                if math.isfinite(sample.value):  # a gauge that was never set reads NaN
+                    yield sample.labels, float(sample.value)
 
     def _values(self, name: str) -> list[float]:
-        return [value for _, value in self._by_name.get(name, ())]
+        return [value for _, value in self._samples(name)]
 
     def sum(self, name: str) -> float | None:
         values = self._values(name)
@@ -93,14 +87,14 @@ class _Page:
 
     def by(self, name: str, *labels: str) -> dict[str, int]:
         out: dict[str, int] = {}
-        for have, value in self._by_name.get(name, ()):
+        for have, value in self._samples(name):
             key = "/".join(have.get(label, "") for label in labels)
             out[key] = out.get(key, 0) + round(value)
         return out
 
     def label(self, name: str, label: str) -> int | None:
-        values = [have.get(label, "") for have, _ in self._by_name.get(name, ())]
-        return sum(int(v) for v in values) if values and all(v.isdigit() for v in values) else None
+        values = [have.get(label, "") for have, _ in self._samples(name)]
+        return sum(int(v) for v in values) if values and all(v.isdecimal() for v in values) else None
 
 
 class Poller:
@@ -123,7 +117,7 @@ class Poller:
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
             self.failures += 1
             return None
-        taken = snapshot(parse_metrics(text), time.perf_counter() - self._zero())
+        taken = snapshot(text, time.perf_counter() - self._zero())
         self.snapshots.append(taken)
         return taken
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
+from morphserve.cpu_tier import cpu_name
 
-def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory and versions; what cannot be found out is left out."""
+
+def describe_machine(*packages: str) -> dict[str, Any]:
+    """Name processor, cores, memory and versions, `packages` too; what cannot be found out is left out."""
     machine: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": _memory_gib(),
         "python": platform.python_version(),
@@ -20,15 +21,8 @@ def describe_machine() -> dict[str, Any]:
         "torch": _version("torch"),
         "morphserve": _version("morphserve"),
     }
-    return {key: value for key, value in machine.items() if value is not None}
-
-
-def _cpu_name() -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+    machine |= {package: _version(package) for package in packages}
+    return {key: value for key, value in machine.items() if value not in (None, "unknown")}
 
 
 def _memory_gib() -> float | None:
