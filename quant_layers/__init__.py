@@ -5,9 +5,9 @@ Needs torch and nothing else of ours; vLLM's operators are used where another pa
 
 # First: in a format, kernels are tried in the order in which they register.
 from quant_layers.kernels import cpu as cpu  # isort: skip
+from quant_layers.formats.canonical import Quant, QuantW4, QuantW8, choose_group_size, quantize_w4, quantize_w8, regroup
 from quant_layers.formats.float8 import QuantF8
 from quant_layers.formats.halves import HALVES, Half, format_of, half_of, join_format, split_format
-from quant_layers.formats.neutral import Quant, QuantW4, QuantW8, choose_group_size, quantize_w4, quantize_w8, regroup
 from quant_layers.kernels.base import KernelBase
 from quant_layers.kernels.cpu_linears import LinearImpl, Native
 from quant_layers.kernels.float8 import F8A8Cutlass

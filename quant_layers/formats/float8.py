@@ -1,4 +1,4 @@
-"""The format `fp8`: float8_e4m3fn with one scale per output channel. Neutral form, kernels and linears, all of it."""
+"""The format `fp8`: float8_e4m3fn with one scale per output channel. Canonical form, kernels and linears, all of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant_layers.formats.neutral import Quant, finite_matrix, round_up, usable_scale
+from quant_layers.formats.canonical import Quant, finite_matrix, round_up, usable_scale
 from quant_layers.kernels.base import KernelBase
 from quant_layers.kernels.cpu_linears import LinearImpl, Rows, nbytes_of
 from quant_layers.kernels.registry import register
@@ -64,7 +64,7 @@ def _round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _F8Kernel(KernelBase):
-    neutral = QuantF8
+    canonical = QuantF8
     _scale_dtype = torch.float32
 
     def pack_quant(self, quant: Quant) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from quant_layers.formats.neutral import QuantW4
+from quant_layers.formats.canonical import QuantW4
 
 TILE_N = 32  # output channels in one block of the VNNI kernels
 PANEL_N = 16  # those of our own (kPanel in csrc/int16_linear.h)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quant_layers.errors import KernelError
-from quant_layers.formats.neutral import Quant, QuantW4, choose_group_size, round_in_pieces
+from quant_layers.formats.canonical import Quant, QuantW4, choose_group_size, round_in_pieces
 
 _INT8_STEPS = 127
 
@@ -38,8 +38,8 @@ class KernelBase:
     """A `Kernel` (registry.py) but for its layout: a subclass brings `pack_quant`, `unpack` and `build`."""
 
     name: ClassVar[str]
-    neutral: ClassVar[type[Quant]]
-    format: ClassVar[str]  # that of `neutral`
+    canonical: ClassVar[type[Quant]]
+    format: ClassVar[str]  # that of `canonical`
     quantizes_activations: ClassVar[bool] = True
     runs_on: ClassVar[tuple[str, ...]] = ()
     slow_on: ClassVar[tuple[str, ...]] = ()
@@ -53,8 +53,8 @@ class KernelBase:
     _groups: ClassVar[tuple[int, ...]] = ()  # input channels that may share a scale; empty: any number
 
     def __init_subclass__(cls) -> None:
-        if hasattr(cls, "neutral"):  # what several kernels share may leave it to them
-            cls.format = cls.neutral.format
+        if hasattr(cls, "canonical"):  # what several kernels share may leave it to them
+            cls.format = cls.canonical.format
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         self.dtype = dtype
@@ -76,7 +76,7 @@ class KernelBase:
                     f"{self.name}: {label}={size} of a weight [N={n}, K={k}] is not a positive multiple of "
                     f"{self._multiple}; leave this linear at base, or choose another tensor-parallel size"
                 )
-        if self.neutral is QuantW4:
+        if self.canonical is QuantW4:
             choose_group_size(k)
 
     def check_group(self, size: int) -> None:
@@ -92,7 +92,7 @@ class KernelBase:
                 "choose the kernel with the model's dtype"
             )
         self.check_shape(*weight.shape)
-        return self.pack_quant(round_in_pieces(self.neutral, weight, self._scale_dtype))
+        return self.pack_quant(round_in_pieces(self.canonical, weight, self._scale_dtype))
 
     def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -114,7 +114,7 @@ class KernelBase:
         return torch.float32 if self.quantizes_activations else self.dtype
 
     def _admit_quant(self, quant: Quant) -> None:
-        if type(quant) is not self.neutral:
+        if type(quant) is not self.canonical:
             raise KernelError(
                 f"{self.name} runs {self.format}, this weight is {quant.format}; name it under {quant.format}"
             )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quant_layers.formats import packing
-from quant_layers.formats.neutral import Quant, QuantW4, QuantW8
+from quant_layers.formats.canonical import Quant, QuantW4, QuantW8
 from quant_layers.kernels.base import KernelBase
 from quant_layers.kernels.cpu_linears import (
     Int4TritonLinear,
@@ -32,7 +32,7 @@ from quant_layers.kernels.registry import register
 class W8A8Vnni(KernelBase):
     """int8 x int8 with per-token activation scales, fused in one operator; plain packed tensors."""
 
-    name, neutral = "w8a8_vnni", QuantW8
+    name, canonical = "w8a8_vnni", QuantW8
     _dtypes = (torch.bfloat16,)  # with fp16 the operator ends the process
     _ops = ("int8_scaled_mm_with_quant",)
     _needs_vnni = True
@@ -52,7 +52,7 @@ class W8A8Vnni(KernelBase):
 class W8A8Onednn(KernelBase):
     """int8 x int8 through oneDNN: portable, but building reorders the weight (about 1 GiB/s)."""
 
-    name, neutral = "w8a8_onednn", QuantW8
+    name, canonical = "w8a8_onednn", QuantW8
     _ops = (
         "create_onednn_scaled_mm_handler",
         "onednn_scaled_mm",
@@ -79,7 +79,7 @@ class W8A16(KernelBase):
     Never chosen by itself where a W8A8 kernel runs; name it under `kernels:` where quality counts more than speed.
     """
 
-    name, neutral = "w8a16_aten", QuantW8
+    name, canonical = "w8a16_aten", QuantW8
     quantizes_activations = False
 
     def unavailable(self) -> str:
@@ -102,7 +102,7 @@ class W8A16(KernelBase):
 class W4A8Vnni(KernelBase):
     """4-bit weights with zero points, int8 activations. vLLM offers it with AMX only; VNNI runs it too."""
 
-    name, neutral = "w4a8_vnni", QuantW4
+    name, canonical = "w4a8_vnni", QuantW4
     _ops = ("int4_scaled_mm_cpu",)
     _needs_vnni = True
 
@@ -121,7 +121,7 @@ class W4A8Vnni(KernelBase):
 class W4A16(KernelBase):
     """4-bit weights dequantized on the fly: saves memory, but is slower than bf16 at every batch size."""
 
-    name, neutral = "w4a16", QuantW4
+    name, canonical = "w4a16", QuantW4
     quantizes_activations = False
     _ops = ("cpu_gemm_wna16",)
 
@@ -140,7 +140,7 @@ class W4A16(KernelBase):
 class W4A16Triton(KernelBase):
     """Our own Triton kernel, for GPUs on which vLLM has no other. Runs on CPU in Triton's interpreter, for tests."""
 
-    name, neutral = "w4a16_triton", QuantW4
+    name, canonical = "w4a16_triton", QuantW4
     quantizes_activations = False
 
     def unavailable(self) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quant_layers.formats import packing
-from quant_layers.formats.neutral import IMPORTED_GROUP_SIZES, Quant, QuantW4, QuantW8
+from quant_layers.formats.canonical import IMPORTED_GROUP_SIZES, Quant, QuantW4, QuantW8
 from quant_layers.kernels import native
 from quant_layers.kernels.base import KernelBase
 from quant_layers.kernels.cpu_linears import LinearImpl, Native, nbytes_of
@@ -112,7 +112,7 @@ class _Int16(KernelBase):
 class W8Int16(_Int16):
     """8-bit weights, as many steps of activations as K products leave room for in int32."""
 
-    name, neutral = "w8_int16", QuantW8
+    name, canonical = "w8_int16", QuantW8
 
     def _steps(self, k: int) -> int:
         return min(_MAX_STEPS, _MAX_SUM // (_MAX_WEIGHT * k))
@@ -131,7 +131,7 @@ class W8Int16(_Int16):
 class W4Int16(_Int16):
     """4-bit weights with zero points: int32 sums within a group, fp32 across groups, always in the same order."""
 
-    name, neutral = "w4_int16", QuantW4
+    name, canonical = "w4_int16", QuantW4
     _groups = IMPORTED_GROUP_SIZES
 
     def _steps(self, k: int) -> int:

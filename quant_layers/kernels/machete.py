@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quant_layers.errors import KernelError
-from quant_layers.formats.neutral import Quant, QuantW4
+from quant_layers.formats.canonical import Quant, QuantW4
 from quant_layers.formats.packing import _from_words, _to_words
 from quant_layers.kernels.base import KernelBase
 from quant_layers.kernels.cpu_linears import UINT4_ID, LinearImpl, Rows, _op, nbytes_of
@@ -31,7 +31,7 @@ class W4A16Machete(KernelBase):
     In bf16 each of these roundings may take a seventeenth of a step, which `reference` does not tell.
     """
 
-    name, neutral = "w4a16_machete", QuantW4
+    name, canonical = "w4a16_machete", QuantW4
     quantizes_activations = False
     fast_on = ("cuda",)
     packs_on = "cuda"

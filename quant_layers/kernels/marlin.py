@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quant_layers.errors import KernelError
-from quant_layers.formats.neutral import Quant, QuantW4, QuantW8
+from quant_layers.formats.canonical import Quant, QuantW4, QuantW8
 from quant_layers.formats.packing import _from_words, _to_words
 from quant_layers.kernels.base import KernelBase
 from quant_layers.kernels.cpu_linears import UINT4_ID, UINT8B128_ID, LinearImpl, Rows, _op, nbytes_of
@@ -135,7 +135,7 @@ class _Marlin(KernelBase):
     fast_on = ("cuda",)
     _ops = ("marlin_gemm",)
     _multiple = _COLUMNS
-    neutral: ClassVar[type[Quant]] = QuantW4
+    canonical: ClassVar[type[Quant]] = QuantW4
     proof_shapes = ((960, 640), (576, 1536), (64, 256))
 
     def _no_device(self) -> str:
@@ -158,7 +158,7 @@ class _Marlin(KernelBase):
 class W4A16Marlin(_Marlin):
     """4-bit weights with zero points on NVIDIA GPUs, through the Marlin kernel that vLLM brings. Never run here yet."""
 
-    name, neutral = "w4a16_marlin", QuantW4
+    name, canonical = "w4a16_marlin", QuantW4
     _groups = _GROUPS
 
     def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
@@ -179,7 +179,7 @@ class W8A16Marlin(_Marlin):
     Never run here yet. Half the bytes of bf16, and activations lose nothing.
     """
 
-    name, neutral = "w8a16_marlin", QuantW8
+    name, canonical = "w8a16_marlin", QuantW8
 
     def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
         self._admit_quant(quant)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from quant_layers.formats.neutral import Quant, QuantW4, QuantW8
+from quant_layers.formats.canonical import Quant, QuantW4, QuantW8
 from quant_layers.kernels.base import KernelBase
 from quant_layers.kernels.cpu_linears import LinearImpl, Rows, nbytes_of
 
@@ -29,7 +29,7 @@ class _Plain(KernelBase):
 class W8Plain(_Plain):
     """8-bit weights, widened a piece at a time and multiplied in fp32."""
 
-    name, neutral = "w8_plain", QuantW8
+    name, canonical = "w8_plain", QuantW8
 
     def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
         self._admit_quant(quant)
@@ -50,7 +50,7 @@ class W8Plain(_Plain):
 class W4Plain(_Plain):
     """4-bit weights, two to a byte."""
 
-    name, neutral = "w4_plain", QuantW4
+    name, canonical = "w4_plain", QuantW4
 
     def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
         self._admit_quant(quant)

@@ -2,9 +2,9 @@
 
 A new format is two classes, and `register`:
 
-* the neutral form, a subclass of `Quant` (neutral.py): what a quantized weight means, and how a weight is rounded to
+* the canonical form, a subclass of `Quant` (neutral.py): what a quantized weight means, and how a weight is rounded to
   it;
-* at least one kernel, best a subclass of `KernelBase` (kernel_base.py): its name and its `neutral` form, `pack_quant`
+* at least one kernel, best a subclass of `KernelBase` (kernel_base.py): its name and its `canonical` form, `pack_quant`
   into tensors that can be stored, `unpack` back, and `build` into something callable (linears.py). Several kernels may
   share a format: the first that passes its self-test runs it.
 
@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from quant_layers.errors import KernelError
+from quant_layers.formats.canonical import Quant
 from quant_layers.formats.halves import split_format
-from quant_layers.formats.neutral import Quant
 from quant_layers.kernels.cpu_linears import LinearImpl
 
 
@@ -36,8 +36,8 @@ class Kernel(Protocol):
     """One way to run one format. Instances are bound to the activation dtype."""
 
     name: str  # also of the packed layout on disk: whoever changes what `pack` gives changes the name
-    format: str  # that of `neutral`
-    neutral: type[Quant]
+    format: str  # that of `canonical`
+    canonical: type[Quant]
     dtype: torch.dtype  # of activations, outputs, and weights to pack (or these in fp32)
     quantizes_activations: bool  # per token, to 8 bits: then folding outliers into the weights (smoothing.py) pays
     runs_on: tuple[str, ...]  # device types, of which it needs one; empty: any
@@ -92,21 +92,21 @@ _formats: dict[str, type[Quant]] = {}
 
 # Live: who holds them sees what is registered later. Within a format, the first kernel that passes its self-test runs.
 CANDIDATES: ValuesView[type[Kernel]] = _kernels.values()
-FORMATS: Mapping[str, type[Quant]] = MappingProxyType(_formats)  # as users write them |-> neutral form
+FORMATS: Mapping[str, type[Quant]] = MappingProxyType(_formats)  # as users write them |-> canonical form
 
 
 def register(kernel: type[Kernel]) -> None:
     """Add a kernel behind those of its format, and its format where it is the first.
 
     Raises:
-        KernelError: its name is taken, or that of its format is, by another neutral form.
+        KernelError: its name is taken, or that of its format is, by another canonical form.
     """
-    neutral = kernel.neutral
-    if not neutral.format or split_format(neutral.format)[0] != neutral.format:
-        raise KernelError(f"format {neutral.format!r} of {neutral.__name__} must be a name without '/'; rename it")
-    if kernel.name in _kernels or _formats.get(neutral.format, neutral) is not neutral:
+    canonical = kernel.canonical
+    if not canonical.format or split_format(canonical.format)[0] != canonical.format:
+        raise KernelError(f"format {canonical.format!r} of {canonical.__name__} must be a name without '/'; rename it")
+    if kernel.name in _kernels or _formats.get(canonical.format, canonical) is not canonical:
         raise KernelError(
-            f"kernel {kernel.name!r} or format {neutral.format!r} is registered already; give it another name"
+            f"kernel {kernel.name!r} or format {canonical.format!r} is registered already; give it another name"
         )
     _kernels[kernel.name] = kernel
-    _formats[neutral.format] = neutral
+    _formats[canonical.format] = canonical

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quant_layers.errors import KernelError
-from quant_layers.formats.neutral import group_of_slice
+from quant_layers.formats.canonical import group_of_slice
 from quant_layers.kernels.cpu_linears import LinearImpl
 from quant_layers.kernels.registry import CANDIDATES, FORMATS, Kernel
 
@@ -142,7 +142,7 @@ def _worst_error(kernel: Kernel, n: int, k: int, device: str) -> float:
 def _packing_error(kernel: Kernel, weight: Tensor, meaning: Tensor) -> Tensor:
     """Distance of the packed from the original weight, as a share of one step of the widest possible grid."""
     values = weight.double()
-    step = 2 * values.abs().amax(dim=1, keepdim=True) / kernel.neutral.coarsest_levels
+    step = 2 * values.abs().amax(dim=1, keepdim=True) / kernel.canonical.coarsest_levels
     return ((meaning - values).abs() / step).max()
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quant_layers.errors import CheckpointError
-from quant_layers.formats.neutral import QuantW4, QuantW8
+from quant_layers.formats.canonical import QuantW4, QuantW8
 from quant_layers.sources.importers import Scheme, is_quantized, read_linear
 from quant_layers.store.jsonfile import read_object
 

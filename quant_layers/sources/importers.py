@@ -1,4 +1,4 @@
-"""What quantized checkpoints mean, in the neutral form: GPTQ, AWQ (GEMM) and compressed-tensors.
+"""What quantized checkpoints mean, in the canonical form: GPTQ, AWQ (GEMM) and compressed-tensors.
 
 Each reader takes the tensors of one linear as they lie in the file and gives integers with scales. Layouts as
 in vLLM's model_executor/layers/quantization (auto_gptq.py, auto_awq.py, compressed_tensors/schemes).
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quant_layers.errors import CheckpointError
-from quant_layers.formats.neutral import QuantW4, QuantW8
+from quant_layers.formats.canonical import QuantW4, QuantW8
 
 Parts = Mapping[str, Tensor]  # tensor name below the linear |-> tensor
 
@@ -41,7 +41,7 @@ def is_quantized(parts: Collection[str]) -> bool:
 
 
 def read_linear(name: str, parts: Parts, scheme: Scheme) -> QuantW4 | QuantW8:
-    """One linear in the neutral form, input channels in their own order.
+    """One linear in the canonical form, input channels in their own order.
 
     Args:
         name: of the linear, for messages.
@@ -86,7 +86,7 @@ def _read_gptq(name: str, parts: Parts, scheme: Scheme) -> QuantW4 | QuantW8:
     else:
         stored = unpack_words(parts["qzeros"], scheme.bits).t().contiguous()
         zero = (stored + scheme.zero_offset) & ((1 << scheme.bits) - 1)  # a zero point of 0 is stored as all ones
-    return _neutral(name, q, scale, zero, scheme.bits)
+    return _canonical(name, q, scale, zero, scheme.bits)
 
 
 def _read_awq(name: str, parts: Parts, scheme: Scheme) -> QuantW4 | QuantW8:
@@ -100,7 +100,7 @@ def _read_awq(name: str, parts: Parts, scheme: Scheme) -> QuantW4 | QuantW8:
 
     q, scale = ordered(parts["qweight"]), parts["scales"].t().contiguous()
     zero = ordered(parts["qzeros"]) if "qzeros" in parts else torch.full(scale.shape, 8, dtype=torch.uint8)
-    return _neutral(name, q, scale, zero, 4)
+    return _canonical(name, q, scale, zero, 4)
 
 
 def _read_pack_quantized(name: str, parts: Parts) -> QuantW4 | QuantW8:
@@ -119,7 +119,7 @@ def _read_pack_quantized(name: str, parts: Parts) -> QuantW4 | QuantW8:
         zero = unpack_words(parts["weight_zero_point"].t().contiguous(), bits).t().contiguous()
     else:
         zero = torch.full(scale.shape, 1 << (bits - 1), dtype=torch.uint8)
-    return _neutral(name, q, scale, zero, bits)
+    return _canonical(name, q, scale, zero, bits)
 
 
 def _read_int8(name: str, parts: Parts) -> QuantW8:
@@ -137,7 +137,7 @@ def _read_int8(name: str, parts: Parts) -> QuantW8:
     return QuantW8(parts["weight"].contiguous(), scale.expand(n).contiguous())
 
 
-def _neutral(name: str, q: Tensor, scale: Tensor, zero: Tensor, bits: int) -> QuantW4 | QuantW8:
+def _canonical(name: str, q: Tensor, scale: Tensor, zero: Tensor, bits: int) -> QuantW4 | QuantW8:
     n, k = q.shape
     if scale.shape[0] != n or zero.shape != scale.shape or k % scale.shape[1]:
         raise CheckpointError(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quant_layers.errors import QuantError
-from quant_layers.formats.neutral import quantize_w8
+from quant_layers.formats.canonical import quantize_w8
 
 EXPONENTS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # 0.0 stands for "leave it as it is"
 _TINY = 1e-6

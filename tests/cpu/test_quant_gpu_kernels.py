@@ -28,8 +28,8 @@ from quant_layers import (
     choose,
     quantize_w4,
 )
-from quant_layers.formats import neutral
-from quant_layers.formats.neutral import group_of_slice, round_in_pieces
+from quant_layers.formats import canonical
+from quant_layers.formats.canonical import group_of_slice, round_in_pieces
 from quant_layers.kernels import machete, selftest
 from quant_layers.kernels.machete import MacheteLinear
 from quant_layers.kernels.marlin import MarlinLinear
@@ -168,7 +168,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 @pytest.fixture
 def plain_prepack(monkeypatch: pytest.MonkeyPatch) -> None:
     """An operator that takes its result's memory alone, as the real one; pieces are small beside 4096 x 4096."""
-    monkeypatch.setattr(neutral, "_PIECE", neutral._PIECE // 8)
+    monkeypatch.setattr(canonical, "_PIECE", canonical._PIECE // 8)
     monkeypatch.setattr(machete, "_PIECE", machete._PIECE // 8)
     monkeypatch.setattr("quant_layers.kernels.machete._op", lambda name: lambda words, *_: words.clone())
 
@@ -196,7 +196,7 @@ def test_rounding_in_pieces_rounds_as_at_once(format: str, monkeypatch: pytest.M
     """Guards: a row that is lost or rounded with another's scale where two pieces meet."""
     form = selftest.FORMATS[format]
     whole = form.of(weight(), torch.bfloat16)
-    monkeypatch.setattr(neutral, "_PIECE", 7 * K)
+    monkeypatch.setattr(canonical, "_PIECE", 7 * K)
     pieces = round_in_pieces(form, weight(), torch.bfloat16)
     for name in ("q", "scale", *(["zero"] if format == "w4" else [])):
         ours, theirs = getattr(pieces, name), getattr(whole, name)
@@ -261,7 +261,7 @@ def test_a_slice_has_the_groups_that_regroup_finds(size: int, k: int, group: int
     whole = 2 * k if size <= 0 else size * k  # a checkpoint of which `k` channels are one rank's
     number = torch.arange(whole) // (whole if size <= 0 else size)
     row = number[k : 2 * k].to(torch.uint8)[None]
-    found = neutral.regroup(torch.zeros(1, k, dtype=torch.uint8), row.float(), row)
+    found = canonical.regroup(torch.zeros(1, k, dtype=torch.uint8), row.float(), row)
     assert found.group_size >= group and (size < 0 or found.group_size % group == 0)
 
 

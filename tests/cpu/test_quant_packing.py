@@ -68,25 +68,25 @@ def _random_w4(n: int, k: int, size: int, seed: int = 0) -> QuantW4:
     )
 
 
-@pytest.mark.parametrize("neutral", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("canonical", FORMATS.values(), ids=FORMATS)
 @settings(deadline=None, max_examples=200)
 @given(weight=weights, scale_dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
 def test_every_format_is_within_half_a_step(
-    neutral: type[Quant], weight: torch.Tensor, scale_dtype: torch.dtype
+    canonical: type[Quant], weight: torch.Tensor, scale_dtype: torch.dtype
 ) -> None:
     """Guards against a scale that clips the largest weight or is zero, and a format that errs by more than it says."""
-    quant = neutral.of(weight, scale_dtype)
+    quant = canonical.of(weight, scale_dtype)
     assert (quant.scale > 0).all()  # a zero step would make q the cast of a nan
     error = (quant.dequantize().double() - weight.double()).abs()
     assert (error <= 2 * _HALF_STEP * half_step(quant).double()).all()
 
 
-@pytest.mark.parametrize("neutral", FORMATS.values(), ids=FORMATS)
-def test_no_format_claims_a_coarser_grid_than_it_has(neutral: type[Quant]) -> None:
+@pytest.mark.parametrize("canonical", FORMATS.values(), ids=FORMATS)
+def test_no_format_claims_a_coarser_grid_than_it_has(canonical: type[Quant]) -> None:
     """Guards against half steps so wide that a test against them proves nothing."""
     order = torch.randperm(4096, generator=torch.Generator().manual_seed(0))  # every group has the whole range
     weight = torch.linspace(-1, 1, 4096)[order].repeat(2, 1)
-    quant = neutral.of(weight)
+    quant = canonical.of(weight)
     error = (quant.dequantize() - weight).abs() / half_step(quant)
     assert 0.9 < float(error.max()) <= 1 + 1e-3
     assert 0.9 < float(half_step(quant).max()) * quant.coarsest_levels < 1.1
@@ -116,10 +116,11 @@ def test_every_kernel_unpacks_what_it_packed(make: type[Kernel]) -> None:
 
 def _unpacks_what_it_packed(kernel: Kernel) -> None:
     weight = _weight(*kernel.proof_shapes[0], 3, 0.05, 0.5, torch.bfloat16)
-    for neutral in FORMATS.values():
-        quant = neutral.of(weight, torch.bfloat16)
-        if neutral is not kernel.neutral:
-            with pytest.raises(KernelError, match=f"this weight is {neutral.format}; name it under {neutral.format}"):
+    for canonical in FORMATS.values():
+        quant = canonical.of(weight, torch.bfloat16)
+        if canonical is not kernel.canonical:
+            other = canonical.format
+            with pytest.raises(KernelError, match=f"this weight is {other}; name it under {other}"):
                 kernel.pack_quant(quant)
             continue
         back = kernel.unpack(kernel.pack_quant(quant))

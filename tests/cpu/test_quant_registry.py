@@ -65,7 +65,7 @@ class QuantW3(Quant):
 class W3Planes(KernelBase):
     """One bit of each weight in a plane of its own."""
 
-    name, neutral = "w3_planes", QuantW3
+    name, canonical = "w3_planes", QuantW3
     quantizes_activations = False
 
     def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
@@ -121,11 +121,11 @@ def test_a_registered_format_is_known_everywhere_and_then_nowhere() -> None:
     with registered():
         check_formats(config, FORMATS)
         assert choose("w3", name=config.kernels["w3"]).name == "w3_planes" and probe()["w3_planes"].ok
-        for twice in (W3Planes, type("Other", (W3Planes,), {"name": "other", "neutral": type("Q", (QuantW3,), {})})):
+        for twice in (W3Planes, type("Other", (W3Planes,), {"name": "other", "canonical": type("Q", (QuantW3,), {})})):
             with pytest.raises(KernelError, match="is registered already"):
                 register(twice)
     assert (list(FORMATS), list(CANDIDATES)) == before
-    halves = type("Halves", (W3Planes,), {"neutral": type("Q", (QuantW3,), {"format": "w8/w4"})})
+    halves = type("Halves", (W3Planes,), {"canonical": type("Q", (QuantW3,), {"format": "w8/w4"})})
     with pytest.raises(KernelError, match="without '/'"):
         register(halves)
 

@@ -125,7 +125,7 @@ class Importer(Plain):
     def _quants(
         self, layer: int, imported: ImportedLayer, weights: Mapping[str, torch.Tensor]
     ) -> dict[str, QuantW4 | QuantW8]:
-        """The rank's fused and sliced linears, in the neutral form."""
+        """The rank's fused and sliced linears, in the canonical form."""
         kinds = {type(quant) for quant in imported.linears.values()}
         if len(kinds) != 1:
             found = "no quantized linear" if not kinds else "linears of 4 and of 8 bits"

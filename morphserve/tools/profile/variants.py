@@ -77,13 +77,13 @@ class RoundToNearest:
 
     def _tensors(self, index: int, base: LayerTensors, linears: set[str], offset: float) -> LayerTensors:
         tensors = dict(base)
-        neutral = FORMATS[self.format]
-        if neutral.per_row and neutral.int8_activations:
+        canonical = FORMATS[self.format]
+        if canonical.per_row and canonical.int8_activations:
             fused = parts_of(linears)
             scales = {name: scale for name, scale in self.scales.get(index, {}).items() if name in fused}
             tensors |= _scaled(base, fused, scales, offset)
         for name in linears:
-            tensors[f"{name}.weight"] = neutral.of(tensors[f"{name}.weight"]).dequantize()
+            tensors[f"{name}.weight"] = canonical.of(tensors[f"{name}.weight"]).dequantize()
         return tensors
 
 

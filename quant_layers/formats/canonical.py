@@ -1,6 +1,6 @@
-"""What a quantized weight means, whatever kernel reads it: the neutral forms, and rounding to nearest.
+"""What a quantized weight means, whatever kernel reads it: the canonical forms, and rounding to nearest.
 
-A neutral form is one class for one format: values `q` [N, K] with scales, and what can be said of them without
+A canonical form is one class for one format: values `q` [N, K] with scales, and what can be said of them without
 knowing a kernel. Everything here is pure torch, so that what a kernel computes can be proven against arithmetic
 that does not share a line with it.
 """
@@ -25,7 +25,7 @@ _PIECE = 1 << 22  # weights that are rounded at a time: widened to fp32, several
 
 
 class Quant(ABC):
-    """A quantized weight in the neutral form of its format. Each row is rounded by itself: all fields are [N, ...]."""
+    """A quantized weight in its format's canonical form. Each row is rounded by itself: all fields are [N, ...]."""
 
     format: ClassVar[str]  # as users write it: no "/", which stands between the formats of two halves
     bits: ClassVar[int]  # of one weight, without scales
@@ -115,13 +115,13 @@ class QuantW4(Quant):
         return (groups * self.scale.float()[..., None]).view(n, k)
 
 
-def round_in_pieces(neutral: type[Quant], weight: Tensor, scale_dtype: torch.dtype) -> Quant:
-    """`neutral.of`, some rows at a time: a large linear, widened to fp32, would take more memory than its layer."""
-    if weight.numel() <= _PIECE or not is_dataclass(neutral):
-        return neutral.of(weight, scale_dtype)
+def round_in_pieces(canonical: type[Quant], weight: Tensor, scale_dtype: torch.dtype) -> Quant:
+    """`canonical.of`, some rows at a time: a large linear, widened to fp32, would take more memory than its layer."""
+    if weight.numel() <= _PIECE or not is_dataclass(canonical):
+        return canonical.of(weight, scale_dtype)
     rows = max(1, _PIECE // weight.shape[1])
-    pieces = [neutral.of(weight[start : start + rows], scale_dtype) for start in range(0, len(weight), rows)]
-    return neutral(**{f.name: torch.cat([getattr(piece, f.name) for piece in pieces]) for f in fields(neutral)})
+    pieces = [canonical.of(weight[start : start + rows], scale_dtype) for start in range(0, len(weight), rows)]
+    return canonical(**{f.name: torch.cat([getattr(piece, f.name) for piece in pieces]) for f in fields(canonical)})
 
 
 def group_of_slice(size: int, k: int) -> int:
