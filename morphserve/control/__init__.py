@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from morphserve.control.budget import (
+    Ledger,
+    Ledgers,
+    RankBytes,
+    largest_chunk_bytes,
+    layers_within,
+    make_ledgers,
+    most_uneven,
+)
 from morphserve.control.controller import Controller
 from morphserve.control.counters import Counters
 from morphserve.control.decision_log import DecisionLog
@@ -15,11 +24,9 @@ from morphserve.control.ladder import (
     without_formats,
 )
 from morphserve.control.layer_times import TIMED_BATCHES, LayerTimes, with_time_factors
-from morphserve.control.ledger import Ledger, Ledgers, largest_chunk_bytes, layers_within, make_ledgers
 from morphserve.control.log_format import make_header
 from morphserve.control.monitor import Monitor
 from morphserve.control.ports import BlockPoolPort, EngineView, ExecutorPort, Plan, Reply, ShrinkProgress, Ticket
-from morphserve.control.rank_bytes import RankBytes, most_uneven
 from morphserve.control.reload import PolicyReloader, ReloadWatch
 from morphserve.control.replay_log import print_replay
 from morphserve.control.transition import Phase

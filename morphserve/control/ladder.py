@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import policies
 from morphserve.config import LadderConfig, LadderStep
-from morphserve.control.rank_bytes import RankBytes, balance, kv_quantum, paid_blocks, stage_of
+from morphserve.control.budget import RankBytes, balance, kv_quantum, paid_blocks, stage_of
 from morphserve.errors import ConfigError
 from policies import BASE_FORMAT, Ladder, MorphLevel
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from morphserve.config import TransitionConfig
-from morphserve.control.ledger import Ledgers
-from morphserve.control.rank_bytes import RankBytes, alternate, stage_of
+from morphserve.control.budget import Ledgers, RankBytes, alternate, stage_of
 from morphserve.control.transition import Direction
 
 LayerFormats = tuple[tuple[int, str], ...]  # (decoder layer id, format it gets)

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from morphserve.config import MorphServeConfig
+from morphserve.control.budget import Ledgers, RankBytes
 from morphserve.control.chunk import Chunk, ChunkEnd
 from morphserve.control.drain import Drain, Preemptions
-from morphserve.control.ledger import Ledgers
 from morphserve.control.picking import LayerPicker
 from morphserve.control.ports import BlockPoolPort, ExecutorPort, Plan, Reply, Ticket
-from morphserve.control.rank_bytes import RankBytes
 from morphserve.control.replies import CommandFailed, ReplyDesk, failures, require_success, slowest
 from morphserve.control.standing import Standing
 from morphserve.control.transition import Phase, check_move

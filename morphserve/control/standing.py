@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from morphserve.control.budget import RankBytes, paid_blocks
 from morphserve.control.picking import LayerFormats
-from morphserve.control.rank_bytes import RankBytes, paid_blocks
 from morphserve.control.transition import Direction
 from morphserve.errors import ConfigError
 from policies import Ladder

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from morphserve.config import LadderConfig, LadderStep, check_formats, parse_config
+from morphserve.control.budget import RankBytes
 from morphserve.control.ladder import (
     ProfileLadder,
     build_ladder,
@@ -16,7 +17,6 @@ from morphserve.control.ladder import (
     resolve_level,
     without_formats,
 )
-from morphserve.control.rank_bytes import RankBytes
 from morphserve.errors import ConfigError
 from policies import BASE_FORMAT, Ladder
 from policies.config import ThresholdConfig

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from morphserve.config import LadderConfig
+from morphserve.control.budget import RankBytes
 from morphserve.control.ladder import build_ladder
 from morphserve.control.layer_times import TIMED_BATCHES, LayerTimes, with_time_factors
-from morphserve.control.rank_bytes import RankBytes
 from policies import Ladder, MorphLevel
 
 pytestmark = pytest.mark.cpu

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from morphserve.config import LadderConfig, LadderStep
+from morphserve.control.budget import RankBytes, alternate, balance, kv_quantum, most_uneven, paid_blocks, stage_of
 from morphserve.control.ladder import ProfileLadder, build_ladder
-from morphserve.control.rank_bytes import RankBytes, alternate, balance, kv_quantum, most_uneven, paid_blocks, stage_of
 from morphserve.errors import ConfigError
 from policies import BASE_FORMAT, Ladder
 from tests.fakes import pipeline
