@@ -26,7 +26,7 @@ from morphserve.control.ladder import (
 from morphserve.control.layer_times import TIMED_BATCHES, LayerTimes, with_time_factors
 from morphserve.control.log_format import make_header
 from morphserve.control.monitor import Monitor
-from morphserve.control.ports import BlockPoolPort, EngineView, ExecutorPort, Plan, Reply, ShrinkProgress, Ticket
+from morphserve.control.ranks import BlockPoolPort, EngineView, ExecutorPort, Plan, Reply, ShrinkProgress, Ticket
 from morphserve.control.reload import PolicyReloader, ReloadWatch
 from morphserve.control.replay_log import print_replay
 from morphserve.control.transition import Phase

@@ -10,14 +10,13 @@ from typing import Any
 from morphserve.config import MorphServeConfig
 from morphserve.control.backoff import BackOff
 from morphserve.control.budget import Ledgers, RankBytes
-from morphserve.control.chunk import ChunkEnd
 from morphserve.control.counters import Counters
 from morphserve.control.decision_log import DecisionLog
 from morphserve.control.monitor import Monitor
 from morphserve.control.policy_seat import PolicySeat
-from morphserve.control.ports import BlockPoolPort, EngineView, ExecutorPort
+from morphserve.control.ranks import BlockPoolPort, EngineView, ExecutorPort
 from morphserve.control.runner import ChunkRunner
-from morphserve.control.transition import Direction, Outcome, Phase, Transition
+from morphserve.control.transition import ChunkEnd, Direction, Outcome, Phase, Transition
 from morphserve.errors import ConfigError
 from policies import Ladder, Policy, PolicySetup
 

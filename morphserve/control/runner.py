@@ -8,13 +8,20 @@ from dataclasses import dataclass, field
 
 from morphserve.config import MorphServeConfig
 from morphserve.control.budget import Ledgers, RankBytes
-from morphserve.control.chunk import Chunk, ChunkEnd
-from morphserve.control.drain import Drain, Preemptions
-from morphserve.control.picking import LayerPicker
-from morphserve.control.ports import BlockPoolPort, ExecutorPort, Plan, Reply, Ticket
-from morphserve.control.replies import CommandFailed, ReplyDesk, failures, require_success, slowest
-from morphserve.control.standing import Standing
-from morphserve.control.transition import Phase, check_move
+from morphserve.control.layer_state import LayerPicker, Standing
+from morphserve.control.ranks import (
+    BlockPoolPort,
+    CommandFailed,
+    ExecutorPort,
+    Plan,
+    Reply,
+    ReplyDesk,
+    Ticket,
+    failures,
+    require_success,
+    slowest,
+)
+from morphserve.control.transition import Chunk, ChunkEnd, Drain, Phase, Preemptions, check_move
 from morphserve.errors import ConfigError
 from policies import Ladder
 

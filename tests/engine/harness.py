@@ -21,7 +21,7 @@ from engine.forked import fork_ranks
 from engine.stock_runs import stock as stock
 from engine.stock_runs import stock_later as stock_later
 
-from morphserve.control.ports import Plan
+from morphserve.control.ranks import Plan
 from morphserve.cpu_tier import best_dtype
 from policies.types import Decision, Signals
 

@@ -29,7 +29,7 @@ from engine.rank_harness import (
     scripted,
 )
 
-from morphserve.control.ports import Plan
+from morphserve.control.ranks import Plan
 
 pytestmark = needs_two_cores
 

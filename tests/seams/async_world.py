@@ -25,7 +25,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from morphserve.config import MorphServeConfig
-from morphserve.control.ports import Plan, Reply
+from morphserve.control.ranks import Plan, Reply
 from morphserve.integration.describe import RankDescription
 from morphserve.integration.engine import wiring as engine
 from morphserve.integration.engine.runtime import EngineRuntime
