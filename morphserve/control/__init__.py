@@ -13,18 +13,19 @@ from morphserve.control.budget import (
 )
 from morphserve.control.controller import Controller
 from morphserve.control.counters import Counters
-from morphserve.control.decision_log import DecisionLog
+from morphserve.control.decision_log import DecisionLog, make_header
 from morphserve.control.ladder import (
     DEFAULT_FORMATS,
+    TIMED_BATCHES,
+    LayerTimes,
     ProfileLadder,
     build_ladder,
     check_floor,
     ladder_formats,
     optional_formats,
+    with_time_factors,
     without_formats,
 )
-from morphserve.control.layer_times import TIMED_BATCHES, LayerTimes, with_time_factors
-from morphserve.control.log_format import make_header
 from morphserve.control.monitor import Monitor
 from morphserve.control.ranks import BlockPoolPort, EngineView, ExecutorPort, Plan, Reply, ShrinkProgress, Ticket
 from morphserve.control.reload import PolicyReloader, ReloadWatch
