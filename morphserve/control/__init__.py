@@ -12,8 +12,8 @@ from morphserve.control.budget import (
     most_uneven,
 )
 from morphserve.control.controller import Controller
-from morphserve.control.counters import Counters
 from morphserve.control.decision_log import DecisionLog, make_header
+from morphserve.control.health import Counters
 from morphserve.control.ladder import (
     DEFAULT_FORMATS,
     TIMED_BATCHES,

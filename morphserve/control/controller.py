@@ -8,10 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 from morphserve.config import MorphServeConfig
-from morphserve.control.backoff import BackOff
 from morphserve.control.budget import Ledgers, RankBytes
-from morphserve.control.counters import Counters
 from morphserve.control.decision_log import DecisionLog
+from morphserve.control.health import BackOff, Counters
 from morphserve.control.monitor import Monitor
 from morphserve.control.policy_seat import PolicySeat
 from morphserve.control.ranks import BlockPoolPort, EngineView, ExecutorPort

@@ -10,7 +10,7 @@ import pytest
 
 from morphserve.config import MorphServeConfig, TransitionConfig
 from morphserve.control import Phase, Plan, Reply
-from morphserve.control.backoff import BackOff
+from morphserve.control.health import BackOff
 from tests.fakes import BASE_BLOCKS, FakeRank, Rig
 
 pytestmark = pytest.mark.cpu
