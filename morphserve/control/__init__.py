@@ -13,7 +13,7 @@ from morphserve.control.budget import (
 )
 from morphserve.control.controller import Controller
 from morphserve.control.decision_log import DecisionLog, make_header
-from morphserve.control.health import Counters
+from morphserve.control.health import Counters, Health
 from morphserve.control.ladder import (
     DEFAULT_FORMATS,
     TIMED_BATCHES,
@@ -41,6 +41,7 @@ __all__ = [
     "DecisionLog",
     "EngineView",
     "ExecutorPort",
+    "Health",
     "LayerTimes",
     "Ledger",
     "Ledgers",

@@ -10,7 +10,7 @@ from typing import Any
 from morphserve.config import MorphServeConfig
 from morphserve.control.budget import Ledgers, RankBytes
 from morphserve.control.decision_log import DecisionLog
-from morphserve.control.health import BackOff, Counters
+from morphserve.control.health import BackOff, Counters, Health
 from morphserve.control.monitor import Monitor
 from morphserve.control.policy_seat import PolicySeat
 from morphserve.control.ranks import BlockPoolPort, EngineView, ExecutorPort
@@ -83,8 +83,7 @@ class Controller:
         self._seat = PolicySeat(policy, len(ladder), self.counters, log)
         self._transition: Transition | None = None
         self._told_level = 0
-        self._tripped = False  # the policy is asked no more; what is under way is undone
-        self._dead = False  # the ranks' state is unknown: replies are drained, nothing is sent
+        self.health = Health.RUNNING
         self._backoff = BackOff(config.transition)
 
     # ---- questions
@@ -112,28 +111,28 @@ class Controller:
     @property
     def max_queued_tokens(self) -> int | None:
         """Requests beyond so many waiting prompt tokens are to be refused at the door; None = none are."""
-        return None if self._tripped else self._seat.decision.max_queued_tokens
+        return None if self.tripped else self._seat.decision.max_queued_tokens
 
     @property
     def in_transition(self) -> bool:
         """True while the next step has something to do here, whatever the policy says."""
-        if self._dead:
+        if self.health is Health.DEAD:
             return False
-        return self.phase is not Phase.IDLE or (not self._tripped and self._transition is not None)
+        return self.phase is not Phase.IDLE or (not self.tripped and self._transition is not None)
 
     @property
     def tripped(self) -> bool:
         """True after an error in here: never morphs again."""
-        return self._tripped
+        return self.health is not Health.RUNNING
 
     @property
     def wants_wakeup(self) -> bool:
         """True while an idle engine must still call `tick`, or it would stay where it is."""
-        if self._dead:
+        if self.health is Health.DEAD:
             return False
         if self._runner.phase is not Phase.IDLE:
             return True
-        if self._tripped:
+        if self.tripped:
             return False
         if self._seat.has_successor or self._seat.decision.level != self.level:
             return True
@@ -156,7 +155,7 @@ class Controller:
             "reason": self._seat.decision.reason,
             "phase": self.phase.name.lower(),
             "revision": self._runner.revision,
-            "tripped": self._tripped,
+            "tripped": self.tripped,
             "max_queued_tokens": self.max_queued_tokens,
             "layers_by_format": layers,
             "num_kv_blocks": self._pool.num_kv_blocks,
@@ -184,7 +183,7 @@ class Controller:
         Raises:
             ConfigError: no policy is asked any more.
         """
-        if self._tripped:
+        if self.tripped:
             raise ConfigError("MorphServe gave up after an error, no policy is asked any more. Restart the server.")
         self._seat.replace(policy, note, setup)
 
@@ -192,13 +191,13 @@ class Controller:
 
     def tick(self, view: EngineView) -> None:
         """Ask the policy, then take the transition as far as replies allow. Never raises or blocks."""
-        if self._dead:
+        if self.health is Health.DEAD:
             self._drain_replies()
             return
         place = "clock"
         try:
             now = self._clock()
-            if not self._tripped:
+            if not self.tripped:
                 place = "monitor"
                 signals = self._monitor.snapshot(
                     now,
@@ -262,7 +261,7 @@ class Controller:
 
     def _is_wanted(self, direction: Direction) -> bool:
         """Does the newest decision still lie in the direction of the chunk under way?"""
-        if self._tripped:
+        if self.tripped:
             return False
         if direction == "degrade":
             return self._seat.decision.level > self._standing.lower
@@ -271,11 +270,11 @@ class Controller:
     def _next_rung(self, now: float) -> int | None:
         """The rung for the next chunk; closes the transition when it is done or must turn."""
         standing = self._standing
-        rung = None if self._tripped else standing.next_rung(self._seat.decision.level)
+        rung = None if self.tripped else standing.next_rung(self._seat.decision.level)
         transition = self._transition
         direction = None if rung is None else standing.direction(rung)
         if transition is not None and direction != transition.direction:
-            self._close_transition(now, "committed" if rung is None and not self._tripped else "cancelled")
+            self._close_transition(now, "committed" if rung is None and not self.tripped else "cancelled")
         self._backoff.see_room(self._pool.num_used_blocks)
         if direction is not None and not self._backoff.allows(now, direction):
             return None
@@ -358,19 +357,19 @@ class Controller:
 
     def trip(self, place: str) -> None:
         """What feeds the controller broke outside of it: the same as an error of the policy."""
-        if not self._tripped:
+        if not self.tripped:
             self._trip(place)
 
     def _trip(self, place: str) -> None:
         """The policy or what feeds it is broken; ranks and pool are fine: undo or finish, then rest."""
         self.counters.count_error(place)
-        self._tripped = True
+        self.health = self.health.to(Health.RESTING)
         logger.exception("morph: %s failed; the engine stays at level %d, for good", place, self.level)
 
     def _die(self) -> None:
         """A transition broke half-way: leave everything where it is safe, and send nothing more."""
         self.counters.count_error("controller")
-        self._tripped = self._dead = True
+        self.health = self.health.to(Health.DEAD)
         logger.exception(
             "morph: %s failed; the engine stays at level %d, for good", self.phase.name, self.level
         )

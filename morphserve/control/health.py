@@ -1,13 +1,56 @@
-"""How the controller fares: what it has counted, and when it may try again after a failure."""
+"""What goes wrong, and what follows: the controller's health, its counters, and when the next attempt may start."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from morphserve.config import TransitionConfig
 from morphserve.control.transition import Direction, Outcome
+from morphserve.errors import IllegalTransition
 
 _OTHER: dict[Direction, Direction] = {"degrade": "restore", "restore": "degrade"}
+
+
+class Health(Enum):
+    """How far the controller still works, or what feeds it. Nothing gets well again: no error is met at every step.
+
+    ::
+
+                   the policy, or what feeds it, fails               a transition breaks half-way
+          RUNNING ------------------------------------> RESTING ------------------------------------> DEAD
+             |                                           ^   |                                         ^
+             |                          fails once more  '---'                                         |
+             '----------------------------- a transition breaks half-way ------------------------------'
+
+    RUNNING: the policy is asked at every step. RESTING: it is asked no more; what is under way is finished or undone,
+    and the engine stays at the level it then has. DEAD: nobody knows what the ranks hold; their replies are taken off
+    the ring, and nothing is sent. The hooks that feed the controller have a health of their own, and never die: at
+    rest they look at nothing more, but tick the controller on.
+    """
+
+    RUNNING = auto()
+    RESTING = auto()
+    DEAD = auto()
+
+    def to(self, new: Health) -> Health:
+        """`new`, if the table has the move.
+
+        Raises:
+            IllegalTransition: it has not.
+        """
+        if new not in _NEXT[self]:
+            legal = ", ".join(sorted(health.name for health in _NEXT[self])) or "none"
+            raise IllegalTransition(f"health: {self.name} -> {new.name}; legal from here: {legal}.")
+        return new
+
+
+_NEXT: Mapping[Health, frozenset[Health]] = {
+    Health.RUNNING: frozenset({Health.RESTING, Health.DEAD}),
+    Health.RESTING: frozenset({Health.RESTING, Health.DEAD}),
+    Health.DEAD: frozenset(),
+}
 
 
 class BackOff:
