@@ -75,14 +75,14 @@ class Controller:
         self._ledgers = ledgers
         self._clock = clock
         self._on_level = on_level
+        self._last_exposure_level = 0  # that `on_level` was told
         self._runner = ChunkRunner(ladder, ranks, pool, executor, ledgers, config)
-        self._standing = self._runner.standing
+        self._layer_state = self._runner.layer_state
         self.counters = Counters(
             num_blocks_published=pool.num_kv_blocks, num_blocks_mapped=pool.num_kv_blocks
         )
         self._seat = PolicySeat(policy, len(ladder), self.counters, log)
         self._transition: Transition | None = None
-        self._told_level = 0
         self.health = Health.RUNNING
         self._backoff = BackOff(config.transition)
 
@@ -91,7 +91,7 @@ class Controller:
     @property
     def level(self) -> int:
         """Committed level: the deepest that is fully reached."""
-        return self._standing.lower
+        return self._layer_state.current
 
     @property
     def target_level(self) -> int:
@@ -101,7 +101,7 @@ class Controller:
     @property
     def exposure_level(self) -> int:
         """The level that tokens count for: between two levels, the deeper one."""
-        return self._standing.upper
+        return self._layer_state.exposure_level
 
     @property
     def phase(self) -> Phase:
@@ -144,7 +144,7 @@ class Controller:
         transitions = {f"{d}_{outcome}": n for (d, outcome), n in self.counters.transitions.items()}
         layers: dict[str, int] = {}
         ledgers = self._ledgers.snapshots()
-        for fmt in self._standing.formats:
+        for fmt in self._layer_state.formats:
             layers[fmt] = layers.get(fmt, 0) + 1
         return {
             "level": self.level,
@@ -229,16 +229,16 @@ class Controller:
         runner.desk.drop_late()
         if runner.phase is not Phase.IDLE and not self._advance(now):
             return
-        rung = self._next_rung(now)
-        if rung is None:
+        target = self._next_target(now)
+        if target is None:
             return
         if self._transition is None:
-            self._open_transition(now, rung)
-        runner.start(now, rung)
+            self._open_transition(now, target)
+        runner.start(now, target)
         # An executor that answers at once commits here. The next chunk still waits for the next
         # step boundary: two in one gap would double the pause.
         if self._advance(now):
-            self._next_rung(now)
+            self._next_target(now)
 
     def _advance(self, now: float) -> bool:
         """Let the chunk go on; True when it has ended."""
@@ -264,31 +264,30 @@ class Controller:
         if self.tripped:
             return False
         if direction == "degrade":
-            return self._seat.decision.level > self._standing.lower
-        return self._seat.decision.level < self._standing.upper
+            return self._seat.decision.level > self.level
+        return self._seat.decision.level < self.exposure_level
 
-    def _next_rung(self, now: float) -> int | None:
-        """The rung for the next chunk; closes the transition when it is done or must turn."""
-        standing = self._standing
-        rung = None if self.tripped else standing.next_rung(self._seat.decision.level)
+    def _next_target(self, now: float) -> int | None:
+        """The target of the next chunk; closes the transition when it is done or must turn."""
+        state = self._layer_state
+        target = None if self.tripped else state.next_target(self._seat.decision.level)
         transition = self._transition
-        direction = None if rung is None else standing.direction(rung)
+        direction = None if target is None else state.direction(target)
         if transition is not None and direction != transition.direction:
-            self._close_transition(now, "committed" if rung is None and not self.tripped else "cancelled")
+            self._close_transition(now, "committed" if target is None and not self.tripped else "cancelled")
         self._backoff.see_room(self._pool.num_used_blocks)
         if direction is not None and not self._backoff.allows(now, direction):
             return None
-        return rung
+        return target
 
     # ---- transitions
 
-    def _open_transition(self, now: float, rung: int) -> None:
-        standing = self._standing
-        direction = standing.direction(rung)
+    def _open_transition(self, now: float, target: int) -> None:
+        direction = self._layer_state.direction(target)
+        start = self.exposure_level if direction == "restore" else self.level
         self._transition = Transition(
             revision=self._runner.revision + 1,
             direction=direction,
-            from_level=standing.upper if direction == "restore" else standing.lower,
             reason=self._seat.decision.reason,
             started_s=now,
             blocks_before=self._pool.num_kv_blocks,
@@ -296,7 +295,7 @@ class Controller:
         logger.info(
             "morph r%d: level %d -> %d (%s)",
             self._transition.revision,
-            self._transition.from_level,
+            start,
             self._seat.decision.level,
             self._seat.decision.reason,
         )
@@ -345,10 +344,10 @@ class Controller:
         if runner.desk.pause_s > 0:
             counters.last_pause_s = runner.desk.pause_s
             counters.max_pause_s = max(counters.max_pause_s, runner.desk.pause_s)
-        if self._on_level is not None and exposure != self._told_level:
+        if self._on_level is not None and exposure != self._last_exposure_level:
             try:
                 self._on_level(exposure)
-                self._told_level = exposure
+                self._last_exposure_level = exposure
             except Exception:
                 # Who must know of the level does not: told again at the next step, and no new transition.
                 self._trip("on_level")

@@ -1,4 +1,4 @@
-"""The level as it really is, layer by layer: on a rung of the ladder or between two, and which layers go next."""
+"""The level as it really is, layer by layer: on one of the ladder, or between two, and which layers go next."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _FIRST_S_PER_BYTE = 1 / 0.6e9
 
 
 @dataclass(slots=True)
-class Standing:
+class LayerState:
     """What all ranks have switched to, as far as their answers tell.
 
     Attributes:
-        lower: deepest level whose formats all layers have at least.
-        upper: the level to count tokens at: == lower on a rung, else the rung below.
+        current: deepest level whose formats all layers have at least.
+        is_between: some layers have, or may have from the next step on, those of the next deeper level.
         formats: of every layer.
     """
 
     ladder: Ladder
     ranks: Sequence[RankBytes]
-    lower: int = 0
-    upper: int = 0
+    current: int = 0
+    is_between: bool = False
     formats: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -43,24 +43,29 @@ class Standing:
                 )
         self.formats = list(self.ladder[0].layer_formats)
 
-    def next_rung(self, target: int) -> int | None:
-        """The rung to approach on the way to `target`; None = we are there."""
-        if self.lower != self.upper:
-            return self.upper if target >= self.upper else self.lower
-        if target == self.lower:
+    @property
+    def exposure_level(self) -> int:
+        """The level that tokens count for: between two levels, the deeper one."""
+        return self.current + self.is_between
+
+    def next_target(self, level: int) -> int | None:
+        """The next level on the way to `level`, a neighbour of where the layers are; None = they are there."""
+        if self.is_between:
+            return self.current + (level > self.current)
+        if level == self.current:
             return None
-        return self.lower + (1 if target > self.lower else -1)
+        return self.current + (1 if level > self.current else -1)
 
-    def direction(self, rung: int) -> Direction:
-        """Of the way to `rung`, a neighbour as `next_rung` names it."""
-        return "degrade" if rung > self.lower else "restore"
+    def direction(self, target: int) -> Direction:
+        """Of the way to `target`, a level as `next_target` names it."""
+        return "degrade" if target > self.current else "restore"
 
-    def blocks_with(self, layers: LayerFormats, rung: int) -> int:
-        """KV blocks that are paid for once `layers` are switched on the way to `rung`."""
+    def blocks_with(self, layers: LayerFormats, target: int) -> int:
+        """KV blocks that are paid for once `layers` are switched on the way to `target`."""
         after = list(self.formats)
         for layer, fmt in layers:
             after[layer] = fmt
-        base, deeper = self.ladder[0], self.ladder[max(rung, self.upper)]
+        base, deeper = self.ladder[0], self.ladder[max(target, self.exposure_level)]
         paid = base.num_kv_blocks + paid_blocks(self.ranks, base.layer_formats, after)
         return min(paid, deeper.num_kv_blocks)
 
@@ -72,19 +77,17 @@ class Standing:
         """Of `layers`, in the formats they have, by rank."""
         return self.new_bytes(tuple((layer, self.formats[layer]) for layer, _ in layers))
 
-    def expose(self, rung: int) -> None:
-        """Layers of `rung` may be in use from the next forward pass on."""
-        self.upper = max(self.upper, rung)
+    def expose(self, target: int) -> None:
+        """Layers of `target` may be in use from the next forward pass on."""
+        self.is_between = self.is_between or target > self.current
 
-    def settle(self, layers: LayerFormats, rung: int) -> None:
-        """All ranks have switched `layers` on the way to `rung`."""
+    def settle(self, layers: LayerFormats, target: int) -> None:
+        """All ranks have switched `layers` on the way to `target`."""
         for layer, fmt in layers:
             self.formats[layer] = fmt
-        deeper = max(rung, self.upper)
-        if tuple(self.formats) == self.ladder[rung].layer_formats:
-            self.lower = self.upper = rung
-        else:
-            self.lower, self.upper = deeper - 1, deeper
+        deeper = max(target, self.exposure_level)
+        self.is_between = tuple(self.formats) != self.ladder[target].layer_formats
+        self.current = deeper - 1 if self.is_between else target
 
 
 class LayerPicker:
@@ -100,28 +103,28 @@ class LayerPicker:
         self._seconds_per_layer: dict[Direction, float] = {}
 
     def pick(
-        self, formats: Sequence[str], rung: Sequence[str], direction: Direction, in_background: bool = False
+        self, formats: Sequence[str], target: Sequence[str], direction: Direction, in_background: bool = False
     ) -> LayerFormats:
-        """Layers to switch on the way from `formats` to `rung`, at least one.
+        """Layers to switch on the way from `formats` to `target`, at least one.
 
         In the background ranks prepare beside their steps: a chunk pauses none of them, however large.
 
         What a layer takes beyond the budget of the level it leaves is the smaller of its two sizes: going
         down the new one is staged beside the old; going up, the KV given back has paid the difference.
         """
-        differing = [layer for layer, fmt in enumerate(rung) if fmt != formats[layer]]
-        limit = self._config.layers_per_step if in_background else self._limit(differing, rung, direction)
+        differing = [layer for layer, fmt in enumerate(target) if fmt != formats[layer]]
+        limit = self._config.layers_per_step if in_background else self._limit(differing, target, direction)
         layers: list[tuple[int, str]] = []
         excess, counts = [0] * len(self._ranks), [0] * len(self._ranks)
         for layer in alternate(self._ranks, differing):
             for i in stage_of(self._ranks, layer):
                 sizes = self._ranks[i].layers
-                excess[i] += min(sizes[rung[layer]][layer], sizes[formats[layer]][layer])
+                excess[i] += min(sizes[target[layer]][layer], sizes[formats[layer]][layer])
                 counts[i] += 1
             over = any(taken > reserve for taken, reserve in zip(excess, self._reserves, strict=True))
             if layers and (max(counts) > limit or over):
                 break
-            layers.append((layer, rung[layer]))
+            layers.append((layer, target[layer]))
         return tuple(layers)
 
     def learn(self, direction: Direction, layers: LayerFormats, seconds: float) -> None:
@@ -134,9 +137,9 @@ class LayerPicker:
         known = self._seconds_per_layer.get(direction, cost)
         self._seconds_per_layer[direction] = known + _COST_SHARE * (cost - known)
 
-    def _limit(self, layers: Sequence[int], rung: Sequence[str], direction: Direction) -> int:
+    def _limit(self, layers: Sequence[int], target: Sequence[str], direction: Direction) -> int:
         """Layers of one rank between two forward passes."""
-        largest = max((rank.layers[rung[layer]][layer] for rank in self._ranks for layer in layers), default=0)
+        largest = max((rank.layers[target[layer]][layer] for rank in self._ranks for layer in layers), default=0)
         cost = self._seconds_per_layer.get(direction, largest * _FIRST_S_PER_BYTE)
         limit = self._config.layers_per_step
         return max(1, min(limit, int(self._config.max_pause_ms / 1000 / cost))) if cost > 0 else limit

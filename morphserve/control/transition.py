@@ -81,7 +81,6 @@ class Transition:
 
     revision: int
     direction: Direction
-    from_level: int
     reason: str
     started_s: float
     blocks_before: int
@@ -93,7 +92,7 @@ class Transition:
 class Chunk:
     """A few layers and the KV blocks they pay for, under way. `runner.py` carries it out."""
 
-    toward: int  # the rung it approaches
+    target: int  # the next level on the way to the transition's
     direction: Direction
     layers: LayerFormats
     new_bytes: tuple[int, ...]  # by rank: staged
@@ -105,12 +104,12 @@ class Chunk:
     plan: Plan | None = None
     worker_s: float = 0.0  # what prepare took on the slowest rank
     end: ChunkEnd | None = None
-    exposure_before: int = 0  # what tokens count at if the switch fails
+    was_between: bool = False  # two levels, before the switch: what is true again if it fails
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkEnd:
-    """How a chunk ended. `committed`: now nearer to `toward`. Else everything is as before it began."""
+    """How a chunk ended. `committed`: now nearer to its target. Else everything is as before it began."""
 
     outcome: Outcome
     num_layers: int = 0
