@@ -1,4 +1,22 @@
-"""From decisions to plans: the state machine that moves all ranks to a level. No torch, no vLLM."""
+"""From decisions to plans: the state machine that moves all ranks to a level. No torch, no vLLM.
+
+One step, from the top:
+
+    controller     ticks: asks, opens and closes transitions, publishes
+    monitor        what the policy needs to know of the past; `waiting`: of the queue
+    policy_seat    the policy that is asked; `reload`: another one while it runs
+    decision_log   what was asked and answered; `replay_log`: asks it again
+    health         what has gone wrong, what is counted, when the next attempt may start
+    runner         carries out one chunk of a transition, phase by phase
+    transition     the phases, the chunk under way, the drain that makes room for it
+    layer_state    the level as it is, layer by layer, and which layers go next
+    budget         what every rank may hold, in bytes
+    ladder         the levels there are
+    ranks          the ports: ranks, their answers, the block pool, the engine
+
+Here a level is the current one, deepest that all layers have reached, or a target: of a transition what the policy
+wants, of a chunk the next level on the way there. Between two levels tokens count at the deeper, `exposure_level`.
+"""
 
 from __future__ import annotations
 
