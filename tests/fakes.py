@@ -22,9 +22,9 @@ from morphserve.control import (
     largest_chunk_bytes,
     make_ledgers,
 )
+from morphserve.control.budget import RankBytes
 from morphserve.control.ladder import build_ladder
 from morphserve.control.monitor import Monitor
-from morphserve.control.rank_bytes import RankBytes
 from policies import BASE_FORMAT, Decision, Ladder, Policy, Signals
 from tests.rank_rules import FakeTicket, RankRules, RankState
 

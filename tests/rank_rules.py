@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from morphserve.control import Ledgers, Plan, Reply
-from morphserve.control.rank_bytes import RankBytes
+from morphserve.control.budget import RankBytes
 
 
 @dataclass(slots=True)

@@ -1,25 +1,51 @@
-"""From decisions to plans: the state machine that moves all ranks to a level. No torch, no vLLM."""
+"""From decisions to plans: the state machine that moves all ranks to a level. No torch, no vLLM.
+
+One step, from the top:
+
+    controller     ticks: asks, opens and closes transitions, publishes
+    monitor        what the policy needs to know of the past; `waiting`: of the queue
+    policy_seat    the policy that is asked; `reload`: another one while it runs
+    decision_log   what was asked and answered; `replay_log`: asks it again
+    health         what has gone wrong, what is counted, when the next attempt may start
+    runner         carries out one chunk of a transition, phase by phase
+    transition     the phases, the chunk under way, the drain that makes room for it
+    layer_state    the level as it is, layer by layer, and which layers go next
+    budget         what every rank may hold, in bytes
+    ladder         the levels there are
+    ranks          the ports: ranks, their answers, the block pool, the engine
+
+Here a level is the current one, deepest that all layers have reached, or a target: of a transition what the policy
+wants, of a chunk the next level on the way there. Between two levels tokens count at the deeper, `exposure_level`.
+"""
 
 from __future__ import annotations
 
+from morphserve.control.budget import (
+    Ledger,
+    Ledgers,
+    RankBytes,
+    largest_chunk_bytes,
+    layers_within,
+    make_ledgers,
+    most_uneven,
+)
 from morphserve.control.controller import Controller
-from morphserve.control.counters import Counters
-from morphserve.control.decision_log import DecisionLog
+from morphserve.control.decision_log import DecisionLog, make_header
+from morphserve.control.health import Counters, Health
 from morphserve.control.ladder import (
     DEFAULT_FORMATS,
+    TIMED_BATCHES,
+    LayerTimes,
     ProfileLadder,
     build_ladder,
     check_floor,
     ladder_formats,
     optional_formats,
+    with_time_factors,
     without_formats,
 )
-from morphserve.control.layer_times import TIMED_BATCHES, LayerTimes, with_time_factors
-from morphserve.control.ledger import Ledger, Ledgers, largest_chunk_bytes, layers_within, make_ledgers
-from morphserve.control.log_format import make_header
 from morphserve.control.monitor import Monitor
-from morphserve.control.ports import BlockPoolPort, EngineView, ExecutorPort, Plan, Reply, ShrinkProgress, Ticket
-from morphserve.control.rank_bytes import RankBytes, most_uneven
+from morphserve.control.ranks import BlockPoolPort, EngineView, ExecutorPort, Plan, Reply, ShrinkProgress, Ticket
 from morphserve.control.reload import PolicyReloader, ReloadWatch
 from morphserve.control.replay_log import print_replay
 from morphserve.control.transition import Phase
@@ -33,6 +59,7 @@ __all__ = [
     "DecisionLog",
     "EngineView",
     "ExecutorPort",
+    "Health",
     "LayerTimes",
     "Ledger",
     "Ledgers",

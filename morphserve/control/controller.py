@@ -8,17 +8,14 @@ from dataclasses import asdict
 from typing import Any
 
 from morphserve.config import MorphServeConfig
-from morphserve.control.backoff import BackOff
-from morphserve.control.chunk import ChunkEnd
-from morphserve.control.counters import Counters
+from morphserve.control.budget import Ledgers, RankBytes
 from morphserve.control.decision_log import DecisionLog
-from morphserve.control.ledger import Ledgers
+from morphserve.control.health import BackOff, Counters, Health
 from morphserve.control.monitor import Monitor
 from morphserve.control.policy_seat import PolicySeat
-from morphserve.control.ports import BlockPoolPort, EngineView, ExecutorPort
-from morphserve.control.rank_bytes import RankBytes
+from morphserve.control.ranks import BlockPoolPort, EngineView, ExecutorPort
 from morphserve.control.runner import ChunkRunner
-from morphserve.control.transition import Direction, Outcome, Phase, Transition
+from morphserve.control.transition import ChunkEnd, Direction, Outcome, Phase, Transition
 from morphserve.errors import ConfigError
 from policies import Ladder, Policy, PolicySetup
 
@@ -78,16 +75,15 @@ class Controller:
         self._ledgers = ledgers
         self._clock = clock
         self._on_level = on_level
+        self._last_exposure_level = 0  # that `on_level` was told
         self._runner = ChunkRunner(ladder, ranks, pool, executor, ledgers, config)
-        self._standing = self._runner.standing
+        self._layer_state = self._runner.layer_state
         self.counters = Counters(
             num_blocks_published=pool.num_kv_blocks, num_blocks_mapped=pool.num_kv_blocks
         )
         self._seat = PolicySeat(policy, len(ladder), self.counters, log)
         self._transition: Transition | None = None
-        self._told_level = 0
-        self._tripped = False  # the policy is asked no more; what is under way is undone
-        self._dead = False  # the ranks' state is unknown: replies are drained, nothing is sent
+        self.health = Health.RUNNING
         self._backoff = BackOff(config.transition)
 
     # ---- questions
@@ -95,7 +91,7 @@ class Controller:
     @property
     def level(self) -> int:
         """Committed level: the deepest that is fully reached."""
-        return self._standing.lower
+        return self._layer_state.current
 
     @property
     def target_level(self) -> int:
@@ -105,7 +101,7 @@ class Controller:
     @property
     def exposure_level(self) -> int:
         """The level that tokens count for: between two levels, the deeper one."""
-        return self._standing.upper
+        return self._layer_state.exposure_level
 
     @property
     def phase(self) -> Phase:
@@ -115,28 +111,28 @@ class Controller:
     @property
     def max_queued_tokens(self) -> int | None:
         """Requests beyond so many waiting prompt tokens are to be refused at the door; None = none are."""
-        return None if self._tripped else self._seat.decision.max_queued_tokens
+        return None if self.tripped else self._seat.decision.max_queued_tokens
 
     @property
     def in_transition(self) -> bool:
         """True while the next step has something to do here, whatever the policy says."""
-        if self._dead:
+        if self.health is Health.DEAD:
             return False
-        return self.phase is not Phase.IDLE or (not self._tripped and self._transition is not None)
+        return self.phase is not Phase.IDLE or (not self.tripped and self._transition is not None)
 
     @property
     def tripped(self) -> bool:
         """True after an error in here: never morphs again."""
-        return self._tripped
+        return self.health is not Health.RUNNING
 
     @property
     def wants_wakeup(self) -> bool:
         """True while an idle engine must still call `tick`, or it would stay where it is."""
-        if self._dead:
+        if self.health is Health.DEAD:
             return False
         if self._runner.phase is not Phase.IDLE:
             return True
-        if self._tripped:
+        if self.tripped:
             return False
         if self._seat.has_successor or self._seat.decision.level != self.level:
             return True
@@ -148,7 +144,7 @@ class Controller:
         transitions = {f"{d}_{outcome}": n for (d, outcome), n in self.counters.transitions.items()}
         layers: dict[str, int] = {}
         ledgers = self._ledgers.snapshots()
-        for fmt in self._standing.formats:
+        for fmt in self._layer_state.formats:
             layers[fmt] = layers.get(fmt, 0) + 1
         return {
             "level": self.level,
@@ -159,7 +155,7 @@ class Controller:
             "reason": self._seat.decision.reason,
             "phase": self.phase.name.lower(),
             "revision": self._runner.revision,
-            "tripped": self._tripped,
+            "tripped": self.tripped,
             "max_queued_tokens": self.max_queued_tokens,
             "layers_by_format": layers,
             "num_kv_blocks": self._pool.num_kv_blocks,
@@ -187,7 +183,7 @@ class Controller:
         Raises:
             ConfigError: no policy is asked any more.
         """
-        if self._tripped:
+        if self.tripped:
             raise ConfigError("MorphServe gave up after an error, no policy is asked any more. Restart the server.")
         self._seat.replace(policy, note, setup)
 
@@ -195,13 +191,13 @@ class Controller:
 
     def tick(self, view: EngineView) -> None:
         """Ask the policy, then take the transition as far as replies allow. Never raises or blocks."""
-        if self._dead:
+        if self.health is Health.DEAD:
             self._drain_replies()
             return
         place = "clock"
         try:
             now = self._clock()
-            if not self._tripped:
+            if not self.tripped:
                 place = "monitor"
                 signals = self._monitor.snapshot(
                     now,
@@ -229,16 +225,16 @@ class Controller:
         runner.desk.drop_late()
         if runner.phase is not Phase.IDLE and not self._advance(now):
             return
-        rung = self._next_rung(now)
-        if rung is None:
+        target = self._next_target(now)
+        if target is None:
             return
         if self._transition is None:
-            self._open_transition(now, rung)
-        runner.start(now, rung)
+            self._open_transition(now, target)
+        runner.start(now, target)
         # An executor that answers at once commits here. The next chunk still waits for the next
         # step boundary: two in one gap would double the pause.
         if self._advance(now):
-            self._next_rung(now)
+            self._next_target(now)
 
     def _advance(self, now: float) -> bool:
         """Let the chunk go on; True when it has ended."""
@@ -261,34 +257,33 @@ class Controller:
 
     def _is_wanted(self, direction: Direction) -> bool:
         """Does the newest decision still lie in the direction of the chunk under way?"""
-        if self._tripped:
+        if self.tripped:
             return False
         if direction == "degrade":
-            return self._seat.decision.level > self._standing.lower
-        return self._seat.decision.level < self._standing.upper
+            return self._seat.decision.level > self.level
+        return self._seat.decision.level < self.exposure_level
 
-    def _next_rung(self, now: float) -> int | None:
-        """The rung for the next chunk; closes the transition when it is done or must turn."""
-        standing = self._standing
-        rung = None if self._tripped else standing.next_rung(self._seat.decision.level)
+    def _next_target(self, now: float) -> int | None:
+        """The target of the next chunk; closes the transition when it is done or must turn."""
+        state = self._layer_state
+        target = None if self.tripped else state.next_target(self._seat.decision.level)
         transition = self._transition
-        direction = None if rung is None else standing.direction(rung)
+        direction = None if target is None else state.direction(target)
         if transition is not None and direction != transition.direction:
-            self._close_transition(now, "committed" if rung is None and not self._tripped else "cancelled")
+            self._close_transition(now, "committed" if target is None and not self.tripped else "cancelled")
         self._backoff.see_room(self._pool.num_used_blocks)
         if direction is not None and not self._backoff.allows(now, direction):
             return None
-        return rung
+        return target
 
     # ---- transitions
 
-    def _open_transition(self, now: float, rung: int) -> None:
-        standing = self._standing
-        direction = standing.direction(rung)
+    def _open_transition(self, now: float, target: int) -> None:
+        direction = self._layer_state.direction(target)
+        start = self.exposure_level if direction == "restore" else self.level
         self._transition = Transition(
             revision=self._runner.revision + 1,
             direction=direction,
-            from_level=standing.upper if direction == "restore" else standing.lower,
             reason=self._seat.decision.reason,
             started_s=now,
             blocks_before=self._pool.num_kv_blocks,
@@ -296,7 +291,7 @@ class Controller:
         logger.info(
             "morph r%d: level %d -> %d (%s)",
             self._transition.revision,
-            self._transition.from_level,
+            start,
             self._seat.decision.level,
             self._seat.decision.reason,
         )
@@ -345,10 +340,10 @@ class Controller:
         if runner.desk.pause_s > 0:
             counters.last_pause_s = runner.desk.pause_s
             counters.max_pause_s = max(counters.max_pause_s, runner.desk.pause_s)
-        if self._on_level is not None and exposure != self._told_level:
+        if self._on_level is not None and exposure != self._last_exposure_level:
             try:
                 self._on_level(exposure)
-                self._told_level = exposure
+                self._last_exposure_level = exposure
             except Exception:
                 # Who must know of the level does not: told again at the next step, and no new transition.
                 self._trip("on_level")
@@ -357,19 +352,19 @@ class Controller:
 
     def trip(self, place: str) -> None:
         """What feeds the controller broke outside of it: the same as an error of the policy."""
-        if not self._tripped:
+        if not self.tripped:
             self._trip(place)
 
     def _trip(self, place: str) -> None:
         """The policy or what feeds it is broken; ranks and pool are fine: undo or finish, then rest."""
         self.counters.count_error(place)
-        self._tripped = True
+        self.health = self.health.to(Health.RESTING)
         logger.exception("morph: %s failed; the engine stays at level %d, for good", place, self.level)
 
     def _die(self) -> None:
         """A transition broke half-way: leave everything where it is safe, and send nothing more."""
         self.counters.count_error("controller")
-        self._tripped = self._dead = True
+        self.health = self.health.to(Health.DEAD)
         logger.exception(
             "morph: %s failed; the engine stays at level %d, for good", self.phase.name, self.level
         )

@@ -1,15 +1,18 @@
-"""From the `ladder:` section and measured bytes to the ordered levels. Integers only, no torch."""
+"""From the `ladder:` section and measured bytes to the ordered levels, and what each costs in time. No torch.
+
+Bytes and blocks are integers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NoReturn
 
 import policies
 from morphserve.config import LadderConfig, LadderStep
-from morphserve.control.rank_bytes import RankBytes, balance, kv_quantum, paid_blocks, stage_of
+from morphserve.control.budget import RankBytes, balance, kv_quantum, paid_blocks, stage_of
 from morphserve.errors import ConfigError
 from policies import BASE_FORMAT, Ladder, MorphLevel
 
@@ -18,26 +21,31 @@ from policies import BASE_FORMAT, Ladder, MorphLevel
 DEFAULT_FORMATS = ("w8", "w4")
 _DEFAULT_STEPS = tuple(LadderStep(format=fmt, optional=True) for fmt in DEFAULT_FORMATS)
 
+TIMED_BATCHES = (1, 8, 32)  # sequences in a step: a lone request, a few, a burst
+
+# By format, for each of TIMED_BATCHES: seconds that a layer's linears take, those of its attention, those of its MLP.
+LayerTimes = Mapping[str, Sequence[tuple[float, float]]]
+
 
 @dataclass(frozen=True, slots=True)
 class ProfileLadder:
     """What a profile says about a model's ladder, in plain values."""
 
     order: tuple[int, ...]  # every decoder layer id, least harmful first
-    rungs: tuple[Mapping[int, str], ...]  # level 0 first: decoder layer id |-> format, full precision left out
-    kl: tuple[float, ...]  # nats per token, one a rung
+    levels: tuple[Mapping[int, str], ...]  # level 0 first: decoder layer id |-> format, full precision left out
+    kl: tuple[float, ...]  # nats per token, one a level
 
 
 def ladder_formats(config: LadderConfig, profile: ProfileLadder | None = None) -> tuple[str, ...]:
     """Formats that the levels use, in the order in which they come in."""
-    if rungs := _profile_rungs(config, profile):
-        return tuple(dict.fromkeys(fmt for rung in rungs for fmt in rung.values()))
+    if levels := _profile_levels(config, profile):
+        return tuple(dict.fromkeys(fmt for formats in levels for fmt in formats.values()))
     return tuple(dict.fromkeys(step.format for step in _steps(config)))
 
 
 def optional_formats(config: LadderConfig, profile: ProfileLadder | None = None) -> frozenset[str]:
     """Formats that the ladder does without where no kernel runs them: those that no step insists on."""
-    if _profile_rungs(config, profile):
+    if _profile_levels(config, profile):
         return frozenset()
     steps = _steps(config)
     return frozenset(step.format for step in steps) - {step.format for step in steps if not step.optional}
@@ -88,25 +96,25 @@ def build_ladder(
             f"the profile is of a model with {len(profile.order)} decoder layers, this one has {num_layers}. "
             "Make it again with scripts/profile_layers.py, or leave out `profile`."
         )
-    known = _profile_rungs(config, profile)
+    known = _profile_levels(config, profile)
     if known:
         assert profile is not None
-        rungs = [tuple(rung.get(layer, BASE_FORMAT) for layer in range(num_layers)) for rung in known]
+        levels = [tuple(formats.get(layer, BASE_FORMAT) for layer in range(num_layers)) for formats in known]
         kls: Sequence[float | None] = profile.kl
-        _check_rungs(rungs, ranks)
+        _check_sizes(levels, ranks)
     else:
-        rungs = _rungs_of_steps(num_layers, ranks, config, profile)
-        kls = [_expected_kl(rung, config.expected_kl) for rung in rungs]
+        levels = _levels_of_steps(num_layers, ranks, config, profile)
+        kls = [_expected_kl(formats, config.expected_kl) for formats in levels]
 
     quantum = kv_quantum(ranks)
     if max_num_blocks is not None:
         max_num_blocks -= max_num_blocks % quantum
     ladder = []
-    for index, rung in enumerate(rungs):
-        num_blocks = base_num_blocks + paid_blocks(ranks, rungs[0], rung)
+    for index, formats in enumerate(levels):
+        num_blocks = base_num_blocks + paid_blocks(ranks, levels[0], formats)
         if max_num_blocks is not None:
             num_blocks = min(num_blocks, max_num_blocks)
-        ladder.append(MorphLevel(index, rung, max(rank.weight(rung) for rank in ranks), num_blocks, kls[index]))
+        ladder.append(MorphLevel(index, formats, max(rank.weight(formats) for rank in ranks), num_blocks, kls[index]))
     return tuple(ladder)
 
 
@@ -114,21 +122,21 @@ def _steps(config: LadderConfig) -> Sequence[LadderStep]:
     return config.steps if isinstance(config.steps, list) else _DEFAULT_STEPS
 
 
-def _profile_rungs(config: LadderConfig, profile: ProfileLadder | None) -> tuple[Mapping[int, str], ...]:
+def _profile_levels(config: LadderConfig, profile: ProfileLadder | None) -> tuple[Mapping[int, str], ...]:
     """The profile's own levels, empty where the section's steps count."""
-    if config.steps == "profile" and (profile is None or len(profile.rungs) < 2):
+    if config.steps == "profile" and (profile is None or len(profile.levels) < 2):
         raise ConfigError(
             "ladder.steps is 'profile', and there is no profile with a ladder. Set `profile` to a directory that "
             "scripts/profile_layers.py made, or list the steps."
         )
     own = config.steps is None and config.order in (None, "profile")
-    return profile.rungs if profile is not None and (config.steps == "profile" or own) and profile.rungs[1:] else ()
+    return profile.levels if profile is not None and (config.steps == "profile" or own) and profile.levels[1:] else ()
 
 
-def _check_rungs(rungs: Sequence[tuple[str, ...]], ranks: Sequence[RankBytes]) -> None:
+def _check_sizes(levels: Sequence[tuple[str, ...]], ranks: Sequence[RankBytes]) -> None:
     """A level that takes more than the one before would shrink the KV cache on the way down: refuse it."""
     for rank in ranks:
-        sizes = [rank.weight(rung) for rung in rungs]
+        sizes = [rank.weight(formats) for formats in levels]
         for level, (before, after) in enumerate(pairwise(sizes), start=1):
             if after > before:
                 raise ConfigError(
@@ -137,13 +145,13 @@ def _check_rungs(rungs: Sequence[tuple[str, ...]], ranks: Sequence[RankBytes]) -
                 )
 
 
-def _rungs_of_steps(
+def _levels_of_steps(
     num_layers: int, ranks: Sequence[RankBytes], config: LadderConfig, profile: ProfileLadder | None
 ) -> list[tuple[str, ...]]:
     """Formats by layer, level by level, as the steps put them."""
     order = _swap_order(num_layers, config.order, profile)
     formats = [BASE_FORMAT] * num_layers
-    rungs = [tuple(formats)]
+    levels = [tuple(formats)]
     for number, step in enumerate(_steps(config)):
         count = _num_step_layers(num_layers, step, number)
         layers = balance(ranks, order, formats, step.format)[:count]
@@ -151,8 +159,8 @@ def _rungs_of_steps(
             for layer in layers[start : start + step.layers_per_level]:
                 _check_frees(layer, formats[layer], step.format, ranks, number)
                 formats[layer] = step.format
-            rungs.append(tuple(formats))
-    return rungs
+            levels.append(tuple(formats))
+    return levels
 
 
 def check_floor(base_num_blocks: int, max_model_len: int, block_size: int, needed: int | None = None) -> None:
@@ -283,9 +291,38 @@ def _check_frees(layer: int, old: str, new: str, ranks: Sequence[RankBytes], num
             )
 
 
-def _expected_kl(rung: Sequence[str], figures: Mapping[str, float]) -> float | None:
+def _expected_kl(formats: Sequence[str], figures: Mapping[str, float]) -> float | None:
     """Nats per token if layers added up independently: each carries its share of the all-layers figure."""
-    used = [fmt for fmt in rung if fmt != BASE_FORMAT]
+    used = [fmt for fmt in formats if fmt != BASE_FORMAT]
     if any(fmt not in figures for fmt in used):
         return None
-    return sum(figures[fmt] for fmt in used) / len(rung)
+    return sum(figures[fmt] for fmt in used) / len(formats)
+
+
+def with_time_factors(ladder: Ladder, ranks: Sequence[LayerTimes]) -> Ladder:
+    """The levels with `time_factors`: of the rank that a level slows down most, since the others wait for it.
+
+    Args:
+        ladder: all levels.
+        ranks: of each rank, every format of the ladder and 'base'; as it is where one was not measured.
+    """
+    if not ranks or not all(ranks):
+        return ladder
+    base = ladder[0].layer_formats
+
+    def factor(formats: Sequence[str], batch: int) -> float:
+        return round(max(_seconds(times, formats, batch) / _seconds(times, base, batch) for times in ranks), 3)
+
+    return tuple(
+        replace(level, time_factors=tuple((n, factor(level.layer_formats, i)) for i, n in enumerate(TIMED_BATCHES)))
+        for level in ladder
+    )
+
+
+def _seconds(times: LayerTimes, layer_formats: Sequence[str], batch: int) -> float:
+    """Of all layers' linears at a batch, given by its place in TIMED_BATCHES."""
+    total = 0.0
+    for layer_format in layer_formats:
+        attention, _, mlp = layer_format.partition("/")
+        total += times[attention][batch][0] + times[mlp or attention][batch][1]
+    return total

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from math import exp
-from typing import TYPE_CHECKING
 
+from morphserve.control.ranks import EngineView
 from morphserve.control.waiting import NO_LIMITS, RequestLimits, WaitingBook
 from policies import Signals, StepLoad
-
-if TYPE_CHECKING:  # the controller package imports this module
-    from morphserve.control.ports import EngineView
 
 _LATENCY_TAU_S = 5.0  # time constant of the latency averages
 _REQUEST_SIZE_TAU_S = 30.0  # requests end rarely; remember their size for longer

@@ -7,8 +7,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from morphserve.control.counters import Counters
 from morphserve.control.decision_log import DecisionLog
+from morphserve.control.health import Counters
 from policies import Decision, Policy, PolicySetup, Signals
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from morphserve.config import MorphServeConfig, load_config, step_times_file
-from morphserve.control.log_format import KIND, Header, LogError, PairReader, read_header
+from morphserve.control.decision_log import KIND, Header, LogError, PairReader, read_header
 from morphserve.errors import ConfigError
 from morphserve.version import __version__
 from policies import Decision, Policy, PolicySetup, load_step_times

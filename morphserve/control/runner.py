@@ -7,15 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from morphserve.config import MorphServeConfig
-from morphserve.control.chunk import Chunk, ChunkEnd
-from morphserve.control.drain import Drain, Preemptions
-from morphserve.control.ledger import Ledgers
-from morphserve.control.picking import LayerPicker
-from morphserve.control.ports import BlockPoolPort, ExecutorPort, Plan, Reply, Ticket
-from morphserve.control.rank_bytes import RankBytes
-from morphserve.control.replies import CommandFailed, ReplyDesk, failures, require_success, slowest
-from morphserve.control.standing import Standing
-from morphserve.control.transition import Phase, check_move
+from morphserve.control.budget import Ledgers, RankBytes
+from morphserve.control.layer_state import LayerPicker, LayerState
+from morphserve.control.ranks import (
+    BlockPoolPort,
+    CommandFailed,
+    ExecutorPort,
+    Plan,
+    Reply,
+    ReplyDesk,
+    Ticket,
+    failures,
+    require_success,
+    slowest,
+)
+from morphserve.control.transition import Chunk, ChunkEnd, Drain, Phase, Preemptions, check_move
 from morphserve.errors import ConfigError
 from policies import Ladder
 
@@ -24,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class ChunkRunner:
-    """Takes all ranks from where they stand to a neighbouring rung, a chunk at a time.
+    """Takes all ranks from where they are to a neighbouring level, a chunk at a time.
 
     Promises:
         1. `pool.grow` is called with no more blocks than every rank has answered to have mapped.
@@ -45,13 +51,13 @@ class ChunkRunner:
     short_grows: int = 0
     preemptions: Preemptions = field(default_factory=Preemptions)
     desk: ReplyDesk = field(default_factory=ReplyDesk)
-    standing: Standing = field(init=False)
+    layer_state: LayerState = field(init=False)
     _picker: LayerPicker = field(init=False)
     _chunk: Chunk | None = None
     _now_s: float = 0.0
 
     def __post_init__(self) -> None:
-        self.standing = Standing(self.ladder, self.ranks)
+        self.layer_state = LayerState(self.ladder, self.ranks)
         base = self.ladder[0]
         if self.pool.num_kv_blocks != base.num_kv_blocks:
             raise ConfigError(
@@ -67,24 +73,24 @@ class ChunkRunner:
 
     # ---- the chunk
 
-    def start(self, now_s: float, rung: int) -> None:
-        """Open a chunk toward `rung`, a neighbour as `next_rung` names it. Follow with `advance`."""
+    def start(self, now_s: float, target: int) -> None:
+        """Open a chunk on the way to `target`, a level as `next_target` names it. Follow with `advance`."""
         self._now_s = now_s
-        standing = self.standing
-        direction = standing.direction(rung)
+        state = self.layer_state
+        direction = state.direction(target)
         if direction == "degrade":
             self.preemptions.on_way_back = 0
         layers = self._picker.pick(
-            standing.formats, self.ladder[rung].layer_formats, direction, self.executor.in_background
+            state.formats, self.ladder[target].layer_formats, direction, self.executor.in_background
         )
         chunk = Chunk(
-            toward=rung,
+            target=target,
             direction=direction,
             layers=layers,
-            new_bytes=standing.new_bytes(layers),
-            old_bytes=standing.old_bytes(layers),
+            new_bytes=state.new_bytes(layers),
+            old_bytes=state.old_bytes(layers),
             blocks_before=self.pool.num_kv_blocks,
-            blocks_after=standing.blocks_with(layers, rung),
+            blocks_after=state.blocks_with(layers, target),
             revision=self.next_revision(),
         )
         self._chunk = chunk
@@ -194,8 +200,8 @@ class ChunkRunner:
         if self._votes:
             self._sent(self.executor.prepare(chunk.plan))
         else:
-            chunk.exposure_before = self.standing.upper
-            self.standing.expose(chunk.toward)
+            chunk.was_between = self.layer_state.is_between
+            self.layer_state.expose(chunk.target)
             self._sent(self.executor.apply(chunk.plan))
         self._move(Phase.PREPARING)
 
@@ -210,7 +216,7 @@ class ChunkRunner:
             switched = any(r.weight_bytes != before.get(r.rank, self.ledgers[0]["weights"]) for r in replies)
             if switched or not all(reply.kv_moved for reply in replies):
                 raise CommandFailed(f"apply stopped half-way: {failed}")
-            self.standing.upper = chunk.exposure_before
+            self.layer_state.is_between = chunk.was_between
             chunk.end = ChunkEnd("aborted", error=failed)
             self._move(Phase.ABORTING)
             self._undo(chunk)
@@ -251,7 +257,7 @@ class ChunkRunner:
         elif not wanted:
             self._abort(chunk, ChunkEnd("cancelled"))
         else:
-            self.standing.expose(chunk.toward)
+            self.layer_state.expose(chunk.target)
             self._sent(self.executor.commit(chunk.plan))
             self._move(Phase.COMMITTING)
 
@@ -265,7 +271,7 @@ class ChunkRunner:
     def _settle(self, chunk: Chunk, replies: tuple[Reply, ...]) -> None:
         """All ranks have switched: make that the truth here too."""
         self.ledgers.switch(chunk.new_bytes, chunk.old_bytes)
-        self.standing.settle(chunk.layers, chunk.toward)
+        self.layer_state.settle(chunk.layers, chunk.target)
         if chunk.blocks_after > self.pool.num_kv_blocks:
             self.ledgers.book_kv(chunk.blocks_after)
             self._grow(chunk.blocks_after, replies)

@@ -1,4 +1,4 @@
-"""The states of a change of level, and the moves between them."""
+"""A change of level: its states and the moves between them, the chunk under way, and the drain that makes room."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Literal
 
+from morphserve.config import KVConfig
+from morphserve.control.ranks import BlockPoolPort, LayerFormats, Plan, ShrinkProgress
 from morphserve.errors import IllegalTransition
 
 Direction = Literal["degrade", "restore"]
@@ -79,9 +81,87 @@ class Transition:
 
     revision: int
     direction: Direction
-    from_level: int
     reason: str
     started_s: float
     blocks_before: int
     num_layers: int = 0  # layer switches committed so far
     last_format: str = ""
+
+
+@dataclass(slots=True)
+class Chunk:
+    """A few layers and the KV blocks they pay for, under way. `runner.py` carries it out."""
+
+    target: int  # the next level on the way to the transition's
+    direction: Direction
+    layers: LayerFormats
+    new_bytes: tuple[int, ...]  # by rank: staged
+    old_bytes: tuple[int, ...]  # by rank: freed on commit
+    blocks_before: int
+    blocks_after: int
+    revision: int
+    drain: Drain | None = None  # of the blocks that it gives up
+    plan: Plan | None = None
+    worker_s: float = 0.0  # what prepare took on the slowest rank
+    end: ChunkEnd | None = None
+    was_between: bool = False  # two levels, before the switch: what is true again if it fails
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkEnd:
+    """How a chunk ended. `committed`: now nearer to its target. Else everything is as before it began."""
+
+    outcome: Outcome
+    num_layers: int = 0
+    format: str = ""
+    error: str = ""
+    place: str = "prepare"  # what an abort counts as among the errors; "" = as none
+    num_kv_blocks: int = 0  # that a drain was to get down to and has not
+
+
+@dataclass(slots=True)
+class Preemptions:
+    """The last resort of a shrink without room, bounded."""
+
+    total: int = 0
+    on_way_back: int = 0  # from the deepest level so far: what `kv.max_preemptions` bounds
+
+
+class Drain:
+    """Empties the pool's tail before it is unmapped: live blocks move below the fence, or their requests wait again."""
+
+    def __init__(
+        self, pool: BlockPoolPort, config: KVConfig, preemptions: Preemptions, num_kv_blocks: int, now_s: float
+    ) -> None:
+        """Put up the fence above `num_kv_blocks`."""
+        self._pool = pool
+        self._config = config
+        self._preemptions = preemptions
+        self._num_kv_blocks = num_kv_blocks
+        self._progress_s = now_s  # when it last got anywhere
+        self._num_live_tail = -1
+        pool.begin_shrink(num_kv_blocks)
+
+    def timed_out(self, now_s: float) -> str:
+        """Why it must be given up, '' while it need not."""
+        stuck_s = now_s - self._progress_s
+        if stuck_s <= self._config.drain_timeout_s:
+            return ""
+        return f"{self._num_live_tail} live blocks above {self._num_kv_blocks} found no room in {stuck_s:.1f} s"
+
+    def advance(self, now_s: float) -> ShrinkProgress:
+        """Move what finds room. Once nothing has for half of the time-out, preempt a request."""
+        step = self._pool.advance_shrink(self._config.migrate_blocks_per_step)
+        if step.copies or step.num_live_tail != self._num_live_tail:
+            self._progress_s = now_s
+            self._num_live_tail = step.num_live_tail
+        elif step.num_live_tail and now_s - self._progress_s > self._config.drain_timeout_s / 2:
+            self._preempt(now_s)
+        return step
+
+    def _preempt(self, now_s: float) -> None:
+        preemptions = self._preemptions
+        if preemptions.on_way_back < self._config.max_preemptions and self._pool.preempt_one():
+            preemptions.on_way_back += 1
+            preemptions.total += 1
+            self._progress_s = now_s

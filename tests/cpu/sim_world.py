@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from morphserve.config import MorphServeConfig, parse_config
-from morphserve.control.rank_bytes import RankBytes
+from morphserve.control.budget import RankBytes
 from morphserve.tools.sim import Calibration, SimServer
 from morphserve.tools.workload.formats import TraceRequest
 from morphserve.tools.workload.workload import Workload

@@ -9,8 +9,9 @@ from itertools import pairwise
 import pytest
 
 from morphserve.config import MorphServeConfig, TransitionConfig
-from morphserve.control import Phase, Plan, Reply
-from morphserve.control.backoff import BackOff
+from morphserve.control import Health, Phase, Plan, Reply
+from morphserve.control.health import BackOff
+from morphserve.errors import IllegalTransition
 from tests.fakes import BASE_BLOCKS, FakeRank, Rig
 
 pytestmark = pytest.mark.cpu
@@ -206,7 +207,7 @@ def test_policy_error_trips_and_unfences(caplog: pytest.LogCaptureFixture) -> No
     assert rig.pool.fence is not None
     rig.script.error = RuntimeError("broken policy")
     rig.step(20)
-    assert rig.controller.tripped and rig.pool.fence is None
+    assert rig.controller.health is Health.RESTING and rig.pool.fence is None
     assert rig.controller.counters.errors == {"policy": 1}
     assert caplog.text.count("broken policy") == 1
     rig.script.error = None
@@ -263,7 +264,40 @@ def test_failing_commit_makes_the_controller_inert() -> None:
     assert rig.pool.num_kv_blocks == BASE_BLOCKS
     assert rig.controller.counters.errors == {"controller": 1}
     assert rig.controller.counters.transitions == {("degrade", "aborted"): 1}
-    assert not rig.controller.wants_wakeup
+    assert rig.controller.health is Health.DEAD and not rig.controller.wants_wakeup
+
+
+def test_health_never_gets_better() -> None:
+    """Guards: a broken policy is asked again, or ranks whose state is unknown are sent commands."""
+    moves = {(old, new) for old in Health for new in Health}
+    legal = {(Health.RUNNING, Health.RESTING), (Health.RUNNING, Health.DEAD), (Health.RESTING, Health.DEAD)}
+    legal.add((Health.RESTING, Health.RESTING))
+    for old, new in legal:
+        assert old.to(new) is new
+    for old, new in moves - legal:
+        with pytest.raises(IllegalTransition, match=f"health: {old.name} -> {new.name}; legal from here: "):
+            old.to(new)
+
+
+def test_every_error_is_a_legal_move() -> None:
+    """Guards: an error that the table of `Health` does not know leaves `tick`, or one after the end is counted."""
+    rig = Rig()
+    controller = rig.controller
+    controller._on_level = lambda level: 1 // 0  # type: ignore[assignment,return-value]
+    rig.executor.fail = lambda command, plan, r: "lost" if command == "commit" else ""
+    rig.script.level = 1
+    while controller.health is Health.RUNNING:
+        rig.tick()
+        if controller.phase is not Phase.COMMITTING:
+            rig.executor.run_commands()
+    rig.tick()
+    assert controller.health is Health.RESTING and controller.counters.errors == {"on_level": 2}
+    rig.executor.run_commands()
+    rig.tick()
+    assert controller.health is Health.DEAD
+    controller.trip("glue")
+    rig.tick()
+    assert controller.counters.errors == {"on_level": 2, "controller": 1}
 
 
 @pytest.mark.parametrize("method", ["prepare", "begin_shrink", "advance_shrink", "finish_shrink", "commit"])

@@ -8,7 +8,7 @@ import pytest
 
 from morphserve.config import MorphServeConfig, TransitionConfig
 from morphserve.control import Phase, Plan
-from morphserve.control.replies import ReplyDesk
+from morphserve.control.ranks import ReplyDesk
 from tests.fakes import BASE_BLOCKS, KV_BLOCK_BYTES, LAYER_BYTES, FakeRank, Rig, pipeline
 from tests.rank_rules import FakeTicket
 

@@ -8,7 +8,7 @@ import pytest
 
 from morphserve.config import KVConfig, MorphServeConfig, TransitionConfig
 from morphserve.control import Controller, EngineView, Phase, Plan
-from morphserve.control.rank_bytes import RankBytes
+from morphserve.control.budget import RankBytes
 from morphserve.control.transition import check_move
 from morphserve.errors import ConfigError, IllegalTransition
 from policies import PolicySetup, StaticConfig, StaticPolicy

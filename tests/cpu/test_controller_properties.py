@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from morphserve.config import KVConfig, MorphServeConfig, TransitionConfig
 from morphserve.control import Phase
-from morphserve.control.rank_bytes import RankBytes
+from morphserve.control.budget import RankBytes
 from tests.fakes import BASE_BLOCKS, KV_BLOCK_BYTES, LAYER_BYTES, Rig, pipeline
 
 pytestmark = pytest.mark.cpu

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from levels import swapped_layers
 
 from morphserve.config import LadderConfig, LadderStep, check_formats, parse_config
+from morphserve.control.budget import RankBytes
 from morphserve.control.ladder import (
     ProfileLadder,
     build_ladder,
@@ -16,12 +18,10 @@ from morphserve.control.ladder import (
     resolve_level,
     without_formats,
 )
-from morphserve.control.rank_bytes import RankBytes
 from morphserve.errors import ConfigError
 from policies import BASE_FORMAT, Ladder
 from policies.config import ThresholdConfig
 from policies.threshold import fill_in
-from tests.levels import swapped_layers
 
 pytestmark = pytest.mark.cpu
 

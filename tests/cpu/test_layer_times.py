@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from morphserve.config import LadderConfig
-from morphserve.control.ladder import build_ladder
-from morphserve.control.layer_times import TIMED_BATCHES, LayerTimes, with_time_factors
-from morphserve.control.rank_bytes import RankBytes
+from morphserve.control.budget import RankBytes
+from morphserve.control.ladder import TIMED_BATCHES, LayerTimes, build_ladder, with_time_factors
 from policies import Ladder, MorphLevel
 
 pytestmark = pytest.mark.cpu

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from morphserve.config import LadderConfig, MorphServeConfig, load_config
+from morphserve.control.budget import RankBytes
 from morphserve.control.ladder import build_ladder
-from morphserve.control.rank_bytes import RankBytes
 from policies import (
     Ladder,
     Signals,

@@ -9,9 +9,9 @@ import pytest
 
 from morphserve.config import LadderConfig, MorphServeConfig
 from morphserve.control import Controller, EngineView, Phase, largest_chunk_bytes, make_ledgers
+from morphserve.control.budget import RankBytes
 from morphserve.control.ladder import build_ladder
 from morphserve.control.monitor import Monitor
-from morphserve.control.rank_bytes import RankBytes
 from policies import ThresholdConfig, ThresholdPolicy
 from tests.fakes import FakeExecutor, FakePool
 

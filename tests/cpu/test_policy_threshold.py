@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from morphserve.config import LadderConfig
+from morphserve.control.budget import RankBytes
 from morphserve.control.ladder import build_ladder
-from morphserve.control.rank_bytes import RankBytes
 from policies import Ladder, Signals, ThresholdConfig, ThresholdPolicy
 
 pytestmark = pytest.mark.cpu

@@ -14,8 +14,8 @@ from quant_world import World
 from torch import Tensor
 
 from morphserve.config import LadderConfig, check_formats, parse_config
+from morphserve.control.budget import RankBytes
 from morphserve.control.ladder import build_ladder
-from morphserve.control.rank_bytes import RankBytes
 from quant_layers import (
     CANDIDATES,
     FORMATS,

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from levels import swapped_layers
 
 from morphserve.config import LadderConfig, LadderStep
+from morphserve.control.budget import RankBytes, alternate, balance, kv_quantum, most_uneven, paid_blocks, stage_of
 from morphserve.control.ladder import ProfileLadder, build_ladder
-from morphserve.control.rank_bytes import RankBytes, alternate, balance, kv_quantum, most_uneven, paid_blocks, stage_of
 from morphserve.errors import ConfigError
 from policies import BASE_FORMAT, Ladder
 from tests.fakes import pipeline
-from tests.levels import swapped_layers
 
 pytestmark = pytest.mark.cpu
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from morphserve.__main__ import main
 from morphserve.config import LadderConfig, parse_config
 from morphserve.control import DecisionLog, make_header
+from morphserve.control.budget import RankBytes
+from morphserve.control.decision_log import LogError, PairReader, PairWriter, read_header
 from morphserve.control.ladder import build_ladder
-from morphserve.control.log_format import LogError, PairReader, PairWriter, read_header
-from morphserve.control.rank_bytes import RankBytes
 from morphserve.control.replay_log import Replay, replay
 from policies import (
     Cohort,

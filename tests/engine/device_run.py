@@ -66,7 +66,7 @@ def test_layers_and_blocks_exchange_pages_under_load(short_model: Path, variant_
         assert generate(llm, USED, 24) == before
         assert memory_of(llm) == pages, "pages do not come back"
         assert compilations() == counted
-        assert not morph_of(llm).failed and not morph_of(llm).controller.status()["tripped"]
+        assert not morph_of(llm).controller.status()["tripped"]
 
 
 @needs_two_cores

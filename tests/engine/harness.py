@@ -21,7 +21,8 @@ from engine.forked import fork_ranks
 from engine.stock_runs import stock as stock
 from engine.stock_runs import stock_later as stock_later
 
-from morphserve.control.ports import Plan
+from morphserve.control import Health
+from morphserve.control.ranks import Plan
 from morphserve.cpu_tier import best_dtype
 from policies.types import Decision, Signals
 
@@ -200,7 +201,7 @@ def renew(llm: Any) -> None:
     if pool.num_kv_blocks < base:
         pool.grow(base)
     morph._on_level(0)
-    morph.failed = False
+    morph.health = Health.RUNNING
     morph.controller = morph._make_controller()
     morph.controller._runner.revision = runner.revision  # the ranks remember it
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from engine.harness import follow, generate, morph_of, settle
 
-from morphserve.control.backoff import BackOff
+from morphserve.control.health import BackOff
 
 # Read before an engine has bound this process to a core.
 CORES = sorted(os.sched_getaffinity(0))

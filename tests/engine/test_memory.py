@@ -14,7 +14,7 @@ import pytest
 from engine.harness import engine, follow, generate, morph_of, settle
 from engine.resident_sampler import sampled
 
-from morphserve.control.ports import Plan
+from morphserve.control.ranks import Plan
 from morphserve.integration.worker import host_memory, worker
 from morphserve.integration.worker.host_memory import FREED_WEIGHTS_RETURN, resident_bytes
 from quant_layers import trim

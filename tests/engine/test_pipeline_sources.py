@@ -11,10 +11,10 @@ from engine.harness import engine, generate, morph_of, stock_later
 from engine.rank_harness import NUM_LAYERS, PROMPTS, go, needs_two_cores, run
 from engine.test_import import config_as_vllm
 from engine.test_pipeline import STAGES
+from levels import swapped_layers
 from safetensors.torch import load_file
 
 from quant_layers import Rung, base_fingerprint, write_profile
-from tests.levels import swapped_layers
 
 pytestmark = [needs_two_cores, pytest.mark.usefixtures("two_cores")]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from seams.pool_model import BLOCK, Prefix
 
 from morphserve.control import Ledgers, Plan
-from morphserve.control.rank_bytes import RankBytes
+from morphserve.control.budget import RankBytes
 from policies.types import Ladder
 from tests.rank_rules import FakeTicket, RankRules, RankState
 

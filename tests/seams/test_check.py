@@ -20,10 +20,10 @@ from morphserve import cpu_tier  # noqa: E402
 from morphserve.__main__ import main  # noqa: E402
 from morphserve.control.ladder import DEFAULT_FORMATS  # noqa: E402
 from morphserve.errors import ConfigError  # noqa: E402
+from morphserve.integration import start
 from morphserve.integration.offline import check, dtype_check
 from morphserve.integration.offline.dtype_check import DTYPES, base_linear, check_dtype  # noqa: E402
 from morphserve.integration.seams import rows as seams  # noqa: E402
-from morphserve.integration.start import checks
 from quant_layers import CANDIDATES, FORMATS, KernelError, KernelReport, choose  # noqa: E402
 
 pytestmark = pytest.mark.cpu_tier
@@ -159,7 +159,7 @@ def refuse_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
         raise ConfigError("device 'tpu': not served")
 
-    monkeypatch.setattr(checks, "check_platform", refuse)
+    monkeypatch.setattr(start, "check_platform", refuse)
 
 
 def take_vllm_away(monkeypatch: pytest.MonkeyPatch) -> None:

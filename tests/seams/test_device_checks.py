@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from morphserve.config import LadderConfig, LadderStep, MorphServeConfig
+from morphserve.control.budget import RankBytes
 from morphserve.control.ladder import build_ladder
-from morphserve.control.rank_bytes import RankBytes
 from morphserve.errors import ConfigError
 from morphserve.integration.start import checks
 from morphserve.integration.start.device_checks import check_device, check_graph_buffers

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from morphserve import cpu_tier
-from morphserve.control.layer_times import TIMED_BATCHES
+from morphserve.control.ladder import TIMED_BATCHES
 from morphserve.integration.worker import layer_speed
 from morphserve.integration.worker.layer_speed import TimedLayer, factors, known_or_measured, time_layer
 

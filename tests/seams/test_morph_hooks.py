@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from morphserve.control import Health
 from morphserve.integration.engine.hooks import Morph
 from morphserve.integration.engine.traffic import Traffic
 
@@ -42,7 +43,7 @@ def make_morph(**parts: Any) -> Any:
     rest = ("_scheduler", "monitor", "receipts", "executor")
     morph.__dict__ |= dict.fromkeys(rest, Broken())
     morph.__dict__ |= {
-        "failed": False,
+        "health": Health.RUNNING,
         "wake_due": False,
         "tokens_by_level": [0],
         "controller": CountingController(),
@@ -82,7 +83,7 @@ def test_an_exception_in_a_hook_trips_and_stays_inside(hook: str) -> None:
     morph = make_morph()
     for _ in range(3):
         getattr(morph, hook)(*HOOKS[hook])
-    assert morph.failed
+    assert morph.health is Health.RESTING
     ((where, error),) = morph.controller.tripped
     assert where == "glue" and isinstance(error, OSError) and "planted" in str(error)
 
@@ -91,7 +92,7 @@ def test_a_tripped_controller_is_ticked_on() -> None:
     """Guards: a transition under way is left half done, with its blocks fenced, after the glue has failed."""
     morph = make_morph()
     morph.on_arrival(REQUEST)
-    assert morph.failed and morph.controller.num_ticks == 0
+    assert morph.health is Health.RESTING and morph.controller.num_ticks == 0
     for _ in range(2):
         morph.before_schedule()
     assert morph.controller.num_ticks == 2 and len(morph.controller.tripped) == 1
@@ -103,10 +104,10 @@ def test_what_has_failed_looks_at_nothing_more() -> None:
     monitor = SimpleNamespace(on_preemption=lambda *args, **kwargs: seen.append("preemption"))
     morph = make_morph(monitor=monitor, _scheduler=SimpleNamespace(policy=None))
     morph.on_preemption(REQUEST)
-    assert seen == ["preemption"] and not morph.failed
+    assert seen == ["preemption"] and morph.health is Health.RUNNING
     morph.on_finish(REQUEST)
     morph.on_preemption(REQUEST)
-    assert seen == ["preemption"] and morph.failed
+    assert seen == ["preemption"] and morph.health is Health.RESTING
 
 
 def test_what_ends_the_process_is_let_through() -> None:
@@ -118,4 +119,4 @@ def test_what_ends_the_process_is_let_through() -> None:
     morph = make_morph(monitor=SimpleNamespace(on_preemption=interrupt), _scheduler=SimpleNamespace(policy=None))
     with pytest.raises(KeyboardInterrupt):
         morph.on_preemption(REQUEST)
-    assert not morph.failed
+    assert morph.health is Health.RUNNING

@@ -10,7 +10,16 @@ from typing import Any
 
 from vllm.v1.core.sched.interface import PauseState
 
-from morphserve.control import Controller, DecisionLog, EngineView, Monitor, PolicyReloader, ReloadWatch, make_header
+from morphserve.control import (
+    Controller,
+    DecisionLog,
+    EngineView,
+    Health,
+    Monitor,
+    PolicyReloader,
+    ReloadWatch,
+    make_header,
+)
 from morphserve.integration.engine.block_pool import VllmBlockPool
 from morphserve.integration.engine.executor import RpcExecutor
 from morphserve.integration.engine.histogram import TimeHistogram
@@ -41,7 +50,7 @@ class Morph:
         self._scheduler = scheduler
         self.runtime = runtime
         self.wake_due = False
-        self.failed = False  # tripped outside the controller's own guard
+        self.health = Health.RUNNING  # of what feeds the controller, which has its own
         self.tokens_by_level = [0] * len(runtime.ladder)
         self._in_flight: dict[int, _StepInFlight] = {}  # by id(scheduler output)
         self._level_of_outputs = 0  # of those that vLLM reads now, or read last
@@ -114,7 +123,7 @@ class Morph:
         """Controller first, then vLLM's own schedule()."""
         start = time.perf_counter()
         self.wake_due = False
-        if self.failed:
+        if self.health is Health.RESTING:
             self._tick()
         else:
             self._guard(self._tick)
@@ -143,18 +152,18 @@ class Morph:
         self.provenance.forget(request.request_id)
 
     def _guard(self, call: Callable[..., None], *args: Any) -> None:
-        if self.failed:
+        if self.health is Health.RESTING:
             return
         try:
             call(*args)
         except Exception:
             # Without its signals the policy must rest. The controller is ticked on: it finishes or undoes
             # what is under way, and the server goes on at the level it then has.
-            self.failed = True
+            self.health = self.health.to(Health.RESTING)
             self.controller.trip("glue")  # logs the error under way
 
     def _tick(self) -> None:
-        view = EngineView(0, 0, 0.0) if self.failed else self.traffic.view()
+        view = EngineView(0, 0, 0.0) if self.health is Health.RESTING else self.traffic.view()
         self.controller.tick(view)
         # Idle in mid-transition: ask for the next step at once instead of waiting to be woken.
         busy = view.num_running + view.num_waiting > 0
@@ -229,7 +238,7 @@ class Morph:
 
     def status(self) -> dict[str, Any]:
         """Plain values for the status page and the metrics."""
-        page = self._page.render(self.controller.status(), self.failed, self.tick_times, self.tokens_by_level)
+        page = self._page.render(self.controller.status(), self.tick_times, self.tokens_by_level)
         return {**page, "policy": asdict(self._watch.reloads)}
 
     def reload(self, cause: str) -> Future[dict[str, Any]]:

@@ -29,13 +29,12 @@ class StatusPage:
         ]
 
     def render(
-        self, controller: dict[str, Any], failed: bool, tick_times: TimeHistogram, tokens_by_level: list[int]
+        self, controller: dict[str, Any], tick_times: TimeHistogram, tokens_by_level: list[int]
     ) -> dict[str, Any]:
         """The page.
 
         Args:
             controller: its own status, all of which is on the page too.
-            failed: what feeds the controller broke.
             tick_times: of the controller's part of a step.
             tokens_by_level: generated so far.
         """
@@ -43,7 +42,7 @@ class StatusPage:
         return {
             **controller,
             "engine": self._runtime.index,
-            "failed": failed or controller["tripped"],
+            "failed": controller["tripped"],  # by an error of its own, or of what feeds it
             "mapped_kv_blocks": counters["num_blocks_mapped"],
             "transitions": counters["transitions"],
             "transition_seconds": counters["transition_seconds"],

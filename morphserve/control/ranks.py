@@ -1,0 +1,264 @@
+"""What the controller needs of the world: ranks that carry out plans and answer, a block pool, an engine's counters.
+
+vLLM, the simulator and the tests implement the ports: replay and tuning run the controller that serves. What ranks
+answer is taken off the ring without blocking, checked, and remembered per rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from morphserve.errors import MorphServeError
+
+LayerFormats = tuple[tuple[int, str], ...]  # (decoder layer id, format it gets)
+
+# Replies under way that nobody waits for one by one. The rings between engine and workers hold ten messages each way
+# and dead-lock when both are full; a step under way takes two, and a pipeline has as many steps under way as stages.
+# With the command that is waited for, eight stages fit.
+_MAX_UNDRAINED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One message to every rank. All ranks carry it out between the same two forward passes.
+
+    A plan with `layer_formats` is sent in two phases (prepare may fail, commit cannot), or, where one
+    rank decides alone, as one `apply`. A plan without (KV only) has nothing that can fail and is
+    committed at once.
+
+    On commit a rank does, in this order: copy `copies` and rewrite its cached block tables; unmap
+    when `num_kv_blocks` is below what it has mapped; switch the layers and free what they were; map
+    and zero when `num_kv_blocks` is above.
+    """
+
+    revision: int  # rises; a rank refuses one it has already passed
+    layer_formats: LayerFormats
+    num_kv_blocks: int  # mapped on each rank after commit, null block included
+    copies: tuple[tuple[int, int], ...] = ()  # (source, destination) block ids, disjoint sets
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One rank's answer to prepare, commit or abort. A rank never raises: it answers ok=False."""
+
+    rank: int
+    revision: int
+    ok: bool
+    error: str = ""
+    elapsed_s: float = 0.0  # by the rank's own clock, without what it waited for its turn
+    num_kv_blocks: int = 0  # mapped on this rank now
+    weight_bytes: int = 0  # resident morphable weights on this rank now
+    staging_bytes: int = 0  # prepared but not yet committed
+    kv_moved: bool = True  # False: copies or block tables may be half done, so what is in the KV is unknown
+    pending: bool = False  # the rank goes on with it beside its forward passes: to be asked again
+
+
+class Ticket(Protocol):
+    """Replies on their way."""
+
+    def poll(self) -> tuple[Reply, ...] | None:
+        """All ranks' replies, or None while one is missing. Never blocks."""
+        ...
+
+
+class ExecutorPort(Protocol):
+    """Sends commands to all ranks, in one order with the forward passes."""
+
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks must agree."""
+        ...
+
+    @property
+    def in_background(self) -> bool:
+        """Ranks prepare beside their forward passes, so that one too is told to prepare first and to commit later."""
+        ...
+
+    def prepare(self, plan: Plan) -> Ticket: ...
+
+    def commit(self, plan: Plan) -> Ticket: ...
+
+    def abort(self, plan: Plan) -> Ticket: ...
+
+    def apply(self, plan: Plan) -> Ticket:
+        """Commit in one command, for a single rank, whose own vote is all there is to wait for.
+
+        It copies and unmaps, then prepares, then switches and maps. When preparing fails it answers
+        ok=False: no layer has changed, but what was to be unmapped is.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ShrinkProgress:
+    """What one call of `advance_shrink` did."""
+
+    copies: tuple[tuple[int, int], ...]  # must reach every rank before the next forward pass
+    num_live_tail: int  # blocks worth keeping still above the new end; 0 = finish_shrink may be called
+
+
+class BlockPoolPort(Protocol):
+    """The scheduler's block pool, as one thing that grows and shrinks at its end."""
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Published blocks, null block included. Unchanged by begin/advance, lowered by finish."""
+        ...
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks that live requests hold (ref count above 0), without the null block."""
+        ...
+
+    def grow(self, num_kv_blocks: int) -> None:
+        """Publish blocks up to `num_kv_blocks`. Only after every rank has mapped them."""
+        ...
+
+    def begin_shrink(self, num_kv_blocks: int) -> None:
+        """From now on the pool offers no more blocks than that; fenced ones, with higher ids, never again."""
+        ...
+
+    def advance_shrink(self, max_copies: int) -> ShrinkProgress:
+        """Fence tail blocks freed since, and rename up to `max_copies` of those worth keeping downwards."""
+        ...
+
+    def preempt_one(self) -> bool:
+        """Put the running request that costs least to compute again back to the waiting ones; False = none can go."""
+        ...
+
+    def finish_shrink(self) -> None:
+        """Forget the fenced tail. Every tail block must be free (num_live_tail == 0)."""
+        ...
+
+    def cancel_shrink(self) -> None:
+        """Give the fenced blocks back to the scheduler. Renames already done stay (harmless)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineView:
+    """Counters read from the engine at a step boundary, all O(1)."""
+
+    num_waiting: int
+    num_running: int
+    oldest_wait_s: float
+
+
+class CommandFailed(MorphServeError, RuntimeError):
+    """A rank answered ok=False to a command that cannot fail, so its state is unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankFigures:
+    """The newest figures a rank reported."""
+
+    num_kv_blocks: int  # mapped, null block included
+    weight_bytes: int
+    staging_bytes: int
+
+
+@dataclass(slots=True)
+class ReplyDesk:
+    """Takes replies in: of the one command that is waited for, and of those that nobody waits for one by one."""
+
+    ranks: dict[int, RankFigures] = field(default_factory=dict)
+    pause_s: float = 0.0  # worker seconds in the replies taken since it was last set to 0
+    copies: list[Ticket] = field(default_factory=list)
+    late: list[Ticket] = field(default_factory=list)  # answers that nobody waits for any more; ranks still give them
+    _awaited: Ticket | None = None
+    _sent_s: float = 0.0  # when the awaited ticket's command was sent
+    _said_late: bool = False  # that the ranks do not answer it
+
+    @property
+    def is_full(self) -> bool:
+        """True when no further copies may be sent before replies have come."""
+        return len(self.copies) + len(self.late) >= _MAX_UNDRAINED
+
+    def expect(self, ticket: Ticket, now_s: float) -> None:
+        """The command that is waited for from now on."""
+        self._awaited, self._sent_s, self._said_late = ticket, now_s, False
+
+    def answer(self) -> tuple[Reply, ...] | None:
+        """All ranks' replies to the awaited command, None while one is missing. Given once."""
+        if self._awaited is None:
+            return None
+        replies = self.poll(self._awaited)
+        if replies is not None:
+            self._awaited = None
+        return replies
+
+    def silence_s(self, now_s: float) -> float:
+        """Since the awaited command was sent."""
+        return now_s - self._sent_s
+
+    def becomes_late(self, now_s: float, timeout_s: float) -> bool:
+        """Is the awaited answer overdue now? True once a command."""
+        if self._awaited is None or self._said_late or self.silence_s(now_s) <= timeout_s:
+            return False
+        self._said_late = True
+        return True
+
+    def give_up(self) -> None:
+        """Nobody waits for the awaited answer any more."""
+        if self._awaited is not None:
+            self.late.append(self._awaited)
+            self._awaited = None
+
+    def poll(self, ticket: Ticket) -> tuple[Reply, ...] | None:
+        """All ranks' replies, None while one is missing."""
+        replies = ticket.poll()
+        if replies is not None:
+            self.pause_s += slowest(replies)
+            for reply in replies:
+                self.ranks[reply.rank] = RankFigures(
+                    reply.num_kv_blocks, reply.weight_bytes, reply.staging_bytes
+                )
+        return replies
+
+    def poll_copies(self) -> None:
+        """Take the replies to copies that have come.
+
+        Raises:
+            CommandFailed: a rank could not copy.
+        """
+        waiting, self.copies = self.copies, []
+        answered: list[Reply] = []
+        for ticket in waiting:
+            replies = self.poll(ticket)
+            if replies is None:
+                self.copies.append(ticket)
+            else:
+                answered.extend(replies)
+        require_success(tuple(answered), "copy")
+
+    def drop_late(self) -> None:
+        """Take late answers off the ring without looking at them: their plan has been aborted."""
+        self.late = [ticket for ticket in self.late if ticket.poll() is None]
+
+    def drain(self) -> None:
+        """Take all that has come off the ring without looking at it."""
+        if self._awaited is not None and self._awaited.poll() is not None:
+            self._awaited = None
+        self.copies = [ticket for ticket in self.copies if ticket.poll() is None]
+        self.drop_late()
+
+
+def require_success(replies: tuple[Reply, ...], command: str) -> None:
+    """Check the replies to a command that cannot fail.
+
+    Raises:
+        CommandFailed: a rank says it did.
+    """
+    if errors := failures(replies):
+        raise CommandFailed(f"{command} cannot fail, but did: {errors}. The ranks may disagree now.")
+
+
+def slowest(replies: tuple[Reply, ...]) -> float:
+    """Seconds the slowest rank took: the others waited for it."""
+    return max((reply.elapsed_s for reply in replies), default=0.0)
+
+
+def failures(replies: tuple[Reply, ...]) -> str:
+    """What the ranks that failed say, '' when none did."""
+    return "; ".join(f"rank {reply.rank}: {reply.error}" for reply in replies if not reply.ok)
