@@ -24,7 +24,7 @@ from morphserve.tools.bench.load.client import ClientOptions
 from morphserve.tools.bench.load.probe import StockSpeed
 from morphserve.tools.bench.report.console import ConsoleProgress
 from morphserve.tools.sim import SimServer
-from morphserve.tools.workload import ReplayError, Slo
+from morphserve.tools.workload import ReplayError, Slo, load_workload
 from morphserve.tools.workload.outcome import Outcome
 from morphserve.tools.workload.workload import WorkloadSpec
 from policies import StepTime, load_step_times
@@ -89,6 +89,7 @@ def test_a_slow_machine_gets_fewer_requests_and_a_fast_one_gets_them_faster() ->
         (Given(rate_scale=1.5), {"thin": 1.0, "rate_scale": 1.5}),
         (Given(slo_ttft_s=3.0), {"slo_ttft_s": 3.0, "slo_tpot_ms": 300.0}),
         (Given(slo_tpot_ms=99.0), {"slo_ttft_s": 4.0, "slo_tpot_ms": 99.0}),
+        (Given(cutoff_s=33.0), {"cutoff_s": 33.0}),
     ],
 )
 def test_what_is_given_stays(given: Given, found: dict[str, float]) -> None:
@@ -96,6 +97,14 @@ def test_what_is_given_stays(given: Given, found: dict[str, float]) -> None:
     spec = WorkloadSpec(CONV, thin=given.thin or 1.0, rate_scale=given.rate_scale or 1.0)
     document = fit(spec, given, SERVER, scaled(2.0)).document()
     assert {key: document[key] for key in found} == found
+
+
+def test_a_run_ends_when_a_server_that_keeps_up_has_ended() -> None:
+    """Guards: minutes of waiting for what is late by any limit, or a slow machine's answers cut off at 0 % late."""
+    fast, slow = (fit(WorkloadSpec(CONV), Given(), SERVER, scaled(speed)) for speed in (1.0, 20.0))
+    longest = max(request.output_tokens for request in load_workload(WorkloadSpec(CONV)).requests)
+    assert fast.cutoff_s == 60.0 and f"--cutoff {slow.cutoff_s:g}" in slow.sentence("a CPU")
+    assert slow.cutoff_s == pytest.approx(slow.slo.ttft_s + 2 * longest * slow.speed.lone_tpot_s, rel=0.05)
 
 
 def test_a_load_that_no_thinning_reaches_is_the_heaviest_found() -> None:

@@ -17,7 +17,7 @@ from morphserve.tools.bench.command import run_command
 from morphserve.tools.bench.compare import Comparison, measure_url, run_all
 from morphserve.tools.bench.fit import Given, fit
 from morphserve.tools.bench.fitted import run_fitted
-from morphserve.tools.bench.load.client import ClientOptions
+from morphserve.tools.bench.load.client import CUTOFF_S, ClientOptions
 from morphserve.tools.bench.load.measure import Measurement
 from morphserve.tools.bench.load.probe import StockSpeed, probe
 from morphserve.tools.bench.load.server import ServerOptions
@@ -139,7 +139,7 @@ def comparison_of(args: argparse.Namespace, source: str, workload: Workload, wit
                 url="",
                 model=args.served_model_name,
                 request_timeout_s=args.request_timeout,
-                cutoff_s=args.cutoff,
+                cutoff_s=CUTOFF_S if args.cutoff is None else args.cutoff,
                 token_ids=args.token_ids,
             ),
             poll_s=args.poll,
@@ -192,7 +192,7 @@ def fit_simulated(args: argparse.Namespace, spec: WorkloadSpec, comparison: Comp
 def _fitted(
     args: argparse.Namespace, spec: WorkloadSpec, comparison: Comparison, speed: StockSpeed, machine: str
 ) -> Comparison:
-    given = Given(args.thin, args.rate_scale, args.slo_ttft_s, args.slo_tpot_ms)
+    given = Given(args.thin, args.rate_scale, args.slo_ttft_s, args.slo_tpot_ms, args.cutoff)
     found = fit(spec, given, simulated.server_of(comparison, args, step_noise=0.0), speed)
     sentence = found.sentence(machine)
     sys.stderr.write(f"{sentence}\n")
@@ -202,7 +202,11 @@ def _fitted(
     comparison = comparison_of(args, str(args.workload), workload, with_text=bool(comparison.measurement.prompts))
     return replace(
         comparison,
-        measurement=replace(comparison.measurement, slo=found.slo),
+        measurement=replace(
+            comparison.measurement,
+            slo=found.slo,
+            client=replace(comparison.measurement.client, cutoff_s=found.cutoff_s),
+        ),
         promise=found.slo,
         setup=(comparison.setup or {}) | {"fit": found.document() | {"sentence": sentence}},
     )

@@ -24,6 +24,11 @@ if TYPE_CHECKING:  # it builds on this package
 TTFT_OF_LONE = 55.0
 TPOT_OF_LONE = 11.0
 
+# A run goes on behind its last arrival for as long as a lone request of the longest answer takes twice, which a server
+# that keeps up needs; what still waits then is late by any limit. At least a minute, for there is noise.
+_LONGEST_TIMES = 2.0
+_LEAST_CUTOFF_S = 60.0
+
 # A burst of which a fifth are late hurts. Machines are not steady, so twice as many must be, and also where the steps
 # of the run are a fifth faster than those that were measured.
 _LATE = 0.4
@@ -40,6 +45,7 @@ class Given:
     rate_scale: float | None = None
     slo_ttft_s: float | None = None
     slo_tpot_ms: float | None = None
+    cutoff_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +56,7 @@ class Fit:
     rate_scale: float
     slo: Slo
     speed: StockSpeed
+    cutoff_s: float  # after the last arrival
     late: float  # share of stock's requests, simulated with steps a fifth faster
     num_requests: int
     num_all: int  # of the workload as it was given
@@ -62,6 +69,7 @@ class Fit:
             "rate_scale": self.rate_scale,
             "slo_ttft_s": self.slo.ttft_s,
             "slo_tpot_ms": round(1000 * self.slo.tpot_s, 3),
+            "cutoff_s": self.cutoff_s,
             "lone_ttft_s": round(self.speed.lone_ttft_s, 5),
             "lone_tpot_s": round(self.speed.lone_tpot_s, 6),
             "offset_s": round(self.speed.offset_s, 6),
@@ -88,7 +96,7 @@ class Fit:
             f"token and {1000 * lone.lone_tpot_s:.3g} ms to each further one: limits TTFT {self.slo.ttft_s:g} s, TPOT "
             f"{1000 * self.slo.tpot_s:g} ms; {load} (stock simulated with steps a fifth faster: {self.late:.0%} late). "
             f"The same again, instead of --fit: {again} --slo-ttft-s {self.slo.ttft_s:g} "
-            f"--slo-tpot-ms {1000 * self.slo.tpot_s:g}"
+            f"--slo-tpot-ms {1000 * self.slo.tpot_s:g} --cutoff {self.cutoff_s:g}"
         )
 
     def _warning(self) -> str:
@@ -118,6 +126,12 @@ def fit(spec: WorkloadSpec, given: Given, server: SimServer, speed: StockSpeed) 
         _rounded(TTFT_OF_LONE * speed.lone_ttft_s) if given.slo_ttft_s is None else given.slo_ttft_s,
         _rounded(TPOT_OF_LONE * speed.lone_tpot_s) if given.slo_tpot_ms is None else given.slo_tpot_ms / 1000.0,
     )
+    whole = load_workload(replace(spec, thin=1.0)).requests
+    cutoff_s = given.cutoff_s
+    if cutoff_s is None:
+        longest_s = max(request.output_tokens for request in whole) * speed.lone_tpot_s
+        cutoff_s = max(_rounded(slo.ttft_s + _LONGEST_TIMES * longest_s), _LEAST_CUTOFF_S)
+    server = replace(server, cutoff_s=cutoff_s)
     best: Fit | None = None
     for thin, rate_scale in _loads(given):
         found = _at(replace(spec, thin=thin, rate_scale=rate_scale), slo, server, speed)
@@ -127,7 +141,7 @@ def fit(spec: WorkloadSpec, given: Given, server: SimServer, speed: StockSpeed) 
             break
     assert best is not None
     is_given = given.thin is not None or given.rate_scale is not None
-    return replace(best, is_given=is_given, num_all=len(load_workload(replace(spec, thin=1.0)).requests))
+    return replace(best, is_given=is_given, num_all=len(whole))
 
 
 def _loads(given: Given) -> Iterator[tuple[float, float]]:
@@ -150,7 +164,8 @@ def _at(spec: WorkloadSpec, slo: Slo, server: SimServer, speed: StockSpeed) -> F
     stock = Calibration(times, RankBytes({BASE_FORMAT: (1,)}, server.block_size), 1, server.block_size)
     workload = load_workload(spec)
     late = simulate(workload, server, None, stock, speed=_FASTER).violation_rate(slo)
-    return Fit(spec.thin, spec.rate_scale, slo, speed, late, len(workload.requests), len(workload.requests))
+    num = len(workload.requests)
+    return Fit(spec.thin, spec.rate_scale, slo, speed, server.cutoff_s, late, num, num)
 
 
 def _rounded(value: float) -> float:

@@ -94,7 +94,8 @@ def run_options(group: Any) -> None:
     add("--repeats", type=int, default=1, help="interleaved; the summary gives medians and the spread")
     add("--slo-ttft-s", type=float, help="limit of the time to first token; default: 2")
     add("--slo-tpot-ms", type=float, help="limit of the time per output token; default: 150")
-    add("--cutoff", type=float, default=120.0, metavar="S", help="end a run this long after its last arrival")
+    add("--cutoff", type=float, metavar="S",
+        help="end a run this long after its last arrival; default: 120, with --fit by the machine")  # fmt: skip
     add("--request-timeout", type=float, default=300.0, metavar="S", help="give up on one request after this")
     add("--poll", type=float, default=0.5, metavar="S", help="beat of the /metrics poll")
     add("--token-ids", action="store_true", help="record the ids of the generated tokens (vLLM servers only)")

@@ -17,6 +17,9 @@ from morphserve.tools.workload import ERROR, OK, TIMEOUT, Outcome, Replayed, Wor
 # at that moment would send its next request into it, and count a violation that the server knows nothing of.
 _KEEP_ALIVE_S = 2.0
 
+CUTOFF_S = 120.0
+
+
 @dataclass(frozen=True, slots=True)
 class ClientOptions:
     """How requests are sent."""
@@ -24,7 +27,7 @@ class ClientOptions:
     url: str  # http://host:port, without /v1
     model: str  # name the server knows the model by
     request_timeout_s: float = 300.0
-    cutoff_s: float = 120.0  # after the last arrival: what is unfinished then counts as violated
+    cutoff_s: float = CUTOFF_S  # after the last arrival: what is unfinished then counts as violated
     token_ids: bool = False  # ask for the ids of the answer (vLLM only)
 
 
