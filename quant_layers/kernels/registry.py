@@ -2,10 +2,10 @@
 
 A new format is two classes, and `register`:
 
-* the canonical form, a subclass of `Quant` (neutral.py): what a quantized weight means, and how a weight is rounded to
-  it;
-* at least one kernel, best a subclass of `KernelBase` (kernel_base.py): its name and its `canonical` form, `pack_quant`
-  into tensors that can be stored, `unpack` back, and `build` into something callable (linears.py). Several kernels may
+* the canonical form, a subclass of `Quant` (formats/canonical.py): what a quantized weight means, and how a weight is
+  rounded to it;
+* at least one kernel, best a subclass of `KernelBase` (base.py): its name and its `canonical` form, `pack_quant` into
+  tensors that can be stored, `unpack` back, and `build` into something callable (cpu_linears.py). Several kernels may
   share a format: the first that passes its self-test runs it.
 
 Users then name the format under `ladder.steps`, `kernels` and `variants`; the default ladder stays what it is. A
