@@ -21,8 +21,8 @@ from typing import Any
 from unittest.mock import patch
 
 from morphserve.errors import MorphServeError
-from morphserve.integration import seams
 from morphserve.integration.seams import CUDA_KERNEL_SEAMS, CUDA_SEAMS
+from morphserve.integration.seams import rows as seams
 from morphserve.version import SUPPORTED_VLLM, UNPROVEN_CUDA
 
 # Of a Llama-8B without options; docs/gpu.md claims the same.
