@@ -1,17 +1,14 @@
-"""Before weights load: what the settings mean on this device, and what is refused."""
+"""Before weights load: what the settings mean on this device, and what is refused.
+
+Each of vLLM's processes comes through this door, also where nobody asks for MorphServe. So only the settings load with
+it; the checks, which need torch and the mechanisms, load when one of them is asked for.
+"""
 
 from __future__ import annotations
 
-from morphserve.integration.start.checks import (
-    check_engine,
-    check_platform,
-    current_device_type,
-    make_policy,
-    nominal_ladder,
-    policy_setup,
-)
-from morphserve.integration.start.device_budget import check_fixed_kv, check_given_blocks
-from morphserve.integration.start.device_checks import check_device
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from morphserve.integration.start.settings import (
     CONFIG_FILE,
     KEY,
@@ -21,6 +18,18 @@ from morphserve.integration.start.settings import (
     read_settings,
     served_ladder,
 )
+
+if TYPE_CHECKING:
+    from morphserve.integration.start.checks import (
+        check_engine,
+        check_platform,
+        current_device_type,
+        make_policy,
+        nominal_ladder,
+        policy_setup,
+    )
+    from morphserve.integration.start.device_budget import check_fixed_kv, check_given_blocks
+    from morphserve.integration.start.device_checks import check_device
 
 __all__ = [
     "CONFIG_FILE",
@@ -40,3 +49,21 @@ __all__ = [
     "read_settings",
     "served_ladder",
 ]
+
+_LATE = {
+    "check_device": "device_checks",
+    "check_engine": "checks",
+    "check_fixed_kv": "device_budget",
+    "check_given_blocks": "device_budget",
+    "check_platform": "checks",
+    "current_device_type": "checks",
+    "make_policy": "checks",
+    "nominal_ladder": "checks",
+    "policy_setup": "checks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LATE[name]}"), name)
