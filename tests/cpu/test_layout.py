@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 import tomllib
@@ -126,3 +127,28 @@ def test_the_picture_of_the_rooms_is_of_today(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     shown = (ROOT / "docs" / "rooms.md").read_text(encoding="utf-8")
     assert drawn.read_text(encoding="utf-8") == shown, "run `python scripts/draw_rooms.py`"
+
+
+@pytest.mark.parametrize(
+    ("module", "without"),
+    [
+        ("morphserve.integration.start", "torch quant_layers kv_resize"),
+        ("morphserve.tools.profile.measure", "torch"),
+        ("morphserve.tools.profile.calibrate", "torch"),
+        ("morphserve.tools.profile.inspect", "transformers accelerate"),
+    ],
+)
+def test_a_door_loads_no_more_than_is_asked_for(module: str, without: str) -> None:
+    """Guards: each process of a stock vLLM loads our mechanisms; a command fails for a package it does not need."""
+    code = f"import {module}, sys; print(*sorted(set({without.split()!r}) & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("room", ["morphserve.integration.start", "morphserve.tools.profile"])
+def test_a_door_that_loads_late_has_what_it_names(room: str) -> None:
+    """Guards: a name that moved, which only its first user would miss."""
+    door = importlib.import_module(room)
+    assert door._LATE.keys() <= set(door.__all__)
+    for name in door.__all__:
+        getattr(door, name)

@@ -1,12 +1,22 @@
-"""Offline: what a model's layers do to real text, and what their formats cost. Needs transformers, no vLLM."""
+"""Offline: what a model's layers do to real text, and what their formats cost. Needs transformers, no vLLM.
 
-from morphserve.tools.profile.effects import LayerEffects, backward_sweep, cost_of, forward_sweep
-from morphserve.tools.profile.job import ProfileJob, run_profile, swap_order
-from morphserve.tools.profile.model import StreamedModel
-from morphserve.tools.profile.paper_order import lis_order
-from morphserve.tools.profile.text import decoder_layers, token_windows
-from morphserve.tools.profile.variants import RoundToNearest, Variant
-from morphserve.tools.profile.workspace import Workspace
+What is named here loads when it is asked for: commands of this room that neither need transformers nor accelerate
+(`calibrate`, `inspect`) run without them, and all read their arguments before torch is loaded.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from morphserve.tools.profile.effects import LayerEffects, backward_sweep, cost_of, forward_sweep
+    from morphserve.tools.profile.job import ProfileJob, run_profile, swap_order
+    from morphserve.tools.profile.model import StreamedModel
+    from morphserve.tools.profile.paper_order import lis_order
+    from morphserve.tools.profile.text import decoder_layers, token_windows
+    from morphserve.tools.profile.variants import RoundToNearest, Variant
+    from morphserve.tools.profile.workspace import Workspace
 
 __all__ = [
     "LayerEffects",
@@ -24,3 +34,26 @@ __all__ = [
     "swap_order",
     "token_windows",
 ]
+
+_LATE = {
+    "LayerEffects": "effects",
+    "ProfileJob": "job",
+    "RoundToNearest": "variants",
+    "StreamedModel": "model",
+    "Variant": "variants",
+    "Workspace": "workspace",
+    "backward_sweep": "effects",
+    "cost_of": "effects",
+    "decoder_layers": "text",
+    "forward_sweep": "effects",
+    "lis_order": "paper_order",
+    "run_profile": "job",
+    "swap_order": "job",
+    "token_windows": "text",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LATE[name]}"), name)
