@@ -15,8 +15,9 @@ def replacing(file: Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, file)
-    finally:
+    except BaseException:  # only then: after the move that name may be another process's
         partial.unlink(missing_ok=True)
+        raise
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,16 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path: Path, error:
         assert list(tmp_path.iterdir()) == before
         write_whole(file, "old")
     assert file.read_text() == "old"
+
+
+def test_what_another_process_has_begun_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: of two engines that keep a figure in one file, the first to end removes what the second is writing."""
+    file, move = tmp_path / "figures.json", os.replace
+
+    def move_then_begin(source: Path, target: Path) -> None:
+        move(source, target)
+        source.write_text("theirs")
+
+    monkeypatch.setattr(os, "replace", move_then_begin)
+    write_whole(file, "ours")
+    assert file.with_name("figures.json.partial").read_text() == "theirs"
