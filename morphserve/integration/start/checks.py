@@ -129,7 +129,7 @@ def _check_model(vllm_config: Any) -> None:
     ):
         if bad:
             raise ConfigError(f"{model.model}: {what}. {remedy}")
-    if model.quantization not in (None, "compressed-tensors"):  # of which rank_base.py takes some
+    if model.quantization not in (None, "compressed-tensors"):  # of which worker/base_linear.py takes some
         raise ConfigError(
             f"{model.model}: quantization {model.quantization!r}; level 0 must be bf16 or fp16 weights, or "
             "compressed-tensors int8 or float8. Serve such a checkpoint of this model; one in 4 bits can be a step of "

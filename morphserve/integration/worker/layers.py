@@ -1,7 +1,7 @@
 """One rank's decoder linears: found while the weights can still be read, made swappable right after.
 
 The loaded tensors (fused and TP-sliced, exactly as vLLM has them) go to a file once, next to their packed variants,
-and restoring a layer rebuilds what vLLM made of them from the same bytes (rank_base.py).
+and restoring a layer rebuilds what vLLM made of them from the same bytes (base_linear.py).
 """
 
 from __future__ import annotations
