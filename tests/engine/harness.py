@@ -195,7 +195,7 @@ def renew(llm: Any) -> None:
         pool.advance_shrink(0)
         pool.finish_shrink()
     runner = morph.controller._runner
-    layers = tuple((layer, "base") for layer in range(len(runner.standing.formats)))
+    layers = tuple((layer, "base") for layer in range(len(runner.layer_state.formats)))
     replies = morph.executor.apply(Plan(runner.next_revision(), layers, base)).poll()
     assert replies is not None and all(reply.ok for reply in replies), replies
     if pool.num_kv_blocks < base:
