@@ -217,7 +217,7 @@ def test_the_process_keeps_one_openmp_runtime() -> None:
     if why := int16.load():
         pytest.skip(why)
     script = (
-        "import re; from quant_layers import int16; assert not int16.load()\n"
+        "import re; from quant_layers.kernels import int16; assert not int16.load()\n"
         "print(sorted(set(re.findall(r'\\S*/lib(?:gomp|omp|iomp)\\S*', open('/proc/self/maps').read()))))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
