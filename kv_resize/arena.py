@@ -35,7 +35,7 @@ class PagePool:
         self.create(num_pages)
 
     def create(self, num_pages: int) -> None:
-        """Add new pages: all of them or none.
+        """Create new pages: all of them or none.
 
         Raises:
             BackingError: The device does not have them; `available_bytes` says what it had. Those that were made are
@@ -62,7 +62,7 @@ class PagePool:
         return len(self._free)
 
     def take(self, num_pages: int) -> list[Page]:
-        """All of them or none.
+        """Take pages that no arena maps: all of them or none.
 
         Raises:
             BackingError: Fewer are free.
@@ -78,7 +78,7 @@ class PagePool:
         return taken
 
     def give(self, pages: Sequence[Page]) -> None:
-        """They are mapped nowhere any more."""
+        """Take back pages that are mapped nowhere any more."""
         self._free += pages
 
     def _destroy(self, pages: Sequence[Page]) -> None:
@@ -91,7 +91,7 @@ class PagePool:
 
 
 class ArenaBacking:
-    """`Backing` on a pager.
+    """A `Backing` on a pager.
 
     1. Every page is in the pool or mapped in one arena, whatever call of the pager fails.
     2. A `populate` that raises has changed nothing.
@@ -166,17 +166,15 @@ class ArenaBacking:
             self._unmap(numbers)
 
     def resident_bytes(self, ranges: Sequence[ByteRange]) -> int:
-        """Bytes of mapped pages."""
+        """Return the bytes of mapped pages."""
         return sum(number in self._held for number in self._numbers(ranges)) * self.page_bytes
 
     def zero(self, ranges: Sequence[ByteRange]) -> None:
-        """Overwrite with zero."""
         for start, end in ranges:
             self._check_usable(start, end)
             self._whole[start:end].zero_()
 
     def copy_rows(self, offset: int, stride: int, pairs: BlockPairs) -> None:
-        """Copy rows."""
         for row in chain.from_iterable(pairs):
             self._check_usable(offset + row * stride, offset + (row + 1) * stride)
         copy_rows(self.buffer, offset, stride, pairs)
@@ -207,7 +205,7 @@ class ArenaBacking:
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """Consecutive numbers as [first, end): one call a run, since access is what costs."""
+    """Join consecutive numbers to [first, end): one call a run, since access is what costs."""
     runs: list[tuple[int, int]] = []
     for number in numbers:
         if runs and runs[-1][1] == number:

@@ -47,7 +47,7 @@ class Backing(Protocol):
         ...
 
     def resident_bytes(self, ranges: Sequence[ByteRange]) -> int:
-        """Bytes of the pages in `ranges` that take up memory now."""
+        """Return the bytes of the pages in `ranges` that take up memory now."""
         ...
 
     def zero(self, ranges: Sequence[ByteRange]) -> None:
@@ -137,7 +137,7 @@ class HostBacking:
             assert error == 0, f"MADV_DONTNEED on our own mapping: {errno.errorcode[error]}"
 
     def resident_bytes(self, ranges: Sequence[ByteRange]) -> int:
-        """Bytes of resident pages, from mincore(2)."""
+        """Return the bytes of resident pages, from mincore(2)."""
         self._check_pages(ranges)
         address = self._whole.data_ptr()
         pages = 0
@@ -151,19 +151,18 @@ class HostBacking:
         return pages * self.page_bytes
 
     def zero(self, ranges: Sequence[ByteRange]) -> None:
-        """Overwrite with zero."""
         for start, end in ranges:
             self._buffer[start:end].zero_()
 
     def copy_rows(self, offset: int, stride: int, pairs: BlockPairs) -> None:
-        """One memmove(3) per row: a row is some kilobytes, and a tensor operation costs as much as copying it."""
+        """Copy by one memmove(3) per row: a row is some kilobytes, and a tensor operation costs as much as its copy."""
         address, end = self._whole.data_ptr() + offset, (self.size_bytes - offset) // stride
         for src, dst in pairs:
             assert 0 <= src < end and 0 <= dst < end, (src, dst, end)
             ctypes.memmove(address + dst * stride, address + src * stride, stride)
 
     def _advise(self, advice: int, start: int, end: int) -> int:
-        """errno of madvise(2), 0 for success."""
+        """Return the errno of madvise(2), 0 for success."""
         try:
             self._map.madvise(advice, start, end - start)
         except OSError as e:
@@ -175,7 +174,7 @@ class HostBacking:
 
 
 def copy_rows(buffer: torch.Tensor, offset: int, stride: int, pairs: BlockPairs) -> None:
-    """`Backing.copy_rows` on any buffer: two operations, however many pairs, queued on the current stream."""
+    """Copy as `Backing.copy_rows` on any buffer: two operations, however many pairs, queued on the current stream."""
     rows = (buffer.numel() - offset) // stride
     view = buffer[offset : offset + rows * stride].view(rows, stride)
     whole_words = not (stride % _WORD.itemsize or (buffer.data_ptr() + offset) % _WORD.itemsize)
@@ -187,7 +186,7 @@ def copy_rows(buffer: torch.Tensor, offset: int, stride: int, pairs: BlockPairs)
 
 @lru_cache(maxsize=1)
 def _indices(pairs: tuple[tuple[int, int], ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sources and destinations on the device: one copy for all layers, that waits for nothing."""
+    """Put sources and destinations on the device: one copy for all layers, that waits for nothing."""
     both = torch.tensor(pairs, dtype=torch.int64).t().contiguous()
     both = both.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else both.to(device)
     return both[0], both[1]

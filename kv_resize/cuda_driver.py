@@ -24,7 +24,7 @@ _OTHER_REMEDY = "cuda.h says what that means; what an earlier kernel did wrong s
 
 
 class CudaDriver:
-    """Calls of the driver, on the device's primary context.
+    """The calls of the driver, on the device's primary context.
 
     1. What fails is a `PagerError` that names the call, what it was about, the result and a remedy.
     2. A thread's first call makes the context current in that thread, where it stays.
@@ -63,7 +63,7 @@ class CudaDriver:
         self._context = None
 
     def call(self, name: str, *args: Any, about: str = "") -> Any:
-        """What a function returns besides its result; `about` goes into the error.
+        """Call a function, and return what it gives besides its result; `about` goes into the error.
 
         Raises:
             PagerError: Any result but success.
@@ -86,7 +86,7 @@ class CudaDriver:
 
 
 def allocation_properties(functions: Any, device: int) -> Any:
-    """CUmemAllocationProp of memory that lies on the device and stays there."""
+    """Return the CUmemAllocationProp of memory that lies on the device and stays there."""
     properties = functions.CUmemAllocationProp()
     properties.type = functions.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
     properties.location.type = functions.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
@@ -95,7 +95,7 @@ def allocation_properties(functions: Any, device: int) -> Any:
 
 
 def access_descriptor(functions: Any, device: int) -> Any:
-    """CUmemAccessDesc of reads and writes by the device itself."""
+    """Return the CUmemAccessDesc of reads and writes by the device itself."""
     access = functions.CUmemAccessDesc()
     access.location.type = functions.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
     access.location.id = device

@@ -85,7 +85,7 @@ class CudaPager:
         return len(self._handles)
 
     def reserve(self, size_bytes: int) -> int:
-        """A range of addresses. It stays until `close`."""
+        """Reserve a range of addresses. It stays until `close`."""
         with self._lock:
             self._check_open()
             self._check_size(size_bytes)
@@ -96,7 +96,7 @@ class CudaPager:
             return address
 
     def view(self, address: int, size_bytes: int) -> torch.Tensor:
-        """int8 [size_bytes] over reserved addresses, mapped or not. It keeps this pager alive, not open."""
+        """Return int8 [size_bytes] over reserved addresses, mapped or not. It keeps this pager alive, not open."""
         with self._lock:
             self._check_open()
             start = self._start_of(address)
@@ -108,7 +108,7 @@ class CudaPager:
             raise PagerError(f"view of {size_bytes:,} B at {address:#x}: {e}. Check that torch sees the device.") from e
 
     def create(self) -> Page:
-        """Memory on the device, mapped nowhere. Its contents are not defined."""
+        """Allocate memory on the device, mapped nowhere. Its contents are not defined."""
         with self._lock:
             self._check_open()
             about = f" of {self.granularity_bytes:,} B, {self.num_created} pages exist"
@@ -118,7 +118,7 @@ class CudaPager:
             return self._last_page
 
     def destroy(self, page: Page) -> None:
-        """Its number is not used again."""
+        """Free a page's memory; its number is not used again."""
         with self._lock:
             self._check_open()
             self._check_page(page)
@@ -127,7 +127,7 @@ class CudaPager:
             self._release(page)
 
     def map(self, address: int, page: Page) -> None:
-        """The driver would map a page twice; here it has one owner."""
+        """Map a page that is mapped nowhere: the driver would map it twice; here it has one owner."""
         with self._lock:
             self._check_open()
             self._check_page(page)
@@ -140,7 +140,7 @@ class CudaPager:
             self._address_of[page] = address
 
     def set_access(self, address: int, size_bytes: int) -> None:
-        """One call of the driver for the whole range."""
+        """Allow access to the whole range in one call of the driver."""
         with self._lock:
             self._check_open()
             self._check_aligned(address)
@@ -154,7 +154,7 @@ class CudaPager:
             self.accessible.update(addresses)
 
     def unmap(self, address: int) -> None:
-        """The page may then be mapped elsewhere."""
+        """Unmap a page, which may then be mapped elsewhere."""
         with self._lock:
             self._check_open()
             if address not in self.mapped:
@@ -162,7 +162,7 @@ class CudaPager:
             self._unmap(address)
 
     def wait(self) -> None:
-        """For what is queued to the streams now; not for what is queued to them meanwhile."""
+        """Wait for what is queued to the streams now; not for what is queued to them meanwhile."""
         with self._lock:
             self._check_open()
         self._wait()
@@ -234,7 +234,7 @@ class CudaPager:
         return torch.as_tensor(_Window(self, address, size_bytes), device=torch.device("cuda", self._cuda.device))
 
     def _start_of(self, address: int) -> int:
-        """Beginning of the reserved range that holds an address."""
+        """Return the beginning of the reserved range that holds an address."""
         index = bisect_right(self._starts, address) - 1
         if index < 0 or address >= self._starts[index] + self._ranges[self._starts[index]]:
             raise PagerError(f"{address:#x} lies in no reserved range. Reserve first.")

@@ -13,7 +13,7 @@ from kv_resize.geometry import KVGeometry, total
 
 
 class ElasticCache:
-    """Blocks `[0, num_mapped)` are backed by memory, the rest of the buffer is address space.
+    """A KV cache of which blocks `[0, num_mapped)` are backed by memory; the rest of the buffer is address space.
 
     1. A block is zero when it becomes mapped.
     2. A call that raises has changed nothing.
@@ -63,7 +63,7 @@ class ElasticCache:
         return total(self.geometry.populate_ranges(0, self._num_mapped))
 
     def resident_bytes(self) -> int:
-        """Memory the whole buffer takes up now, asked of the system."""
+        """Return the memory that the whole buffer takes up now, asked of the system."""
         return self.backing.resident_bytes(self.geometry.populate_ranges(0, self.max_num_blocks))
 
     def map(self, num_blocks: int) -> None:
@@ -112,7 +112,7 @@ class ElasticCache:
         return ""
 
     def _num_possible(self, num_blocks: int, available_bytes: int) -> int:
-        """Most blocks, below `num_blocks`, whose missing pages `available_bytes` pay for."""
+        """Return the most blocks, below `num_blocks`, whose missing pages `available_bytes` pay for."""
 
         def is_too_many(count: int) -> bool:
             pages = self.geometry.populate_ranges(self._num_mapped, count)
@@ -120,6 +120,10 @@ class ElasticCache:
 
         counts = range(self._num_mapped, num_blocks)
         return counts[bisect_left(counts, True, key=is_too_many) - 1]
+
+    def forget(self) -> None:
+        """Give back whatever memory there is behind blocks that are not mapped: somebody wrote to them."""
+        self.backing.release(self.geometry.release_ranges(self._num_mapped, self.max_num_blocks))
 
     def unmap(self, num_blocks: int) -> None:
         """Give back the memory of blocks from `num_blocks` on.

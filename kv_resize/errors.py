@@ -11,7 +11,7 @@ class BackingError(KVResizeError):
     """The system refused memory, or an access left what is mapped."""
 
     def __init__(self, message: str, available_bytes: int | None = None) -> None:
-        """`available_bytes`: what could have been had, where that is known."""
+        """Set `available_bytes`: what could have been had, where that is known."""
         self.available_bytes = available_bytes
         super().__init__(message)
 
@@ -24,7 +24,7 @@ class MapError(KVResizeError):
     """`ElasticCache.map` failed and was undone."""
 
     def __init__(self, num_blocks: int, num_mapped: int, num_possible: int, cause: str) -> None:
-        """`num_possible` blocks could have been mapped, an estimate from what the system gave."""
+        """Set `num_possible`: how many blocks could have been mapped, an estimate from what the system gave."""
         self.num_blocks = num_blocks
         self.num_mapped = num_mapped
         self.num_possible = num_possible

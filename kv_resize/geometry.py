@@ -27,7 +27,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Same-shaped layers: layer `l` of block `b` starts at `offset + l*layer_stride + b*block_stride`."""
+    """A group of same-shaped layers: layer `l` of block `b` starts at `offset + l*layer_stride + b*block_stride`."""
 
     num_layers: int
     layer_stride: int  # bytes
@@ -70,7 +70,7 @@ class KVGeometry:
     def layer_outermost(
         cls, num_layers: int, block_bytes_per_layer: int, max_num_blocks: int, page_bytes: int
     ) -> KVGeometry:
-        """One contiguous region per layer, layers back to back (LBHNC, LBNHC)."""
+        """Lay out one contiguous region per layer, layers back to back (LBHNC, LBNHC)."""
         stride = block_bytes_per_layer * max_num_blocks
         layers = Placement(num_layers, layer_stride=stride, block_stride=block_bytes_per_layer)
         return cls.from_placements([layers], max_num_blocks, stride * num_layers, page_bytes)
@@ -79,7 +79,7 @@ class KVGeometry:
     def from_placements(
         cls, placements: Iterable[Placement], max_num_blocks: int, size_bytes: int, page_bytes: int
     ) -> KVGeometry:
-        """From the strides of vLLM's `KVCacheTensor`s, which share one buffer of `size_bytes`.
+        """Read the strides of vLLM's `KVCacheTensor`s, which share one buffer of `size_bytes`.
 
         Raises:
             ValueError: Blocks overlap, do not fit, or are neither layer- nor block-outermost (a head
@@ -107,17 +107,17 @@ class KVGeometry:
         return sum(run.block_stride for run in self.runs)
 
     def byte_ranges(self, first: int, end: int) -> list[ByteRange]:
-        """The exact bytes of blocks `[first, end)`."""
+        """Return the exact bytes of blocks `[first, end)`."""
         self._check(first, end)
         return _merge((r.offset + first * r.block_stride, r.offset + end * r.block_stride) for r in self.runs)
 
     def populate_ranges(self, first: int, end: int) -> list[ByteRange]:
-        """Whole pages that cover every byte of blocks `[first, end)`."""
+        """Return the whole pages that cover every byte of blocks `[first, end)`."""
         page = self.page_bytes
         return _merge((_down(a, page), _up(b, page)) for a, b in self.byte_ranges(first, end))
 
     def release_ranges(self, num_live: int, num_mapped: int) -> list[ByteRange]:
-        """Whole pages that only blocks `[num_live, num_mapped)` and dead ones after them occupy.
+        """Return the whole pages that only blocks `[num_live, num_mapped)` and dead ones after them occupy.
 
         Blocks from `num_live` on are dead, so the page in which block `num_mapped` begins goes too,
         unless something other than this run's blocks lies in it.
@@ -134,7 +134,7 @@ class KVGeometry:
         return _merge(ranges)
 
     def fringe_ranges(self, first: int, end: int) -> list[ByteRange]:
-        """Bytes of blocks `[first, end)` in pages that may also hold other bytes.
+        """Return the bytes of blocks `[first, end)` in pages that may also hold other bytes.
 
         Such a page was perhaps never released, so populating it again does not zero it.
         """
@@ -154,7 +154,7 @@ class KVGeometry:
 
 
 def total(ranges: Iterable[ByteRange]) -> int:
-    """Bytes in disjoint ranges."""
+    """Return the bytes in disjoint ranges."""
     return sum(end - start for start, end in ranges)
 
 
@@ -167,8 +167,7 @@ def _up(value: int, page: int) -> int:
 
 
 def _merge(ranges: Iterable[ByteRange]) -> list[ByteRange]:
-    """Drop empty ranges, join the ones that overlap. Touching ones stay apart: only at its two ends may
-    a range of pages meet what is populated already."""
+    """Drop empty ranges, join those that overlap; touching ones stay apart: only its ends may meet populated pages."""
     merged: list[ByteRange] = []
     for start, end in sorted(r for r in ranges if r[0] < r[1]):
         if merged and start < merged[-1][1]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
-    """The smaller of what the system has and what cgroup v2 limits leave; None if neither is known.
+    """Return the smaller of what the system has and what cgroup v2 limits leave; None if neither is known.
 
     Args:
         root: Where /proc and /sys are.
@@ -27,7 +27,7 @@ def _system_bytes(root: Path) -> int | None:
 
 
 def _cgroup_bytes(root: Path) -> int | None:
-    """The tightest limit between this process's group and the top, minus what is in use there."""
+    """Return the tightest limit between this process's group and the top, minus what is in use there."""
     try:
         own = (root / "proc/self/cgroup").read_text()
     except OSError:

@@ -17,20 +17,20 @@ Page = int  # handle of `granularity_bytes` of device memory
 
 
 class Pager(Protocol):
-    """Every call may raise `PagerError` and has then changed nothing. None is ordered with work on a stream."""
+    """Device memory by the page. A call that raises `PagerError` has changed nothing. None waits for queued work."""
 
     granularity_bytes: int
 
     def reserve(self, size_bytes: int) -> int:
-        """Address of a range that nothing is mapped in. `size_bytes` is a positive multiple of the granularity."""
+        """Reserve addresses in which nothing is mapped. `size_bytes` is a positive multiple of the granularity."""
         ...
 
     def view(self, address: int, size_bytes: int) -> torch.Tensor:
-        """int8 [size_bytes] over a reserved range. Touching what is not mapped and accessible is the caller's error."""
+        """Return int8 [size_bytes] over a reserved range. Only what is mapped and accessible may be touched."""
         ...
 
     def create(self) -> Page:
-        """One page of memory. Slow (hundreds of microseconds): before serving only."""
+        """Create one page of memory. Slow (hundreds of microseconds): before serving only."""
         ...
 
     def destroy(self, page: Page) -> None:
@@ -50,12 +50,12 @@ class Pager(Protocol):
         ...
 
     def wait(self) -> None:
-        """Until all work that has been queued so far is done: only then may its pages be unmapped."""
+        """Wait until all work that has been queued so far is done: only then may its pages be unmapped."""
         ...
 
 
 class FakePager:
-    """Bookkeeping in place of a device.
+    """A pager that keeps the books in place of a device.
 
     Refuses: unaligned addresses, mapping outside of a reservation or over a mapping, mapping a page twice, unmapping
     what is not the beginning of a mapping or what queued work may still read, access to what is not mapped, more pages
@@ -80,21 +80,21 @@ class FakePager:
         self._last_page = 0
 
     def reserve(self, size_bytes: int) -> int:
-        """A new range, with unused addresses behind it."""
+        """Reserve a new range, with unused addresses behind it."""
         self._check_size(size_bytes)
         address, self._next = self._next, self._next + size_bytes + self.granularity_bytes
         self._ranges.append((address, torch.full((size_bytes,), self.POISON, dtype=torch.int8)))
         return address
 
     def view(self, address: int, size_bytes: int) -> torch.Tensor:
-        """Host memory that stands for the range."""
+        """Return host memory that stands for the range."""
         start, memory = self._range_of(address)
         if address + size_bytes > start + memory.numel():
             raise PagerError(f"{address:#x} to {address + size_bytes:#x} lies in no reserved range.")
         return memory[address - start : address - start + size_bytes]
 
     def create(self) -> Page:
-        """Pages are numbered; a new one holds poison."""
+        """Create a numbered page that holds poison."""
         if self.num_created == self.num_pages:
             raise PagerError(f"out of memory: all {self.num_pages} pages exist. Create fewer.")
         self.num_created += 1
@@ -103,7 +103,7 @@ class FakePager:
         return self._last_page
 
     def destroy(self, page: Page) -> None:
-        """Its number is not used again."""
+        """Destroy a page; its number is not used again."""
         self._check_page("destroy", page)
         if page in self._in_use:
             raise PagerError(f"destroy page {page}: it is in use. Unmap first.")
@@ -111,7 +111,7 @@ class FakePager:
         del self._bytes[page]
 
     def map(self, address: int, page: Page) -> None:
-        """The page's bytes appear at `address`."""
+        """Map a page: its bytes appear at `address`."""
         self._count_call("map")
         self._check_aligned(address)
         self._check_page("map", page)
@@ -122,7 +122,7 @@ class FakePager:
         self._in_use.add(page)
 
     def set_access(self, address: int, size_bytes: int) -> None:
-        """For whole mappings only."""
+        """Allow access to whole mappings only."""
         self._count_call("set_access")
         self._check_aligned(address)
         self._check_size(size_bytes)
@@ -132,7 +132,7 @@ class FakePager:
         self.accessible.update(addresses)
 
     def unmap(self, address: int) -> None:
-        """The bytes leave with the page."""
+        """Unmap a page: its bytes leave with it."""
         self._count_call("unmap")
         if address not in self.mapped:
             raise PagerError(f"unmap {address:#x}: no mapping begins there. Unmap a mapping as a whole, once.")
@@ -145,7 +145,6 @@ class FakePager:
         self._window(address).fill_(self.POISON)
 
     def wait(self) -> None:
-        """Queued work is done."""
         self.busy = False
 
     def _count_call(self, name: str) -> None:

@@ -9,7 +9,7 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0 when MorphServe can run here, the profile is sound or the log replays, 1 otherwise."""
+    """Run a command; exit status 0 when MorphServe can run here, the profile is sound or the log replays, else 1."""
     parser = argparse.ArgumentParser(prog="python -m morphserve", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="versions, every vLLM symbol that MorphServe touches, every kernel")

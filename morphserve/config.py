@@ -34,7 +34,7 @@ class LadderStep(_Section):
 
 
 class LadderConfig(_Section):
-    """Which levels exist."""
+    """The levels that exist."""
 
     order: Literal["profile", "front_to_back", "back_to_front"] | list[int] | None = Field(
         None, description="swap order of decoder layers; null = the profile's, without one front to back"
@@ -49,7 +49,7 @@ class LadderConfig(_Section):
 
 
 class KVConfig(_Section):
-    """How the KV cache grows and shrinks."""
+    """The ways in which the KV cache grows and shrinks."""
 
     base_num_blocks: int | None = Field(
         None, ge=2, description="blocks at level 0; null = what vLLM itself would have published"
@@ -69,7 +69,7 @@ class KVConfig(_Section):
 
 
 class TransitionConfig(_Section):
-    """How fast levels change."""
+    """The pace at which levels change."""
 
     max_layers_per_step: int | None = Field(
         None,
@@ -98,7 +98,7 @@ class TransitionConfig(_Section):
 
 
 class MorphServeConfig(_Section):
-    """Root of the YAML."""
+    """The root of the YAML."""
 
     version: Literal[1] = 1
     ladder: LadderConfig = LadderConfig()
@@ -122,11 +122,12 @@ class MorphServeConfig(_Section):
         Path("~/.cache/morphserve"), description="packed variants; built once, verified, then read"
     )
     decision_log: Path | None = Field(
-        None, description="JSONL of signals and decisions, replica 1 of several in NAME.1.jsonl; null = off"
+        None,
+        description="JSONL of signals and decisions, gzip'd if it ends in .gz, replica 1 in NAME.1.jsonl; null = off",
     )
     decision_log_detail: Literal["changes", "all"] = Field(
         "changes",
-        description="changes = new levels, else one line a second; all = all that the policy was asked, to be replayed",
+        description="changes = new levels, else one row a second; all = all that the policy was asked, to be replayed",
     )
 
 
@@ -149,7 +150,7 @@ def check_formats(config: MorphServeConfig, known: Collection[str]) -> None:
 
 
 def step_times_file(config: MorphServeConfig) -> Path | None:
-    """The file that the config names, else the profile's, if there is one."""
+    """Return the file that the config names, else the profile's, if there is one."""
     if config.step_times is not None or config.profile is None:
         return config.step_times
     own = config.profile.expanduser() / "step_times.json"
@@ -191,7 +192,7 @@ def parse_config(raw: object, source: str = "morphserve config") -> MorphServeCo
 
 
 def problem_lines(error: ValidationError) -> list[str]:
-    """One a problem: where it stands, what is wrong, what was given."""
+    """Return one line a problem: where it stands, what is wrong, what was given."""
     return [
         f"  {'.'.join(str(p) for p in problem['loc']) or '(root)'}: {problem['msg']} (got {problem['input']!r})"
         for problem in error.errors()

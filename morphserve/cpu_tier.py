@@ -51,12 +51,12 @@ _ONEDNN = dict(
 
 
 def machine_tier() -> str | None:
-    """The highest tier whose instructions this CPU has, and all below; None where it is no x86-64 CPU with AVX2."""
+    """Return the highest tier whose instructions, and all below, this CPU has; None without AVX2, or not on x86-64."""
     return tier_of(_cpu_flags()) if platform.machine() in ("x86_64", "AMD64") else None
 
 
 def tier() -> str | None:
-    """The tier that is emulated, else the machine's.
+    """Return the tier that is emulated, else the machine's.
 
     Raises:
         ConfigError: MORPHSERVE_CPU_TIER names none, or one above the machine's.
@@ -72,18 +72,18 @@ def tier() -> str | None:
 
 
 def lower_tiers() -> tuple[str, ...]:
-    """Those that can be emulated here."""
+    """Return the tiers that can be emulated here."""
     found = tier()
     return () if found is None else TIERS[: TIERS.index(found)]
 
 
 def is_emulated() -> bool:
-    """The CPU could do more than `tier()` says."""
+    """Return whether the CPU could do more than `tier()` says."""
     return tier() != machine_tier()
 
 
 def best_dtype() -> str:
-    """The dtype in which vLLM serves a bf16 model fastest on this CPU: `bfloat16` or `float32`.
+    """Return the dtype in which vLLM serves a bf16 model fastest on this CPU: `bfloat16` or `float32`.
 
     Without bf16 instructions (below tier bf16) each bf16 matmul widens its operands: four times slower than fp32 at a
     batch of 32.
@@ -93,12 +93,12 @@ def best_dtype() -> str:
 
 
 def cpu_name() -> str:
-    """As the CPU calls itself, or 'unknown'."""
+    """Return the name that the CPU gives itself, or 'unknown'."""
     return _cpuinfo("model name") or "unknown"
 
 
 def tier_of(flags: frozenset[str]) -> str | None:
-    """The tier of a CPU with these flags of /proc/cpuinfo."""
+    """Return the tier of a CPU with these flags of /proc/cpuinfo."""
     found = None
     for name in TIERS:
         if not _FLAGS[name] <= flags:
@@ -133,7 +133,7 @@ def emulate() -> None:
 
 
 class _TorchCpu:
-    """Finds `torch.cpu` once, and limits it as soon as it is loaded."""
+    """An import hook that finds `torch.cpu` once, and limits it as soon as it is loaded."""
 
     def __init__(self, wanted: str) -> None:
         self._wanted = wanted
@@ -167,7 +167,7 @@ def _limit(torch_cpu: Any, wanted: str) -> None:
 
 
 def _is_above(capability: str, wanted: str) -> bool:
-    """Whether a capability, as torch names it (`avx512_f`, `amx_tile`), is missing on the tier."""
+    """Return whether a capability, as torch names it (`avx512_f`, `amx_tile`), is missing on the tier."""
     family, _, part = capability.partition("_")
     if family == "avx512":
         needs = {"vnni": "vnni", "bf16": "bf16", "fp16": "amx"}.get(part, "avx512")
@@ -184,7 +184,7 @@ def _cpu_flags() -> frozenset[str]:
 
 
 def _cpuinfo(field: str) -> str:
-    """What /proc/cpuinfo says of the first CPU, empty where it says nothing."""
+    """Return what /proc/cpuinfo says of the first CPU, empty where it says nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

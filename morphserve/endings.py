@@ -55,7 +55,7 @@ _REMEDIES = (
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What ended a process: an exception, or (without a kind) what somebody else saw of its end."""
+    """The end of a process: an exception, or (without a kind) what somebody else saw of it."""
 
     kind: str  # class, with its module unless that is builtins
     said: str
@@ -66,7 +66,7 @@ class Problem:
 
 
 def first_cause(problems: Iterable[Problem]) -> str | None:
-    """The sentence that says why, of problems in the order in which processes met them; None if none says.
+    """Say why the server ended, of problems in the order in which processes met them; None if none says.
 
     One of ours counts before those of vLLM, whenever it came: it knows the remedy.
     """
@@ -79,7 +79,7 @@ def first_cause(problems: Iterable[Problem]) -> str | None:
 
 
 def cause_in(log: str) -> str | None:
-    """Why the server that wrote this log ended; None if the log does not say.
+    """Say why the server that wrote this log ended; None if the log does not say.
 
     Args:
         log: stdout and stderr of all of its processes, mixed as they came.
@@ -95,7 +95,7 @@ def cause_in(log: str) -> str | None:
 
 
 def how_it_ended(code: int | None, name: str = "the server") -> str:
-    """An exit status in words; negative or above 128 it tells the number of a signal, None that nobody knows."""
+    """Put an exit status into words; negative or above 128 is the number of a signal, None is that nobody knows."""
     if code is None:
         return f"{name} does not answer"
     number = -code if code < 0 else max(code - 128, 0)
@@ -109,7 +109,7 @@ def how_it_ended(code: int | None, name: str = "the server") -> str:
 
 
 def sentence(cause: str, *more: str) -> str:
-    """Cause, remedy where one is known and not said, and what else is to be said, in one line."""
+    """Join cause, remedy where one is known and not said, and what else is to be said, in one line."""
     cause = one_line(cause)
     remedy = next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, cause)), "")
     parts = [cause, *((remedy,) if remedy and remedy not in cause else ()), *more]
@@ -117,7 +117,7 @@ def sentence(cause: str, *more: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The same words without line ends, without what pydantic adds for developers, and not endless."""
+    """Strip line ends and what pydantic adds for developers, and limit the length."""
     text = re.sub(r"\s*For further information visit \S+", "", text)
     text = re.sub(r"(?s)^\d+ validation errors? for \w+\s+Value error, (.*?) \[type=.*", r"\1", text)
     text = re.sub(r"(?<=[\w)\]'\"])[ \t]*\n\s*(?=[A-Z])", ". ", text.strip())
@@ -126,7 +126,7 @@ def one_line(text: str) -> str:
 
 
 def _behind(problem: Problem) -> Problem | None:
-    """What a problem tells at second hand; None if it only points elsewhere or somebody wanted it."""
+    """Return what a problem tells at second hand; None if it only points elsewhere or somebody wanted it."""
     if problem.kind.rpartition(".")[2] in _ENDED_BY_USER:
         return None
     if match := _QUOTING.search(problem.said):
@@ -143,7 +143,7 @@ def _behind(problem: Problem) -> Problem | None:
 
 
 def _logged(lines: Sequence[str]) -> list[Problem]:
-    """Of the records with which processes of vLLM say that they end, in the order of their first lines."""
+    """Read the records with which processes of vLLM say that they end, in the order of their first lines."""
     records: dict[tuple[str, str], list[str]] = {}
     for line in lines:
         if match := _RECORD.match(line):
@@ -156,7 +156,7 @@ def _logged(lines: Sequence[str]) -> list[Problem]:
 
 
 def _raised(lines: Sequence[str]) -> list[Problem]:
-    """Of the stacks in some lines; of those that one exception led to another, the last one first."""
+    """Read the stacks in some lines; of those that one exception led to another, the last one first."""
     found: list[Problem] = []
     chained, before = False, 0
     for index, line in enumerate(lines):
@@ -175,7 +175,7 @@ def _raised(lines: Sequence[str]) -> list[Problem]:
 
 
 def _message(lines: Sequence[str], start: int, first: str) -> list[str]:
-    """A message of one or several lines: up to an empty one, or one that somebody else begins."""
+    """Read a message of one or several lines: up to an empty one, or one that somebody else begins."""
     found = [first]
     for line in lines[start + 1 :]:
         if not line or _NEXT.match(line):

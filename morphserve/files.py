@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Write to the path that this gives, beside `file`; what was written takes its place when the block ends well."""
+    """Yield a path beside `file` to write to; what was written takes its place when the block ends well."""
     partial = file.with_name(file.name + ".partial")
     try:
         yield partial
@@ -21,6 +21,6 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Whoever reads `file`, or kills us, sees the old text or the new one and nothing in between."""
+    """Write so that whoever reads `file`, or kills us, sees the old text or the new one and nothing in between."""
     with replacing(file) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -10,7 +10,7 @@ _FILES = ["*.safetensors", "*.json", "*.model", "*.txt"]
 
 
 def find_files(source: str, what: str) -> Path:
-    """The directory, else the hub's files of that name, from the local cache or downloaded.
+    """Return the directory, else the hub's files of that name, from the local cache or downloaded.
 
     Args:
         source: directory or hub name.

@@ -24,15 +24,14 @@ logger = logging.getLogger("vllm.morphserve")
 
 SCHEDULER_CLS = "morphserve.integration.engine.scheduler.make_scheduler"
 WORKER_EXTENSION_CLS = "morphserve.integration.worker.worker.MorphServeWorker"
-DEVICE_WORKER_EXTENSION_CLS = "morphserve.integration.worker.cuda.worker.MorphServeDeviceWorker"
 
 
 def register() -> None:
     """Install the inert part. Re-entrant."""
     try:
-        seams.wrap("vllm.engine.arg_utils:EngineArgs.add_cli_args", _add_cli_args)
-        seams.wrap("vllm.engine.arg_utils:EngineArgs.from_cli_args", _from_cli_args)
-        seams.wrap("vllm.engine.arg_utils:EngineArgs.create_engine_config", _create_engine_config)
+        seams.wrap(seams.CLI_FLAGS, _add_cli_args)
+        seams.wrap(seams.CLI_VALUES, _from_cli_args)
+        seams.wrap(seams.ENGINE_CONFIG, _create_engine_config)
         # In the engine-core process nobody calls create_engine_config; vLLM loads plugins there first
         # thing in EngineCore.__init__, and the wrappers do nothing for a config that is not ours.
         if "vllm.v1.engine.core" in sys.modules:
@@ -128,7 +127,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Any:
 
 
 def _activate(engine_args: Any) -> None:
-    """Everything that must hold before vLLM's own start-up begins.
+    """Check and prepare everything that must hold before vLLM's own start-up begins.
 
     Raises:
         SeamError, ConfigError.
@@ -137,7 +136,7 @@ def _activate(engine_args: Any) -> None:
 
     seams.require_all(_device_seams())
     read_settings(engine_args.additional_config)
-    for field, ours in (("scheduler_cls", SCHEDULER_CLS), ("worker_extension_cls", _worker_extension_cls())):
+    for field, ours in (("scheduler_cls", SCHEDULER_CLS), ("worker_extension_cls", WORKER_EXTENSION_CLS)):
         theirs = getattr(engine_args, field)
         if theirs and theirs != ours:
             raise ConfigError(
@@ -150,19 +149,11 @@ def _activate(engine_args: Any) -> None:
 
 
 def _device_seams() -> tuple[seams.Seam, ...]:
-    """Rows that hold or fall with a GPU."""
+    """Return the rows that hold or fall with a GPU."""
     from morphserve.integration.seams import CUDA_SEAMS
-    from morphserve.integration.start import current_device_type
+    from morphserve.integration.start import is_cuda
 
-    return CUDA_SEAMS if current_device_type() == "cuda" else ()
-
-
-def _worker_extension_cls() -> str:
-    """Of the device that vLLM has found."""
-    from morphserve.integration.start import current_device_type
-    from morphserve.residence import wants_device
-
-    return DEVICE_WORKER_EXTENSION_CLS if wants_device(current_device_type()) else WORKER_EXTENSION_CLS
+    return CUDA_SEAMS if is_cuda() else ()
 
 
 def _allow_endpoint_plugin() -> None:

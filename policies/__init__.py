@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from policies.build import build_policy
 from policies.config import PolicyConfig, SloConfig, StaticConfig, ThresholdConfig
-from policies.levels import deepest_level_within, resolve_level
+from policies.levels import resolve_level
 from policies.setup import PolicySetup
 from policies.slo import SloPolicy
 from policies.static import StaticPolicy
@@ -34,7 +34,6 @@ __all__ = [
     "ThresholdConfig",
     "ThresholdPolicy",
     "build_policy",
-    "deepest_level_within",
     "load_step_times",
     "parse_step_times",
     "resolve_level",

@@ -16,7 +16,7 @@ def build_policy(
     times: StepTimes | None = None,
     limits: EngineLimits | None = None,
 ) -> Policy:
-    """The policy that the `policy:` section asks for, on this ladder.
+    """Build the policy that the `policy:` section asks for, on this ladder.
 
     Args:
         config: the section.

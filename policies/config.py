@@ -12,7 +12,7 @@ class _Section(BaseModel):
 
 
 class StaticConfig(_Section):
-    """Go to one level at start and stay there."""
+    """Settings of the policy that goes to one level at start and stays there."""
 
     kind: Literal["static"]
     level: int | str = Field(
@@ -21,7 +21,7 @@ class StaticConfig(_Section):
 
 
 class ThresholdConfig(_Section):
-    """The paper's policy: KV use and queueing delay against thresholds, with hysteresis."""
+    """Settings of the paper's policy: KV use and queueing delay against thresholds, with hysteresis."""
 
     kind: Literal["threshold"]
     mode: Literal["accuracy", "default", "performance"] = Field(
@@ -48,7 +48,7 @@ class ThresholdConfig(_Section):
 
 
 class SloConfig(_Section):
-    """Predicts who would be late at every level, and takes the one of least quality cost that keeps the promise."""
+    """Settings of the policy that predicts who would be late, and takes the cheapest level that keeps the promise."""
 
     kind: Literal["slo"]
     mode: Literal["accuracy", "default", "performance"] = Field(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from policies.config import SloConfig, ThresholdConfig
 from policies.types import BASE_FORMAT, Ladder
+
+ACCURATE = frozenset({"w8", "fp8"})  # what mode accuracy may use: 8 bits cost every model little
 
 
 def resolve_level(ladder: Ladder, spec: int | str) -> int:
-    """Index of the level that `spec` names.
+    """Return the index of the level that `spec` names.
 
     Args:
         ladder: all levels, `ladder[k].index == k`.
@@ -35,7 +38,15 @@ def resolve_level(ladder: Ladder, spec: int | str) -> int:
     )
 
 
-def deepest_level_within(ladder: Ladder, formats: frozenset[str]) -> int:
-    """Deepest level that uses nothing but full precision and `formats`."""
-    allowed = formats | {BASE_FORMAT}
+def max_level_of(config: ThresholdConfig | SloConfig, ladder: Ladder) -> int:
+    """Return the index of the deepest level that the section allows: its `max_level`, else what its mode allows.
+
+    Raises:
+        ValueError: `max_level` is not on the ladder.
+    """
+    if config.max_level is not None:
+        return resolve_level(ladder, config.max_level)
+    if config.mode != "accuracy":
+        return len(ladder) - 1
+    allowed = ACCURATE | {BASE_FORMAT}
     return max(level.index for level in ladder if allowed.issuperset(level.formats))

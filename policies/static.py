@@ -8,7 +8,7 @@ from policies.types import Decision, Ladder, Signals
 
 
 class StaticPolicy:
-    """Go to one level at start and stay there, whatever the load does."""
+    """A policy that goes to one level at start and stays there, whatever the load does."""
 
     def __init__(self, config: StaticConfig, ladder: Ladder) -> None:
         """Resolve the level once.
@@ -20,5 +20,5 @@ class StaticPolicy:
         self._decision = Decision(level, f"static level {level}", is_final=True)
 
     def decide(self, signals: Signals) -> Decision:
-        """Always the same answer."""
+        """Return the one level, always."""
         return self._decision

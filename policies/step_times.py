@@ -17,7 +17,7 @@ _ATTENTION_SHARE = 1 / 6  # of the weights of a usual decoder layer, and so abou
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """seconds = base + per_seq * seqs + per_prefill_token * prefill tokens + per_context_token * context tokens."""
+    """Seconds of a step: base + per_seq * seqs + per_prefill_token * new tokens + per_context_token * KV tokens."""
 
     base_s: float
     per_seq_s: float
@@ -25,7 +25,7 @@ class StepTime:
     per_context_token_s: float  # of KV that attention reads
 
     def seconds(self, num_seqs: float, prefill_tokens: float, context_tokens: float) -> float:
-        """Of one step."""
+        """Return how long one step takes."""
         return (
             self.base_s
             + self.per_seq_s * num_seqs
@@ -36,7 +36,7 @@ class StepTime:
 
 @dataclass(frozen=True, slots=True)
 class LayerMove:
-    """What switching layers costs, on the slowest rank."""
+    """The time that switching layers costs, on the slowest rank."""
 
     degrade_s: float  # a layer
     restore_s: float
@@ -44,7 +44,7 @@ class LayerMove:
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """What calibration measured on one machine with one model.
+    """The step times that calibration measured on one machine with one model.
 
     Layers in different formats add up: a step of a level takes the mean over its layers of what it takes with
     all layers in that format.
@@ -66,7 +66,7 @@ class StepTimes:
         return sum(known) / len(known) if known else 0.0
 
     def of_level(self, level: MorphLevel) -> StepTime:
-        """The mean over the layers.
+        """Return the mean over the level's layers.
 
         Raises:
             ValueError: a format of the level was never calibrated.
@@ -75,7 +75,7 @@ class StepTimes:
         return StepTime(*(math.fsum(column) / len(parts) for column in zip(*parts, strict=True)))
 
     def of_ladder(self, ladder: Ladder) -> tuple[StepTime, ...]:
-        """One for each level.
+        """Return the times of each level.
 
         Raises:
             ValueError: as `of_level`.
@@ -98,7 +98,7 @@ class StepTimes:
         return (total[0], total[1], total[2], total[3])
 
     def document(self) -> dict[str, Any]:
-        """Plain values for JSON, as `parse_step_times` reads them."""
+        """Return plain values for JSON, as `parse_step_times` reads them."""
         return {"schema": SCHEMA, **asdict(self), "formats": {k: asdict(v) for k, v in self.formats.items()}}
 
 

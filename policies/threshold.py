@@ -6,18 +6,14 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from policies.config import ThresholdConfig
-from policies.levels import deepest_level_within, resolve_level
+from policies.dwell import Dwell
+from policies.levels import ACCURATE, max_level_of
 from policies.types import BASE_FORMAT, Decision, Ladder, Signals
 
 _GROWTH_UNTIL_KNOWN = 1.5  # a request holds its prompt at first; until one has ended, expect it to grow so
 _FULL = 0.9  # kv_usage from which a costlier format is worth its price
 _SLOWER = 1.1  # times level 0's linears from which a level costs time; less is within what such measurements scatter
 _QUIET_S = 1.0  # nothing waited for so long: the load is draining
-_REENTRY_S = 20.0  # degrading so soon after a restore means that the restore was too early
-_DWELL_GROWTH = 2.0
-_MIN_GROWN_DWELL_S = 1.0  # what doubling starts from where restore_after_s is (almost) zero
-_MAX_DWELL_S = 5.0  # level 0 must be reached within 10 s of the queue's end, so dwell stays below
-_DWELL_DECAY_S = 30.0  # quiet time that halves a grown dwell
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +29,6 @@ class Thresholds:
 
 
 # degrade_above, queue_delay_s, target_usage, restore_below, restore_after_s
-_ACCURATE = frozenset({"w8", "fp8"})  # what mode accuracy may use: 8 bits cost every model little
 _PRESETS: dict[str, tuple[float, float, float, float, float]] = {
     "accuracy": (0.92, 0.50, 0.85, 0.75, 1.0),
     "default": (0.85, 0.20, 0.65, 0.60, 2.0),
@@ -42,23 +37,18 @@ _PRESETS: dict[str, tuple[float, float, float, float, float]] = {
 
 
 def fill_in(config: ThresholdConfig, ladder: Ladder) -> Thresholds:
-    """The mode's presets, under what the user set.
+    """Fill in what the user left out from the mode's presets.
 
     Raises:
         ValueError: `max_level` is not on the ladder, or the thresholds would make the level swing.
     """
     degrade, delay, target, below, after = _PRESETS[config.mode]
-    if config.max_level is not None:
-        max_level = resolve_level(ladder, config.max_level)
-    elif config.mode == "accuracy":
-        max_level = deepest_level_within(ladder, _ACCURATE)
-        if max_level == 0 and len(ladder) > 1:
-            raise ValueError(
-                f"policy.mode accuracy uses no format but {' and '.join(sorted(_ACCURATE))}, and the ladder has no w8 "
-                "step: it would never leave level 0. Add a w8 step, or set policy.max_level."
-            )
-    else:
-        max_level = len(ladder) - 1
+    max_level = max_level_of(config, ladder)
+    if max_level == 0 and config.max_level is None and len(ladder) > 1:
+        raise ValueError(
+            f"policy.mode accuracy uses no format but {' and '.join(sorted(ACCURATE))}, and the ladder has no w8 "
+            "step: it would never leave level 0. Add a w8 step, or set policy.max_level."
+        )
     filled = Thresholds(
         degrade_above=degrade if config.degrade_above is None else config.degrade_above,
         queue_delay_s=delay if config.queue_delay_s is None else config.queue_delay_s,
@@ -77,8 +67,26 @@ def fill_in(config: ThresholdConfig, ladder: Ladder) -> Thresholds:
     return filled
 
 
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """The KV blocks that the requests here now will hold when they end."""
+
+    per_request: float
+    running: float  # of those that run
+    total: float  # with those that wait
+
+    @classmethod
+    def of(cls, s: Signals) -> _Need:
+        """Estimate from what has ended, and from what is held as long as nothing has."""
+        held = s.used_kv_blocks / s.num_running if s.num_running > 0 else 0.0
+        known = s.blocks_per_request > 0
+        per_request = max(s.blocks_per_request, held) if known else held * _GROWTH_UNTIL_KNOWN
+        running = max(float(s.used_kv_blocks), s.num_running * per_request)
+        return cls(per_request, running, running + s.num_waiting * per_request)
+
+
 class ThresholdPolicy:
-    """Down as soon as KV binds, as deep as the need asks; up again after a dwell without pressure.
+    """A policy of thresholds: down as soon as KV binds, as deep as the need asks; up after a dwell without pressure.
 
     The need: blocks that the requests here now will hold when they end, since requests grow as they
     decode. Degrade when the KV cache that we have (or are heading for) does not hold it, when
@@ -105,16 +113,14 @@ class ThresholdPolicy:
         self._tier_ends = () if config.mode == "performance" else tier_ends(ladder[: len(self._usable)])
         self._rests = rests(ladder[: len(self._usable)])
         self._leave_tier_below = (self.thresholds.restore_below + self.thresholds.degrade_above) / 2
-        self.dwell_s = self.thresholds.restore_after_s
+        self.dwell = Dwell(self.thresholds.restore_after_s)
         self._fits_since: list[float | None] = [None] * len(ladder)  # by level; None = does not fit now
         self._last_preemptions: int | None = None
         self._last_waiting_s = float("-inf")
-        self._last_restore_s = float("-inf")
-        self._last_reentry_s = float("-inf")
         self._last = Decision(0, "start at full precision")
 
     def decide(self, signals: Signals) -> Decision:
-        """The level to serve at now. O(levels) at most."""
+        """Return the level to serve at now. O(levels) at most."""
         s = signals
         heading = s.target_level
         if self._last_preemptions is None and heading > 0:  # it replaces another policy, at the level that one left
@@ -123,61 +129,57 @@ class ThresholdPolicy:
         self._last_preemptions = s.preemptions
         if s.num_waiting > 0:
             self._last_waiting_s = s.now_s
-        per_request = _blocks_per_request(s)
-        running_need = max(float(s.used_kv_blocks), s.num_running * per_request)
-        need = running_need + s.num_waiting * per_request
+        need = _Need.of(s)
         usable = self._usable_at(s)
 
-        pressure = self._pressure(s, usable, running_need, need, per_request, preempted)
+        pressure = self._pressure(s, usable, need, preempted)
         rest = self._rest(s.num_running)
-        self._note_fits(s, need, preempted, rest)
+        self._note_fits(s, need.total, preempted, rest)
         if pressure is not None:
             why, is_event = pressure
-            level = self._unless_slow(self._level_for(need, s.used_kv_blocks), s.used_kv_blocks, rest)
+            level = self._unless_slow(self._level_for(need.total, s.used_kv_blocks), s.used_kv_blocks, rest)
             if is_event:  # seen, not predicted: whatever the need says, one rung more at least
                 level = max(level, self._next_useful(heading))
             if level > heading:
-                return self._degrade(s.now_s, level, f"{why}, need {need:.0f} of {usable} blocks")
+                return self._degrade(s.now_s, level, f"{why}, need {need.total:.0f} of {usable} blocks")
         if heading > 0 and pressure is None:
             level = self._shallowest_rested(s.now_s)
             if level < heading:
-                return self._restore(s.now_s, level, need)
+                return self._restore(s.now_s, level, need.total)
         return self._stay(heading)
 
     def _usable_at(self, s: Signals) -> int:
-        """Blocks for requests at the level we are heading for (fenced ones are as good as gone)."""
+        """Return the blocks for requests at the level we are heading for (fenced ones are as good as gone)."""
         if s.target_level == s.level:
             return s.num_kv_blocks - 1
         heading = self._usable[min(s.target_level, len(self._usable) - 1)]
         return heading if s.target_level > s.level else min(heading, s.num_kv_blocks - 1)
 
-    def _pressure(
-        self, s: Signals, usable: int, running_need: float, need: float, per_request: float, preempted: bool
-    ) -> tuple[str, bool] | None:
-        """Why KV binds, and whether that was seen (True) or is predicted (False); None = it does not."""
+    def _pressure(self, s: Signals, usable: int, need: _Need, preempted: bool) -> tuple[str, bool] | None:
+        """Return why KV binds, and whether that was seen (True) or is predicted (False); None = it does not."""
         t = self.thresholds
         usage = s.used_kv_blocks / usable if usable > 0 else 1.0
         settled = s.target_level <= s.level  # on the way to a deeper level the remedy is not yet there
         if preempted and settled:
             return f"preempted ({s.preemptions} so far) at kv_usage {usage:.2f}", True
         drains = s.num_waiting == 0 and s.now_s - self._last_waiting_s >= _QUIET_S
-        if drains and running_need <= usable:
+        if drains and need.running <= usable:
             return None  # a tail that fits: a round trip would cost more than it brings
         if usage > t.degrade_above:
             return f"kv_usage {usage:.2f} > {t.degrade_above:.2f}", False
-        head_fits = usable - s.used_kv_blocks >= 2 * per_request
+        head_fits = usable - s.used_kv_blocks >= 2 * need.per_request
         if s.oldest_wait_s > t.queue_delay_s and not head_fits and settled:
             waits = f"oldest wait {s.oldest_wait_s:.2f} s > {t.queue_delay_s:.2f} s"
             return f"{waits} at kv_usage {usage:.2f}", True
         # Requests that wait although the next one would fit wait for something else: prefill, max_num_seqs.
         kept_elsewhere = head_fits and s.oldest_wait_s > max(t.queue_delay_s, 3 * s.step_s)
-        expected = running_need if kept_elsewhere else need
+        expected = need.running if kept_elsewhere else need.total
         if expected > t.degrade_above * usable:
             return f"expected kv_usage {expected / max(usable, 1):.2f} > {t.degrade_above:.2f}", False
         return None
 
     def _level_for(self, need: float, used: int) -> int:
-        """Shallowest level that the need fills to `target_usage`, else the deepest useful one.
+        """Return the shallowest level that the need fills to `target_usage`, else the deepest useful one.
 
         The need is what the requests here will hold if all of them end at once, which they do not: on
         windows of real traffic it was 20 % above what was ever used. That is cheap caution within a tier.
@@ -196,11 +198,11 @@ class ThresholdPolicy:
         return level
 
     def _rest(self, num_seqs: int) -> tuple[int, ...]:
-        """By level, the deepest one up to it whose steps are not slower than level 0's with so many sequences."""
+        """Return, by level, the deepest one up to it whose steps with so many sequences are as fast as level 0's."""
         return next((rest for batch, rest in self._rests if num_seqs <= batch), self._rests[-1][1])
 
     def _unless_slow(self, level: int, used: int, rest: tuple[int, ...]) -> int:
-        """`level`, or a shallower one that is not slow; what is held leads beyond that, no further than it asks."""
+        """Return `level`, or a shallower one that is not slow; deeper only as far as what is held asks."""
         fast = rest[level]
         full = max(self.thresholds.degrade_above, _FULL)
         if fast == level or used <= full * self._usable[fast]:
@@ -208,7 +210,7 @@ class ThresholdPolicy:
         return max(fast + 1, min(level, bisect_left(self._usable, used / full)))
 
     def _next_useful(self, level: int) -> int:
-        """First deeper level with more blocks than `level`, else the deepest useful one."""
+        """Return the first deeper level with more blocks than `level`, else the deepest useful one."""
         if level >= self._deepest_useful:
             return self._deepest_useful
         return bisect_left(self._usable, self._usable[level] + 1)
@@ -229,23 +231,17 @@ class ThresholdPolicy:
                 self._fits_since[level] = s.now_s
 
     def _shallowest_rested(self, now_s: float) -> int:
-        """Shallowest level that has fitted for the whole dwell."""
-        while self.dwell_s > self.thresholds.restore_after_s and now_s - self._last_reentry_s >= _DWELL_DECAY_S:
-            self.dwell_s = max(self.thresholds.restore_after_s, self.dwell_s / _DWELL_GROWTH)
-            self._last_reentry_s += _DWELL_DECAY_S
+        """Return the shallowest level that has fitted for the whole dwell."""
+        self.dwell.decay(now_s)
         for level in range(len(self._usable)):
             since = self._fits_since[level]
-            if since is not None and now_s - since >= self.dwell_s:
+            if since is not None and now_s - since >= self.dwell.seconds:
                 return level
         return len(self._fits_since)
 
     def _degrade(self, now_s: float, level: int, reason: str) -> Decision:
         if self._last.level != level:
-            if now_s - self._last_restore_s < _REENTRY_S + self.dwell_s:
-                grown = max(self.dwell_s, _MIN_GROWN_DWELL_S / _DWELL_GROWTH) * _DWELL_GROWTH
-                self.dwell_s = max(self.thresholds.restore_after_s, min(grown, _MAX_DWELL_S))
-                self._last_reentry_s = now_s
-                self._last_restore_s = float("-inf")  # one restore is blamed once
+            self.dwell.degraded(now_s)
             self._last = Decision(level, reason)
         for shallower in range(level):
             self._fits_since[shallower] = None  # the dwell starts anew
@@ -253,11 +249,11 @@ class ThresholdPolicy:
 
     def _restore(self, now_s: float, level: int, need: float) -> Decision:
         if self._last.level != level:
-            self._last_restore_s = now_s
+            self.dwell.restored(now_s)
             self._last = Decision(
                 level,
                 f"need {need:.0f} of {self._usable[level]} blocks <= {self.thresholds.restore_below:.2f} "
-                f"for {self.dwell_s:.1f} s",
+                f"for {self.dwell.seconds:.1f} s",
             )
         return self._last
 
@@ -269,7 +265,7 @@ class ThresholdPolicy:
 
 
 def tier_ends(ladder: Ladder) -> tuple[int, ...]:
-    """Levels after which a format comes in that no shallower level has: the last ones of their tier."""
+    """Return the last level of each tier: behind it a format comes in that no shallower level has."""
     ends = []
     seen: set[str] = {BASE_FORMAT}
     for level in ladder:
@@ -281,7 +277,7 @@ def tier_ends(ladder: Ladder) -> tuple[int, ...]:
 
 
 def rests(ladder: Ladder) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """Where to rest instead of at a slow level.
+    """Return where to rest instead of at a slow level.
 
     Returns:
         For each measured batch, ascending: (sequences, by level the deepest one up to it that is not slow). One row in
@@ -295,11 +291,3 @@ def rests(ladder: Ladder) -> tuple[tuple[int, tuple[int, ...]], ...]:
             rest.append(rest[-1] if is_slow else level.index)
         rows.append((batch, tuple(rest)))
     return tuple(rows) or ((0, tuple(level.index for level in ladder)),)
-
-
-def _blocks_per_request(s: Signals) -> float:
-    """Blocks a request will hold when it ends."""
-    held = s.used_kv_blocks / s.num_running if s.num_running > 0 else 0.0
-    if s.blocks_per_request > 0:
-        return max(s.blocks_per_request, held)
-    return held * _GROWTH_UNTIL_KNOWN

@@ -28,7 +28,7 @@ class MorphLevel:
         return frozenset(half for fmt in self.layer_formats for half in fmt.split("/"))
 
     def layers_by_format(self) -> dict[str, int]:
-        """Number of decoder layers in each format."""
+        """Return the number of decoder layers in each format."""
         counts: dict[str, int] = {}
         for fmt in self.layer_formats:
             counts[fmt] = counts.get(fmt, 0) + 1
@@ -53,7 +53,7 @@ class Cohort:
 
 @dataclass(frozen=True, slots=True)
 class StepLoad:
-    """What the engine step before this boundary computed, and what it took."""
+    """The load of the engine step before this boundary, and the time it took."""
 
     seconds: float  # from its boundary to the next
     num_seqs: int
@@ -98,7 +98,7 @@ class Signals:
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """What of the engine's own settings a prediction needs."""
+    """The engine's own settings that a prediction needs."""
 
     block_size: int  # tokens per KV block
     max_num_seqs: int
@@ -112,7 +112,7 @@ class Decision:
     level: int
     reason: str
     max_queued_tokens: int | None = None  # refuse requests beyond this queue; None = take all
-    # The policy will never say anything else: an idle engine need not ask it. Not logged, so not compared.
+    # The policy will never say anything else: an idle engine need not ask it. No part of the answer, so not compared.
     is_final: bool = field(default=False, compare=False)
 
 

@@ -7,7 +7,7 @@ Needs torch and nothing else of ours; vLLM's operators are used where another pa
 from quant_layers.kernels import cpu as cpu  # isort: skip
 from quant_layers.formats.canonical import Quant, QuantW4, QuantW8, choose_group_size, quantize_w4, quantize_w8, regroup
 from quant_layers.formats.float8 import QuantF8
-from quant_layers.formats.halves import HALVES, Half, format_of, half_of, join_format, split_format
+from quant_layers.formats.halves import BASE, HALVES, Half, format_of, half_of, join_format, split_format
 from quant_layers.kernels.base import KernelBase
 from quant_layers.kernels.cpu_linears import LinearImpl, Native
 from quant_layers.kernels.float8 import F8A8Cutlass
@@ -16,13 +16,23 @@ from quant_layers.kernels.marlin import W4A16Marlin, W8A16Marlin
 from quant_layers.kernels.registry import CANDIDATES, FORMATS, Kernel, register
 from quant_layers.kernels.selftest import KernelReport, by_preference, check_kernel, choose, probe
 from quant_layers.sources.checkpoint import Checkpoint, ImportedLayer, tensor_files
-from quant_layers.sources.profile import LayerScales, Profile, Rung, base_fingerprint, read_profile, write_profile
+from quant_layers.sources.profile import Profile, Rung, base_fingerprint, read_profile, write_profile
 from quant_layers.sources.sensitivity import Change, Move, QuadraticCost, Unit, greedy, layer_importance_order
 from quant_layers.sources.smoothing import Fold, Scale, apply_scales, choose_scale, folds_of
-from quant_layers.store.layer_store import BASE, StoredLayer, VariantStore
 from quant_layers.store.layer_store import SCHEMA as STORE_SCHEMA
+from quant_layers.store.layer_store import VariantStore
 from quant_layers.store.tensorfile import LayerTensors, digest
-from quant_layers.swap import BIAS, RECIPE_MARK, LayerSwapper, LinearSlot, TensorSlot
+from quant_layers.swap import (
+    BIAS,
+    RECIPE_MARK,
+    Build,
+    LayerSwapper,
+    LinearSlot,
+    LoadedPart,
+    Part,
+    PartSource,
+    TensorSlot,
+)
 
 from .errors import CheckpointError, KernelError, ProfileError, QuantError, StoreError, SwapError
 from .memory import trim
@@ -32,6 +42,7 @@ __all__ = [
     "BASE",
     "base_fingerprint",
     "BIAS",
+    "Build",
     "by_preference",
     "CANDIDATES",
     "Change",
@@ -58,13 +69,15 @@ __all__ = [
     "KernelError",
     "KernelReport",
     "layer_importance_order",
-    "LayerScales",
     "LayerSwapper",
     "LayerTensors",
     "LinearImpl",
     "LinearSlot",
+    "LoadedPart",
     "Move",
     "Native",
+    "Part",
+    "PartSource",
     "probe",
     "Profile",
     "ProfileError",
@@ -84,7 +97,6 @@ __all__ = [
     "Scale",
     "split_format",
     "STORE_SCHEMA",
-    "StoredLayer",
     "StoreError",
     "SwapError",
     "tensor_files",

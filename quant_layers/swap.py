@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from quant_layers.errors import StoreError, SwapError
-from quant_layers.formats.halves import HALVES, Half, format_of, half_of, join_format, split_format
+from quant_layers.errors import SwapError
+from quant_layers.formats.halves import BASE, HALVES, Half, half_of, join_format, split_format
 from quant_layers.kernels.cpu_linears import LinearImpl
-from quant_layers.kernels.registry import Kernel
-from quant_layers.memory import trim
-from quant_layers.store.layer_store import BASE, VariantStore
 
 BIAS = "bias"  # tensor name under which a variant stores a bias that is not the base's
 RECIPE_MARK = "+"  # in a stored layer's kernel name: what comes after it says how the weights were prepared
-BuildBase = Callable[[int, str, dict[str, Tensor]], LinearImpl]  # (layer, linear name, stored tensors)
+# (layer, linear name, format, its tensors) -> what the forward pass calls
+Build = Callable[[int, str, str, dict[str, Tensor]], LinearImpl]
 
 
 @dataclass(slots=True, eq=False)
 class LinearSlot:
-    """One morphable linear. The forward path calls `slot.impl(x)`, looked up anew on each call."""
+    """A morphable linear. The forward path calls `slot.impl(x)`, looked up anew on each call."""
 
     name: str
     impl: LinearImpl
@@ -44,109 +43,112 @@ class TensorSlot:
         self.base = self.live.detach().clone()
 
 
+class Part(NamedTuple):
+    """Half a decoder layer in one format: it comes into memory, and leaves it, as one."""
+
+    layer: int  # decoder layer id
+    half: Half
+    format: str  # of this half
+
+
 @dataclass(frozen=True, slots=True)
-class _Staged:
-    slot: LinearSlot
-    impl: LinearImpl
-    format: str
+class LoadedPart:
+    """A part that is in memory.
+
+    Attributes:
+        linears: name inside the layer |-> what the forward pass calls.
+        tensors: name of a `TensorSlot` |-> the values that the part brings; the base's where it brings none.
+        num_bytes: that it takes, in whole pages where memory goes by the page.
+    """
+
+    linears: Mapping[str, LinearImpl]
+    tensors: Mapping[str, Tensor]
+    num_bytes: int
 
 
-@dataclass(slots=True)
-class _Change:
-    """Everything that one `commit` puts in use."""
+class PartSource(Protocol):
+    """Where parts come from, and where their memory goes."""
 
-    linears: list[_Staged] = field(default_factory=list)
-    tensors: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (live, new values)
+    def __contains__(self, part: Part) -> bool: ...
 
-    def clear(self) -> None:
-        self.linears.clear()
-        self.tensors.clear()
+    def load(self, parts: Sequence[Part]) -> dict[Part, LoadedPart]:
+        """Bring parts into memory, all or none; return when they can be called."""
+        ...
+
+    def unload(self, parts: Sequence[Part]) -> None:
+        """Give back the memory of parts that nobody refers to any more, once the work queued before is done."""
+        ...
 
 
 class LayerSwapper:
-    """Builds the layers of the next level beside the running ones, then flips them all at once.
+    """Brings the layers of the next level in beside the running ones, then flips them all at once.
 
     1. Between `prepare` and `commit` nothing that the forward path reads has changed.
-    2. A `prepare` that raises leaves nothing staged and every slot as it was.
-    3. `commit` only stores attributes and copies small tensors. The replaced linears are dropped and their
-       memory returned.
+    2. A `prepare` that raises leaves nothing staged, every slot as it was, and no memory taken.
+    3. `commit` only stores attributes and copies small tensors.
+    4. What a commit replaced keeps its memory until `reclaim`: steps under way may read it.
 
-    One call at a time. `commit` belongs between two forward passes, on their thread; `prepare` touches
-    nothing they read and may run beside them.
+    One call at a time. `commit` belongs between two forward passes, on their thread; the others may run beside them.
     """
 
     def __init__(
         self,
         slots: Mapping[int, Mapping[str, LinearSlot]],
-        store: VariantStore,
-        kernels: Mapping[str, Kernel],
-        build_base: BuildBase,
-        reclaim: Callable[[], None] = trim,
+        live: Mapping[Part, LoadedPart],
+        source: PartSource,
         tensors: Mapping[int, Mapping[str, TensorSlot]] = MappingProxyType({}),
     ) -> None:
-        """
+        """Start with the base in use.
+
         Args:
             slots: by decoder layer id and linear name.
-            store: holds every format of `kernels`, and the base, for every layer that will be asked for.
-            kernels: by format.
-            build_base: makes a stored base linear callable again.
-            reclaim: returns what was dropped to the system; malloc_trim walks the whole heap (5-46 ms in a
-                server), so a caller whose allocator unmaps freed weights by itself passes something cheaper.
-            tensors: by decoder layer id and name. A variant that stores none of that name gets the base's.
+            live: the parts that the slots have now: one for each half of each layer.
+            source: holds every part that will be asked for.
+            tensors: norms and the like that variants bring their own values for, by layer and name.
         """
         self._slots = slots
-        self._store = store
-        self._kernels = kernels
-        self._build_base = build_base
-        self._reclaim = reclaim
+        self._live = {(part.layer, part.half): (part, loaded) for part, loaded in live.items()}
+        self._source = source
         self._tensors = tensors
-        self._staged: _Change | None = None
+        self._staged: dict[Part, LoadedPart] | None = None
+        self._replaced: list[tuple[Part, LoadedPart]] = []
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of the linears in use, without staging."""
-        return sum(slot.impl.nbytes for layer in self._slots.values() for slot in layer.values())
+        """Bytes of the parts in use."""
+        return sum(loaded.num_bytes for _, loaded in self._live.values())
 
     @property
     def staging_bytes(self) -> int:
-        """Bytes built but not yet in use."""
-        return 0 if self._staged is None else sum(new.impl.nbytes for new in self._staged.linears)
+        """Bytes in memory for parts that are not in use yet, or not any more."""
+        staged = self._staged or {}
+        return sum(loaded.num_bytes for loaded in (*staged.values(), *(loaded for _, loaded in self._replaced)))
 
     def formats(self) -> dict[int, str]:
-        """Format in use, by layer id. All linears of a half change together."""
+        """Format in use, by layer id."""
         found = {}
-        for layer, linears in self._slots.items():
-            by_half = {half_of(name): slot.format for name, slot in linears.items()}
-            attention, mlp = (by_half.get(half, next(iter(by_half.values()))) for half in HALVES)
-            found[layer] = join_format(attention, mlp)
+        for layer in self._slots:
+            halves = [self._live[layer, half][0].format for half in HALVES if (layer, half) in self._live]
+            found[layer] = join_format(halves[0], halves[-1])
         return found
 
     def prepare(self, changes: Mapping[int, str]) -> None:
-        """Build the given layers in their new formats. Layers that already have it cost nothing.
+        """Bring the given layers in their new formats. What already is in its format costs nothing.
 
         Raises:
-            SwapError: something is prepared already, or the layer or format is unknown.
-            StoreError, KernelError, ...: whatever reading and building raise; nothing stays staged.
+            SwapError: something is prepared already, or a layer or format is unknown.
+            StoreError, KernelError, BackingError, ...: whatever reading and building raise; nothing stays staged.
         """
         if self._staged is not None:
             raise SwapError(
-                f"{len(self._staged.linears)} linears are prepared already, the limit is one change at a time; "
+                f"{len(self._staged)} parts of layers are prepared already, the limit is one change at a time; "
                 "commit or abort it before the next prepare"
             )
-        for layer, format in changes.items():
-            self._check(layer, format)
-        staged = _Change()
-        try:
-            for layer, format in changes.items():
-                self._build_layer(layer, format, staged)
-        except BaseException:
-            staged.clear()
-            self._reclaim()
-            raise
-        self._staged = staged
+        self.reclaim()
+        self._staged = self._source.load([part for layer, fmt in changes.items() for part in self._changed(layer, fmt)])
 
     def commit(self) -> None:
-        """Put everything staged in use and give the replaced linears' memory back.
+        """Put everything staged in use. What it replaces keeps its memory until `reclaim`.
 
         Raises:
             SwapError: nothing is prepared.
@@ -154,64 +156,46 @@ class LayerSwapper:
         if self._staged is None:
             raise SwapError("nothing is prepared; call prepare before commit")
         staged, self._staged = self._staged, None
-        for live, values in staged.tensors:
-            live.copy_(values)
-        for new in staged.linears:
-            new.slot.impl = new.impl
-            new.slot.format = new.format
-        if staged.linears:
-            self._reclaim()
+        for part, loaded in staged.items():
+            for name, slot in self._tensors.get(part.layer, {}).items():
+                if half_of(name) == part.half:
+                    slot.live.copy_(loaded.tensors.get(name, slot.base))
+            for name, linear in self._linears(part):
+                linear.impl = loaded.linears[name]
+                linear.format = part.format
+            self._replaced.append(self._live[part.layer, part.half])
+            self._live[part.layer, part.half] = part, loaded
+
+    def reclaim(self) -> None:
+        """Give the memory of what was replaced back, once no step under way reads it."""
+        parts = [part for part, _ in self._replaced]
+        self._replaced = []
+        if parts:
+            self._source.unload(parts)
 
     def abort(self) -> None:
         """Drop everything staged. Harmless when nothing is."""
-        staged, self._staged = self._staged, None
-        if staged is not None and staged.linears:
-            staged.clear()
-            self._reclaim()
+        parts = list(self._staged or ())
+        self._staged = None
+        if parts:
+            self._source.unload(parts)
 
-    def _check(self, layer: int, format: str) -> None:
+    def _changed(self, layer: int, layer_format: str) -> list[Part]:
+        """Return the halves of a layer that are not in their new format yet."""
         if layer not in self._slots:
             raise SwapError(f"layer {layer} is not morphable; morphable are {sorted(self._slots)}")
-        for part in split_format(format):
-            if part != BASE and part not in self._kernels:
-                known = [BASE, *sorted(self._kernels)]
-                raise SwapError(f"layer {layer}: unknown format {part!r}; known are {known}")
+        wanted = (
+            Part(layer, half, fmt)
+            for half, fmt in zip(HALVES, split_format(layer_format), strict=True)
+            if (layer, half) in self._live
+        )
+        parts = [part for part in wanted if self._live[layer, part.half][0] != part]
+        for part in parts:
+            if part not in self._source:
+                raise SwapError(
+                    f"layer {layer}: format {part.format!r} of its {part.half} was not made; add it to ladder.steps"
+                )
+        return parts
 
-    def _build_layer(self, layer: int, layer_format: str, staged: _Change) -> None:
-        """Stage the halves that are not in their new format yet."""
-        slots = self._slots[layer]
-        changed = {half_of(name) for name, slot in slots.items() if slot.format != format_of(layer_format, name)}
-        by_format: dict[str, set[Half]] = {}
-        for half, format in zip(HALVES, split_format(layer_format), strict=True):
-            if half in changed:
-                by_format.setdefault(format, set()).add(half)
-        for format, halves in by_format.items():
-            self._build_halves(layer, format, halves, staged)
-
-    def _build_halves(self, layer: int, format: str, halves: set[Half], staged: _Change) -> None:
-        slots = {name: slot for name, slot in self._slots[layer].items() if half_of(name) in halves}
-        row = self._store.entry(layer, format)
-        kernel = None if format == BASE else self._kernels[format]
-        if kernel is not None and row.kernel.partition(RECIPE_MARK)[0] != kernel.name:
-            raise StoreError(
-                f"layer {layer} {format!r} is packed for kernel {row.kernel!r}, here runs {kernel.name!r}; "
-                f"delete {self._store.directory}, and the next start builds it again"
-            )
-        tensors = self._store.read(layer, format, lambda name: half_of(name) in halves)
-        for name, slot in self._tensors.get(layer, {}).items():
-            if half_of(name) in halves:
-                brought = tensors.pop(name, None)
-                staged.tensors.append((slot.live, slot.base if brought is None else brought["weight"]))
-        if set(tensors) != set(slots):
-            raise StoreError(
-                f"layer {layer} {format!r} holds linears {sorted(tensors)}, the model has {sorted(slots)}; "
-                f"delete {self._store.directory}, and the next start builds it again"
-            )
-        for name, linear in slots.items():
-            parts = tensors.pop(name)  # so that a kernel which copies leaves no second copy behind
-            if kernel is None:
-                impl = self._build_base(layer, name, parts)
-            else:
-                impl = kernel.build(parts, parts.pop(BIAS, linear.bias))
-            staged.linears.append(_Staged(linear, impl, format))
-            del parts, impl
+    def _linears(self, part: Part) -> Iterable[tuple[str, LinearSlot]]:
+        return ((name, slot) for name, slot in self._slots[part.layer].items() if half_of(name) == part.half)

@@ -4,7 +4,8 @@ Drives the real controller, monitor and threshold policy through simulated steps
 ranks that answer at the next step, and times every tick.
 
 With --decision-log the decisions are written too. Pace the steps then, as an engine's are: else the writer has to keep
-up with steps of 10 us. Compare with `--decision-log off` at the same pace: a core that has rested is slower.
+up with steps of 10 us. Compare with `--decision-log off` at the same pace: a core that has rested is slower. --gzip
+writes them compressed.
 
 Output columns: microseconds (upper edge of the bucket), steps in it; then the median of the first and the last tenth.
 Last stdout line: one JSON document.
@@ -16,13 +17,13 @@ Last stdout line: one JSON document.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from commands import command_parser, fail, finish, say
 
 from morphserve.config import LadderConfig, MorphServeConfig
 from morphserve.control import (
@@ -34,6 +35,7 @@ from morphserve.control import (
     RankBytes,
     Reply,
     ShrinkProgress,
+    WaitingRequest,
     build_ladder,
     largest_chunk_bytes,
     make_header,
@@ -92,17 +94,18 @@ class Executor:
     def _answer(self, plan: Plan) -> Ticket:
         return Ticket(tuple(Reply(r, plan.revision, True, num_kv_blocks=plan.num_kv_blocks) for r in range(2)))
 
-    prepare = commit = abort = apply = _answer
+    prepare = commit = abort = _answer
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--decision-log", choices=["off", "changes", "all"], default="off")
+    parser.add_argument("--gzip", action="store_true", help="compress the decision log")
     parser.add_argument("--pace-ms", type=float, default=0.0, help="wait so long after each step")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
-        return _drive(args, Path(directory) / "decisions.jsonl")
+        return _drive(args, Path(directory) / ("decisions.jsonl.gz" if args.gzip else "decisions.jsonl"))
 
 
 def _drive(args: argparse.Namespace, log_file: Path) -> int:
@@ -113,7 +116,7 @@ def _drive(args: argparse.Namespace, log_file: Path) -> int:
     setup = PolicySetup(ThresholdConfig(kind="threshold"), None, EngineLimits(32, 64, 2048))
     log = None
     if args.decision_log != "off":
-        log = DecisionLog(log_file, header=make_header(setup, ladder) if args.decision_log == "all" else None)
+        log = DecisionLog(log_file, make_header(setup, ladder, detail=args.decision_log))
     controller = Controller(
         ladder,
         setup.build(ladder),
@@ -134,7 +137,7 @@ def _drive(args: argparse.Namespace, log_file: Path) -> int:
         pool.num_used_blocks = min(running * 8, pool.num_kv_blocks - 1)
         start = time.perf_counter()
         if step % 20 == 0:
-            monitor.on_arrival(now[0], str(step), 400)
+            monitor.on_arrival(now[0], WaitingRequest(str(step), 400))
         if step % 20 == 5:
             monitor.on_scheduled(now[0], 0.2, str(step - 5))
             monitor.on_finish(8, now[0], "", 100)
@@ -147,28 +150,27 @@ def _drive(args: argparse.Namespace, log_file: Path) -> int:
         log.close()
     cpu_s = time.process_time() - time.thread_time() - cpu_s
     if controller.tripped:
-        sys.stderr.write("bench_controller: the controller tripped\n")
-        return 1
+        return fail("bench_controller", "the controller tripped")
     more = {
         "decision_log": args.decision_log,
+        "gzip": args.gzip,
         "writer_us_per_step": round(1e6 * cpu_s / args.steps, 2),
         "bytes_per_step": round(log_file.stat().st_size / args.steps, 1) if log else 0,
         "dropped": log.num_dropped if log else 0,
     }
-    _report(took_us, sum(controller.counters.transitions.values()), more)
-    return 0
+    return _report(took_us, sum(controller.counters.transitions.values()), more)
 
 
-def _report(took_us: list[float], num_transitions: int, more: dict[str, object]) -> None:
+def _report(took_us: list[float], num_transitions: int, more: dict[str, object]) -> int:
     counts = [0] * (len(EDGES_US) + 1)
     for value in took_us:
         counts[next((i for i, edge in enumerate(EDGES_US) if value <= edge), len(EDGES_US))] += 1
     labels = [*(f"<= {edge}" for edge in EDGES_US), f"> {EDGES_US[-1]}"]
     for label, count in zip(labels, counts, strict=True):
-        sys.stdout.write(f"{label:>8} us  {count}\n")
+        say(f"{label:>8} us  {count}")
     tenth = max(1, len(took_us) // 10)
     first, last = statistics.median(took_us[:tenth]), statistics.median(took_us[-tenth:])
-    sys.stdout.write(f"median of the first tenth {first:.2f} us, of the last {last:.2f} us\n")
+    say(f"median of the first tenth {first:.2f} us, of the last {last:.2f} us")
     document = {
         "steps": len(took_us),
         "transitions": num_transitions,
@@ -179,7 +181,7 @@ def _report(took_us: list[float], num_transitions: int, more: dict[str, object])
         "histogram": dict(zip(labels, counts, strict=True)),
         **more,
     }
-    sys.stdout.write(json.dumps(document) + "\n")
+    return finish(document)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from commands import command_parser
 
 from morphserve.tools.bench import ClosedLoop, ServerOptions, compare_idle, run_command
 from morphserve.tools.workload import load_encoder, read_corpus
@@ -21,7 +24,7 @@ CORPUS = Path(__file__).resolve().parent / "corpus" / "wikitext2.txt"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--config", default="policies/yaml/demo.yaml", help="MorphServe YAML")
     parser.add_argument("--out", type=Path, default=Path("reports/idle"), help="server logs")
@@ -42,18 +45,20 @@ def main(argv: list[str] | None = None) -> int:
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
     ids = load_encoder(args.model)(read_corpus(CORPUS), False)
     prompts = [ids[i * 64 : i * 64 + 64] for i in range(args.requests)]
-    options = ServerOptions(
+    stock = ServerOptions(
         model=args.model,
         num_blocks=args.num_blocks,
         enforce_eager=args.enforce_eager,
         cpu_bind=args.cpu_bind,
     )
-    loop = ClosedLoop(args.concurrency, args.requests, 64, args.output_tokens)
-    plugin = ("--plugin", "morphserve", "--morphserve-config", args.config)
+    plugin = replace(stock, extra_args=("--plugin", "morphserve", "--morphserve-config", args.config))
     result, status = compare_idle(
-        options, plugin, args.out, loop, prompts, args.pairs,
+        {"stock": stock, "plugin": plugin},
+        args.out,
+        ClosedLoop(prompts, args.concurrency, args.requests, args.output_tokens),
+        args.pairs,
         lambda pair, ratio: print(f"pair {pair + 1}  {ratio:.4f}", file=sys.stderr, flush=True),
-    )  # fmt: skip
+    )
     print(f"ratio {result.mean:.4f}, lower 97.5 % bound {result.lower:.4f}, {args.pairs} pairs")
     return {**result.as_json(), "eager": args.enforce_eager, "failed": status["failed"]}
 

@@ -16,7 +16,6 @@ Last stdout line: one JSON document.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from commands import command_parser, finish, say
 from torch import Tensor
 
 Linear = Callable[[Tensor], Tensor]
@@ -50,22 +50,19 @@ def main(argv: list[str] | None = None) -> int:
             times = _interleaved(stacks, inputs, args)
             for row in _compared(times):
                 results.append({"dtype": name, "rows": rows, **row})
-                sys.stdout.write(
+                say(
                     f"{name:9} M {rows:4}  {row['kernel']:12} {row['least_us']:9.0f} {row['median_us']:9.0f}"
-                    f"  x{row['ratio']:.2f} x{row['ratio_of_least']:.2f}  +-{row['spread']:.2f}\n"
+                    f"  x{row['ratio']:.2f} x{row['ratio_of_least']:.2f}  +-{row['spread']:.2f}"
                 )
-                sys.stdout.flush()
         del stacks
-    document = {
+    return finish({
         "cpu": torch.cpu.get_capabilities().get("cpu_name"), "tier": int16.tier(), "threads": args.threads,
         "shapes": args.shapes, "layers": args.layers, "results": results,
-    }  # fmt: skip
-    sys.stdout.write(json.dumps(document) + "\n")
-    return 0
+    })  # fmt: skip
 
 
 def _parsed(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--formats", nargs="+", default=["w8", "w4"])
     parser.add_argument("--kernels", nargs="+", help="only these; by default each that passes its self-test")

@@ -9,67 +9,59 @@ Last stdout line: one JSON document [{"layers", "sweeps_s", "sweeps_s_per_layer"
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+from commands import command_parser, finish, say
+
+_VOCABULARY = 4096
+_SIZES = {"base": 16, "w8": 8, "w4": 5}
+
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--depths", nargs="+", type=int, default=[12, 24, 48])
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--windows", type=int, default=2, help="of 256 tokens")
     args = parser.parse_args(argv)
+    rows = [_row(depth, args.hidden, args.windows) for depth in [args.depths[0], *args.depths]]
+    for row in rows[1:]:  # the first one warms up
+        say("  ".join(str(value) for value in row.values()))
+    return finish(rows[1:])
 
+
+def _row(depth: int, hidden: int, num_windows: int) -> dict[str, float]:
+    """Seconds of both sweeps and of the ladder, of a random Llama."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from morphserve.tools.profile import (
-        RoundToNearest,
-        StreamedModel,
-        Workspace,
-        backward_sweep,
-        cost_of,
-        forward_sweep,
-    )
+    from morphserve.tools.profile import ProfileJob, StreamedModel, Workspace, cost_of, price_layers
     from quant_layers import greedy
 
-    rows = []
-    for depth in [args.depths[0], *args.depths]:  # the first one warms up
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=4096, hidden_size=args.hidden, intermediate_size=3 * args.hidden, num_hidden_layers=depth,
-            num_attention_heads=args.hidden // 64, num_key_value_heads=args.hidden // 64, tie_word_embeddings=True,
-        )  # fmt: skip
-        with tempfile.TemporaryDirectory() as scratch:
-            directory = Path(scratch) / "model"
-            LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
-            model = StreamedModel(directory)
-            windows = torch.randint(0, 4096, (args.windows, 256))
-            start = time.perf_counter()
-            workspace = Workspace(Path(scratch) / "work", {})
-            arguments = forward_sweep(model, windows, workspace)
-            scales = {i: {k: s.values for k, s in workspace.load("scales", i).items()} for i in range(depth)}
-            variants = [RoundToNearest("w8", scales), RoundToNearest("w4")]
-            cost = cost_of(backward_sweep(model, variants, arguments, workspace, num_draws=2, seed=0))
-            swept = time.perf_counter()
-            greedy(cost, lambda _, fmt: {"base": 16, "w8": 8, "w4": 5}[fmt])
-            done = time.perf_counter()
-        rows.append(
-            {
-                "layers": depth,
-                "sweeps_s": round(swept - start, 2),
-                "sweeps_s_per_layer": round((swept - start) / depth, 3),
-                "ladder_s": round(done - swept, 2),
-            }
-        )
-    for row in rows[1:]:
-        sys.stdout.write("  ".join(str(value) for value in row.values()) + "\n")
-    sys.stdout.write(json.dumps(rows[1:]) + "\n")
-    return 0
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=_VOCABULARY, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=depth,
+        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, tie_word_embeddings=True,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch) / "model"
+        LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
+        model = StreamedModel(directory)
+        windows = torch.randint(0, _VOCABULARY, (num_windows, 256))
+        job = ProfileJob(str(directory), (), directory, ("w8", "w4"), num_windows, 256, 2, 1, 0)
+        start = time.perf_counter()
+        cost = cost_of(price_layers(job, model, windows, Workspace(Path(scratch) / "work", {}))[0])
+        swept = time.perf_counter()
+        greedy(cost, lambda _, fmt: _SIZES[fmt])
+        done = time.perf_counter()
+    sweeps_s = swept - start
+    return {
+        "layers": depth,
+        "sweeps_s": round(sweeps_s, 2),
+        "sweeps_s_per_layer": round(sweeps_s / depth, 3),
+        "ladder_s": round(done - swept, 2),
+    }
 
 
 if __name__ == "__main__":

@@ -13,126 +13,90 @@ Last stdout line: one JSON document.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import sys
 import time
-from typing import Any
+from dataclasses import dataclass, field
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # steps are made, and timed, here
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+from commands import engine_parser, finish, ms, say, start_engine
+
+from morphserve.integration.offline import LevelEngine
+
+_WARM_STEPS = 30
+_PLAIN_STEPS = 10  # before each swap
 
 
-class _Wanted:
-    """A policy that wants what it is told."""
+@dataclass
+class _Way:
+    """Swaps in one direction; seconds."""
 
-    level = 0
+    level: int
+    carried: list[float] = field(default_factory=list)  # steps that carried a command
+    pauses: list[float] = field(default_factory=list)  # what the worker took of them
+    spans: list[float] = field(default_factory=list)  # from the decision to the last layer
 
-    def decide(self, signals: Any) -> Any:
-        from policies import Decision
-
-        return Decision(self.level, "benchmark")
+    def figures(self, plain_s: float) -> dict[str, float]:
+        """Return the columns, `plain_s` being the median step without a command."""
+        return {
+            "pause_ms_p50": ms(self.pauses),
+            "pause_ms_max": ms([max(self.pauses)]),
+            "transition_ms_p50": ms(self.spans, 1),
+            "longest_step_over_median": round(max(self.carried) / plain_s, 2),
+        }
 
 
 def main(argv: list[str] | None = None) -> int:
     from quant_layers import FORMATS
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser = engine_parser(__doc__, cycles=20)
     parser.add_argument("--layers", type=int, default=15)
     parser.add_argument("--format", choices=list(FORMATS), default="w8")
-    parser.add_argument("--cycles", type=int, default=20)
-    parser.add_argument("--concurrency", type=int, default=16)
-    parser.add_argument("--enforce-eager", action="store_true")
     args = parser.parse_args(argv)
-
-    from vllm import LLM, SamplingParams
-
     step = {"format": args.format, "layers": args.layers, "layers_per_level": args.layers}
-    llm = LLM(
-        args.model,
-        enforce_eager=args.enforce_eager,
-        block_size=32,
-        num_gpu_blocks_override=257,
-        max_model_len=512,
-        max_num_seqs=args.concurrency,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-        additional_config={"morphserve": {"ladder": {"steps": [step]}, "policy": {"kind": "static", "level": 0}}},
-    )
-    core = llm.llm_engine.engine_core.engine_core
-    morph = core.scheduler.morph
-    wanted = _Wanted()
-    morph.controller._seat._policy = wanted
-    sent = 0
+    with start_engine(
+        args.model, {"ladder": {"steps": [step]}}, enforce_eager=args.enforce_eager, num_gpu_blocks_override=257,
+        max_num_seqs=args.concurrency, enable_prefix_caching=False,
+    ) as engine:  # fmt: skip
+        plain, ways = _measure(engine, args)
+    document = {
+        "layers": args.layers, "format": args.format, "cycles": args.cycles, "eager": args.enforce_eager,
+        "step_ms_p50": ms(plain), "step_ms_max": ms([max(plain)]),
+    }  # fmt: skip
+    for direction, way in ways.items():
+        document[direction] = figures = way.figures(statistics.median(plain))
+        say(f"{direction:<4} " + "  ".join(f"{k} {v}" for k, v in figures.items()))
+    return finish(document)
 
-    def sampling() -> SamplingParams:
-        """Requests end, and the next ones are prefilled, one at a time: 16 prefills in a step are a pause too."""
-        return SamplingParams(temperature=0.0, max_tokens=40 + 37 * sent % 360, ignore_eos=True)
 
-    def one_step() -> tuple[float, float]:
-        """Seconds of the step, and the worker seconds of commands in it."""
-        nonlocal sent
-        while llm.llm_engine.get_num_unfinished_requests() < args.concurrency:
-            llm.llm_engine.add_request(str(sent), {"prompt_token_ids": [100 + sent % 1000] * 32}, sampling())
-            sent += 1
-        answered = len(morph.executor.pauses)
-        start = time.perf_counter()
-        llm.llm_engine.step()
-        took = time.perf_counter() - start
-        return took, sum(list(morph.executor.pauses)[answered:])
-
-    for _ in range(30):
-        one_step()
+def _measure(engine: LevelEngine, args: argparse.Namespace) -> tuple[list[float], dict[str, _Way]]:
+    """Seconds of the plain steps, and what swapping in and out took."""
+    ways = {"in": _Way(1), "out": _Way(0)}
+    for _ in range(_WARM_STEPS):
+        _step(engine, args.concurrency)
     plain: list[float] = []
-    carried: dict[str, list[float]] = {"in": [], "out": []}
-    pauses: dict[str, list[float]] = {"in": [], "out": []}
-    spans: dict[str, list[float]] = {"in": [], "out": []}
     for _ in range(args.cycles):
-        for direction, level in (("in", 1), ("out", 0)):
-            plain += [one_step()[0] for _ in range(10)]
-            morph.executor.pauses.clear()
-            wanted.level = level
+        for way in ways.values():
+            plain += [_step(engine, args.concurrency)[0] for _ in range(_PLAIN_STEPS)]
+            engine.morph.executor.pauses.clear()
+            engine.want(way.level)
             start = time.perf_counter()
-            while morph.controller.level != level or morph.controller.in_transition:
-                took, pause = one_step()
+            while not engine.is_at(way.level):
+                took, pause = _step(engine, args.concurrency)
                 if pause:
-                    carried[direction].append(took)
-                    pauses[direction].append(pause)
-            spans[direction].append(time.perf_counter() - start)
-    _report(args, plain, carried, pauses, spans)
-    llm.llm_engine.engine_core.shutdown()
-    return 0
+                    way.carried.append(took)
+                    way.pauses.append(pause)
+            way.spans.append(time.perf_counter() - start)
+    return plain, ways
 
 
-def _report(
-    args: argparse.Namespace,
-    plain: list[float],
-    carried: dict[str, list[float]],
-    pauses: dict[str, list[float]],
-    spans: dict[str, list[float]],
-) -> None:
-    median = statistics.median(plain)
-    document: dict[str, Any] = {
-        "layers": args.layers,
-        "format": args.format,
-        "cycles": args.cycles,
-        "eager": args.enforce_eager,
-        "step_ms_p50": round(1e3 * median, 2),
-        "step_ms_max": round(1e3 * max(plain), 2),
-    }
-    for direction in ("in", "out"):
-        worst = max(carried[direction]) / median
-        figures = {
-            "pause_ms_p50": round(1e3 * statistics.median(pauses[direction]), 2),
-            "pause_ms_max": round(1e3 * max(pauses[direction]), 2),
-            "transition_ms_p50": round(1e3 * statistics.median(spans[direction]), 1),
-            "longest_step_over_median": round(worst, 2),
-        }
-        document[direction] = figures
-        sys.stdout.write(f"{direction:<4} " + "  ".join(f"{k} {v}" for k, v in figures.items()) + "\n")
-    sys.stdout.write(json.dumps(document) + "\n")
+def _step(engine: LevelEngine, concurrency: int) -> tuple[float, float]:
+    """Seconds of one step under load, and the worker seconds of commands in it."""
+    while engine.num_requests < concurrency:
+        # Requests end, and the next ones are prefilled, one at a time: 16 prefills in a step are a pause too.
+        engine.add([100 + engine.num_added % 1000] * 32, 40 + 37 * engine.num_added % 360)
+    pauses = engine.morph.executor.pauses
+    answered = len(pauses)
+    took = engine.timed_step()
+    return took, sum(list(pauses)[answered:])
 
 
 if __name__ == "__main__":

@@ -14,29 +14,24 @@ left out when nothing had to be done.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pip_progress import explain_pip_failure, run_showing, size_on_disk
+from machine_checks import LOCKS, NEWEST, OLDEST, SetupError, check_disk, exclusive, find_python, run_quiet, say
+from pip_progress import GIB, explain_pip_failure, run_showing, size_on_disk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Mapping
 
-    # Runs a command and gives exit code and output. The tests pass a fake.
-    Runner = Callable[[list[str]], tuple[int, str]]
+    from machine_checks import Runner
 
 ROOT = Path(__file__).resolve().parent.parent
-OLDEST, NEWEST = (3, 11), (3, 13)
-GIB = 1024**3
 # `du -sh .venv` says 3.7 GiB for a CPU; pip keeps its downloads besides, and needs room for them. CUDA's are larger.
 NEEDED_BYTES = {"cpu": 6 * GIB, "cuda": 16 * GIB}
 # What the first set-up costs: for a CPU by the sizes in setup.log and by `du -sh .venv`, for CUDA an estimate.
@@ -59,62 +54,6 @@ TIER_LINE = (
     'import os; os.environ.get("MORPHSERVE_CPU_TIER") and '
     '__import__("morphserve.cpu_tier", fromlist=["emulate"]).emulate()\n'
 )
-
-
-class SetupError(Exception):
-    """The machine cannot be set up; the message says what is missing and what to do."""
-
-
-_LOCKS: list[int] = []  # held by our children, too: pip may outlive a set-up that is killed
-
-
-def run_quiet(command: list[str]) -> tuple[int, str]:
-    """Run a command without a terminal; stdout and stderr together."""
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", check=False, pass_fds=tuple(_LOCKS),
-    )  # fmt: skip
-    return done.returncode, done.stdout
-
-
-def find_python(run: Runner, version: tuple[int, ...] | None = None) -> str:
-    """An interpreter that vLLM has wheels for: this one, else one found on PATH.
-
-    Raises:
-        SetupError: none between OLDEST and NEWEST.
-    """
-    running = version if version is not None else sys.version_info[:2]
-    if OLDEST <= running <= NEWEST:
-        return sys.executable
-    for minor in range(NEWEST[1], OLDEST[1] - 1, -1):
-        candidate = shutil.which(f"python3.{minor}")
-        # A version switcher leaves commands on PATH that only print an error: try it.
-        if candidate and run([candidate, "-c", "import venv, ensurepip"])[0] == 0:
-            return candidate
-    raise SetupError(
-        f"python3 is {running[0]}.{running[1]}, and no python{OLDEST[0]}.{OLDEST[1]} to "
-        f"python{NEWEST[0]}.{NEWEST[1]} is on PATH; vLLM needs one of these. Install one, then run again "
-        "with `make PYTHON=/path/to/python3.11 ...`."
-    )
-
-
-def check_disk(
-    where: Path, needed: int, purpose: str, remedy: str, free: Callable[[Path], int] | None = None
-) -> None:
-    """Refuse before hundreds of megabytes are written, not after.
-
-    Raises:
-        SetupError: fewer than `needed` bytes free on the file system that will hold `where`.
-    """
-    existing = where
-    while not existing.exists():
-        existing = existing.parent
-    available = free(existing) if free else shutil.disk_usage(existing).free
-    if available < needed:
-        raise SetupError(
-            f"too little disk for {purpose}: needs {needed / GIB:.1f} GiB, "
-            f"free are {available / GIB:.1f} GiB at {where}. {remedy}"
-        )
 
 
 def choose_extra(env: Mapping[str, str], run: Runner) -> str:
@@ -345,29 +284,6 @@ def _is_ours(info: Path) -> bool:
     return not installer.exists() or installer.read_text(encoding="utf-8").strip() == INSTALLER
 
 
-@contextlib.contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
-    """Two makes at once: the second waits.
-
-    The lock ends with the process and with what it has started: the pip of a set-up that was killed goes on, and
-    nobody else may write meanwhile.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"another process works in {directory}; waiting until it has ended")
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        _LOCKS.append(fd)
-        yield
-    finally:
-        if fd in _LOCKS:
-            _LOCKS.remove(fd)
-        os.close(fd)
-
-
 def set_up(
     root: Path, venv: Path, env: Mapping[str, str], run: Runner, install: Runner | None = None
 ) -> dict[str, object]:
@@ -418,12 +334,6 @@ def set_up(
     return {**result, "vllm": version, "changed": True}
 
 
-def say(text: str) -> None:
-    """Progress goes to stderr: stdout ends with the JSON document."""
-    sys.stderr.write(f"set-up: {text}\n")
-    sys.stderr.flush()
-
-
 def main() -> int:
     venv = Path(os.environ.get("VENV") or ROOT / ".venv").expanduser().absolute()
     try:
@@ -432,7 +342,7 @@ def main() -> int:
             os.execv(python, [python, *sys.argv])
         with exclusive(ROOT / "scripts"):
             result = set_up(ROOT, venv, os.environ, run_quiet, lambda command: run_showing(
-                command, venv / LOG, venv, say, _LOCKS))  # fmt: skip
+                command, venv / LOG, venv, say, LOCKS))  # fmt: skip
     except SetupError as e:
         say(f"FAILED\n{e}")
         return 1

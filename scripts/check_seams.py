@@ -11,11 +11,12 @@ one JSON document.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import sys
 from pathlib import Path
+
+from commands import command_parser, say
 
 from morphserve.errors import SeamError
 from morphserve.integration.seams import (
@@ -35,7 +36,7 @@ _REQUIRED = ("all", "cuda")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--wheel", type=Path, metavar="FILE_OR_DIR", help="a wheel, or a directory with vllm/ in it")
     args = parser.parse_args(argv)
     path = args.wheel or installed()
@@ -51,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         results[table] += check_sources(rows, tree)
     for table, of_table in results.items():
         for r in of_table:
-            print(f"{table:<8} {r.seam.name:<22} {'ok' if r.ok else 'NO':<3} {r.seam.target}  {r.detail}")
-    print(json.dumps(document(path, sources_version(tree), results)))
+            say(f"{table:<8} {r.seam.name:<22} {'ok' if r.ok else 'NO':<3} {r.seam.target}  {r.detail}")
+    say(json.dumps(document(path, sources_version(tree), results)))
     return 0 if all(r.ok for table in _REQUIRED for r in results[table]) else 1
 
 

@@ -13,19 +13,40 @@ Last stdout line: one JSON document {"format", "counts", "orders": {name: {"kl":
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from commands import command_parser, fail, finish, say
+
+Orders = dict[str, list[list[int]]]  # name |-> one order a seed, layer ids
+
 
 def main(argv: list[str] | None = None) -> int:
+    args = _parse(argv)
+    from morphserve.errors import MorphServeError
+    from quant_layers import QuantError
+
+    try:
+        found = _measure(args, _orders(args))
+    except (MorphServeError, QuantError, OSError) as error:
+        return fail("compare_orders", error)
+    if args.plot is not None:
+        from morphserve.tools.profile.plots import plot_orders
+
+        plot_orders(args.counts, found, args.plot)
+    for name, row in found.items():
+        cells = (f"{kl:.4f} ±{std:.4f}" for kl, std in zip(row["kl"], row["std"], strict=True))
+        say(f"{name:<14}  " + "  ".join(cells))
+    return finish({"format": args.format, "counts": args.counts, "orders": found})
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
     from quant_layers import FORMATS
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("model", help="directory or hub name")
     parser.add_argument("--text", nargs="+", type=Path, required=True, help="calibration text")
     parser.add_argument("--eval-text", nargs="+", type=Path, required=True)
@@ -36,98 +57,56 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--eval-windows", type=int, default=5, help="of 512 tokens per file")
     parser.add_argument("--plot", type=Path, help="PNG of the KL by number of layers")
     parser.add_argument("--no-lis", action="store_true", help="leave the paper's order out: it takes minutes a seed")
-    args = parser.parse_args(argv)
-
-    from morphserve.errors import MorphServeError
-    from quant_layers import QuantError
-
-    try:
-        orders = _orders(args)
-        found = _measure(args, orders)
-    except (MorphServeError, QuantError, OSError) as error:
-        sys.stderr.write(f"compare_orders: {error}\n")
-        return 1
-    if args.plot is not None:
-        from morphserve.tools.profile.plots import plot_orders
-
-        plot_orders(args.counts, found, args.plot)
-    document = {"format": args.format, "counts": args.counts, "orders": found}
-    for name, row in found.items():
-        cells = (f"{kl:.4f} ±{std:.4f}" for kl, std in zip(row["kl"], row["std"], strict=True))
-        sys.stdout.write(f"{name:<14}  " + "  ".join(cells) + "\n")
-    sys.stdout.write(json.dumps(document) + "\n")
-    return 0
+    return parser.parse_args(argv)
 
 
-def _orders(args: argparse.Namespace) -> dict[str, list[list[int]]]:
-    """Name |-> one order a seed."""
+def _orders(args: argparse.Namespace) -> Orders:
     import transformers
 
     from morphserve.hub import find_files
-    from morphserve.tools.profile import (
-        RoundToNearest,
-        StreamedModel,
-        Workspace,
-        backward_sweep,
-        cost_of,
-        forward_sweep,
-        lis_order,
-        swap_order,
-        token_windows,
-    )
-    from quant_layers import greedy
+    from morphserve.tools import profile
+    from quant_layers import BASE, greedy
 
     directory = find_files(args.model, "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    model = StreamedModel(directory)
+    model = profile.StreamedModel(directory)
     depth = len(model)
     ours, papers = [], []
     for seed in range(args.seeds):
-        windows = token_windows(tokenizer, args.text, args.windows, 512, seed / args.seeds)
+        windows = profile.token_windows(tokenizer, args.text, args.windows, 512, seed / args.seeds)
         with tempfile.TemporaryDirectory() as scratch:
-            workspace = Workspace(Path(scratch) / "work", {})
-            arguments = forward_sweep(model, windows, workspace)
-            scales = {i: {k: s.values for k, s in workspace.load("scales", i).items()} for i in range(depth)}
-            effects = backward_sweep(
-                model, [RoundToNearest(args.format, scales)], arguments, workspace, num_draws=2, seed=seed
-            )
-        moves = greedy(cost_of(effects), lambda _, fmt: 2 if fmt == "base" else 1)  # equal layers: by KL alone
-        ours.append(list(swap_order(moves, depth)))
+            work = Path(scratch) / "work"
+            job = profile.ProfileJob(args.model, (), work, (args.format,), args.windows, 512, 2, 1, seed)
+            effects, _ = profile.price_layers(job, model, windows, profile.Workspace(work, {}))
+        moves = greedy(profile.cost_of(effects), lambda _, fmt: 2 if fmt == BASE else 1)  # equal layers: by KL alone
+        ours.append(list(profile.swap_order(moves, depth)))
         if not args.no_lis:
-            papers.append(lis_order(model, windows[:1, :256], args.format))
+            papers.append(profile.lis_order(model, windows[:1, :256], args.format))
         sys.stderr.write(f"seed {seed}: ours {ours[-1]}\n")
-    shuffled = [random.Random(seed).sample(range(depth), depth) for seed in range(args.seeds)]
     return {
         "ours": ours,
         **({} if args.no_lis else {"LIS": papers}),
         "front to back": [list(range(depth))],
         "back to front": [list(range(depth))[::-1]],
-        "random": shuffled,
+        "random": [random.Random(seed).sample(range(depth), depth) for seed in range(args.seeds)],
         "ours reversed": [order[::-1] for order in ours],
     }
 
 
-def _measure(args: argparse.Namespace, orders: dict[str, list[list[int]]]) -> dict[str, dict[str, list[float]]]:
+def _measure(args: argparse.Namespace, orders: Orders) -> dict[str, dict[str, list[float]]]:
     """KL of the first n layers of every order, each set of layers measured once."""
-    depth = len(next(iter(orders.values()))[0])
-    sets: dict[frozenset[int], float] = {}
-    chosen = {(name, n): [frozenset(order[:n]) for order in rows] for name, rows in orders.items() for n in args.counts}
-    for n in args.counts:
-        chosen["block", n] = [frozenset(range((depth - n) // 2, (depth - n) // 2 + n))]
-    wanted = list(dict.fromkeys(layers for rows in chosen.values() for layers in rows))
-    with tempfile.TemporaryDirectory() as scratch:
-        rungs = Path(scratch) / "rungs.json"
-        rungs.write_text(json.dumps([dict.fromkeys(sorted(layers), args.format) for layers in wanted]))
-        command = [sys.executable, "-m", "morphserve.tools.profile.measure", args.model, "--rungs", rungs]
-        command += ["--text", *args.eval_text, "--windows", str(args.eval_windows)]
-        done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise OSError(f"measuring ended with {done.returncode}")
-    for layers, row in zip(wanted, json.loads(done.stdout.splitlines()[-1])["rows"], strict=True):
-        sets[layers] = row["kl"]
-    found: dict[str, dict[str, list[float]]] = {}
-    for name in [*orders, "block"]:
-        kls = [[sets[layers] for layers in chosen[name, n]] for n in args.counts]
+    from morphserve.tools.profile import measure_apart
+
+    depth = len(orders["ours"][0])
+    chosen = {name: [[frozenset(order[:n]) for order in rows] for n in args.counts] for name, rows in orders.items()}
+    chosen["block"] = [[frozenset(range((depth - n) // 2, (depth - n) // 2 + n))] for n in args.counts]
+    sets = list(dict.fromkeys(layers for by_count in chosen.values() for row in by_count for layers in row))
+    rungs = [dict.fromkeys(sorted(layers), args.format) for layers in sets]
+    document = measure_apart(args.model, rungs, "--text", *args.eval_text, "--windows", args.eval_windows)
+    kl = {layers: row["kl"] for layers, row in zip(sets, document["rows"], strict=True)}
+    found = {}
+    for name, by_count in chosen.items():
+        kls = [[kl[layers] for layers in row] for row in by_count]
         found[name] = {
             "kl": [statistics.mean(row) for row in kls],
             "std": [statistics.stdev(row) if len(row) > 1 else 0.0 for row in kls],

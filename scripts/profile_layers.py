@@ -7,7 +7,8 @@ that serve them: on the calibration text (expected KL) and on other text (measur
 MorphServe config uses all of it.
 
 A run that was killed goes on where it was: start it again with the same arguments.
-Output columns: level, moves, expected KL, measured KL (nats per token), MiB freed, step time over level 0.
+Output columns: level, layers by format, those that have changed since the level before, expected KL, measured KL (nats
+per token), MiB freed, step time over level 0.
 Last stdout line: one JSON document {"profile", "ladder": [{"level", "expected_kl", "measured_kl", "bytes_freed",
 "step_time_factor", "layers"}], "order", "seconds"}.
 
@@ -17,17 +18,47 @@ Last stdout line: one JSON document {"profile", "ladder": [{"level", "expected_k
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from commands import command_parser, fail, finish, say
+
+if TYPE_CHECKING:
+    from quant_layers import Profile
 
 
 def main(argv: list[str] | None = None) -> int:
+    args = _parse(argv)
+    from morphserve.errors import MorphServeError
+    from morphserve.tools.profile.inspect import ladder_table
+    from quant_layers import QuantError
+
+    try:
+        profile, seconds = _run(args)
+    except (MorphServeError, QuantError, OSError) as error:
+        return fail("profile_layers", error)
+    say(ladder_table(profile))
+    if args.plot is not None:
+        from morphserve.tools.profile.plots import plot_frontier
+
+        plot_frontier({args.out.name: profile.ladder}, args.plot)
+    return finish(
+        {
+            "profile": str(args.out),
+            "ladder": [rung.as_json(level) for level, rung in enumerate(profile.ladder)],
+            "order": list(profile.order),
+            "seconds": seconds,
+        }
+    )
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
     from morphserve.control import DEFAULT_FORMATS
-    from morphserve.serve_dtype import AUTO, add_dtype_option, resolve_dtype
+    from morphserve.serve_dtype import add_dtype_option
     from quant_layers import FORMATS
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("model", help="directory or hub name")
     parser.add_argument("--text", nargs="+", type=Path, required=True, help="calibration text, one domain each")
     parser.add_argument("--eval-text", nargs="+", type=Path, help="what levels are measured on; default: other "
@@ -44,51 +75,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, help="PNG of what the levels free and cost")
     parser.add_argument("--compiled", action="store_true", help="measure step times with compiled models")
     add_dtype_option(parser)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+def _run(args: argparse.Namespace) -> tuple[Profile, float]:
+    """The profile, and the seconds that it took."""
     from rich.progress import Progress
 
-    from morphserve.errors import MorphServeError
+    from morphserve.serve_dtype import AUTO, resolve_dtype
     from morphserve.tools.profile import ProfileJob, run_profile
-    from quant_layers import QuantError
 
     job = ProfileJob(
         args.model, tuple(args.text), args.out, tuple(args.formats), args.windows, args.length, args.draws,
         args.moves_per_level, args.seed, args.halves,
     )  # fmt: skip
-    try:
-        with Progress(transient=True, disable=not sys.stderr.isatty()) as progress:
-            task = progress.add_task("profiling", total=None)
-            compiled = ("--compiled",) if args.compiled else ()
-            dtype = resolve_dtype(args.dtype, args.model) or AUTO
-            measure = None if args.no_measure else ("--dtype", dtype, *compiled)
-            profile, seconds = run_profile(
-                job, measure, tuple(args.eval_text or ()),
-                lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
-            )  # fmt: skip
-    except (MorphServeError, QuantError, OSError) as error:
-        sys.stderr.write(f"profile_layers: {error}\n")
-        return 1
-    before: dict[int, str] = {}
-    for level, rung in enumerate(profile.ladder):
-        moves = " ".join(f"{layer}:{fmt}" for layer, fmt in rung.layers.items() if before.get(layer) != fmt)
-        measured = "-" if rung.measured_kl is None else f"{rung.measured_kl:.4f}"
-        factor = "-" if rung.step_time_factor is None else f"{rung.step_time_factor:.2f}"
-        mib = rung.bytes_freed / 2**20
-        sys.stdout.write(f"{level:>3}  {moves}  kl {rung.expected_kl:.4f}  {measured}  {mib:.1f} MiB  {factor}\n")
-        before = dict(rung.layers)
-    if args.plot is not None:
-        from morphserve.tools.profile.plots import plot_frontier
-
-        plot_frontier({args.out.name: profile.ladder}, args.plot)
-    document = {
-        "profile": str(args.out),
-        "ladder": [rung.as_json(level) for level, rung in enumerate(profile.ladder)],
-        "order": list(profile.order),
-        "seconds": seconds,
-    }
-    sys.stdout.write(json.dumps(document) + "\n")
-    return 0
+    with Progress(transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("profiling", total=None)
+        compiled = ("--compiled",) if args.compiled else ()
+        dtype = resolve_dtype(args.dtype, args.model) or AUTO
+        measure = None if args.no_measure else ("--dtype", dtype, *compiled)
+        return run_profile(
+            job, measure, tuple(args.eval_text or ()),
+            lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

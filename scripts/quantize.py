@@ -12,12 +12,13 @@ Last stdout line: one JSON document {"checkpoint", "method", "bits", "group_size
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from commands import command_parser, finish
 
 PACKAGES = ("llmcompressor==0.14.0.1", "accelerate>=1.0")
 GROUP_SIZES = (128, 64, 32)
@@ -25,7 +26,7 @@ ENVIRONMENT = Path("~/.cache/morphserve/quantize-env").expanduser()
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("model", help="directory or hub name of the full-precision model")
     parser.add_argument("--method", choices=["awq", "gptq"], default="awq")
     parser.add_argument("--text", nargs="+", type=Path, required=True, help="calibration text, one domain each")
@@ -104,25 +105,18 @@ def _quantize(args: argparse.Namespace) -> int:
     model.save_pretrained(partial, save_compressed=True)
     tokenizer.save_pretrained(partial)
     os.replace(partial, args.out)
-    document = {
+    return finish({
         "checkpoint": str(args.out), "method": args.method, "bits": 4, "group_size": group_size,
         "seconds": round(time.perf_counter() - start, 1),
-    }  # fmt: skip
-    sys.stdout.write(json.dumps(document) + "\n")
-    return 0
+    })  # fmt: skip
 
 
 def _modifiers(method: str, scheme: object, grid: int) -> list[object]:
     from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
 
     if method == "gptq":
         return [GPTQModifier(config_groups=scheme, ignore=["lm_head"])]
-    try:
-        from llmcompressor.modifiers.transform.awq import AWQModifier
-    except ImportError:
-        from llmcompressor.modifiers.awq import AWQModifier
-
-        return [AWQModifier(config_groups=scheme, n_grid=grid, ignore=["lm_head"])]
     return [AWQModifier(n_grid=grid), QuantizationModifier(config_groups=scheme, ignore=["lm_head"])]
 
 
@@ -138,8 +132,7 @@ def _do_without_pinned_memory() -> None:
     """llm-compressor 0.14 pins its cache, which torch refuses where there is no accelerator."""
     from llmcompressor.pipelines.cache import IntermediatesCache
 
-    if hasattr(IntermediatesCache, "_pin_intermediate"):
-        IntermediatesCache._pin_intermediate = classmethod(lambda cls, value: None)
+    IntermediatesCache._pin_intermediate = classmethod(lambda cls, value: None)
 
 
 if __name__ == "__main__":

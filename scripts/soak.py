@@ -16,121 +16,112 @@ memory (MiB). Last stdout line: one JSON document.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # steps are made here, and this process is what is measured
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+from commands import command_parser, fail, finish, say, start_engine
+
+from morphserve.errors import MorphServeError
+from morphserve.integration.offline import LevelEngine
 
 _BURST = 40  # requests: more than level 0's blocks hold
 _IDLE_STEP_S = 0.05
+_PATIENCE_S = 120.0
+_LEAST_CYCLES = 8
 
 
 class _Soak:
-    def __init__(self, llm: Any, seed: int) -> None:
-        self._engine = llm.llm_engine
-        self._core = llm.llm_engine.engine_core.engine_core
-        self.morph = self._core.scheduler.morph
+    def __init__(self, engine: LevelEngine, seed: int) -> None:
+        self._engine = engine
         self._draw = random.Random(seed)
         self._common = [self._draw.randrange(100, 5000) for _ in range(96)]
+        self._start = time.monotonic()
         self.num_answers = 0
         self.worst_off = 0.0
         self.other_mib: list[float] = []
 
+    @property
+    def minutes(self) -> float:
+        """Since the start."""
+        return (time.monotonic() - self._start) / 60
+
     def cycle(self) -> None:
         """One burst, down and back."""
         self._burst()
-        status = self._until_level_0()
-        memory = self.morph.executor._executor.collective_rpc("morphserve_memory")[0]
-        published = status["num_kv_blocks"] * self.morph.runtime.kv_block_bytes
+        self._engine.settle(0, _PATIENCE_S, _IDLE_STEP_S)  # the idle engine's steps, which a server makes by itself
+        memory = self._engine.memory()
+        published = self._engine.morph.pool.num_kv_blocks * self._engine.morph.runtime.kv_block_bytes
         self.worst_off = max(self.worst_off, abs(memory["kv_resident_bytes"] / published - 1))
         other = memory["anonymous"] - memory["weight_bytes"] - memory["kv_resident_bytes"]
         self.other_mib.append(other / 2**20)
 
     def _burst(self) -> None:
-        from vllm import SamplingParams
-
-        for i in range(_BURST):
+        for _ in range(_BURST):
             prompt = self._common if self._draw.random() < 0.5 else []
             length = min(300, int(self._draw.lognormvariate(4, 0.8)) + 1)
             prompt = prompt + [self._draw.randrange(100, 5000) for _ in range(length)]
-            params = SamplingParams(temperature=0.0, max_tokens=self._draw.randrange(8, 90), ignore_eos=True)
-            self._engine.add_request(f"{self.num_answers}-{i}", {"prompt_token_ids": prompt}, params)
-        while self._engine.has_unfinished_requests():
-            self.num_answers += sum(output.finished for output in self._engine.step())
+            self._engine.add(prompt, self._draw.randrange(8, 90))
+        self.num_answers += self._engine.finish()
 
-    def _until_level_0(self) -> dict[str, Any]:
-        """The idle engine's steps, which a server makes by itself."""
-        give_up = time.monotonic() + 120
-        while True:
-            status: dict[str, Any] = self.morph.status()
-            if status["level"] == 0 and status["phase"] == "idle" and not self.morph.controller.in_transition:
-                return status
-            if time.monotonic() > give_up:
-                raise SystemExit(f"soak: not back at level 0 after 120 s: {status}")
-            time.sleep(_IDLE_STEP_S)
-            self.morph.wake_due = True
-            self._core.step_fn()
+    def show(self) -> None:
+        """The columns, so far."""
+        say(
+            f"{self.minutes:.0f} min  {len(self.other_mib)}  {self._engine.morph.status()['transitions']}  "
+            f"{self.num_answers}  {self.worst_off:.2%}  {self.other_mib[-1]:.1f}"
+        )
+
+    def document(self) -> dict[str, Any]:
+        """What the run has found."""
+        status = self._engine.morph.status()
+        quarter = len(self.other_mib) // 4
+        first, last = statistics.median(self.other_mib[:quarter]), statistics.median(self.other_mib[-quarter:])
+        return {
+            "minutes": round(self.minutes, 1),
+            "cycles": len(self.other_mib),
+            "answers": self.num_answers,
+            "transitions": status["transitions"],
+            "errors": status["errors"],
+            "failed": status["failed"],
+            "kv_resident_off_worst": self.worst_off,
+            "other_mib_first_quarter": round(first, 2),
+            "other_mib_last_quarter": round(last, 2),
+            "grown_mib": round(last - first, 2),
+        }
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("model")
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--config", type=Path, default=Path("policies/yaml/demo.yaml"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")  # read as torch is loaded, with the engine
 
     import yaml
-    from vllm import LLM
 
-    llm = LLM(
-        args.model,
-        enforce_eager=True,
-        block_size=32,
-        num_gpu_blocks_override=49,
-        max_model_len=512,
+    settings = yaml.safe_load(args.config.read_text(encoding="utf-8"))
+    with start_engine(
+        args.model, None, additional_config={"morphserve": settings}, enforce_eager=True, num_gpu_blocks_override=49,
         max_num_seqs=64,
-        disable_log_stats=True,
-        additional_config={"morphserve": yaml.safe_load(args.config.read_text(encoding="utf-8"))},
-    )
-    soak = _Soak(llm, args.seed)
-    start = shown = time.monotonic()
-    while time.monotonic() - start < 60 * args.minutes or len(soak.other_mib) < 8:
-        soak.cycle()
-        if time.monotonic() - shown > 60:
-            shown = time.monotonic()
-            sys.stdout.write(
-                f"{(shown - start) / 60:.0f} min  {len(soak.other_mib)}  {soak.morph.status()['transitions']}  "
-                f"{soak.num_answers}  {soak.worst_off:.2%}  {soak.other_mib[-1]:.1f}\n"
-            )
-            sys.stdout.flush()
-    status = soak.morph.status()
-    quarter = len(soak.other_mib) // 4
-    first, last = statistics.median(soak.other_mib[:quarter]), statistics.median(soak.other_mib[-quarter:])
-    document = {
-        "minutes": round((time.monotonic() - start) / 60, 1),
-        "cycles": len(soak.other_mib),
-        "answers": soak.num_answers,
-        "transitions": status["transitions"],
-        "errors": status["errors"],
-        "failed": status["failed"],
-        "kv_resident_off_worst": soak.worst_off,
-        "other_mib_first_quarter": round(first, 2),
-        "other_mib_last_quarter": round(last, 2),
-        "grown_mib": round(last - first, 2),
-    }
-    sys.stdout.write(json.dumps(document) + "\n")
-    llm.llm_engine.engine_core.shutdown()
-    return int(status["failed"])
+    ) as engine:  # fmt: skip
+        soak = _Soak(engine, args.seed)
+        shown = 0.0
+        while soak.minutes < args.minutes or len(soak.other_mib) < _LEAST_CYCLES:
+            try:
+                soak.cycle()
+            except MorphServeError as error:
+                return fail("soak", error)
+            if soak.minutes - shown > 1:
+                shown = soak.minutes
+                soak.show()
+        document = soak.document()
+    finish(document)
+    return int(document["failed"])
 
 
 if __name__ == "__main__":

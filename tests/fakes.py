@@ -323,9 +323,9 @@ class Rig:
         """What must hold between any two steps."""
         self.pool.check_whole()
         assert all(ledger.used_bytes <= ledger.budget_bytes for ledger in self.ledgers)
-        exposure = self.controller.exposure_level
-        assert self.pool.num_kv_blocks <= self.ladder[exposure].num_kv_blocks, "more than the ladder allows"
-        allowed = [self.ladder[exposure].layer_formats, self.ladder[max(exposure - 1, 0)].layer_formats]
+        effective_level = self.controller.effective_level
+        assert self.pool.num_kv_blocks <= self.ladder[effective_level].num_kv_blocks, "more than the ladder allows"
+        allowed = [self.ladder[effective_level].layer_formats, self.ladder[max(effective_level - 1, 0)].layer_formats]
         for rank in self.executor.ranks:
             for layer, fmt in enumerate(rank.formats):
                 assert fmt in (allowed[0][layer], allowed[1][layer]), "layers deeper than tokens count for"
@@ -336,6 +336,6 @@ class Rig:
         for _ in range(steps):
             self.step()
             controller = self.controller
-            if controller.level == controller.exposure_level == level and controller.phase is Phase.IDLE:
+            if controller.level == controller.effective_level == level and controller.phase is Phase.IDLE:
                 return
         raise AssertionError(f"level {level} not reached: {self.controller.status()}")

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from morphserve.residence import PartsKey, StoredParts
 from quant_layers import (
+    BASE,
+    BIAS,
+    HALVES,
+    Kernel,
     LayerSwapper,
     LinearImpl,
     LinearSlot,
+    Part,
     QuantW4,
     QuantW8,
+    TensorSlot,
     VariantStore,
     digest,
+    half_of,
     quantize_w4,
     quantize_w8,
 )
@@ -71,6 +81,48 @@ class FakeKernel:
         return QuantW4(tensors["weight"], tensors["scale"], tensors["zero"]).dequantize()
 
 
+BuildBase = Callable[[int, str, dict[str, Tensor]], LinearImpl]  # (layer, linear name, stored tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class _SlotBase:
+    """`BaseLinear` of a slot that has its base already."""
+
+    slot: LinearSlot
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None  # these kernels keep the slot's own
+
+    def take(self) -> LinearImpl:
+        return self.slot.impl
+
+
+def swapper_of(
+    slots: Mapping[int, Mapping[str, LinearSlot]],
+    store: VariantStore,
+    kernels: Mapping[str, Kernel],
+    build_base: BuildBase,
+    tensors: Mapping[int, Mapping[str, TensorSlot]] = MappingProxyType({}),
+) -> LayerSwapper:
+    """Between what the slots have, their base, and what the store holds."""
+
+    def build(layer: int, name: str, fmt: str, parts: dict[str, Tensor]) -> LinearImpl:
+        if fmt == BASE:
+            return build_base(layer, name, parts)
+        return kernels[fmt].build(parts, parts.pop(BIAS, slots[layer][name].bias))
+
+    names = {fmt: kernel.name for fmt, kernel in kernels.items()}
+    parts = StoredParts(store, PartsKey(store.directory, lambda: "fp", names, kernels), build)
+    live = {}
+    for layer, linears in slots.items():
+        for half in HALVES:
+            if mine := {name: _SlotBase(slot) for name, slot in linears.items() if half_of(name) == half}:
+                part = Part(layer, half, BASE)
+                live[part] = parts.adopt(part, mine)  # type: ignore[arg-type]
+    return LayerSwapper(slots, live, parts, tensors)
+
+
 class World:
     """A small model, its store and its swapper."""
 
@@ -96,7 +148,7 @@ class World:
                 name: LinearSlot(name, self.build_base(layer, name, t), bias=t["bias"].float())
                 for name, t in linears.items()
             }
-        self.swapper = LayerSwapper(self.slots, self.store, self.kernels, self.build_base)
+        self.swapper = swapper_of(self.slots, self.store, self.kernels, self.build_base)
 
     def build_base(self, layer: int, name: str, tensors: dict[str, Tensor]) -> LinearImpl:
         return PlainLinear(tensors, tensors["weight"], tensors["bias"].float())
@@ -115,4 +167,8 @@ class World:
 
     def switch(self, changes: Mapping[int, str]) -> None:
         self.swapper.prepare(changes)
+        self.commit()
+
+    def commit(self) -> None:
         self.swapper.commit()
+        self.swapper.reclaim()

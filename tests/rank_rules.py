@@ -64,14 +64,11 @@ class RankRules(ABC, Generic[R]):
         return self._send("prepare", plan)
 
     def commit(self, plan: Plan) -> FakeTicket:
-        return self._send("commit", plan)
+        assert not plan.alone or (self.num_ranks == 1 and not self.in_background), "layers without a vote"
+        return self._send("alone" if plan.alone else "commit", plan)
 
     def abort(self, plan: Plan) -> FakeTicket:
         return self._send("abort", plan)
-
-    def apply(self, plan: Plan) -> FakeTicket:
-        assert self.num_ranks == 1 and not self.in_background, "apply without a vote"
-        return self._send("apply", plan)
 
     # ---- what stands for memory
 
@@ -102,8 +99,8 @@ class RankRules(ABC, Generic[R]):
         assert plan.revision >= rank.revision, "a rank met a revision it has passed"
         rank.revision = plan.revision
         error = self._error(command, plan, rank)
-        if command == "apply":
-            self._apply(plan, rank, prepares=not error)
+        if command == "alone":
+            self._prepare_and_commit(plan, rank, prepares=not error)
         elif not error:
             getattr(self, f"_{command}")(plan, rank)
         return Reply(
@@ -123,7 +120,7 @@ class RankRules(ABC, Generic[R]):
         rank.staged = plan
         self._check_budget(rank)
 
-    def _apply(self, plan: Plan, rank: R, prepares: bool) -> None:
+    def _prepare_and_commit(self, plan: Plan, rank: R, prepares: bool) -> None:
         first = replace(plan, layer_formats=(), num_kv_blocks=min(plan.num_kv_blocks, self._mapped(rank)))
         self._commit(first, rank)
         if prepares:

@@ -4,7 +4,7 @@ One step, from the top:
 
     controller     ticks: asks, opens and closes transitions, publishes
     monitor        what the policy needs to know of the past; `waiting`: of the queue
-    policy_seat    the policy that is asked; `reload`: another one while it runs
+    policy_host    the policy that is asked; `reload`: another one while it runs
     decision_log   what was asked and answered; `replay_log`: asks it again
     health         what has gone wrong, what is counted, when the next attempt may start
     runner         carries out one chunk of a transition, phase by phase
@@ -15,7 +15,7 @@ One step, from the top:
     ranks          the ports: ranks, their answers, the block pool, the engine
 
 Here a level is the current one, deepest that all layers have reached, or a target: of a transition what the policy
-wants, of a chunk the next level on the way there. Between two levels tokens count at the deeper, `exposure_level`.
+wants, of a chunk the next level on the way there. Between two levels tokens count at the deeper, `effective_level`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from morphserve.control.ranks import BlockPoolPort, EngineView, ExecutorPort, Pl
 from morphserve.control.reload import PolicyReloader, ReloadWatch
 from morphserve.control.replay_log import print_replay
 from morphserve.control.transition import Phase
-from morphserve.control.waiting import NO_LIMITS, RequestLimits
+from morphserve.control.waiting import NO_LIMITS, RequestLimits, WaitingRequest
 
 __all__ = [
     "BlockPoolPort",
@@ -76,6 +76,7 @@ __all__ = [
     "ShrinkProgress",
     "TIMED_BATCHES",
     "Ticket",
+    "WaitingRequest",
     "build_ladder",
     "check_floor",
     "ladder_formats",

@@ -22,24 +22,24 @@ _REMEDY: Mapping[Account, str] = {
 
 @dataclass(frozen=True, slots=True)
 class RankBytes:
-    """What one rank holds. Ranks of a pipeline stage have the same layers; other stages' count 0 bytes."""
+    """The bytes that one rank holds. Ranks of a stage have the same layers; other stages' layers count 0 bytes."""
 
     layers: LayerBytes
     kv_block_bytes: int  # of one KV block, all of this rank's layers together
     kv_quantum: int = 1  # blocks that share memory pages, so that they can only be mapped together
 
     def weight(self, formats: Sequence[str]) -> int:
-        """Bytes of all layers, each in the format that stands at its id."""
+        """Return the bytes of all layers, each in the format that stands at its id."""
         return sum(self.layers[fmt][layer] for layer, fmt in enumerate(formats))
 
 
 def kv_quantum(ranks: Sequence[RankBytes]) -> int:
-    """The smallest number of KV blocks that is whole pages on every rank."""
+    """Return the smallest number of KV blocks that is whole pages on every rank."""
     return math.lcm(*(rank.kv_quantum for rank in ranks))
 
 
 def paid_blocks(ranks: Sequence[RankBytes], base: Sequence[str], formats: Sequence[str]) -> int:
-    """KV blocks that every rank has freed the bytes of, once its layers are in `formats` instead of `base`.
+    """Return the KV blocks that every rank has freed the bytes of, once its layers are in `formats` instead of `base`.
 
     Whole quanta: what is freed beyond them lies idle until it adds up.
     """
@@ -49,7 +49,7 @@ def paid_blocks(ranks: Sequence[RankBytes], base: Sequence[str], formats: Sequen
 
 
 def most_uneven(ranks: Sequence[RankBytes], ladder: Ladder) -> tuple[int, int, int] | None:
-    """The level on which stages differ most in the blocks they pay for, by more than one layer does.
+    """Find the level on which stages differ most in the blocks they pay for, by more than one layer does.
 
     Returns:
         Level, blocks of the scarcest and of the richest rank; None where all levels are even.
@@ -65,12 +65,12 @@ def most_uneven(ranks: Sequence[RankBytes], ladder: Ladder) -> tuple[int, int, i
 
 
 def stage_of(ranks: Sequence[RankBytes], layer: int) -> Stage:
-    """The ranks that hold a layer."""
+    """Return the ranks that hold a layer."""
     return tuple(i for i, rank in enumerate(ranks) if rank.layers[BASE_FORMAT][layer] > 0)
 
 
 def balance(ranks: Sequence[RankBytes], order: Sequence[int], formats: Sequence[str], new: str) -> list[int]:
-    """`order` with the pipeline stages in turn: next comes a layer of the stage that has paid for the fewest blocks.
+    """Order `order` with the pipeline stages in turn: next comes a layer of the stage that pays for the fewest blocks.
 
     Only the blocks of the scarcest stage are published; what another frees beyond them lies idle. Layers of one
     stage keep their order, so a single stage keeps all of it.
@@ -100,7 +100,7 @@ def balance(ranks: Sequence[RankBytes], order: Sequence[int], formats: Sequence[
 
 
 def alternate(ranks: Sequence[RankBytes], layers: Sequence[int]) -> list[int]:
-    """`layers` with the pipeline stages in turn, one each: a chunk of them costs every stage about the same time."""
+    """Order `layers` with pipeline stages in turn, one each: a chunk of them costs every stage about the same time."""
     seen: dict[Stage, int] = {}
     turns = []
     for place, layer in enumerate(layers):
@@ -111,7 +111,7 @@ def alternate(ranks: Sequence[RankBytes], layers: Sequence[int]) -> list[int]:
 
 
 class Ledger:
-    """The accounts of one rank, which never holds more than they say.
+    """The memory accounts of one rank, which never holds more than they say.
 
     Promise: `used_bytes <= budget_bytes` after every call; a call that would break it raises and
     changes nothing.
@@ -124,7 +124,6 @@ class Ledger:
         self._accounts: dict[Account, int] = {"weights": 0, "kv_blocks": 0, "staging": 0}
 
     def __getitem__(self, account: Account) -> int:
-        """Bytes on one account."""
         return self._accounts[account]
 
     @property
@@ -134,7 +133,7 @@ class Ledger:
 
     @property
     def free_bytes(self) -> int:
-        """What can still be reserved."""
+        """Bytes that can still be reserved."""
         return self.budget_bytes - self.used_bytes
 
     def reserve(self, account: Account, num_bytes: int) -> None:
@@ -166,7 +165,7 @@ class Ledger:
         self._accounts[account] -= num_bytes
 
     def transfer(self, source: Account, destination: Account, num_bytes: int) -> None:
-        """Resident bytes change their name: staged weights become the layer's weights.
+        """Rename resident bytes: staged weights become the layer's weights.
 
         Raises:
             LedgerError: `source` does not hold them.
@@ -175,7 +174,7 @@ class Ledger:
         self._accounts[destination] += num_bytes
 
     def snapshot(self) -> dict[str, int]:
-        """Budget and accounts, for status and logs."""
+        """Return budget and accounts, for status and logs."""
         return {"budget_bytes": self.budget_bytes, **{f"{k}_bytes": v for k, v in self._accounts.items()}}
 
     def _balance(self) -> str:
@@ -200,7 +199,6 @@ class Ledgers:
         self._num_kv_blocks = num_kv_blocks
 
     def __getitem__(self, rank: int) -> Ledger:
-        """The ledger of one rank."""
         return self._ledgers[rank]
 
     def __iter__(self) -> Iterator[Ledger]:
@@ -212,7 +210,7 @@ class Ledgers:
         return self._num_kv_blocks
 
     def reserve_staging(self, amounts: Sequence[int]) -> None:
-        """Before the ranks are asked to prepare; one amount a rank.
+        """Reserve what the ranks are about to prepare; one amount a rank.
 
         Raises:
             LedgerError: a rank's budget does not have them.
@@ -220,18 +218,18 @@ class Ledgers:
         self._reserve("staging", amounts)
 
     def release_staging(self, amounts: Sequence[int]) -> None:
-        """What was prepared is gone again."""
+        """Release what was prepared and is gone again."""
         for ledger, amount in zip(self._ledgers, amounts, strict=True):
             ledger.release("staging", amount)
 
     def switch(self, new: Sequence[int], old: Sequence[int]) -> None:
-        """What was staged is the layers now, and what they were is freed."""
+        """Book what was staged as layers, and free what they were."""
         for ledger, staged, freed in zip(self._ledgers, new, old, strict=True):
             ledger.transfer("staging", "weights", staged)
             ledger.release("weights", freed)
 
     def book_kv(self, num_kv_blocks: int) -> None:
-        """What every rank holds, or is about to be told to hold.
+        """Book the KV blocks that every rank holds, or is about to be told to hold.
 
         Raises:
             LedgerError: a rank's budget does not have the blocks.
@@ -245,7 +243,7 @@ class Ledgers:
         self._num_kv_blocks = num_kv_blocks
 
     def snapshots(self) -> list[dict[str, int]]:
-        """Budget and accounts of each rank, for status and logs."""
+        """Return budget and accounts of each rank, for status and logs."""
         return [ledger.snapshot() for ledger in self._ledgers]
 
     @property
@@ -266,7 +264,7 @@ class Ledgers:
 
 
 def make_ledgers(ladder: Ladder, ranks: Sequence[RankBytes], staging_bytes: Sequence[int]) -> Ledgers:
-    """Of ranks at level 0: what each holds there, plus room to stage one chunk.
+    """Make the ledgers of ranks at level 0: what each holds there, plus room to stage one chunk.
 
     Args:
         ladder: all levels; level 0 gives weights and KV of the budgets.
@@ -286,7 +284,7 @@ def make_ledgers(ladder: Ladder, ranks: Sequence[RankBytes], staging_bytes: Sequ
 
 
 def largest_chunk_bytes(layers: LayerBytes, max_layers_per_step: int) -> int:
-    """Staging reserve of a rank: what one chunk takes beyond the budget of the level it leaves.
+    """Return the staging reserve of a rank: what one chunk takes beyond the budget of the level it leaves.
 
     For a layer that is the smaller of its two formats' sizes, so at most the second largest of all: a
     restore stages the largest, but the KV it gave back first has paid the difference.
@@ -296,7 +294,7 @@ def largest_chunk_bytes(layers: LayerBytes, max_layers_per_step: int) -> int:
 
 
 def layers_within(layers: LayerBytes, least: int, most: int, num_bytes: int) -> int:
-    """How many layers a chunk may take with a staging reserve of `num_bytes`: at least `least`, at most `most`."""
+    """Return how many layers a chunk may take with a staging reserve of `num_bytes`: from `least` to `most`."""
     found = least
     while found < most and largest_chunk_bytes(layers, found + 1) <= num_bytes:
         found += 1

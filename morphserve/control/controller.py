@@ -12,7 +12,7 @@ from morphserve.control.budget import Ledgers, RankBytes
 from morphserve.control.decision_log import DecisionLog
 from morphserve.control.health import BackOff, Counters, Health
 from morphserve.control.monitor import Monitor
-from morphserve.control.policy_seat import PolicySeat
+from morphserve.control.policy_host import PolicyHost
 from morphserve.control.ranks import BlockPoolPort, EngineView, ExecutorPort
 from morphserve.control.runner import ChunkRunner
 from morphserve.control.transition import ChunkEnd, Direction, Outcome, Phase, Transition
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Controller:
-    """One tick per engine step. O(1), and nothing in it grows with uptime.
+    """The way from the policy's answers to the ranks, one tick per engine step. O(1): nothing in it grows with uptime.
 
     Promises:
         1. The scheduler never hands out a block that some rank has not mapped.
@@ -63,7 +63,7 @@ class Controller:
             ranks: bytes of each rank's layers and KV blocks.
             clock: monotonic seconds, the one the monitor's events use.
             log: where decisions are recorded; None = nowhere.
-            on_level: told the exposure level whenever that changes.
+            on_level: told the effective level whenever that changes.
 
         Raises:
             ConfigError: ladder, ranks and pool contradict each other.
@@ -75,13 +75,13 @@ class Controller:
         self._ledgers = ledgers
         self._clock = clock
         self._on_level = on_level
-        self._last_exposure_level = 0  # that `on_level` was told
+        self._last_effective_level = 0  # that `on_level` was told
         self._runner = ChunkRunner(ladder, ranks, pool, executor, ledgers, config)
         self._layer_state = self._runner.layer_state
         self.counters = Counters(
             num_blocks_published=pool.num_kv_blocks, num_blocks_mapped=pool.num_kv_blocks
         )
-        self._seat = PolicySeat(policy, len(ladder), self.counters, log)
+        self._policy_host = PolicyHost(policy, len(ladder), self.counters, log)
         self._transition: Transition | None = None
         self.health = Health.RUNNING
         self._backoff = BackOff(config.transition)
@@ -95,52 +95,52 @@ class Controller:
 
     @property
     def target_level(self) -> int:
-        """Where the transition under way is heading; == level when there is none."""
-        return self.level if self._transition is None else self._seat.decision.level
+        """Level that the transition under way is heading for; == level when there is none."""
+        return self.level if self._transition is None else self._policy_host.decision.level
 
     @property
-    def exposure_level(self) -> int:
+    def effective_level(self) -> int:
         """The level that tokens count for: between two levels, the deeper one."""
-        return self._layer_state.exposure_level
+        return self._layer_state.effective_level
 
     @property
     def phase(self) -> Phase:
-        """What the chunk under way is doing."""
+        """Phase of the chunk under way."""
         return self._runner.phase
 
     @property
     def max_queued_tokens(self) -> int | None:
         """Requests beyond so many waiting prompt tokens are to be refused at the door; None = none are."""
-        return None if self.tripped else self._seat.decision.max_queued_tokens
+        return None if self.tripped else self._policy_host.decision.max_queued_tokens
 
     @property
     def in_transition(self) -> bool:
-        """True while the next step has something to do here, whatever the policy says."""
+        """Whether the next step has something to do here, whatever the policy says."""
         if self.health is Health.DEAD:
             return False
         return self.phase is not Phase.IDLE or (not self.tripped and self._transition is not None)
 
     @property
     def tripped(self) -> bool:
-        """True after an error in here: never morphs again."""
+        """Whether an error ended morphing: it never starts again."""
         return self.health is not Health.RUNNING
 
     @property
     def wants_wakeup(self) -> bool:
-        """True while an idle engine must still call `tick`, or it would stay where it is."""
+        """Whether an idle engine must still call `tick`, or it would stay where it is."""
         if self.health is Health.DEAD:
             return False
         if self._runner.phase is not Phase.IDLE:
             return True
         if self.tripped:
             return False
-        if self._seat.has_successor or self._seat.decision.level != self.level:
+        if self._policy_host.has_successor or self._policy_host.decision.level != self.level:
             return True
         # vLLM's workers poll without a pause for a second after each step: a wake-up a second is a busy core.
-        return self.exposure_level > 0 and not self._seat.decision.is_final
+        return self.effective_level > 0 and not self._policy_host.decision.is_final
 
     def status(self) -> dict[str, Any]:
-        """Everything an operator may ask, ready for JSON."""
+        """Return everything an operator may ask, ready for JSON."""
         transitions = {f"{d}_{outcome}": n for (d, outcome), n in self.counters.transitions.items()}
         layers: dict[str, int] = {}
         ledgers = self._ledgers.snapshots()
@@ -149,10 +149,10 @@ class Controller:
         return {
             "level": self.level,
             "target_level": self.target_level,
-            "exposure_level": self.exposure_level,
+            "exposure_level": self.effective_level,
             "deepest_level": len(self._ladder) - 1,
-            "wanted_level": self._seat.decision.level,
-            "reason": self._seat.decision.reason,
+            "wanted_level": self._policy_host.decision.level,
+            "reason": self._policy_host.decision.reason,
             "phase": self.phase.name.lower(),
             "revision": self._runner.revision,
             "tripped": self.tripped,
@@ -163,7 +163,7 @@ class Controller:
             "ledger": ledgers[self._ledgers.tightest],
             "ledgers": ledgers,
             "ranks": {
-                str(rank): asdict(figures) for rank, figures in sorted(self._runner.desk.ranks.items())
+                str(rank): asdict(figures) for rank, figures in sorted(self._runner.replies.ranks.items())
             },
             "counters": {**asdict(self.counters), "transitions": transitions},
         }
@@ -185,7 +185,7 @@ class Controller:
         """
         if self.tripped:
             raise ConfigError("MorphServe gave up after an error, no policy is asked any more. Restart the server.")
-        self._seat.replace(policy, note, setup)
+        self._policy_host.replace(policy, note, setup)
 
     # ---- one step
 
@@ -208,7 +208,7 @@ class Controller:
                     self.target_level,
                 )
                 place = "policy"
-                self._seat.consult(signals)
+                self._policy_host.consult(signals)
         except Exception:
             self._trip(place)
         try:
@@ -220,9 +220,9 @@ class Controller:
     def _drive(self, now: float) -> None:
         """Finish the chunk under way if its replies are in, and open the next one."""
         runner = self._runner
-        runner.desk.pause_s = 0.0
-        runner.desk.poll_copies()
-        runner.desk.drop_late()
+        runner.replies.pause_s = 0.0
+        runner.replies.poll_copies()
+        runner.replies.drop_late()
         if runner.phase is not Phase.IDLE and not self._advance(now):
             return
         target = self._next_target(now)
@@ -256,17 +256,17 @@ class Controller:
         return True
 
     def _is_wanted(self, direction: Direction) -> bool:
-        """Does the newest decision still lie in the direction of the chunk under way?"""
+        """Return whether the newest decision still lies in the direction of the chunk under way."""
         if self.tripped:
             return False
         if direction == "degrade":
-            return self._seat.decision.level > self.level
-        return self._seat.decision.level < self.exposure_level
+            return self._policy_host.decision.level > self.level
+        return self._policy_host.decision.level < self.effective_level
 
     def _next_target(self, now: float) -> int | None:
-        """The target of the next chunk; closes the transition when it is done or must turn."""
+        """Return the target of the next chunk; close the transition when it is done or must turn."""
         state = self._layer_state
-        target = None if self.tripped else state.next_target(self._seat.decision.level)
+        target = None if self.tripped else state.next_target(self._policy_host.decision.level)
         transition = self._transition
         direction = None if target is None else state.direction(target)
         if transition is not None and direction != transition.direction:
@@ -280,11 +280,11 @@ class Controller:
 
     def _open_transition(self, now: float, target: int) -> None:
         direction = self._layer_state.direction(target)
-        start = self.exposure_level if direction == "restore" else self.level
+        start = self.effective_level if direction == "restore" else self.level
         self._transition = Transition(
             revision=self._runner.revision + 1,
             direction=direction,
-            reason=self._seat.decision.reason,
+            reason=self._policy_host.decision.reason,
             started_s=now,
             blocks_before=self._pool.num_kv_blocks,
         )
@@ -292,8 +292,8 @@ class Controller:
             "morph r%d: level %d -> %d (%s)",
             self._transition.revision,
             start,
-            self._seat.decision.level,
-            self._seat.decision.reason,
+            self._policy_host.decision.level,
+            self._policy_host.decision.reason,
         )
 
     def _close_transition(self, now: float, outcome: Outcome, error: str = "") -> None:
@@ -323,27 +323,27 @@ class Controller:
             )
 
     def _back_off(self, now: float, direction: Direction, end: ChunkEnd) -> float:
-        """Returns for how many seconds there is no new attempt."""
+        """Return for how many seconds there is no new attempt."""
         if not end.place:  # the drain timed out
             return self._backoff.drain_timed_out(now, end.num_kv_blocks, self._pool.num_used_blocks)
         self.counters.count_error(end.place)
         return self._backoff.failed(now, direction)
 
     def _publish(self) -> None:
-        """Bring gauges up to date and tell of a new exposure level."""
-        counters, runner, exposure = self.counters, self._runner, self.exposure_level
+        """Bring gauges up to date and report a new effective level."""
+        counters, runner, effective_level = self.counters, self._runner, self.effective_level
         counters.num_blocks_published = self._pool.num_kv_blocks
         counters.short_grows = runner.short_grows
         counters.forced_preemptions = runner.preemptions.total
-        if runner.desk.ranks:
-            counters.num_blocks_mapped = min(rank.num_kv_blocks for rank in runner.desk.ranks.values())
-        if runner.desk.pause_s > 0:
-            counters.last_pause_s = runner.desk.pause_s
-            counters.max_pause_s = max(counters.max_pause_s, runner.desk.pause_s)
-        if self._on_level is not None and exposure != self._last_exposure_level:
+        if runner.replies.ranks:
+            counters.num_blocks_mapped = min(rank.num_kv_blocks for rank in runner.replies.ranks.values())
+        if runner.replies.pause_s > 0:
+            counters.last_pause_s = runner.replies.pause_s
+            counters.max_pause_s = max(counters.max_pause_s, runner.replies.pause_s)
+        if self._on_level is not None and effective_level != self._last_effective_level:
             try:
-                self._on_level(exposure)
-                self._last_exposure_level = exposure
+                self._on_level(effective_level)
+                self._last_effective_level = effective_level
             except Exception:
                 # Who must know of the level does not: told again at the next step, and no new transition.
                 self._trip("on_level")
@@ -351,18 +351,18 @@ class Controller:
     # ---- errors
 
     def trip(self, place: str) -> None:
-        """What feeds the controller broke outside of it: the same as an error of the policy."""
+        """Rest because what feeds the controller broke outside of it: the same as an error of the policy."""
         if not self.tripped:
             self._trip(place)
 
     def _trip(self, place: str) -> None:
-        """The policy or what feeds it is broken; ranks and pool are fine: undo or finish, then rest."""
+        """Undo or finish, then rest: the policy or what feeds it is broken; ranks and pool are fine."""
         self.counters.count_error(place)
         self.health = self.health.to(Health.RESTING)
         logger.exception("morph: %s failed; the engine stays at level %d, for good", place, self.level)
 
     def _die(self) -> None:
-        """A transition broke half-way: leave everything where it is safe, and send nothing more."""
+        """Leave everything where it is safe, and send nothing more: a transition broke half-way."""
         self.counters.count_error("controller")
         self.health = self.health.to(Health.DEAD)
         logger.exception(
@@ -379,6 +379,6 @@ class Controller:
 
     def _drain_replies(self) -> None:
         try:
-            self._runner.desk.drain()
+            self._runner.replies.drain()
         except Exception:
             self.counters.count_error("drain_replies")

@@ -1,322 +1,197 @@
-"""Signals and decisions as JSON lines, written by a thread so that no step waits for a disk.
+"""Signals and decisions as lines of JSON, written by a thread so that no step waits for a disk.
 
-A log that replays has a header, then what changed from one (signals, decision) pair to the next:
+    {"event": "start", "schema": 2, ...}   all that a policy is made of; a restarted server writes its own
+    {"event": "decision", "seq": 7, ..., "decision": {...}, "signals": {...}}   one question and its answer, whole
+    {"event": "policy", ...}               as at the start: from the next row on another policy answers
+    {"event": "dropped", "seq": 12}        the disk was too slow: rows are missing here, up to this one
+    {"event": "end", "seq": 99}            the log was closed in order, after this decision
 
-    {"log": "morphserve decisions", "schema": 1, ...}  everything a policy is made of; a restarted server writes its own
-    [7, [0, 12.5, 4, 31], [2, "kv_usage 0.91 > 0.85", null]]  pair 7: values of changed signals by their index, decision
-    [8, [0, 12.54]]                                           pair 8: the same decision
-    {"event": "policy", ...}   from the next pair on another policy answers, which has seen nothing yet
-    {"event": "dropped", "pairs": 3}   the disk was too slow: so many pairs are missing here
-    {"event": "end", "pairs": 9}       the log was closed in order
-
-Floats are written so that they come back bit by bit. `last_step` is written whenever it is another step, even an equal
-one: a policy may count steps by identity.
+Where the name ends in .gz, each server writes a gzip member; what it has flushed can be read though a kill tears the
+member. Numbers come back as the type that their field has, floats bit by bit.
 """
 
 from __future__ import annotations
 
-import json
+import gzip
 import logging
+import os
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
-from operator import attrgetter
+from dataclasses import dataclass, replace
 from pathlib import Path
-from queue import Full, Queue
-from typing import Any, TextIO
+from queue import SimpleQueue
+from typing import Any, BinaryIO, Literal
+
+from pydantic import ConfigDict, TypeAdapter
 
 from morphserve.errors import ConfigError
 from morphserve.version import __version__
-from policies import Cohort, Decision, Ladder, MorphLevel, PolicySetup, Signals, StepLoad
+from policies import Decision, Ladder, PolicySetup, Signals, StepLoad
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1
-KIND = "morphserve decisions"
+SCHEMA: Literal[2] = 2  # of these lines, and of the signals and decisions in them: a new field is a new schema
 
-_FIELDS = {cls: tuple(field.name for field in fields(cls)) for cls in (Signals, Cohort, StepLoad)}
-_SIGNAL_VALUES = attrgetter(*_FIELDS[Signals])
-_VALUES = {cls: attrgetter(*_FIELDS[cls]) for cls in (Cohort, StepLoad)}
-_WAITING = _FIELDS[Signals].index("waiting")
-_LAST_STEP = _FIELDS[Signals].index("last_step")
-_ABSENT = object()
-
-_MAX_PENDING = 1024  # lines; beyond that the disk is too slow and lines are dropped, and counted
-_REPEAT_S = 1.0  # how often an unchanged decision is written
+_MAX_PENDING = 1024  # rows; beyond that the disk is too slow and rows are dropped, and counted
+_REPEAT_S = 1.0  # how often an unchanged decision is written, where only changes are
 _CLOSE_TIMEOUT_S = 5.0
-_BATCH_S = 0.1  # every pair: the writer rests so long, because waking it costs a step more than what it then writes
+_REST_S = 0.1  # of the writer after a batch: waking it costs a step more than what it then writes
+_GZIP_LEVEL = 1  # level 6 makes an eighth less of it, and takes three times as long
 
-Entry = tuple[float, Signals, Decision, bool]  # wall clock, what was asked and answered, a new level
-Event = dict[str, Any]
-Pair = tuple[int, Signals, Decision]  # its number, counted from 1
+Detail = Literal["changes", "all"]
+
+
+class _Strict:
+    """Read back as it was written, or refused."""
+
+    __slots__ = ()
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
+
+
+@dataclass(frozen=True, slots=True)
+class Header(_Strict):
+    """What a log starts with, and what another policy starts with."""
+
+    event: Literal["start", "policy"]
+    schema: Literal[2]
+    morphserve: str  # version of the package that wrote it
+    engine: int  # data-parallel index
+    detail: Detail  # changes = only rows of another level, else one a second
+    wall_s: float  # since the epoch
+    note: str  # why another policy
+    ladder: Ladder
+    setup: PolicySetup
+
+
+@dataclass(slots=True)
+class Row(_Strict):
+    """One question and its answer. Not frozen: a step makes one, and that would take twice as long."""
+
+    event: Literal["decision"]
+    seq: int  # of the decision, from 1; those that are not written count
+    wall_s: float
+    changed: bool  # another level than the row before
+    kv_usage: float  # follows from the signals; for who reads along
+    new_step: bool  # `last_step` is another than the newest before, though it may be equal: policies count by identity
+    decision: Decision
+    signals: Signals
+
+
+@dataclass(frozen=True, slots=True)
+class Mark(_Strict):
+    """Rows up to `seq` are missing, or it was the last."""
+
+    event: Literal["dropped", "end"]
+    seq: int
+
+
+Line = Header | Row | Mark
+# One each, because a union takes three times as long.
+_WRITERS: dict[type[Line], TypeAdapter[Any]] = {cls: TypeAdapter(cls) for cls in (Header, Row, Mark)}
+
+
+def make_header(setup: PolicySetup, ladder: Ladder, engine: int = 0, detail: Detail = "all") -> Header:
+    """Return what a log of this version starts with."""
+    return Header("start", SCHEMA, __version__, engine, detail, time.time(), "", ladder, setup)
 
 
 class DecisionLog:
-    """One line for every changed decision, and one a second at most while nothing changes; or, with a header, every
-    pair of signals and decision, which `python -m morphserve replay-log` can ask again.
+    """Every decision; or, a filter on the same rows, new levels, and one row a second while nothing changes."""
 
-    A line without a header: {"wall_s", "changed", "level" (wanted), "reason", "kv_usage", "signals": {...}}. Every pair
-    is about 120 bytes, and costs a step 14 us and the writer 30 us (`scripts/bench_controller.py --steps 1500
-    --pace-ms 4 --decision-log all`, on a busy machine where a tick without a log takes 66 us at that pace).
-    """
-
-    def __init__(
-        self, path: Path, *, header: Header | None = None, wall_clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, path: Path, header: Header) -> None:
         """Open `path` for appending and start the writer.
 
         Args:
-            path: of the file; directories are made.
-            header: write every pair, after this; None = a sample of them.
-            wall_clock: seconds since the epoch.
+            path: of the file, compressed if it ends in .gz; directories are made.
+            header: the first line; its `detail` is the filter.
 
         Raises:
             ConfigError: the file cannot be written.
         """
-        file = path.expanduser()
+        self._path = path.expanduser()
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            is_cut = _ends_in_mid_line(file)
-            self._file: TextIO = file.open("a", encoding="utf-8")
+            self._file = _open(self._path)
         except OSError as e:
-            raise ConfigError(f"decision_log {file}: {e.strerror}. Give a file that can be written.") from e
+            raise ConfigError(f"decision_log {self._path}: {e.strerror}. Give a file that can be written.") from e
         self.num_dropped = 0
-        self._wall_clock = wall_clock
-        self._last: Decision | None = None
-        self._last_s = float("-inf")
-        self._pairs = None if header is None else PairWriter()
-        self._num_pairs = 0
-        self._events: list[Event] = []  # what must be written before the next pair
-        self._gap: Event | None = None  # the newest of them, while pairs are being dropped
+        self._in_gap = False  # rows have been dropped, and the log does not say so yet
+        self._header = header
+        self._seq = 0
+        self._level: int | None = None
+        self._row_s = float("-inf")
+        self._step: StepLoad | None = None  # the newest there was
         self._closing = threading.Event()
-        self._pending: Queue[Entry | Pair | Event | None] = Queue(_MAX_PENDING)
-        if is_cut:  # by a server that was killed: what it left must not spoil our first line
-            self._file.write("\n")
-        if header is not None:
-            self._pending.put({**header.document(), "wall_s": wall_clock()})
+        self._pending: SimpleQueue[Line | None] = SimpleQueue()
+        self._pending.put(header)
         self._writer = threading.Thread(target=self._write, name="morphserve-decision-log", daemon=True)
         self._writer.start()
 
     def record(self, signals: Signals, decision: Decision) -> None:
-        """Queue a line if it says something new. Never blocks."""
-        if self._pairs is not None:
-            self._record_pair(signals, decision)
-            return
+        """Queue a row, unless the filter says no or the disk is behind. Never blocks."""
+        self._seq += 1
         # The reason of an unchanged level may carry figures that move: only the level counts as change.
-        changed = self._last is None or decision.level != self._last.level
-        if not changed and signals.now_s - self._last_s < _REPEAT_S:
+        changed = decision.level != self._level
+        if not (changed or self._header.detail == "all" or signals.now_s - self._row_s >= _REPEAT_S):
             return
-        self._last, self._last_s = decision, signals.now_s
-        try:
-            self._send_events()
-            self._pending.put_nowait((self._wall_clock(), signals, decision, changed))
-        except Full:
+        self._level, self._row_s = decision.level, signals.now_s
+        if self._pending.qsize() >= _MAX_PENDING:
             self.num_dropped += 1
+            self._in_gap = True
+            return
+        self._tell_gap(self._seq - 1)
+        step = signals.last_step
+        new_step = step is not None and step is not self._step
+        self._step = step or self._step
+        figures = (time.time(), changed, signals.kv_usage, new_step)
+        self._pending.put(Row("decision", self._seq, *figures, decision, signals))
 
-    def policy_changed(self, note: str, document: dict[str, Any]) -> None:
-        """From the next line on another policy answers. Never blocks, and is never dropped before that line."""
-        self._gap = None
-        self._events.append({"event": "policy", "wall_s": self._wall_clock(), "note": note, **document})
+    def policy_changed(self, note: str, setup: PolicySetup) -> None:
+        """From the next row on another policy answers. Never blocks, and is never dropped."""
+        self._tell_gap(self._seq)
+        self._pending.put(replace(self._header, event="policy", wall_s=time.time(), note=note, setup=setup))
 
     def close(self) -> None:
         """Write what is queued and close the file. May be called twice."""
+        if not self._writer.is_alive():
+            return
+        self._tell_gap(self._seq)
+        self._pending.put(Mark("end", self._seq))
+        self._pending.put(None)
+        self._closing.set()
+        self._writer.join(_CLOSE_TIMEOUT_S)
         if self._writer.is_alive():
-            self._closing.set()
-            last: list[Event | None] = [*self._events]
-            if self._pairs is not None:
-                last.append({"event": "end", "pairs": self._num_pairs})
-            self._events = []
-            try:
-                for event in [*last, None]:
-                    self._pending.put(event, timeout=_CLOSE_TIMEOUT_S)
-            except Full:
-                logger.warning("decision_log: no line written for %.0f s; the rest is lost", _CLOSE_TIMEOUT_S)
-                return
-            self._writer.join(_CLOSE_TIMEOUT_S)
+            logger.warning("decision_log: not written within %.0f s; the rest is lost", _CLOSE_TIMEOUT_S)
 
-    def _record_pair(self, signals: Signals, decision: Decision) -> None:
-        self._num_pairs += 1
-        try:
-            if self._events:
-                self._send_events()
-            self._pending.put_nowait((self._num_pairs, signals, decision))
-        except Full:
-            self.num_dropped += 1
-            if self._gap is None:
-                self._gap = {"event": "dropped", "pairs": 0}
-                self._events.append(self._gap)
-            self._gap["pairs"] += 1
-
-    def _send_events(self) -> None:
-        """Raises Full when some of them have to wait for the next pair."""
-        while self._events:
-            self._pending.put_nowait(self._events[0])
-            if self._events.pop(0) is self._gap:
-                self._gap = None
+    def _tell_gap(self, last_seq: int) -> None:
+        if self._in_gap:
+            self._pending.put(Mark("dropped", last_seq))
+            self._in_gap = False
 
     def _write(self) -> None:
-        with self._file as file:
-            try:
-                while (entry := self._pending.get()) is not None:
-                    file.write(self._to_line(entry))
-                    if self._pending.empty():
-                        file.flush()
-                        if self._pairs is not None:
-                            self._closing.wait(_BATCH_S)
-            except Exception as e:  # a full disk, most likely
-                logger.warning("decision_log %s: %s; no further decisions are written", file.name, e)
-                while self._pending.get() is not None:  # keep taking, so that close() never waits for room
-                    self.num_dropped += 1
-
-    def _to_line(self, entry: Entry | Pair | Event) -> str:
-        if isinstance(entry, dict):
-            return json.dumps(entry, separators=(",", ":")) + "\n"
-        if len(entry) == 3:
-            assert self._pairs is not None
-            return self._pairs.line(*entry)
-        return _sample(entry)
-
-
-class LogError(ValueError):
-    """A line that is not what this version writes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What a log starts with."""
-
-    setup: PolicySetup
-    ladder: Ladder
-    version: str  # of the package that wrote it
-    engine: int = 0  # data-parallel index
-
-    def document(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "log": KIND,
-            "schema": SCHEMA,
-            "morphserve": self.version,
-            "engine": self.engine,
-            "fields": list(_FIELDS[Signals]),
-            "cohort_fields": list(_FIELDS[Cohort]),
-            "step_fields": list(_FIELDS[StepLoad]),
-            "ladder": [asdict(level) for level in self.ladder],
-            **self.setup.document(),
-        }
-
-
-def make_header(setup: PolicySetup, ladder: Ladder, engine: int = 0) -> Header:
-    """Of a log that this version writes."""
-    return Header(setup, ladder, __version__, engine)
-
-
-def read_header(raw: Mapping[str, Any]) -> Header:
-    """What `Header.document` wrote.
-
-    Raises:
-        LogError: another schema, other signals, or a policy that this version cannot build.
-    """
-    if raw.get("schema") != SCHEMA:
-        raise LogError(f"schema {raw.get('schema')!r}, this version replays {SCHEMA}")
-    for name, cls in (("fields", Signals), ("cohort_fields", Cohort), ("step_fields", StepLoad)):
-        if raw.get(name) != list(_FIELDS[cls]):
-            other = sorted(set(raw.get(name) or ()) ^ set(_FIELDS[cls])) or "their order"
-            raise LogError(f"its {cls.__name__} are not those of this version, the difference: {other}")
-    try:
-        ladder = tuple(map(_read_level, raw["ladder"]))
-        return Header(PolicySetup.from_document(raw), ladder, str(raw["morphserve"]), int(raw["engine"]))
-    except (KeyError, TypeError, ValueError) as e:
-        raise LogError(f"the header does not say what the policy was made of ({type(e).__name__}: {e})") from e
-
-
-def _read_level(raw: Mapping[str, Any]) -> MorphLevel:
-    """Earlier logs have no `time_factors`."""
-    factors = tuple((int(num_seqs), float(factor)) for num_seqs, factor in raw.get("time_factors", ()))
-    return MorphLevel(**{**raw, "layer_formats": tuple(raw["layer_formats"]), "time_factors": factors})
-
-
-class PairWriter:
-    """Turns pairs into lines, each as the difference to the one before."""
-
-    def __init__(self) -> None:
-        self._values: tuple[Any, ...] = (_ABSENT,) * len(_FIELDS[Signals])
-        self._decision: Decision | None = None
-
-    def line(self, number: int, signals: Signals, decision: Decision) -> str:
-        """The line of pair `number`."""
-        changes: list[Any] = []
-        values = _SIGNAL_VALUES(signals)
-        for index, (new, old) in enumerate(zip(values, self._values, strict=True)):
-            if new is not old and not _is_same_number(new, old):
-                changes += (index, new)
-        self._values = values
-        line: list[Any] = [number, changes]
-        if decision is not self._decision and decision != self._decision:
-            line.append((decision.level, decision.reason, decision.max_queued_tokens))
-        self._decision = decision
-        return json.dumps(line, separators=(",", ":"), default=_plain) + "\n"
-
-
-class PairReader:
-    """The way back."""
-
-    def __init__(self) -> None:
-        self._values: list[Any] = [_ABSENT] * len(_FIELDS[Signals])
-        self._decision: Decision | None = None
-
-    def pair(self, line: list[Any]) -> tuple[int, Signals, Decision]:
-        """Number, signals and decision of the next line.
-
-        Raises:
-            LogError: no such line can follow the ones before.
-        """
         try:
-            number, changes, *decision = line
-            for index, value in zip(changes[::2], changes[1::2], strict=True):
-                self._values[index] = _rich(index, value)
-            if decision:
-                self._decision = Decision(*decision[0])
-        except (TypeError, ValueError, LookupError) as e:
-            raise LogError(f"no pair of signals and decision ({e})") from e
-        if not isinstance(number, int) or _ABSENT in self._values or self._decision is None:
-            raise LogError("a pair that builds on lines which are not there")
-        return number, Signals(*self._values), self._decision
+            with self._file as file:
+                while (line := self._pending.get()) is not None:
+                    file.write(to_text(line))
+                    if self._pending.empty():
+                        file.flush()  # also what gzip holds back
+                        self._closing.wait(_REST_S)
+        except Exception as e:  # a full disk, most likely
+            logger.warning("decision_log %s: %s; no further decisions are written", self._path, e)
 
 
-def _sample(entry: Entry) -> str:
-    wall_s, signals, decision, changed = entry
-    line = {
-        "wall_s": wall_s,
-        "changed": changed,
-        "level": decision.level,
-        "reason": decision.reason,
-        "kv_usage": signals.kv_usage,
-        "signals": asdict(signals),
-    }
-    return json.dumps(line, separators=(",", ":")) + "\n"
+def _open(file: Path) -> BinaryIO | gzip.GzipFile:
+    """Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".gz":
+        return gzip.open(file, "ab", _GZIP_LEVEL)
+    plain = file.open("a+b")
+    if plain.tell():
+        plain.seek(-1, os.SEEK_END)
+        if plain.read(1) != b"\n":  # by a server that was killed: what it left must not spoil our first line
+            plain.write(b"\n")
+    return plain
 
 
-def _ends_in_mid_line(file: Path) -> bool:
-    if not file.is_file() or file.stat().st_size == 0:
-        return False
-    with file.open("rb") as raw:
-        raw.seek(-1, 2)
-        return raw.read(1) != b"\n"
-
-
-def _is_same_number(new: object, old: object) -> bool:
-    """Told apart: 0.0 and -0.0, 1 and 1.0, NaN from anything. What is no number is the same only when identical."""
-    return type(new) is type(old) and isinstance(new, int | float) and new == old and bool(new)
-
-
-def _plain(value: Any) -> Any:
-    return _VALUES[type(value)](value)
-
-
-def _rich(index: int, value: Any) -> Any:
-    if index == _WAITING:
-        return tuple(Cohort(*cohort) for cohort in value)
-    if index == _LAST_STEP:
-        return None if value is None else StepLoad(*value)
-    return value
+def to_text(line: Line) -> bytes:
+    """Return what is written of a line, its end included."""
+    return _WRITERS[type(line)].dump_json(line) + b"\n"

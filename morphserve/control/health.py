@@ -14,7 +14,7 @@ _OTHER: dict[Direction, Direction] = {"degrade": "restore", "restore": "degrade"
 
 
 class Health(Enum):
-    """How far the controller still works, or what feeds it. Nothing gets well again: no error is met at every step.
+    """The state of the controller and of what feeds it. Nothing gets well again: no error is met at every step.
 
     ::
 
@@ -35,7 +35,7 @@ class Health(Enum):
     DEAD = auto()
 
     def to(self, new: Health) -> Health:
-        """`new`, if the table has the move.
+        """Return `new`, if the table has the move.
 
         Raises:
             IllegalTransition: it has not.
@@ -54,7 +54,7 @@ _NEXT: Mapping[Health, frozenset[Health]] = {
 
 
 class BackOff:
-    """Nothing starts right after a failure; what keeps failing waits twice as long each time, up to a limit.
+    """The waits after failures: what keeps failing waits twice as long each time, up to a limit.
 
     Each attempt of a restore takes KV away from running requests for nothing, and writes a warning: a damaged
     file must not cost that every few seconds for days. Directions count apart, because a restore that fails for
@@ -69,11 +69,11 @@ class BackOff:
         self._full_at = 0  # blocks that the last drain did not get down to; 0 = no drain has timed out
 
     def allows(self, now_s: float, direction: Direction) -> bool:
-        """Whether an attempt may start now."""
+        """Return whether an attempt may start now."""
         return now_s >= self._not_before_s.get(direction, now_s)
 
     def failed(self, now_s: float, direction: Direction) -> float:
-        """Returns how long nothing starts in `direction`, in seconds."""
+        """Return how long nothing starts in `direction`, in seconds."""
         wait_s = self._next_wait_s.get(direction, self._first_s)
         self._next_wait_s[direction] = min(2 * wait_s, self._longest_s)
         self._full_at = 0  # a fault's wait is not ended by room
@@ -81,7 +81,7 @@ class BackOff:
         return self._hold(direction, now_s + wait_s) - now_s
 
     def drain_timed_out(self, now_s: float, num_kv_blocks: int, num_used_blocks: int) -> float:
-        """The KV cache was too full to restore: no fault, so it waits no longer the second time.
+        """Return how long no restore starts after a cache that was too full: no fault, so no longer the second time.
 
         Args:
             num_kv_blocks: what the cache was to shrink to, null block included.
@@ -92,12 +92,12 @@ class BackOff:
         return self._hold("restore", now_s + self._first_s) - now_s
 
     def see_room(self, num_used_blocks: int) -> None:
-        """Live requests hold so many blocks: a wait for room is over once they fit."""
+        """End a wait for room once what live requests hold would fit."""
         if num_used_blocks < self._full_at:
             self._not_before_s.pop("restore", None)
 
     def succeeded(self, direction: Direction) -> None:
-        """A transition in `direction` has reached its level."""
+        """Forget the failures of a direction that has reached its level."""
         self._next_wait_s.pop(direction, None)
 
     def _hold(self, direction: Direction, until_s: float) -> float:
@@ -108,7 +108,7 @@ class BackOff:
 
 @dataclass(slots=True)
 class Counters:
-    """What the metrics read of the controller. Counters rise for ever; `num_blocks_*` and `last_pause_s` are gauges."""
+    """The figures that the metrics read. Counters rise for ever; `num_blocks_*` and `last_pause_s` are gauges."""
 
     transitions: dict[tuple[Direction, Outcome], int] = field(default_factory=dict)
     transition_seconds: float = 0.0  # from start to end, all transitions together
@@ -122,10 +122,10 @@ class Counters:
     errors: dict[str, int] = field(default_factory=dict)  # by place
 
     def count_transition(self, direction: Direction, outcome: Outcome) -> None:
-        """A transition has ended."""
+        """Count a transition that has ended."""
         key = (direction, outcome)
         self.transitions[key] = self.transitions.get(key, 0) + 1
 
     def count_error(self, place: str) -> None:
-        """An error was caught; `place` is one of a few fixed names."""
+        """Count an error that was caught; `place` is one of a few fixed names."""
         self.errors[place] = self.errors.get(place, 0) + 1

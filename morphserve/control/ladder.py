@@ -29,7 +29,7 @@ LayerTimes = Mapping[str, Sequence[tuple[float, float]]]
 
 @dataclass(frozen=True, slots=True)
 class ProfileLadder:
-    """What a profile says about a model's ladder, in plain values."""
+    """A profile's statement on a model's ladder, in plain values."""
 
     order: tuple[int, ...]  # every decoder layer id, least harmful first
     levels: tuple[Mapping[int, str], ...]  # level 0 first: decoder layer id |-> format, full precision left out
@@ -37,14 +37,14 @@ class ProfileLadder:
 
 
 def ladder_formats(config: LadderConfig, profile: ProfileLadder | None = None) -> tuple[str, ...]:
-    """Formats that the levels use, in the order in which they come in."""
+    """Return the formats that the levels use, in the order in which they come in."""
     if levels := _profile_levels(config, profile):
         return tuple(dict.fromkeys(fmt for formats in levels for fmt in formats.values()))
     return tuple(dict.fromkeys(step.format for step in _steps(config)))
 
 
 def optional_formats(config: LadderConfig, profile: ProfileLadder | None = None) -> frozenset[str]:
-    """Formats that the ladder does without where no kernel runs them: those that no step insists on."""
+    """Return the formats that the ladder does without where no kernel runs them: no step insists on them."""
     if _profile_levels(config, profile):
         return frozenset()
     steps = _steps(config)
@@ -52,7 +52,7 @@ def optional_formats(config: LadderConfig, profile: ProfileLadder | None = None)
 
 
 def without_formats(config: LadderConfig, formats: Collection[str]) -> LadderConfig:
-    """The section without the steps of some formats, not of all; as it is where there are none to leave out."""
+    """Return the section without the steps of some formats, not of all; as it is where there are none to leave out."""
     if not formats:
         return config
     return config.model_copy(update={"steps": [step for step in _steps(config) if step.format not in formats]})
@@ -66,7 +66,7 @@ def build_ladder(
     max_num_blocks: int | None = None,
     profile: ProfileLadder | None = None,
 ) -> Ladder:
-    """All levels, from full precision to the last step's last layer, or those of the profile.
+    """Build all levels, from full precision to the last step's last layer, or those of the profile.
 
     One ladder for all ranks: a level publishes the blocks that EVERY rank has freed the bytes of. So that no
     pipeline stage waits for another, steps take layers of all stages in turn, each stage's in the given order.
@@ -123,7 +123,7 @@ def _steps(config: LadderConfig) -> Sequence[LadderStep]:
 
 
 def _profile_levels(config: LadderConfig, profile: ProfileLadder | None) -> tuple[Mapping[int, str], ...]:
-    """The profile's own levels, empty where the section's steps count."""
+    """Return the profile's own levels, empty where the section's steps count."""
     if config.steps == "profile" and (profile is None or len(profile.levels) < 2):
         raise ConfigError(
             "ladder.steps is 'profile', and there is no profile with a ladder. Set `profile` to a directory that "
@@ -134,7 +134,7 @@ def _profile_levels(config: LadderConfig, profile: ProfileLadder | None) -> tupl
 
 
 def _check_sizes(levels: Sequence[tuple[str, ...]], ranks: Sequence[RankBytes]) -> None:
-    """A level that takes more than the one before would shrink the KV cache on the way down: refuse it."""
+    """Refuse a level that takes more than the one before: it would shrink the KV cache on the way down."""
     for rank in ranks:
         sizes = [rank.weight(formats) for formats in levels]
         for level, (before, after) in enumerate(pairwise(sizes), start=1):
@@ -148,7 +148,7 @@ def _check_sizes(levels: Sequence[tuple[str, ...]], ranks: Sequence[RankBytes]) 
 def _levels_of_steps(
     num_layers: int, ranks: Sequence[RankBytes], config: LadderConfig, profile: ProfileLadder | None
 ) -> list[tuple[str, ...]]:
-    """Formats by layer, level by level, as the steps put them."""
+    """Return the formats by layer, level by level, as the steps put them."""
     order = _swap_order(num_layers, config.order, profile)
     formats = [BASE_FORMAT] * num_layers
     levels = [tuple(formats)]
@@ -187,7 +187,7 @@ def check_floor(base_num_blocks: int, max_model_len: int, block_size: int, neede
 
 
 def resolve_level(ladder: Ladder, spec: int | str) -> int:
-    """Index of the level that `spec` names: an index, 'deepest', or a format all layers are in.
+    """Return the index of the level that `spec` names: an index, 'deepest', or a format all layers are in.
 
     Raises:
         ConfigError: no such level.
@@ -199,7 +199,7 @@ def resolve_level(ladder: Ladder, spec: int | str) -> int:
 
 
 def _swap_order(num_layers: int, order: str | list[int] | None, profile: ProfileLadder | None) -> list[int]:
-    """Layer ids in swap order; a list may leave layers out, but not repeat or invent them."""
+    """Return layer ids in swap order; a list may leave layers out, but not repeat or invent them."""
     if order == "profile" and profile is None:
         raise ConfigError(
             "ladder.order is 'profile', and there is none. Set `profile` to a directory that "
@@ -224,7 +224,7 @@ def _swap_order(num_layers: int, order: str | list[int] | None, profile: Profile
 
 
 def _num_step_layers(num_layers: int, step: LadderStep, number: int) -> int:
-    """Layers the step covers; 'all' means all that `order` names."""
+    """Return how many layers the step covers; 'all' means all that `order` names."""
     if step.layers == "all":
         return num_layers
     if not 1 <= step.layers <= num_layers:
@@ -236,7 +236,7 @@ def _num_step_layers(num_layers: int, step: LadderStep, number: int) -> int:
 
 
 def _check_blocks(base_num_blocks: int, ranks: Sequence[RankBytes], max_num_blocks: int | None) -> None:
-    """Block size and cap make sense."""
+    """Refuse a block size or a cap that makes no sense."""
     smallest = min(rank.kv_block_bytes for rank in ranks)
     if smallest < 1:
         raise ConfigError(f"kv_block_bytes is {smallest}, must be at least 1. Give one block's bytes.")
@@ -254,7 +254,7 @@ def _check_blocks(base_num_blocks: int, ranks: Sequence[RankBytes], max_num_bloc
 
 
 def _check_layer_bytes(num_layers: int, ranks: Sequence[RankBytes], formats: Sequence[str]) -> None:
-    """Every format in use has one figure per layer, above 0 on the ranks that hold the layer and on no other."""
+    """Refuse figures of a format in use that are not above 0 on just the ranks that hold the layer."""
     for fmt in (BASE_FORMAT, *formats):
         for rank in ranks:
             figures = rank.layers.get(fmt)
@@ -281,7 +281,7 @@ def _check_expected_kl(figures: Mapping[str, float]) -> None:
 
 
 def _check_frees(layer: int, old: str, new: str, ranks: Sequence[RankBytes], number: int) -> None:
-    """A step that makes a layer larger would shrink the KV cache on the way down: refuse it."""
+    """Refuse a step that makes a layer larger: it would shrink the KV cache on the way down."""
     for rank in ranks:
         before, after = rank.layers[old][layer], rank.layers[new][layer]
         if after > before:
@@ -292,7 +292,7 @@ def _check_frees(layer: int, old: str, new: str, ranks: Sequence[RankBytes], num
 
 
 def _expected_kl(formats: Sequence[str], figures: Mapping[str, float]) -> float | None:
-    """Nats per token if layers added up independently: each carries its share of the all-layers figure."""
+    """Return nats per token if layers added up independently: each carries its share of the all-layers figure."""
     used = [fmt for fmt in formats if fmt != BASE_FORMAT]
     if any(fmt not in figures for fmt in used):
         return None
@@ -300,7 +300,7 @@ def _expected_kl(formats: Sequence[str], figures: Mapping[str, float]) -> float 
 
 
 def with_time_factors(ladder: Ladder, ranks: Sequence[LayerTimes]) -> Ladder:
-    """The levels with `time_factors`: of the rank that a level slows down most, since the others wait for it.
+    """Add the `time_factors` of the rank that a level slows down most, since the others wait for it.
 
     Args:
         ladder: all levels.
@@ -320,7 +320,7 @@ def with_time_factors(ladder: Ladder, ranks: Sequence[LayerTimes]) -> Ladder:
 
 
 def _seconds(times: LayerTimes, layer_formats: Sequence[str], batch: int) -> float:
-    """Of all layers' linears at a batch, given by its place in TIMED_BATCHES."""
+    """Return the time of all layers' linears at a batch, given by its place in TIMED_BATCHES."""
     total = 0.0
     for layer_format in layer_formats:
         attention, _, mlp = layer_format.partition("/")

@@ -19,7 +19,7 @@ _FIRST_S_PER_BYTE = 1 / 0.6e9
 
 @dataclass(slots=True)
 class LayerState:
-    """What all ranks have switched to, as far as their answers tell.
+    """The formats that all ranks have switched to, as far as their answers tell.
 
     Attributes:
         current: deepest level whose formats all layers have at least.
@@ -44,12 +44,12 @@ class LayerState:
         self.formats = list(self.ladder[0].layer_formats)
 
     @property
-    def exposure_level(self) -> int:
+    def effective_level(self) -> int:
         """The level that tokens count for: between two levels, the deeper one."""
         return self.current + self.is_between
 
     def next_target(self, level: int) -> int | None:
-        """The next level on the way to `level`, a neighbour of where the layers are; None = they are there."""
+        """Return the next level on the way to `level`, a neighbour of where the layers are; None = they are there."""
         if self.is_between:
             return self.current + (level > self.current)
         if level == self.current:
@@ -57,41 +57,41 @@ class LayerState:
         return self.current + (1 if level > self.current else -1)
 
     def direction(self, target: int) -> Direction:
-        """Of the way to `target`, a level as `next_target` names it."""
+        """Return the direction of `target`, a level as `next_target` names it."""
         return "degrade" if target > self.current else "restore"
 
     def blocks_with(self, layers: LayerFormats, target: int) -> int:
-        """KV blocks that are paid for once `layers` are switched on the way to `target`."""
+        """Return the KV blocks that are paid for once `layers` are switched on the way to `target`."""
         after = list(self.formats)
         for layer, fmt in layers:
             after[layer] = fmt
-        base, deeper = self.ladder[0], self.ladder[max(target, self.exposure_level)]
+        base, deeper = self.ladder[0], self.ladder[max(target, self.effective_level)]
         paid = base.num_kv_blocks + paid_blocks(self.ranks, base.layer_formats, after)
         return min(paid, deeper.num_kv_blocks)
 
     def new_bytes(self, layers: LayerFormats) -> tuple[int, ...]:
-        """Of `layers`, in the formats they get, by rank."""
+        """Return the bytes of `layers` by rank, in the formats they get."""
         return tuple(sum(rank.layers[fmt][layer] for layer, fmt in layers) for rank in self.ranks)
 
     def old_bytes(self, layers: LayerFormats) -> tuple[int, ...]:
-        """Of `layers`, in the formats they have, by rank."""
+        """Return the bytes of `layers` by rank, in the formats they have."""
         return self.new_bytes(tuple((layer, self.formats[layer]) for layer, _ in layers))
 
     def expose(self, target: int) -> None:
-        """Layers of `target` may be in use from the next forward pass on."""
+        """Note that layers of `target` may be in use from the next forward pass on."""
         self.is_between = self.is_between or target > self.current
 
     def settle(self, layers: LayerFormats, target: int) -> None:
-        """All ranks have switched `layers` on the way to `target`."""
+        """Note that all ranks have switched `layers` on the way to `target`."""
         for layer, fmt in layers:
             self.formats[layer] = fmt
-        deeper = max(target, self.exposure_level)
+        deeper = max(target, self.effective_level)
         self.is_between = tuple(self.formats) != self.ladder[target].layer_formats
         self.current = deeper - 1 if self.is_between else target
 
 
 class LayerPicker:
-    """Chooses the layers of the next chunk: as many as the pause and the staging reserve of every rank allow.
+    """The choice of the next chunk's layers: as many as the pause and the staging reserve of every rank allow.
 
     Pipeline stages work at the same time, so what counts is how many layers one rank switches.
     """
@@ -105,7 +105,7 @@ class LayerPicker:
     def pick(
         self, formats: Sequence[str], target: Sequence[str], direction: Direction, in_background: bool = False
     ) -> LayerFormats:
-        """Layers to switch on the way from `formats` to `target`, at least one.
+        """Choose layers to switch on the way from `formats` to `target`, at least one.
 
         In the background ranks prepare beside their steps: a chunk pauses none of them, however large.
 
@@ -128,7 +128,7 @@ class LayerPicker:
         return tuple(layers)
 
     def learn(self, direction: Direction, layers: LayerFormats, seconds: float) -> None:
-        """What the slowest rank took for these layers."""
+        """Remember what the slowest rank took for these layers."""
         counts = [0] * len(self._ranks)
         for layer, _ in layers:
             for i in stage_of(self._ranks, layer):
@@ -138,7 +138,7 @@ class LayerPicker:
         self._seconds_per_layer[direction] = known + _COST_SHARE * (cost - known)
 
     def _limit(self, layers: Sequence[int], target: Sequence[str], direction: Direction) -> int:
-        """Layers of one rank between two forward passes."""
+        """Return how many layers one rank may switch between two forward passes."""
         largest = max((rank.layers[target[layer]][layer] for rank in self._ranks for layer in layers), default=0)
         cost = self._seconds_per_layer.get(direction, largest * _FIRST_S_PER_BYTE)
         limit = self._config.layers_per_step

@@ -23,9 +23,10 @@ _MAX_UNDRAINED = 3
 class Plan:
     """One message to every rank. All ranks carry it out between the same two forward passes.
 
-    A plan with `layer_formats` is sent in two phases (prepare may fail, commit cannot), or, where one
-    rank decides alone, as one `apply`. A plan without (KV only) has nothing that can fail and is
-    committed at once.
+    A plan with `layer_formats` is sent in two phases: prepare may fail, commit cannot. A plan without (KV only) has
+    nothing that can fail and is committed at once. So is a plan that is `alone`: its one rank, whose own vote is all
+    there is to wait for, prepares within the commit, which may then fail: no layer has changed, but what was to be
+    unmapped is.
 
     On commit a rank does, in this order: copy `copies` and rewrite its cached block tables; unmap
     when `num_kv_blocks` is below what it has mapped; switch the layers and free what they were; map
@@ -36,6 +37,7 @@ class Plan:
     layer_formats: LayerFormats
     num_kv_blocks: int  # mapped on each rank after commit, null block included
     copies: tuple[tuple[int, int], ...] = ()  # (source, destination) block ids, disjoint sets
+    alone: bool = False  # one rank decides alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +60,21 @@ class Ticket(Protocol):
     """Replies on their way."""
 
     def poll(self) -> tuple[Reply, ...] | None:
-        """All ranks' replies, or None while one is missing. Never blocks."""
+        """Return all ranks' replies, or None while one is missing. Never blocks."""
         ...
 
 
 class ExecutorPort(Protocol):
-    """Sends commands to all ranks, in one order with the forward passes."""
+    """The way to all ranks: commands, in one order with the forward passes."""
 
     @property
     def num_ranks(self) -> int:
-        """How many ranks must agree."""
+        """The number of ranks that must agree."""
         ...
 
     @property
     def in_background(self) -> bool:
-        """Ranks prepare beside their forward passes, so that one too is told to prepare first and to commit later."""
+        """Whether ranks prepare beside their forward passes: then one, too, prepares first and commits later."""
         ...
 
     def prepare(self, plan: Plan) -> Ticket: ...
@@ -81,18 +83,10 @@ class ExecutorPort(Protocol):
 
     def abort(self, plan: Plan) -> Ticket: ...
 
-    def apply(self, plan: Plan) -> Ticket:
-        """Commit in one command, for a single rank, whose own vote is all there is to wait for.
-
-        It copies and unmaps, then prepares, then switches and maps. When preparing fails it answers
-        ok=False: no layer has changed, but what was to be unmapped is.
-        """
-        ...
-
 
 @dataclass(frozen=True, slots=True)
 class ShrinkProgress:
-    """What one call of `advance_shrink` did."""
+    """The result of one call of `advance_shrink`."""
 
     copies: tuple[tuple[int, int], ...]  # must reach every rank before the next forward pass
     num_live_tail: int  # blocks worth keeping still above the new end; 0 = finish_shrink may be called
@@ -116,7 +110,7 @@ class BlockPoolPort(Protocol):
         ...
 
     def begin_shrink(self, num_kv_blocks: int) -> None:
-        """From now on the pool offers no more blocks than that; fenced ones, with higher ids, never again."""
+        """Offer no more blocks than that from now on; fenced ones, with higher ids, never again."""
         ...
 
     def advance_shrink(self, max_copies: int) -> ShrinkProgress:
@@ -151,7 +145,7 @@ class CommandFailed(MorphServeError, RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class RankFigures:
-    """The newest figures a rank reported."""
+    """The newest figures that a rank reported."""
 
     num_kv_blocks: int  # mapped, null block included
     weight_bytes: int
@@ -159,8 +153,8 @@ class RankFigures:
 
 
 @dataclass(slots=True)
-class ReplyDesk:
-    """Takes replies in: of the one command that is waited for, and of those that nobody waits for one by one."""
+class ReplyTracker:
+    """The replies of the one command that is waited for, and of those that nobody waits for one by one."""
 
     ranks: dict[int, RankFigures] = field(default_factory=dict)
     pause_s: float = 0.0  # worker seconds in the replies taken since it was last set to 0
@@ -172,15 +166,15 @@ class ReplyDesk:
 
     @property
     def is_full(self) -> bool:
-        """True when no further copies may be sent before replies have come."""
+        """Whether no further copies may be sent before replies have come."""
         return len(self.copies) + len(self.late) >= _MAX_UNDRAINED
 
     def expect(self, ticket: Ticket, now_s: float) -> None:
-        """The command that is waited for from now on."""
+        """Wait for this command from now on."""
         self._awaited, self._sent_s, self._said_late = ticket, now_s, False
 
     def answer(self) -> tuple[Reply, ...] | None:
-        """All ranks' replies to the awaited command, None while one is missing. Given once."""
+        """Return all ranks' replies to the awaited command, None while one is missing. Given once."""
         if self._awaited is None:
             return None
         replies = self.poll(self._awaited)
@@ -189,24 +183,24 @@ class ReplyDesk:
         return replies
 
     def silence_s(self, now_s: float) -> float:
-        """Since the awaited command was sent."""
+        """Return the seconds since the awaited command was sent."""
         return now_s - self._sent_s
 
     def becomes_late(self, now_s: float, timeout_s: float) -> bool:
-        """Is the awaited answer overdue now? True once a command."""
+        """Return whether the awaited answer is overdue now. True once a command."""
         if self._awaited is None or self._said_late or self.silence_s(now_s) <= timeout_s:
             return False
         self._said_late = True
         return True
 
     def give_up(self) -> None:
-        """Nobody waits for the awaited answer any more."""
+        """Wait for the awaited answer no more."""
         if self._awaited is not None:
             self.late.append(self._awaited)
             self._awaited = None
 
     def poll(self, ticket: Ticket) -> tuple[Reply, ...] | None:
-        """All ranks' replies, None while one is missing."""
+        """Return all ranks' replies, None while one is missing."""
         replies = ticket.poll()
         if replies is not None:
             self.pause_s += slowest(replies)
@@ -255,10 +249,10 @@ def require_success(replies: tuple[Reply, ...], command: str) -> None:
 
 
 def slowest(replies: tuple[Reply, ...]) -> float:
-    """Seconds the slowest rank took: the others waited for it."""
+    """Return the seconds that the slowest rank took: the others waited for it."""
     return max((reply.elapsed_s for reply in replies), default=0.0)
 
 
 def failures(replies: tuple[Reply, ...]) -> str:
-    """What the ranks that failed say, '' when none did."""
+    """Join what the ranks that failed say, '' when none did."""
     return "; ".join(f"rank {reply.rank}: {reply.error}" for reply in replies if not reply.ok)

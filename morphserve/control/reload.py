@@ -37,7 +37,7 @@ Stamp = tuple[tuple[int, int, int] | None, ...]  # (mtime_ns, size, inode) of ea
 
 @dataclass(frozen=True, slots=True)
 class Reloads:
-    """What has been so far."""
+    """The reloads so far."""
 
     kind: str
     source: str
@@ -50,7 +50,7 @@ class Reloads:
 
 
 class PolicyReloader:
-    """Reads, checks and hands over. One thread at a time; `reloads` may be read by any."""
+    """A reader that checks an edited file and hands its policy over. One thread at a time; any may read `reloads`."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class PolicyReloader:
         install: Callable[[PolicySetup, str], None],
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """Nothing is read yet: the first looks find what has changed since the server read the file.
+        """Read nothing yet: the first looks find what has changed since the server read the file.
 
         Args:
             file: the YAML; None = the settings have no file.
@@ -84,7 +84,7 @@ class PolicyReloader:
 
     @property
     def has_file(self) -> bool:
-        """There is something to watch."""
+        """Whether there is something to watch."""
         return self._file is not None
 
     def look(self) -> None:
@@ -109,7 +109,7 @@ class PolicyReloader:
         return self.answer()
 
     def answer(self) -> dict[str, Any]:
-        """What came of the last one."""
+        """Return what came of the last reload."""
         now = self.reloads
         return {
             "ok": now.last_outcome != "refused",
@@ -126,7 +126,7 @@ class PolicyReloader:
         return tuple(map(_stamp_of, files))
 
     def _load(self) -> PolicySetup | ConfigError:
-        """The file's setup, or why not."""
+        """Return the file's setup, or why not."""
         assert self._file is not None
         try:
             if (stamp := _stamp_of(self._file)) is not None and stamp[1] == 0:
@@ -167,7 +167,7 @@ class PolicyReloader:
 
 
 class ReloadWatch:
-    """The thread: looks once in a while, and when it is asked to."""
+    """The thread that looks once in a while, and when it is asked to."""
 
     def __init__(self, reloader: PolicyReloader, interval_s: float = WATCH_INTERVAL_S) -> None:
         self._reloader = reloader
@@ -180,11 +180,11 @@ class ReloadWatch:
 
     @property
     def reloads(self) -> Reloads:
-        """What has been so far."""
+        """The reloads so far."""
         return self._reloader.reloads
 
     def ask(self, cause: str) -> Future[dict[str, Any]]:
-        """Read the file now; the future is done by the thread."""
+        """Have the file read now; the thread completes the future."""
         future: Future[dict[str, Any]] = Future()
         if self._is_closed:
             why = "the engine is shutting down" if self._reloader.has_file else (
@@ -196,7 +196,7 @@ class ReloadWatch:
         return future
 
     def close(self) -> None:
-        """No look after the one that may be under way. Re-entrant."""
+        """Stop: no look comes after the one that may be under way. Re-entrant."""
         self._is_closed = True
         self._asked.put(None)
 
@@ -232,7 +232,7 @@ def _stamp_of(file: Path) -> tuple[int, int, int] | None:
 
 
 def _changes(old: BaseModel, new: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, value before, value now) of what differs, sections taken apart where they are of one kind."""
+    """Yield (key, value before, value now) of what differs, sections taken apart where they are of one kind."""
     for name in type(old).model_fields:
         before, now = getattr(old, name), getattr(new, name)
         if isinstance(before, BaseModel) and type(before) is type(now):
@@ -246,7 +246,7 @@ def _told(error: Exception) -> str:
 
 
 def _difference(old: PolicySetup, new: PolicySetup) -> str:
-    """What differs, in words."""
+    """Put what differs into words."""
     if type(old.section) is not type(new.section):
         return f"policy.kind {old.section.kind} -> {new.section.kind}"
     told = [f"{key} {before!r} -> {now!r}" for key, before, now in _changes(old.section, new.section, "policy.")]

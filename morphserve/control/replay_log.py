@@ -11,20 +11,80 @@ Exit status 0 when every decision agrees and nothing is missing, else 1. Last st
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 from morphserve.config import MorphServeConfig, load_config, step_times_file
-from morphserve.control.decision_log import KIND, Header, LogError, PairReader, read_header
+from morphserve.control.decision_log import SCHEMA, Header, Line, Mark, Row
 from morphserve.errors import ConfigError
 from morphserve.version import __version__
-from policies import Decision, Policy, PolicySetup, load_step_times
+from policies import Decision, Policy, PolicySetup, StepLoad, load_step_times
 
-MakeSetup = Callable[[PolicySetup], PolicySetup]  # from what the log says to what is asked
+LINE: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="event")])
+# Where a gzip member starts, of Python or gzip(1): 44 fixed bits, so no other bytes of a log will look like it.
+_MEMBER = re.compile(rb"(?=\x1f\x8b\x08[\0\x08].{4}[\0\2\4][\3\xff])", re.DOTALL)
+_CHUNK_BYTES = 1 << 16
+
+
+class LogError(ValueError):
+    """A line that is not what this version writes."""
+
+
+def read_log(file: Path) -> Iterator[tuple[int, Line | LogError]]:
+    """Read lines with their numbers, from 1; for one that cannot be used, the error that says why.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    for at, text in enumerate(_texts(file), start=1):
+        if text.strip():
+            try:
+                yield at, LINE.validate_json(text)
+            except ValidationError as error:
+                yield at, LogError(_why(text, error))
+
+
+def _why(text: bytes, error: ValidationError) -> str:
+    try:
+        raw = from_json(text)
+    except ValueError:
+        return "the line is cut or damaged"
+    raw = raw if isinstance(raw, dict) else {}
+    schema = raw.get("schema", SCHEMA if "event" in raw else 1)
+    if schema != SCHEMA:
+        return (
+            f"schema {schema}, written by morphserve {raw.get('morphserve', '0.1.0 or earlier')}; this version reads "
+            f"schema {SCHEMA}. Replay it with the version that wrote it."
+        )
+    wrong = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
+    return f"no line that this version writes ({'; '.join(wrong)})"
+
+
+def _texts(file: Path) -> Iterator[bytes]:
+    """The lines. Of a gzip file each member for itself: one that a kill has torn ends where the next starts."""
+    with file.open("rb") as raw:
+        if raw.peek(2)[:2] != b"\x1f\x8b":
+            yield from raw
+            return
+        packed = raw.read()
+    for member in _MEMBER.split(packed):
+        stream, rest = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16), b""
+        try:
+            for at in range(0, len(member), _CHUNK_BYTES):
+                *lines, rest = (rest + stream.decompress(member[at : at + _CHUNK_BYTES])).split(b"\n")
+                yield from lines
+        except zlib.error:
+            rest = rest or b"?"  # at least a line that is damaged
+        if rest:
+            yield rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +92,7 @@ class Difference:
     """Two answers to one question."""
 
     line: int
-    pair: int
+    pair: int  # `Row.seq`
     now_s: float
     logged: Decision
     replayed: Decision
@@ -48,117 +108,96 @@ class Replay:
     policies: list[str] = field(default_factory=list)  # that were asked, one after the other
     problems: list[str] = field(default_factory=list)  # each of them says what is not proven
     notes: list[str] = field(default_factory=list)
-    first: Difference | None = None
-    logged_levels: Counter[int] = field(default_factory=Counter)  # pairs by level
-    replayed_levels: Counter[int] = field(default_factory=Counter)
+    first_difference: Difference | None = None
+    logged_levels: dict[int, int] = field(default_factory=dict)  # decisions by level
+    replayed_levels: dict[int, int] = field(default_factory=dict)
 
     @property
     def agrees(self) -> bool:
         """Every decision of a whole log."""
         return not self.problems and self.differing == 0
 
-    def document(self) -> dict[str, Any]:
-        """For the last line."""
-        return {
-            "agrees": self.agrees,
-            "compared": self.compared,
-            "differing": self.differing,
-            "skipped": self.skipped,
-            "policies": self.policies,
-            "problems": self.problems,
-            "notes": self.notes,
-            "first_difference": None if self.first is None else asdict(self.first),
-            "logged_levels": {str(level): n for level, n in sorted(self.logged_levels.items())},
-            "replayed_levels": {str(level): n for level, n in sorted(self.replayed_levels.items())},
-        }
-
 
 class _Replayer:
     """Takes the log line by line."""
 
-    def __init__(self, make_setup: MakeSetup, is_open_loop: bool) -> None:
+    def __init__(self, other: MorphServeConfig | None) -> None:
         self.found = Replay()
-        self._make_setup = make_setup
-        self._is_open_loop = is_open_loop
-        self._header: Header | None = None  # None = lines build on one that is not there, until the next header
+        self._other = other  # asked in the place of the logged policy
+        self._header: Header | None = None  # None = nothing can be used until a log starts
         self._policy: Policy | None = None  # None = nobody knows what it has seen, until another one starts
-        self._pairs = PairReader()
-        self._number = 0  # of the last pair
-        self._ended = True
+        self._seq = 0  # of the last row
+        self._step: StepLoad | None = None  # the newest
 
-    def take(self, at: int, line: dict[str, Any] | list[Any]) -> None:
+    def take(self, at: int, line: Line | LogError) -> None:
         """Line number `at`."""
+        found = self.found
         try:
-            if isinstance(line, list):
-                self._take_pair(at, line)
-            elif line.get("log") == KIND:
-                self._take_header(at, line)
-            elif "signals" in line:
-                raise LogError("a sample of decisions (decision_log_detail: changes): no policy can be asked again")
-            elif line.get("event") == "policy":
-                self._take_policy(line)
-            elif line.get("event") == "dropped":
-                self._take_dropped(at, line)
-            elif line.get("event") == "end":
-                self._take_end(line)
-            else:
-                raise LogError("no line that this version writes")
-        except LogError as e:
-            self.lost(at, str(e))
-
-    def lost(self, at: int, why: str) -> None:
-        """Line `at` cannot be used, nor can what builds on it."""
-        if self._header is not None or not any(problem.endswith(why) for problem in self.found.problems):
-            self.found.problems.append(f"line {at}: {why}")
-        self._header = self._policy = None
+            match line:
+                case LogError():
+                    raise line
+                case Header(event="start"):
+                    self._start(at, line)
+                case _ if self._header is None:
+                    found.skipped += isinstance(line, Row)
+                    raise LogError("nothing says what policy was asked: the start is missing")
+                case Header():
+                    self._seat(line)
+                case Row():
+                    self._ask(at, line)
+                case Mark(event="dropped"):
+                    lost = line.seq - self._seq
+                    found.problems.append(f"line {at}: {lost} decisions were dropped here, the disk was too slow")
+                    self._seq, self._policy = line.seq, None
+                case Mark():
+                    if line.seq != self._seq:
+                        raise LogError(f"the log ends after decision {line.seq}, the last one here is {self._seq}")
+                    self._header = None
+        except LogError as e:  # nor can what builds on this line be used, which need not be said again
+            if self._header is not None or not found.problems:
+                found.problems.append(f"line {at}: {e}")
+            self._header = self._policy = None
 
     def finish(self) -> Replay:
         """No line comes any more."""
         found = self.found
-        if not self._ended:
+        if self._header is not None:
             found.notes.append("the log was not closed: its server was killed, or still runs")
         if not found.compared and not found.problems:
             found.problems.append("no decision in it")
         return found
 
-    def _take_header(self, at: int, line: dict[str, Any]) -> None:
-        if not self._ended:
-            self.found.notes.append(f"line {at}: the server before was killed; what it had not yet written is missing")
-        self._policy, self._pairs, self._number, self._ended = None, PairReader(), 0, False
-        self._header = read_header(line)
-        if self._header.version != __version__:
-            self.found.notes.append(f"line {at}: written by morphserve {self._header.version}, this is {__version__}")
-        self._start(self._header, self._header.setup)
+    def _start(self, at: int, header: Header) -> None:
+        notes = self.found.notes
+        if self._header is not None:
+            notes.append(f"line {at}: the server before was killed; what it had not yet written is missing")
+        self._header, self._policy, self._seq, self._step = header, None, 0, None
+        if header.detail == "changes":
+            raise LogError("a sample of decisions (decision_log_detail: changes): no policy can be asked again")
+        if header.morphserve != __version__:
+            notes.append(f"line {at}: written by morphserve {header.morphserve}, this is {__version__}")
+        self._seat(header)
 
-    def _take_policy(self, line: dict[str, Any]) -> None:
-        if self._header is None:
+    def _seat(self, header: Header) -> None:
+        """Ask another policy from now on, which has seen nothing; the one of an open loop goes on."""
+        if self._other is not None and self._policy is not None:
             return
         try:
-            setup = PolicySetup.from_document(line)
-        except ValueError as e:
-            raise LogError(f"a policy that this version cannot build: {e}") from e
-        if not self._is_open_loop or self._policy is None:
-            self._start(self._header, setup)
-
-    def _start(self, header: Header, setup: PolicySetup) -> None:
-        try:
-            chosen = self._make_setup(setup)
-            self._policy = chosen.build(header.ladder)
+            setup = _in_place_of(header.setup, self._other)
+            self._policy = setup.build(header.ladder)
         except ValueError as e:
             raise LogError(f"the policy cannot be built: {e}") from e
-        self.found.policies.append(_name(chosen))
+        self.found.policies.append(_name(setup))
 
-    def _take_pair(self, at: int, line: list[Any]) -> None:
-        found = self.found
-        if self._header is None:
-            found.skipped += 1
-            if not found.problems:
-                raise LogError("decisions without a header before them")
-            return
-        number, signals, decision = self._pairs.pair(line)
-        self._number += 1
-        if number != self._number:
-            raise LogError(f"pair {number} stands where {self._number} is due")
+    def _ask(self, at: int, row: Row) -> None:
+        self._seq += 1
+        if row.seq != self._seq:
+            raise LogError(f"decision {row.seq} stands where {self._seq} is due")
+        found, signals = self.found, row.signals
+        if row.new_step:
+            self._step = signals.last_step
+        elif signals.last_step is not None:
+            signals = replace(signals, last_step=self._step)
         if self._policy is None:
             found.skipped += 1
             return
@@ -167,24 +206,13 @@ class _Replayer:
         except Exception as e:  # whatever it is, the logged policy did not
             raise LogError(f"the policy fails: {type(e).__name__}: {e}") from e
         found.compared += 1
-        found.logged_levels[decision.level] += 1
-        found.replayed_levels[answer.level] += 1
-        if answer != decision:
+        for levels, decision in ((found.logged_levels, row.decision), (found.replayed_levels, answer)):
+            levels[decision.level] = levels.get(decision.level, 0) + 1
+        if answer != row.decision:
             found.differing += 1
-            found.first = found.first or Difference(at, number, signals.now_s, decision, answer)
-
-    def _take_dropped(self, at: int, line: dict[str, Any]) -> None:
-        """The next pair is whole: it is written as the difference to the last one that was."""
-        if not isinstance(pairs := line.get("pairs"), int):
-            raise LogError("no number of dropped pairs")
-        self._number += pairs
-        self._policy = None
-        self.found.problems.append(f"line {at}: {pairs} pairs were dropped here, the disk was too slow")
-
-    def _take_end(self, line: dict[str, Any]) -> None:
-        self._ended = True
-        if self._header is not None and line.get("pairs") != self._number:
-            raise LogError(f"the log ends after pair {line.get('pairs')}, the last one here is {self._number}")
+            found.first_difference = found.first_difference or Difference(
+                at, row.seq, signals.now_s, row.decision, answer
+            )
 
 
 def replay(file: Path, other: MorphServeConfig | None = None) -> Replay:
@@ -195,22 +223,12 @@ def replay(file: Path, other: MorphServeConfig | None = None) -> Replay:
         other: whose `policy:` is asked in the place of the logged one.
 
     Raises:
-        ConfigError: the file cannot be read, or the other config's step times cannot.
+        ConfigError: the file cannot be read.
     """
-    replayer = _Replayer(lambda logged: _in_place_of(logged, other), other is not None)
+    replayer = _Replayer(other)
     try:
-        with file.expanduser().open(encoding="utf-8", errors="replace") as lines:
-            for at, text in enumerate(lines, start=1):
-                if not text.strip():
-                    continue
-                try:
-                    line = json.loads(text)
-                except ValueError:
-                    line = None
-                if isinstance(line, dict | list):  # a line that was cut lacks its last bracket
-                    replayer.take(at, line)
-                else:
-                    replayer.lost(at, "the line is cut")
+        for at, line in read_log(file.expanduser()):
+            replayer.take(at, line)
     except OSError as e:
         raise ConfigError(f"decision log {file}: {e.strerror}. Give a readable file.") from e
     return replayer.finish()
@@ -237,8 +255,8 @@ def print_replay(file: str, policy: str | None) -> int:
         sys.stderr.write(f"morphserve replay-log: {e}\n")
         return 1
     sys.stdout.write(_summary(found, policy))
-    document = {"file": file, "policy": policy, "open_loop": policy is not None, **found.document()}
-    sys.stdout.write(json.dumps(document) + "\n")
+    asked = {"file": file, "policy": policy, "open_loop": policy is not None}
+    sys.stdout.write(json.dumps({**asked, "agrees": found.agrees, **asdict(found)}) + "\n")
     return 0 if found.agrees else 1
 
 
@@ -247,8 +265,8 @@ def _summary(found: Replay, policy: str | None) -> str:
     if policy is not None:
         lines[0] += f" (of {policy}, in the place of the logged policy: an open loop, the signals stay those that were)"
     lines.append(f"{found.compared} decisions compared, {found.differing} differ, {found.skipped} not comparable")
-    if (first := found.first) is not None:
-        lines.append(f"first difference: pair {first.pair}, line {first.line}, at {first.now_s:.3f} s")
+    if (first := found.first_difference) is not None:
+        lines.append(f"first difference: decision {first.pair}, line {first.line}, at {first.now_s:.3f} s")
         lines += [f"  {who:<8} {_told(d)}" for who, d in (("logged", first.logged), ("replayed", first.replayed))]
     if found.logged_levels != found.replayed_levels:
         for who, levels in (("logged", found.logged_levels), ("replayed", found.replayed_levels)):

@@ -15,7 +15,7 @@ from morphserve.control.ranks import (
     ExecutorPort,
     Plan,
     Reply,
-    ReplyDesk,
+    ReplyTracker,
     Ticket,
     failures,
     require_success,
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class ChunkRunner:
-    """Takes all ranks from where they are to a neighbouring level, a chunk at a time.
+    """The path of all ranks from where they are to a neighbouring level, a chunk at a time.
 
     Promises:
         1. `pool.grow` is called with no more blocks than every rank has answered to have mapped.
@@ -50,7 +50,7 @@ class ChunkRunner:
     revision: int = 0
     short_grows: int = 0
     preemptions: Preemptions = field(default_factory=Preemptions)
-    desk: ReplyDesk = field(default_factory=ReplyDesk)
+    replies: ReplyTracker = field(default_factory=ReplyTracker)
     layer_state: LayerState = field(init=False)
     _picker: LayerPicker = field(init=False)
     _chunk: Chunk | None = None
@@ -67,7 +67,7 @@ class ChunkRunner:
         self._picker = LayerPicker(self.ranks, self.ledgers, self.config.transition)
 
     def next_revision(self) -> int:
-        """A number that every rank has yet to see."""
+        """Return a number that every rank has yet to see."""
         self.revision += 1
         return self.revision
 
@@ -122,7 +122,7 @@ class ChunkRunner:
         self._now_s = now_s
         if self.phase is Phase.DRAINING:
             self._drain(chunk, wanted)
-        if self.phase is Phase.SHRINKING and not self.desk.copies and self._answered(chunk) is not None:
+        if self.phase is Phase.SHRINKING and not self.replies.copies and self._answered(chunk) is not None:
             self.ledgers.book_kv(chunk.blocks_after)
             if wanted:
                 self._send_layers(chunk)
@@ -130,12 +130,9 @@ class ChunkRunner:
                 chunk.end = ChunkEnd("cancelled")
                 self._send_regrow(chunk)
         if self.phase is Phase.PREPARING:
-            if self._votes:
-                self._await_prepare(chunk, wanted)
-            else:
-                self._await_apply(chunk)
-        if self.phase is Phase.COMMITTING and (replies := self._answered(chunk)) is not None:
-            self._settle(chunk, replies)
+            self._await_prepare(chunk, wanted)
+        if self.phase is Phase.COMMITTING:
+            self._await_commit(chunk)
         if self.phase is Phase.ABORTING and self._answered(chunk) is not None:
             self._undo(chunk)
         if self.phase is Phase.REGROWING and (replies := self._answered(chunk)) is not None:
@@ -147,13 +144,13 @@ class ChunkRunner:
         return chunk.end
 
     def wind_down(self) -> None:
-        """After an error in here: unfence and unstage, as far as the world still answers."""
+        """Unfence and unstage after an error in here, as far as the world still answers."""
         chunk = self._chunk
         if self.phase is Phase.DRAINING:
             self.pool.cancel_shrink()
         if self._votes and self.phase is Phase.PREPARING and chunk is not None and chunk.plan is not None:
-            self.desk.give_up()
-            self.desk.expect(self.executor.abort(chunk.plan), self._now_s)
+            self.replies.give_up()
+            self.replies.expect(self.executor.abort(chunk.plan), self._now_s)
 
     # ---- phases
 
@@ -167,7 +164,7 @@ class ChunkRunner:
             full = ChunkEnd("aborted", error=error, place="", num_kv_blocks=chunk.blocks_after)
             chunk.end = full if wanted else ChunkEnd("cancelled")
             return
-        if self.desk.is_full:
+        if self.replies.is_full:
             return
         step = chunk.drain.advance(self._now_s)
         if step.num_live_tail == 0:
@@ -176,7 +173,7 @@ class ChunkRunner:
             self._unmap(chunk, step.copies)
         elif step.copies:
             plan = Plan(chunk.revision, (), chunk.blocks_before, step.copies)
-            self.desk.copies.append(self.executor.commit(plan))
+            self.replies.copies.append(self.executor.commit(plan))
             chunk.revision = self.next_revision()
 
     def _unmap(self, chunk: Chunk, copies: tuple[tuple[int, int], ...]) -> None:
@@ -191,41 +188,45 @@ class ChunkRunner:
 
     @property
     def _votes(self) -> bool:
-        """More than one rank: none may switch before all can. One that prepares in the background votes for itself."""
+        """Whether ranks are asked before they switch: one of several, or one that prepares beside its steps."""
         return self.executor.num_ranks > 1 or self.executor.in_background
 
     def _send_layers(self, chunk: Chunk, copies: tuple[tuple[int, int], ...] = ()) -> None:
         self.ledgers.reserve_staging(chunk.new_bytes)
-        chunk.plan = Plan(chunk.revision, chunk.layers, chunk.blocks_after, copies)
+        chunk.plan = Plan(chunk.revision, chunk.layers, chunk.blocks_after, copies, alone=not self._votes)
         if self._votes:
             self._sent(self.executor.prepare(chunk.plan))
+            self._move(Phase.PREPARING)
         else:
-            chunk.was_between = self.layer_state.is_between
-            self.layer_state.expose(chunk.target)
-            self._sent(self.executor.apply(chunk.plan))
-        self._move(Phase.PREPARING)
+            self._send_commit(chunk, chunk.plan)
 
-    def _await_apply(self, chunk: Chunk) -> None:
-        """One rank: its answer to `apply` says that it has switched, or that no layer has changed."""
-        before = {rank: figures.weight_bytes for rank, figures in self.desk.ranks.items()}
+    def _send_commit(self, chunk: Chunk, plan: Plan) -> None:
+        chunk.was_between = self.layer_state.is_between
+        self.layer_state.expose(chunk.target)
+        self._sent(self.executor.commit(plan))
+        self._move(Phase.COMMITTING)
+
+    def _await_commit(self, chunk: Chunk) -> None:
+        """Take the news that all ranks have switched; or that the one that prepared within the commit could not."""
+        assert chunk.plan is not None
+        before = {rank: figures.weight_bytes for rank, figures in self.replies.ranks.items()}
         replies = self._replies(chunk)
         if replies is None:
             return
-        if failed := failures(replies):
+        if chunk.plan.alone and (failed := failures(replies)):
             # Against the rank's own last word: what the ledger counts may be a bound.
             switched = any(r.weight_bytes != before.get(r.rank, self.ledgers[0]["weights"]) for r in replies)
             if switched or not all(reply.kv_moved for reply in replies):
-                raise CommandFailed(f"apply stopped half-way: {failed}")
+                raise CommandFailed(f"commit stopped half-way: {failed}")
             self.layer_state.is_between = chunk.was_between
             chunk.end = ChunkEnd("aborted", error=failed)
-            self._move(Phase.ABORTING)
             self._undo(chunk)
             return
-        self._move(Phase.COMMITTING)
+        require_success(replies, self.phase.name.lower())
         self._settle(chunk, replies)
 
     def _undo(self, chunk: Chunk) -> None:
-        """The layers stay what they were; give back the KV that was to pay for them."""
+        """Give back the KV that was to pay for layers that stay what they were."""
         self.ledgers.release_staging(chunk.new_bytes)
         if self.pool.num_kv_blocks < chunk.blocks_before:
             self._send_regrow(chunk)
@@ -236,12 +237,12 @@ class ChunkRunner:
         """Count the votes; one that is against, or later than the time-out, decides for all ranks."""
         assert chunk.plan is not None
         timeout_s = self.config.transition.rank_timeout_s
-        replies = self.desk.answer()
+        replies = self.replies.answer()
         if replies is None:
-            silence_s = self.desk.silence_s(self._now_s)
+            silence_s = self.replies.silence_s(self._now_s)
             if silence_s <= timeout_s:
                 return
-            self.desk.give_up()
+            self.replies.give_up()
             error = f"a rank has not prepared in {silence_s:.1f} s, transition.rank_timeout_s is {timeout_s:g}"
             self._abort(chunk, ChunkEnd("aborted", error=error, place="rank_timeout"))
             return
@@ -257,9 +258,7 @@ class ChunkRunner:
         elif not wanted:
             self._abort(chunk, ChunkEnd("cancelled"))
         else:
-            self.layer_state.expose(chunk.target)
-            self._sent(self.executor.commit(chunk.plan))
-            self._move(Phase.COMMITTING)
+            self._send_commit(chunk, chunk.plan)
 
     def _abort(self, chunk: Chunk, end: ChunkEnd) -> None:
         """Have every rank forget what it has staged, or is still about to: commands keep their order."""
@@ -269,7 +268,7 @@ class ChunkRunner:
         self._move(Phase.ABORTING)
 
     def _settle(self, chunk: Chunk, replies: tuple[Reply, ...]) -> None:
-        """All ranks have switched: make that the truth here too."""
+        """Book that all ranks have switched."""
         self.ledgers.switch(chunk.new_bytes, chunk.old_bytes)
         self.layer_state.settle(chunk.layers, chunk.target)
         if chunk.blocks_after > self.pool.num_kv_blocks:
@@ -304,24 +303,24 @@ class ChunkRunner:
         self.pool.grow(min(mapped, num_kv_blocks))
 
     def _answered(self, chunk: Chunk) -> tuple[Reply, ...] | None:
-        """All ranks' replies to a command that cannot fail, None while one is missing."""
+        """Return all ranks' replies to a command that cannot fail, None while one is missing."""
         replies = self._replies(chunk)
         if replies is not None:
             require_success(replies, self.phase.name.lower())
         return replies
 
     def _replies(self, chunk: Chunk) -> tuple[Reply, ...] | None:
-        """To a command that cannot be taken back: all one can do about a late rank is to wait, and to say so."""
-        replies = self.desk.answer()
-        if replies is None and self.desk.becomes_late(self._now_s, self.config.transition.rank_timeout_s):
+        """Return the replies to a command that cannot be taken back, or warn that a rank is late: one can only wait."""
+        replies = self.replies.answer()
+        if replies is None and self.replies.becomes_late(self._now_s, self.config.transition.rank_timeout_s):
             logger.warning(
                 "morph r%d: no answer of all ranks in %s for %.1f s; the engine goes on with %d KV blocks and waits",
                 chunk.revision,
                 self.phase.name,
-                self.desk.silence_s(self._now_s),
+                self.replies.silence_s(self._now_s),
                 self.pool.num_kv_blocks,
             )
         return replies
 
     def _sent(self, ticket: Ticket) -> None:
-        self.desk.expect(ticket, self._now_s)
+        self.replies.expect(ticket, self._now_s)

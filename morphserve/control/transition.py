@@ -16,7 +16,7 @@ Outcome = Literal["committed", "aborted", "cancelled"]
 
 
 class Phase(Enum):
-    """Where one chunk (a few layers and the KV blocks they pay for) stands.
+    """The phase of one chunk (a few layers and the KV blocks they pay for).
 
     ::
 
@@ -33,9 +33,11 @@ class Phase(Enum):
 
     DRAINING: the tail is fenced, live blocks move below it. SHRINKING: the tail left the pool (or was
     never published: another rank had mapped less), its unmapping is on its way. PREPARING: ranks stage
-    the new layers; the only phase in which a rank may fail or be too late (a single rank switches in it as well).
-    COMMITTING: ranks switch; cannot fail. ABORTING: ranks forget what they staged.
-    REGROWING: blocks that were unmapped for nothing come back.
+    the new layers; the only phase in which a rank may fail or be too late. COMMITTING: ranks switch; cannot
+    fail. ABORTING: ranks forget what they staged. REGROWING: blocks that were unmapped for nothing come back.
+
+    A rank that decides alone prepares within its commit: from IDLE or SHRINKING it goes to COMMITTING at once, and
+    from there, where it could not prepare, to REGROWING.
     """
 
     IDLE = auto()
@@ -48,18 +50,18 @@ class Phase(Enum):
 
 
 _NEXT: Mapping[Phase, frozenset[Phase]] = {
-    Phase.IDLE: frozenset({Phase.DRAINING, Phase.SHRINKING, Phase.PREPARING}),
+    Phase.IDLE: frozenset({Phase.DRAINING, Phase.SHRINKING, Phase.PREPARING, Phase.COMMITTING}),
     Phase.DRAINING: frozenset({Phase.SHRINKING, Phase.IDLE}),
-    Phase.SHRINKING: frozenset({Phase.PREPARING, Phase.REGROWING}),
+    Phase.SHRINKING: frozenset({Phase.PREPARING, Phase.COMMITTING, Phase.REGROWING}),
     Phase.PREPARING: frozenset({Phase.COMMITTING, Phase.ABORTING}),
-    Phase.COMMITTING: frozenset({Phase.IDLE}),
+    Phase.COMMITTING: frozenset({Phase.REGROWING, Phase.IDLE}),
     Phase.ABORTING: frozenset({Phase.REGROWING, Phase.IDLE}),
     Phase.REGROWING: frozenset({Phase.IDLE}),
 }
 
 
 def check_move(revision: int, old: Phase, new: Phase) -> Phase:
-    """`new`, if the table has the move.
+    """Return `new`, if the table has the move.
 
     Raises:
         IllegalTransition: it has not.
@@ -74,7 +76,7 @@ def check_move(revision: int, old: Phase, new: Phase) -> Phase:
 
 @dataclass(slots=True)
 class Transition:
-    """From the first chunk in one direction until idle again, or until the direction turns.
+    """A change of level, from the first chunk in one direction until idle again, or until the direction turns.
 
     Its revision is the first of a rising run that its plans continue.
     """
@@ -90,7 +92,7 @@ class Transition:
 
 @dataclass(slots=True)
 class Chunk:
-    """A few layers and the KV blocks they pay for, under way. `runner.py` carries it out."""
+    """The layers under way, with the KV blocks they pay for. `runner.py` carries it out."""
 
     target: int  # the next level on the way to the transition's
     direction: Direction
@@ -109,7 +111,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class ChunkEnd:
-    """How a chunk ended. `committed`: now nearer to its target. Else everything is as before it began."""
+    """The end of a chunk. `committed`: now nearer to its target. Else everything is as before it began."""
 
     outcome: Outcome
     num_layers: int = 0
@@ -128,7 +130,7 @@ class Preemptions:
 
 
 class Drain:
-    """Empties the pool's tail before it is unmapped: live blocks move below the fence, or their requests wait again."""
+    """The emptying of the pool's tail before it is unmapped: live blocks move below the fence, or requests wait."""
 
     def __init__(
         self, pool: BlockPoolPort, config: KVConfig, preemptions: Preemptions, num_kv_blocks: int, now_s: float
@@ -143,7 +145,7 @@ class Drain:
         pool.begin_shrink(num_kv_blocks)
 
     def timed_out(self, now_s: float) -> str:
-        """Why it must be given up, '' while it need not."""
+        """Return why it must be given up, '' while it need not."""
         stuck_s = now_s - self._progress_s
         if stuck_s <= self._config.drain_timeout_s:
             return ""

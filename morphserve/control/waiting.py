@@ -14,17 +14,28 @@ _MAX_COHORTS = 24
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """What a request brought along; None = what the policy promises everyone."""
+    """The limits that a request brought along; None = what the policy promises everyone."""
 
     ttft_s: float | None = None
     tpot_s: float | None = None
 
     def stricter(self, other: RequestLimits) -> RequestLimits:
-        """The lower of each; a limit of one's own before none."""
+        """Return the lower of each; a limit of one's own before none."""
         return RequestLimits(_lower(self.ttft_s, other.ttft_s), _lower(self.tpot_s, other.tpot_s))
 
 
 NO_LIMITS = RequestLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingRequest:
+    """A request as the waiting queue sees it."""
+
+    request_id: str
+    num_tokens: int  # to compute before its next token
+    limits: RequestLimits = NO_LIMITS
+    priority: int = 0  # 0 for all where the scheduler serves first come, first served
+    has_token: bool = False  # it was preempted after its first token
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +54,7 @@ class _Group:
 
     @property
     def place(self) -> tuple[int, bool, float]:
-        """Preempted ones are served before those that never ran."""
+        """The order of service: preempted ones are served before those that never ran."""
         return (self.priority, not self.has_token, self.came_s)
 
     @property
@@ -70,7 +81,7 @@ class _Group:
 
 
 class WaitingBook:
-    """Who waits, as at most `_MAX_COHORTS` cohorts in the order they will be served. Constant cost per event."""
+    """The requests that wait, as at most `_MAX_COHORTS` cohorts in the order of service. Constant cost per event."""
 
     def __init__(self) -> None:
         self._groups: list[_Group] = []  # ordered by _place
@@ -81,34 +92,20 @@ class WaitingBook:
     def __len__(self) -> int:
         return len(self._members)
 
-    def add(
-        self,
-        request_id: str,
-        arrival_s: float,
-        num_tokens: int,
-        *,
-        limits: RequestLimits = NO_LIMITS,
-        priority: int = 0,
-        has_token: bool = False,
-    ) -> None:
-        """A request waits, with `num_tokens` to compute before its next token.
-
-        Args:
-            priority: 0 for all where the scheduler serves first come, first served.
-            has_token: it was preempted after its first token.
-        """
-        self.remove(request_id)
+    def add(self, request: WaitingRequest, arrival_s: float) -> None:
+        """Add a request that begins to wait."""
+        self.remove(request.request_id)
         self._frozen = None
-        new = _Group(priority, has_token, limits, arrival_s, arrival_s, arrival_s)
+        new = _Group(request.priority, request.has_token, request.limits, arrival_s, arrival_s, arrival_s)
         group = self._home(new)
         group.num_requests += 1
-        group.num_tokens += num_tokens
+        group.num_tokens += request.num_tokens
         group.first_s = min(group.first_s, arrival_s)
         group.last_s = max(group.last_s, arrival_s)
-        self._members[request_id] = (group, num_tokens, arrival_s)
+        self._members[request.request_id] = (group, request.num_tokens, arrival_s)
 
     def serve(self, request_id: str) -> None:
-        """It was scheduled, and so were those of its cohort that came before. Unknown ids are ignored."""
+        """Drop a request that was scheduled, as were those of its cohort that came before. Unknown ids are ignored."""
         member = self._members.get(request_id)
         if member is None:
             return
@@ -117,7 +114,7 @@ class WaitingBook:
         group.first_s = max(group.first_s, min(member[2], group.last_s))
 
     def remove(self, request_id: str) -> None:
-        """It waits no longer. Unknown ids are ignored."""
+        """Drop a request that waits no longer. Unknown ids are ignored."""
         member = self._members.pop(request_id, None)
         if member is None:
             return
@@ -129,13 +126,13 @@ class WaitingBook:
             self._groups.remove(group)
 
     def cohorts(self) -> tuple[Cohort, ...]:
-        """Next one to be served first."""
+        """Return the cohorts, next one to be served first."""
         if self._frozen is None:
             self._frozen = tuple(group.frozen() for group in self._groups)
         return self._frozen
 
     def _home(self, new: _Group) -> _Group:
-        """The group for a request like `new`: one that is there, or `new` itself."""
+        """Return the group for a request like `new`: one that is there, or `new` itself."""
         groups = self._groups
         at = bisect(groups, new.place, key=_place)
         for before in reversed(groups[:at]):  # others that came meanwhile may stand between
@@ -150,7 +147,7 @@ class WaitingBook:
         return new.root
 
     def _merge_closest(self) -> None:
-        """The two that differ least become one: alike, if there are such, and else neighbours."""
+        """Join the two groups that differ least: alike, if there are such, and else neighbours."""
         groups = self._groups
         pairs = []
         for i, a in enumerate(groups):

@@ -72,7 +72,7 @@ def arm(is_cli: bool) -> None:
         logger.warning("morphserve: no temporary file (%s); why an engine ended will stand only in the log", e)
         return
     listen()
-    seams.wrap("vllm.v1.engine.utils:wait_for_engine_startup", _cli_with_cause if is_cli else _with_cause)
+    seams.wrap(seams.ENGINE_START, _cli_with_cause if is_cli else _with_cause)
 
 
 def listen() -> None:
@@ -83,7 +83,7 @@ def listen() -> None:
 
 def install() -> None:
     """In the engine core: its own exception names what ended a worker. Re-entrant."""
-    seams.wrap("vllm.v1.executor.multiproc_executor:WorkerProc.wait_for_ready", _static_with_cause)
+    seams.wrap(seams.WORKER_START, _static_with_cause)
 
 
 def note(error: BaseException | str) -> None:

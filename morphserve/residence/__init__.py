@@ -1,53 +1,78 @@
-"""Decoder layers and KV cache on a device whose memory goes by the page. No vLLM in here.
+"""Where a rank's decoder layers and KV blocks have their bytes: one interface, two places. No vLLM in here.
 
-Weights lie in reserved address ranges, one for each half of a layer and format; which of them has pages is what a
-level means. A GPU's work is ordered by streams, so whatever waits for it is done on a thread of its own, beside the
-forward passes (`DeviceRank`). With the fakes of `kv_resize` and `HostCopier` all of it runs without a GPU.
+`base` says what a rank asks for. `host`: packed layers in files, linears built when they come, blocks in pages of the
+system. `paged`: layers and blocks exchange pages of device memory, at addresses that never change; whatever waits for
+the device is done on a thread of its own, beside the forward passes. `transition` is the same for both.
 """
 
-from morphserve.residence.errors import GraphBankError, WeightError
-from morphserve.residence.graphs.banks import GraphBanks
-from morphserve.residence.graphs.landing import Landing
+from importlib.metadata import entry_points
+
+from morphserve.residence.base import BaseLinear, Parts, PartsKey, Residence
+from morphserve.residence.errors import GraphSetError, WeightError
+from morphserve.residence.graphs.caches import Entries, Formats, Holder, Watch
+from morphserve.residence.graphs.graph_sets import GraphSets
+from morphserve.residence.graphs.output_alias import OutputAlias
 from morphserve.residence.graphs.routes import Offer, Route, narrow_candidates, narrow_keys
-from morphserve.residence.graphs.shelves import Entries, Formats, Holder, Watch
 from morphserve.residence.graphs.weight_linear import WeightSlot, addresses_used, register_op, reset, slots
+from morphserve.residence.host import AtOnce, HostResidence, StoredParts
+from morphserve.residence.host_memory import peak_beyond_now
 from morphserve.residence.paged.copier import Copier, CudaCopier, HostCopier
 from morphserve.residence.paged.layout import Layout, Place
-from morphserve.residence.paged.memory import DeviceMemory, open_memory, wants_device
-from morphserve.residence.paged.rank import DeviceRank, ElasticKV
-from morphserve.residence.paged.swapper import DeviceSwapper, layer_bytes
-from morphserve.residence.paged.weights import Part, WeightArena
+from morphserve.residence.paged.parts import PagedParts
+from morphserve.residence.paged.residence import PagedResidence, numbered, start_thread
+from morphserve.residence.paged.weights import WeightArena
+from morphserve.residence.transition import ElasticKV, RankTransition
+
+ENTRY_POINTS = "morphserve.residences"  # name: a type of device; object: a class like the two below
+_OURS: dict[str, type[Residence]] = {"cpu": HostResidence, "cuda": PagedResidence}
+
+
+def residence_of(device_type: str) -> type[Residence] | None:
+    """Return what holds layers and KV on a type of device: what a package registers, else ours; None for no such."""
+    for entry in entry_points(group=ENTRY_POINTS, name=device_type):
+        registered: type[Residence] = entry.load()
+        return registered
+    return _OURS.get(device_type)
+
 
 __all__ = [
+    "ENTRY_POINTS",
+    "AtOnce",
+    "BaseLinear",
     "Copier",
     "CudaCopier",
-    "DeviceMemory",
-    "DeviceRank",
-    "DeviceSwapper",
     "ElasticKV",
     "Entries",
     "Formats",
-    "GraphBankError",
-    "GraphBanks",
+    "GraphSetError",
+    "GraphSets",
     "Holder",
     "HostCopier",
-    "Landing",
+    "HostResidence",
+    "OutputAlias",
     "Layout",
     "Offer",
-    "Part",
+    "PagedParts",
+    "PagedResidence",
+    "Parts",
+    "PartsKey",
     "Place",
+    "RankTransition",
+    "Residence",
     "Route",
+    "StoredParts",
     "Watch",
     "WeightArena",
     "WeightError",
     "WeightSlot",
     "addresses_used",
-    "layer_bytes",
     "narrow_candidates",
     "narrow_keys",
-    "open_memory",
+    "numbered",
+    "peak_beyond_now",
     "register_op",
     "reset",
+    "residence_of",
     "slots",
-    "wants_device",
+    "start_thread",
 ]

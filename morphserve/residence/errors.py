@@ -9,5 +9,5 @@ class WeightError(MorphServeError, RuntimeError):
     """A weight has no linear registered, or has its address from another linear's weight."""
 
 
-class GraphBankError(MorphServeError, RuntimeError):
+class GraphSetError(MorphServeError, RuntimeError):
     """CUDA graphs were to be captured or switched when, or in an order in which, they must not be."""

@@ -17,7 +17,7 @@ _SOFT_SHARE = 0.25  # of the promised wait: an error that is small against it ma
 
 
 class Correction:
-    """Learns from each step how far the calibration is off on this machine, now."""
+    """A running estimate of how far the calibration is off on this machine: it learns from each step."""
 
     def __init__(self, times: Sequence[StepTime], ttft_s: float) -> None:
         self._times = times
@@ -74,7 +74,7 @@ class Correction:
             self._watched = (cohort.last_arrival_s, served_at_s)
 
     def forget(self) -> None:
-        """The level changes: what was predicted for the old one is no error."""
+        """Drop the pending prediction: the level changes, and what was predicted for the old one is no error."""
         self._watched = None
 
     def _learn_wait(self, signals: Signals) -> None:

@@ -52,7 +52,7 @@ class ArrivalForecast:
             self.alarm, self._cusum = False, 0.0
 
     def rate(self, horizon_s: float) -> float:
-        """Mean requests per second over the next `horizon_s`."""
+        """Return the mean of requests per second over the next `horizon_s`."""
         if not self.alarm:
             return self._slow
         # Bursts end: the trend counts for half of the horizon at most, and cannot multiply what was seen.

@@ -6,7 +6,7 @@ _HOUR_S = 3600.0
 
 
 class TokenBucket:
-    """So many changes a minute on average, a third of a minute's worth at once."""
+    """A limit on changes: so many a minute on average, a third of a minute's worth at once."""
 
     def __init__(self, per_minute: float) -> None:
         self._rate = per_minute / 60.0
@@ -15,13 +15,13 @@ class TokenBucket:
         self._last_s: float | None = None
 
     def refill(self, now_s: float) -> None:
-        """Time has passed."""
+        """Add what the time that has passed is worth."""
         if self._last_s is not None:
             self.level = min(self.capacity, self.level + max(now_s - self._last_s, 0.0) * self._rate)
         self._last_s = now_s
 
     def take(self) -> None:
-        """One change."""
+        """Pay for one change."""
         self.level -= 1.0
 
 
@@ -36,7 +36,7 @@ class QualityBudget:
         self.exhausted = False
 
     def update(self, now_s: float, num_tokens: int, kl_per_token: float) -> None:
-        """`num_tokens` came out at a level that costs so much."""
+        """Charge `num_tokens` that came out at a level that costs so much, and refill for the time since."""
         cost = num_tokens * kl_per_token
         self.spent += cost
         if self._per_hour is None:

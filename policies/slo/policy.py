@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from policies.config import SloConfig, ThresholdConfig
-from policies.levels import deepest_level_within, resolve_level
+from policies.dwell import Dwell
+from policies.levels import max_level_of
 from policies.slo.correction import Correction
 from policies.slo.forecast import ArrivalForecast
 from policies.slo.limits import QualityBudget, TokenBucket
@@ -15,7 +16,6 @@ from policies.threshold import ThresholdPolicy
 from policies.types import Decision, EngineLimits, Ladder, Signals, StepLoad
 
 _LAYERS_PER_STEP = 4  # switched between two steps, about: transition.max_layers_per_step and the pause allow so many
-_EIGHT_BITS = frozenset({"w8", "fp8"})
 _THINK_S = 0.05  # predictions are made anew this often at most; a preemption cannot wait
 _WORTH_REQUESTS = 0.5  # a round trip must save so many
 _WORTH_IF_DEAREST = 3.0  # and so many more for the whole cost of the deepest level
@@ -31,9 +31,6 @@ _AHEAD = 2.0  # a deeper level is entered so many times before the KV cache is f
 _AHEAD_S = 0.2  # which is so much more than predicted
 _SAFETY = 1.15  # arrivals and errors are taken so much larger before a restore
 _FILL_AFTER_RESTORE = 0.95  # of the blocks: a shallower level must hold what lives, with air
-_REENTRY_S = 20.0  # degrading so soon after a restore means that the restore was too early
-_MAX_DWELL_S = 5.0  # level 0 must be reached within 10 s of the end of pressure
-_DWELL_DECAY_S = 30.0
 _LOST_TRUST = 0.9  # relative error of predictions beyond which thresholds decide
 _TRUST_AGAIN = 0.6
 _REFUSE_SHARE = 0.3  # of requests late at the best level: from there on new ones are refused,
@@ -59,28 +56,22 @@ _PRESETS: dict[str, tuple[float, float, float]] = {  # target, horizon_s, dwell_
 
 
 def fill_in(config: SloConfig, ladder: Ladder) -> SloTargets:
-    """The mode's presets, under what the user set.
+    """Fill in what the user left out from the mode's presets.
 
     Raises:
         ValueError: `max_level` is not on the ladder.
     """
     target, horizon_s, dwell_s = _PRESETS[config.mode]
-    if config.max_level is not None:
-        max_level = resolve_level(ladder, config.max_level)
-    elif config.mode == "accuracy":
-        max_level = deepest_level_within(ladder, _EIGHT_BITS)
-    else:
-        max_level = len(ladder) - 1
     return SloTargets(
         target if config.target is None else config.target,
         horizon_s if config.horizon_s is None else config.horizon_s,
         dwell_s if config.dwell_s is None else config.dwell_s,
-        max_level,
+        max_level_of(config, ladder),
     )
 
 
 class SloPolicy:
-    """Deeper at once when that saves requests, shallower when a prediction with air in it has held for a dwell.
+    """A policy that predicts: deeper when that saves requests, shallower when that would have done for a dwell.
 
     1. Degrades only while KV is what binds, and only for requests that the deeper level saves.
     2. Level changes stay within the token bucket; a way down is always paid for before a way up is taken.
@@ -115,17 +106,15 @@ class SloPolicy:
             )
         self._fallback = ThresholdPolicy(ThresholdConfig(kind="threshold", max_level=self.targets.max_level), ladder)
         self.distrusts = False
-        self.dwell_s = self.targets.dwell_s
+        self.dwell = Dwell(self.targets.dwell_s)
         self._fits_since: list[float | None] = [None] * len(self._ladder)
         self._thought_s = float("-inf")
         self._preemptions = 0
-        self._restored_s = float("-inf")
-        self._reentry_s = float("-inf")
         self._max_queued_tokens: int | None = None
         self._last = Decision(0, "start at full precision")
 
     def decide(self, signals: Signals) -> Decision:
-        """The level to serve at now. Cost: levels times cohorts, at most every `_THINK_S`."""
+        """Return the level to serve at now. Cost: levels times cohorts, at most every `_THINK_S`."""
         s = signals
         self._forecast.update(s.now_s, s.num_arrivals)
         self._charge(s, self.correction.learn(s))
@@ -141,7 +130,7 @@ class SloPolicy:
         here = self._predictor.outlook(heading, load, self._delay_s(s, heading))
         if s.waiting and not s.waiting[-1].has_token:
             self.correction.watch(s.waiting[-1], s.now_s + here.last_wait_s)  # trust can come back, too
-        self._shrink_dwell(s.now_s)
+        self.dwell.decay(s.now_s)
         if self.budget.exhausted:
             decision = self._spent(s, heading, load)
         elif self.distrusts:
@@ -185,11 +174,11 @@ class SloPolicy:
         if heading > 0:
             level = self._rested(s, heading)
             if level < heading and self._bucket.level >= 2.0:
-                return self._go(s, level, f"level {level} has been predicted to do for {self.dwell_s:.1f} s")
+                return self._go(s, level, f"level {level} has been predicted to do for {self.dwell.seconds:.1f} s")
         return self._stay(heading, f"late {here.share:.0%}")
 
     def _spent(self, s: Signals, heading: int, load: Load) -> Decision:
-        """The quality budget is: level 0, where new requests are refused if need be."""
+        """Go to level 0 because the quality budget is spent, and refuse new requests there if need be."""
         if self._is_calm(s, load, 0):
             self._max_queued_tokens = None
         else:
@@ -197,21 +186,21 @@ class SloPolicy:
         return self._stay(0, "quality budget spent") if heading == 0 else self._go(s, 0, "quality budget spent")
 
     def _follow(self, s: Signals, heading: int, asked: Decision) -> Decision:
-        """What the thresholds ask for, within the token bucket."""
+        """Do what the thresholds ask for, within the token bucket."""
         self._fits_since = [None] * len(self._ladder)
         if asked.level == heading or self._bucket.level < (1.0 if asked.level > heading else 2.0):
             return self._stay(heading, asked.reason)
         return self._go(s, asked.level, asked.reason)
 
     def _is_calm(self, s: Signals, load: Load, heading: int) -> bool:
-        """Level 0, nobody waits, and what runs and comes will not fill half of it."""
+        """Return whether at level 0 nobody waits, and what runs and comes will not fill half of it."""
         if heading > 0 or s.num_waiting > 0:
             return False
         coming = load.arrival_rate * load.horizon_s
         return (s.num_running + coming) * load.typical.final_blocks < 0.5 * self._usable[0]
 
     def _shed(self, outlooks: list[Outlook], load: Load) -> None:
-        """Where no level keeps the promise, let no more wait than are served in time: a late answer helps nobody."""
+        """Let no more wait than are served in time where no level keeps the promise: a late answer helps nobody."""
         if not self._config.shed:
             return
         best = min(range(len(outlooks)), key=lambda level: outlooks[level].violations)
@@ -225,7 +214,7 @@ class SloPolicy:
     def _thresholds_decide(
         self, outlooks: list[Outlook], best: int, heading: int, by_threshold: Decision, load: Load
     ) -> bool:
-        """No level keeps the promise, and the queue may be a short one.
+        """Return whether thresholds decide: no level keeps the promise, and the queue may be a short one.
 
         Full caches preempt in ways that no closed form ranks. As long as a burst may end soon, room is worth more than
         speed, and thresholds, which go by the blocks that are held, have fewer late. Not where compute is so short that
@@ -237,11 +226,10 @@ class SloPolicy:
         return by_threshold.level <= heading or there.violations <= _WORSE * here.violations
 
     def _keeps_promise(self, outlook: Outlook) -> bool:
-        """Expected violations are within the target."""
         return outlook.violations <= self.targets.target * max(outlook.requests, 1.0)
 
     def _has_time(self, s: Signals, heading: int, level: int, load: Load) -> bool:
-        """The blocks that are free outlast the way to `level`, with those who wait admitted and nobody ending."""
+        """Return whether free blocks outlast the way to `level`, with those who wait admitted and nobody ending."""
         size = self._limits.block_size
         prompt_blocks = load.typical.prompt_tokens / size + 0.5
         free = self._usable[heading] - s.used_kv_blocks - s.num_waiting * prompt_blocks
@@ -249,12 +237,12 @@ class SloPolicy:
         return free > taken_per_s * _AHEAD * (self._delay_s(s, level) + _AHEAD_S)
 
     def _wait_elsewhere(self, s: Signals, load: Load) -> bool:
-        """Requests have been waiting although the next ones would fit: for prefill, or for max_num_seqs."""
+        """Return whether requests wait although the next ones would fit: for prefill, or for max_num_seqs."""
         free = self._usable[min(s.level, len(self._usable) - 1)] - s.used_kv_blocks
         return free >= 2 * load.typical.final_blocks and s.oldest_wait_s > max(_PROMPT_S, 3 * s.step_s)
 
     def _cheapest(self, outlooks: list[Outlook], load: Load) -> int:
-        """Least quality cost among the levels within the target; else among those that do about as well as any can.
+        """Return the level of least quality cost within the target, else among those that do about as well as any can.
 
         Where no level keeps the promise, demand is above supply, and what counts is how many requests a level serves
         per second. One that serves fewer than a shallower level offers room for a moment and a longer queue after it.
@@ -269,7 +257,7 @@ class SloPolicy:
         return min(levels, key=lambda level: (self._costs[level], level))
 
     def _rested(self, s: Signals, heading: int) -> int:
-        """Shallowest level that would do with air, and has throughout the dwell."""
+        """Return the shallowest level that would do with air, and has throughout the dwell."""
         load = self._load(s, _SAFETY)
         now = s.now_s
         chosen, here = heading, self._predictor.outlook(heading, load, 0.0)
@@ -285,7 +273,7 @@ class SloPolicy:
             since = self._fits_since[level]
             if since is None:
                 self._fits_since[level] = now
-            elif now - since >= self.dwell_s and self._costs[level] <= self._costs[chosen]:
+            elif now - since >= self.dwell.seconds and self._costs[level] <= self._costs[chosen]:
                 chosen = level
         return chosen
 
@@ -307,14 +295,14 @@ class SloPolicy:
         )
 
     def _delay_s(self, s: Signals, level: int) -> float:
-        """How long the way from the committed level takes."""
+        """Return how long the way from the committed level takes."""
         here = self._ladder[min(s.level, len(self._ladder) - 1)].layer_formats
         layers = sum(a != b for a, b in zip(here, self._ladder[level].layer_formats, strict=True))
         own_s = layers * (self._move.degrade_s if level > s.level else self._move.restore_s)
         return own_s + layers / _LAYERS_PER_STEP * s.step_s
 
     def _charge(self, s: Signals, step: StepLoad | None) -> None:
-        """The tokens of the step that has ended, at what their level costs; those of a transition at the deeper one."""
+        """Charge the last step's tokens at their level's cost; those of a transition at the deeper one's."""
         if step is not None:
             self._spend(s.now_s, step.num_seqs, step.level)
         elif s.last_step is None and s.num_running > 0:
@@ -322,12 +310,6 @@ class SloPolicy:
 
     def _spend(self, now_s: float, num_tokens: int, level: int) -> None:
         self.budget.update(now_s, num_tokens, self._costs[min(level, len(self._costs) - 1)])
-
-    def _shrink_dwell(self, now_s: float) -> None:
-        """Quiet time halves a dwell that has grown, again and again."""
-        while self.dwell_s > self.targets.dwell_s and now_s - self._reentry_s >= _DWELL_DECAY_S:
-            self.dwell_s = max(self.targets.dwell_s, self.dwell_s / 2)
-            self._reentry_s += _DWELL_DECAY_S
 
     def _weigh_trust(self) -> None:
         sigma = max(self.correction.sigma, self.correction.step_sigma)
@@ -338,12 +320,10 @@ class SloPolicy:
             self._bucket.take()
             self.correction.forget()
             if level > s.target_level:
-                if s.now_s - self._restored_s < _REENTRY_S + self.dwell_s:
-                    self.dwell_s = max(self.targets.dwell_s, min(2 * max(self.dwell_s, 0.5), _MAX_DWELL_S))
-                    self._reentry_s, self._restored_s = s.now_s, float("-inf")
+                self.dwell.degraded(s.now_s)
                 self._fits_since = [None] * len(self._ladder)
             else:
-                self._restored_s = s.now_s
+                self.dwell.restored(s.now_s)
             return Decision(level, reason)
         return self._last
 
@@ -353,7 +333,7 @@ class SloPolicy:
 
 
 def _cost(expected_kl: float | None, index: int, ladder: Ladder) -> float:
-    """Nats per token; where nobody measured them, deeper is worse."""
+    """Return nats per token; where nobody measured them, deeper is worse."""
     if all(level.expected_kl is not None or level.index == 0 for level in ladder):
         return expected_kl or 0.0
     return float(index)

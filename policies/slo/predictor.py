@@ -23,7 +23,7 @@ _SQRT2 = sqrt(2.0)
 
 @dataclass(frozen=True, slots=True)
 class Typical:
-    """A request as they are now."""
+    """The usual request of the moment."""
 
     prompt_tokens: float
     output_tokens: float
@@ -33,7 +33,7 @@ class Typical:
 
     @classmethod
     def of(cls, s: Signals, limits: EngineLimits) -> Typical:
-        """From the averages, as far as they are known."""
+        """Read the averages, as far as they are known."""
         size = limits.block_size
         held = s.used_kv_blocks / s.num_running if s.num_running else 1.0
         prompt = s.prompt_tokens or held * size
@@ -58,13 +58,13 @@ class Outlook:
 
     @property
     def share(self) -> float:
-        """Of the requests, [0, 1]."""
+        """Expected violations as a share of the requests, [0, 1]."""
         return self.violations / self.requests if self.requests > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What all levels' predictions start from."""
+    """The state of the engine that all levels' predictions start from."""
 
     signals: Signals
     typical: Typical
@@ -78,7 +78,7 @@ class Load:
 
 
 class Predictor:
-    """All levels of one ladder on one machine."""
+    """Predictions for all levels of one ladder on one machine."""
 
     def __init__(self, usable_blocks: Sequence[int], times: Sequence[StepTime], limits: EngineLimits) -> None:
         self._usable = usable_blocks
@@ -100,13 +100,13 @@ class Predictor:
         step_s = time.seconds(max(s.num_running, 1), 0, s.num_running * typical.mean_context) * load.factor
 
         def wait_s(ahead: float, tokens_ahead: float) -> float:
-            """From now to the first token of who has so many before it."""
+            """Return the seconds until the first token of who has so many requests and tokens before it."""
             queue_s = 0.0 if ahead < room else (ahead - room + 1.0) / release
             return delay_s + max(queue_s, 0.0) + tokens_ahead * prefill_s + step_s
 
         violations = requests = ahead = tokens = 0.0
         for cohort in s.waiting:
-            for part in _parts(cohort, load, typical, tpot_s):
+            for part in _parts(cohort, load, tpot_s):
                 wait = wait_s(ahead + (part.num_requests - 1) / 2, tokens + part.num_tokens / 2)
                 ahead, tokens = ahead + part.num_requests, tokens + part.num_tokens
                 weight = part.num_requests * (_LOST_WEIGHT if part.is_lost else 1.0)
@@ -116,30 +116,30 @@ class Predictor:
         more, number = self._forecast(level, load, room - ahead, release, delay_s)
         violations += more
         requests += number
-        running, squeezed = self._running(s, load, seats, release, tpot_s, typical)
+        running, squeezed = self._running(load, seats, release, tpot_s)
         binds = squeezed or ahead > room or (number > 0 and self._overflows(load, room - ahead, release))
         return Outlook(violations + running, requests + s.num_running, binds, last_wait_s, tpot_s)
 
     def _seats(self, usable_blocks: int, typical: Typical) -> float:
-        """Sequences that the KV cache, and the engine's own limit, let run side by side."""
+        """Return how many sequences the KV cache, and the engine's own limit, let run side by side."""
         return max(min(float(self._limits.max_num_seqs), usable_blocks / typical.mean_blocks), 1.0)
 
     def tpot_s(self, level: int, load: Load, num_seqs: float) -> float:
-        """Time per output token with so many side by side, their successors' prefill included."""
+        """Return the time per output token with so many side by side, their successors' prefill included."""
         time, typical = self._times[level], load.typical
         prefill_tokens = num_seqs * typical.prompt_tokens / typical.output_tokens
         return load.factor * time.seconds(num_seqs, prefill_tokens, num_seqs * typical.mean_context)
 
     def release_rate(self, level: int, load: Load) -> float:
-        """Requests that end per second while others wait."""
+        """Return how many requests end per second while others wait."""
         return self._release_rate(level, load, self._seats(self._usable[level], load.typical))
 
     def _release_rate(self, level: int, load: Load, num_seqs: float) -> float:
-        """Requests that end per second with so many side by side."""
+        """Return how many requests end per second with so many side by side."""
         return num_seqs / (load.typical.output_tokens * self.tpot_s(level, load, num_seqs))
 
     def _steady(self, level: int, load: Load) -> float:
-        """Sequences side by side once arrivals and ends are in balance (Little's law); many where they never are."""
+        """Return how many run side by side once arrivals and ends balance (Little's law); many where they never do."""
         time, typical, rate = self._times[level], load.typical, load.arrival_rate * load.factor
         share = rate * (
             time.per_prefill_token_s * typical.prompt_tokens
@@ -150,7 +150,7 @@ class Predictor:
         return rate * typical.output_tokens * time.base_s / (1.0 - share)
 
     def _forecast(self, level: int, load: Load, room: float, release: float, delay_s: float) -> tuple[float, float]:
-        """Expected violations among those that come within the horizon, and how many come."""
+        """Return expected violations among those that come within the horizon, and how many come."""
         number = load.arrival_rate * load.horizon_s
         if number <= 0:
             return 0.0, 0.0
@@ -166,19 +166,18 @@ class Predictor:
         return late, number
 
     def _overflows(self, load: Load, room: float, release: float) -> bool:
-        """The KV cache is full before the horizon."""
+        """Return whether the KV cache is full before the horizon."""
         return (load.arrival_rate - release) * load.horizon_s > room
 
-    def _running(
-        self, s: Signals, load: Load, seats: float, release: float, tpot_s: float, typical: Typical
-    ) -> tuple[float, bool]:
-        """Expected violations among those that run, and whether they outgrow the KV cache."""
+    def _running(self, load: Load, seats: float, release: float, tpot_s: float) -> tuple[float, bool]:
+        """Return expected violations among those that run, and whether they outgrow the KV cache."""
+        s = load.signals
         if not s.num_running:
             return 0.0, False
         limit = min(load.tpot_s, s.tightest_tpot_s or load.tpot_s)
         evicted = max(0.0, s.num_running - seats)
         # A preempted request waits until as many have ended, in the middle of its answer.
-        gap_s = evicted / 2 / release / typical.output_tokens
+        gap_s = evicted / 2 / release / load.typical.output_tokens
         stay = s.num_running - evicted
         late = stay * _late(tpot_s, limit, load.step_sigma) + evicted * _late(tpot_s + gap_s, limit, load.sigma)
         return late, evicted >= 1.0
@@ -186,7 +185,7 @@ class Predictor:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Of a cohort: those that can still make it, or those that cannot."""
+    """A part of a cohort: those that can still make it, or those that cannot."""
 
     num_requests: float
     num_tokens: float
@@ -194,18 +193,18 @@ class _Part:
     is_lost: bool
 
 
-def _parts(cohort: Cohort, load: Load, typical: Typical, tpot_s: float) -> tuple[_Part, ...]:
-    """A cohort came evenly between its first and its last; the early ones may be lost already.
+def _parts(cohort: Cohort, load: Load, tpot_s: float) -> tuple[_Part, ...]:
+    """Split a cohort, which came evenly between its first and its last, at those that are lost already.
 
     A lost request is no reason for any level to keep its promise, but its answer is still wanted: it counts a little,
     as one that has just come. Who is lost depends on the engine as it is: a level that would lose more pays for them.
     """
-    s = load.signals
+    s, output_tokens = load.signals, load.typical.output_tokens
     count, tokens, now_s, step_s = float(cohort.num_requests), float(cohort.num_tokens), s.now_s, s.step_s
     if cohort.has_token:  # may spend on waiting what its tokens leave of its time
         limit_s, waited_s = cohort.tpot_s or load.tpot_s, now_s - cohort.last_arrival_s
-        spare_s = (limit_s - tpot_s) * typical.output_tokens
-        lost = (limit_s - s.tpot_s) * typical.output_tokens - waited_s <= step_s
+        spare_s = (limit_s - tpot_s) * output_tokens
+        lost = (limit_s - s.tpot_s) * output_tokens - waited_s <= step_s
         return (_Part(count, tokens, max(spare_s, load.ttft_s) if lost else spare_s - waited_s, lost),)
     limit_s = cohort.ttft_s or load.ttft_s
     first, last = cohort.first_arrival_s, cohort.last_arrival_s
@@ -222,7 +221,7 @@ def _parts(cohort: Cohort, load: Load, typical: Typical, tpot_s: float) -> tuple
 
 
 def _late(predicted: float, limit: float, sigma: float) -> float:
-    """Probability that what is predicted to take so long takes longer than `limit` (log-normal error)."""
+    """Return the probability that what is predicted to take so long takes longer than `limit` (log-normal error)."""
     if predicted <= 0:
         return 0.0
     if limit <= 0:

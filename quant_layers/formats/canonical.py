@@ -50,16 +50,16 @@ class Quant(ABC):
     @classmethod
     @abstractmethod
     def packed_bytes(cls, n: int, k: int) -> int:
-        """About what a weight [n, k] takes, scales included, as CPU kernels lay it out; for planning."""
+        """Estimate what a weight [n, k] takes, scales included, as CPU kernels lay it out; for planning."""
 
     @abstractmethod
     def dequantize(self) -> Tensor:
-        """What it means: fp32 [N, K]."""
+        """Return what it means: fp32 [N, K]."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantW8(Quant):
-    """Symmetric, one scale per output channel: weight = q * scale."""
+    """A symmetric weight, one scale per output channel: weight = q * scale."""
 
     q: Tensor  # int8 [N, K], -127..127
     scale: Tensor  # [N]
@@ -84,7 +84,7 @@ class QuantW8(Quant):
 
 @dataclass(frozen=True, slots=True)
 class QuantW4(Quant):
-    """Grouped along K, with zero points: weight = (q - zero) * scale."""
+    """A weight grouped along K, with zero points: weight = (q - zero) * scale."""
 
     q: Tensor  # uint8 [N, K], 0..15
     scale: Tensor  # [N, K / group_size]
@@ -116,7 +116,7 @@ class QuantW4(Quant):
 
 
 def round_in_pieces(canonical: type[Quant], weight: Tensor, scale_dtype: torch.dtype) -> Quant:
-    """`canonical.of`, some rows at a time: a large linear, widened to fp32, would take more memory than its layer."""
+    """Round as `canonical.of`, some rows at a time: a large linear in fp32 would take more memory than its layer."""
     if weight.numel() <= _PIECE or not is_dataclass(canonical):
         return canonical.of(weight, scale_dtype)
     rows = max(1, _PIECE // weight.shape[1])
@@ -125,7 +125,7 @@ def round_in_pieces(canonical: type[Quant], weight: Tensor, scale_dtype: torch.d
 
 
 def group_of_slice(size: int, k: int) -> int:
-    """The widest groups that `regroup` finds in a slice of `k` input channels of what has groups of `size`.
+    """Return the widest groups that `regroup` finds in a slice of `k` input channels of what has groups of `size`.
 
     Args:
         size: not positive: one scale a row.
@@ -138,7 +138,7 @@ def group_of_slice(size: int, k: int) -> int:
 
 
 def choose_group_size(k: int) -> int:
-    """The largest supported group size that divides `k`.
+    """Return the largest supported group size that divides `k`.
 
     Raises:
         KernelError: none divides it.
@@ -195,7 +195,7 @@ def quantize_w4(
 
 
 def regroup(q: Tensor, scale: Tensor, zero: Tensor) -> QuantW4:
-    """Groups as wide as the values allow, for a slice that may have cut through the groups it was made with.
+    """Make groups as wide as the values allow, for a slice that may have cut through the groups it was made with.
 
     Args:
         q: uint8 [N, K].
@@ -218,7 +218,7 @@ def regroup(q: Tensor, scale: Tensor, zero: Tensor) -> QuantW4:
 
 
 def finite_matrix(weight: Tensor) -> Tensor:
-    """`weight` as contiguous fp32, refused unless it is a finite matrix."""
+    """Return `weight` as contiguous fp32, refused unless it is a finite matrix."""
     if weight.dim() != 2:
         raise KernelError(f"expected a weight [N, K], got {tuple(weight.shape)}; flatten it first")
     values = weight.detach().to(torch.float32).contiguous()
@@ -232,12 +232,12 @@ def finite_matrix(weight: Tensor) -> Tensor:
 
 
 def usable_scale(scale: Tensor) -> Tensor:
-    """An all-zero (or underflowing) channel has no step of its own; any positive one represents it."""
+    """Replace scales of 0: an all-zero (or underflowing) channel has no step; any positive one represents it."""
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 `scale` in `dtype`, never below the exact value."""
+    """Return fp32 `scale` in `dtype`, never below the exact value."""
     if dtype == torch.float32:
         return scale
     rounded = scale.to(dtype)

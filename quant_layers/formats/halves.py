@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 Half = Literal["attention", "mlp"]
+BASE = "base"  # the weights as loaded, for restoring
 HALVES: tuple[Half, Half] = ("attention", "mlp")
 _SEPARATOR = "/"
 # Everything else of a layer stands with the MLP: its linears, and the norms behind the attention.
@@ -15,22 +16,22 @@ _ATTENTION = ("self_attn.", "input_layernorm")
 
 
 def split_format(format: str) -> tuple[str, str]:
-    """The formats of attention and MLP."""
+    """Return the formats of attention and MLP."""
     attention, _, mlp = format.partition(_SEPARATOR)
     return attention, mlp or attention
 
 
 def join_format(attention: str, mlp: str) -> str:
-    """Inverse of `split_format`."""
+    """Join the formats of attention and MLP: the inverse of `split_format`."""
     return attention if attention == mlp else f"{attention}{_SEPARATOR}{mlp}"
 
 
 def half_of(name: str) -> Half:
-    """To which half a linear or a norm belongs, by its name inside the layer."""
+    """Return the half that a linear or a norm belongs to, by its name inside the layer."""
     return "attention" if name.startswith(_ATTENTION) else "mlp"
 
 
 def format_of(layer_format: str, name: str) -> str:
-    """The format of one linear or norm of a layer."""
+    """Return the format of one linear or norm of a layer."""
     attention, mlp = split_format(layer_format)
     return attention if half_of(name) == "attention" else mlp

@@ -27,7 +27,7 @@ def pack_w8_vnni(q: Tensor) -> Tensor:
 
 
 def unpack_w8_vnni(packed: Tensor) -> Tensor:
-    """Inverse of `pack_w8_vnni`: int8 [N, K]."""
+    """Invert `pack_w8_vnni`: int8 [N, K]."""
     n, k = packed.shape[0], packed.shape[1] - _COMP_BYTES
     tiles = packed.reshape(n // TILE_N, -1)[:, : TILE_N * k]
     return tiles.reshape(n // TILE_N, k // 4, TILE_N, 4).permute(0, 2, 1, 3).reshape(n, k)
@@ -56,7 +56,7 @@ def pack_w4_vnni(quant: QuantW4) -> dict[str, Tensor]:
 
 
 def unpack_w4_vnni(packed: dict[str, Tensor]) -> QuantW4:
-    """Inverse of `pack_w4_vnni`."""
+    """Invert `pack_w4_vnni`."""
     weight = packed["weight"]
     blocks, groups = weight.shape[:2]
     size = _w4_vnni_group(weight)
@@ -67,12 +67,12 @@ def unpack_w4_vnni(packed: dict[str, Tensor]) -> QuantW4:
 
 
 def w4_vnni_shape(weight: Tensor) -> tuple[int, int]:
-    """(N, K) of a weight laid out by `pack_w4_vnni`."""
+    """Return (N, K) of a weight laid out by `pack_w4_vnni`."""
     return weight.shape[0] * TILE_N, weight.shape[1] * _w4_vnni_group(weight)
 
 
 def pack_w4_int32(quant: QuantW4) -> dict[str, Tensor]:
-    """Layout of the weight-only kernel: blocks of 16 output channels, eight channels in one int32.
+    """Lay out for the weight-only kernel: blocks of 16 output channels, eight channels in one int32.
 
     Returns:
         weight: int32 [N / 16, 2 K]. zero: int32 [G, N / 8]. scale: [G, N], dtype as quantized.
@@ -84,7 +84,7 @@ def pack_w4_int32(quant: QuantW4) -> dict[str, Tensor]:
 
 
 def unpack_w4_int32(packed: dict[str, Tensor]) -> QuantW4:
-    """Inverse of `pack_w4_int32`."""
+    """Invert `pack_w4_int32`."""
     weight = packed["weight"]
     blocks, k = weight.shape[0], weight.shape[1] // 2
     words = weight.view(blocks, k, 2).permute(1, 0, 2).reshape(k, 2 * blocks)
@@ -93,7 +93,7 @@ def unpack_w4_int32(packed: dict[str, Tensor]) -> QuantW4:
 
 
 def pack_w4_columns(quant: QuantW4) -> dict[str, Tensor]:
-    """Layout of our Triton kernel: eight input channels in one int32.
+    """Lay out for our Triton kernel: eight input channels in one int32.
 
     Returns:
         weight: int32 [K / 8, N]. zero: uint8 [G, N]. scale: [G, N], dtype as quantized.
@@ -103,25 +103,25 @@ def pack_w4_columns(quant: QuantW4) -> dict[str, Tensor]:
 
 
 def unpack_w4_columns(packed: dict[str, Tensor]) -> QuantW4:
-    """Inverse of `pack_w4_columns`."""
+    """Invert `pack_w4_columns`."""
     q = _from_words(packed["weight"].t())
     return QuantW4(q, packed["scale"].t().contiguous(), packed["zero"].t().contiguous())
 
 
 def pack_w8_panels(q: Tensor) -> Tensor:
-    """int8 [N, K] -> int8 [N / 16, K / 2, 16, 2]: what one vector of 16-bit multiplications takes lies together."""
+    """Lay out int8 [N, K] as [N / 16, K / 2, 16, 2]: what one vector of 16-bit multiplications takes lies together."""
     n, k = q.shape
     return q.view(n // PANEL_N, PANEL_N, k // 2, 2).permute(0, 2, 1, 3).contiguous()
 
 
 def unpack_w8_panels(packed: Tensor) -> Tensor:
-    """Inverse of `pack_w8_panels`: int8 [N, K]."""
+    """Invert `pack_w8_panels`: int8 [N, K]."""
     panels, pairs = packed.shape[:2]
     return packed.permute(0, 2, 1, 3).reshape(panels * PANEL_N, 2 * pairs)
 
 
 def pack_w4_panels(quant: QuantW4) -> dict[str, Tensor]:
-    """Four pairs of input channels in two 16-bit words, so that a shift and a mask give one pair.
+    """Put four pairs of input channels in two 16-bit words, so that a shift and a mask give one pair.
 
     Returns:
         weight: uint8 [N / 16, K / 8, 16, 4]; input channel 2 i + word is nibble i of a word.
@@ -138,7 +138,7 @@ def pack_w4_panels(quant: QuantW4) -> dict[str, Tensor]:
 
 
 def unpack_w4_panels(packed: Mapping[str, Tensor]) -> QuantW4:
-    """Inverse of `pack_w4_panels`."""
+    """Invert `pack_w4_panels`."""
     weight = packed["weight"]
     panels, eights = weight.shape[:2]
     bytes_ = weight.view(panels, eights, PANEL_N, 2, 2).permute(0, 2, 1, 4, 3)  # [..., byte of its word, word]
@@ -151,23 +151,23 @@ def _w4_vnni_group(weight: Tensor) -> int:
 
 
 def _by_block(per_group: Tensor, size: int = TILE_N) -> Tensor:
-    """[N, G] -> [N / size, G, size]."""
+    """Turn [N, G] into [N / size, G, size]."""
     n, groups = per_group.shape
     return per_group.view(n // size, size, groups).permute(0, 2, 1).contiguous()
 
 
 def _by_channel(blocked: Tensor) -> Tensor:
-    """Inverse of `_by_block`."""
+    """Invert `_by_block`."""
     return blocked.permute(0, 2, 1).reshape(-1, blocked.shape[1]).contiguous()
 
 
 def _to_words(nibbles: Tensor) -> Tensor:
-    """uint8 [R, C] with values 0..15 -> int32 [R, C / 8], the first value in the lowest bits."""
+    """Turn uint8 [R, C] with values 0..15 into int32 [R, C / 8], the first value in the lowest bits."""
     pairs = nibbles.contiguous().view(nibbles.shape[0], -1, 2)
     return (pairs[..., 0] | (pairs[..., 1] << 4)).contiguous().view(torch.int32)
 
 
 def _from_words(words: Tensor) -> Tensor:
-    """Inverse of `_to_words`."""
+    """Invert `_to_words`."""
     packed = words.contiguous().view(torch.uint8)
     return torch.stack((packed & 15, packed >> 4), dim=-1).view(words.shape[0], -1)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from quant_layers.errors import KernelError
 from quant_layers.formats.canonical import Quant, QuantW4, choose_group_size, round_in_pieces
+from quant_layers.kernels.cpu_linears import LinearImpl
 
 _INT8_STEPS = 127
 
@@ -24,7 +25,7 @@ _CPU_FEATURES = (("_is_vnni_supported", "AVX512-VNNI"), ("_is_avx512_bf16_suppor
 
 
 def _no_vnni() -> str:
-    """The VNNI kernels end the process, uncatchably, on a CPU they were not compiled for: ask first."""
+    """Say why the VNNI kernels cannot run here, where they would end the process, uncatchably; else ''."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"needs an x86 CPU with AVX512-VNNI and AVX512-BF16, this is {platform.machine()}"
     for query, feature in _CPU_FEATURES:
@@ -35,7 +36,7 @@ def _no_vnni() -> str:
 
 
 class KernelBase:
-    """A `Kernel` (registry.py) but for its layout: a subclass brings `pack_quant`, `unpack` and `build`."""
+    """A `Kernel` (registry.py) without a layout: a subclass brings `lay_out`, `unpack` and `linear` or `build`."""
 
     name: ClassVar[str]
     canonical: ClassVar[type[Quant]]
@@ -45,11 +46,12 @@ class KernelBase:
     slow_on: ClassVar[tuple[str, ...]] = ()
     fast_on: ClassVar[tuple[str, ...]] = ()
     packs_on: ClassVar[str] = ""
+    linear: ClassVar[Callable[[Mapping[str, Tensor], Tensor | None, torch.dtype], LinearImpl]]  # what `build` makes
     proof_shapes: ClassVar[tuple[tuple[int, int], ...]] = ((960, 576), (576, 1536), (64, 32))
     _dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16, torch.float16)
     _ops: ClassVar[tuple[str, ...]] = ()  # of vLLM's extension
     _needs_vnni: ClassVar[bool] = False
-    _multiple: ClassVar[int] = 32  # of both N and K
+    _multiples: ClassVar[tuple[int, int]] = (32, 32)  # of N and of K
     _groups: ClassVar[tuple[int, ...]] = ()  # input channels that may share a scale; empty: any number
 
     def __init_subclass__(cls) -> None:
@@ -66,15 +68,15 @@ class KernelBase:
         return self._no_device() or _missing(self._ops)
 
     def _no_device(self) -> str:
-        """Why the kernel's operators would fail on this machine, or end the process."""
+        """Say why the kernel's operators would fail on this machine, or end the process."""
         return _no_vnni() if self._needs_vnni else ""
 
     def check_shape(self, n: int, k: int) -> None:
-        for label, size in (("N", n), ("K", k)):
-            if size <= 0 or size % self._multiple:
+        for label, size, multiple in zip("NK", (n, k), self._multiples, strict=True):
+            if size <= 0 or size % multiple:
                 raise KernelError(
-                    f"{self.name}: {label}={size} of a weight [N={n}, K={k}] is not a positive multiple of "
-                    f"{self._multiple}; leave this linear at base, or choose another tensor-parallel size"
+                    f"{self.name}: {label}={size} of a weight [N={n}, K={k}] is not a positive multiple of {multiple}; "
+                    "leave this linear at base, or choose another tensor-parallel size"
                 )
         if self.canonical is QuantW4:
             choose_group_size(k)
@@ -95,10 +97,24 @@ class KernelBase:
         return self.pack_quant(round_in_pieces(self.canonical, weight, self._scale_dtype))
 
     def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
+        if type(quant) is not self.canonical:
+            raise KernelError(
+                f"{self.name} runs {self.format}, this weight is {quant.format}; name it under {quant.format}"
+            )
+        self.check_shape(*quant.q.shape)
+        if isinstance(quant, QuantW4):
+            self.check_group(quant.group_size)
+        return self.lay_out(quant)
+
+    def lay_out(self, quant: Any) -> dict[str, Tensor]:
+        """Turn what fits, in the kernel's `canonical` form, into plain tensors that can be stored."""
         raise NotImplementedError
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Quant:
         raise NotImplementedError
+
+    def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
+        return self.linear(tensors, bias, self.dtype)
 
     def reference(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return self.unpack(tensors).dequantize()
@@ -110,14 +126,5 @@ class KernelBase:
 
     @property
     def _scale_dtype(self) -> torch.dtype:
-        """Scales are rounded to what the kernel reads before the weights are rounded to them."""
+        """The dtype in which the kernel reads scales: they are rounded to it before the weights are rounded to them."""
         return torch.float32 if self.quantizes_activations else self.dtype
-
-    def _admit_quant(self, quant: Quant) -> None:
-        if type(quant) is not self.canonical:
-            raise KernelError(
-                f"{self.name} runs {self.format}, this weight is {quant.format}; name it under {quant.format}"
-            )
-        self.check_shape(*quant.q.shape)
-        if isinstance(quant, QuantW4):
-            self.check_group(quant.group_size)

@@ -44,7 +44,7 @@ _TIERS = (
 
 
 def tier() -> str:
-    """The highest tier whose instructions this process may use, or an empty string.
+    """Return the highest tier whose instructions this process may use, or an empty string.
 
     torch is asked, not the CPU: where a lower tier is emulated, torch answers for that.
     """
@@ -60,7 +60,7 @@ def tier() -> str:
 
 
 def units(tier: str) -> tuple[native.Unit, ...]:
-    """What is compiled for a tier. Only the file that does the arithmetic has the tier's instructions."""
+    """List what is compiled for a tier. Only the file that does the arithmetic has the tier's instructions."""
     names = [name for name, _, _ in _TIERS]
     flags = [flag for _, _, own in _TIERS[: names.index(tier) + 1] for flag in own]
     return (
@@ -71,7 +71,7 @@ def units(tier: str) -> tuple[native.Unit, ...]:
 
 @functools.cache
 def load() -> str:
-    """Load the operators, compiled first where they are not. Why not, or an empty string."""
+    """Load the operators, compiled first where they are not. Return why not, or an empty string."""
     found = tier()
     if not found:
         return "needs an x86-64 CPU with AVX2, FMA and F16C"
@@ -91,7 +91,7 @@ class _Int16(KernelBase):
     quantizes_activations = False  # not so that folding outliers into the weights would pay
     runs_on = ("cpu",)
     _dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    _multiple = 16
+    _multiples = (16, 16)
     proof_shapes = ((960, 576), (576, 1536), (48, 32))  # the last: panels that do not come in pairs
 
     def _no_device(self) -> str:
@@ -102,7 +102,7 @@ class _Int16(KernelBase):
         return torch.float32
 
     def _steps(self, k: int) -> int:
-        """Steps from 0 to the largest activation of a row."""
+        """Return the number of steps from 0 to the largest activation of a row."""
         raise NotImplementedError
 
     def activation_half_step(self, x: Tensor) -> Tensor:
@@ -110,15 +110,14 @@ class _Int16(KernelBase):
 
 
 class W8Int16(_Int16):
-    """8-bit weights, as many steps of activations as K products leave room for in int32."""
+    """A kernel of 8-bit weights, with as many steps of activations as K products leave room for in int32."""
 
     name, canonical = "w8_int16", QuantW8
 
     def _steps(self, k: int) -> int:
         return min(_MAX_STEPS, _MAX_SUM // (_MAX_WEIGHT * k))
 
-    def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
-        self._admit_quant(quant)
+    def lay_out(self, quant: QuantW8) -> dict[str, Tensor]:
         return {"weight": packing.pack_w8_panels(quant.q), "scale": quant.scale.float()}
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Quant:
@@ -129,7 +128,7 @@ class W8Int16(_Int16):
 
 
 class W4Int16(_Int16):
-    """4-bit weights with zero points: int32 sums within a group, fp32 across groups, always in the same order."""
+    """A kernel of 4-bit weights with zero points: int32 sums in a group, fp32 across groups, always in one order."""
 
     name, canonical = "w4_int16", QuantW4
     _groups = IMPORTED_GROUP_SIZES
@@ -137,9 +136,7 @@ class W4Int16(_Int16):
     def _steps(self, k: int) -> int:
         return _MAX_STEPS
 
-    def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
-        self._admit_quant(quant)
-        assert isinstance(quant, QuantW4)
+    def lay_out(self, quant: QuantW4) -> dict[str, Tensor]:
         return packing.pack_w4_panels(quant)
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Quant:
@@ -150,7 +147,7 @@ class W4Int16(_Int16):
 
 
 class Int16Linear:
-    """Calls `morphserve_int16::w8_linear` or `w4_linear`, which take rows of any rank, stride and number."""
+    """A linear on `morphserve_int16::w8_linear` or `w4_linear`, which take rows of any rank, stride and number."""
 
     __slots__ = ("_arguments", "_name", "_run", "nbytes")
 
@@ -162,7 +159,7 @@ class Int16Linear:
 
     @property
     def native(self) -> Native:
-        """For a caller that runs the operator itself."""
+        """Arguments for a caller that runs the operator itself."""
         *tensors, bias = self._arguments
         return f"int16_{self._name}", tuple(tensors), bias
 

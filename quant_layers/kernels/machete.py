@@ -16,7 +16,7 @@ from quant_layers.errors import KernelError
 from quant_layers.formats.canonical import Quant, QuantW4
 from quant_layers.formats.packing import _from_words, _to_words
 from quant_layers.kernels.base import KernelBase
-from quant_layers.kernels.cpu_linears import UINT4_ID, LinearImpl, Rows, _op, nbytes_of
+from quant_layers.kernels.cpu_linears import UINT4_ID, Rows, _op, bias_in, nbytes_of
 from quant_layers.kernels.registry import register
 
 _BLOCK_N, _BLOCK_K = 128, 64  # of a block that is laid out as one
@@ -24,20 +24,41 @@ _PER_WORD = 8
 _PIECE = 1 << 22  # weights that become words at a time
 
 
+class MacheteLinear(Rows):
+    __slots__ = ("_bias", "_group_size", "_run", "_scale", "_weight", "_zero")
+
+    def __init__(self, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> None:
+        self._run = _op("machete_mm")
+        self._weight, self._scale, self._zero = tensors["weight"], tensors["scale"], tensors["zero"]
+        self._bias = bias_in(bias, dtype)
+        self.n, self.k = self._weight.shape[1], self._weight.shape[0] * _PER_WORD
+        self._group_size = self.k // len(self._scale)
+        self.nbytes = nbytes_of(self._weight, self._scale, self._zero, self._bias)
+
+    def rows(self, x: Tensor) -> Tensor:
+        # Arguments by place, as vLLM calls it (vllm/_custom_ops.py, machete_mm): output like `x`, its own schedule.
+        out: Tensor = self._run(
+            x, self._weight, UINT4_ID, None, self._scale, self._zero, self._group_size, None, None, None
+        )
+        return out if self._bias is None else out.add_(self._bias)
+
+
 class W4A16Machete(KernelBase):
-    """Groups of 64 or 128; where a weight or its groups do not fit, Marlin is next.
+    """A kernel with groups of 64 or 128; where a weight or its groups do not fit, Marlin is next.
 
     It computes q * scale + zero in the activations' dtype, and zero = -scale * zero point is rounded to it when packed.
     In bf16 each of these roundings may take a seventeenth of a step, which `reference` does not tell.
     """
 
     name, canonical = "w4a16_machete", QuantW4
+    linear = MacheteLinear
     quantizes_activations = False
     fast_on = ("cuda",)
     packs_on = "cuda"
     proof_shapes = ((896, 640), (640, 1536), (128, 256))
     _ops = ("machete_prepack_B", "machete_mm")
     _groups = (64, 128)
+    _multiples = (_BLOCK_N, _BLOCK_K)
 
     def _no_device(self) -> str:
         # Its instructions are those of sm_90 alone: later GPUs have others.
@@ -45,29 +66,16 @@ class W4A16Machete(KernelBase):
             return ""
         return "needs an NVIDIA GPU of sm_90"
 
-    def check_shape(self, n: int, k: int) -> None:
-        for label, size, multiple in (("N", n, _BLOCK_N), ("K", k, _BLOCK_K)):
-            if size <= 0 or size % multiple:
-                raise KernelError(
-                    f"{self.name}: {label}={size} of a weight [N={n}, K={k}] is not a positive multiple of {multiple}; "
-                    "leave this linear at base, or choose another tensor-parallel size"
-                )
-
-    def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
-        """Takes one byte a weight on the GPU beside what it is given, and gives the result where `quant` lies.
+    def lay_out(self, quant: QuantW4) -> dict[str, Tensor]:
+        """Pack with one byte a weight on the GPU beside what is given, and return the result where `quant` lies.
 
         Returns:
             weight: int32 [K / 8, N], in an order of its own. scale, zero: [G, N], the activations' dtype.
         """
-        self._admit_quant(quant)
-        assert isinstance(quant, QuantW4)
         scale = quant.scale.to(self.dtype)
         zero = -scale * quant.zero.to(self.dtype)
         weight = self._prepack(quant.q).to(quant.q.device)
         return {"weight": weight, "scale": _by_group(scale), "zero": _by_group(zero)}
-
-    def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
-        return MacheteLinear(tensors, None if bias is None else bias.to(self.dtype))
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Quant:
         weight, scale, zero = tensors["weight"], tensors["scale"], tensors["zero"]
@@ -79,7 +87,7 @@ class W4A16Machete(KernelBase):
         return QuantW4(q.view(n, k), scale.t().contiguous(), points.t().contiguous())
 
     def _prepack(self, q: Tensor) -> Tensor:
-        """uint8 [N, K] -> int32 [K / 8, N] on the GPU."""
+        """Turn uint8 [N, K] into int32 [K / 8, N] on the GPU."""
         n, k = q.shape
         words = torch.empty((n, k // _PER_WORD), dtype=torch.int32, device=self._device_for(q))
         rows = max(1, _PIECE // k)
@@ -94,7 +102,7 @@ class W4A16Machete(KernelBase):
         return here if self.packs_on in ("", here.type) else torch.device(self.packs_on)
 
     def _places(self, n: int, k: int, weight: Tensor) -> Tensor:
-        """int64 [N * K]: which weight of a row-major [N, K] the operator puts where. Takes some 30 bytes a weight.
+        """Find which weight of a row-major [N, K] the operator puts where: int64 [N * K]. Takes some 30 bytes a weight.
 
         Raises:
             KernelError: some weight comes out twice, or not at all.
@@ -113,34 +121,13 @@ class W4A16Machete(KernelBase):
 
 
 def _by_group(per_row: Tensor) -> Tensor:
-    """[N, G] -> [G, N]. The operator compares strides, also where there is one group and they mean nothing."""
+    """Turn [N, G] into [G, N]. The operator compares strides, also where there is one group and they mean nothing."""
     return per_row.t().clone(memory_format=torch.contiguous_format)
 
 
 def _flat(words: Tensor) -> Tensor:
-    """All 4-bit values in the order of memory: uint8."""
+    """Return all 4-bit values in the order of memory: uint8."""
     return _from_words(words.reshape(1, -1)).flatten()
-
-
-class MacheteLinear(Rows):
-    __slots__ = ("_bias", "_group_size", "_run", "_scale", "_weight", "_zero")
-
-    def __init__(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> None:
-        self._run = _op("machete_mm")
-        self._weight, self._scale, self._zero = tensors["weight"], tensors["scale"], tensors["zero"]
-        self._bias = bias
-        self.n, self.k = self._weight.shape[1], self._weight.shape[0] * _PER_WORD
-        self._group_size = self.k // len(self._scale)
-        self.nbytes = nbytes_of(self._weight, self._scale, self._zero, self._bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.dim() != 2 or not x.is_contiguous() or not x.numel():
-            return self._reshaped(x)
-        # Arguments by place, as vLLM calls it (vllm/_custom_ops.py, machete_mm): output like `x`, its own schedule.
-        out: Tensor = self._run(
-            x, self._weight, UINT4_ID, None, self._scale, self._zero, self._group_size, None, None, None
-        )
-        return out if self._bias is None else out.add_(self._bias)
 
 
 register(W4A16Machete)

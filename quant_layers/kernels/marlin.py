@@ -14,11 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quant_layers.errors import KernelError
 from quant_layers.formats.canonical import Quant, QuantW4, QuantW8
 from quant_layers.formats.packing import _from_words, _to_words
 from quant_layers.kernels.base import KernelBase
-from quant_layers.kernels.cpu_linears import UINT4_ID, UINT8B128_ID, LinearImpl, Rows, _op, nbytes_of
+from quant_layers.kernels.cpu_linears import UINT4_ID, UINT8B128_ID, LinearImpl, Rows, _op, bias_in, nbytes_of
 from quant_layers.kernels.registry import register
 
 _TILE = 16
@@ -32,7 +31,7 @@ _SIGN = 0x80  # int8 with its sign bit flipped is the value plus 128
 
 @cache
 def _weight_order(bits: int) -> Tensor:
-    """int64 [1024]: which weight of a chunk of 16 x 64, tile by tile, stands where."""
+    """Return which weight of a chunk of 16 x 64, tile by tile, stands where: int64 [1024]."""
     order = []
     for lane in range(32):
         column, row = lane // 4, 2 * (lane % 4)
@@ -47,12 +46,12 @@ def _weight_order(bits: int) -> Tensor:
 
 @cache
 def _zero_order() -> Tensor:
-    """int64 [64]: the same for a row of zero points."""
+    """Return which zero point of a row stands where: int64 [64]."""
     return torch.arange(64).view(8, 8).t().reshape(-1)
 
 
 def _scale_order(num_groups: int) -> Tensor:
-    """int64 [64] or [32]: for a row of scales. A single group's apply to sums, which lie otherwise in the lanes."""
+    """Return which scale of a row stands where: int64 [64] or [32]. A single group's sums lie otherwise in lanes."""
     if num_groups > 1:
         return _zero_order()
     return torch.tensor([2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)])
@@ -63,7 +62,7 @@ def _inverse(order: Tensor) -> Tensor:
 
 
 def _in_chunks(q: Tensor, bits: int) -> Tensor:
-    """uint8 [N, K] -> [K / 16, 16 N], tile by tile in the order of the lanes."""
+    """Turn uint8 [N, K] into [K / 16, 16 N], tile by tile in the order of the lanes."""
     n, k = q.shape
     tiles = q.t().reshape(k // _TILE, _TILE, n // _TILE, _TILE).permute(0, 2, 1, 3)
     chunks = tiles.reshape(-1, _TILE * _COLUMNS)[:, _weight_order(bits).to(q.device)]
@@ -71,7 +70,7 @@ def _in_chunks(q: Tensor, bits: int) -> Tensor:
 
 
 def _from_chunks(chunks: Tensor, bits: int) -> Tensor:
-    """Inverse of `_in_chunks`."""
+    """Invert `_in_chunks`."""
     n, k = chunks.shape[1] // _TILE, chunks.shape[0] * _TILE
     tiles = chunks.reshape(-1, _TILE * _COLUMNS)[:, _inverse(_weight_order(bits)).to(chunks.device)]
     q = tiles.view(k // _TILE, n // _TILE, _TILE, _TILE).permute(0, 2, 1, 3).reshape(k, n)
@@ -79,19 +78,20 @@ def _from_chunks(chunks: Tensor, bits: int) -> Tensor:
 
 
 def _lay_scale(scale: Tensor) -> Tensor:
-    """[N, G] -> [G, N] in the order of the lanes."""
+    """Turn [N, G] into [G, N] in the order of the lanes."""
     order = _scale_order(scale.shape[1]).to(scale.device)
     return scale.t().reshape(-1, len(order))[:, order].reshape(-1, len(scale)).contiguous()
 
 
 def _read_scale(scale: Tensor) -> Tensor:
-    """Inverse of `_lay_scale`."""
+    """Invert `_lay_scale`."""
     order = _inverse(_scale_order(len(scale))).to(scale.device)
     return scale.reshape(-1, len(order))[:, order].reshape(scale.shape).t().contiguous()
 
 
 def pack_w4_marlin(quant: QuantW4) -> dict[str, Tensor]:
-    """
+    """Lay out 4-bit weights as Marlin reads them.
+
     Returns:
         weight: int32 [K / 16, 2 N]. zero: int32 [G, N / 8]. scale: [G, N], dtype as quantized.
     """
@@ -105,7 +105,7 @@ def pack_w4_marlin(quant: QuantW4) -> dict[str, Tensor]:
 
 
 def unpack_w4_marlin(packed: Mapping[str, Tensor]) -> QuantW4:
-    """Inverse of `pack_w4_marlin`."""
+    """Invert `pack_w4_marlin`."""
     n, device = packed["scale"].shape[1], packed["zero"].device
     low, back = _inverse(torch.tensor(_LOW_FIRST[4])).to(device), _inverse(_zero_order()).to(device)
     zero = _from_words(packed["zero"]).reshape(-1, 8)[:, low].reshape(-1, 64)[:, back].reshape(-1, n)
@@ -114,7 +114,8 @@ def unpack_w4_marlin(packed: Mapping[str, Tensor]) -> QuantW4:
 
 
 def pack_w8_marlin(quant: QuantW8) -> dict[str, Tensor]:
-    """
+    """Lay out 8-bit weights as Marlin reads them.
+
     Returns:
         weight: int32 [K / 16, 4 N], values plus 128. scale: [1, N], dtype as quantized.
     """
@@ -125,7 +126,7 @@ def pack_w8_marlin(quant: QuantW8) -> dict[str, Tensor]:
 
 
 def unpack_w8_marlin(packed: Mapping[str, Tensor]) -> QuantW8:
-    """Inverse of `pack_w8_marlin`."""
+    """Invert `pack_w8_marlin`."""
     biased = _from_chunks(packed["weight"].contiguous().view(torch.uint8), 8)
     return QuantW8((biased ^ _SIGN).view(torch.int8), _read_scale(packed["scale"])[:, 0].contiguous())
 
@@ -134,7 +135,7 @@ class _Marlin(KernelBase):
     quantizes_activations = False
     fast_on = ("cuda",)
     _ops = ("marlin_gemm",)
-    _multiple = _COLUMNS
+    _multiples = (_COLUMNS, _MIN_K)
     canonical: ClassVar[type[Quant]] = QuantW4
     proof_shapes = ((960, 640), (576, 1536), (64, 256))
 
@@ -146,48 +147,36 @@ class _Marlin(KernelBase):
             return f"needs an NVIDIA GPU of sm_{needed[0]}{needed[1]} or later for these activations"
         return ""
 
-    def check_shape(self, n: int, k: int) -> None:
-        super().check_shape(n, k)
-        if k % _MIN_K:
-            raise KernelError(
-                f"{self.name}: K={k} of a weight [N={n}, K={k}] is not a multiple of {_MIN_K}; leave this linear at "
-                "base, or choose another tensor-parallel size"
-            )
-
 
 class W4A16Marlin(_Marlin):
-    """4-bit weights with zero points on NVIDIA GPUs, through the Marlin kernel that vLLM brings. Never run here yet."""
+    """A kernel of 4-bit weights with zero points on NVIDIA GPUs, Marlin's as vLLM brings it. Never run here yet."""
 
     name, canonical = "w4a16_marlin", QuantW4
     _groups = _GROUPS
 
-    def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
-        self._admit_quant(quant)
-        assert isinstance(quant, QuantW4)
+    def lay_out(self, quant: QuantW4) -> dict[str, Tensor]:
         return pack_w4_marlin(QuantW4(quant.q, quant.scale.to(self.dtype), quant.zero))
 
     def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
-        return MarlinLinear(tensors, UINT4_ID, None if bias is None else bias.to(self.dtype))
+        return MarlinLinear(tensors, UINT4_ID, bias_in(bias, self.dtype))
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Quant:
         return unpack_w4_marlin(tensors)
 
 
 class W8A16Marlin(_Marlin):
-    """8-bit weights, one scale a row, through the same kernel: for GPUs that do not multiply fp8 (before sm_89).
+    """A kernel of 8-bit weights, one scale a row, Marlin's too: for GPUs that do not multiply fp8 (before sm_89).
 
     Never run here yet. Half the bytes of bf16, and activations lose nothing.
     """
 
     name, canonical = "w8a16_marlin", QuantW8
 
-    def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
-        self._admit_quant(quant)
-        assert isinstance(quant, QuantW8)
+    def lay_out(self, quant: QuantW8) -> dict[str, Tensor]:
         return pack_w8_marlin(QuantW8(quant.q, quant.scale.to(self.dtype)))
 
     def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
-        return MarlinLinear(tensors, UINT8B128_ID, None if bias is None else bias.to(self.dtype))
+        return MarlinLinear(tensors, UINT8B128_ID, bias_in(bias, self.dtype))
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Quant:
         return unpack_w8_marlin(tensors)
@@ -195,7 +184,7 @@ class W8A16Marlin(_Marlin):
 
 @cache
 def _workspace(device: torch.device) -> Tensor:
-    """Locks of the kernel, four a multiprocessor at most, zero between calls: all linears of a device share them.
+    """Return the kernel's locks, four a multiprocessor at most, zero between calls: all linears of a device share them.
 
     Made with the first linear, so before vLLM locks its own workspaces and captures graphs.
     """
@@ -205,7 +194,7 @@ def _workspace(device: torch.device) -> Tensor:
 
 
 class MarlinLinear(Rows):
-    """With zero points where `tensors` has them."""
+    """A linear with zero points where `tensors` has them."""
 
     __slots__ = ("_bias", "_locks", "_run", "_scale", "_type", "_weight", "_zero")
 
@@ -217,9 +206,7 @@ class MarlinLinear(Rows):
         self.n, self.k = self._scale.shape[1], self._weight.shape[0] * _TILE
         self.nbytes = nbytes_of(self._weight, self._zero, self._scale, self._bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.dim() != 2 or not x.is_contiguous() or not x.numel():
-            return self._reshaped(x)
+    def rows(self, x: Tensor) -> Tensor:
         # Arguments by place, as vLLM calls it (vllm/_custom_ops.py, marlin_gemm): no atomic adds, sums in fp32.
         out: Tensor = self._run(
             x, None, self._weight, None, self._scale, None, None, self._zero, self._locks, self._type,

@@ -37,12 +37,12 @@ class Unit:
 
 
 def default_directory() -> Path:
-    """Where built operators are kept: `$MORPHSERVE_CACHE/native`, by default `~/.cache/morphserve/native`."""
+    """Return where built operators are kept: `$MORPHSERVE_CACHE/native`, by default `~/.cache/morphserve/native`."""
     return Path(os.environ.get("MORPHSERVE_CACHE") or "~/.cache/morphserve").expanduser().absolute() / "native"
 
 
 def library_path(name: str, units: Sequence[Unit], directory: Path) -> Path:
-    """Where the library of these units belongs: another source, header, flag or torch is another file."""
+    """Return where the library of these units belongs: another source, header, flag or torch is another file."""
     seen = hashlib.sha256(torch.__version__.encode())
     for unit in units:
         seen.update(repr((unit.source.name, unit.flags)).encode())
@@ -52,7 +52,7 @@ def library_path(name: str, units: Sequence[Unit], directory: Path) -> Path:
 
 
 def build(name: str, units: Sequence[Unit], directory: Path | None = None) -> Path:
-    """Path of the library of these units, compiled if it is not there yet.
+    """Return the path of the library of these units, compiled if it is not there yet.
 
     Processes that build the same at once wait for the first; one that cannot wait builds into a file of its own, and
     the last rename wins.
@@ -96,7 +96,7 @@ def load(name: str, units: Sequence[Unit], directory: Path | None = None) -> Non
 
 
 def find_compiler(openmp: bool = False) -> str:
-    """The C++ compiler to use.
+    """Find the C++ compiler to use.
 
     Raises:
         FileNotFoundError: there is none.

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from quant_layers.formats.canonical import Quant, QuantW4, QuantW8
 from quant_layers.kernels.base import KernelBase
-from quant_layers.kernels.cpu_linears import LinearImpl, Rows, nbytes_of
+from quant_layers.kernels.cpu_linears import LinearImpl, Rows, bias_in, nbytes_of
 
 _WIDEN_AT_ONCE = 1 << 18  # weights; widened to fp32 they lie in a core's cache until they are multiplied
 
@@ -19,7 +19,7 @@ class _Plain(KernelBase):
     quantizes_activations = False
     runs_on = slow_on = ("cpu",)
     _dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    _multiple = 1
+    _multiples = (1, 1)
 
     @property
     def _scale_dtype(self) -> torch.dtype:
@@ -27,12 +27,11 @@ class _Plain(KernelBase):
 
 
 class W8Plain(_Plain):
-    """8-bit weights, widened a piece at a time and multiplied in fp32."""
+    """A kernel of 8-bit weights, widened a piece at a time and multiplied in fp32."""
 
     name, canonical = "w8_plain", QuantW8
 
-    def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
-        self._admit_quant(quant)
+    def lay_out(self, quant: QuantW8) -> dict[str, Tensor]:
         return {"weight": quant.q, "scale": quant.scale.float()}
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Quant:
@@ -48,13 +47,11 @@ class W8Plain(_Plain):
 
 
 class W4Plain(_Plain):
-    """4-bit weights, two to a byte."""
+    """A kernel of 4-bit weights, two to a byte."""
 
     name, canonical = "w4_plain", QuantW4
 
-    def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
-        self._admit_quant(quant)
-        assert isinstance(quant, QuantW4)
+    def lay_out(self, quant: QuantW4) -> dict[str, Tensor]:
         weight = quant.q[:, ::2] | (quant.q[:, 1::2] << 4)
         return {"weight": weight, "zero": quant.zero, "scale": quant.scale.float()}
 
@@ -73,7 +70,7 @@ class W4Plain(_Plain):
 
 
 class PlainLinear(Rows):
-    """Multiplies in fp32 by what `widen(start, end)` says rows of the weight mean: fp32 [end - start, K].
+    """A linear in fp32 over what `widen(start, end)` says rows of the weight mean: fp32 [end - start, K].
 
     In the activations' own dtype it would be slower on a CPU without instructions for it, and sums of fp16 overflow.
     """
@@ -84,12 +81,10 @@ class PlainLinear(Rows):
         self, n: int, k: int, widen: Callable[[int, int], Tensor], bias: Tensor | None, weight_bytes: int
     ) -> None:
         self.n, self.k, self._widen = n, k, widen
-        self._bias = None if bias is None else bias.float()
+        self._bias = bias_in(bias, torch.float32)
         self.nbytes = weight_bytes + nbytes_of(self._bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.dim() != 2 or not x.is_contiguous() or not x.numel():
-            return self._reshaped(x)
+    def rows(self, x: Tensor) -> Tensor:
         wide = x.float()
         out = wide.new_empty((x.shape[0], self.n))
         rows = max(1, _WIDEN_AT_ONCE // self.k)

@@ -4,9 +4,9 @@ A new format is two classes, and `register`:
 
 * the canonical form, a subclass of `Quant` (formats/canonical.py): what a quantized weight means, and how a weight is
   rounded to it;
-* at least one kernel, best a subclass of `KernelBase` (base.py): its name and its `canonical` form, `pack_quant` into
-  tensors that can be stored, `unpack` back, and `build` into something callable (cpu_linears.py). Several kernels may
-  share a format: the first that passes its self-test runs it.
+* at least one kernel, best a subclass of `KernelBase` (base.py): its name and its `canonical` form, `lay_out` into
+  tensors that can be stored, `unpack` back, and the `linear` that runs them (cpu_linears.py). Several kernels may share
+  a format: the first that passes its self-test runs it.
 
 Users then name the format under `ladder.steps`, `kernels` and `variants`; the default ladder stays what it is. A
 layer's bytes are those of the tensors that `pack_quant` gives. What is parametrized over `CANDIDATES` tests it without
@@ -47,7 +47,7 @@ class Kernel(Protocol):
     proof_shapes: tuple[tuple[int, int], ...]  # [N, K] that the self-test runs, each of which the kernel must take
 
     def unavailable(self) -> str:
-        """Why this kernel cannot run here with this dtype, or an empty string."""
+        """Say why this kernel cannot run here with this dtype, or return an empty string."""
         ...
 
     def check_shape(self, n: int, k: int) -> None:
@@ -71,7 +71,7 @@ class Kernel(Protocol):
         ...
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Quant:
-        """Inverse of `pack_quant`, but for the dtype of scales."""
+        """Invert `pack_quant`, but for the dtype of scales."""
         ...
 
     def build(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
@@ -79,11 +79,11 @@ class Kernel(Protocol):
         ...
 
     def reference(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """What the stored linear means: fp32 [N, K]."""
+        """Return what the stored linear means: fp32 [N, K]."""
         ...
 
     def activation_half_step(self, x: Tensor) -> Tensor:
-        """The most by which it moves each activation of `x` [M, K] when it rounds them: fp64 [M, K]."""
+        """Return the most by which it moves each activation of `x` [M, K] when it rounds them: fp64 [M, K]."""
         ...
 
 

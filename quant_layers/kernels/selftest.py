@@ -24,7 +24,7 @@ _SIGMAS = 6.0  # of the error that rounding alone causes; the inputs are seeded,
 
 @dataclass(frozen=True, slots=True)
 class KernelReport:
-    """What the self-test of one kernel found."""
+    """The findings of one kernel's self-test."""
 
     name: str
     format: str
@@ -34,7 +34,7 @@ class KernelReport:
 
 
 def probe(dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> dict[str, KernelReport]:
-    """Self-test every kernel for activations of `dtype`. Never raises; takes a few tenths of a second."""
+    """Check every kernel for activations of `dtype`. Never raises; takes a few tenths of a second."""
     return {make.name: check_kernel(make(dtype), device) for make in CANDIDATES}
 
 
@@ -46,7 +46,7 @@ def choose(
     shapes: Sequence[tuple[int, int]] = (),
     group_sizes: Sequence[int] = (),
 ) -> Kernel:
-    """The first kernel for `format` that takes these shapes [N, K] and passes its self-test, or the one with this name.
+    """Choose the first kernel for `format` that takes these shapes [N, K] and passes its self-test, or the named one.
 
     Kernels that are slow on this type of device are tried last. `group_sizes` are those of a checkpoint, for weights
     that are not rounded here; see `group_of_slice`.
@@ -89,7 +89,7 @@ def choose(
 
 
 def by_preference(format: str, device: str = "cpu") -> list[type[Kernel]]:
-    """The kernels of a format, in the order in which they are tried."""
+    """Return the kernels of a format, in the order in which they are tried."""
     makes = (make for make in CANDIDATES if make.format == format)
     return sorted(
         makes, key=lambda make: (bool(_needs(make, device)), device in make.slow_on, device not in make.fast_on)
@@ -97,7 +97,7 @@ def by_preference(format: str, device: str = "cpu") -> list[type[Kernel]]:
 
 
 def _needs(kernel: Kernel | type[Kernel], device: str) -> str:
-    """Why a kernel is not for this type of device, or an empty string."""
+    """Say why a kernel is not for this type of device, or return an empty string."""
     if not kernel.runs_on or device in kernel.runs_on:
         return ""
     return f"needs a {' or '.join(kernel.runs_on)} device, not {device}"
@@ -118,7 +118,7 @@ def check_kernel(kernel: Kernel, device: str = "cpu") -> KernelReport:
 
 
 def _worst_error(kernel: Kernel, n: int, k: int, device: str) -> float:
-    """Largest error over batch sizes, with and without bias, as a share of the bound."""
+    """Return the largest error over batch sizes, with and without bias, as a share of the bound."""
     dtype = kernel.dtype
     generator = torch.Generator().manual_seed(n * k)
     weight = torch.randn(n, k, generator=generator) * torch.rand(n, 1, generator=generator)
@@ -140,14 +140,14 @@ def _worst_error(kernel: Kernel, n: int, k: int, device: str) -> float:
 
 
 def _packing_error(kernel: Kernel, weight: Tensor, meaning: Tensor) -> Tensor:
-    """Distance of the packed from the original weight, as a share of one step of the widest possible grid."""
+    """Return how far the packed is from the original weight, as a share of one step of the widest possible grid."""
     values = weight.double()
     step = 2 * values.abs().amax(dim=1, keepdim=True) / kernel.canonical.coarsest_levels
     return ((meaning - values).abs() / step).max()
 
 
 def _run_error(kernel: Kernel, impl: LinearImpl, x: Tensor, meaning: Tensor, bias: Tensor | None) -> float:
-    """Largest output error as a share of what activation steps and the output dtype explain."""
+    """Return the largest output error as a share of what activation steps and the output dtype explain."""
     exact = x.double() @ meaning.t()
     if bias is not None:
         exact += bias.double()
@@ -166,7 +166,7 @@ def _run_error(kernel: Kernel, impl: LinearImpl, x: Tensor, meaning: Tensor, bia
 
 
 def _summation_error(exact: Tensor, spread: Tensor, k: int) -> Tensor:
-    """What adding K products in fp32 explains, in whatever order: counts only where outputs are fp32, too.
+    """Return what adding K products in fp32 explains, in whatever order: counts only where outputs are fp32, too.
 
     Each of K additions rounds its partial sum by half an ulp at most: evenly spread, so eps / 2 / sqrt(3) of it. No
     partial sum is much larger than the whole, nor than products that cancel (their root mean square, `spread`), and
@@ -177,7 +177,7 @@ def _summation_error(exact: Tensor, spread: Tensor, k: int) -> Tensor:
 
 
 def _check_views(impl: LinearImpl, wide: Tensor, k: int) -> None:
-    """Other ranks, strided rows and no rows at all give what contiguous rows give."""
+    """Check that other ranks, strided rows and no rows at all give what contiguous rows give."""
     rows = wide[:, :k]
     expected = impl(rows.contiguous())
     for name, got in (

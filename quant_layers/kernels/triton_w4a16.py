@@ -54,7 +54,7 @@ def _w4a16_kernel(
 
 
 def w4a16_matmul(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ dequantized weight, plus bias.
+    """Multiply x by the dequantized weight, and add bias.
 
     Args:
         x: [M, K], fp16 or bf16, rows contiguous.

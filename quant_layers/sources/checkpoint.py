@@ -42,7 +42,7 @@ class Checkpoint:
     """A directory that GPTQ, AWQ or compressed-tensors tools wrote."""
 
     def __init__(self, directory: Path, scheme: Scheme, config: Mapping[str, Any], files: Mapping[str, Path]) -> None:
-        """Use `open`."""
+        """Keep what `open`, which callers use, has read."""
         self.directory = directory
         self.scheme = scheme
         self.config = config
@@ -71,7 +71,7 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        """Changes when a file of it does: configuration, headers, sizes and times, not every byte."""
+        """Hash that changes when a file of it does: configuration, headers, sizes and times, not every byte."""
         total = hashlib.sha256(json.dumps(dict(self.config), sort_keys=True).encode())
         total.update(repr(self.scheme).encode())
         for file in sorted(set(self._files.values())):
@@ -102,7 +102,7 @@ class Checkpoint:
             )
 
     def layer(self, layer: int) -> ImportedLayer:
-        """One decoder layer, in memory of its own.
+        """Read one decoder layer, in memory of its own.
 
         Raises:
             CheckpointError: it is not there, or cannot be read; see `read_linear`.
@@ -126,7 +126,7 @@ class Checkpoint:
         return ImportedLayer(MappingProxyType(linears), MappingProxyType(others))
 
     def outside(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor that belongs to no decoder layer.
+        """Yield every tensor that belongs to no decoder layer.
 
         Raises:
             CheckpointError: one of them is quantized, or cannot be read.
@@ -154,7 +154,7 @@ class Checkpoint:
 
 
 def read_scheme(directory: Path, config: Mapping[str, Any]) -> Scheme:
-    """From config.json's quantization_config, else AutoGPTQ's quantize_config.json.
+    """Read config.json's quantization_config, else AutoGPTQ's quantize_config.json.
 
     Raises:
         CheckpointError: neither is there, or names a method or a width that is not supported.
@@ -189,14 +189,14 @@ def read_scheme(directory: Path, config: Mapping[str, Any]) -> Scheme:
 
 
 def _group_sizes(found: Mapping[str, Any]) -> tuple[int, ...]:
-    """Of a quantization config; see `Scheme`."""
+    """Return the group sizes of a quantization config; see `Scheme`."""
     schemes = [(scheme or {}).get("weights") or {} for scheme in (found.get("config_groups") or {}).values()]
     sizes = [scheme.get("group_size") for scheme in schemes] or [found.get("group_size", found.get("q_group_size", 0))]
     return tuple(sorted({-1 if size is None else int(size) for size in sizes} - {0}))
 
 
 def tensor_files(directory: Path) -> dict[str, Path]:
-    """Tensor name |-> file of a directory, from the index, else from the files themselves.
+    """Map tensor names to files of a directory, from the index, else from the files themselves.
 
     Raises:
         CheckpointError: a file is missing or damaged, or there is none.

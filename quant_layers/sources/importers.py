@@ -24,7 +24,7 @@ _MARKS = ("qweight", "weight_packed", "weight_scale")  # a linear that has one o
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """What a checkpoint's quantization config says, as far as its tensors do not say it themselves."""
+    """The part of a checkpoint's quantization config that its tensors do not say themselves."""
 
     method: str  # "gptq", "awq" or "compressed-tensors"
     bits: int  # of GPTQ and AWQ; compressed-tensors say it tensor by tensor
@@ -36,12 +36,12 @@ class Scheme:
 
 
 def is_quantized(parts: Collection[str]) -> bool:
-    """Whether a linear with tensors of these names is stored in any quantized form."""
+    """Return whether a linear with tensors of these names is stored in any quantized form."""
     return any(mark in parts for mark in _MARKS)
 
 
 def read_linear(name: str, parts: Parts, scheme: Scheme) -> QuantW4 | QuantW8:
-    """One linear in the canonical form, input channels in their own order.
+    """Read one linear into the canonical form, input channels in their own order.
 
     Args:
         name: of the linear, for messages.
@@ -69,14 +69,14 @@ def read_linear(name: str, parts: Parts, scheme: Scheme) -> QuantW4 | QuantW8:
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
-    """int32 [R, C] -> uint8 [R, C * 32 / bits], the first value in the lowest bits."""
+    """Turn int32 [R, C] into uint8 [R, C * 32 / bits], the first value in the lowest bits."""
     shifts = torch.arange(0, _WORD_BITS, bits, dtype=torch.int32)
     values = (words.int().unsqueeze(-1) >> shifts) & ((1 << bits) - 1)  # the mask takes the copied sign away
     return values.to(torch.uint8).flatten(-2)
 
 
 def _read_gptq(name: str, parts: Parts, scheme: Scheme) -> QuantW4 | QuantW8:
-    """qweight [K * bits / 32, N] packed along K, scales [G, N], qzeros [G, N * bits / 32], g_idx [K]."""
+    """Read qweight [K * bits / 32, N] packed along K, scales [G, N], qzeros [G, N * bits / 32], g_idx [K]."""
     q = unpack_words(parts["qweight"].t().contiguous(), scheme.bits)  # [N, K]
     scale = parts["scales"].t().contiguous()
     if "g_idx" in parts:
@@ -90,7 +90,7 @@ def _read_gptq(name: str, parts: Parts, scheme: Scheme) -> QuantW4 | QuantW8:
 
 
 def _read_awq(name: str, parts: Parts, scheme: Scheme) -> QuantW4 | QuantW8:
-    """qweight [K, N / 8] packed along N, scales [G, N], qzeros [G, N / 8]; columns interleaved in each word."""
+    """Read qweight [K, N / 8] packed along N, scales [G, N], qzeros [G, N / 8]; columns interleaved in each word."""
     if scheme.bits != 4:
         raise CheckpointError(f"{name}: AWQ with {scheme.bits} bits; known is 4")
 
@@ -104,7 +104,7 @@ def _read_awq(name: str, parts: Parts, scheme: Scheme) -> QuantW4 | QuantW8:
 
 
 def _read_pack_quantized(name: str, parts: Parts) -> QuantW4 | QuantW8:
-    """weight_packed [N, K * bits / 32], weight_scale [N, G], weight_zero_point [N * bits / 32, G], weight_shape."""
+    """Read weight_packed [N, K * bits / 32], weight_scale [N, G] and weight_zero_point [N * bits / 32, G]."""
     n, k = (int(size) for size in parts["weight_shape"])
     bits = _WORD_BITS * parts["weight_packed"].shape[1] // k
     if bits not in (4, 8) or parts["weight_packed"].shape != (n, k * bits // _WORD_BITS):
@@ -123,7 +123,7 @@ def _read_pack_quantized(name: str, parts: Parts) -> QuantW4 | QuantW8:
 
 
 def _read_int8(name: str, parts: Parts) -> QuantW8:
-    """weight int8 [N, K], weight_scale [N, 1] or one for the whole matrix."""
+    """Read weight int8 [N, K], weight_scale [N, 1] or one for the whole matrix."""
     for unwanted, what in (("weight_zero_point", "zero points"), ("input_scale", "activation scales")):
         if unwanted in parts and (unwanted == "input_scale" or parts[unwanted].count_nonzero()):
             raise CheckpointError(
@@ -155,7 +155,7 @@ def _canonical(name: str, q: Tensor, scale: Tensor, zero: Tensor, bits: int) -> 
 
 
 def _require_trivial(name: str, group_of: Tensor, num_groups: int) -> None:
-    """Channels in their own order, as without act-order.
+    """Refuse channels that are not in their own order, as with act-order.
 
     Raises:
         CheckpointError: they are not.

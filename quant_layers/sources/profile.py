@@ -26,7 +26,7 @@ LayerScales = Mapping[int, Mapping[str, Tensor]]  # decoder layer id |-> linear 
 
 
 def base_fingerprint(norms: Mapping[str, Tensor]) -> str:
-    """Digest of the norms of all decoder layers: small, never sliced over ranks, and no two models share them.
+    """Hash the norms of all decoder layers: small, never sliced over ranks, and no two models share them.
 
     Args:
         norms: by name below the list of layers, for example `3.input_layernorm.weight`.
@@ -54,7 +54,7 @@ class Rung:
         return self.expected_kl if self.measured_kl is None else self.measured_kl
 
     def as_json(self, level: int) -> dict[str, Any]:
-        """A row of `ladder`."""
+        """Return a row of `ladder`."""
         return {
             "level": level,
             "expected_kl": self.expected_kl,
@@ -81,14 +81,11 @@ class Profile:
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """That its ladder uses, in the order in which they come in."""
+        """Formats that its ladder uses, in the order in which they come in."""
         return tuple(dict.fromkeys(fmt for rung in self.ladder for fmt in rung.layers.values()))
 
     def check_base(self, fingerprint: str, model: str) -> None:
-        """
-        Raises:
-            ProfileError: it was made for other weights.
-        """
+        """Raise ProfileError when it was made for other weights."""
         if fingerprint != self.fingerprint:
             raise ProfileError(
                 f"profile {self.directory} was made for other weights (norms {self.fingerprint[:12]}) than {model} "

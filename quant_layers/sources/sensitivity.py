@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BASE_FORMAT = "base"
+from quant_layers.formats.halves import BASE
+
 Unit = tuple[int, str]  # decoder layer id, half
 _LEAST_KL = 1e-9  # a change that seems to help (a sum of noise) is treated as one that does nothing
 
@@ -23,7 +24,7 @@ class Change:
 
     @property
     def unit(self) -> Unit:
-        """What is changed, whatever into."""
+        """The layer or half that is changed, whatever into."""
         return self.layer, self.half
 
 
@@ -37,14 +38,15 @@ class Move:
 
 
 class QuadraticCost:
-    """Expected KL of any set of changes: half the mean square of the sum of their slopes, and what rounding adds.
+    """A model of KL for any set of changes: half the mean square of the sum of their slopes, and what rounding adds.
 
     Behind the first layer that differs, two runs in bf16 round differently, whatever else differs. See
     morphserve/tools/profile/effects.py for what a slope is.
     """
 
     def __init__(self, products: Mapping[Change, Mapping[Change, float]], rounding: Sequence[float] = ()) -> None:
-        """
+        """Keep the prices of changes.
+
         Args:
             products: half the mean product of two changes' slopes.
             rounding: by layer, the KL that the rounding of its output costs between two runs; empty = none.
@@ -54,7 +56,7 @@ class QuadraticCost:
 
     @classmethod
     def of_slopes(cls, slopes: Mapping[Change, Tensor], rounding: Sequence[float] = ()) -> QuadraticCost:
-        """From the slopes of every token."""
+        """Build the model from the slopes of every token."""
         changes = list(slopes)
         rows = torch.stack([slopes[change].double() for change in changes])
         gram = (rows @ rows.t() / (2 * rows.shape[1])).tolist()
@@ -62,31 +64,31 @@ class QuadraticCost:
 
     @property
     def changes(self) -> tuple[Change, ...]:
-        """All that have a price."""
+        """Changes that have a price."""
         return tuple(self._products)
 
     def kl(self, changes: Sequence[Change]) -> float:
-        """Nats per token."""
+        """Return the expected KL in nats per token."""
         of_changes = sum(self._products[a][b] for a in changes for b in changes)
         return of_changes + self.rounding_from(min((change.layer for change in changes), default=None))
 
     def rounding_from(self, layer: int | None) -> float:
-        """What rounding costs when `layer` is the first that differs; None = none differs."""
+        """Return what rounding costs when `layer` is the first that differs; None = none differs."""
         return 0.0 if layer is None or len(self._rounding) == 1 else self._rounding[layer]
 
     def product(self, a: Change, b: Change) -> float:
-        """Half the mean product of two changes' slopes."""
+        """Return half the mean product of two changes' slopes."""
         return self._products[a][b]
 
 
 def greedy(cost: QuadraticCost, size: Callable[[Unit, str], int]) -> list[Move]:
-    """All moves, each the one that frees most bytes per expected KL after the ones before.
+    """Return all moves, each the one that frees most bytes per expected KL after the ones before.
 
     A layer may pass through several formats, each smaller than the one before.
 
     Args:
         cost: of all changes to choose from.
-        size: bytes of a layer or half in a format, "base" among them.
+        size: bytes of a layer or half in a format, BASE among them.
     """
     left = list(cost.changes)
     now: dict[Unit, Change] = {}
@@ -97,11 +99,11 @@ def greedy(cost: QuadraticCost, size: Callable[[Unit, str], int]) -> list[Move]:
     moves: list[Move] = []
 
     def gain(change: Change) -> int:
-        current = now[change.unit].format if change.unit in now else BASE_FORMAT
+        current = now[change.unit].format if change.unit in now else BASE
         return size(change.unit, current) - size(change.unit, change.format)
 
     def after(change: Change) -> float:
-        """KL once `change` has taken the place of what its unit has now."""
+        """Return the KL once `change` has taken the place of what its unit has now."""
         total = kl + 2 * with_now[change] + cost.product(change, change)
         if (old := now.get(change.unit)) is not None:
             total += cost.product(old, old) - 2 * with_now[old] - 2 * cost.product(change, old)
@@ -127,7 +129,7 @@ def layer_importance_order(
     degradation: Callable[[tuple[int, ...], int], float],
     weights: tuple[float, float, float] = (0.25, 0.25, 0.5),
 ) -> list[int]:
-    """The paper's Algorithm 1: the layer with the highest LIS given the layers already taken, L times.
+    """Order layers by the paper's Algorithm 1: the one with the highest LIS given those already taken, L times.
 
     LIS_p(Q) = a1 LTS_p + a2 LRS_p + b MDS_p(Q), all of them similarities: high means safe to swap.
 

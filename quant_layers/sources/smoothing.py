@@ -26,7 +26,7 @@ _SPAN = 1e3  # no channel is scaled by more than this: s must stay harmless in b
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Where the scaled input of a linear comes from, by names inside a decoder layer as vLLM fuses it."""
+    """The place where a linear's scaled input comes from, by names inside a decoder layer as vLLM fuses it."""
 
     consumer: str
     producer: str
@@ -43,7 +43,7 @@ FOLDS = (
 
 
 def folds_of(names: set[str]) -> tuple[Fold, ...]:
-    """The folds that a layer with these linears and norms has, at most one for each consumer."""
+    """Return the folds that a layer with these linears and norms has, at most one for each consumer."""
     found: dict[str, Fold] = {}
     for fold in FOLDS:
         if fold.consumer in names and fold.producer in names:
@@ -53,7 +53,7 @@ def folds_of(names: set[str]) -> tuple[Fold, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """What one linear's input channels are divided by, and what that is worth."""
+    """The divisors of one linear's input channels, and what they are worth."""
 
     values: Tensor  # fp32 [K]
     exponent: float
@@ -62,7 +62,7 @@ class Scale:
 
 
 def choose_scale(x: Tensor, weight: Tensor) -> Scale:
-    """The best of `EXPONENTS` for one linear, judged by its output in W8A8 arithmetic.
+    """Choose the best of `EXPONENTS` for one linear, judged by its output in W8A8 arithmetic.
 
     Args:
         x: calibration inputs [num_tokens, K].
@@ -84,7 +84,7 @@ def choose_scale(x: Tensor, weight: Tensor) -> Scale:
 
 
 def _token_error(x: Tensor, weight: Tensor, exact: Tensor, power: Tensor) -> float:
-    """Relative to each token's own power: a few tokens are hundreds of times larger than all the others."""
+    """Return the error relative to each token's own power: a few tokens are hundreds of times larger than others."""
     step = x.abs().amax(dim=1, keepdim=True).clamp_min(_TINY) / 127
     rounded = (x / step).round_() * step
     out = rounded @ quantize_w8(weight).dequantize().t()
@@ -97,7 +97,7 @@ def apply_scales(
     norm_offset: float,
     scales: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """One layer with its scales folded in.
+    """Fold scales into one layer.
 
     A norm is kept in the dtype it has; the columns take what its rounding really divided by.
 

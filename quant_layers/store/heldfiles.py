@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class HeldFiles:
-    """Opens files of one directory, and keeps those open that it is told to hold until it is dropped.
+    """The files of one directory, of which those that it is told to hold stay open until it is dropped.
 
     Who cleans the cache while a server runs takes the files' names away, not what the server reads: without it
     the next restore would fail, and every one after it. Names carry a hash, so a name means one content.
@@ -30,7 +30,7 @@ class HeldFiles:
         weakref.finalize(self, _close, self._files)
 
     def may_hold(self, num_files: int) -> bool:
-        """Whether so many may be held; a warning if not. Half of the descriptors are for connections."""
+        """Return whether so many may be held; warn if not. Half of the descriptors are for connections."""
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if limit == resource.RLIM_INFINITY or num_files <= limit // 2:
             return True
@@ -46,7 +46,7 @@ class HeldFiles:
 
     @contextmanager
     def opened(self, name: str, size: int, hold: bool = False) -> Iterator[BinaryIO]:
-        """The file, unbuffered and at its beginning.
+        """Yield the file, unbuffered and at its beginning.
 
         Raises:
             StoreError: it is neither held nor there, or has another size.

@@ -10,7 +10,7 @@ from quant_layers.errors import QuantError
 
 
 def read_object(path: Path, error: type[QuantError], remedy: str) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Args:
         path: of the file.

@@ -24,7 +24,6 @@ from quant_layers.errors import StoreError
 from quant_layers.store.heldfiles import HeldFiles
 from quant_layers.store.tensorfile import LayerTensors, flatten, read_file, sha256_of, write_file
 
-BASE = "base"  # the weights as loaded, for restoring
 SCHEMA = 2  # 1 did not say how large each linear is
 _MANIFEST = "manifest.json"
 _LOCK = ".lock"
@@ -63,7 +62,7 @@ class VariantStore:
     """
 
     def __init__(self, directory: Path, fingerprint: str, kernels: Mapping[str, str]) -> None:
-        """Use `open`."""
+        """Read nothing yet: callers use `open`."""
         self.directory = directory
         self.fingerprint = fingerprint
         self._kernels = dict(kernels)
@@ -100,11 +99,11 @@ class VariantStore:
         return store
 
     def has(self, layer: int, format: str, kernel: str | None = None) -> bool:
-        """Whether the layer is stored in `format`, as `kernel` (by default the one at `open`) packs it."""
+        """Return whether the layer is stored in `format`, as `kernel` (by default the one at `open`) packs it."""
         return self._key(layer, format, kernel) in self._rows
 
     def entry(self, layer: int, format: str) -> StoredLayer:
-        """The manifest's row.
+        """Return the manifest's row.
 
         Raises:
             StoreError: the layer is not stored in this format.
@@ -124,11 +123,11 @@ class VariantStore:
         return layer, format, self._kernels.get(format, "") if kernel is None else kernel
 
     def entries(self) -> tuple[StoredLayer, ...]:
-        """All rows that `entry` finds, by layer and format."""
+        """Return all rows that `entry` finds, by layer and format."""
         return tuple(row for key, row in sorted(self._rows.items()) if key == self._key(*key[:2]))
 
     def nbytes(self, layer: int, format: str) -> int:
-        """Bytes of the tensors of one stored layer."""
+        """Return the bytes of the tensors of one stored layer."""
         return self.entry(layer, format).nbytes
 
     def require_space(self, nbytes: int) -> None:
@@ -173,7 +172,7 @@ class VariantStore:
     def read(
         self, layer: int, format: str, wanted: Callable[[str], bool] = lambda _: True
     ) -> dict[str, dict[str, Tensor]]:
-        """The tensors of one layer, {linear: {tensor name: tensor}}, in fresh memory.
+        """Read the tensors of one layer, {linear: {tensor name: tensor}}, into fresh memory.
 
         Checks the file's size and structure; the hashes are `verify`'s work, once.
 
@@ -282,7 +281,7 @@ class VariantStore:
         self._rows = MappingProxyType(dict(rows))
 
     def _remove_orphans(self) -> None:
-        """Under the lock no writer lives: a partial or unlisted file is a crash's, or was replaced."""
+        """Remove partial and unlisted files: under the lock no writer lives, so a crash's, or replaced ones."""
         listed = {row.file for row in self._rows.values()}
         for path in self.directory.glob("layer-*"):
             if path.suffix in (_SUFFIX, _PARTIAL) and path.name not in listed:

@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from kv_resize import ArenaBacking, ElasticCache, FakePager, KVGeometry, PagePool
-from morphserve.residence import DeviceRank, DeviceSwapper, HostCopier, Part, WeightArena
+from morphserve.residence import HostCopier, PagedParts, RankTransition, WeightArena
 from quant_layers import (
     BASE,
     CANDIDATES,
     FORMATS,
+    HALVES,
     Kernel,
+    LayerSwapper,
     LinearImpl,
     LinearSlot,
+    LoadedPart,
+    Part,
     TensorSlot,
     format_of,
     half_of,
@@ -89,33 +93,39 @@ class DeviceWorld:
         self.pool = PagePool(self.pager, 0)
         self.copier = HostCopier()
         self.arena = WeightArena(self.pool, self.copier)
+        self.parts = PagedParts(self.arena, self._build, torch.device("cpu"), self._make_room)
+        self.live: dict[Part, LoadedPart] = {}
         self.slots = {layer: self._put(layer) for layer in range(NUM_LAYERS)}
         tensors = {layer: {NORM: TensorSlot(self.norms[layer, BASE].clone())} for layer in range(NUM_LAYERS)}
         self.live_norms = {layer: slots[NORM].live for layer, slots in tensors.items()}
-        own = {(layer, NORM, fmt): value for (layer, fmt), value in self.norms.items() if fmt != BASE}
-        self.swapper = DeviceSwapper(self.slots, self.arena, self._build, tensors, own)
+        self.swapper = LayerSwapper(self.slots, self.live, self.parts, tensors)
         geometry = KVGeometry.layer_outermost(NUM_LAYERS, BLOCK_BYTES, MAX_BLOCKS, PAGE_BYTES)
         self.backing = ArenaBacking(self.pool, geometry.size_bytes)
         self.pool.create(BASE_BLOCKS // QUANTUM * NUM_LAYERS + spare_pages)
         self.cache = ElasticCache(self.backing, geometry, BASE_BLOCKS)
         self.later = Later()
-        self.rank = DeviceRank(self.swapper, WorldKV(self.cache), self.later)
+        self.rank = RankTransition(self.swapper, WorldKV(self.cache), self.later)
+
+    def _make_room(self, num_bytes: int) -> None:
+        self.pool.create(num_bytes // PAGE_BYTES)
 
     def _put(self, layer: int) -> dict[str, LinearSlot]:
-        """Every part of a layer gets its image; the base its pages."""
+        """Keep a layer in every format; the base gets pages."""
+        for fmt in self.kernels:
+            self.parts.keep(layer, fmt, lambda fmt=fmt: self._pack(layer, fmt))
         slots: dict[str, LinearSlot] = {}
-        for half in ("attention", "mlp"):
-            names = [name for name in SHAPES if half_of(name) == half]
+        for half in HALVES:
             base = Part(layer, half, BASE)
-            self.arena.add(base, {name: {"weight": self.weights[layer, name]} for name in names})
-            for fmt, kernel in self.kernels.items():
-                packed = {name: kernel.pack(self.weights[layer, name]) for name in names}
-                self.arena.add(Part(layer, half, fmt), packed)
-            self.pool.create(self.arena.num_bytes(base) // PAGE_BYTES)
-            self.arena.load([base])
-            for name, tensors in self.arena.tensors(base).items():
-                slots[name] = LinearSlot(name, self._build(layer, name, BASE, tensors), bias=self._bias(layer, name))
+            mine = {name: _Base(self, layer, name) for name in SHAPES if half_of(name) == half}
+            self.live[base] = self.parts.adopt(base, mine)  # type: ignore[arg-type]
+            for name, impl in self.live[base].linears.items():
+                slots[name] = LinearSlot(name, impl, bias=self._bias(layer, name))
         return slots
+
+    def _pack(self, layer: int, fmt: str) -> dict[str, dict[str, Tensor]]:
+        packed = {name: self.kernels[fmt].pack(self.weights[layer, name]) for name in SHAPES}
+        norm = self.norms.get((layer, fmt))
+        return packed if norm is None else packed | {NORM: {"weight": norm}}
 
     def _bias(self, layer: int, name: str) -> Tensor | None:
         return self.biases[layer] if name == "self_attn.qkv_proj" else None
@@ -175,6 +185,19 @@ class DeviceWorld:
         self.rank.commit(True, self.cache.num_mapped if num_kv_blocks is None else num_kv_blocks)
         self.later.run()
         self.rank.outcome()
+
+
+class _Base:
+    """`BaseLinear` of a world's weight."""
+
+    def __init__(self, world: DeviceWorld, layer: int, name: str) -> None:
+        self._world, self._layer, self._name = world, layer, name
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight": self._world.weights[self._layer, self._name]}
+
+    def build(self, tensors: Mapping[str, Tensor]) -> LinearImpl:
+        return self._world._build(self._layer, self._name, BASE, tensors)
 
 
 class Plain:

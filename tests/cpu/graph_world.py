@@ -15,7 +15,7 @@ from typing import Any
 
 from cpu.graph_memory import Cell, Gpu, Graph
 
-from morphserve.residence import Formats, GraphBanks, Holder, Route, narrow_candidates
+from morphserve.residence import Formats, GraphSets, Holder, Route, narrow_candidates
 
 BASE = "base"
 NUM_SCRATCH = {BASE: 0, "w8": 1, "w4": 2}  # kernels of other formats want other scratch memory
@@ -102,12 +102,12 @@ class Manager:
 
 
 class GraphWorld:
-    """A model of pieces between attentions, its graphs, and the banks under test."""
+    """A model of pieces between attentions, its graphs, and the graph sets under test."""
 
     def __init__(self, num_layers: int = 3, learns: bool = False, blind_to: int = -1) -> None:
         """
         Args:
-            learns: nobody tells the banks which layers a piece depends on.
+            learns: nobody tells the graph sets which layers a piece depends on.
             blind_to: a layer whose linears run unseen.
         """
         self.gpu = Gpu()
@@ -128,7 +128,7 @@ class GraphWorld:
         ]
         self.routes = [Route(self.manager, "_candidates", narrow_candidates)]
         self._blind_to, self._used = blind_to, set[int]()
-        self.banks = GraphBanks(self.holders, self.routes, later_pool=self.gpu.later, watch=self._watch)
+        self.graph_sets = GraphSets(self.holders, self.routes, later_pool=self.gpu.later, watch=self._watch)
         self._num_steps = 0
 
     def _wrap(self, runnable: Callable[..., tuple[Cell, ...]], is_last: bool) -> Any:
@@ -146,15 +146,15 @@ class GraphWorld:
     def capture(self, formats: Formats, full: Sequence[int] = SIZES, piecewise: Sequence[int] = SIZES) -> bool:
         """Layers get these formats, and graphs of these sizes, the largest first."""
         self.formats = formats
-        self.banks.begin(formats)
+        self.graph_sets.begin(formats)
         try:
             self.capture_sizes(full, piecewise)
         finally:
-            found = self.banks.end()
+            found = self.graph_sets.end()
         return found
 
     def capture_sizes(self, full: Sequence[int] = SIZES, piecewise: Sequence[int] = SIZES) -> None:
-        """What vLLM does, which knows of no banks."""
+        """What vLLM does, which knows of no graph sets."""
         self.gpu.may_capture = True
         try:
             for size in sorted(piecewise, reverse=True):
@@ -171,7 +171,7 @@ class GraphWorld:
 
     def switch(self, formats: Formats) -> bool:
         self.formats = formats
-        return self.banks.switch(formats)
+        return self.graph_sets.switch(formats)
 
     def step(self, num_tokens: int) -> Mode:
         """One step. What it gives must be what the layers' present formats give."""

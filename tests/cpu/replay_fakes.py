@@ -83,7 +83,7 @@ class FakeServer:
             {"level": 0, "num_kv_blocks": 49, "expected_kl": None},
             {"level": 1, "num_kv_blocks": 89, "expected_kl": 0.02},
         ]
-        return web.json_response({"ladder": ladder, "level": 0})
+        return web.json_response({"ladder": ladder, "level": 0, "tokens_by_level": {"0": self.tokens, "1": 0}})
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

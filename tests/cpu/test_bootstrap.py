@@ -13,9 +13,11 @@ from collections import namedtuple
 from pathlib import Path
 
 import bootstrap
+import machine_checks
 import pytest
-from bootstrap import GIB, Environment, SetupError, choose_extra, find_python, set_up
-from pip_progress import explain_pip_failure
+from bootstrap import Environment, choose_extra, set_up
+from machine_checks import SetupError, find_python
+from pip_progress import GIB, explain_pip_failure
 
 NO_NETWORK = """\
 WARNING: Retrying (Retry(total=0, connect=None, read=None)) after connection broken by 'NewConnectionError(
@@ -357,18 +359,18 @@ def test_lock_is_held_by_what_a_killed_set_up_left_running(
 ) -> None:
     """Guards: the pip of a killed set-up and the pip of the next one write the same files at the same time."""
     child = "import os, sys; sys.stdout.write('up'); sys.stdout.flush(); sys.stdin.read()"
-    with bootstrap.exclusive(tmp_path):
-        held = list(bootstrap._LOCKS)
+    with machine_checks.exclusive(tmp_path):
+        held = list(machine_checks.LOCKS)
         orphan = subprocess.Popen(
             [sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=held
         )
         assert orphan.stdout is not None and orphan.stdout.read(2) == b"up"
-    assert bootstrap._LOCKS == [] and len(held) == 1
+    assert machine_checks.LOCKS == [] and len(held) == 1
     waiting, entered = threading.Event(), threading.Event()
-    monkeypatch.setattr(bootstrap, "say", lambda text: waiting.set())
+    monkeypatch.setattr(machine_checks, "say", lambda text: waiting.set())
 
     def second() -> None:
-        with bootstrap.exclusive(tmp_path):
+        with machine_checks.exclusive(tmp_path):
             entered.set()
 
     thread = threading.Thread(target=second)

@@ -337,15 +337,15 @@ def test_on_level_error_trips_and_is_told_again() -> None:
 
 @pytest.mark.parametrize("level", [1, 0])
 def test_single_rank_that_cannot_prepare_keeps_the_old_level(level: int) -> None:
-    """Guards rule 6 without a vote: KV given up for a switch that failed is lost, or exposure is wrong."""
+    """Guards rule 6 without a vote: KV given up for a switch that failed is lost, or effective level is wrong."""
     rig = Rig(num_ranks=1)
     if level == 0:
         rig.go_to(3)
     before, blocks = rig.controller.level, rig.pool.num_kv_blocks
-    rig.executor.fail = lambda command, plan, r: "no memory" if command == "apply" else ""
+    rig.executor.fail = lambda command, plan, r: "no memory" if command == "alone" else ""
     rig.script.level = level
     rig.step(6)
-    assert rig.controller.level == rig.controller.exposure_level == before
+    assert rig.controller.level == rig.controller.effective_level == before
     assert rig.pool.num_kv_blocks == blocks and not rig.controller.tripped
     assert rig.controller.counters.errors == {"prepare": 1}
     rig.executor.fail = lambda command, plan, r: ""
@@ -358,7 +358,7 @@ def test_single_rank_may_hold_less_than_the_ladder_counts() -> None:
     count = rig.executor._weight_bytes
     rig.executor._weight_bytes = lambda rank: count(rank) - 8 * rank.formats.count("w8")  # type: ignore[method-assign]
     rig.go_to(3)
-    rig.executor.fail = lambda command, plan, r: "no memory" if command == "apply" else ""
+    rig.executor.fail = lambda command, plan, r: "no memory" if command == "alone" else ""
     rig.script.level = 0
     rig.step(6)
     assert rig.controller.level == 3 and not rig.controller.tripped
@@ -366,14 +366,14 @@ def test_single_rank_may_hold_less_than_the_ladder_counts() -> None:
 
 
 def test_single_rank_half_way_is_no_abort() -> None:
-    """Guards: KV whose copies may be half done is handed out again after a failed apply."""
+    """Guards: KV whose copies may be half done is handed out again after a failed commit."""
     rig = Rig(num_ranks=1)
     rig.go_to(3)
     obey = rig.executor._obey
 
     def half_done(command: str, plan: Plan, rank: FakeRank) -> Reply:
         reply = obey(command, plan, rank)
-        return replace(reply, ok=False, error="table", kv_moved=False) if command == "apply" else reply
+        return replace(reply, ok=False, error="table", kv_moved=False) if command == "alone" else reply
 
     rig.executor._obey = half_done  # type: ignore[method-assign]
     rig.script.level = 0

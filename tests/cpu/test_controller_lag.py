@@ -8,7 +8,7 @@ import pytest
 
 from morphserve.config import MorphServeConfig, TransitionConfig
 from morphserve.control import Phase, Plan
-from morphserve.control.ranks import ReplyDesk
+from morphserve.control.ranks import ReplyTracker
 from tests.fakes import BASE_BLOCKS, KV_BLOCK_BYTES, LAYER_BYTES, FakeRank, Rig, pipeline
 from tests.rank_rules import FakeTicket
 
@@ -57,7 +57,7 @@ def test_a_rank_that_does_not_prepare_in_time_aborts_on_all(
         rig.executor.stuck = set()
         rig.step(4)
     assert rig.controller.phase is Phase.IDLE and not rig.controller.tripped
-    assert rig.controller.level == rig.controller.exposure_level == start
+    assert rig.controller.level == rig.controller.effective_level == start
     assert all(r.staged is None for r in rig.executor.ranks) and rig.ledger["staging"] == 0
     assert rig.pool.num_kv_blocks == rig.ladder[start].num_kv_blocks
     assert rig.controller.counters.errors == {"rank_timeout": 1} and rig.executor.num_undrained == 0
@@ -103,10 +103,10 @@ def test_late_answers_are_dropped_by_revision() -> None:
     assert "commit" not in {command for command, _ in rig.executor.sent}
 
 
-@pytest.mark.parametrize("command", ["commit", "abort", "apply"])
+@pytest.mark.parametrize("command", ["commit", "abort", "alone"])
 def test_what_cannot_be_taken_back_is_waited_for_and_said_once(command: str, caplog: pytest.LogCaptureFixture) -> None:
     """Guards: blocks published while a rank has not answered, a log line at every step, or silence for ever."""
-    rig = lagging(num_ranks=1 if command == "apply" else 2)
+    rig = lagging(num_ranks=1 if command == "alone" else 2)
     if command == "abort":
         rig.executor.fail = lambda sent, plan, r: "no memory" if sent == "prepare" else ""
     rig.executor.delay = lambda: 40 if rig.executor.sent and rig.executor.sent[-1][0] == command else 0
@@ -166,7 +166,7 @@ def test_a_rank_over_its_budget_is_refused_on_all() -> None:
 
 def test_answers_that_nobody_waits_for_count_too() -> None:
     """Guards: a plan that was given up leaves its answers on the ring, and copies fill the rest."""
-    desk = ReplyDesk(copies=[FakeTicket(9, 1)] * 2)
-    assert not desk.is_full
-    desk.late.append(FakeTicket(9, 1))
-    assert desk.is_full
+    replies = ReplyTracker(copies=[FakeTicket(9, 1)] * 2)
+    assert not replies.is_full
+    replies.late.append(FakeTicket(9, 1))
+    assert replies.is_full

@@ -256,8 +256,8 @@ def test_contradicting_inputs_are_refused() -> None:
 def test_illegal_moves_are_refused() -> None:
     """Guards: a state machine that takes any move."""
     assert check_move(1, Phase.IDLE, Phase.DRAINING) is Phase.DRAINING
-    with pytest.raises(IllegalTransition, match="IDLE -> COMMITTING; legal from here: DRAINING, PREPARING"):
-        check_move(1, Phase.IDLE, Phase.COMMITTING)
+    with pytest.raises(IllegalTransition, match="IDLE -> ABORTING; legal from here: COMMITTING, DRAINING, PREPARING"):
+        check_move(1, Phase.IDLE, Phase.ABORTING)
 
 
 def test_ticks_cost_and_keep_the_same_after_long_use() -> None:
@@ -311,5 +311,5 @@ def test_single_rank_switches_in_one_command() -> None:
     rig.step()
     rig.go_to(0)
     commands = {command for command, plan in rig.executor.sent if plan.layer_formats}
-    assert commands == {"apply"}
+    assert commands == {"alone"}
     assert rig.executor.ranks[0].formats == ["base"] * 8

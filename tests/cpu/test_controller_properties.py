@@ -82,7 +82,7 @@ class AnyHistory(RuleBasedStateMachine):
     @rule(rank=st.integers(0, 2))
     def break_prepare(self, rank: int) -> None:
         self.rig.executor.fail = lambda command, plan, r: (
-            "broken" if command in ("prepare", "apply") and r == rank else ""
+            "broken" if command in ("prepare", "alone") and r == rank else ""
         )
 
     @rule(ranks=st.sets(st.integers(0, 2), min_size=1), ticks=st.integers(1, 25))

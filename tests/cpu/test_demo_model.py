@@ -8,7 +8,7 @@ from pathlib import Path
 
 import demo_model
 import pytest
-from bootstrap import SetupError
+from machine_checks import SetupError
 
 CONTENT = b"the weights"
 

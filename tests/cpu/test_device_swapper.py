@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_resize import BackingError
-from morphserve.residence import Layout, Part
-from quant_layers import BASE, SwapError
+from morphserve.residence import Layout
+from quant_layers import BASE, Part, SwapError
 
 pytestmark = pytest.mark.cpu
 
@@ -104,8 +104,8 @@ def test_a_kernel_that_refuses_leaves_nothing_staged(monkeypatch: pytest.MonkeyP
             raise error
         return make(*arguments)  # type: ignore[arg-type]
 
-    make = world.swapper._build
-    monkeypatch.setattr(world.swapper, "_build", build)
+    make = world.parts._build
+    monkeypatch.setattr(world.parts, "_build", build)
     world.rank.prepare({0: "w8"})
     world.later.run()
     with pytest.raises(RuntimeError, match="no such layout"):
@@ -176,7 +176,7 @@ def test_nothing_is_done_before_the_device_has_done_it(monkeypatch: pytest.Monke
         monkeypatch.setattr(owner, name, call)
 
     spy(world.copier, "copy")
-    spy(world.swapper, "_build")
+    spy(world.parts, "_build")
     spy(world.cache, "map_at_most")
     monkeypatch.setattr(world.rank, "_finish", queued.clear)
     world.rank.prepare({0: "w8"})
@@ -232,7 +232,7 @@ def test_any_call_of_the_driver_may_fail(call: int) -> None:
     )
 )
 def test_any_order_of_commands(steps: list[tuple[str, int, str, int]]) -> None:
-    """Guards promises 1 to 3 of `DeviceRank`, whatever an engine asks for between two steps."""
+    """Guards promises 1 to 3 of `RankTransition`, whatever an engine asks for between two steps."""
     world = DeviceWorld()
     formats, wanted = list(LEVEL0), dict[int, str]()
     for command, layer, fmt, quanta in steps:

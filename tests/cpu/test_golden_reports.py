@@ -25,11 +25,11 @@ from morphserve.tools.gpucheck.results import PartResult, Verdict
 from morphserve.tools.gpucheck.results import summarize as figure
 from morphserve.tools.gpucheck.tables import render
 from morphserve.tools.tune import report as tuning
-from morphserve.tools.tune.anchors import Anchor, Scores
+from morphserve.tools.tune.baselines import Baseline
 from morphserve.tools.tune.evaluate import World
-from morphserve.tools.tune.findings import Findings
-from morphserve.tools.tune.picks import Candidate, Pick
-from morphserve.tools.tune.score import Score
+from morphserve.tools.tune.results import Results
+from morphserve.tools.tune.score import Score, Scores
+from morphserve.tools.tune.selection import Best, Candidate
 from morphserve.tools.workload import Slo, Window
 
 pytestmark = pytest.mark.cpu
@@ -144,13 +144,13 @@ def test_a_study(tmp_path: Path) -> None:
     windows = tuple(Window(name, f"{name}.jsonl", WORKLOAD) for name in ("calm", "burst"))
     trials = [trial(0, 20), trial(1, None), trial(2, 300)]
     tuned = Candidate(0, trials[0].params, scores(20, 15))
-    findings = Findings(
+    results = Results(
         World(windows, 1, sim_world.SERVER, sim_world.CALIBRATION, Slo()), space, trials,
-        [Anchor("stock", None, scores(600, 500)), Anchor("current", space.config, scores(100))],
-        [tuned, Candidate(2, trials[2].params, scores(300))], [Pick(0.01, None), Pick(0.05, tuned)],
+        [Baseline("stock", None, scores(600, 500)), Baseline("current", space.config, scores(100))],
+        [tuned, Candidate(2, trials[2].params, scores(300))], [Best(0.01, None), Best(0.05, tuned)],
         {"violations": {"policy.degrade_above": 0.75}, "cost": {"policy.max_level": 1.0}}, ["a | warning"],
         {"seed": 1, "config": "config.yaml", "space": "space.yaml"},
     )  # fmt: skip
-    report = tuning.write_report(findings, tmp_path, Path("/step_times.json"))
+    report = tuning.write_report(results, tmp_path, Path("/step_times.json"))
     same("study_report.md", report.read_text(encoding="utf-8"))
     same("study_trials.csv", (tmp_path / "trials.csv").read_bytes().decode())

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from morphserve.tools.gpucheck import t8_vllm, t9_plugin
 from morphserve.tools.gpucheck.bench import Bench, run_part
 from morphserve.tools.gpucheck.engines import EngineError, EngineProcess, StandIn
+from morphserve.tools.gpucheck.parts import plugin, vllm
 
 
 def missed(part: ModuleType, required: bool = True) -> list[str]:
@@ -29,10 +29,10 @@ def test_t8_notices_tokens_that_do_not_repeat(tmp_path: Path, monkeypatch: pytes
         "        return super().generate(*sizes)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(t8_vllm, "STAND_IN", "restless:Engine")
-    assert missed(t8_vllm, required=False) == ["small: greedy tokens repeat", "8B shape: greedy tokens repeat"]
-    monkeypatch.setattr(t8_vllm, "STAND_IN", "no_such_module:Engine")
-    assert missed(t8_vllm) == ["small: starts and answers", "8B shape: starts and answers"]
+    monkeypatch.setattr(vllm, "STAND_IN", "restless:Engine")
+    assert missed(vllm, required=False) == ["small: greedy tokens repeat", "8B shape: greedy tokens repeat"]
+    monkeypatch.setattr(vllm, "STAND_IN", "no_such_module:Engine")
+    assert missed(vllm) == ["small: starts and answers", "8B shape: starts and answers"]
 
 
 def test_t9_notices_other_tokens_and_a_kv_that_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,8 +50,8 @@ def test_t9_notices_other_tokens_and_a_kv_that_does_not_grow(monkeypatch: pytest
                 answer[0][0] += 1
             return answer | {"num_kv_blocks": 100} if method == "status" else answer
 
-    monkeypatch.setattr(t9_plugin, "EngineProcess", Stuck)
-    assert missed(t9_plugin) == ["KV grew by what layers gave up", "the same tokens before and after"]
+    monkeypatch.setattr(plugin, "EngineProcess", Stuck)
+    assert missed(plugin) == ["KV grew by what layers gave up", "the same tokens before and after"]
 
 
 def test_an_engine_that_fails_is_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,28 +7,30 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
 
 from kv_resize import ArenaBacking, ElasticCache, FakePager, PagePool
-from morphserve.residence import GraphBanks
-from morphserve.residence.graphs import landing
-from morphserve.tools.gpucheck import t3_copy, t4_recycle, t5_kernels, t7_opaque
+from morphserve.residence import GraphSets, HostCopier, WeightArena
+from morphserve.residence.graphs import output_alias
 from morphserve.tools.gpucheck.bench import Bench, run_part
 from morphserve.tools.gpucheck.engines import MODELS
 from morphserve.tools.gpucheck.frame import Options, judge, run_one
-from morphserve.tools.gpucheck.mini_engine import MiniEngine
-from morphserve.tools.gpucheck.mini_model import BaseLinear, LayerArena, MiniModel
-from morphserve.tools.gpucheck.parts import PARTS
+from morphserve.tools.gpucheck.mini.model import BaseLinear, MiniModel, Shape
+from morphserve.tools.gpucheck.mini.rank import MiniRank
+from morphserve.tools.gpucheck.parts import PARTS, copy, kernels, opaque, recycle
 from morphserve.tools.gpucheck.results import Findings
-from quant_layers import KernelReport
+from quant_layers import BASE, KernelReport
 from quant_layers.formats.float8 import F8ScaledLinear
 
 T = TypeVar("T")
+Parts = list[Any]  # of layers: what is mapped and unmapped as one
 ROOT = Path(__file__).parents[2]
 BY_KEY = {part.key: part for part in PARTS}
 
@@ -54,9 +56,6 @@ def test_a_torch_without_cuda_fails_beside_a_driver_with_a_device() -> None:
 def test_every_part_runs_dry(key: str) -> None:
     """Guards: a typo that shows when a GPU is lent for ten minutes."""
     findings = dry(key)
-    if key == "t7" and not t7_opaque.is_there():
-        assert findings.skipped == "morphserve.residence.graphs.weight_linear is not there yet"
-        return
     assert judge(findings, 0, 1.0) == ("ok", ""), findings.notes
     assert findings.figures and findings.finished
 
@@ -71,22 +70,23 @@ class SmallBench(Bench):
 @pytest.mark.parametrize("key", ["t1", "t2", "t3", "t4", "t5", "t6"])
 def test_what_only_a_real_run_does_raises_nothing(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a typo in a line that a dry run leaves out; a failure where nothing but vLLM's operators is missing."""
-    monkeypatch.setattr(t5_kernels, "KERNELS", ("fp8_torch", *t5_kernels.OF_VLLM))
+    monkeypatch.setattr(kernels, "KERNELS", ("fp8_torch", *kernels.OF_VLLM))
     findings = run_part(BY_KEY[key].module, SmallBench("cpu", False, 1.0))
     assert findings.error == "", findings.notes
     of_memory = {"pages are device memory"}  # there is no device to take it from
     assert set(missed(findings)) <= of_memory and findings.figures
     if key == "t5":
         told = {verdict.name for verdict in findings.verdicts if not verdict.ok and verdict.detail}
-        assert told - {"all points measured"} == {f"{name}: runs here" for name in t5_kernels.OF_VLLM}
+        assert told - {"all points measured"} == {f"{name}: runs here" for name in kernels.OF_VLLM}
 
 
 def test_kernels_run_dry_in_tritons_interpreter() -> None:
     """Guards: as above, for the part whose kernels must be told before they are imported."""
-    result = run_one(BY_KEY["t5"], Options("cpu", True), 300.0)
+    part = replace(BY_KEY["t5"], module="tests.rehearsed_kernels")
+    result = run_one(part, Options("cpu", True), 300.0)
     assert result.status == "ok", result.reason + result.output_tail
     names = {figure.name.split()[0] for figure in result.findings.figures}
-    wanted = {"bf16", "fp8_torch", *t5_kernels.OF_VLLM}
+    wanted = {"bf16", "fp8_torch", *kernels.OF_VLLM}
     wanted |= {"w4a16_triton"} if importlib.util.find_spec("triton") else set()
     assert wanted <= names and result.findings.environment["torch"] == torch.__version__
 
@@ -144,13 +144,13 @@ def test_t2_notices_a_mover_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_t3_notices_a_copy_that_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: gigabytes a second of something else."""
-    original = t3_copy.Copier.feed
+    original = copy.Copier.feed
 
-    def feed(self: t3_copy.Copier) -> None:
+    def feed(self: copy.Copier) -> None:
         original(self)
         self.target[0] = 255 - self.source[0]
 
-    monkeypatch.setattr(t3_copy.Copier, "feed", feed)
+    monkeypatch.setattr(copy.Copier, "feed", feed)
     assert missed(dry("t3")) == ["what was copied arrived"]
 
 
@@ -158,19 +158,19 @@ def test_t3_notices_a_copy_that_went_wrong(monkeypatch: pytest.MonkeyPatch) -> N
 def test_t4_notices_a_single_byte(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: comparisons that compare nothing."""
     calls = iter(range(1000))
-    bring, unmap = t4_recycle._World._bring, ElasticCache.unmap
+    bring, unmap = recycle._World._bring, ElasticCache.unmap
 
-    def wrong_layer(self: t4_recycle._World, layer: int) -> None:
+    def wrong_layer(self: recycle._World, layer: int) -> None:
         bring(self, layer)
         if next(calls) == 5:
-            self._arenas[layer].buffer[17] += 1
+            self._bytes_of(layer)[17] += 1
 
     def wrong_block(self: ElasticCache, num_blocks: int) -> None:
         unmap(self, num_blocks)
         self.buffer[3] += 1
 
     if where == "layer":
-        monkeypatch.setattr(t4_recycle._World, "_bring", wrong_layer)
+        monkeypatch.setattr(recycle._World, "_bring", wrong_layer)
     else:
         monkeypatch.setattr(ElasticCache, "unmap", wrong_block)
     assert missed(dry("t4")) == ["every byte of layers and KV was right"]
@@ -178,27 +178,85 @@ def test_t4_notices_a_single_byte(where: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_t5_notices_a_kernel_that_is_ten_percent_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: times of kernels that compute something else."""
-    monkeypatch.setattr(t5_kernels, "KERNELS", ("fp8_torch",))
+    monkeypatch.setattr(kernels, "KERNELS", ("fp8_torch",))
     original = F8ScaledLinear.__call__
     monkeypatch.setattr(F8ScaledLinear, "__call__", lambda self, x: original(self, x) * 1.1)
     assert missed(dry("t5")) == ["fp8_torch: passes its self-test"]
     passes = KernelReport("fp8_torch", "fp8", True, "", 0.5)
-    monkeypatch.setattr(t5_kernels, "check_kernel", lambda kernel, device: passes)
+    monkeypatch.setattr(kernels, "check_kernel", lambda kernel, device: passes)
     assert missed(dry("t5")) == ["fp8_torch small: error below 0.05"]
+
+
+def load_with(fault: Callable[[WeightArena, Parts], None]) -> Callable[[WeightArena, Parts], None]:
+    """`WeightArena.load`, and a fault in whatever a transition brings in."""
+    original = WeightArena.load
+
+    def load(self: WeightArena, parts: Parts) -> None:
+        original(self, parts)
+        if threading.current_thread() is not threading.main_thread():
+            fault(self, parts)
+
+    return load
 
 
 def test_t6_notices_weights_that_came_back_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: "bit by bit" of a run that was never compared."""
 
-    def stage(self: MiniEngine, target: int) -> None:
-        original(self, target)
-        if target == 0:
-            self._base[0].bytes[5] += 1
+    def one_byte(arena: WeightArena, parts: Parts) -> None:
+        if parts[0].format == BASE:
+            tensors = next(iter(arena.tensors(parts[0]).values()))
+            tensors["weight"].view(torch.uint8).flatten()[5] += 1
 
-    original = MiniEngine.stage
-    monkeypatch.setattr(MiniEngine, "stage", stage)
+    monkeypatch.setattr(WeightArena, "load", load_with(one_byte))
     found = missed(dry("t6"))
     assert "level 0 after a climb, bit by bit" in found and "weights of level 0 are back, byte by byte" in found
+
+
+def test_t6_notices_a_copy_to_a_wrong_offset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: packed weights that are wrong in the same way every time, and so repeat themselves."""
+
+    def copy(self: HostCopier, destination: torch.Tensor, source: torch.Tensor) -> None:
+        moved = threading.current_thread() is not threading.main_thread()
+        destination.copy_(source.roll(256) if moved else source)
+
+    monkeypatch.setattr(HostCopier, "copy", copy)
+    found = missed(dry("t6"))
+    assert {"level 1: graphs of steps give what linears made for its formats give",
+            "weights of level 0 are back, byte by byte"} <= set(found)  # fmt: skip
+
+
+def test_t6_notices_pages_of_another_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a swapper that maps what nobody asked for, which a model that was never compared does not show."""
+    original = WeightArena.load
+
+    def load(self: WeightArena, parts: Parts) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            parts = [part._replace(layer=1 - part.layer) for part in parts]
+        original(self, parts)
+
+    monkeypatch.setattr(WeightArena, "load", load)
+    assert "level 1: graphs of steps give what linears made for its formats give" in missed(dry("t6"))
+
+
+def test_t6_notices_graphs_of_another_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: layers that switch while the graphs of before are replayed."""
+    monkeypatch.setattr(GraphSets, "switch", lambda self, formats: True)
+    assert "level 0 after a climb, bit by bit" in missed(dry("t6"))
+
+
+def test_t6_notices_pages_that_stay_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a page of a layer that is away which nobody can use."""
+    original = WeightArena.unload
+    monkeypatch.setattr(WeightArena, "unload", lambda self, parts: original(self, parts[1:]))
+    findings = dry("t6")
+    assert "pages" in findings.error or "level 1: no page is lost" in missed(findings)
+
+
+def test_t6_notices_kv_that_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: pages that layers give up for nothing."""
+    original = ElasticCache.map
+    monkeypatch.setattr(ElasticCache, "map", lambda self, num_blocks: original(self, min(num_blocks, 16)))
+    assert "level 1: KV has grown" in missed(dry("t6"))
 
 
 def test_t6_notices_kv_that_lies_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,58 +274,53 @@ def test_t6_notices_kv_that_lies_elsewhere(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_t6_notices_a_switch_that_switches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: levels that all run level 0, and so are equal bit by bit."""
-    original = MiniEngine._load
-
-    def load(self: MiniEngine, layer: int, arena: LayerArena) -> None:
-        original(self, layer, arena)
-        for name, (base, _) in self._impls.get(layer, {}).items():
-            self._impls[layer][name] = base, BaseLinear(arena.tensors[name]["weight"].clone())
-
-    monkeypatch.setattr(MiniEngine, "_load", load)
-    assert "banks differ" in missed(dry("t6"))
+    base = lambda self, layer, name, fmt, tensors: BaseLinear(self._make(layer, name))  # noqa: E731
+    monkeypatch.setattr(MiniRank, "_build", base)
+    assert missed(dry("t6")) == ["graph sets differ"]
 
 
 def test_t6_fails_when_the_thread_beside_decode_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a move that died in its thread and counts as hidden behind decode."""
-    original = MiniEngine.stage
     calls = iter(range(100))
 
-    def stage(self: MiniEngine, target: int) -> None:
+    def refuse(arena: WeightArena, parts: Parts) -> None:
         if next(calls) >= 4:  # the climb and its way back have passed
             raise RuntimeError("no memory mapped")
-        original(self, target)
 
-    monkeypatch.setattr(MiniEngine, "stage", stage)
-    assert "beside decode failed: no memory mapped" in dry("t6").error
+    monkeypatch.setattr(WeightArena, "load", load_with(refuse))
+    findings = dry("t6")
+    assert findings.error == "RuntimeError: no memory mapped"
+    assert "level 0 after a climb, bit by bit" in {verdict.name for verdict in findings.verdicts if verdict.ok}
 
 
 def test_t7_notices_a_switch_that_switches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: an artefact that has the weights of one level in it."""
-    if not t7_opaque.is_there():
-        pytest.skip("this tree has no operator to switch")
-    monkeypatch.setattr(t7_opaque._Model, "switch", lambda self, num_layers: None)
+    monkeypatch.setattr(opaque._Model, "switch", lambda self, num_layers: None)
     assert "2 layers quantized show" in missed(dry("t7"))
 
 
-@pytest.mark.parametrize("broken", ["switch", "land"])
+@pytest.mark.parametrize("broken", ["switch", "land", "copy"])
 def test_t7_notices_pieces_of_another_level(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: graphs of other formats, or graphs that leave their results where no other looks for them."""
     if broken == "switch":
-        monkeypatch.setattr(GraphBanks, "switch", lambda self, formats: True)
+        monkeypatch.setattr(GraphSets, "switch", lambda self, formats: True)
     else:
-        monkeypatch.setattr(landing, "land", lambda output, home: output)
+        monkeypatch.setattr(output_alias, "land", lambda output, home: output if broken == "land" else home)
     found = missed(dry("t7"))
-    assert {"switch": "pieces of several levels in one step give what the layers give",
-            "land": "every piece has a graph at every level"}[broken] in found  # fmt: skip
+    differ = "pieces of several levels in one step give what the layers give"
+    assert (differ if broken != "land" else "every piece has a graph at every level") in found
+
+
+def test_t6_notices_pieces_that_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: graphs of pieces beside which those of level 0 read what an earlier step left."""
+    monkeypatch.setattr(output_alias, "land", lambda output, home: home)
+    assert "level 1: and so do graphs of pieces" in missed(dry("t6"))
 
 
 def test_the_8b_shape_is_the_one_the_kernels_are_measured_on() -> None:
     """Guards: figures of kernels and of engines that speak of different models."""
-    from morphserve.tools.gpucheck.mini_model import Shape
-    from morphserve.tools.gpucheck.t5_kernels import SHAPES
-
     config = MODELS["8B shape"]
     shape = Shape()
-    assert {name: shape.linear(name) for name in SHAPES} == dict(SHAPES)
+    assert kernels.SHAPES == {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
     assert (config["hidden_size"], config["intermediate_size"]) == (shape.hidden, shape.inner)
-    assert sum(n * k * 2 for n, k in SHAPES.values()) == 436_207_616
+    assert sum(n * k * 2 for n, k in kernels.SHAPES.values()) == 436_207_616

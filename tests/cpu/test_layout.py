@@ -7,6 +7,7 @@ import importlib
 import subprocess
 import sys
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,13 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+import policies
+import quant_layers
 from morphserve.version import SUPPORTED_VLLM, __version__
 
 ROOT = TESTS.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 
 
 def test_files() -> list[Path]:
@@ -93,6 +97,37 @@ def test_every_test_says_what_it_guards() -> None:
     assert silent == []
 
 
+ROOMS = ("policies", "quant_layers", "kv_resize", "morphserve")
+GOES_ON = (
+    "After All Any As At Because Before Behind Beside Between Both By Each Every Everything For From How If In Inverse "
+    "Its No None Nothing Of On One Only Others Outside So That Those To Under Until What When Where Whether Which Who "
+    "Whoever Why With Without"
+)
+
+
+def test_a_docstring_of_a_function_begins_with_a_verb() -> None:
+    """Guards: a docstring that goes on with the function's name as a sentence, and says nothing without it."""
+    left_out = PYPROJECT["tool"]["ruff"]["lint"]["per-file-ignores"]
+    begun = []
+    for file in sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py")):
+        name = str(file.relative_to(ROOT))
+        if any(fnmatch(name, pattern) for pattern in left_out):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            if not is_function or any("property" in ast.unparse(mark) for mark in node.decorator_list):
+                continue
+            words = (ast.get_docstring(node) or "").split()
+            if words and (words[0].strip(".,:;") in GOES_ON.split() or not words[0][0].isupper()):
+                begun.append(f"{name}::{node.name}: {words[0]}")
+    assert begun == []
+
+
+def test_two_rooms_say_the_same_word_for_full_precision() -> None:
+    """Guards: a layer in a format that one of two rooms, which may not import each other, takes for a quantized one."""
+    assert quant_layers.BASE == policies.BASE_FORMAT
+
+
 def test_vllm_pins_lie_in_the_supported_range() -> None:
     """Guards: the extras install a vLLM that the seam check then refuses."""
     supported = SpecifierSet(SUPPORTED_VLLM)
@@ -133,6 +168,7 @@ def test_the_picture_of_the_rooms_is_of_today(tmp_path: Path) -> None:
     ("module", "without"),
     [
         ("morphserve.integration.start", "torch quant_layers kv_resize"),
+        ("morphserve.integration.seams", "griffe torch vllm"),
         ("morphserve.tools.profile.measure", "torch"),
         ("morphserve.tools.profile.calibrate", "torch"),
         ("morphserve.tools.profile.inspect", "transformers accelerate"),
@@ -145,7 +181,9 @@ def test_a_door_loads_no_more_than_is_asked_for(module: str, without: str) -> No
     assert done.stdout.split() == []
 
 
-@pytest.mark.parametrize("room", ["morphserve.integration.start", "morphserve.tools.profile"])
+@pytest.mark.parametrize(
+    "room", ["morphserve.integration.seams", "morphserve.integration.start", "morphserve.tools.profile"]
+)
 def test_a_door_that_loads_late_has_what_it_names(room: str) -> None:
     """Guards: a name that moved, which only its first user would miss."""
     door = importlib.import_module(room)

@@ -8,6 +8,7 @@ import pytest
 
 from morphserve.control import EngineView
 from morphserve.control.monitor import AnswerLength, DecayingMean, Monitor, WindowRate
+from morphserve.control.waiting import WaitingRequest
 from policies import Signals
 
 pytestmark = pytest.mark.cpu
@@ -33,8 +34,8 @@ def test_view_is_passed_through() -> None:
 def test_a_forced_preemption_waits_and_is_no_sign_of_trouble() -> None:
     """Guards: who was sent back for a restore forgotten, or taken for a lack of memory, which undoes the restore."""
     monitor = Monitor()
-    monitor.on_preemption(1.0, "a", 50, forced=True)
-    monitor.on_preemption(2.0, "b", 70)
+    monitor.on_preemption(1.0, WaitingRequest("a", 50, has_token=True), forced=True)
+    monitor.on_preemption(2.0, WaitingRequest("b", 70, has_token=True))
     seen = monitor.snapshot(3.0, EngineView(2, 1, 2.0), 10, 3, 1, 0)
     assert seen.preemptions == 1 and sum(cohort.num_requests for cohort in seen.waiting) == 2
 

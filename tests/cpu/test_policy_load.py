@@ -72,7 +72,7 @@ class Engine:
         self._grow_running()
         self._admit()
         self.executor.forward(self.pool)
-        self.levels.append((self.now_s, self.controller.exposure_level))
+        self.levels.append((self.now_s, self.controller.effective_level))
 
     def _grow_running(self) -> None:
         for request in list(self.running):
@@ -135,7 +135,7 @@ def test_burst_is_absorbed_and_level_zero_is_reached_again(mode: str) -> None:
         morphing.step()
     emptied_s = morphing.now_s
     morphing.run(10, 0.0)
-    assert morphing.controller.exposure_level == 0
+    assert morphing.controller.effective_level == 0
     back_s = min(t for t, level in morphing.levels if t >= emptied_s - 20 and level == 0 and t > 25)
     assert back_s - emptied_s < 10
     assert morphing.controller.phase is Phase.IDLE and morphing.pool.num_kv_blocks == 49
@@ -146,7 +146,7 @@ def test_light_load_after_a_burst_reaches_level_zero() -> None:
     engine = Engine()
     engine.run(10, 8.0)
     engine.run(20, 1.0)
-    assert engine.running and engine.controller.exposure_level == 0
+    assert engine.running and engine.controller.effective_level == 0
 
 
 def test_square_wave_does_not_drag_the_level_along() -> None:
@@ -189,7 +189,7 @@ def test_restore_turns_around_when_the_burst_comes_back() -> None:
     """Guards: a second burst served at the level of the lull."""
     engine = Engine()
     engine.run(10, 8.0)
-    while engine.controller.target_level >= engine.controller.exposure_level:
+    while engine.controller.target_level >= engine.controller.effective_level:
         engine.step()
     before = len(engine.waits)
     engine.run(8, 8.0)

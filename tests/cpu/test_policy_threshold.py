@@ -216,7 +216,7 @@ def test_early_restores_make_the_dwell_grow_and_quiet_makes_it_shrink() -> None:
     busy = replace(QUIET, used_kv_blocks=47, num_running=8, num_waiting=2)
     for _ in range(5):
         level = policy.decide(at_level(busy, level, now_s=now)).level
-        dwells.append(policy.dwell_s)
+        dwells.append(policy.dwell.seconds)
         while level > 0:
             now += 0.1
             level = policy.decide(at_level(QUIET, level, now_s=now, used_kv_blocks=0, num_running=0)).level
@@ -225,7 +225,7 @@ def test_early_restores_make_the_dwell_grow_and_quiet_makes_it_shrink() -> None:
     for _ in range(3):
         now += 200.0
         policy.decide(at_level(QUIET, 1, now_s=now))
-    assert policy.dwell_s == 2.0
+    assert policy.dwell.seconds == 2.0
 
 
 def slow_ladder(w8: float, w4: float) -> Ladder:
@@ -359,5 +359,5 @@ def test_restores_are_a_dwell_apart_from_pressure(history: list, mode: str) -> N
         if wanted > level:
             last_degrade = s.now_s
         elif wanted < level:
-            assert s.now_s - last_degrade >= policy.dwell_s
+            assert s.now_s - last_degrade >= policy.dwell.seconds
         level = wanted

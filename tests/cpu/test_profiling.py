@@ -13,19 +13,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from morphserve.errors import ConfigError, ProfilingError
 from morphserve.tools.profile import (
     ProfileJob,
-    RoundToNearest,
     StreamedModel,
     Workspace,
-    backward_sweep,
     cost_of,
-    decoder_layers,
-    forward_sweep,
     lis_order,
     run_profile,
     swap_order,
     token_windows,
 )
-from morphserve.tools.profile.variants import parts_of
+from morphserve.tools.profile.effects import backward_sweep, forward_sweep
+from morphserve.tools.profile.text import decoder_layers
+from morphserve.tools.profile.variants import RoundToNearest, parts_of
 from quant_layers import HALVES, Change, Move, choose_scale
 
 pytestmark = pytest.mark.cpu

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from morphserve.errors import ProfilingError
-from morphserve.tools.profile import token_windows
+from morphserve.tools.profile import measure, measure_apart, token_windows
 from quant_layers import Rung
 
 pytestmark = pytest.mark.cpu
@@ -35,6 +37,26 @@ def test_meetings_are_read_as_text(tmp_path: Path) -> None:
     file.write_text("{}\n")
     with pytest.raises(ProfilingError, match="cannot be read"):
         read_text(file)
+
+
+def test_levels_are_measured_by_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a word that the command does not know, or its last words lost, at the end of an hour of profiling."""
+    asked: list[Any] = []
+    answer = subprocess.CompletedProcess([], 0, 'a log line\n{"rows": [{"kl": 0.5}]}\n', "")
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        args = measure._parser("").parse_args(command[3:])
+        asked.append((command[1:3], args.model, measure._read_rungs(args.rungs), args.text, args.windows, args.timed))
+        return answer
+
+    monkeypatch.setattr(subprocess, "run", run)
+    document = measure_apart("here", [{2: "w8"}, {}], "--text", Path("a.txt"), "--windows", 4, "--timed")
+    assert document["rows"] == [{"kl": 0.5}]
+    module = ["-m", "morphserve.tools.profile.measure"]
+    assert asked == [(module, "here", [{2: "w8"}, {}], [Path("a.txt")], 4, True)]
+    answer.returncode, answer.stderr = 3, "many lines\nno room for the KV cache\n"
+    with pytest.raises(ProfilingError, match=r"could not be measured[^.]*no room for the KV cache"):
+        measure_apart("here", [{}], "--text", "a.txt")
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:

@@ -12,8 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from morphserve.tools.gpucheck import stand_in_ops
-from morphserve.tools.gpucheck.stand_in_ops import Refused, on_any_device, stand_in_operators
 from quant_layers import (
     F8A8Cutlass,
     Kernel,
@@ -35,6 +33,8 @@ from quant_layers.kernels.machete import MacheteLinear
 from quant_layers.kernels.marlin import MarlinLinear
 from quant_layers.sources.checkpoint import read_scheme
 from quant_layers.sources.importers import Scheme
+from tests import stand_in_ops
+from tests.stand_in_ops import Refused, on_any_device, stand_in_operators
 
 MAKES = (W4A16Machete, W4A16Marlin, W8A16Marlin, F8A8Cutlass)
 N, K = 256, 384

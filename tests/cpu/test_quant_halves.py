@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from quant_world import NUM_LAYERS, World
+from quant_world import NUM_LAYERS, World, swapper_of
 
-from quant_layers import LayerSwapper, StoreError, SwapError, TensorSlot
+from quant_layers import StoreError, SwapError, TensorSlot
 
 pytestmark = pytest.mark.cpu
 
@@ -58,7 +58,7 @@ def test_norms_go_with_their_half(tmp_path: Path) -> None:
     brought = {"input_layernorm": {"weight": torch.full((4,), 2.0)},
                "post_attention_layernorm": {"weight": torch.full((4,), 3.0)}}  # fmt: skip
     world.store.write(0, "w8", stored | brought, "fake_w8")
-    swapper = LayerSwapper(world.slots, world.store, world.kernels, world.build_base, tensors=tensors)
+    swapper = swapper_of(world.slots, world.store, world.kernels, world.build_base, tensors)
 
     def live() -> list[float]:
         return [float(slot.live[0]) for slot in tensors[0].values()]
@@ -71,7 +71,7 @@ def test_norms_go_with_their_half(tmp_path: Path) -> None:
 
 def test_what_is_not_known_is_refused(world: World) -> None:
     """Guards: a half in no format at all."""
-    with pytest.raises(SwapError, match="unknown format 'w3'"):
+    with pytest.raises(SwapError, match="format 'w3' of its mlp was not made"):
         world.swapper.prepare({0: "w8/w3"})
     with pytest.raises(StoreError, match="has no"):
         world.store.entry(9, "w8")

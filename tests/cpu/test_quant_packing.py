@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from morphserve.tools.gpucheck.stand_in_ops import on_any_device, stand_in_operators
 from quant_layers import (
     CANDIDATES,
     FORMATS,
@@ -37,6 +36,7 @@ from quant_layers.formats.packing import (
     w4_vnni_shape,
 )
 from tests.half_steps import half_step
+from tests.stand_in_ops import on_any_device, stand_in_operators
 
 _HALF_STEP = 0.5 * (1 + 1e-5)  # fp32 division may land a hair past the middle
 

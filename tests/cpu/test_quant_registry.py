@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from quant_world import World
+from quant_world import World, swapper_of
 from torch import Tensor
 
 from morphserve.config import LadderConfig, check_formats, parse_config
@@ -21,7 +21,6 @@ from quant_layers import (
     FORMATS,
     KernelBase,
     KernelError,
-    LayerSwapper,
     LinearImpl,
     Quant,
     VariantStore,
@@ -68,8 +67,7 @@ class W3Planes(KernelBase):
     name, canonical = "w3_planes", QuantW3
     quantizes_activations = False
 
-    def pack_quant(self, quant: Quant) -> dict[str, Tensor]:
-        self._admit_quant(quant)
+    def lay_out(self, quant: QuantW3) -> dict[str, Tensor]:
         bits = (quant.q + 3).to(torch.uint8).view(len(quant.q), -1, 8)
         weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
         planes = [(((bits >> plane) & 1) * weights).sum(-1, dtype=torch.uint8) for plane in range(3)]
@@ -90,9 +88,7 @@ class PlanesLinear(Rows):
         self.n, self.k = len(tensors["scale"]), 8 * tensors["planes"].shape[2]
         self.nbytes = nbytes_of(*tensors.values(), bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.dim() != 2 or not x.is_contiguous() or not x.numel():
-            return self._reshaped(x)
+    def rows(self, x: Tensor) -> Tensor:
         bias = None if self._bias is None else self._bias.float()
         weight = self._kernel.reference(self._tensors)
         return torch.nn.functional.linear(x.float(), weight, bias).to(x.dtype)
@@ -143,7 +139,7 @@ def test_a_registered_format_is_packed_stored_swapped_and_restored(tmp_path: Pat
         store.write(layer, "w3", {name: kernel.pack(t["weight"]) for name, t in linears.items()}, kernel.name)
     store = VariantStore.open(directory, "fp", {"w3": kernel.name})  # as the next start finds it
     store.verify()
-    swapper = LayerSwapper(world.slots, store, {"w3": kernel}, world.build_base)
+    swapper = swapper_of(world.slots, store, {"w3": kernel}, world.build_base)
     before = world.base_digest()
     swapper.prepare({1: "w3"})
     swapper.commit()

@@ -298,7 +298,7 @@ def test_new_policy_is_asked_from_the_next_tick(tmp_path: Path) -> None:
     first = PolicySetup(ThresholdConfig(kind="threshold"), None, LIMITS)
     second = PolicySetup(ThresholdConfig(kind="threshold", mode="performance", restore_after_s=0.1), None, LIMITS)
     rig = Rig()
-    log = DecisionLog(path, header=make_header(first, rig.ladder))
+    log = DecisionLog(path, make_header(first, rig.ladder))
     rig = Rig(policy=first.build(rig.ladder), log=log)
     rig.pool.allocate(1, 18)
     rig.step(10)

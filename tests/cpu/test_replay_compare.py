@@ -21,27 +21,28 @@ from cpu import replay_fakes
 from cpu.replay_fakes import CORPUS, encode
 
 from morphserve.errors import ConfigError
-from morphserve.tools.bench import main, run_command
-from morphserve.tools.bench.compare import Comparison, derived_config, run_all
+from morphserve.tools.bench import main, paired, run_command
+from morphserve.tools.bench.comparison import Comparison, derived_config
 from morphserve.tools.bench.load.client import ClientOptions
 from morphserve.tools.bench.load.measure import Measurement, measure
 from morphserve.tools.bench.load.server import ServerOptions, serve
-from morphserve.tools.bench.paired import PairedResult
+from morphserve.tools.bench.paired import ClosedLoop, PairedResult, compare_idle
 from morphserve.tools.bench.report.console import ConsoleProgress
 from morphserve.tools.bench.report.report import write_report
 from morphserve.tools.bench.report.results import ROW_KEYS, RunResult
 from morphserve.tools.bench.report.summary import summarize
+from morphserve.tools.bench.runner import run_all
+from morphserve.tools.bench.servers import StartedServers
 from morphserve.tools.workload import ReplayError, Slo
 from morphserve.tools.workload.formats import TraceRequest
 from morphserve.tools.workload.outcome import Outcome, Replayed, Snapshot
 from morphserve.tools.workload.prompts import PromptMaker
 from morphserve.tools.workload.workload import Workload
 
-FAKE = ServerOptions(
-    model="tiny", command=(sys.executable, replay_fakes.__file__), start_timeout_s=60, extra_args=()
-)
+FAKE = ServerOptions(model="tiny", command=(sys.executable, replay_fakes.__file__), start_timeout_s=60, extra_args=())
 WORKLOAD = Workload("tiny", tuple(TraceRequest(i * 0.02, 5, 4) for i in range(6)), 512)
 QUIET = ConsoleProgress(enabled=False)
+STARTED = StartedServers(QUIET)
 
 
 def fake(what: str) -> ServerOptions:
@@ -106,7 +107,7 @@ def test_missing_vllm_is_explained(tmp_path: Path) -> None:
 def test_runs_differ_in_the_plugin_alone(tmp_path: Path) -> None:
     """Guards a fair comparison: same flags, same memory, same mode for every server."""
     commands = {}
-    for result in run_all(comparison(tmp_path, "stock", "morphserve", "static_w8", "static_w4"), QUIET):
+    for result in run_all(comparison(tmp_path, "stock", "morphserve", "static_w8", "static_w4"), STARTED, QUIET):
         commands[result.name] = re.sub(r"--port \d+", "", result.setup["command"])
     stock = commands.pop("stock")
     assert "morphserve" not in stock
@@ -121,13 +122,15 @@ def test_static_anchors_change_only_the_policy(tmp_path: Path) -> None:
     assert base is not None
     morph, w8, w4 = (derived_config(base, n, tmp_path) for n in ("morphserve", "static_w8", "static_w4"))
     assert morph == {"kv": {"max_num_blocks": 400}, "decision_log": str(tmp_path / "decisions.jsonl")}
+    base.write_text(base.read_text().replace("log.jsonl", "log.jsonl.gz"), encoding="utf-8")
+    assert derived_config(base, "morphserve", tmp_path)["decision_log"] == str(tmp_path / "decisions.jsonl.gz")
     assert w8 == morph | {"policy": {"kind": "static", "level": "w8"}}
     assert w4 == morph | {"policy": {"kind": "static", "level": "w4"}}
 
 
 def test_comparison_measures_every_run(tmp_path: Path) -> None:
     """Guards the chain: server, warm-up, replay, metrics, status and files, for stock and MorphServe."""
-    results = run_all(comparison(tmp_path, "stock", "morphserve"), QUIET)
+    results = run_all(comparison(tmp_path, "stock", "morphserve"), STARTED, QUIET)
     summary = summarize(WORKLOAD, "tiny.jsonl", Slo(60.0, 60.0), results)
     stock, morph = summary.document("r")["runs"]
     assert list(stock) == list(morph) == list(ROW_KEYS)
@@ -146,7 +149,7 @@ def test_comparison_measures_every_run(tmp_path: Path) -> None:
 
 def test_repeats_are_interleaved_and_folded(tmp_path: Path) -> None:
     """Guards repeats: run in blocks, a drift of the machine would look like a difference of the servers."""
-    results = run_all(comparison(tmp_path, "stock", "morphserve", repeats=2), QUIET)
+    results = run_all(comparison(tmp_path, "stock", "morphserve", repeats=2), STARTED, QUIET)
     assert [(r.name, r.repeat) for r in results] == [
         ("stock", 1), ("morphserve", 1), ("stock", 2), ("morphserve", 2),
     ]  # fmt: skip
@@ -184,8 +187,16 @@ def test_impossible_comparisons_are_refused_first(
         assert asked.config is not None
         asked.config.write_text(config, encoding="utf-8")
     with pytest.raises(error):
-        run_all(asked, QUIET)
+        asked.check()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_is_checked_before_its_first_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: what `Comparison.check` refuses, found out at the second server."""
+    arguments = ["--workload", str(small_workload(tmp_path)), "--model", tokenizer(tmp_path), "--out", f"{tmp_path}/o"]
+    assert main("replay", small_corpus(tmp_path), [*arguments, "--compare", "stock,fp8", "--quiet"]) == 1
+    assert "--compare stock,fp8: choose from stock, morphserve" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_config_may_lie_in_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +219,7 @@ def test_a_server_that_dies_in_a_run_leaves_no_result(tmp_path: Path) -> None:
                 os.killpg(server.pid, signal.SIGKILL)
 
         with pytest.raises(ReplayError, match=f"{server.url} does not answer any more.*nothing is kept"):
-            asyncio.run(measure(asked, "stock", 1, tmp_path / "run", {}, kill))
+            asyncio.run(measure(asked, kill))
 
 
 def test_repeats_of_which_one_did_not_come_back_are_not_called_back() -> None:
@@ -228,9 +239,7 @@ def test_repeats_of_which_one_did_not_come_back_are_not_called_back() -> None:
     assert summarize(WORKLOAD, "w", Slo(), runs[:2]).rows[0]["level_zero_after_s"] == 9.0
 
 
-def made_up(
-    name: str, ttft_s: float, level: int | None, tokens: dict[str, int] | None, kl: float
-) -> RunResult:
+def made_up(name: str, ttft_s: float, level: int | None, tokens: dict[str, int] | None, kl: float) -> RunResult:
     """A run in which every request had this TTFT."""
     outcomes = [
         Outcome(i, float(i), 5, 3, float(i), i + ttft_s + 1, "ok", ttft_s, ttft_s + 0.2, [0.1, 0.1], 3, "abc")
@@ -296,25 +305,40 @@ def test_who_misses_a_limit_by_less_is_not_dominated() -> None:
     assert note.endswith("yet does not dominate: MorphServe has P95 TTFT 1.00 s against 50.0 s.")
 
 
-def test_command_line_ends_with_one_json_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the interface that make demo reads: the last line on stdout is the document."""
+def small_workload(tmp_path: Path) -> Path:
+    """Three requests at once."""
     workload = tmp_path / "w.jsonl"
     workload.write_text('{"timestamp": 10, "input_length": 6, "output_length": 3}\n' * 3, encoding="utf-8")
+    return workload
+
+
+def small_corpus(tmp_path: Path) -> Path:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(CORPUS, encoding="utf-8")
-    tokenizer = tmp_path / "tokenizer"
-    tokenizer.mkdir()
+    return corpus
+
+
+def tokenizer(tmp_path: Path) -> str:
+    """The directory of one that has a token for each word of the corpus."""
+    directory = tmp_path / "tokenizer"
+    directory.mkdir()
     words = sorted(set(CORPUS.split()))
     vocabulary = {word: i for i, word in enumerate(["[UNK]", *words])}
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"}
-    (tokenizer / "tokenizer.json").write_text(
+    (directory / "tokenizer.json").write_text(
         json.dumps({"version": "1.0", "model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}})
     )
+    return str(directory)
+
+
+def test_command_line_ends_with_one_json_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the interface that make demo reads: the last line on stdout is the document."""
     with serve(FAKE, tmp_path / "server.log") as server:
         code = main(
-            "replay", corpus,
-            ["--workload", str(workload), "--url", server.url, "--name", "there", "--out", f"{tmp_path}/o",
-             "--tokenizer", str(tokenizer), "--quiet", "--slo-ttft-s", "60", "--slo-tpot-ms", "60000"],
+            "replay", small_corpus(tmp_path),
+            ["--workload", str(small_workload(tmp_path)), "--url", server.url, "--name", "there", "--quiet",
+             "--out", f"{tmp_path}/o", "--tokenizer", tokenizer(tmp_path), "--slo-ttft-s", "60", "--slo-tpot-ms",
+             "60000"],
         )  # fmt: skip
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert code == 0
@@ -363,6 +387,26 @@ def test_a_signal_ends_a_command_as_ctrl_c_does(signum: int, capsys: pytest.Capt
 
     assert run_command("mine", job, "servers stopped") == 130
     assert "mine: interrupted; servers stopped" in capsys.readouterr().err
+
+
+def test_two_servers_take_turns_and_each_pair_swaps_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a plugin that looks slower because it always comes second, and a ratio of requests that failed."""
+    order: list[str] = []
+    closed_loop = paired._closed_loop
+
+    async def noted(url: str, model: str, loop: ClosedLoop) -> float:
+        order.append(url)
+        return await closed_loop(url, model, loop)
+
+    monkeypatch.setattr(paired, "_closed_loop", noted)
+    servers = {"stock": FAKE, "plugin": replace(FAKE, extra_args=("--plugin", "morphserve"))}
+    loop = ClosedLoop([[1, 2], [3]], concurrency=2, requests=3, output_tokens=2)
+    ratios: list[float] = []
+    result, status = compare_idle(servers, tmp_path / "idle", loop, 2, lambda pair, ratio: ratios.append(ratio))
+    assert ratios == list(result.ratios) and status["tokens_by_level"]["0"] == 3 * 3 * 2
+    stock, plugin = order[:2]  # the warm-up
+    assert order[2:] == [stock, plugin, plugin, stock] and stock != plugin
+    assert {log.name for log in (tmp_path / "idle").iterdir()} == {"stock.log", "plugin.log"}
 
 
 @pytest.mark.parametrize(("pairs", "quantile"), [(2, 12.71), (16, 2.131), (17, 2.120), (40, 2.023)])

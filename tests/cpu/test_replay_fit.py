@@ -16,7 +16,7 @@ from cpu.replay_fakes import FakeServer
 from cpu.test_replay_compare import FAKE, comparison
 
 from morphserve.tools.bench import main
-from morphserve.tools.bench.compare import Comparison, derived_config
+from morphserve.tools.bench.comparison import Comparison, derived_config
 from morphserve.tools.bench.fit import TPOT_OF_LONE, TTFT_OF_LONE, Given, fit
 from morphserve.tools.bench.fitted import run_fitted
 from morphserve.tools.bench.load import probe

@@ -15,9 +15,10 @@ import check_seams
 import pytest
 
 from morphserve.errors import SeamError
-from morphserve.integration.seams import rows as seams
+from morphserve.integration.seams import check as seams
 from morphserve.integration.seams import source as seam_source
-from morphserve.integration.seams.rows import Seam, SeamResult
+from morphserve.integration.seams.check import SeamResult
+from morphserve.integration.seams.rows import Seam
 from morphserve.integration.seams.tree import SourceTree
 
 _NUMBERS = itertools.count()
@@ -115,6 +116,12 @@ declared: int
 
 def local(a):
     return a
+
+if TYPE_CHECKING:
+    from .base import Base
+else:
+    def at_run_time(a):
+        return a
 """,
     "inner/__init__.py": """
 from ..base import plan as from_above
@@ -200,6 +207,7 @@ HOLD = [
     (".planning:other_name", ("memory",), ()),
     (".planning:again", ("memory",), ()),
     (".planning:engine.Engine.run", ("step",), ()),
+    (".planning:at_run_time", ("a",), ()),
     (".platform:current.is_gpu", ("index",), ()),
     (".inner:from_above", ("memory",), ()),
     (".inner:by_star", ("x",), ()),
@@ -264,6 +272,7 @@ NEVER = [
     (":Engine", (), ("nested",)),  # stored by a function inside of the constructor
     (":Engine.load", ("self",), ()),  # a property
     (".planning:declared", (), ()),  # annotated in a module, never bound
+    (".planning:Base", (), ()),  # for the type checker only
     (".inner:_not_by_star", (), ()),
     (".planning:plan", (), ("result",)),  # a function that stores nothing
 ]

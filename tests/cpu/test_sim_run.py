@@ -11,7 +11,9 @@ import pytest
 from cpu.sim_world import CALIBRATION, SERVER, TIMES, config, workload
 
 from morphserve.config import MorphServeConfig
+from morphserve.control.decision_log import Header, Mark, Row
 from morphserve.control.ladder import ProfileLadder
+from morphserve.control.replay_log import read_log
 from morphserve.errors import ConfigError
 from morphserve.tools.bench.report.results import RunResult
 from morphserve.tools.sim import Simulated, simulate
@@ -48,6 +50,17 @@ def test_same_inputs_same_run() -> None:
         simulate(HARD, replace(SERVER, step_noise=0.1), config(), CALIBRATION, seed=seed).outcomes for seed in (1, 1, 2)
     ]
     assert noisy[0] == noisy[1] != noisy[2]
+
+
+def test_decisions_are_logged(tmp_path: Path) -> None:
+    """Guards: a simulated run without its log, one that the log changes, or a sample that drops rows."""
+    wanted = {"decision_log": tmp_path / "log.jsonl.gz", "decision_log_detail": "all"}
+    assert run(config().model_copy(update=wanted)).series == run(config()).series
+    first, *rows, last = (line for _, line in read_log(tmp_path / "log.jsonl.gz"))
+    assert isinstance(first, Header) and first.detail == "changes" and first.setup.times == TIMES
+    assert isinstance(last, Mark) and last.event == "end" and last.seq > 10 * len(rows)
+    assert {row.decision.level > 0 for row in rows if isinstance(row, Row) and row.changed} == {True, False}
+    assert all(isinstance(row, Row) for row in rows)
 
 
 def test_speed_stretches_every_time() -> None:
@@ -106,7 +119,7 @@ def test_promises_hold_at_every_step(
         assert morphing is not None
         controller, ladder = morphing.controller, morphing.ladder
         assert pool.used <= pool.num_kv_blocks - 1
-        assert pool.num_kv_blocks <= ladder[controller.exposure_level].num_kv_blocks
+        assert pool.num_kv_blocks <= ladder[controller.effective_level].num_kv_blocks
         paid = morphing.executor._weight_bytes + pool.num_kv_blocks * CALIBRATION.rank.kv_block_bytes
         assert paid <= ladder[0].weight_bytes + ladder[0].num_kv_blocks * CALIBRATION.rank.kv_block_bytes
         assert not controller.tripped

@@ -119,11 +119,11 @@ def test_a_dwell_begins_anew_when_a_deeper_level_is_needed() -> None:
 def test_quiet_time_shrinks_a_dwell_that_has_grown() -> None:
     """Guards: an hour at level 0 that counts as one halving."""
     policy = made(dwell_s=0.5)
-    policy.dwell_s, policy._reentry_s = 5.0, 100.0
+    policy.dwell.seconds, policy.dwell._reentry_s = 5.0, 100.0
     policy.decide(replace(QUIET, now_s=100.0 + 65.0))
-    assert policy.dwell_s == pytest.approx(1.25)
+    assert policy.dwell.seconds == pytest.approx(1.25)
     policy.decide(replace(QUIET, now_s=100.0 + 3600.0))
-    assert policy.dwell_s == 0.5
+    assert policy.dwell.seconds == 0.5
 
 
 class Asks:

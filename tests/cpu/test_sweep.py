@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cpu.sim_world import CALIBRATION
-from cpu.test_replay_compare import QUIET, comparison, fake
+from cpu.test_replay_compare import QUIET, WORKLOAD, comparison, fake
 
-from morphserve.tools.bench import simulated
-from morphserve.tools.bench.compare import Comparison
+from morphserve.errors import ConfigError
+from morphserve.tools.bench.cli import comparison_of
+from morphserve.tools.bench.comparison import Comparison
+from morphserve.tools.bench.report.tables import fold
+from morphserve.tools.bench.simulated import sim_server
 from morphserve.tools.bench.sweep import main
-from morphserve.tools.bench.sweep.agreement import Agreement, compare, middle
-from morphserve.tools.bench.sweep.measured import measure_all
+from morphserve.tools.bench.sweep.agreement import Agreement, compare
+from morphserve.tools.bench.sweep.cli import build_parser
 from morphserve.tools.bench.sweep.ranking import Order, Total, dominated, orders, totals, window_order
 from morphserve.tools.bench.sweep.report import markdown
+from morphserve.tools.bench.sweep.runs import measure_all
 from morphserve.tools.workload import ReplayError
 
 pytestmark = pytest.mark.cpu
 
 
-def windows(tmp_path: Path, repeats: int) -> dict[str, Comparison]:
+def windows(tmp_path: Path, repeats: int) -> list[Comparison]:
     one = comparison(tmp_path, "stock", "static_w8", server=fake("morphserve"), repeats=repeats)
-    return {name: replace(one, out=tmp_path / "out" / name) for name in ("calm", "burst")}
+    return [replace(one, out=tmp_path / "out" / name, window=name) for name in ("calm", "burst")]
 
 
 def test_servers_take_turns_and_what_is_there_is_not_measured_again(tmp_path: Path) -> None:
@@ -51,9 +54,7 @@ def test_servers_take_turns_and_what_is_there_is_not_measured_again(tmp_path: Pa
         measure_all(windows(tmp_path, 2), QUIET)
     (tmp_path / "out/burst/stock.2/result.json").unlink()
     logs = {log: log.stat().st_mtime_ns for log in tmp_path.glob("out/servers/*/server.log")}
-    slower = {
-        name: replace(one, server=replace(one.server, cpu_bind="1")) for name, one in windows(tmp_path, 2).items()
-    }
+    slower = [replace(one, server=replace(one.server, cpu_bind="1")) for one in windows(tmp_path, 2)]
     with pytest.raises(ReplayError, match=r"calm/stock.1/result.json: measured with another config"):
         measure_all(slower, QUIET)
     others = windows(tmp_path, 2)
@@ -72,10 +73,10 @@ def row(rate: float, kl: float | None = None, preemptions: int = 10) -> dict[str
 
 def test_an_error_within_the_limit_holds_and_one_that_speed_explains_is_shown() -> None:
     """Guards: a simulation that is off counted as right, or a cliff counted as its fault."""
-    exact = Agreement("w", "r", "preemptions", 100.0, (90.0, 110.0), 114.0, (110.0, 118.0))
+    exact = Agreement("w", "r", "preemptions", 100.0, 114.0, (110.0, 118.0))
     assert exact.holds and exact.error == pytest.approx(0.14)
     assert not replace(exact, simulated=116.0).holds and not replace(exact, simulated=116.0).explained
-    cliff = Agreement("w", "r", "violation_rate", 0.10, (0.1, 0.1), 0.25, (0.05, 0.40))
+    cliff = Agreement("w", "r", "violation_rate", 0.10, 0.25, (0.05, 0.40))
     assert not cliff.holds and cliff.explained and cliff.error == pytest.approx(0.15)
     assert replace(exact, measured=0.0, simulated=0.0).holds
     assert not replace(exact, measured=0.0, simulated=1.0).holds
@@ -84,7 +85,10 @@ def test_an_error_within_the_limit_holds_and_one_that_speed_explains_is_shown() 
 def test_several_seeds_are_one_simulation() -> None:
     """Guards: one draw of the scatter of steps taken for what is to be expected."""
     rows = [{**row(rate, None), "name": "slo", "preemptions": n} for rate, n in ((0.1, 3), (0.3, 9), (0.2, 4))]
-    assert middle(rows) == {**rows[0], "violation_rate": 0.2, "preemptions": 4}
+    folded = fold(rows)
+    assert {key: folded[key] for key in rows[0]} == {**rows[0], "violation_rate": 0.2, "preemptions": 4}
+    assert folded["spread"]["preemptions"] == [3, 9] and folded["repeats"] == 3
+    assert fold([row(0.1, 0.5), row(0.1)])["known"] == {"expected_kl_per_token": 1}
 
 
 def test_runs_are_ranked_by_violations_then_by_cost_over_all_windows() -> None:
@@ -135,12 +139,19 @@ def test_what_only_one_side_would_get_is_refused(
     assert code == 1 and words in capsys.readouterr().err
 
 
-def test_servers_get_what_is_simulated() -> None:
+def test_servers_get_what_is_simulated(tmp_path: Path) -> None:
     """Guards: a simulated server with another batch than the real one."""
-    parser = argparse.ArgumentParser()
-    simulated.model_options(parser)
-    args = parser.parse_args(["--step-times", "f", "--max-num-batched-tokens", "512", "--async-scheduling"])
-    assert simulated.server_arguments(args) == ["--max-num-batched-tokens", "512", "--async-scheduling"]
+    words = ["--window", "w", "--step-times", "f", "--max-num-batched-tokens", "512", "--async-scheduling"]
+    args = build_parser("", tmp_path).parse_args([*words, "--max-num-queued-tokens", "0"])
+    asked = comparison_of(args, "w", WORKLOAD, with_text=False)
+    given = ["--max-num-batched-tokens", "512", "--async-scheduling", "--max-num-queued-tokens", "0"]
+    assert asked.server.arguments(0, ())[-5:] == given
+    server = sim_server(asked.server, asked.measurement, 0.0)
+    assert (server.max_num_batched_tokens, server.max_num_queued_tokens, server.async_scheduling) == (512, 0, True)
+    many = replace(asked.server, max_num_batched_tokens=2048, max_num_seqs=4096)  # vLLM's own limit may be above that
+    assert "--max-num-batched-tokens" not in many.arguments(0, ())
+    with pytest.raises(ConfigError, match="max_num_batched_tokens 2048 is below max_num_seqs 4096"):
+        sim_server(many, asked.measurement, 0.0)
 
 
 def test_two_runs_are_told_apart_by_what_no_repeat_contradicts() -> None:
@@ -218,7 +229,8 @@ def test_many_windows_are_simulated_without_a_server(tmp_path: Path, capsys: pyt
     options += [f"{window}:input_clip=8,120:output_clip=4,384" for window in windows]
     assert main("sweep", tmp_path, [*options, "--repeats", "2", "--sim-noise", "0.1"]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [run["name"] for run in document["runs"]].count("morphserve") == 1 and document["agreement"] == []
+    assert list(document) == ["report", "runs", "dominated", "agreement"] and document["agreement"] == []
+    assert [run["name"] for run in document["runs"]].count("morphserve") == 1
     text = Path(document["report"]).read_text()
     assert text.startswith("# Simulated at 1 times") and "Medians of 2 seeds" in text
     cells = next(line for line in text.splitlines() if line.startswith("| stock")).split("|")

@@ -86,7 +86,7 @@ def test_run_again_is_the_same_and_simulates_no_trial(
     argv = arguments(files, out)
     first = tune(capsys, argv)
     kept = {name: (out / name).read_bytes() for name in ("trials.csv", "report.md", "study.journal")}
-    monkeypatch.setattr("morphserve.tools.tune.study.Search._run_batch", None)
+    monkeypatch.setattr("morphserve.tools.tune.search.Search._run_batch", None)
     assert tune(capsys, argv) == first
     assert {name: (out / name).read_bytes() for name in kept} == kept
 

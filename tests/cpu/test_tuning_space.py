@@ -14,8 +14,8 @@ from cpu.tuning_world import make_space
 from morphserve.config import load_config, parse_config
 from morphserve.errors import ConfigError
 from morphserve.tools.tune.errors import TuningError
+from morphserve.tools.tune.search import distribution_of
 from morphserve.tools.tune.space import load_space
-from morphserve.tools.tune.study import distribution_of
 
 pytestmark = pytest.mark.cpu
 

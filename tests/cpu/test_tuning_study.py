@@ -16,9 +16,9 @@ from morphserve.tools.sim import Simulated, simulate
 from morphserve.tools.tune.errors import TuningError
 from morphserve.tools.tune.evaluate import Evaluator, Invalid, Scored
 from morphserve.tools.tune.score import Score
+from morphserve.tools.tune.search import BATCH, Search, scores_of
 from morphserve.tools.tune.space import Space
 from morphserve.tools.tune.store import StudyFile
-from morphserve.tools.tune.study import BATCH, Search, scores_of
 from morphserve.tools.workload import Workload
 
 pytestmark = pytest.mark.cpu

@@ -9,7 +9,7 @@ import yaml
 from cpu.tuning_world import burst
 
 from morphserve.tools.tune.errors import TuningError
-from morphserve.tools.tune.windows import load_windows
+from morphserve.tools.tune.evaluate import load_windows
 from morphserve.tools.workload import WorkloadError, WorkloadSpec
 from morphserve.tools.workload.windows import parse_window
 

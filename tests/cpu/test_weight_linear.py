@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from quant_world import LINEARS, NUM_LAYERS, World
+from quant_world import LINEARS, NUM_LAYERS, World, swapper_of
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -24,7 +24,6 @@ from torch._inductor.utils import fresh_cache
 
 from morphserve.residence import WeightError, WeightSlot, register_op, reset, slots
 from morphserve.residence.graphs import weight_linear
-from quant_layers import LayerSwapper
 
 ROOT = Path(__file__).parents[2]
 QKV, DOWN = LINEARS  # 64 -> 96, 128 -> 64
@@ -59,7 +58,7 @@ class Stack(World):
             }
             for i, layer in enumerate(self.layers)
         }
-        self.swapper = LayerSwapper(self.slots, self.store, self.kernels, self.build_base)
+        self.swapper = swapper_of(self.slots, self.store, self.kernels, self.build_base)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:

@@ -8,9 +8,8 @@ from typing import Any
 import yaml
 from cpu import sim_world
 
-from morphserve.tools.tune.evaluate import World
+from morphserve.tools.tune.evaluate import World, load_windows
 from morphserve.tools.tune.space import Space, load_space
-from morphserve.tools.tune.windows import load_windows
 from morphserve.tools.workload import Slo, save_workload
 
 SLO = Slo(ttft_s=0.5, tpot_s=0.06)

@@ -6,7 +6,7 @@ between layers and KV, answers that are pending, and the operator that finds its
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 from engine.harness import PROMPTS, compilations, engine, follow, generate, morph_of, settle
 from engine.rank_harness import CONFIG, PARALLEL, W4, W8, needs_two_cores, run
-
-from morphserve.residence.paged.memory import FAKE_DEVICE
 
 
 def steps(layers_per_level: int) -> dict[str, Any]:
@@ -26,9 +24,11 @@ USED = PROMPTS[:4]
 
 
 @pytest.fixture(autouse=True)
-def fake_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv(FAKE_DEVICE, "1")
-    yield
+def fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registered in this process and in those that it starts."""
+    directory = str(Path(__file__).parents[1] / "fake_device")
+    monkeypatch.syspath_prepend(directory)
+    monkeypatch.setenv("PYTHONPATH", directory, prepend=os.pathsep)
 
 
 def memory_of(llm: Any) -> dict[str, Any]:

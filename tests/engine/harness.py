@@ -133,8 +133,13 @@ def morph_of(llm: Any) -> Any:
 
 def follow(llm: Any, script: dict[int, int]) -> ScriptPolicy:
     """Let the levels follow `script` from the next step on."""
-    policy = ScriptPolicy(script)
-    morph_of(llm).controller._seat._policy = policy
+    return install(llm, ScriptPolicy(script))
+
+
+def install(llm: Any, policy: ScriptPolicy) -> Any:
+    """Ask `policy` from the next step on."""
+    morph = morph_of(llm)
+    morph.controller.replace_policy(policy, "a test", morph.setup)
     return policy
 
 
@@ -196,7 +201,7 @@ def renew(llm: Any) -> None:
         pool.finish_shrink()
     runner = morph.controller._runner
     layers = tuple((layer, "base") for layer in range(len(runner.layer_state.formats)))
-    replies = morph.executor.apply(Plan(runner.next_revision(), layers, base)).poll()
+    replies = morph.executor.commit(Plan(runner.next_revision(), layers, base, alone=True)).poll()
     assert replies is not None and all(reply.ok for reply in replies), replies
     if pool.num_kv_blocks < base:
         pool.grow(base)
@@ -212,7 +217,7 @@ class KVDriver:
     Uses the real pool and the real rank, so that what it proves holds for them.
     """
 
-    level = target_level = exposure_level = 0
+    level = target_level = effective_level = 0
     wants_wakeup = in_transition = False
 
     def __init__(self, morph: Any, script: dict[int, int]) -> None:

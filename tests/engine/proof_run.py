@@ -13,7 +13,7 @@ from pathlib import Path
 from engine.harness import engine, follow, morph_of, settle
 from vllm import SamplingParams
 
-from morphserve.integration.worker.host_memory import peak_beyond_now
+from morphserve.residence import peak_beyond_now
 
 BATCH_TOKENS = 1024
 LEVELS = (0, 2, 4)  # full precision, all layers in 8 bits, in 4 bits

@@ -83,7 +83,7 @@ def make_model(directory: Path, num_layers: int = NUM_LAYERS) -> Path:
 
 def rpc(llm: Any, method: str | Callable[..., Any], *args: Any) -> list[Any]:
     """Every rank's answer, in the order of ranks."""
-    return morph_of(llm).executor._executor.collective_rpc(method, args=args)
+    return llm.collective_rpc(method, args=args)
 
 
 def run(llm: Any, prompts: tuple[Any, ...] = PROMPTS) -> list[Any]:

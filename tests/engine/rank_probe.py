@@ -12,22 +12,27 @@ import pytest
 
 from kv_resize import MapError
 from morphserve.integration.worker import worker as worker_module
-from morphserve.integration.worker.worker import _RANK
+from morphserve.integration.worker.state import rank as this_rank
 
 _PLANTED = pytest.MonkeyPatch()
 _EVENTS: list[tuple[str, int]] = []
 
 
+def store_of() -> Any:
+    """This rank's variants."""
+    return this_rank().layers._parts.store
+
+
 def stored_files(worker: Any) -> dict[str, tuple[int, int]]:
     """Path of every file of this rank's variants |-> (size, time of writing)."""
-    files = sorted(_RANK.layers.store.directory.iterdir())
+    files = sorted(store_of().directory.iterdir())
     return {str(f): (f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.name.startswith("layer-")}
 
 
 def variant_file(worker: Any, layer: int, fmt: str) -> str:
     """Where this rank reads a layer from, "" for one of another stage."""
-    store = _RANK.layers.store
-    if layer not in _RANK.layers.linears:
+    store = store_of()
+    if layer not in this_rank().layers.linears:
         return ""
     return str(store.directory / store.entry(layer, fmt).file)
 
@@ -59,9 +64,8 @@ def no_memory(worker: Any, rank: int) -> None:
 def swap_alone(worker: Any, rank: int, fmt: str) -> None:
     """One rank changes its layers past the controller."""
     if worker.rank == rank:
-        layers = _RANK.layers
-        layers.prepare(dict.fromkeys(layers.linears, fmt))
-        layers.swapper.commit()
+        layers = this_rank().layers
+        layers.switch(dict.fromkeys(layers.linears, fmt))
 
 
 def heal(worker: Any) -> None:
@@ -95,7 +99,7 @@ def swap_late(worker: Any, rank: int) -> None:
     """On one rank, layers are switched after the next step instead of before it."""
     if worker.rank != rank:
         return
-    execute, swapper = worker.model_runner.execute_model, _RANK.layers.swapper
+    execute, swapper = worker.model_runner.execute_model, this_rank().swapper
     commit, due = swapper.commit, []
 
     def execute_model(output: Any, *args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ import pytest
 from engine.harness import engine, follow, morph_of, settle, stock_later
 from engine.rank_harness import CONFIG, NUM_LAYERS, PROMPTS, W4, W8, run
 
-from morphserve.integration.worker.host_memory import FREED_WEIGHTS_RETURN, resident_bytes
+from morphserve.residence.host_memory import FREED_WEIGHTS_RETURN, resident_bytes
 from quant_layers import trim
 
 pytestmark = pytest.mark.cpu_tier

@@ -75,12 +75,11 @@ def test_halves_of_layers_are_swapped(tmp_path: Path, variant_cache: Path) -> No
     config = {"profile": str(tmp_path / "profile")}
     with engine(model, variant_cache, config, skip_tokenizer_init=True, enable_prefix_caching=False) as llm:
         base = generate(llm, PROMPTS[:4], 12)
-        worker = morph_of(llm).executor._executor
         found = []
         for level in (1, 2, 0):
             follow(llm, {0: level})
             settle(llm, level)
-            memory = worker.collective_rpc("morphserve_memory")[0]
+            memory = llm.collective_rpc("morphserve_memory")[0]
             assert memory["weight_bytes"] == morph_of(llm).controller.status()["ledger"]["weights_bytes"]
             found.append(generate(llm, PROMPTS[:4], 12))
         assert memory["formats"] == dict.fromkeys(range(NUM_LAYERS), "base")

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine import rank_probe
 from engine.harness import PROMPTS, engine, follow, generate, morph_of, renew, settle
 
 from kv_resize import ElasticCache, MapError
 from morphserve.control.monitor import Monitor
 from morphserve.integration.engine.block_pool import VllmBlockPool
 from morphserve.integration.engine.executor import RpcExecutor
-from morphserve.integration.worker.worker import _RANK
-from quant_layers import LayerSwapper
+from morphserve.residence import StoredParts
 
 NUM_TOKENS = 12
 USED = PROMPTS[:4]
@@ -136,7 +136,7 @@ def test_an_error_in_mid_restore_keeps_the_level(
 @pytest.fixture
 def truncate(healthy: None) -> Iterator[Callable[[str], str]]:
     """Cuts the end off the file of layer 2 in a format while the engine runs; puts it back afterwards."""
-    store = _RANK.layers.store
+    store = rank_probe.store_of()
     cut: dict[Path, bytes] = {}
 
     def truncate_file(fmt: str) -> str:
@@ -153,16 +153,16 @@ def truncate(healthy: None) -> Iterator[Callable[[str], str]]:
 @pytest.fixture
 def fail_in_mid_chunk(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     """The second layer of a chunk fails after its linears have been built."""
-    build, calls = LayerSwapper._build_layer, []
+    load, calls = StoredParts._load, []
 
-    def build_layer(self: Any, layer: int, format: str, staged: list[Any]) -> None:
-        build(self, layer, format, staged)
+    def load_layer(self: Any, layer: int, *rest: Any) -> None:
+        load(self, layer, *rest)
         calls.append(layer)
         if len(calls) == 2:
             raise MemoryError("planted")
 
     def plant(fmt: str) -> str:
-        monkeypatch.setattr(LayerSwapper, "_build_layer", build_layer)
+        monkeypatch.setattr(StoredParts, "_load", load_layer)
         return "MemoryError: planted"
 
     return plant

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from engine import rank_probe
 from engine.harness import PROMPTS, engine, generate
+from quant_world import swapper_of
 from safetensors.torch import load_file
 from torch import Tensor
 
 from morphserve.cpu_tier import best_dtype
-from morphserve.integration.worker.worker import _RANK
-from quant_layers import BASE, CANDIDATES, Kernel, LayerSwapper, LinearSlot, VariantStore
+from morphserve.integration.worker.state import rank
+from quant_layers import BASE, CANDIDATES, Kernel, LinearImpl, LinearSlot, VariantStore
 from tests.half_steps import half_step
 
 pytestmark = pytest.mark.cpu_tier
@@ -38,7 +40,7 @@ class Live:
 
     def run(self, name: str, x: Tensor) -> Tensor:
         """What the model's own linear answers."""
-        linear = _RANK.layers.linears[LAYER][name]
+        linear = rank().layers.linears[LAYER][name]
         return linear.quant_method.apply(linear, x, None)
 
 
@@ -66,7 +68,7 @@ def live(demo_model: Path, variant_cache: Path) -> Iterator[Live]:
     for file in demo_model.glob("*.safetensors"):
         tensors |= load_file(file)
     with engine(demo_model, variant_cache) as llm:
-        slots = _RANK.layers.swapper._slots[LAYER]
+        slots = rank().swapper._slots[LAYER]
         recorders = {name: Recorder(slot.impl) for name, slot in slots.items()}
         for name, slot in slots.items():
             slot.impl = recorders[name]
@@ -114,11 +116,16 @@ def test_a_live_layer_errs_by_no_more_than_its_rounding(
     kernel = make(DTYPE)
     if why := kernel.unavailable():  # Triton's interpreter has a process of its own: tests/triton_probe.py
         pytest.skip(why)
-    base = _RANK.layers.store.read(LAYER, BASE)
+    layers = rank().layers
+    base = rank_probe.store_of().read(LAYER, BASE)
     store = VariantStore.open(tmp_path, "fp", {kernel.format: kernel.name})
     store.write(LAYER, BASE, base)
     store.write(LAYER, kernel.format, {n: kernel.pack(t["weight"]) for n, t in base.items()}, kernel.name)
-    swapper = LayerSwapper({LAYER: live.slots}, store, {kernel.format: kernel}, _RANK.layers.swapper._build_base)
+
+    def build_base(layer: int, name: str, tensors: dict[str, Tensor]) -> LinearImpl:
+        return layers._bases[layer][name].build(tensors)
+
+    swapper = swapper_of({LAYER: live.slots}, store, {kernel.format: kernel}, build_base)
     swapper.prepare({LAYER: kernel.format})
     swapper.commit()
     try:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine import rank_probe
 from engine.harness import PROMPTS, engine, follow, generate, kv_script, morph_of, settle, stock_later
-
-from morphserve.integration.worker.worker import _RANK
 
 # Long enough for several blocks, with a common first block: prefix hits happen, also on moved blocks.
 LONG = tuple("The following is the record of a meeting about the library. " * 8 + p for p in PROMPTS)
@@ -126,7 +125,7 @@ def test_tokens_before_a_swap_are_stock(llm: Any, stock_rounds: list[Any]) -> No
 
 def test_restored_without_the_cache_is_stock(llm: Any, stock_rounds: list[Any]) -> None:
     """Guards: somebody cleans ~/.cache while the server runs, and no level can be left any more."""
-    store = _RANK.layers.store
+    store = rank_probe.store_of()
     put_away = store.directory.rename(store.directory.with_suffix(".away"))
     try:
         for level in (6, 12, 0):

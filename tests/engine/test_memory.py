@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine import rank_probe
 from engine.harness import engine, follow, generate, morph_of, settle
 from engine.resident_sampler import sampled
 
 from morphserve.control.ranks import Plan
-from morphserve.integration.worker import host_memory, worker
-from morphserve.integration.worker.host_memory import FREED_WEIGHTS_RETURN, resident_bytes
+from morphserve.integration.worker import worker
+from morphserve.residence import host_memory
+from morphserve.residence.host_memory import FREED_WEIGHTS_RETURN, resident_bytes
 from quant_layers import trim
 
 pytestmark = pytest.mark.skipif(not FREED_WEIGHTS_RETURN, reason="not glibc's allocator")
@@ -55,7 +57,7 @@ def test_resident_memory_follows_the_ledger(llm: Any) -> None:
         expected = ledger["weights_bytes"] + ledger["kv_blocks_bytes"] - total
         found = anonymous() - start
         assert abs(found - expected) <= 0.10 * total, (level, found, expected)
-        memory = morph_of(llm).executor._executor.collective_rpc("morphserve_memory")[0]
+        memory = llm.collective_rpc("morphserve_memory")[0]
         assert memory["weight_bytes"] == ledger["weights_bytes"]
         assert memory["kv_resident_bytes"] == memory["kv_mapped_bytes"] == ledger["kv_blocks_bytes"]
         assert memory["staging_bytes"] == ledger["staging_bytes"] == 0
@@ -65,7 +67,7 @@ def in_the_heap(llm: Any, fmt: str) -> int:
     """Bytes of a format's tensors that are too small for pages of their own, all layers. Their holes stay resident."""
     layers = morph_of(llm).runtime.ranks[0].layer_bytes[fmt]
     with host_memory.weights_on_their_own_pages():
-        stored = worker.rank_layers().store.read(0, fmt).values()
+        stored = rank_probe.store_of().read(0, fmt).values()
     sizes = [tensor.nbytes for parts in stored for tensor in parts.values()]
     return len(layers) * sum(size for size in sizes if size < host_memory._WEIGHTS_THRESHOLD)
 

@@ -130,7 +130,7 @@ def served_kl(model: Path, cache: Path, profile: Path | None, kernel: str, eager
         stock = generate(llm, PROMPTS[:2], 8)
         found = kl_by_level(llm, llm.get_tokenizer().encode(text)[:384])
         assert generate(llm, PROMPTS[:2], 8) == stock
-        memory = morph_of(llm).executor._executor.collective_rpc("morphserve_memory")[0]
+        memory = llm.collective_rpc("morphserve_memory")[0]
         assert memory["weight_bytes"] == morph_of(llm).controller.status()["ledger"]["weights_bytes"]
     return found
 

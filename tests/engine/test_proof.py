@@ -58,9 +58,9 @@ def test_growth_into_that_memory_is_refused(llm: Any, monkeypatch: pytest.Monkey
 
 def test_the_figure_is_kept(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: forward passes at every start, a figure of other conditions, or a damaged file that stops the start."""
-    rank = worker.rank_layers()
+    rank = worker.rank().layers
     driver = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    file = rank.store.directory / "worst_forward.json"
+    file = rank.directory / "worst_forward.json"
     whole = file.read_text()
     kept = json.loads(whole)[headroom._conditions(driver, rank)]
     assert headroom.known(driver, rank) == kept == morph_of(llm).worst_forward_bytes

@@ -12,8 +12,8 @@ from engine.harness import engine, follow, generate, morph_of, need_kernel, sett
 from engine.rank_harness import NUM_LAYERS, PARALLEL, PROMPTS, needs_two_cores
 
 from morphserve.errors import ConfigError
-from morphserve.integration.worker.host_memory import FREED_WEIGHTS_RETURN, resident_bytes
 from morphserve.integration.worker.ops import opaque_linear
+from morphserve.residence.host_memory import FREED_WEIGHTS_RETURN, resident_bytes
 from quant_layers import trim, write_profile
 
 # Level 1 may read what level 0 left in the prefix cache; stock serving has no such thing.
@@ -35,7 +35,7 @@ def go(llm: Any, level: int) -> dict[str, Any]:
     """What the rank holds at `level`."""
     follow(llm, {0: level})
     settle(llm, level)
-    memory: dict[str, Any] = morph_of(llm).executor._executor.collective_rpc("morphserve_memory")[0]
+    memory: dict[str, Any] = llm.collective_rpc("morphserve_memory")[0]
     announced = morph_of(llm).runtime.ladder[level].weight_bytes
     # A bias that a variant copies is announced in fp32; the weight-only kernel keeps it in bf16.
     assert memory["weight_bytes"] <= announced and (level or memory["weight_bytes"] == announced), (memory, announced)
@@ -68,7 +68,7 @@ def test_level_0_is_stock_and_comes_back(tiny_llama: Path, tmp_path: Path, kind:
     with engine(model, tmp_path / "variants", all_layers("w4"), **PLAIN) as llm:
         base, swapped, restored = down_and_back(llm)
         full, quarter = (level.weight_bytes for level in morph_of(llm).runtime.ladder)
-        kept = morph_of(llm).executor._executor.collective_rpc(tensors_kept)[0]
+        kept = llm.collective_rpc(tensors_kept)[0]
     assert kept == {"bias"}, "swapped out, a weight stays in the model"
     assert quarter < 0.67 * full  # small rows: scales and biases weigh more than in a real model
     assert swapped != base

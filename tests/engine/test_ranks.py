@@ -33,7 +33,7 @@ from engine.rank_harness import (
     scripted,
 )
 
-from morphserve.integration.worker.host_memory import FREED_WEIGHTS_RETURN
+from morphserve.residence.host_memory import FREED_WEIGHTS_RETURN
 
 pytestmark = needs_two_cores
 

@@ -12,6 +12,9 @@ from engine.rank_harness import needs_two_cores
 from engine.test_server import Server, serve
 from prometheus_client.parser import text_string_to_metric_families
 
+from morphserve.control.decision_log import Row
+from morphserve.control.replay_log import read_log
+
 pytestmark = needs_two_cores
 
 # Degrades as soon as anybody asks for something; restores when nobody does.
@@ -44,7 +47,7 @@ def test_replicas_morph_independently(
 ) -> None:
     """Guards: one replica's load moves another's level, or their figures are mixed."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the tests' own binding is for one engine
-    log = tmp_path / "decisions.jsonl"
+    log = tmp_path / "decisions.jsonl.gz"
     settings = {"cache_dir": str(variant_cache), "policy": POLICY, "decision_log": str(log)}
     with serve(short_model, tmp_path, settings, "--data-parallel-size", "2", "--api-server-count", "1") as server:
         server.wait_until_healthy()
@@ -70,7 +73,7 @@ def test_replicas_morph_independently(
         assert server.terminate() == 0
         assert server.processes() == []
     deepest = [
-        max(json.loads(line)["level"] for line in file.read_text().splitlines())
-        for file in (log, log.with_name("decisions.1.jsonl"))
+        max(line.decision.level for _, line in read_log(file) if isinstance(line, Row))
+        for file in (log, log.with_name("decisions.1.jsonl.gz"))
     ]
     assert deepest[0] == 0 < deepest[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine.harness import PROMPTS, ScriptPolicy, engine, follow, kv_script, morph_of, settle
+from engine.harness import PROMPTS, ScriptPolicy, engine, follow, install, kv_script, morph_of, settle
 
 from policies.types import Decision, Signals
 
@@ -52,8 +52,7 @@ class Watching(ScriptPolicy):
 
 
 def watch(llm: Any, script: dict[int, int]) -> Watching:
-    policy = Watching(script)
-    morph_of(llm).controller._seat._policy = policy
+    policy: Watching = install(llm, Watching(script))
     return policy
 
 
@@ -93,7 +92,7 @@ def test_aborts_in_mid_transition(llm: Any) -> None:
     assert controller.phase.name == "DRAINING"
     llm.llm_engine.abort_request(ids[: NUM_REQUESTS // 2])
     assert set(finish(llm).values()) == {30}
-    assert controller.level < 6 and controller.exposure_level < 6
+    assert controller.level < 6 and controller.effective_level < 6
 
 
 def test_preemption_at_a_degraded_level(llm: Any) -> None:

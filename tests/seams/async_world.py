@@ -102,11 +102,11 @@ class Rank:
         return self.kv.get(key)
 
     def obey(self, method: str, plan: Plan) -> Reply:
-        if method in ("commit", "apply"):
+        if method == "commit":
             self._move(plan)
-        if method in ("prepare", "apply"):
+        if method == "prepare" or plan.alone:
             self.staged = dict(plan.layer_formats)
-        if method in ("commit", "apply"):
+        if method == "commit":
             for layer, fmt in self.staged.items():
                 self.formats[layer] = fmt
             self.mapped = max(self.mapped, plan.num_kv_blocks)
@@ -183,17 +183,17 @@ class Ranks:
 class World:
     """Scheduler, controller and ranks, driven as vLLM's engine core drives them."""
 
-    def __init__(self, model: Path, num_ranks: int) -> None:
+    def __init__(self, model: Path, num_ranks: int, **settings: Any) -> None:
         self.ranks = Ranks(num_ranks)
         self.policy = ScriptedPolicy()
-        self.scheduler: Any = self._start(model, num_ranks)
+        self.scheduler: Any = self._start(model, num_ranks, settings)
         self.morph = self.scheduler.morph
-        self.morph.controller._seat._policy = self.policy
+        self.morph.controller.replace_policy(self.policy, "a test", self.morph.setup)
         self.tokens: dict[str, list[int]] = {}
         self.expected: dict[str, list[int]] = {}
         self._under_way: list[tuple[Any, Future[Any]]] = []
 
-    def _start(self, model: Path, num_ranks: int) -> Any:
+    def _start(self, model: Path, num_ranks: int, settings: dict[str, Any]) -> Any:
         vllm_config = make_config(model)
         core = SimpleNamespace(model_executor=self.ranks)
         steps = [{"format": fmt, "layers_per_level": 2} for fmt in ("w8", "w4")]
@@ -203,6 +203,7 @@ class World:
                 "transition": {"max_layers_per_step": 2, "max_pause_ms": 1e6},
                 "kv": {"migrate_blocks_per_step": 3, "drain_timeout_s": 1e6},
                 "policy": {"kind": "static", "level": 0},
+                **settings,
             }
         )
         runtime = EngineRuntime(core, vllm_config, config)

@@ -93,10 +93,10 @@ class World(Requests):
             self.tick()
             self.run_all()
             self.check_cheaply()
-            if self.controller.exposure_level == 0 and not self.controller.in_transition:
+            if self.controller.effective_level == 0 and not self.controller.in_transition:
                 break
         self.check_all()
-        assert self.controller.exposure_level == 0 and not self.controller.in_transition, self.controller.status()
+        assert self.controller.effective_level == 0 and not self.controller.in_transition, self.controller.status()
         assert self.port.num_kv_blocks == BASE_BLOCKS == len(self.model.free) + 1
 
     # ---- operations of the controller and its ranks

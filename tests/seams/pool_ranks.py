@@ -155,7 +155,7 @@ class Ranks(RankRules[Rank]):
             rank.spans[block] = span
 
     def _error(self, command: str, plan: Plan, rank: Rank) -> str:
-        return "planned" if rank.fails and command in ("prepare", "apply") else ""
+        return "planned" if rank.fails and command in ("prepare", "alone") else ""
 
     def _mapped(self, rank: Rank) -> int:
         return len(rank.kv)

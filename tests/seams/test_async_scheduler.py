@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from seams.async_world import NUM_LAYERS, VOCABULARY, World
 
+from morphserve.control.replay_log import replay
+
 pytestmark = pytest.mark.seams
 
 
@@ -66,3 +68,20 @@ def test_a_command_that_overtakes_a_step_is_seen(model: Path) -> None:
     with pytest.raises(AssertionError, match="is not mapped|KV of another token"):
         for seed in range(6):
             drive(world, seed)
+
+
+@pytest.mark.parametrize("detail", ["changes", "all"])
+def test_decisions_of_an_engine_replay(detail: str, model: Path, tmp_path: Path) -> None:
+    """Guards: a log that has not what the policy is asked or made of, or is not closed with the engine."""
+    path = tmp_path / "decisions.jsonl.gz"
+    policy = {"kind": "threshold", "degrade_above": 0.4, "target_usage": 0.3, "restore_below": 0.2}
+    world = World(model, 2, policy=policy, decision_log=path, decision_log_detail=detail)
+    world.morph.controller._policy_host._policy = world.morph.setup.build(world.morph.runtime.ladder)
+    drive(world, seed=1)
+    world.morph.close()
+    found = replay(path)
+    if detail == "changes":
+        assert not found.agrees and "decision_log_detail: changes" in found.problems[0]
+    else:
+        assert found.agrees and not found.notes and found.compared >= 250, found
+        assert len(found.logged_levels) > 1 and found.policies == ["threshold default"]

@@ -108,7 +108,7 @@ def on_send(world: World, action: Callable[[Plan], None]) -> None:
     send = world.ranks._send
 
     def also(kind: str, plan: Plan) -> Any:
-        if kind in ("commit", "apply"):
+        if kind in ("commit", "alone"):
             action(plan)
         return send(kind, plan)
 
@@ -183,8 +183,13 @@ def free_the_hottest(world: World) -> None:
 
 
 def leave_freed_blocks(world: World) -> None:
-    world.port._hook_free = lambda: None  # type: ignore[method-assign]
-    world.port._unhook_free = lambda: None  # type: ignore[method-assign]
+    real = world.port._hook_free
+
+    def hook_and_undo() -> None:
+        real()
+        world.port._free_hook.undo()
+
+    world.port._hook_free = hook_and_undo  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from morphserve.errors import ConfigError  # noqa: E402
 from morphserve.integration import start
 from morphserve.integration.offline import check, dtype_check
 from morphserve.integration.offline.dtype_check import DTYPES, base_linear, check_dtype  # noqa: E402
-from morphserve.integration.seams import rows as seams  # noqa: E402
+from morphserve.integration.seams import SEAMS, Seam  # noqa: E402
 from quant_layers import CANDIDATES, FORMATS, KernelError, KernelReport, choose  # noqa: E402
 
 pytestmark = pytest.mark.cpu_tier
@@ -52,7 +52,7 @@ def test_a_fresh_process_prints_one_document() -> None:
     assert (found["tier"], found["machine_tier"]) == (cpu_tier.tier(), cpu_tier.machine_tier())
     assert found["emulated"] == cpu_tier.is_emulated()
     assert found["dtype"] == found["best_dtype"] == cpu_tier.best_dtype() and found["fastest_dtype"] in DTYPES
-    assert {row["name"] for row in found["seams"] if row["holds"]} == {s.name for s in seams.SEAMS} | {"version"}
+    assert {row["name"] for row in found["seams"] if row["holds"]} == {s.name for s in SEAMS} | {"version"}
     assert found["formats"] == {fmt: row["kernel"] for fmt, row in found["dtypes"][found["dtype"]]["formats"].items()}
     for dtype in DTYPES:
         row = found["dtypes"][dtype]
@@ -170,8 +170,8 @@ def take_vllm_away(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def move_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = seams.Seam("moved", "vllm.config:NoSuchClass", (), "test")
-    monkeypatch.setattr(seams, "SEAMS", (*seams.SEAMS, row))
+    row = Seam("moved", "vllm.config:NoSuchClass", (), "test")
+    monkeypatch.setattr("morphserve.integration.seams.check.SEAMS", (*SEAMS, row))
 
 
 def fail_all_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

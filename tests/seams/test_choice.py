@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,6 +75,21 @@ def runtime(index: int, left_out: dict[str, str]) -> EngineRuntime:
     executor = SimpleNamespace(collective_rpc=lambda method: ranks)
     vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=index))
     return EngineRuntime(SimpleNamespace(model_executor=executor), vllm_config, parse_config({}))
+
+
+@pytest.mark.parametrize(
+    ("name", "second"),
+    [
+        ("log.jsonl", "log.1.jsonl"), ("log.jsonl.gz", "log.1.jsonl.gz"), ("log.gz", "log.1.gz"), ("log", "log.1"),
+        ("a.b.jsonl", "a.b.1.jsonl"),
+    ],
+)  # fmt: skip
+def test_replicas_write_logs_of_their_own(name: str, second: str) -> None:
+    """Guards: two engines that write into one another's lines; a compressed log under a name that does not say so."""
+    for index, expected in ((0, name), (1, second)):
+        replica = runtime(index, {})
+        replica.config = replica.config.model_copy(update={"decision_log": Path("logs", name)})
+        assert replica.decision_log == Path("logs", expected)
 
 
 def test_one_warning_says_what_the_ladder_does_without(monkeypatch: pytest.MonkeyPatch) -> None:

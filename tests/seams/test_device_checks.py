@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,12 +18,12 @@ from morphserve.integration.start import checks
 from morphserve.integration.start.device_checks import check_device, check_graph_buffers
 from morphserve.integration.start.settings import for_this_device
 from morphserve.integration.worker.block_tables import rewrite_block_tables
-from morphserve.integration.worker.cuda.kv import geometry_of, quantum_of
-from morphserve.integration.worker.cuda.layers import DeviceLayers
-from morphserve.residence.paged.memory import FAKE_DEVICE, numbered, wants_device
-from morphserve.tools.gpucheck.stand_in_ops import stand_in_operators
+from morphserve.integration.worker.kv import geometry_of, quantum_of
+from morphserve.integration.worker.layers import RankLayers
+from morphserve.residence import HostResidence, PagedResidence, numbered, residence_of
 from morphserve.version import UNPROVEN_CUDA
 from quant_layers import Kernel, KernelError, KernelReport, choose
+from tests.stand_in_ops import stand_in_operators
 
 pytestmark = pytest.mark.seams
 
@@ -121,7 +122,7 @@ def ladder_of(num_levels: int, num_layers: int = 32) -> list[tuple[str, ...]]:
     return [("w4",) * level + ("base",) * (num_layers - level) for level in range(num_levels)]
 
 
-def test_as_many_banks_as_the_all_reduce_has_room_for() -> None:
+def test_as_many_graph_sets_as_the_all_reduce_has_room_for() -> None:
     """Guards: a capture that stops half-way, minutes into the start, with "rank data buffer is overflowed"."""
     check_graph_buffers(captured(), ladder_of(10))
     words = r"11 levels .* each with 86 CUDA graphs, would register 61,490 buffers .* 65,536: at most 10 levels"
@@ -195,7 +196,7 @@ def test_a_default_ladder_has_room_for_its_graphs(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("value", ["0", "false"])
 def test_graphs_must_be_taken_off_the_memory(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    """Guards: five banks captured into memory that the KV cache was given."""
+    """Guards: five graph sets captured into memory that the KV cache was given."""
     monkeypatch.setenv("VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS", value)
     with pytest.raises(ConfigError, match=f"Leave out VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS={value}"):
         check_device(config())
@@ -208,8 +209,8 @@ def test_graphs_must_be_taken_off_the_memory(monkeypatch: pytest.MonkeyPatch, va
 def test_an_empty_ladder_is_what_the_gpu_multiplies(
     monkeypatch: pytest.MonkeyPatch, capability: int, formats: list[str]
 ) -> None:
-    """Guards: formats that no kernel runs there; a level, and so a bank of graphs, for every other layer; steps that a
-    user wrote, lost."""
+    """Guards: formats that no kernel runs there; a level, and so a set of CUDA graphs, for every other layer; steps
+    that a user wrote, lost."""
     monkeypatch.setattr("vllm.platforms.current_platform", Platform(capability))
     monkeypatch.delenv(UNPROVEN_CUDA, raising=False)
     with pytest.raises(ConfigError, match="MORPHSERVE_UNPROVEN_CUDA=1 to try it"):
@@ -241,10 +242,11 @@ def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_fake_pages_are_for_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a CPU server on fake pages, or a GPU without its own."""
-    monkeypatch.delenv(FAKE_DEVICE, raising=False)
-    assert wants_device("cuda") and not wants_device("cpu")
-    monkeypatch.setenv(FAKE_DEVICE, "1")
-    assert wants_device("cpu") and not wants_device("xpu")
+    assert residence_of("cuda") is PagedResidence and residence_of("cpu") is HostResidence
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "fake_device"))
+    fake = residence_of("cpu")
+    assert fake is not None and fake.__name__ == "FakePages" and fake.in_pages
+    assert residence_of("cuda") is PagedResidence and residence_of("xpu") is None
 
 
 def test_a_rank_keeps_to_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,6 +255,9 @@ def test_a_rank_keeps_to_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     assert numbered(torch.device("cuda")) == torch.device("cuda", 3)
     assert numbered(torch.device("cuda", 1)) == torch.device("cuda", 1)
+
+
+GPU = SimpleNamespace(in_pages=True, device_type="cuda", loaded=lambda model: None)  # a residence
 
 
 def kv_config(num_blocks: int, layer_stride: int, block_stride: int, num_layers: int = 4) -> SimpleNamespace:
@@ -301,17 +306,17 @@ def test_block_tables_on_the_host_are_renamed() -> None:
     assert rows.tolist() == [[5, 1], [4, 2]] and state.block_ids == ([5, 1], [4])
 
 
-def test_a_stage_counts_the_banks_of_its_own_layers() -> None:
+def test_a_stage_counts_the_graph_sets_of_its_own_layers() -> None:
     """Guards: a pipeline stage that cannot start because other stages' layers have no bytes here, or that sets memory
     aside for levels that look the same from it."""
-    layers = object.__new__(DeviceLayers)
+    layers = object.__new__(RankLayers)
     steps = [LadderStep(format="w8", layers_per_level=2), LadderStep(format="w4", layers_per_level=4)]
     layers._config = MorphServeConfig(ladder=LadderConfig(steps=steps))
     layers._vllm_config = of_layers(4)
-    layers._linears = {0: {}, 1: {}, 2: {}, 3: {}}
-    assert layers.num_banks == 4
-    layers._linears = {2: {}, 3: {}}
-    assert layers.num_banks == 3
+    layers.linears = {0: {}, 1: {}, 2: {}, 3: {}}
+    assert layers.num_graph_sets == 4
+    layers.linears = {2: {}, 3: {}}
+    assert layers.num_graph_sets == 3
 
 
 def test_a_kernel_that_cannot_take_the_models_shapes_is_not_chosen() -> None:
@@ -340,24 +345,22 @@ def test_the_groups_of_a_checkpoint_choose_the_kernel(
     linear = SimpleNamespace(
         quant_method=object.__new__(UnquantizedLinearMethod), weight=torch.empty(256, 384), params_dtype=torch.bfloat16
     )
-    home = "morphserve.integration.worker.cuda.layers"
+    home = "morphserve.integration.worker.layers"
     monkeypatch.setattr(f"{home}.find_linears", lambda model: {0: {"o_proj": linear}})
     monkeypatch.setattr(f"{home}.open_recipe", lambda *_: SimpleNamespace(group_sizes=group_sizes))
-    monkeypatch.setattr(DeviceLayers, "_make", lambda *_: None)
+    monkeypatch.setattr(RankLayers, "_keep", lambda *_: None)
     monkeypatch.setattr("quant_layers.kernels.selftest.check_kernel", check)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    layers = object.__new__(DeviceLayers)
-    layers._config = MorphServeConfig(ladder=LadderConfig(steps=[LadderStep(format="w4")]))
-    layers._vllm_config = SimpleNamespace(model_config=None)
-    layers._memory = SimpleNamespace(device_type="cuda")  # type: ignore[assignment]
+    written = MorphServeConfig(ladder=LadderConfig(steps=[LadderStep(format="w4")]))
+    layers = RankLayers(written, SimpleNamespace(model_config=None), 0, GPU)  # type: ignore[arg-type]
     with stand_in_operators():
         layers.capture(torch.nn.Module())
-    assert layers._kernels["w4"].name == kernel
+    assert layers.kernels["w4"].name == kernel
 
 
 def test_a_default_ladder_on_a_gpu_does_without_what_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a GPU whose default ladder does not start for want of one kernel; banks of graphs for levels that the
+    """Guards: a GPU whose default ladder does not start for want of one kernel; sets of CUDA graphs for levels that the
     ladder does not have; a step that a user wrote, left out."""
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
@@ -369,22 +372,22 @@ def test_a_default_ladder_on_a_gpu_does_without_what_no_kernel_runs(monkeypatch:
     linear = SimpleNamespace(
         quant_method=object.__new__(UnquantizedLinearMethod), weight=torch.empty(256, 384), params_dtype=torch.bfloat16
     )
-    home = "morphserve.integration.worker.cuda.layers"
+    home = "morphserve.integration.worker.layers"
     monkeypatch.setattr(f"{home}.find_linears", lambda model: {0: {"o_proj": linear}, 1: {"o_proj": linear}})
     monkeypatch.setattr(f"{home}.open_recipe", lambda *_: SimpleNamespace(group_sizes=()))
-    monkeypatch.setattr(DeviceLayers, "_make", lambda *_: None)
+    monkeypatch.setattr(RankLayers, "_keep", lambda *_: None)
     monkeypatch.setattr("quant_layers.kernels.selftest.check_kernel", check)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
 
-    def capture(config: MorphServeConfig) -> DeviceLayers:
-        layers = DeviceLayers(config, of_layers(2), 0, SimpleNamespace(device_type="cuda", pool=None, copier=None))  # type: ignore[arg-type]
+    def capture(config: MorphServeConfig) -> RankLayers:
+        layers = RankLayers(config, of_layers(2), 0, GPU)  # type: ignore[arg-type]
         with stand_in_operators():
             layers.capture(torch.nn.Module())
         return layers
 
     layers = capture(for_this_device(MorphServeConfig(), of_layers(2)))
-    assert list(layers._kernels) == ["w4"] and list(layers._left_out) == ["fp8"]
-    assert layers._levels() == [("base", "base"), ("w4", "base"), ("w4", "w4")] and layers.num_banks == 3
+    assert list(layers.kernels) == ["w4"] and list(layers._left_out) == ["fp8"]
+    assert layers._levels() == [("base", "base"), ("w4", "base"), ("w4", "w4")] and layers.num_graph_sets == 3
     with pytest.raises(ConfigError, match="no kernel can run fp8 .* Take that format out of ladder.steps"):
         capture(MorphServeConfig(ladder=LadderConfig(steps=[LadderStep(format="fp8"), LadderStep(format="w4")])))

@@ -1,4 +1,4 @@
-"""What the worker of a device adds to vLLM's own: refusals while it runs, room for banks, a workspace that stays."""
+"""What the worker of a device adds to vLLM's own: refusals while it runs, room for graphs, a workspace that stays."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 from morphserve.config import MorphServeConfig
 from morphserve.errors import ConfigError
-from morphserve.integration.seams import rows as seams
+from morphserve.integration import seams
 from morphserve.integration.start import device_budget as budget
 from morphserve.integration.worker.cuda.refusals import _TARGETS, refuse_weight_access
-from morphserve.integration.worker.cuda.workspace import BankWorkspace
+from morphserve.integration.worker.cuda.workspace import SharedWorkspace
 
 pytestmark = pytest.mark.seams
 
@@ -24,11 +24,11 @@ GIB = 1 << 30
 @pytest.fixture
 def restored_seams() -> Iterator[None]:
     """What a test wraps is put back."""
-    before = len(seams._installed)
+    before = seams.patches()
     yield
-    later, seams._installed[before:] = seams._installed[before:], []
-    for owner, name, raw in reversed(later):
-        setattr(owner, name, raw)
+    for patch in reversed(seams.patches()):
+        if patch not in before:
+            patch.undo()
 
 
 @pytest.mark.parametrize("method", _TARGETS)
@@ -61,11 +61,12 @@ def test_the_worker_of_a_device_refuses(restored_seams: None) -> None:
     """Guards: refusals that are written and never installed."""
     from vllm.v1.worker.gpu_worker import Worker
 
-    from morphserve.integration.worker.cuda import worker
+    from morphserve.integration.worker import worker
+    from morphserve.integration.worker.cuda import hooks
 
-    worker.install_worker_seams()
+    hooks.install_cuda_seams(worker._allocate_kv_cache)
     for method in (*_TARGETS, "determine_available_memory"):
-        assert getattr(getattr(Worker, method), seams._MARK, None) is not None, method
+        assert any((patch.owner, patch.name) == (Worker, method) for patch in seams.patches()), method
 
 
 def fixed(num_bytes: int | None, of_graphs: int) -> Any:
@@ -75,7 +76,7 @@ def fixed(num_bytes: int | None, of_graphs: int) -> Any:
     )
 
 
-def test_a_given_kv_size_leaves_room_for_all_banks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_given_kv_size_leaves_room_for_all_graph_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: --kv-cache-memory-bytes, past which vLLM counts no graphs, and captures that find no memory."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * GIB, 20 * GIB))
     budget.check_fixed_kv(fixed(8 * GIB, 2 * GIB), 4)
@@ -113,24 +114,24 @@ def capture(scratch: Any, num_bytes: int) -> None:
     scratch.lock_workspace()
 
 
-def of_banks(scratch: Any, sizes: tuple[int, ...]) -> None:
-    workspace = BankWorkspace()
+def of_graph_sets(scratch: Any, sizes: tuple[int, ...]) -> None:
+    workspace = SharedWorkspace()
     for num_bytes in sizes:
         workspace.open()
         capture(scratch, num_bytes)
         workspace.check()
 
 
-def test_later_banks_are_captured_with_an_open_workspace(scratch: Any) -> None:
-    """Guards: a second bank that vLLM's lock stops; and steps that may move what graphs read."""
-    of_banks(scratch, (4096, 4096, 1024))
+def test_later_graph_sets_are_captured_with_an_open_workspace(scratch: Any) -> None:
+    """Guards: a second graph set that vLLM's lock stops; and steps that may move what graphs read."""
+    of_graph_sets(scratch, (4096, 4096, 1024))
     assert scratch.current_workspace_manager().is_locked()
     with pytest.raises(AssertionError, match="Workspace is locked"):
         capture(scratch, 8192)
 
 
 class Levels:
-    """Captures a bank for each of three levels."""
+    """Captures a graph set for each of three levels."""
 
     def __init__(self, *args: Any) -> None:
         return
@@ -139,78 +140,78 @@ class Levels:
         return sum(original() for _ in range(3))
 
 
-def test_banks_of_a_runner_that_always_locks(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: banks of the V1 runner, whose capture takes no argument and leaves the workspace locked."""
-    from morphserve.integration.worker.cuda import worker
+def test_graph_sets_of_a_runner_that_always_locks(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: graph sets of the V1 runner, whose capture takes no argument and leaves the workspace locked."""
+    from morphserve.integration.worker.cuda import hooks
 
     layers = SimpleNamespace(weights={})
     rank = SimpleNamespace(
-        rank=object(), swapper=None, layers=layers, level_formats=(), kv=SimpleNamespace(num_mapped=48)
+        transition=object(), swapper=None, layers=layers, level_formats=(), kv=SimpleNamespace(num_mapped=48)
     )
-    monkeypatch.setattr(worker, "_RANK", rank)
-    monkeypatch.setattr(worker, "LevelGraphs", Levels)
+    monkeypatch.setattr(hooks, "rank", lambda: rank)
+    monkeypatch.setattr(hooks, "LevelGraphs", Levels)
     sizes = iter((4096, 1024, 2048))
 
     def capture_model(self: Any) -> int:
         capture(scratch, next(sizes))
         return 100
 
-    assert worker._capture_model(capture_model)(object()) == 300
+    assert hooks._capture_model(capture_model)(object()) == 300
     assert scratch.current_workspace_manager().is_locked()
     sizes = iter((4096, 64 << 20, 4096))
     with pytest.raises(ConfigError, match="workspace of 67,108,864 B"):
-        worker._capture_model(capture_model)(object())
+        hooks._capture_model(capture_model)(object())
 
 
 def test_a_given_kv_size_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: the check above, written and never called; and asked in an engine without MorphServe."""
-    from morphserve.integration.worker.cuda import worker
+    from morphserve.integration.worker.cuda import hooks
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * GIB, 20 * GIB))
-    monkeypatch.setattr(worker, "_RANK", SimpleNamespace(layers=SimpleNamespace(num_banks=4)))
-    ask = worker._available_memory(lambda self: 9 * GIB)
+    monkeypatch.setattr(hooks, "rank", lambda: SimpleNamespace(layers=SimpleNamespace(num_graph_sets=4)))
+    ask = hooks._available_memory(lambda self: 9 * GIB)
     with pytest.raises(ConfigError, match="kv_cache_memory_bytes"):
         ask(fixed(9 * GIB, 2 * GIB))
-    monkeypatch.setattr(worker, "_RANK", SimpleNamespace(layers=None))
+    monkeypatch.setattr(hooks, "rank", lambda: SimpleNamespace(layers=None))
     assert ask(fixed(9 * GIB, 2 * GIB)) == 9 * GIB
 
 
 def test_a_workspace_that_moves_under_the_graphs_before_is_refused(scratch: Any) -> None:
     """Guards: graphs of a level that read memory which is somebody else's by now."""
     with pytest.raises(ConfigError, match=r"workspace of 67,108,864 B, .* captured with one of 4,096 B"):
-        of_banks(scratch, (4096, 64 << 20))
+        of_graph_sets(scratch, (4096, 64 << 20))
 
 
-def test_a_runner_without_a_workspace_has_banks_too(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runner_without_a_workspace_has_graph_sets_too(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a start that fails where vLLM has none."""
     monkeypatch.setattr(scratch, "_manager", None)
-    workspace = BankWorkspace()
+    workspace = SharedWorkspace()
     workspace.open()
     workspace.check()
 
 
-def test_a_breakable_runner_is_there_before_its_banks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: graphs of level 0, which no bank has, replayed while another level is captured."""
-    from morphserve.integration.worker.cuda import worker
+def test_a_breakable_runner_is_there_before_its_graph_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: graphs of level 0, which no graph set has, replayed while another level is captured."""
+    from morphserve.integration.worker.cuda import hooks
 
     called: list[str] = []
 
-    class Banks(Levels):
+    class GraphSets(Levels):
         def __init__(self, *args: Any) -> None:
-            called.append("banks")
+            called.append("graph_sets")
 
         def capture(self, *args: Any) -> int:
             return 0
 
     rank = SimpleNamespace(
-        rank=object(), swapper=None, layers=SimpleNamespace(weights={}), level_formats=(),
+        transition=object(), swapper=None, layers=SimpleNamespace(weights={}), level_formats=(),
         kv=SimpleNamespace(num_mapped=48),
     )  # fmt: skip
-    monkeypatch.setattr(worker, "_RANK", rank)
-    monkeypatch.setattr(worker, "LevelGraphs", Banks)
-    for breakable, expected in ((True, ["model", "banks"]), (False, ["banks"])):
+    monkeypatch.setattr(hooks, "rank", lambda: rank)
+    monkeypatch.setattr(hooks, "LevelGraphs", GraphSets)
+    for breakable, expected in ((True, ["model", "graph_sets"]), (False, ["graph_sets"])):
         manager = SimpleNamespace(use_breakable_cg=breakable, init_breakable_cg_runner=called.append)
-        worker._capture_model(lambda self: 0)(SimpleNamespace(cudagraph_manager=manager, model="model"))
+        hooks._capture_model(lambda self: 0)(SimpleNamespace(cudagraph_manager=manager, model="model"))
         assert called == expected
         called.clear()
 
@@ -218,18 +219,21 @@ def test_a_breakable_runner_is_there_before_its_banks(monkeypatch: pytest.Monkey
 def test_an_engine_without_morphserve_that_comes_later_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: blocks without pages, five times the graphs' memory, weights that cannot be loaded again, in an engine
     that has nothing to do with us."""
-    from morphserve.integration.worker.cuda import worker
+    from morphserve.integration.worker import state, worker
+    from morphserve.integration.worker.cuda import hooks
 
-    rank, closed = worker._Rank(), list[bool]()
-    rank.memory = SimpleNamespace(close=lambda: closed.append(True))  # type: ignore[assignment]
-    rank.layers = SimpleNamespace(num_banks=5)  # type: ignore[assignment]
-    rank.base_num_blocks = 48
-    monkeypatch.setattr(worker, "_RANK", rank)
+    closed: list[bool] = []
+    residence = SimpleNamespace(close=lambda: closed.append(True))
+    layers = SimpleNamespace(num_graph_sets=5)
+    monkeypatch.setattr(state, "_rank", state.Rank(residence, layers, 48))  # type: ignore[arg-type]
+    assert hooks._graph_memory(lambda self: 100)(object()) == 500
     load = worker._weights_loaded(lambda model, config, device: "loaded")
     assert load(None, None, torch.device("cpu")) == "loaded"
-    assert closed == [True] and vars(rank).keys() == vars(worker._Rank()).keys()
-    assert rank.memory is rank.layers is rank.base_num_blocks is rank.rank is None
-    assert worker._graph_memory(lambda self: 100)(object()) == 100
+    left = state.rank()
+    assert closed == [True] and left.residence is left.layers is left.base_num_blocks is left.transition is None
+    assert hooks._graph_memory(lambda self: 100)(object()) == 100
+    allocate = worker._allocate_kv_cache(lambda config, device: "stock")
+    assert allocate(None, torch.device("cpu")) == "stock"
 
 
 @pytest.mark.parametrize("given", [None, 100, 101])

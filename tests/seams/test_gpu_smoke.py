@@ -17,9 +17,12 @@ from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 
 from morphserve.config import parse_config  # noqa: E402
 from morphserve.control import Controller  # noqa: E402
+from morphserve.errors import MorphServeError  # noqa: E402
+from morphserve.integration.offline import LevelEngine  # noqa: E402
 from morphserve.integration.offline.gpu_smoke import VllmEngine  # noqa: E402
 from morphserve.tools.gpucheck.engines import MODELS, settings, write_model  # noqa: E402
-from morphserve.tools.gpucheck.t9_plugin import plugin_settings  # noqa: E402
+from morphserve.tools.gpucheck.parts.plugin import plugin_settings  # noqa: E402
+from policies import MorphLevel  # noqa: E402
 
 
 def test_vllm_takes_every_argument(tmp_path: Path) -> None:
@@ -42,16 +45,20 @@ class _Llm:
     """Answers as `vllm.LLM`; keeps what it was given."""
 
     made: dict[str, Any]
+    morph: dict[str, Any] = {}  # what its scheduler has beside vLLM's
 
     def __init__(self, **arguments: Any) -> None:
         _Llm.made = arguments
-        core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=SimpleNamespace()), shutdown=lambda: None)
+        scheduler = SimpleNamespace(**self.morph)
+        core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=scheduler), shutdown=lambda: None)
         config = SimpleNamespace(
             compilation_config=SimpleNamespace(mode=3),
             scheduler_config=SimpleNamespace(),
             cache_config=SimpleNamespace(),
         )
-        self.llm_engine = SimpleNamespace(vllm_config=config, engine_core=core)
+        self.llm_engine = SimpleNamespace(
+            vllm_config=config, engine_core=core, has_unfinished_requests=lambda: False
+        )
 
     def generate(self, prompts: list[dict[str, list[int]]], params: Any, use_tqdm: bool) -> list[Any]:
         assert len({tuple(prompt["prompt_token_ids"]) for prompt in prompts}) == len(prompts)
@@ -85,23 +92,49 @@ def test_a_vllm_without_flashinfer_samples_without_it(monkeypatch: pytest.Monkey
         assert os.environ.get("VLLM_USE_FLASHINFER_SAMPLER") == after
 
 
-def test_a_level_is_asked_for_through_the_controller() -> None:
-    """Guards: a policy handed over by a name that the controller no longer has."""
-    asked: list[Any] = []
+def test_a_level_is_asked_for_through_the_controller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a policy handed over by a name that the controller no longer has, or one that wants another level."""
+    asked: list[tuple[Any, str, Any]] = []
     controller = SimpleNamespace(replace_policy=lambda *a: asked.append(a), level=0, in_transition=False)
+    ladder = tuple(MorphLevel(index, (fmt, fmt), 1, 9) for index, fmt in enumerate(("base", "w8", "w4")))
     morph = SimpleNamespace(
-        controller=controller,
-        setup="setup",
-        pool=SimpleNamespace(num_kv_blocks=9),
-        runtime=SimpleNamespace(ladder=(1, 2)),
+        controller=controller, pool=SimpleNamespace(num_kv_blocks=9), runtime=SimpleNamespace(ladder=ladder)
     )
-    engine: Any = VllmEngine.__new__(VllmEngine)
-    engine._llm = SimpleNamespace(
-        llm_engine=SimpleNamespace(
-            engine_core=SimpleNamespace(engine_core=SimpleNamespace(scheduler=SimpleNamespace(morph=morph)))
-        )
-    )
+    monkeypatch.setattr(_Llm, "morph", {"morph": morph})
+    monkeypatch.setattr(vllm, "LLM", _Llm)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "")
+    engine = VllmEngine(in_process=True, model="here")
     engine.want(2)
-    assert asked[0][0].decide(None).level == 2 and asked[0][2] == "setup"
-    assert engine.status() == {"level": 0, "in_transition": False, "num_kv_blocks": 9, "deepest": 1}
+    policy, _, setup = asked[0]
+    assert policy.decide(None).level == 2 and setup.build(ladder).decide(None).level == 2
+    assert engine.status() == {"level": 0, "in_transition": False, "num_kv_blocks": 9, "deepest": 2}
     assert all(hasattr(Controller, name) for name in vars(controller))
+
+
+def test_a_level_has_a_name_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a format that is taken for a level that has only some layers in it; steps for a level that is none."""
+    asked: list[tuple[Any, str, Any]] = []
+    state = SimpleNamespace(level=0, in_transition=False, tripped=False)
+    state.replace_policy = lambda *a: asked.append(a)
+    formats = (("base", "base"), ("w8", "base"), ("w8", "w8"), ("w8", "w4"))
+    ladder = tuple(MorphLevel(index, row, 1, 9) for index, row in enumerate(formats))
+    runtime = SimpleNamespace(ladder=ladder)
+    morph = SimpleNamespace(controller=state, runtime=runtime, wake_due=False, status=lambda: {"errors": {"policy": 1}})
+    monkeypatch.setattr(_Llm, "morph", {"morph": morph})
+    monkeypatch.setattr(vllm, "LLM", _Llm)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "")
+    engine = LevelEngine("here")
+    assert [engine.want(level) for level in ("w8", "deepest", 1, "base")] == [2, 3, 1, 0]
+    with pytest.raises(ValueError, match="no level of the ladder has all layers in that format"):
+        engine.want("w4")
+
+    def step() -> None:
+        assert morph.wake_due, "a core without requests makes no step that it was not asked for"
+        state.level += 1
+
+    engine.core.step_fn = step
+    engine.set_level("w8")
+    assert state.level == 2
+    state.tripped = True
+    with pytest.raises(MorphServeError, match="level 0 is not reached.*at level 2, errors {'policy': 1}"):
+        engine.set_level(0)

@@ -1,4 +1,4 @@
-"""Banks on vLLM's own objects: wrappers that capture, tables that choose. The device under them is a miniature."""
+"""Graph sets on vLLM's own objects: wrappers that capture, tables that choose. The device under them is a miniature."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
-from morphserve.residence import GraphBankError, GraphBanks, Holder, Route, narrow_keys
+from morphserve.residence import GraphSetError, GraphSets, Holder, Route, narrow_keys
 
 DEEP = ("w4",) * 3
 
@@ -22,7 +22,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> VllmWorld:
     return open_world(monkeypatch)
 
 
-def test_vllms_dispatch_takes_what_the_bank_has(world: VllmWorld) -> None:
+def test_vllms_dispatch_takes_what_the_graph_set_has(world: VllmWorld) -> None:
     """Guards: FULL, then PIECEWISE of the same formats, then eager: not what vLLM does any more."""
     base = world.formats
     table = world.manager._candidates
@@ -39,7 +39,7 @@ def test_vllms_dispatch_takes_what_the_bank_has(world: VllmWorld) -> None:
     assert [world.step(n) for n in range(1, 6)] == [
         Mode.FULL, Mode.FULL, Mode.PIECEWISE, Mode.PIECEWISE, Mode.NONE,
     ]  # fmt: skip
-    assert not world.switch(at(base, l0="w8", l2="w4"))  # between banks: pieces of both
+    assert not world.switch(at(base, l0="w8", l2="w4"))  # between graph sets: pieces of both
     assert [world.step(n) for n in range(1, 6)] == [Mode.PIECEWISE] * 4 + [Mode.NONE]
     assert not world.switch(at(base, l1="w4"))
     assert [world.step(n) for n in range(1, 6)] == [Mode.NONE] * 5
@@ -65,34 +65,34 @@ def test_vllms_wrapper_is_refused_a_capture(world: VllmWorld) -> None:
     world.switch(DEEP)
     num_captured = world.num_captured()
     world.gpu.may_capture = True
-    with pytest.raises(GraphBankError, match="where 0 graphs"):
+    with pytest.raises(GraphSetError, match="where 0 graphs"):
         world.forward(Mode.PIECEWISE, 2)
     assert world.num_captured() == num_captured
 
 
-def test_a_breakable_wrapper_has_banks_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_breakable_wrapper_has_graph_sets_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: the same for the piecewise graphs that come without torch.compile."""
     monkeypatch.setattr(
         breakable_cudagraph, "current_platform", SimpleNamespace(get_global_graph_pool=lambda: (0, 0))
     )
     ran: list[str] = []
     wrapper = breakable_cudagraph.BreakableCUDAGraphWrapper(lambda: ran.append("eager"), config())
-    banks = GraphBanks([Holder(wrapper, "entries", full=False)])
-    banks.begin((BASE,))
+    graph_sets = GraphSets([Holder(wrapper, "entries", full=False)])
+    graph_sets.begin((BASE,))
     captured = SimpleNamespace(replay=lambda: ran.append("replay"))
     entry = breakable_cudagraph._BreakableEntry(BatchDescriptor(1), capture=captured)
     wrapper.entries[BatchDescriptor(1)] = entry
     wrapper.entries[BatchDescriptor(2)] = breakable_cudagraph._BreakableEntry(BatchDescriptor(2))  # it failed
-    assert not banks.end()
-    assert banks.num_graphs() == {(BASE,): 1}
+    assert not graph_sets.end()
+    assert graph_sets.num_graphs() == {(BASE,): 1}
     with context("PIECEWISE", 1):
         wrapper()
     assert ran == ["replay"]
-    banks.switch(("w4",))
+    graph_sets.switch(("w4",))
     with context("NONE", 1):
         wrapper()
     assert ran == ["replay", "eager"]
-    with context("PIECEWISE", 1), pytest.raises(GraphBankError, match="where 0 graphs"):
+    with context("PIECEWISE", 1), pytest.raises(GraphSetError, match="where 0 graphs"):
         wrapper()
 
 
@@ -108,31 +108,31 @@ def test_the_dispatcher_of_the_v1_runner_falls_back_too() -> None:
     whole, piece = (
         SimpleNamespace(concrete_cudagraph_entries={}, runnable=None, graph_pool=None) for _ in range(2)
     )
-    banks = GraphBanks(
+    graph_sets = GraphSets(
         [Holder(whole, "concrete_cudagraph_entries"), Holder(piece, "concrete_cudagraph_entries", (0,))],
         [Route(dispatcher, "cudagraph_keys", narrow_keys)],
         later_pool=(0, 1),
     )
 
     def capture(formats: tuple[str, ...], full: set[int]) -> None:
-        banks.begin(formats)
+        graph_sets.begin(formats)
         assert dispatcher.cudagraph_keys is keys  # vLLM captures what its own table has
         for holder, mode in ((whole, CUDAGraphMode.FULL), (piece, CUDAGraphMode.PIECEWISE)):
             for desc in keys[mode]:
                 if mode is CUDAGraphMode.PIECEWISE or desc.num_tokens in full:
                     entry = SimpleNamespace(cudagraph=object(), output=(), input_addresses=[])
                     holder.concrete_cudagraph_entries[desc] = entry
-        banks.end()
+        graph_sets.end()
 
     def modes() -> list[str]:
         return [dispatcher.dispatch(n, uniform_decode=True)[0].name for n in range(1, 6)]
 
     capture((BASE,), set(SIZES))
     assert modes() == ["FULL"] * 4 + ["NONE"]
-    banks.switch(("w4",))  # narrowed to nothing
+    graph_sets.switch(("w4",))  # narrowed to nothing
     capture(("w4",), {1, 2})
     assert modes() == ["FULL", "FULL", "PIECEWISE", "PIECEWISE", "NONE"]
-    banks.switch(("w8",))
+    graph_sets.switch(("w8",))
     assert modes() == ["NONE"] * 5
-    banks.switch((BASE,))
+    graph_sets.switch((BASE,))
     assert dispatcher.cudagraph_keys is keys and modes() == ["FULL"] * 4 + ["NONE"]

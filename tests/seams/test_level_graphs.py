@@ -1,4 +1,4 @@
-"""A bank of CUDA graphs for every level, on a runner in miniature: captured at start, shown when the layers switch."""
+"""A set of CUDA graphs for every level, on a runner in miniature: captured at start, shown when the layers switch."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_levels_that_look_the_same_from_here_are_captured_once(monkeypatch: pyte
 
 
 def test_a_capture_that_fails_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a server that goes on with half a bank."""
+    """Guards: a server that goes on with half a graph set."""
     world = World(monkeypatch)
 
     def fail() -> int:

@@ -23,7 +23,7 @@ class Broken:
 class CountingController:
     """As far as the hooks know it."""
 
-    exposure_level = 0
+    effective_level = 0
     in_transition = wants_wakeup = False
 
     def __init__(self) -> None:

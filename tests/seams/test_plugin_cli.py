@@ -21,7 +21,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from morphserve.__main__ import main
 from morphserve.config import parse_config
 from morphserve.errors import ConfigError, SeamError, StoreError
-from morphserve.integration.seams import rows as seams
+from morphserve.integration import seams
+from morphserve.integration.seams import check
 from morphserve.integration.worker import layers as rank_layers
 from morphserve.integration.worker import recipes
 from morphserve.integration.worker.worker import install_worker_seams
@@ -32,6 +33,7 @@ from morphserve.plugin import (
     install_engine_seams,
     register,
 )
+from morphserve.residence import HostResidence
 
 SIZES = dict(
     hidden_size=64,
@@ -256,7 +258,7 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def capture() -> list[Path]:
         vllm_config = SimpleNamespace(model_config=None)
-        rank_layers.RankLayers(config, vllm_config, 0).capture(torch.nn.Module())
+        rank_layers.RankLayers(config, vllm_config, 0, HostResidence()).capture(torch.nn.Module())
         return sorted(tmp_path.rglob("*.safetensors"))
 
     return capture
@@ -318,7 +320,7 @@ def test_a_broken_seam_stops_the_start(
 ) -> None:
     """Guards: a vLLM whose insides have moved is patched half-way."""
     row = seams.Seam("moved", target, params, "test")
-    monkeypatch.setattr(seams, "SEAMS", (*seams.SEAMS, row))
+    monkeypatch.setattr(check, "SEAMS", (*seams.SEAMS, row))
     with pytest.raises(SeamError) as refused:
         engine_args(models["llama"], {}).create_engine_config()
     assert f"moved ({target})" in str(refused.value) and said in str(refused.value)
@@ -329,7 +331,7 @@ def test_a_broken_seam_stops_the_start(
 
 def test_a_foreign_version_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: an untested vLLM is patched because its names happen to match."""
-    monkeypatch.setattr(seams, "SUPPORTED_VLLM", ">=0.1,<0.2")
+    monkeypatch.setattr(check, "SUPPORTED_VLLM", ">=0.1,<0.2")
     with pytest.raises(SeamError, match=r"version .*supported >=0.1,<0.2"):
         seams.require_all()
 
@@ -337,13 +339,12 @@ def test_a_foreign_version_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.fixture
 def unpatched() -> Iterator[None]:
     """vLLM without our wrappers inside the test, and exactly as before after it."""
-    before = [(owner, name, raw, vars(owner)[name]) for owner, name, raw in seams._installed]
-    seams.uninstall()
+    before = seams.patches()
+    seams.undo()
     yield
-    seams.uninstall()
-    for owner, name, raw, wrapper in before:
-        setattr(owner, name, wrapper)
-        seams._installed.append((owner, name, raw))
+    seams.undo()
+    for patch in before:
+        seams.put(patch.row, patch.name, patch.ours, patch.owner)
 
 
 def test_install_twice_is_install_once_and_has_an_inverse(unpatched: None) -> None:
@@ -354,14 +355,16 @@ def test_install_twice_is_install_once_and_has_an_inverse(unpatched: None) -> No
     found = {(owner, name): vars(owner).get(name) for owner, name in targets}
     for install in (register, install_engine_seams, install_worker_seams):
         install()
-        count = len(seams._installed)
+        before = [(patch, patch.ours) for patch in seams.patches()]
         install()
-        assert len(seams._installed) == count
-    wrapped = {(owner, name) for owner, name, _ in seams._installed}
-    assert len(wrapped) == len(seams._installed) == 8
+        assert [(patch, patch.ours) for patch in seams.patches()] == before
+    patched = {(patch.owner, patch.name) for patch in seams.patches()}
+    wrapped = {(owner, name) for owner, name in patched if not name.startswith("morphserve_")}
+    assert len(patched) == len(seams.patches()) == len(wrapped) + 2 == 10
     assert wrapped <= set(found), "a wrapped symbol has no row in the seam table"
     assert all(vars(owner)[name] is not found[owner, name] for owner, name in wrapped)
-    seams.uninstall()
+    seams.undo()
+    assert not any(name in vars(owner) for owner, name in patched - wrapped) and seams.patches() == []
     for (owner, name), original in found.items():
         assert vars(owner).get(name) is original, f"{owner}.{name} is not what it was"
 

@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from quant_world import swapper_of
 from torch import Tensor
 
 ops = pytest.importorskip("vllm._custom_ops")  # loads the build of vLLM's extension that fits: name none
@@ -18,7 +19,6 @@ from quant_layers import (  # noqa: E402
     CANDIDATES,
     FORMATS,
     Kernel,
-    LayerSwapper,
     LinearImpl,
     LinearSlot,
     QuantW4,
@@ -223,7 +223,7 @@ def test_a_layer_goes_out_and_comes_back_bit_identical(tmp_path: Path, dtype: to
         return _Base(tensors["weight"])
 
     slots = {0: {n: LinearSlot(n, build_base(0, n, t)) for n, t in base.items()}}
-    swapper = LayerSwapper(slots, store, kernels, build_base)
+    swapper = swapper_of(slots, store, kernels, build_base)
     generator = torch.Generator().manual_seed(9)
     inputs = {n: torch.randn(17, k, generator=generator).to(dtype) for n, (_, k) in _SHAPES.items()}
 

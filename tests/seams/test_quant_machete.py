@@ -20,9 +20,9 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import pack_cols,
 from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
 from vllm.scalar_type import scalar_types
 
-from morphserve.tools.gpucheck.stand_in_ops import on_any_device, stand_in_operators
 from quant_layers import KernelError, QuantW4, W4A16Machete, quantize_w4
 from quant_layers.kernels.cpu_linears import UINT4_ID
+from tests.stand_in_ops import on_any_device, stand_in_operators
 
 pytestmark = pytest.mark.seams
 

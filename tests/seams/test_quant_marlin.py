@@ -19,11 +19,11 @@ from vllm.model_executor.layers.quantization.utils.marlin_utils import (
 from vllm.model_executor.layers.quantization.utils.marlin_utils_test import get_weight_perm, marlin_weights
 from vllm.scalar_type import scalar_types
 
-from morphserve.tools.gpucheck import stand_in_ops
-from morphserve.tools.gpucheck.stand_in_ops import on_any_device, stand_in_operators
 from quant_layers import KernelError, QuantW4, QuantW8, W4A16Marlin, W8A16Marlin, check_kernel, quantize_w4, quantize_w8
 from quant_layers.kernels.cpu_linears import UINT4_ID, UINT8B128_ID
 from quant_layers.kernels.marlin import pack_w4_marlin, pack_w8_marlin, unpack_w4_marlin, unpack_w8_marlin
+from tests import stand_in_ops
+from tests.stand_in_ops import on_any_device, stand_in_operators
 
 pytestmark = pytest.mark.seams
 

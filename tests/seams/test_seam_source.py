@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from morphserve.integration.seams import rows as seams  # noqa: E402
+from morphserve.integration.seams import check as seams  # noqa: E402
 from morphserve.integration.seams import source as seam_source
 from morphserve.integration.seams.cuda import CUDA_KERNEL_SEAMS, CUDA_SEAMS  # noqa: E402
 from morphserve.integration.seams.rows import SEAMS, Seam  # noqa: E402

@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from morphserve import integration
-from morphserve.integration.seams import cuda as seams_cuda
-from morphserve.integration.seams import rows as seams
+from morphserve.integration import seams
+from morphserve.integration.seams import rows as table
+from morphserve.integration.seams.check import instance_attributes
 
 _CODE = sorted(Path(integration.__file__).parent.rglob("*.py"))
 # Code |-> its rows: what is shared, and what the device path needs beyond.
 _HOST = tuple(path for path in _CODE if path.parent.name != "cuda" and not path.name.startswith("device_"))
 _DEVICE = tuple(_CODE)
-_EVERY = (*seams.SEAMS, *seams_cuda.CUDA_SEAMS)
+_EVERY = (*seams.SEAMS, *seams.CUDA_SEAMS)
 # A list has `append` and the free queue too: by name alone, these say nothing.
 _COMMON = set().union(*map(dir, (list, dict, set, str, logging.Logger, object)))
 # vLLM classes have attributes of these names, but the code means its own or another library's.
@@ -42,7 +43,7 @@ _OURS |= {"revision", "sleep", "status", "_executor", "clone", "verify", "__del_
 _OURS |= {"enforce_eager", "temperature", "max_tokens", "ignore_eos", "cpu"}  # arguments, keys of a request, figures
 _OURS |= {"prompt_token_ids", "positions", "config"}  # keys: of a prompt, of what measuring prints; our settings
 _OURS |= {"device", "pin_memory", "gpu"}  # of tensors; and the V2 runner's tables, which no CPU has
-_OURS |= {"__call__", "capture", "set_device"}  # of our linears, of our banks; torch.cuda's
+_OURS |= {"__call__", "capture", "set_device"}  # of our linears, of our graph sets; torch.cuda's
 _OURS |= {"inference_mode", "__getattr__"}  # torch's; of a door that loads late
 _OURS |= {"worker", "monitor_workers"}  # our module; a function that logs, and the flag that starts it
 _ADDED = "morphserve_"  # what we add to their classes, as an engine started earlier in this process did
@@ -58,6 +59,8 @@ def used_names(code: tuple[Path, ...]) -> set[str]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
                 found.add(node.attr)
+                if isinstance(row := getattr(table, node.attr, None), seams.Seam):  # what is patched by its row
+                    found |= set(row.target.replace(":", ".").split("."))
             elif isinstance(node, ast.FunctionDef | ast.alias):
                 found.add(node.name)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -86,12 +89,12 @@ def listed_names(rows: tuple[seams.Seam, ...]) -> set[str]:
 def test_what_the_code_uses_has_a_row(code: tuple[Path, ...], rows: tuple[seams.Seam, ...]) -> None:
     """Guards: vLLM renames a method that we call, the table holds, and the server breaks in its first burst."""
     used = used_names(code) - listed_names(rows) - _COMMON - _OURS
-    missing = {n: found for n, cls in classes(rows).items() if (found := used & seams.instance_attributes(cls))}
+    missing = {n: found for n, cls in classes(rows).items() if (found := used & instance_attributes(cls))}
     assert missing == {}, "add rows to morphserve/integration/seams/rows.py, or for a device to cuda.py"
 
 
 @pytest.mark.parametrize(
-    ("code", "rows"), [(_HOST, seams.SEAMS), (_DEVICE, seams_cuda.CUDA_SEAMS)], ids=["host", "device"]
+    ("code", "rows"), [(_HOST, seams.SEAMS), (_DEVICE, seams.CUDA_SEAMS)], ids=["host", "device"]
 )
 def test_each_row_is_used(code: tuple[Path, ...], rows: tuple[seams.Seam, ...]) -> None:
     """Guards: a row for what we no longer need refuses a vLLM that would do."""
@@ -108,31 +111,3 @@ def test_a_lost_attribute_is_seen() -> None:
     assert seams.check_seam(seams.Seam("kept", pool, (), "test", ("blocks", "get_usage"))).ok
     gone = seams.check_seam(seams.Seam("gone", pool, (), "test", ("blocks", "no_such_attribute")))
     assert not gone.ok and gone.detail == "instances have no ['no_such_attribute']"
-
-
-def test_two_kinds_of_engine_wrap_the_same_function() -> None:
-    """Guards: the worker that came second in a process is deaf, or one that is loaded again acts twice."""
-    target = "vllm.v1.worker.gpu_model_runner:allocate_kv_cache"
-    calls: list[str] = []
-
-    def maker(name: str) -> Any:
-        def make(original: Any) -> Any:
-            def wrapper(*args: Any) -> Any:
-                calls.append(name)
-                return original(*args)
-
-            return wrapper
-
-        return make
-
-    owner, name, before = seams.resolve(target)
-    host, device = maker("host"), maker("device")
-    try:
-        setattr(owner, name, lambda: calls.append("vllm"))
-        for make in (host, device, host, device):
-            seams.wrap(target, make)
-        getattr(owner, name)()
-        assert calls == ["device", "host", "vllm"]
-    finally:
-        setattr(owner, name, before)
-        del seams._installed[-2:]

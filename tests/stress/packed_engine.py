@@ -13,13 +13,13 @@ import hashlib
 import importlib
 import os
 import sys
-import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from packed_rows import Missed, keep_rows_apart, row, want
 
+from morphserve.integration.offline import LevelEngine
 from morphserve.version import UNPROVEN_CUDA
 from policies import Decision, Signals
 
@@ -33,7 +33,6 @@ _MORPHSERVE = {
 }
 _GRAPHS = {"eager": None, "full": (0, "FULL_DECODE_ONLY"), "compiled": (3, "FULL_AND_PIECEWISE")}
 _SIZES = [1, 2, 4, 8, 16]
-_PATIENCE_S = 60.0
 _SMALL_KV_BYTES = 8 << 20  # one quantum of blocks: under load, blocks of running requests must move before a restore
 _REQUESTS, _TOKENS = 16, 200
 
@@ -91,7 +90,7 @@ def stand_in() -> None:
         _loaded.update({name: _digest(parameter) for name, parameter in model.named_parameters()})
         capture(self, model)
 
-    layers: Any = importlib.import_module("morphserve.integration.worker.cuda.layers").DeviceLayers
+    layers: Any = importlib.import_module("morphserve.integration.worker.layers").RankLayers
     capture, layers.capture = layers.capture, with_weights
     sampler: Any = importlib.import_module("vllm.v1.worker.gpu.sample.sampler")
     sampler.get_num_sampled_and_rejected = one_token_each
@@ -117,68 +116,40 @@ def _clear_tokens(sampler: Any, name: str) -> None:
     setattr(sampler, name, cleared)
 
 
-class Engine:
+class Engine(LevelEngine):
     """In this process, so that core and worker can be looked at."""
 
     def __init__(self, graphs: str) -> None:
-        from vllm import LLM
-
         choice = _GRAPHS[graphs]
         how: dict[str, Any] = {"enforce_eager": True}
         if choice is not None:
             how = {"compilation_config": dict(mode=choice[0], cudagraph_mode=choice[1], cudagraph_capture_sizes=_SIZES)}
-        if graphs != "compiled":  # there vLLM measures what is left, graphs of all banks included
+        if graphs != "compiled":  # there vLLM measures what is left, graphs of all graph sets included
             how["kv_cache_memory_bytes"] = _SMALL_KV_BYTES
-        self._llm: Any = LLM(
-            model=os.getcwd(),
+        super().__init__(
+            os.getcwd(),
+            _MORPHSERVE,
             load_format="dummy",
             skip_tokenizer_init=True,
             max_model_len=512,
             max_num_seqs=_REQUESTS,
             gpu_memory_utilization=0.5,
             seed=0,
-            additional_config={"morphserve": _MORPHSERVE},
             **how,
         )
-        client: Any = self._llm.llm_engine.engine_core
-        self._core = client.engine_core
-        self.morph = self._core.scheduler.morph
-        self.worker = self._core.model_executor.driver_worker.worker
 
-    def generate(self, num_requests: int, num_tokens: int) -> list[int]:
+    def answer(self, num_requests: int, num_tokens: int) -> list[int]:
         """Numbers of tokens that came."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
-        prompts = [{"prompt_token_ids": [3 + (7 * i + j) % 900 for j in range(30)]} for i in range(num_requests)]
-        return [len(o.outputs[0].token_ids) for o in self._llm.generate(prompts, params, use_tqdm=False)]
+        prompts = [[3 + (7 * i + j) % 900 for j in range(30)] for i in range(num_requests)]
+        return [len(tokens) for tokens in self.generate(prompts, num_tokens)]
 
     def follow(self, script: dict[int, int]) -> None:
         """From the next step on."""
         self.morph.controller.replace_policy(Script(script), "a check on a stub driver", self.morph.setup)
 
-    def settle(self, level: int) -> None:
-        """Step the idle engine until it stands at `level`."""
-        controller, deadline_s = self.morph.controller, time.monotonic() + _PATIENCE_S
-        while not (controller.level == level and not controller.in_transition):
-            if time.monotonic() > deadline_s:
-                raise Missed(f"level {level} not reached in {_PATIENCE_S:.0f} s: {controller.status()}")
-            self.morph.wake_due = True
-            self._core.step_fn()
-            time.sleep(0)  # the rank's thread wants its turn
-
-    def memory(self) -> dict[str, Any]:
-        """Bytes in pages."""
-        found: dict[str, Any] = self._llm.llm_engine.collective_rpc("morphserve_memory")[0]
-        return found
-
     def weights(self) -> dict[str, tuple[int, str]]:
         """Address and digest of each parameter."""
         return {name: (p.data_ptr(), _digest(p)) for name, p in self.worker.model_runner.model.named_parameters()}
-
-    def stop(self) -> None:
-        """Give the fake device back."""
-        self._llm.llm_engine.engine_core.shutdown()
 
 
 def counts() -> dict[str, int]:
@@ -190,7 +161,7 @@ def counts() -> dict[str, int]:
 
 def run(runner: str, graphs: str) -> None:
     """One engine: start, each level, down and up again under load, and everything back as it was."""
-    os.environ.update({UNPROVEN_CUDA: "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"})
+    os.environ.update({UNPROVEN_CUDA: "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"})
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if runner == "v2" else "0"
     importlib.import_module("morphserve.plugin").register()
     stand_in()
@@ -205,7 +176,7 @@ def run(runner: str, graphs: str) -> None:
         return
     engine = begun[0]
     row("captured", partial(_captured, engine, graphs))
-    row("generates", lambda: want(engine.generate(3, 8), [8] * 3))
+    row("generates", lambda: want(engine.answer(3, 8), [8] * 3))
     pages, weights = engine.memory(), engine.weights()
     row("weights are what was loaded", lambda: _same({n: d for n, (_, d) in weights.items()}, _loaded))
     for level in _LEVELS:
@@ -214,7 +185,7 @@ def run(runner: str, graphs: str) -> None:
     row("pages come back", lambda: want(engine.memory(), pages))
     row("weights come back, at their addresses", lambda: _same(engine.weights(), weights))
     row("nothing has failed", partial(_healthy, engine))
-    engine.stop()
+    engine.close()
 
 
 def _same(now: Mapping[str, Any], then: Mapping[str, Any]) -> str:
@@ -235,27 +206,26 @@ def _layout(engine: Engine) -> str:
 
 
 def _captured(engine: Engine, graphs: str) -> str:
-    """Captures are as many as banks hold, or none."""
-    worker = importlib.import_module("morphserve.integration.worker.cuda.worker")
-    have = worker._RANK.graphs
+    """Captures are as many as graph sets hold, or none."""
+    state = importlib.import_module("morphserve.integration.worker.state")
+    have = state.rank().graphs
     if graphs == "eager":
         return f"none: {want(have, None)}"
-    banks = have._banks.num_graphs()
-    want(len(banks), len(engine.morph.runtime.ladder))
-    first, *later = banks.values()
+    graph_sets = have._sets.num_graphs()
+    want(len(graph_sets), len(engine.morph.runtime.ladder))
+    first, *later = graph_sets.values()
     want(min(later) > 0, True)
     want(max(later) < first, graphs == "compiled")  # levels share pieces; of whole steps each has its own
-    return f"{list(banks.values())} graphs by level"
+    return f"{list(graph_sets.values())} graphs by level"
 
 
 def _at_level(engine: Engine, level: int, graphs: str) -> str:
-    engine.follow({0: level})
-    engine.settle(level)
+    engine.set_level(level)
     wanted = engine.morph.runtime.ladder[level]
     want(engine.morph.pool.num_kv_blocks, wanted.num_kv_blocks)
     want(tuple(fmt for _, fmt in sorted(engine.memory()["formats"].items())), wanted.layer_formats)
     before = counts()["graph launches"]
-    want(engine.generate(4, 8), [8] * 4)
+    want(engine.answer(4, 8), [8] * 4)
     launched = counts()["graph launches"] - before
     want(launched > 0, graphs != "eager")
     return f"{engine.morph.pool.num_kv_blocks} KV blocks, {launched} graphs launched"
@@ -264,24 +234,23 @@ def _at_level(engine: Engine, level: int, graphs: str) -> str:
 def _under_load(engine: Engine) -> str:
     moved = _count_moves()
     engine.follow(_UNDER_LOAD)
-    told = engine.generate(_REQUESTS, _TOKENS)
-    engine.follow({0: 0})
-    engine.settle(0)
+    told = engine.answer(_REQUESTS, _TOKENS)
+    engine.set_level(0)
     want(told, [_TOKENS] * _REQUESTS)
     return f"{_REQUESTS} requests of {_TOKENS} tokens, {sum(moved)} live blocks moved"
 
 
 def _count_moves() -> list[int]:
     """Numbers of blocks that are copied from now on, one entry a command."""
-    worker = importlib.import_module("morphserve.integration.worker.cuda.worker")
-    kv: Any = type(worker._RANK.kv)
-    original, moved = kv.move, list[int]()
+    state = importlib.import_module("morphserve.integration.worker.state")
+    kv: Any = type(state.rank().kv)
+    original, moved = kv.copy, list[int]()
 
-    def move(self: Any, runner: Any, pairs: Any) -> None:
+    def copy(self: Any, pairs: Any) -> None:
         moved.append(len(pairs))
-        original(self, runner, pairs)
+        original(self, pairs)
 
-    kv.move = move
+    kv.copy = copy
     return moved
 
 

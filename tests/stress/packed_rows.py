@@ -21,8 +21,8 @@ from typing import Any
 from unittest.mock import patch
 
 from morphserve.errors import MorphServeError
+from morphserve.integration import seams
 from morphserve.integration.seams import CUDA_KERNEL_SEAMS, CUDA_SEAMS
-from morphserve.integration.seams import rows as seams
 from morphserve.version import SUPPORTED_VLLM, UNPROVEN_CUDA
 
 # Of a Llama-8B without options; docs/gpu.md claims the same.
@@ -166,7 +166,7 @@ def _entry_point() -> str:
     load_general_plugins()  # type: ignore[no-untyped-call]
     from vllm.engine.arg_utils import EngineArgs
 
-    want(hasattr(EngineArgs.create_engine_config, seams._MARK), True)
+    want("create_engine_config" in {patch.name for patch in seams.patches() if patch.owner is EngineArgs}, True)
     return str(found[0])
 
 
@@ -266,22 +266,21 @@ def refused(call: Callable[..., Any], words: str, *args: Any, **options: Any) ->
 
 def wraps() -> None:
     """The worker's seams and the engine core's, installed on the modules of this vLLM."""
-    worker = importlib.import_module("morphserve.integration.worker.cuda.worker")
+    worker = importlib.import_module("morphserve.integration.worker.worker")
     engine = importlib.import_module("morphserve.integration.engine.wiring")
     engine.install()
-    counted = [(owner, name) for owner, name, _ in seams._installed]
+    num_patches = len(seams.patches())
     worker.install_worker_seams()
-    row("installing twice", partial(want, len(seams._installed), len(counted)))
-    for owner, name, raw in seams._installed:
-        target = f"{getattr(owner, '__module__', '')} {owner.__name__}.{name}".strip()
-        row(f"wrap {target}", partial(_in_place, owner, name, raw))
+    row("installing twice", partial(want, len(seams.patches()), num_patches))
+    for one in seams.patches():
+        target = f"{getattr(one.owner, '__module__', '')} {one.owner.__name__}.{one.name}".strip()
+        row(f"wrap {target}", partial(_in_place, one))
     row("all are undone", _undone)
 
 
-def _in_place(owner: Any, name: str, raw: Any) -> str:
-    now = getattr(owner, name)
-    want(getattr(now, seams._MARK, None) is not None, True)
-    stray = sorted(holders_of(raw) - {getattr(owner, "__name__", "")})
+def _in_place(one: seams.Patch) -> str:
+    want(vars(one.owner)[one.name] is one.before, False)
+    stray = sorted(holders_of(one.before) - {getattr(one.owner, "__name__", "")})
     return "in place" + (f"; also held, unwrapped, by {', '.join(stray)}" if stray else "")
 
 
@@ -295,12 +294,13 @@ def holders_of(function: Any) -> set[str]:
 
 
 def _undone() -> str:
-    before = list(seams._installed)
+    before = seams.patches()
     if not before:
         raise Missed("nothing was installed")
-    seams.uninstall()
-    for owner, name, raw in before:
-        want(vars(owner).get(name) is raw, True)
+    seams.undo()
+    for one in before:
+        want(one.in_place, False)
+    want(seams.patches(), [])
     return f"{len(before)} originals are back"
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import islice, takewhile
 from typing import Any
 
@@ -23,6 +24,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, Sliding
 
 from morphserve.control import ShrinkProgress
 from morphserve.errors import ConfigError, IllegalTransition, LedgerError
+from morphserve.integration import seams
 
 _KINDS = (FullAttentionSpec, SlidingWindowSpec)  # by their names: a kind derived from one may be something else
 _OFFER_WALK = 4096  # free blocks looked at before new ones are put among them
@@ -288,7 +290,7 @@ class VllmBlockPool:
         self._limit = None
         self._tail.clear()
         self._vacant.clear()
-        self._unhook_free()
+        self._free_hook.undo()
 
     def _publish(self, num_kv_blocks: int) -> None:
         """Everything in the scheduler that is derived from the number of blocks."""
@@ -371,25 +373,17 @@ class VllmBlockPool:
         """While a shrink lasts, what is freed pays first for what the shrink still lacks.
 
         Without it a busy scheduler could take the freed blocks again and keep the tail alive for ever.
-        Calls vLLM's method, then looks at the result.
+        Undone, it is the class's method again. Under a wrapper that somebody put over it, it stays, and is inert.
         """
-        pool = self._pool
-        original = pool.free_blocks
+        self._free_hook = seams.wrap(seams.POOL_FREE, partial(partial, self._free_and_fence), on=self._pool)
 
-        def free_blocks(ordered_blocks: Iterable[KVCacheBlock], *args: Any, **kwargs: Any) -> None:
-            blocks = list(ordered_blocks)
-            original(blocks, *args, **kwargs)
-            for block in blocks:
-                if block.block_id in self._tail and _is_empty(block):
-                    self._fence(block)
-            if self._limit is not None:
-                self._balance()
-
-        self._free_hook = free_blocks
-        pool.free_blocks = free_blocks
-
-    def _unhook_free(self) -> None:
-        """Back to the class's method. A wrapper that somebody put over ours stays: ours is then
-        inert, since there is no shrink."""
-        if self._pool.__dict__.get("free_blocks") is self._free_hook:
-            del self._pool.free_blocks
+    def _free_and_fence(
+        self, original: Callable[..., Any], ordered_blocks: Iterable[KVCacheBlock], *args: Any, **kwargs: Any
+    ) -> None:
+        blocks = list(ordered_blocks)
+        original(blocks, *args, **kwargs)
+        for block in blocks:
+            if block.block_id in self._tail and _is_empty(block):
+                self._fence(block)
+        if self._limit is not None:
+            self._balance()

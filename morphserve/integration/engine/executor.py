@@ -83,9 +83,6 @@ class RpcExecutor:
     def abort(self, plan: Plan) -> Ticket:
         return self._send("morphserve_abort", plan)
 
-    def apply(self, plan: Plan) -> Ticket:
-        return self._send("morphserve_apply", plan)
-
     def trim(self) -> None:
         """Ask every rank to return free heap to the system. Nobody waits for the answer."""
         self._executor.collective_rpc("morphserve_trim", non_block=True)

@@ -38,7 +38,7 @@ from policies import PolicySetup
 class _StepInFlight:
     """The engine as it was when a step was scheduled."""
 
-    level: int  # exposure
+    level: int  # effective level
     settled: bool = False  # no transition took a part of its time
     used_blocks: int = 0
 
@@ -79,9 +79,8 @@ class Morph:
         runtime = self.runtime
         if runtime.decision_log is None:
             return None
-        is_full = runtime.config.decision_log_detail == "all"
-        header = make_header(self.setup, runtime.ladder, runtime.index) if is_full else None
-        return DecisionLog(runtime.decision_log, header=header)
+        detail = runtime.config.decision_log_detail
+        return DecisionLog(runtime.decision_log, make_header(self.setup, runtime.ladder, runtime.index, detail))
 
     def _make_controller(self) -> Controller:
         """At level 0, which pool and ranks must be at."""
@@ -175,13 +174,13 @@ class Morph:
 
     def _after_schedule(self, output: Any) -> None:
         controller = self.controller
-        level = controller.exposure_level
+        level = controller.effective_level
         self._in_flight[id(output)] = _StepInFlight(level, not controller.in_transition, self.pool.num_used_blocks)
         self.receipts.on_scheduled(output.num_scheduled_tokens, level)
         self.traffic.on_scheduled(output.scheduled_new_reqs, output.scheduled_cached_reqs.resumed_req_ids)
 
     def _after_update(self, output: Any, model_output: Any) -> None:
-        step = self._in_flight.pop(id(output), None) or _StepInFlight(self.controller.exposure_level)
+        step = self._in_flight.pop(id(output), None) or _StepInFlight(self.controller.effective_level)
         level = step.level
         num_tokens = sum(map(len, model_output.sampled_token_ids or ()))
         self.tokens_by_level[level] += num_tokens
@@ -194,7 +193,7 @@ class Morph:
         """Small tensors of the variants live in the heap and leave free pages there: give them back, once
         after each return to level 0, when no request can notice the milliseconds."""
         controller = self.controller
-        restored = controller.exposure_level == 0 and not controller.in_transition
+        restored = controller.effective_level == 0 and not controller.in_transition
         if restored and not self._scheduler.has_unfinished_requests():
             self._heap_used = False
             self.executor.trim()

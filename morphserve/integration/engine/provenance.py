@@ -7,11 +7,14 @@ the span of its context: the levels its tokens were computed at, and those of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock, make_block_hash_with_group_id
+
+from morphserve.integration import seams
 
 PrefixReuse = Literal["any", "not_worse", "exact"]
 _PRUNE_AT = 4096  # remembered blocks before the first look for stale ones
@@ -66,16 +69,14 @@ class Provenance:
         self._written: dict[int, tuple[KVCacheBlock, Span]] = {}
         self._prune_at = _PRUNE_AT
         self._asking: str | None = None  # the request whose lookup is under way
-        self._original: dict[str, Any] = {}
-        for owner, name, wrapper in (
-            (self._pool, "cache_full_blocks", self._cache_full_blocks),
-            (self._pool, "cache_partial_block", self._cache_partial_block),
-            (self._pool, "get_cached_block", self._get_cached_block),
-            (manager, "get_computed_blocks", self._get_computed_blocks),
-            (manager, "allocate_slots", self._allocate_slots),
+        for row, owner, wrapper in (
+            (seams.POOL_CACHE, self._pool, self._cache_full_blocks),
+            (seams.POOL_CACHE_PARTIAL, self._pool, self._cache_partial_block),
+            (seams.POOL_HIT, self._pool, self._get_cached_block),
+            (seams.MANAGER_HIT, manager, self._get_computed_blocks),
+            (seams.MANAGER_SLOTS, manager, self._allocate_slots),
         ):
-            self._original[name] = getattr(owner, name)
-            setattr(owner, name, wrapper)
+            seams.wrap(row, partial(partial, wrapper), on=owner)  # the wrapper's first argument is the original
 
     def span(self, request_id: str) -> Span:
         """What a live request's context depends on."""
@@ -124,10 +125,10 @@ class Provenance:
             return span.deepest <= self._level
         return span == Span(self._level, self._level)
 
-    def _get_computed_blocks(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+    def _get_computed_blocks(self, original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
         self._asking = request.request_id
         try:
-            result = self._original["get_computed_blocks"](request, *args, **kwargs)
+            result = original(request, *args, **kwargs)
         finally:
             self._asking = None
         self._found.pop(request.request_id, None)
@@ -136,8 +137,10 @@ class Provenance:
             self._found[request.request_id] = hits
         return result
 
-    def _get_cached_block(self, block_hash: BlockHash, group_ids: list[int]) -> list[KVCacheBlock] | None:
-        blocks: list[KVCacheBlock] | None = self._original["get_cached_block"](block_hash, group_ids)
+    def _get_cached_block(
+        self, original: Callable[..., Any], block_hash: BlockHash, group_ids: list[int]
+    ) -> list[KVCacheBlock] | None:
+        blocks: list[KVCacheBlock] | None = original(block_hash, group_ids)
         asking = self._asking
         if blocks is None or asking is None or (self._level == 0 and not self._written):
             return blocks
@@ -157,10 +160,10 @@ class Provenance:
 
     # ---- what is computed, and put into the cache ----
 
-    def _allocate_slots(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+    def _allocate_slots(self, original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
         """Slots given out now are written in the next step, at its level."""
         if self._level == 0 and not self._spans and not self._found and not self._reused:
-            return self._original["allocate_slots"](request, *args, **kwargs)
+            return original(request, *args, **kwargs)
         request_id = request.request_id
         before = self._spans.get(request_id)
         if request.num_computed_tokens == 0:  # new, or preempted and starting over
@@ -170,7 +173,7 @@ class Provenance:
         else:
             span = (before or CLEAN).with_level(self._level)
         self._put(request_id, span)
-        result = self._original["allocate_slots"](request, *args, **kwargs)
+        result = original(request, *args, **kwargs)
         if result is None:
             self._put(request_id, before or CLEAN)
         elif request.num_computed_tokens == 0:
@@ -209,6 +212,7 @@ class Provenance:
 
     def _cache_full_blocks(
         self,
+        original: Callable[..., Any],
         request: Any,
         blocks: list[KVCacheBlock],
         num_cached_blocks: int,
@@ -218,17 +222,17 @@ class Provenance:
     ) -> None:
         if not self._may_cache(request.request_id):
             return  # the caller counts these blocks as cached and does not come back to them
-        self._original["cache_full_blocks"](request, blocks, num_cached_blocks, num_full_blocks, *args, **kwargs)
+        original(request, blocks, num_cached_blocks, num_full_blocks, *args, **kwargs)
         span = self.span(request.request_id)
         if span != CLEAN or self._written:
             for block in blocks[num_cached_blocks:num_full_blocks]:
                 self._remember(block, span)
 
     def _cache_partial_block(
-        self, request: Any, block: KVCacheBlock, *args: Any, **kwargs: Any
+        self, original: Callable[..., Any], request: Any, block: KVCacheBlock, *args: Any, **kwargs: Any
     ) -> BlockHashWithGroupId | None:
         if not self._may_cache(request.request_id):
             return None
-        key: BlockHashWithGroupId | None = self._original["cache_partial_block"](request, block, *args, **kwargs)
+        key: BlockHashWithGroupId | None = original(request, block, *args, **kwargs)
         self._remember(block, self.span(request.request_id))
         return key

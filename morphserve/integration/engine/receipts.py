@@ -24,7 +24,7 @@ FULL = "full"
 
 @dataclass(slots=True)
 class _Draft:
-    """Counts of a live request. Levels are the exposure levels of the steps."""
+    """Counts of a live request. Levels are the effective levels of the steps."""
 
     request: Any
     demands_full: bool

@@ -20,10 +20,11 @@ from morphserve.control import (
     with_time_factors,
 )
 from morphserve.errors import ConfigError
+from morphserve.integration import seams
 from morphserve.integration.describe import RankDescription
 from morphserve.integration.engine.block_pool import blocks_of_one_request, check_supported
 from morphserve.integration.start import check_given_blocks, config_file, served_ladder
-from morphserve.integration.worker.cuda.kv import check_kinds, geometry_of, quantum_of
+from morphserve.integration.worker import check_kinds, geometry_of, quantum_of
 from morphserve.profile_ladder import read_ladder
 from policies import Ladder
 
@@ -95,16 +96,16 @@ class EngineRuntime:
             RankBytes(r.layer_bytes, size, q) for r, size, q in zip(self.ranks, block_bytes, quanta, strict=True)
         ]
         self.ladder = self._ladder()
-        if self.in_background:
-            levels = tuple(level.layer_formats for level in self.ladder)
-            self.engine_core.model_executor.collective_rpc("morphserve_plan", args=(self.base_num_blocks, levels))
-        cache_config = self.vllm_config.cache_config
-        override = cache_config.num_gpu_blocks_override
-        cache_config.num_gpu_blocks_override = self.ladder[-1].num_kv_blocks
+        levels = tuple(level.layer_formats for level in self.ladder)
+        self.engine_core.model_executor.collective_rpc("morphserve_plan", args=(self.base_num_blocks, levels))
+        deepest = self.ladder[-1].num_kv_blocks
+        for_deepest = seams.put(
+            seams.CONFIG_CACHE, "num_gpu_blocks_override", deepest, self.vllm_config.cache_config
+        )
         try:
             return original(self.vllm_config, specs, available_memory)
         finally:
-            cache_config.num_gpu_blocks_override = override
+            for_deepest.undo()
 
     @property
     def kv_block_bytes(self) -> int:
@@ -132,7 +133,9 @@ class EngineRuntime:
         path = self.config.decision_log
         if path is None or self.index == 0:
             return path
-        return path.with_name(f"{path.stem}.{self.index}{path.suffix}")
+        packed = ".gz" if path.suffix == ".gz" else ""
+        name = Path(path.name.removesuffix(packed))
+        return path.with_name(f"{name.stem}.{self.index}{name.suffix}{packed}")
 
     def make_ledgers(self) -> Ledgers:
         """Of all ranks, at level 0."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
-from morphserve.control import EngineView, Monitor
+from morphserve.control import EngineView, Monitor, WaitingRequest
 from morphserve.integration.engine.request_limits import limits_of
 
 
@@ -39,8 +39,7 @@ class Traffic:
 
     def on_arrival(self, request: Any) -> None:
         """A request entered the waiting queue."""
-        now = time.monotonic()
-        self._monitor.on_arrival(now, request.request_id, request.num_tokens, limits_of(request), self._rank(request))
+        self._monitor.on_arrival(time.monotonic(), self._waiting(request))
 
     def on_scheduled(self, new: Sequence[Any], resumed: Iterable[str]) -> None:
         """Requests were scheduled for the first time (`NewRequestData`), or again after a preemption (ids)."""
@@ -88,21 +87,15 @@ class Traffic:
     def on_preemption(self, request: Any, forced: bool = False) -> None:
         """A running request lost its blocks: `forced` by a way back to a shallower level, or for want of memory."""
         self._last_preemption_wall_s = time.time()
-        self._monitor.on_preemption(
-            time.monotonic(),
-            request.request_id,
-            request.num_tokens,
-            limits_of(request),
-            self._rank(request),
-            has_token=request.num_output_tokens > 0,
-            forced=forced,
-        )
+        self._monitor.on_preemption(time.monotonic(), self._waiting(request), forced)
 
     def on_finish(self, request: Any) -> None:
         """A request ends; its blocks are still its own."""
         num_blocks = sum(map(len, self._scheduler.kv_cache_manager.get_block_ids(request.request_id)))
         self._monitor.on_finish(num_blocks, time.monotonic(), request.request_id, request.num_output_tokens)
 
-    def _rank(self, request: Any) -> int:
-        """Its place in the queue: by priority, where the scheduler goes by that."""
-        return int(request.priority) if self._scheduler.policy == SchedulingPolicy.PRIORITY else 0
+    def _waiting(self, request: Any) -> WaitingRequest:
+        """Return a request as the queue sees it: by priority, where the scheduler goes by that."""
+        priority = int(request.priority) if self._scheduler.policy == SchedulingPolicy.PRIORITY else 0
+        has_token = request.num_output_tokens > 0
+        return WaitingRequest(request.request_id, request.num_tokens, limits_of(request), priority, has_token)

@@ -23,14 +23,11 @@ _RUNTIMES: dict[int, EngineRuntime] = {}  # id(vllm_config) |-> runtime, between
 
 def install() -> None:
     """Wrap the engine core. Re-entrant; engines without MorphServe pass straight through."""
-    seams.wrap("vllm.v1.engine.core:EngineCore._initialize_kv_caches", _initialize_kv_caches)
-    seams.wrap("vllm.v1.engine.core:get_kv_cache_configs", _get_kv_cache_configs)
+    seams.wrap(seams.ENGINE_HANDLE, _initialize_kv_caches)
+    seams.wrap(seams.KV_PLANNING, _get_kv_cache_configs)
+    seams.put(seams.ENGINE_UTILITIES, "morphserve_status", _status)
+    seams.put(seams.ENGINE_UTILITIES, "morphserve_reload", _reload)
     ending.install()
-    from vllm.v1.engine.core import EngineCore
-
-    if not hasattr(EngineCore, "morphserve_status"):
-        EngineCore.morphserve_status = _status
-        EngineCore.morphserve_reload = _reload
 
 
 def _initialize_kv_caches(original: Callable[..., Any]) -> Any:

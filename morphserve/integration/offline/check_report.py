@@ -12,7 +12,6 @@ from morphserve import cpu_tier
 from morphserve.control import DEFAULT_FORMATS, TIMED_BATCHES
 from morphserve.integration.offline.dtype_check import DtypeReport
 from morphserve.integration.seams import SeamResult
-from morphserve.integration.worker.layer_speed import factors
 from morphserve.version import SUPPORTED_VLLM, __version__
 from policies import BASE_FORMAT
 
@@ -84,7 +83,7 @@ class Machine:
         }
 
     def _dtype_document(self, report: DtypeReport) -> dict[str, Any]:
-        measured = factors(report.times) if report.times else {}
+        measured = report.factors
         return {
             "ok": not self.machine_problems and not report.problem,
             "problem": report.problem,
@@ -128,7 +127,7 @@ class Machine:
                 continue
             base_ms = ", ".join(f"{1e3 * s:.2f}" for s in _base_s(report))
             rows.append((name, BASE_FORMAT, report.base, f"1  ({base_ms} ms)"))
-            for fmt, measured in factors(report.times).items():
+            for fmt, measured in report.factors.items():
                 rows.append(("", fmt, report.chosen[fmt] or "", ", ".join(f"{x:.2f}" for x in measured)))
         if not rows:
             return []

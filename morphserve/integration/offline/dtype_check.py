@@ -14,6 +14,7 @@ import torch
 
 from morphserve.control import DEFAULT_FORMATS, LayerTimes
 from morphserve.errors import ConfigError
+from morphserve.integration.worker.layer_speed import TimedLayer, factors, time_layer
 from policies import BASE_FORMAT
 from quant_layers import FORMATS, KernelReport, LinearImpl, by_preference, probe
 
@@ -55,6 +56,11 @@ class DtypeReport:
         """Formats that can stand in a ladder."""
         return tuple(fmt for fmt, kernel in self.chosen.items() if kernel is not None)
 
+    @property
+    def factors(self) -> dict[str, tuple[float, ...]]:
+        """Format |-> what it takes over level 0, one a batch of TIMED_BATCHES; empty where that was not measured."""
+        return factors(self.times) if self.times else {}
+
 
 def check_dtype(name: str, device: str = "cpu", with_base: bool = True) -> DtypeReport:
     """Test every kernel, and build and time a layer. Never raises; takes a second or two.
@@ -84,8 +90,6 @@ def _first(fmt: str, device: str, reports: dict[str, KernelReport]) -> str | Non
 
 
 def _build_and_time(dtype: torch.dtype, chosen: dict[str, str | None]) -> tuple[str, LayerTimes]:
-    from morphserve.integration.worker.layer_speed import TimedLayer, time_layer
-
     generator = torch.Generator().manual_seed(0)
     weights = {name: (torch.randn(shape, generator=generator) * 0.05).to(dtype) for name, shape in _SHAPES.items()}
     formats: dict[str, dict[str, LinearImpl]] = {

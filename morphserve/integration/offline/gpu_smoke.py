@@ -6,17 +6,7 @@ import importlib.util
 import os
 from typing import Any
 
-from policies import Decision, Signals
-
-
-class _Wanted:
-    """A policy that wants one level."""
-
-    def __init__(self, level: int) -> None:
-        self._level = level
-
-    def decide(self, signals: Signals) -> Decision:
-        return Decision(self._level, "asked for by the GPU check")
+from morphserve.integration.offline.level_engine import LevelEngine
 
 
 class VllmEngine:
@@ -29,21 +19,18 @@ class VllmEngine:
             in_process: the engine core in this process; levels can be asked for, and `status` answers.
             arguments: of `vllm.LLM`.
         """
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         if importlib.util.find_spec("flashinfer") is None:
             # vLLM 0.33 takes FlashInfer's sampler for granted, and a start without the package ends in an ImportError.
             os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-        from vllm import LLM
-
-        self._llm = LLM(**arguments)
+        self._engine = LevelEngine(in_process=in_process, **arguments)
 
     def describe(self) -> dict[str, Any]:
         """Versions and modes; what this vLLM does not have is left out."""
         import vllm
 
-        config = self._llm.llm_engine.vllm_config
+        config = self._engine.engine.vllm_config
         compilation, scheduling = config.compilation_config, config.scheduler_config
         found = {
             "vllm": vllm.__version__,
@@ -58,37 +45,28 @@ class VllmEngine:
 
     def generate(self, num_requests: int, prompt_tokens: int, output_tokens: int) -> list[list[int]]:
         """Greedy tokens of each request; prompts differ from each other, and are the same in every call."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
-        prompts: Any = [
-            {"prompt_token_ids": [10 + (97 * request + 31 * place) % 30000 for place in range(prompt_tokens)]}
+        prompts = [
+            [10 + (97 * request + 31 * place) % 30000 for place in range(prompt_tokens)]
             for request in range(num_requests)
         ]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        return self._engine.generate(prompts, output_tokens)
 
     def want(self, level: int) -> None:
         """From the next step on."""
-        morph = self._morph()
-        morph.controller.replace_policy(_Wanted(level), "GPU check", morph.setup)
+        self._engine.want(level)
 
     def status(self) -> dict[str, Any]:
         """Empty without the plugin."""
-        morph = self._morph()
+        morph = self._engine.morph
         if morph is None:
             return {}
         return {
             "level": morph.controller.level,
             "in_transition": morph.controller.in_transition,
             "num_kv_blocks": morph.pool.num_kv_blocks,
-            "deepest": len(morph.runtime.ladder) - 1,
+            "deepest": len(self._engine.ladder) - 1,
         }
 
     def stop(self) -> None:
         """Shut the engine core down."""
-        self._llm.llm_engine.engine_core.shutdown()
-
-    def _morph(self) -> Any:
-        core = getattr(self._llm.llm_engine.engine_core, "engine_core", None)  # only of an in-process client
-        return getattr(getattr(core, "scheduler", None), "morph", None)
+        self._engine.close()

@@ -1,38 +1,118 @@
-"""Where we touch vLLM: one row a place, with its reason, checked before anything is installed."""
+"""Where we touch vLLM: one row a place, with its reason, checked before anything is installed; and how we patch it.
+
+What checks sources instead of the installed vLLM loads late: it needs griffe, which a server does without.
+"""
 
 from __future__ import annotations
 
-from morphserve.integration.seams.cuda import CUDA_KERNEL_SEAMS, CUDA_SEAMS
-from morphserve.integration.seams.rows import (
-    SEAMS,
-    Seam,
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from morphserve.integration.seams.check import (
     SeamResult,
     check_all,
     check_seam,
     check_version,
     require_all,
     resolve,
-    uninstall,
-    wrap,
 )
-from morphserve.integration.seams.source import check_sources, check_sources_version, sources_version
-from morphserve.integration.seams.tree import SourceTree
+from morphserve.integration.seams.cuda import (
+    CAPTURE_V1,
+    CAPTURE_V2,
+    CUDA_KERNEL_SEAMS,
+    CUDA_SEAMS,
+    GRAPH_MEMORY_V1,
+    GRAPH_MEMORY_V2,
+    KV_ALLOC_V2,
+    WORKER_MEMORY,
+    WORKER_WARM,
+    WORKER_WEIGHTS,
+)
+from morphserve.integration.seams.patch import Patch, patches, put, undo, wrap
+from morphserve.integration.seams.rows import (
+    CLI_FLAGS,
+    CLI_VALUES,
+    CONFIG_CACHE,
+    DOOR_LIMIT,
+    ENGINE_CONFIG,
+    ENGINE_HANDLE,
+    ENGINE_START,
+    ENGINE_UTILITIES,
+    KV_ALLOC,
+    KV_PLANNING,
+    MANAGER_HIT,
+    MANAGER_SLOTS,
+    POOL_CACHE,
+    POOL_CACHE_PARTIAL,
+    POOL_FREE,
+    POOL_HIT,
+    SEAMS,
+    WEIGHTS_LOADED,
+    WORKER_START,
+    Seam,
+)
+
+if TYPE_CHECKING:
+    from morphserve.integration.seams.source import check_sources, check_sources_version, sources_version
+    from morphserve.integration.seams.tree import SourceTree
 
 __all__ = [
+    "CAPTURE_V1",
+    "CAPTURE_V2",
+    "CLI_FLAGS",
+    "CLI_VALUES",
+    "CONFIG_CACHE",
     "CUDA_KERNEL_SEAMS",
     "CUDA_SEAMS",
+    "DOOR_LIMIT",
+    "ENGINE_CONFIG",
+    "ENGINE_HANDLE",
+    "ENGINE_START",
+    "ENGINE_UTILITIES",
+    "GRAPH_MEMORY_V1",
+    "GRAPH_MEMORY_V2",
+    "KV_ALLOC",
+    "KV_ALLOC_V2",
+    "KV_PLANNING",
+    "MANAGER_HIT",
+    "MANAGER_SLOTS",
+    "POOL_CACHE",
+    "POOL_CACHE_PARTIAL",
+    "POOL_FREE",
+    "POOL_HIT",
+    "Patch",
     "SEAMS",
     "Seam",
     "SeamResult",
     "SourceTree",
+    "WEIGHTS_LOADED",
+    "WORKER_MEMORY",
+    "WORKER_START",
+    "WORKER_WARM",
+    "WORKER_WEIGHTS",
     "check_all",
     "check_seam",
     "check_sources",
     "check_sources_version",
     "check_version",
+    "patches",
+    "put",
     "require_all",
     "resolve",
     "sources_version",
-    "uninstall",
+    "undo",
     "wrap",
 ]
+
+_LATE = {
+    "SourceTree": "tree",
+    "check_sources": "source",
+    "check_sources_version": "source",
+    "sources_version": "source",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LATE[name]}"), name)

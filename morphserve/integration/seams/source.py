@@ -10,18 +10,18 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable
 
+import griffe
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from morphserve.integration.seams.rows import Seam, SeamResult
-from morphserve.integration.seams.tree import SourceTree, Symbol, scope_of
+from morphserve.integration.seams.check import SeamResult
+from morphserve.integration.seams.rows import Seam
+from morphserve.integration.seams.tree import SourceTree, Symbol, node_of
 from morphserve.version import SUPPORTED_VLLM
 
 _CONSTRUCTORS = ("__init__", "__post_init__")
 _MAKE_CONSTRUCTORS = ("dataclass", "config")  # decorators, by the end of their name; the second is vLLM's own
 _FIELD_BASES = ("NamedTuple", "Struct", "BaseModel")  # whose subclasses are built from their annotations
-_Function = ast.FunctionDef | ast.AsyncFunctionDef
-_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def check_seam(seam: Seam, tree: SourceTree) -> SeamResult:
@@ -61,26 +61,21 @@ def check_sources_version(tree: SourceTree) -> SeamResult:
 def sources_version(tree: SourceTree) -> str | None:
     """What a built vLLM says of itself; None for a checkout that was never built."""
     module = tree.module("vllm._version")
-    binding = module.scope.names.get("__version__") if module else None
-    value = binding.value if isinstance(binding, ast.Assign) else None
-    return value.value if isinstance(value, ast.Constant) and isinstance(value.value, str) else None
+    version = module.members.get("__version__") if module else None
+    return ast.literal_eval(str(version.value)) if isinstance(version, griffe.Attribute) else None
 
 
 def attributes(symbol: Symbol, tree: SourceTree) -> tuple[set[str], set[str], list[str]]:
     """(what instances may have, what each of them has, bases outside of the sources); of a function: what it stores."""
-    if isinstance(symbol.node, _FUNCTIONS) and not _decorated(symbol.node, "property"):
-        return *stored(symbol.node), []
+    if isinstance(symbol.found, griffe.Function):
+        return *stored(node_of(symbol.found)), []
     classes, outside = tree.mro(symbol)
-    may: set[str] = set()
-    must: set[str] = set()
-    for module, cls in classes:
-        scope = scope_of(cls.body, module)
-        both = {*scope.names, *scope.declared}
-        may |= both
-        must |= both
+    may = {name for cls in classes for name in cls.members}
+    must = set(may)
+    for cls in classes:
         for name in _CONSTRUCTORS:
-            if isinstance(constructor := scope.names.get(name), _FUNCTIONS):
-                some, every = stored(constructor)
+            if isinstance(constructor := cls.members.get(name), griffe.Function):
+                some, every = stored(node_of(constructor))
                 may |= some
                 must |= every
     return may, must, outside
@@ -88,36 +83,33 @@ def attributes(symbol: Symbol, tree: SourceTree) -> tuple[set[str], set[str], li
 
 def parameters(symbol: Symbol, tree: SourceTree) -> list[str] | str:
     """Names of the parameters of a function, a method or a class; else why there are none."""
-    if symbol.outside:
-        return f"it comes from {symbol.module}, outside of these sources"
-    if isinstance(symbol.node, _FUNCTIONS) and not _decorated(symbol.node, "property"):
-        bound = symbol.of_instance or _decorated(symbol.node, "classmethod")
-        return _names(symbol.node)[1 if bound and not _decorated(symbol.node, "staticmethod") else 0 :]
-    if not isinstance(symbol.node, ast.ClassDef):
-        return f"it is no function of {symbol.module}"
+    found = symbol.found
+    if found is None:
+        return f"it comes from {symbol.path}, outside of these sources"
+    if isinstance(found, griffe.Function):
+        bound = symbol.of_instance or "classmethod" in found.labels
+        return _names(found)[1 if bound and "staticmethod" not in found.labels else 0 :]
+    if not isinstance(found, griffe.Class):
+        return f"it is no function of {found.module.path}"
     classes, outside = tree.mro(symbol)
     from_fields = any(base.rpartition(".")[2].partition("[")[0] in _FIELD_BASES for base in outside)
-    for position, (module, cls) in enumerate(classes):
-        names = scope_of(cls.body, module).names
+    for position, cls in enumerate(classes):
         for name in ("__new__", "__init__"):
-            if isinstance(constructor := names.get(name), _FUNCTIONS):
+            if isinstance(constructor := cls.members.get(name), griffe.Function):
                 return _names(constructor)[1:]
-        if from_fields or any(_decorated(cls, maker) for maker in _MAKE_CONSTRUCTORS):
-            return [name for _, part in reversed(classes[position:]) for name in _fields(part)]
-    return f"no constructor in {[cls.name for _, cls in classes]}, bases that were not read: {outside}"
+        if from_fields or any(one.callable_path.endswith(_MAKE_CONSTRUCTORS) for one in cls.decorators):
+            return [name for part in reversed(classes[position:]) for name in _fields(part)]
+    return f"no constructor in {[cls.name for cls in classes]}, bases that were not read: {outside}"
 
 
 def required(symbol: Symbol) -> set[str]:
     """Parameters of a function without a default: a call of ours has to give them, a wrapper to pass them on."""
-    if not isinstance(symbol.node, _FUNCTIONS):
+    if not isinstance(symbol.found, griffe.Function):
         return set()
-    every = symbol.node.args
-    positional = [*every.posonlyargs, *every.args]
-    keywords = [arg for arg, default in zip(every.kwonlyargs, every.kw_defaults, strict=True) if default is None]
-    return {arg.arg for arg in (*positional[: len(positional) - len(every.defaults)], *keywords)} - {"self", "cls"}
+    return {one.name for one in symbol.found.parameters if one.required} - {"self", "cls"}
 
 
-def stored(function: _Function) -> tuple[set[str], set[str]]:
+def stored(function: ast.FunctionDef) -> tuple[set[str], set[str]]:
     """Attributes of its first argument that a function stores: (on some path, on every path to its end).
 
     What functions inside of it store does not count.
@@ -175,41 +167,27 @@ def _either(paths: list[list[ast.stmt]], me: str) -> tuple[set[str], set[str]]:
 
 def _resolve(target: str, tree: SourceTree) -> Symbol | str:
     """What "module:a.b" stands for, or what of it is gone."""
-    module, _, path = target.partition(":")
-    if tree.module(module) is None:
-        return f"no module {module}"
-    found = Symbol(module, None)
-    done = ""
-    for name in path.split("."):
-        inner = tree.member(found, name)
+    name, _, path = target.partition(":")
+    if (module := tree.module(name)) is None:
+        return f"no module {name}"
+    found, done = Symbol(name, module), ""
+    for part in path.split("."):
+        inner = tree.member(found, part)
         if inner is None:
-            return f"{module} has no {name}" if not done else f"{done} of {module} has no {name}"
-        found, done = inner, f"{done}.{name}".lstrip(".")
+            return f"{name} has no {part}" if not done else f"{done} of {name} has no {part}"
+        found, done = inner, f"{done}.{part}".lstrip(".")
     return found
 
 
-def _names(function: _Function) -> list[str]:
-    every = function.args
-    stars = [arg for arg in (every.vararg, every.kwarg) if arg is not None]
-    return [arg.arg for arg in (*every.posonlyargs, *every.args, *every.kwonlyargs, *stars)]
+def _names(function: griffe.Function) -> list[str]:
+    return [one.name for one in function.parameters]
 
 
-def _fields(cls: ast.ClassDef) -> list[str]:
+def _fields(cls: griffe.Class) -> list[str]:
     """Annotated names that a generated constructor takes."""
     return [
-        part.target.id
-        for part in cls.body
-        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
-        if "ClassVar" not in ast.unparse(part.annotation)
-        if not (isinstance(part.value, ast.Call) and any(_is_no_init(word) for word in part.value.keywords))
+        name
+        for name, one in cls.members.items()
+        if isinstance(one, griffe.Attribute) and one.annotation is not None
+        if "instance-attribute" in one.labels and "init=False" not in str(one.value).replace(" ", "")
     ]
-
-
-def _is_no_init(word: ast.keyword) -> bool:
-    return word.arg == "init" and isinstance(word.value, ast.Constant) and word.value.value is False
-
-
-def _decorated(node: ast.ClassDef | _Function, name: str) -> bool:
-    """A decorator of this name, whatever it is an attribute of and whether it is called."""
-    plain = (ast.unparse(one.func if isinstance(one, ast.Call) else one) for one in node.decorator_list)
-    return any(one.rpartition(".")[2].endswith(name) for one in plain)

@@ -1,16 +1,18 @@
 """What the modules of a source tree define, without importing any of them.
 
-Follows `from x import y`, `import x as y`, `name = other`, base classes and annotations as far as the sources go.
-What lies outside of them (torch, the standard library) is known to be there, and nothing more.
+griffe reads a module when a name leads there: a check needs a few of vLLM's thousands. What lies outside of the sources
+(torch, the standard library) is known to be there, and nothing more.
 """
 
 from __future__ import annotations
 
 import ast
 import zipfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import griffe
 
 from morphserve.errors import SeamError
 
@@ -18,42 +20,29 @@ _MAX_ALIASES = 32  # `a = b`, `from x import a`: longer chains lead in a circle
 
 
 @dataclass(frozen=True, slots=True)
-class Import:
-    """`import module`, or `from module import name`; relative ones are resolved."""
-
-    module: str
-    name: str | None = None
-
-
-Binding = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | ast.Assign | ast.AnnAssign | Import
-
-
-@dataclass(slots=True)
-class Scope:
-    """What the body of a module or a class binds."""
-
-    names: dict[str, Binding] = field(default_factory=dict)
-    declared: dict[str, ast.AnnAssign] = field(default_factory=dict)  # `name: type` without a value
-    typing: dict[str, Binding] = field(default_factory=dict)  # only under TYPE_CHECKING
-    stars: list[str] = field(default_factory=list)  # modules of `from module import *`
-
-
-@dataclass(frozen=True, slots=True)
-class Module:
-    """One file."""
-
-    name: str
-    scope: Scope
-
-
-@dataclass(frozen=True, slots=True)
 class Symbol:
-    """What a name stands for, and where that was written. `node` None = the module itself, or, outside, not read."""
+    """What a name stands for, and where that was written."""
 
-    module: str
-    node: Binding | None
-    outside: bool = False
+    path: str
+    found: griffe.Object | None  # None: outside of the sources
     of_instance: bool = False  # found through an instance: a method without its first parameter
+
+
+class _Corrections(griffe.Extension):
+    """What we need and griffe leaves out or mixes up: syntax trees, whose member it is, what is there at run time."""
+
+    def on_instance(self, *, node: Any, obj: griffe.Object, **_: Any) -> None:
+        obj.extra["seams"]["node"] = node
+        obj.runtime = _at_run_time(node)
+
+    def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
+        """Take out what only the constructor stores or annotates: `stored` says on which paths."""
+        for name, one in list(cls.members.items()):
+            if isinstance(one, griffe.Attribute) and "class-attribute" not in one.labels and _in_function(node_of(one)):
+                del cls.members[name]
+
+    def on_alias_instance(self, *, node: Any, alias: griffe.Alias, **_: Any) -> None:
+        alias.runtime = _at_run_time(node)
 
 
 class SourceTree:
@@ -68,7 +57,8 @@ class SourceTree:
         self._path, self._package = path, package
         self._zip: zipfile.ZipFile | None = None
         self._files: frozenset[str] = frozenset()
-        self._modules: dict[str, Module | None] = {}
+        self._modules: dict[str, griffe.Module | None] = {}
+        self._extensions = griffe.load_extensions(_Corrections)
         if path.is_file() and zipfile.is_zipfile(path):
             self._zip = zipfile.ZipFile(path)
             self._files = frozenset(self._zip.namelist())
@@ -77,172 +67,115 @@ class SourceTree:
                 f"{path} holds no {package}/__init__.py. Give a wheel, or a directory that has {package}/ in it."
             )
 
-    def module(self, name: str) -> Module | None:
+    def module(self, name: str) -> griffe.Module | None:
         """None if there is no such file. A package without `__init__.py` counts as none."""
         if name not in self._modules:
             self._modules[name] = self._parse(name)
         return self._modules[name]
 
-    def find(self, module: str, name: str, _depth: int = 0) -> Symbol | None:
-        """What `name` means in a module, where it was first written; None if the module has no such name."""
-        source = self.module(module)
-        if source is None or _depth > _MAX_ALIASES:
+    def find(self, path: str, _depth: int = 0) -> Symbol | None:
+        """What a dotted path stands for, where it was first written; None if there is no such name."""
+        if path.partition(".")[0] != self._package:
+            return Symbol(path, None)
+        if _depth > _MAX_ALIASES:
             return None
-        scope = source.scope
-        binding = scope.names.get(name)
-        if binding is None and "__getattr__" in scope.names:  # loads at run time what the type checker is told
-            binding = scope.typing.get(name)
-        if binding is not None:
-            return self._follow(module, binding, _depth + 1)
-        for star in scope.stars if not name.startswith("_") else ():
-            if found := self.find(star, name, _depth + 1):
-                return found
-        return None
+        parent, _, name = path.rpartition(".")
+        owner = self._module_symbol(parent) or (self.find(parent, _depth + 1) if parent else None)
+        found = self.member(owner, name, _depth + 1) if owner else None
+        return found or self._module_symbol(path)
 
-    def member(self, owner: Symbol, name: str) -> Symbol | None:
+    def member(self, owner: Symbol, name: str, _depth: int = 0) -> Symbol | None:
         """Attribute `name` of a module, a class or an annotated instance; None if none is known."""
-        if owner.outside:
-            return None
-        if owner.node is None:
-            return self.find(owner.module, name)
-        instance = isinstance(owner.node, ast.AnnAssign)
-        if isinstance(owner.node, ast.AnnAssign):
-            declared = self._expression(owner.module, owner.node.annotation)
-            if declared is None or not isinstance(declared.node, ast.ClassDef):
-                return None
-            owner = declared
-        for module, cls in self.mro(owner)[0]:
-            scope = scope_of(cls.body, module)
-            if name in scope.names:
-                found = self._follow(module, scope.names[name], 0)
-                return found and Symbol(found.module, found.node, found.outside, of_instance=instance)
+        if isinstance(owner.found, griffe.Attribute):
+            declared = self._expression(owner.found.annotation)
+            found = self.member(declared, name, _depth) if declared and _is_class(declared) else None
+            return found and replace(found, of_instance=True)
+        if isinstance(owner.found, griffe.Module):
+            late = "__getattr__" in owner.found.members  # loads at run time what the type checker is told
+            one = owner.found.members.get(name)
+            if one is not None and (late or (one.runtime and _is_bound(one))):
+                return self._follow(one, _depth)
+            for star in owner.found.members.values() if not name.startswith("_") else ():
+                if star.is_alias and star.wildcard and (found := self.find(f"{star.target_path}.{name}", _depth)):
+                    return found
+        for cls in self.mro(owner)[0]:
+            if (one := cls.members.get(name)) is not None and _is_bound(one):
+                return self._follow(one, _depth)
         return None
 
-    def mro(self, symbol: Symbol) -> tuple[list[tuple[str, ast.ClassDef]], list[str]]:
-        """(module, class) of a class and its bases, depth first, each once; and the bases that lie outside."""
-        found: list[tuple[str, ast.ClassDef]] = []
+    def mro(self, symbol: Symbol) -> tuple[list[griffe.Class], list[str]]:
+        """A class and its bases, depth first, each once; and the bases that lie outside."""
+        found: list[griffe.Class] = []
         outside: list[str] = []
-        waiting = [symbol]
+        waiting = [symbol.found]
         while waiting:
             one = waiting.pop(0)
-            if not isinstance(one.node, ast.ClassDef) or (one.module, one.node) in found:
+            if not isinstance(one, griffe.Class) or one in found:
                 continue
-            found.append((one.module, one.node))
-            bases = []
-            for expression in one.node.bases:
-                base = self._expression(one.module, expression)
-                if base is None or not isinstance(base.node, ast.ClassDef):
-                    outside.append(ast.unparse(expression))
-                else:
-                    bases.append(base)
-            waiting = bases + waiting
+            found.append(one)
+            bases = [(str(base), self._expression(base)) for base in one.bases]
+            outside += [said for said, base in bases if base is None or not _is_class(base)]
+            waiting = [base.found for _, base in bases if base is not None] + waiting
         return found, outside
 
-    def _follow(self, module: str, binding: Binding, depth: int) -> Symbol | None:
-        if isinstance(binding, Import):
-            if binding.module.partition(".")[0] != self._package:
-                return Symbol(binding.module, None, outside=True)
-            if binding.name is None:
-                return Symbol(binding.module, None) if self.module(binding.module) else None
-            found = self.find(binding.module, binding.name, depth)
-            inner = f"{binding.module}.{binding.name}"  # `from . import x` in the package that x is a module of
-            return found or (Symbol(inner, None) if self.module(inner) else None)
-        if isinstance(binding, ast.Assign) and isinstance(binding.value, ast.Name):
-            return self.find(module, binding.value.id, depth) or Symbol(module, binding)
-        return Symbol(module, binding)
+    def _module_symbol(self, path: str) -> Symbol | None:
+        module = self.module(path)
+        return Symbol(path, module) if module else None
 
-    def _expression(self, module: str, node: ast.expr) -> Symbol | None:
-        """What `Name`, `a.Name`, `Name[T]`, `"Name"` or `Name | None` in a module stands for."""
-        if isinstance(node, ast.Name):
-            return self.find(module, node.id) or self._typed(module, node.id)
-        if isinstance(node, ast.Attribute):
-            owner = self._expression(module, node.value)
-            return self.member(owner, node.attr) if owner else None
-        if isinstance(node, ast.Subscript):
-            return self._expression(module, node.value)
-        if isinstance(node, ast.BinOp):
-            return self._expression(module, node.left)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            return self._expression(module, ast.parse(node.value, mode="eval").body)
-        return None
+    def _follow(self, one: griffe.Object | griffe.Alias, depth: int) -> Symbol | None:
+        if isinstance(one, griffe.Alias):
+            return self.find(one.target_path, depth)
+        if isinstance(one, griffe.Attribute) and isinstance(one.value, griffe.ExprName):
+            path = one.value.canonical_path
+            return ("." in path and self.find(path, depth)) or Symbol(one.path, one)
+        return Symbol(one.path, one)
 
-    def _typed(self, module: str, name: str) -> Symbol | None:
-        source = self.module(module)
-        binding = source.scope.typing.get(name) if source else None
-        return self._follow(module, binding, 0) if binding is not None else None
+    def _expression(self, said: str | griffe.Expr | None) -> Symbol | None:
+        """What `Name`, `a.Name`, `Name[T]`, `"Name"` or `Name | None` stands for."""
+        while isinstance(said, griffe.ExprBinOp | griffe.ExprSubscript):
+            said = said.left
+        return self.find(said.canonical_path) if isinstance(said, griffe.Expr) else None
 
     def _has(self, file: str) -> bool:
         return file in self._files if self._zip else (self._path / file).is_file()
 
-    def _parse(self, name: str) -> Module | None:
-        if name.partition(".")[0] != self._package:
-            return None
+    def _parse(self, name: str) -> griffe.Module | None:
         path = name.replace(".", "/")
-        for file, package in ((f"{path}/__init__.py", name), (f"{path}.py", name.rpartition(".")[0])):
+        for file in (f"{path}/__init__.py", f"{path}.py"):
             if self._has(file):
                 text = self._zip.read(file) if self._zip else (self._path / file).read_bytes()
-                return Module(name, scope_of(ast.parse(text, filename=file).body, package))
+                parent = self.module(name.rpartition(".")[0]) if "." in name else None
+                return griffe.visit(
+                    name.rpartition(".")[2], Path(file), text.decode(), extensions=self._extensions, parent=parent
+                )
         return None
 
 
-def scope_of(body: Iterable[ast.stmt], package: str) -> Scope:
-    """What statements bind. Of two that bind one name, the later one counts, unless only it stands in a branch."""
-    scope = Scope()
-    _bind(body, package, scope, sure=True, typing=False)
-    return scope
+def node_of(found: griffe.Object) -> Any:
+    """The syntax tree that a module, class, function or attribute was read from."""
+    return found.extra["seams"]["node"]
 
 
-def _bind(body: Iterable[ast.stmt], package: str, scope: Scope, *, sure: bool, typing: bool) -> None:
-    for statement in body:
-        for name, binding in _bindings(statement, package):
-            if typing:
-                scope.typing[name] = binding
-            elif isinstance(binding, ast.AnnAssign) and binding.value is None:
-                scope.declared[name] = binding
-            elif sure or name not in scope.names:
-                scope.names[name] = binding
-        if isinstance(statement, ast.ImportFrom) and statement.names[0].name == "*" and not typing:
-            scope.stars.append(_absolute(statement, package))
-        elif isinstance(statement, ast.If):
-            only_typing = ast.unparse(statement.test).endswith("TYPE_CHECKING")
-            negated = only_typing and isinstance(statement.test, ast.UnaryOp)
-            if only_typing:
-                _bind(statement.body, package, scope, sure=sure, typing=typing or not negated)
-                _bind(statement.orelse, package, scope, sure=sure, typing=typing or negated)
-            else:
-                _bind(statement.body + statement.orelse, package, scope, sure=False, typing=typing)
-        elif isinstance(statement, ast.Try):
-            _bind(statement.body, package, scope, sure=sure, typing=typing)
-            for handler in statement.handlers:
-                _bind(handler.body, package, scope, sure=False, typing=typing)
-            _bind(statement.orelse + statement.finalbody, package, scope, sure=sure, typing=typing)
-        elif isinstance(statement, ast.With):
-            _bind(statement.body, package, scope, sure=sure, typing=typing)
-        elif isinstance(statement, ast.For | ast.While):
-            _bind(statement.body + statement.orelse, package, scope, sure=False, typing=typing)
+def _is_class(symbol: Symbol) -> bool:
+    return isinstance(symbol.found, griffe.Class)
 
 
-def _bindings(statement: ast.stmt, package: str) -> Iterator[tuple[str, Binding]]:
-    """(name, what it is bound to) of one simple statement, definition or import."""
-    if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        yield statement.name, statement
-    elif isinstance(statement, ast.Import):
-        for alias in statement.names:
-            whole = alias.name if alias.asname else alias.name.partition(".")[0]
-            yield alias.asname or whole, Import(whole)
-    elif isinstance(statement, ast.ImportFrom):
-        for alias in statement.names:
-            if alias.name != "*":
-                yield alias.asname or alias.name, Import(_absolute(statement, package), alias.name)
-    elif isinstance(statement, ast.Assign):
-        for target in statement.targets:
-            for node in ast.walk(target):
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                    yield node.id, statement
-    elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-        yield statement.target.id, statement
+def _is_bound(one: griffe.Object | griffe.Alias) -> bool:
+    """Not `name: type` without a value."""
+    return not isinstance(one, griffe.Attribute) or one.value is not None or "property" in one.labels
 
 
-def _absolute(statement: ast.ImportFrom, package: str) -> str:
-    parents = package.split(".")[: len(package.split(".")) + 1 - statement.level] if statement.level else []
-    return ".".join([*parents, *filter(None, [statement.module])])
+def _in_function(node: Any) -> bool:
+    """Whether a statement of a class body stands in one of its functions."""
+    while not isinstance(node := node.parent, ast.FunctionDef | ast.ClassDef):
+        pass
+    return isinstance(node, ast.FunctionDef)
+
+
+def _at_run_time(node: Any) -> bool:
+    """Whether a statement is run: griffe takes the `else` of TYPE_CHECKING for a part of it."""
+    while (parent := getattr(node, "parent", None)) is not None:
+        if isinstance(parent, ast.If) and ast.unparse(parent.test).endswith("TYPE_CHECKING"):
+            return node not in parent.body
+        node = parent
+    return True

@@ -10,6 +10,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from morphserve.integration import seams
+
 logger = logging.getLogger("vllm.morphserve")
 
 
@@ -40,4 +42,4 @@ class QueueLimit:
                 logger.warning("morph: no level keeps the promise; requests beyond %d queued tokens get a 503", limit)
         self._policys = limit
         bounds = [bound for bound in (self._own, limit) if bound is not None]
-        self._config.max_num_queued_tokens = min(bounds, default=None)
+        seams.put(seams.DOOR_LIMIT, "max_num_queued_tokens", min(bounds, default=None), self._config)

@@ -22,12 +22,11 @@ from morphserve.integration.start.settings import (
 if TYPE_CHECKING:
     from morphserve.integration.start.checks import (
         check_engine,
-        check_platform,
-        current_device_type,
         make_policy,
         nominal_ladder,
         policy_setup,
     )
+    from morphserve.integration.start.device import check_platform, device_type, is_cuda, serving_residence
     from morphserve.integration.start.device_budget import check_fixed_kv, check_given_blocks
     from morphserve.integration.start.device_checks import check_device
 
@@ -40,14 +39,16 @@ __all__ = [
     "check_given_blocks",
     "check_platform",
     "config_file",
-    "current_device_type",
+    "device_type",
     "for_this_device",
     "is_active",
+    "is_cuda",
     "make_policy",
     "nominal_ladder",
     "policy_setup",
     "read_settings",
     "served_ladder",
+    "serving_residence",
 ]
 
 _LATE = {
@@ -55,8 +56,10 @@ _LATE = {
     "check_engine": "checks",
     "check_fixed_kv": "device_budget",
     "check_given_blocks": "device_budget",
-    "check_platform": "checks",
-    "current_device_type": "checks",
+    "check_platform": "device",
+    "device_type": "device",
+    "is_cuda": "device",
+    "serving_residence": "device",
     "make_policy": "checks",
     "nominal_ladder": "checks",
     "policy_setup": "checks",

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from typing import Any
 
-from morphserve import cpu_tier
 from morphserve.config import MorphServeConfig, check_formats, step_times_file
 from morphserve.control import RankBytes, build_ladder, check_floor, ladder_formats
 from morphserve.errors import ConfigError
+from morphserve.integration.start.device import check_platform, device_type, serving_residence
 from morphserve.integration.start.device_checks import check_device, check_graph_buffers
 from morphserve.integration.start.settings import for_this_device, read_settings
 from morphserve.profile_ladder import read_ladder
-from morphserve.residence import wants_device
-from morphserve.version import UNPROVEN_CUDA
 from policies import BASE_FORMAT, EngineLimits, Ladder, Policy, PolicySetup, load_step_times
 from quant_layers import FORMATS, split_format
 
@@ -37,12 +33,13 @@ def check_engine(vllm_config: Any) -> None:
     check_formats(config, FORMATS)
     _check_model(vllm_config)
     _check_features(vllm_config)
-    if wants_device(current_device_type()):
+    in_pages = serving_residence().in_pages
+    if in_pages:
         check_device(vllm_config)
     _check_speculation(vllm_config)
     _check_lora(config, vllm_config)
     _check_ladder(config, vllm_config)
-    if wants_device(current_device_type()):
+    if in_pages:
         check_graph_buffers(vllm_config, [level.layer_formats for level in nominal_ladder(config, vllm_config)])
     if config.kv.base_num_blocks is not None:
         check_floor(
@@ -83,38 +80,6 @@ def make_policy(setup: PolicySetup, ladder: Ladder) -> Policy:
         raise ConfigError(f"policy: {e}") from e
 
 
-def current_device_type() -> str:
-    """Of the device that vLLM has found."""
-    from vllm.platforms import current_platform
-
-    return str(current_platform.device_type)
-
-
-def check_platform() -> None:
-    """Refuse a device that MorphServe cannot morph on.
-
-    Raises:
-        ConfigError: says which device vLLM has found.
-    """
-    from vllm.platforms import current_platform
-
-    if not (current_platform.is_cpu() or current_platform.is_cuda()):
-        raise ConfigError(
-            f"device {current_platform.device_type!r}: MorphServe morphs on CPUs and on NVIDIA GPUs. "
-            "Start without --plugin morphserve on this device."
-        )
-    if current_platform.is_cpu() and cpu_tier.machine_tier() is None:
-        raise ConfigError(
-            f"this CPU ({platform.machine()}) is no x86-64 with AVX2, for which MorphServe's kernels are made and "
-            "tested. Start without --plugin morphserve on this machine."
-        )
-    if current_platform.is_cuda() and os.environ.get(UNPROVEN_CUDA) != "1":
-        raise ConfigError(
-            f"device 'cuda': MorphServe has not been proven on a GPU yet (docs/gpu.md says what is missing). Set "
-            f"{UNPROVEN_CUDA}=1 to try it, or start without --plugin morphserve."
-        )
-
-
 def _check_model(vllm_config: Any) -> None:
     model = vllm_config.model_config
     remedy = "Start without --plugin morphserve, or serve a dense decoder-only transformer."
@@ -153,7 +118,7 @@ def _check_features(vllm_config: Any) -> None:
         (
             # Seen with and without MorphServe: vLLM makes the buffer between stages in a warm-up that only a compiled
             # model gets (vllm/v1/worker/cpu_model_runner.py, warming_up_model).
-            current_device_type() == "cpu"
+            device_type() == "cpu"
             and v.parallel_config.pipeline_parallel_size > 1
             and v.compilation_config.mode == CompilationMode.NONE,
             "vLLM on CPU cannot run pipeline stages eagerly, its first step fails",

@@ -79,7 +79,7 @@ def check_device(vllm_config: Any) -> None:
 
 
 def check_graph_buffers(vllm_config: Any, levels: Sequence[tuple[str, ...]]) -> None:
-    """Refuse more banks of CUDA graphs than vLLM's custom all-reduce has room for; it would stop in mid-capture.
+    """Refuse more sets of CUDA graphs than vLLM's custom all-reduce has room for; it would stop in mid-capture.
 
     Args:
         levels: formats of each, by decoder layer id.
@@ -90,35 +90,35 @@ def check_graph_buffers(vllm_config: Any, levels: Sequence[tuple[str, ...]]) -> 
     from vllm.distributed.utils import get_pp_indices
 
     parallel = vllm_config.parallel_config
-    num_graphs = _graphs_of_a_bank(vllm_config)
+    num_graphs = _graphs_of_a_set(vllm_config)
     if parallel.tensor_parallel_size == 1 or parallel.disable_custom_all_reduce or not num_graphs:
         return
     stages = parallel.pipeline_parallel_size
     for stage in range(stages):
         start, end = get_pp_indices(len(levels[0]), stage, stages)
-        num_banks = len({level[start:end] for level in levels})
-        of_a_bank = num_graphs * (2 * (end - start) + 1)  # behind attention, MLP and embedding
-        most = _ALL_REDUCE_BUFFERS // of_a_bank - 1  # what vLLM captures to see what graphs take is registered as well
-        if num_banks > most:
+        num_graph_sets = len({level[start:end] for level in levels})
+        of_a_set = num_graphs * (2 * (end - start) + 1)  # behind attention, MLP and embedding
+        most = _ALL_REDUCE_BUFFERS // of_a_set - 1  # what vLLM captures to see what graphs take is registered as well
+        if num_graph_sets > most:
             raise ConfigError(
-                f"ladder: {num_banks} levels that differ in a rank's layers, each with {num_graphs} CUDA graphs, would "
-                f"register {num_banks * of_a_bank:,} buffers with vLLM's custom all-reduce, which has room for "
+                f"ladder: {num_graph_sets} levels that differ in a rank's layers, each with {num_graphs} CUDA graphs, "
+                f"would register {num_graph_sets * of_a_set:,} buffers with vLLM's custom all-reduce, with room for "
                 f"{_ALL_REDUCE_BUFFERS:,}: at most {max(most, 0)} levels. Set fewer ladder.steps or more "
                 "layers_per_level, fewer cudagraph_capture_sizes, or --disable-custom-all-reduce."
             )
 
 
-def has_room_for_banks(vllm_config: Any, num_banks: int) -> bool:
+def has_room_for_graph_sets(vllm_config: Any, num_graph_sets: int) -> bool:
     """Whether `check_graph_buffers` passes so many levels that differ in every layer."""
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
     try:
-        check_graph_buffers(vllm_config, [(str(level),) * num_layers for level in range(num_banks)])
+        check_graph_buffers(vllm_config, [(str(level),) * num_layers for level in range(num_graph_sets)])
     except ConfigError:
         return False
     return True
 
 
-def _graphs_of_a_bank(vllm_config: Any) -> int:
+def _graphs_of_a_set(vllm_config: Any) -> int:
     """At most: those of mixed batches, and beside them those of decode steps alone."""
     from vllm.config import CUDAGraphMode
 

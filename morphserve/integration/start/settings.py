@@ -6,7 +6,7 @@ hash, and a changed threshold must not recompile the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +37,18 @@ def read_settings(additional_config: Any) -> MorphServeConfig | None:
 
 
 def for_this_device(config: MorphServeConfig, vllm_config: Any) -> MorphServeConfig:
-    """With the ladder that an empty `ladder.steps` means here.
+    """Return the settings with the ladder that an empty `ladder.steps` means here.
 
-    Half the bytes at little cost come before 4 bits: fp8 on a GPU that multiplies it, else int8 weights, where Marlin
-    runs. Two levels a format, because each has CUDA graphs of its own, which cost memory and time at start; one where
-    vLLM's custom all-reduce has no room for the graphs of more.
+    Two levels a format, because each has CUDA graphs of its own, which cost memory and time at start; one where vLLM's
+    custom all-reduce has no room for the graphs of more.
     """
-    from vllm.platforms import current_platform
+    from morphserve.integration.start.device import default_formats
+    from morphserve.integration.start.device_checks import has_room_for_graph_sets
 
-    from morphserve.integration.start.device_checks import has_room_for_banks
-
-    ladder = config.ladder
-    if not current_platform.is_cuda() or ladder.steps is not None or config.profile is not None:
+    ladder, formats = config.ladder, default_formats()
+    if not formats or ladder.steps is not None or config.profile is not None:
         return config
-    formats = _formats(current_platform.has_device_capability)
-    parts = 2 if has_room_for_banks(vllm_config, 1 + 2 * len(formats)) else 1
+    parts = 2 if has_room_for_graph_sets(vllm_config, 1 + 2 * len(formats)) else 1
     per_level = -(-vllm_config.model_config.get_total_num_hidden_layers() // parts)
     steps = [LadderStep(format=fmt, layers_per_level=per_level, optional=True) for fmt in formats]
     return config.model_copy(update={"ladder": ladder.model_copy(update={"steps": steps})})
@@ -60,13 +57,6 @@ def for_this_device(config: MorphServeConfig, vllm_config: Any) -> MorphServeCon
 def served_ladder(config: MorphServeConfig, left_out: Collection[str]) -> MorphServeConfig:
     """The settings with the formats that run here."""
     return config.model_copy(update={"ladder": without_formats(config.ladder, left_out)})
-
-
-def _formats(reaches: Callable[[int], bool]) -> tuple[str, ...]:
-    """Of a GPU that reaches some compute capabilities, for example 89."""
-    if reaches(89):
-        return ("fp8", "w4")
-    return ("w8", "w4") if reaches(75) else ("w4",)
 
 
 def config_file(additional_config: Any) -> Path | None:

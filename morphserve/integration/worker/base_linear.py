@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,50 +25,34 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from morphserve.residence import BaseLinear
 from quant_layers import BIAS, KernelError, LinearImpl, Native
 
 _WEIGHT, _SCALE = "weight", "weight_scale"
 
 
-class BaseLinear(Protocol):
-    """One linear of the model on this rank, with what it takes to store, replace and restore it."""
+def base_of(linear: LinearBase, in_pages: bool) -> BaseLinear | None:
+    """Return what a linear is at level 0; None when vLLM runs it in a way that cannot be taken apart here.
 
-    method: str  # how the weights were loaded, for messages
-    bits: int  # of a weight
-    opaque: bool  # an operator to torch.compile in stock vLLM too: only then a compiled level 0 is stock
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What defines it, as loaded, fused and sliced. Before vLLM packs it."""
-        ...
-
-    def weight(self) -> Tensor:
-        """What variants are made from: [N, K], in the model's dtype or fp32. Before vLLM packs it."""
-        ...
-
-    def take(self) -> LinearImpl:
-        """vLLM's own implementation, which from then on belongs to the caller. After vLLM packed it."""
-        ...
-
-    def build(self, tensors: Mapping[str, Tensor]) -> LinearImpl:
-        """The same implementation again, from stored `tensors`."""
-        ...
-
-
-def base_of(linear: LinearBase) -> BaseLinear | None:
-    """None when vLLM runs this linear in a way that cannot be taken apart here."""
+    Args:
+        linear: as loaded, before vLLM packs it.
+        in_pages: its weight will lie at an address that never changes, see `PagedBase`.
+    """
+    if in_pages:
+        return PagedBase(linear) if isinstance(linear.quant_method, UnquantizedLinearMethod) else None
     if isinstance(linear.quant_method, UnquantizedLinearMethod):
         return UnquantizedBase(linear)
     return ScaledBase(linear) if ScaledBase.fits(linear) else None
 
 
 def method_of(linear: LinearBase) -> str:
-    """Names of vLLM's classes that run the linear."""
+    """Return the names of vLLM's classes that run the linear."""
     scheme = getattr(linear, "scheme", None)
     return type(linear.quant_method).__name__ + ("" if scheme is None else f" ({type(scheme).__name__})")
 
 
 def applied_bias(linear: LinearBase) -> Tensor | None:
-    """The bias that this linear's forward hands to `apply` (vllm/model_executor/layers/linear.py)."""
+    """Return the bias that this linear's forward hands to `apply` (vllm/model_executor/layers/linear.py)."""
     bias = getattr(linear, BIAS, None)
     if bias is None or linear.skip_bias_add:
         return None
@@ -138,6 +122,10 @@ class UnquantizedBase:
         self._is_kept = False  # the weight, as a tensor; known when vLLM has packed what it packs
         self.method = method_of(linear)
         self.bits = linear.weight.dtype.itemsize * 8
+
+    @property
+    def bias(self) -> Tensor | None:
+        return applied_bias(self._linear)
 
     def tensors(self) -> dict[str, Tensor]:
         return _with_bias({_WEIGHT: self._linear.weight.data}, self._linear)
@@ -245,6 +233,10 @@ class ScaledBase:
         for name in self._names:
             self._unpacked._parameters[name] = None
 
+    @property
+    def bias(self) -> Tensor | None:
+        return applied_bias(self._linear)
+
     def tensors(self) -> dict[str, Tensor]:
         return _with_bias({name: getattr(self._linear, name).data for name in self._names}, self._linear)
 
@@ -268,6 +260,54 @@ class ScaledBase:
         with set_default_torch_dtype(self._linear.params_dtype):  # as when vLLM loads: kernels take it for outputs
             self._method.process_weights_after_loading(module)
         return ScaledImpl(self._method, module, applied_bias(self._linear), tensors[_WEIGHT].nbytes)
+
+
+class PagedImpl:
+    """vLLM's own linear on the parameter, which lies in the arena: what level 0 of the stock server runs."""
+
+    __slots__ = ("_bias", "_linear", "_method", "nbytes")
+
+    def __init__(self, method: Any, linear: LinearBase, bias: Tensor | None) -> None:
+        self._method, self._linear, self._bias = method, linear, bias
+        self.nbytes = linear.weight.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._method.apply(self._linear, x, self._bias)
+
+
+class PagedBase:
+    """bf16 or fp16 weights on a device, which vLLM leaves as they were loaded: the parameter moves into an arena."""
+
+    opaque = True
+
+    def __init__(self, linear: LinearBase) -> None:
+        self._linear = linear
+        self._impl: PagedImpl | None = None
+        self.method = method_of(linear)
+        self.bits = linear.weight.dtype.itemsize * 8
+        if linear.weight.device.type == "cpu":  # pages of host memory: vLLM must not pack what is to stay a tensor
+            linear._cpu_skip_gemm_dispatch = True
+
+    @property
+    def bias(self) -> Tensor | None:
+        return applied_bias(self._linear)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the weight alone: the bias stays where it is."""
+        return {_WEIGHT: self._linear.weight.data}
+
+    def weight(self) -> Tensor:
+        return self._linear.weight.data
+
+    def take(self) -> LinearImpl:
+        return self.build(self.tensors())
+
+    def build(self, tensors: Mapping[str, Tensor]) -> LinearImpl:
+        """Make `tensors` the parameter's own, once; from then on it stays at their addresses."""
+        if self._impl is None:
+            self._linear.weight.data = tensors[_WEIGHT]
+            self._impl = PagedImpl(self._linear.quant_method, self._linear, self.bias)
+        return self._impl
 
 
 def _copy(module: LinearBase) -> LinearBase:

@@ -20,7 +20,8 @@ import vllm
 from vllm.v1.worker.cpu_model_runner import _set_global_compilation_settings
 
 from morphserve.files import write_whole
-from morphserve.integration.worker.host_memory import peak_beyond_now
+from morphserve.integration.worker.layers import RankLayers
+from morphserve.residence import peak_beyond_now
 from policies import BASE_FORMAT
 
 logger = logging.getLogger("vllm.morphserve")
@@ -33,17 +34,17 @@ _RUNS = 2  # the system's allocator makes the same pass differ by 10 to 15 %: th
 _MARGIN = 2.0
 
 
-def known(worker: Any, layers: Any) -> int | None:
+def known(worker: Any, layers: RankLayers) -> int | None:
     """Bytes that this rank's worst forward pass takes at most, at any level; None = to be measured.
 
     Args:
         worker: vLLM's.
         layers: this rank's `RankLayers`.
     """
-    return _read(layers.store.directory / _FILE).get(_conditions(worker, layers))
+    return _read(_file(layers)).get(_conditions(worker, layers))
 
 
-def measure(worker: Any, layers: Any) -> int:
+def measure(worker: Any, layers: RankLayers) -> int:
     """The same, measured and stored. All ranks at once: a forward pass is theirs together. At full precision."""
     config = worker.vllm_config
 
@@ -59,7 +60,7 @@ def measure(worker: Any, layers: Any) -> int:
             size = max(size, *(int(_MARGIN * peak_beyond_now(forward)) for _ in range(_RUNS)))
     torch.set_rng_state(state)
     logger.info("morphserve: rank %d, a worst-case forward pass takes %.0f MiB", worker.rank, size / 2**20)
-    file = layers.store.directory / _FILE
+    file = _file(layers)
     _write(file, _read(file) | {_conditions(worker, layers): size})
     return size
 
@@ -71,21 +72,21 @@ def _mixtures(layers: Sequence[int], formats: Sequence[str]) -> Iterator[dict[in
 
 
 @contextmanager
-def _in_formats(layers: Any, mixed: Mapping[int, str]) -> Iterator[None]:
+def _in_formats(layers: RankLayers, mixed: Mapping[int, str]) -> Iterator[None]:
     """Inside, layers are in these formats: a kernel's scratch memory is gone when it returns, so one layer tells."""
-    _put(layers, mixed)
+    layers.switch(mixed)
     try:
         yield
     finally:
-        _put(layers, dict.fromkeys(mixed, BASE_FORMAT))
+        layers.switch(dict.fromkeys(mixed, BASE_FORMAT))
 
 
-def _put(layers: Any, mixed: Mapping[int, str]) -> None:
-    layers.prepare(mixed)
-    layers.swapper.commit()
+def _file(layers: RankLayers) -> Path:
+    assert layers.directory is not None
+    return layers.directory / _FILE
 
 
-def _conditions(worker: Any, layers: Any) -> str:
+def _conditions(worker: Any, layers: RankLayers) -> str:
     """What the figures depend on, besides the formats."""
     config = worker.vllm_config
     return json.dumps(

@@ -1,13 +1,14 @@
-"""One rank's KV cache: laid out for the deepest level, resident only up to what is published.
+"""One rank's KV cache: laid out for the deepest level, with memory only for what is published.
 
 vLLM allocates all layers in one buffer with torch.zeros, which touches every page
 (vllm/v1/worker/utils.py, allocate_kv_cache). For the duration of that call torch.zeros yields our reserved
-mapping instead, through torch's own interposition (TorchFunctionMode).
+addresses instead, through torch's own interposition (TorchFunctionMode).
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import mmap
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +16,47 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from kv_resize import ElasticCache, HostBacking, KVGeometry, Placement
+from kv_resize import KVGeometry, Placement
+from morphserve.errors import ConfigError
 from morphserve.integration.worker.block_tables import rewrite_block_tables
+from morphserve.residence import Residence
 
 logger = logging.getLogger("vllm.morphserve")
+
+
+def geometry_of(kv_cache_config: Any, page_bytes: int) -> KVGeometry:
+    """Return where vLLM puts the blocks.
+
+    Raises:
+        ConfigError: not every layer's blocks lie together, so that the cache has no end to grow at.
+    """
+    tensors = kv_cache_config.kv_cache_tensors
+    placements = [Placement(len(t.layers), t.layer_stride, t.block_stride, t.offset) for t in tensors]
+    try:
+        return KVGeometry.from_placements(placements, kv_cache_config.num_blocks, tensors[0].size, page_bytes)
+    except ValueError as e:
+        layout = getattr(kv_cache_config, "kv_cache_layout", None)
+        raise ConfigError(f"KV cache layout {layout}: {e}") from e
+
+
+def check_kinds(kv_cache_config: Any) -> None:
+    """Refuse caches whose tables keep ids of freed blocks: their pages may be gone when a kernel reads them.
+
+    Raises:
+        ConfigError: some layers look at a window only (vllm/v1/worker/gpu/block_table.py).
+    """
+    kinds = {type(group.kv_cache_spec).__name__ for group in kv_cache_config.kv_cache_groups}
+    if kinds != {"FullAttentionSpec"}:
+        raise ConfigError(
+            f"the KV cache is of kind {', '.join(sorted(kinds))}; on a GPU only FullAttentionSpec is supported: block "
+            "tables of others keep blocks that have no pages any more. Run this model without --plugin morphserve."
+        )
+
+
+def quantum_of(geometry: KVGeometry) -> int:
+    """Return how many blocks fill whole pages in every layer: so many come and go together."""
+    page = geometry.page_bytes
+    return math.lcm(*(math.lcm(page, run.block_stride) // run.block_stride for run in geometry.runs))
 
 
 class ZerosFrom(TorchFunctionMode):
@@ -52,23 +90,27 @@ class ZerosFrom(TorchFunctionMode):
 
 
 class RankKV:
-    """Grow, shrink and copy blocks of this rank's cache."""
+    """Grow, shrink and copy blocks of this rank's cache. `ElasticKV` for the background thread."""
 
-    def __init__(self, kv_cache_config: Any) -> None:
-        tensors = kv_cache_config.kv_cache_tensors
+    def __init__(self, kv_cache_config: Any, residence: Residence, base_num_blocks: int) -> None:
+        """Lay the cache out.
+
+        Args:
+            kv_cache_config: of this rank, for the deepest level's blocks.
+            residence: gives the memory.
+            base_num_blocks: of level 0, null block included.
+
+        Raises:
+            BackingError: the device has no memory for level 0's blocks.
+        """
+        geometry = geometry_of(kv_cache_config, residence.page_bytes or mmap.PAGESIZE)
+        self._wait = residence.wait
         self._num_blocks = kv_cache_config.num_blocks
-        self._backing = HostBacking(tensors[0].size)
-        geometry = KVGeometry.from_placements(
-            [Placement(len(t.layers), t.layer_stride, t.block_stride, t.offset) for t in tensors],
-            self._num_blocks,
-            tensors[0].size,
-            mmap.PAGESIZE,
-        )
-        self._cache = ElasticCache(self._backing, geometry, num_blocks=0)
+        self._cache = residence.open_cache(geometry, base_num_blocks)
 
     def in_place_of_zeros(self) -> ZerosFrom:
-        """Context in which vLLM's allocation gets our buffer."""
-        return ZerosFrom(self._backing.buffer)
+        """Return the context in which vLLM's allocation gets our buffer."""
+        return ZerosFrom(self._cache.buffer)
 
     @property
     def num_mapped(self) -> int:
@@ -77,42 +119,43 @@ class RankKV:
 
     @property
     def mapped_bytes(self) -> int:
+        """Memory that the mapped blocks need, in whole pages."""
         return self._cache.mapped_bytes
 
     @property
     def resident_bytes(self) -> int:
-        """What the kernel says is resident of this cache."""
+        """What the system says the cache takes."""
         return self._cache.resident_bytes()
 
-    def keep_free(self, num_bytes: int, num_sharers: int) -> None:
-        """Map nothing that would leave less memory than this on the host, where so many ranks map at once."""
-        self._backing.keep_free_bytes, self._backing.num_sharers = num_bytes, num_sharers
-
-    def start(self, num_blocks: int) -> None:
-        """Forget what vLLM's warm-up wrote anywhere in the range, then back the first `num_blocks`."""
-        if self._cache.num_mapped == 0:
-            geometry = self._cache.geometry
-            self._backing.release(geometry.release_ranges(0, geometry.max_num_blocks))
-            self._cache.map(num_blocks)
-
     def map(self, num_blocks: int) -> None:
-        """Back blocks up to `num_blocks` with zeroed memory, or as many as the system gives.
+        """Back blocks up to `num_blocks` with zeroed memory, or as many as there is memory for.
 
         A commit cannot fail any more when it comes to this; the reply says how many there are, and the
         scheduler publishes no more than every rank has.
+
+        Raises:
+            MapError: there is no memory for the first ones.
         """
-        if error := self._cache.map_at_most(num_blocks):
+        if self._cache.num_mapped == 0:
+            self._cache.forget()  # what vLLM's warm-up wrote, anywhere in the range
+            self._cache.map(num_blocks)  # all of them: nothing can be served with less than level 0's
+        elif error := self._cache.map_at_most(num_blocks):
             logger.warning("morphserve: no more KV blocks: %s", error)
 
     def unmap(self, num_blocks: int) -> None:
-        """Return the memory of blocks from `num_blocks` on."""
+        """Give back the memory of blocks from `num_blocks` on."""
         if num_blocks < self._cache.num_mapped:
             self._cache.unmap(num_blocks)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """KV of block `source` to block `destination`, all layers."""
+        """Copy KV of block `source` to block `destination`, all layers."""
         self._cache.copy(pairs)
 
     def rewrite_block_tables(self, runner: Any, pairs: Sequence[tuple[int, int]]) -> None:
-        """Rename blocks in everything the model runner caches between steps."""
+        """Rename blocks in everything that the model runner caches between steps.
+
+        Queued behind the steps under way and before the next: all of it is the device's work, in its order.
+        """
+        if not hasattr(runner, "block_tables"):
+            self._wait()  # V1 has its tables on the host, and a step under way may still be copying them
         rewrite_block_tables(runner, pairs, self._num_blocks)

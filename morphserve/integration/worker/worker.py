@@ -8,41 +8,37 @@ other moment between "this worker belongs to a MorphServe engine" and "the weigh
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from kv_resize import KVResizeError
 from morphserve.control import Plan, Reply
 from morphserve.errors import ConfigError
 from morphserve.integration import seams
 from morphserve.integration.describe import RankDescription
-from morphserve.integration.start import read_settings
+from morphserve.integration.start import for_this_device, read_settings, serving_residence
 from morphserve.integration.worker import headroom
-from morphserve.integration.worker.commands import Commands, Figures, KVUnknown
-from morphserve.integration.worker.host_memory import resident_bytes, weights_on_their_own_pages
+from morphserve.integration.worker.commands import Figures, KVUnknown
+from morphserve.integration.worker.cuda.hooks import install_cuda_seams, show_graphs
 from morphserve.integration.worker.kv import RankKV
 from morphserve.integration.worker.layers import RankLayers
-from morphserve.residence import wants_device
-from quant_layers import trim
-
-
-class _Rank:
-    """This process's rank. Filled while vLLM loads; a process holds one model."""
-
-    def __init__(self) -> None:
-        self.layers: RankLayers | None = None
-        self.kv: RankKV | None = None
-        self.commands = Commands()
-
-
-_RANK = _Rank()
+from morphserve.integration.worker.state import Rank, begin, rank
+from morphserve.residence import RankTransition
 
 
 def install_worker_seams() -> None:
-    """Re-entrant; engines of this process without MorphServe pass straight through."""
-    seams.wrap(
-        "vllm.model_executor.model_loader.base_loader:process_weights_after_loading", _weights_loaded
-    )
-    seams.wrap("vllm.v1.worker.gpu_model_runner:allocate_kv_cache", _allocate_kv_cache)
+    """Wrap what loads weights and allocates KV. Re-entrant; engines without MorphServe pass straight through."""
+    seams.wrap(seams.WEIGHTS_LOADED, _weights_loaded)
+    seams.wrap(seams.KV_ALLOC, _allocate_kv_cache)
+    if serving_residence().in_pages:
+        install_cuda_seams(_allocate_kv_cache)
+
+
+def _forward_stream() -> object:
+    """Ask as vLLM asks, which then keeps to the stream that it gets."""
+    from vllm.utils.torch_utils import current_stream
+
+    return current_stream()
 
 
 def _weights_loaded(original: Callable[..., Any]) -> Any:
@@ -53,15 +49,21 @@ def _weights_loaded(original: Callable[..., Any]) -> Any:
 
         vllm_config = get_current_vllm_config_or_none()
         config = read_settings(getattr(vllm_config, "additional_config", None))
-        if config is None or wants_device(target_device.type):
+        if (old := rank().residence) is not None:  # of an earlier engine of this process: its memory is wanted
+            begin(Rank())
+            old.close()
+        if config is None:
             return original(model, model_config, target_device)
-        layers = RankLayers(config, vllm_config, get_world_group().rank)
-        layers.capture(model)
-        with weights_on_their_own_pages():
-            result = original(model, model_config, target_device)
-        layers.install()
-        # An earlier engine of this process counted its own revisions.
-        _RANK.layers, _RANK.kv, _RANK.commands = layers, None, Commands()
+        try:
+            residence = serving_residence().open(target_device, _forward_stream)
+            layers = RankLayers(for_this_device(config, vllm_config), vllm_config, get_world_group().rank, residence)
+            layers.capture(model)
+            with residence.loading():
+                result = original(model, model_config, target_device)
+            layers.install()
+        except KVResizeError as e:
+            raise ConfigError(f"no pages for the decoder layers: {e}") from e
+        begin(Rank(residence, layers))
         return result
 
     return process_weights_after_loading
@@ -70,128 +72,144 @@ def _weights_loaded(original: Callable[..., Any]) -> Any:
 def _allocate_kv_cache(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
     def allocate_kv_cache(kv_cache_config: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
-        if _RANK.layers is None or wants_device(device.type):
+        mine = rank()
+        if mine.residence is None or mine.base_num_blocks is None:
             return original(kv_cache_config, device, *args, **kwargs)
-        kv = RankKV(kv_cache_config)
+        kv = RankKV(kv_cache_config, mine.residence, mine.base_num_blocks)
         with kv.in_place_of_zeros():
             caches = original(kv_cache_config, device, *args, **kwargs)
-        _RANK.kv = kv
+        mine.kv = kv
+        mine.transition = RankTransition(mine.swapper, kv, mine.residence.background, mine.residence.finish)
         return caches
 
     return allocate_kv_cache
 
 
 class MorphServeWorker:
-    """Mixed into vLLM's worker class. Every method answers; none raises into the engine."""
+    """Mixed into vLLM's worker class. Every command answers at once, and none raises into the engine.
+
+    Where memory goes by the page, what takes pages goes on beside the forward passes: a command then answers that it is
+    pending, and `morphserve_progress` says how it went on.
+    """
 
     def morphserve_describe(self) -> RankDescription:
-        """Bytes per layer and format.
+        """Return the bytes per layer and format.
 
         Raises:
             ConfigError: the model was loaded by a loader that MorphServe does not see.
         """
-        if _RANK.layers is None:
-            raise ConfigError(
-                "the weights were loaded past MorphServe (a custom load_format?). Use load_format auto, "
-                "safetensors or dummy."
-            )
-        return _RANK.layers.describe()
+        return _layers().describe()
+
+    def morphserve_plan(self, base_num_blocks: int, level_formats: Sequence[tuple[str, ...]]) -> None:
+        """Lay the KV cache that is allocated next out for the whole ladder.
+
+        Args:
+            base_num_blocks: of level 0, null block included.
+            level_formats: of every level, by decoder layer id; CUDA graphs are captured at each.
+        """
+        rank().base_num_blocks, rank().level_formats = base_num_blocks, tuple(level_formats)
 
     def morphserve_worst_forward(self, measure: bool) -> int | None:
-        """Bytes that a worst-case forward pass takes on this rank at most; None = unknown yet, and not measured."""
-        return (headroom.measure if measure else headroom.known)(self, rank_layers())
+        """Return the bytes that a worst-case forward pass takes on this rank at most.
+
+        None = unknown yet, and not measured. 0 where vLLM has profiled its own, and no page goes to KV that layers did
+        not give up.
+        """
+        if _layers().directory is None:
+            return 0
+        return (headroom.measure if measure else headroom.known)(self, _layers())
 
     def morphserve_keep_free(self, num_bytes: int, num_ranks: int) -> None:
-        """Before any block is mapped: what all ranks of this host need beside the KV cache."""
-        _kv().keep_free(num_bytes, num_ranks)
+        """Keep free what all ranks of this host need beside the KV cache. Before any block is mapped."""
+        residence = rank().residence
+        assert residence is not None
+        residence.keep_free(num_bytes, num_ranks)
 
     def morphserve_prepare(self, plan: Plan) -> Reply:
-        """Build the plan's layer variants beside the live ones. May fail; then nothing has changed."""
+        """Begin to bring the plan's layers in beside the live ones. May fail; then nothing has changed."""
 
-        def prepare() -> None:
-            layers = rank_layers()
-            layers.swapper.abort()  # of a plan whose abort never came: its engine has gone on
-            layers.prepare(dict(plan.layer_formats))
+        def prepare(transition: RankTransition) -> None:
+            transition.prepare(_layers().own(dict(plan.layer_formats)))
 
         return _answer(self, plan, prepare)
 
     def morphserve_commit(self, plan: Plan) -> Reply:
         """Copy, rewrite, unmap, switch, map: in this order memory never exceeds the ledger."""
 
-        def commit() -> None:
-            _release_kv(self, plan)
-            if plan.layer_formats:
-                rank_layers().swapper.commit()
-            _kv().map(plan.num_kv_blocks)
+        def commit(transition: RankTransition) -> None:
+            if plan.copies:
+                _move_blocks(self, plan)
+            if plan.alone:
+                transition.prepare_and_commit(_layers().own(dict(plan.layer_formats)), plan.num_kv_blocks)
+            else:
+                transition.commit(bool(plan.layer_formats), plan.num_kv_blocks, show_graphs)
 
         return _answer(self, plan, commit, final=True)
 
-    def morphserve_apply(self, plan: Plan) -> Reply:
-        """Prepare and commit in one command: for engines of one rank, which needs no vote."""
-
-        def apply() -> None:
-            _release_kv(self, plan)
-            layers = rank_layers()
-            layers.prepare(dict(plan.layer_formats))
-            layers.swapper.commit()
-            _kv().map(plan.num_kv_blocks)
-
-        return _answer(self, plan, apply, final=True)
-
     def morphserve_abort(self, plan: Plan) -> Reply:
-        """Drop what was prepared."""
+        """Drop what was prepared, or is about to be."""
+        return _answer(self, plan, RankTransition.abort, final=True)
 
-        def abort() -> None:
-            rank_layers().swapper.abort()
-
-        return _answer(self, plan, abort, final=True)
+    def morphserve_progress(self, plan: Plan) -> Reply:
+        """Return how the last command went on: pending, failed or done."""
+        return _answer(self, plan, lambda transition: None, again=True)
 
     def morphserve_trim(self) -> None:
         """Return free heap pages to the system; takes milliseconds, so only an idle engine asks."""
-        trim()
+        residence = rank().residence
+        assert residence is not None
+        residence.trim()
 
     def morphserve_memory(self) -> dict[str, Any]:
-        """Resident bytes of this worker beside what its ledger says. For tests and the status page."""
+        """Return the resident bytes of this worker beside what its ledger says. For tests and the status page."""
+        mine = rank()
+        assert mine.residence is not None and mine.kv is not None
         return {
-            **resident_bytes(),
-            "weight_bytes": rank_layers().swapper.resident_bytes,
-            "staging_bytes": rank_layers().swapper.staging_bytes,
-            "kv_mapped_bytes": _kv().mapped_bytes,
-            "kv_resident_bytes": _kv().resident_bytes,
-            "formats": rank_layers().swapper.formats(),
+            **mine.residence.figures(),
+            "weight_bytes": mine.swapper.resident_bytes,
+            "staging_bytes": mine.swapper.staging_bytes,
+            "kv_mapped_bytes": mine.kv.mapped_bytes,
+            "kv_resident_bytes": mine.kv.resident_bytes,
+            "formats": mine.swapper.formats(),
         }
 
 
-def rank_layers() -> Any:
-    assert _RANK.layers is not None and _RANK.layers.swapper is not None
-    return _RANK.layers
+def _layers() -> RankLayers:
+    layers = rank().layers
+    if layers is None:
+        raise ConfigError(
+            "the weights were loaded past MorphServe (a custom load_format?). Use load_format auto, safetensors or "
+            "dummy."
+        )
+    return layers
 
 
-def _kv() -> RankKV:
-    assert _RANK.kv is not None
-    return _RANK.kv
+def _move_blocks(worker: Any, plan: Plan) -> None:
+    kv = rank().kv
+    assert kv is not None
+    try:
+        kv.copy(plan.copies)
+        kv.rewrite_block_tables(worker.model_runner, plan.copies)
+    except Exception as e:
+        raise KVUnknown(f"{type(e).__name__}: {e}") from e
 
 
-def _release_kv(worker: Any, plan: Plan) -> None:
-    """Move what must stay, return what may go. First, so that the plan's layers find the memory."""
-    kv = _kv()
-    kv.start(plan.num_kv_blocks)
-    if plan.copies:
-        try:
-            kv.copy(plan.copies)
-            kv.rewrite_block_tables(worker.model_runner, plan.copies)
-        except Exception as e:
-            raise KVUnknown(f"{type(e).__name__}: {e}") from e
-    kv.unmap(plan.num_kv_blocks)
+def _answer(
+    worker: Any, plan: Plan, command: Callable[[RankTransition], None], final: bool = False, again: bool = False
+) -> Reply:
+    """Reply to a command, with what the rank then holds; see `Commands.answer`."""
+    mine = rank()
+    transition, kv = mine.transition, mine.kv
+    assert transition is not None and kv is not None
 
+    def run() -> bool:
+        command(transition)
+        return transition.outcome()
 
-def _answer(worker: Any, plan: Plan, action: Callable[[], None], final: bool = False) -> Reply:
-    return _RANK.commands.answer(worker.rank, plan, action, _figures, final=final)
+    def figures() -> Figures:
+        return Figures(kv.num_mapped, mine.swapper.resident_bytes, mine.swapper.staging_bytes)
 
-
-def _figures() -> Figures:
-    swapper = rank_layers().swapper
-    return Figures(_kv().num_mapped, swapper.resident_bytes, swapper.staging_bytes)
+    return mine.commands.answer(worker.rank, plan, run, figures, final=final, again=again)
 
 
 install_worker_seams()

@@ -1,7 +1,7 @@
 """Where vLLM looks up which CUDA graph a step may ask for, narrowed to the graphs that there are.
 
 vLLM chooses the descriptor first and looks for the graph afterwards; where there is none it fails (a whole-model
-graph) or captures one in the middle of serving (a piece). So what a bank lacks must not be chosen: with
+graph) or captures one in the middle of serving (a piece). So what a graph set lacks must not be chosen: with
 the table narrowed, vLLM's own rules go on to the next best: FULL, then PIECEWISE of the same formats, then eager.
 
 Tables of vLLM 0.32 are read here by the attributes they have, never imported.

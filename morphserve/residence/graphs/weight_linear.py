@@ -8,7 +8,7 @@ piece: one is compiled for all layers, and for all levels.
 The weight is an address here and nothing more. Its pages may be unmapped while the layer is quantized, so neither
 the operator nor its fake may read a byte of it; and since CUDA graphs are captured through it, it must not wait for the
 device. Under replay the operator does not run at all: the graph keeps the kernels of the format it was captured at,
-which is why graphs are kept in banks (banks.py).
+which is why graphs are kept in graph sets (graph_sets.py).
 """
 
 from __future__ import annotations

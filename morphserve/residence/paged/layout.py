@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant_layers import LayerTensors
+
 ALIGNMENT_BYTES = 256  # what CUDA's own allocator gives, and more than any kernel here asks for
-Tensors = Mapping[str, Mapping[str, Tensor]]  # linear |-> name |-> tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,8 @@ class Layout:
     size_bytes: int
 
     @classmethod
-    def of(cls, tensors: Tensors) -> Layout:
-        """Tensors one behind the other, aligned."""
+    def of(cls, tensors: LayerTensors) -> Layout:
+        """Lay tensors one behind the other, aligned."""
         places: dict[str, dict[str, Place]] = {}
         end = 0
         for linear, parts in tensors.items():
@@ -56,7 +57,7 @@ class Layout:
             linear: {name: place.view(memory) for name, place in parts.items()} for linear, parts in self.places.items()
         }
 
-    def fill(self, memory: Tensor, tensors: Tensors) -> None:
+    def fill(self, memory: Tensor, tensors: LayerTensors) -> None:
         """Write the tensors into `memory`, from whatever device they are on."""
         for linear, parts in self.views(memory).items():
             for name, view in parts.items():

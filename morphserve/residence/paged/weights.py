@@ -7,22 +7,13 @@ with the format and go with it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
 from kv_resize import ArenaBacking, ByteRange, PagePool
 from morphserve.residence.paged.copier import Copier
-from morphserve.residence.paged.layout import Layout, Tensors
-from quant_layers import Half
-
-
-class Part(NamedTuple):
-    """What is mapped and unmapped as one."""
-
-    layer: int  # decoder layer id
-    half: Half
-    format: str  # of this half
+from morphserve.residence.paged.layout import Layout
+from quant_layers import LayerTensors, Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +35,7 @@ class WeightArena:
         self._copier = copier
         self._images: dict[Part, _Image] = {}
 
-    def add(self, part: Part, tensors: Tensors) -> None:
+    def add(self, part: Part, tensors: LayerTensors) -> None:
         """Keep `tensors` of one half on the host and reserve their addresses. Before serving.
 
         Raises:

@@ -14,17 +14,21 @@ from morphserve.errors import MorphServeError
 from morphserve.serve_dtype import AUTO, model_dtype, resolve_dtype
 from morphserve.tools.bench import simulated
 from morphserve.tools.bench.command import run_command
-from morphserve.tools.bench.compare import Comparison, measure_url, run_all
+from morphserve.tools.bench.comparison import Comparison
 from morphserve.tools.bench.fit import Given, fit
 from morphserve.tools.bench.fitted import run_fitted
-from morphserve.tools.bench.load.client import CUTOFF_S, ClientOptions
+from morphserve.tools.bench.load.client import ClientOptions
 from morphserve.tools.bench.load.measure import Measurement
 from morphserve.tools.bench.load.probe import StockSpeed, probe
-from morphserve.tools.bench.load.server import ServerOptions
+from morphserve.tools.bench.load.server import Server, ServerOptions
 from morphserve.tools.bench.options import build_parser
 from morphserve.tools.bench.report.console import ConsoleProgress
+from morphserve.tools.bench.report.results import RunResult
 from morphserve.tools.bench.report.summary import summarize
+from morphserve.tools.bench.runner import run_all
+from morphserve.tools.bench.servers import GivenServers, StartedServers
 from morphserve.tools.machine import describe_machine
+from morphserve.tools.options import read_options
 from morphserve.tools.workload import (
     PromptMaker,
     ReplayError,
@@ -48,34 +52,19 @@ def main(description: str, corpus: Path, argv: Sequence[str] | None = None) -> i
 
 
 def _replay(args: argparse.Namespace) -> dict[str, Any]:
-    spec = _spec(args)
+    spec = read_options(WorkloadSpec, args)
     workload = load_workload(spec)
     check_fits(workload, args.max_model_len)
     if args.save_workload is not None:
         save_workload(workload, args.save_workload)
     if args.dry_run:
         return _description(workload, args.workload)
-    simulated.check_options(args)
-    if not args.simulate and (args.out is None or (args.tokenizer or args.model) is None):
-        raise MorphServeError("--out DIR and --model DIR (or, with --url, --tokenizer DIR) are needed to replay.")
-    if not args.simulate and args.url is None and args.model is None:
-        raise MorphServeError("--model DIR is needed to start servers; or give --url of a running one.")
-    if args.fit and args.url is not None:
-        raise ReplayError("--fit measures a stock server that is started for it. Leave out --fit or --url.")
+    _check(args)
     settle_dtype(args)
     comparison = comparison_of(args, str(args.workload), workload, with_text=not args.simulate)
     comparison.check(is_simulated=args.simulate)
     with ConsoleProgress(enabled=not args.quiet) as progress:
-        if args.simulate:
-            if args.fit:
-                comparison = fit_simulated(args, spec, comparison)
-            results = simulated.run_all(comparison, args, progress)
-        elif args.url is not None:
-            results = measure_url(comparison, args.name, args.url.rstrip("/"), progress)
-        elif args.fit:
-            comparison, results = run_fitted(comparison, partial(fit_url, args, spec, comparison), progress)
-        else:
-            results = run_all(comparison, progress)
+        comparison, results = _run(args, spec, comparison, progress)
     from morphserve.tools.bench.report.report import write_report  # matplotlib: not before it is needed
 
     what = comparison.measurement
@@ -85,78 +74,75 @@ def _replay(args: argparse.Namespace) -> dict[str, Any]:
     return summary.document(str(page))
 
 
-def _spec(args: argparse.Namespace) -> WorkloadSpec:
-    return WorkloadSpec(
-        path=args.workload,
-        window_s=args.window,
-        thin=1.0 if args.thin is None else args.thin,
-        rate_scale=1.0 if args.rate_scale is None else args.rate_scale,
-        input_scale=args.input_scale,
-        input_clip=args.input_clip,
-        output_scale=args.output_scale,
-        output_clip=args.output_clip,
-        limit=args.num_requests,
-        seed=args.seed,
-    )
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be run.
+
+    Raises:
+        MorphServeError: an option is missing, or two contradict each other.
+    """
+    simulated.check_options(args)
+    if not args.simulate and (args.out is None or (args.tokenizer or args.model) is None):
+        raise MorphServeError("--out DIR and --model DIR (or, with --url, --tokenizer DIR) are needed to replay.")
+    if not args.simulate and args.url is None and args.model is None:
+        raise MorphServeError("--model DIR is needed to start servers; or give --url of a running one.")
+    if args.fit and args.url is not None:
+        raise ReplayError("--fit measures a stock server that is started for it. Leave out --fit or --url.")
+
+
+def _run(
+    args: argparse.Namespace, spec: WorkloadSpec, comparison: Comparison, progress: ConsoleProgress
+) -> tuple[Comparison, list[RunResult]]:
+    """Do all runs where the options say; returns the comparison with what was fitted, too."""
+    if args.simulate:
+        if args.fit:
+            comparison = fit_simulated(args, spec, comparison)
+        return comparison, run_all(comparison, simulated.load_engine(args), progress)
+    if args.url is not None:
+        comparison = replace(comparison, names=(args.name,))
+        given = GivenServers({args.name: Server(args.url.rstrip("/"))}, progress)
+        return comparison, run_all(comparison, given, progress)
+    if args.fit:
+        return run_fitted(comparison, partial(fit_url, args, spec, comparison), progress)
+    return comparison, run_all(comparison, StartedServers(progress), progress)
 
 
 def comparison_of(args: argparse.Namespace, source: str, workload: Workload, with_text: bool = True) -> Comparison:
-    """What the options ask for, on one workload that was read from `source`.
+    """Return what the options ask for, on one workload that was read from `source`.
 
     Args:
         with_text: make prompts; a simulation reads nothing but their lengths.
 
     Raises:
-        ReplayError: a policy's name is given twice, or a time is none.
+        ReplayError: a time is none.
         WorkloadError: the corpus or the tokenizer cannot be read.
     """
     check_times(args)
-    tokenizer = args.tokenizer or args.model
-    prompts: list[list[int]] = []
-    if with_text:
-        prompts = PromptMaker(read_corpus(args.corpus), load_encoder(tokenizer), args.seed).make(workload)
-    return Comparison(
-        names=args.compare,
-        server=ServerOptions(
-            model=args.model or "",
-            served_model_name=args.served_model_name,
-            max_model_len=args.max_model_len,
-            max_num_seqs=args.max_num_seqs,
-            block_size=args.block_size,
-            num_blocks=args.num_blocks,
-            dtype=args.dtype,
-            enforce_eager=args.enforce_eager,
-            prefix_caching=args.prefix_caching,
-            cpu_bind=args.cpu_bind,
-            start_timeout_s=args.start_timeout,
-            extra_args=tuple(args.serve_arg),
-        ),
-        measurement=Measurement(
+    return read_options(
+        Comparison,
+        args,
+        server=read_options(ServerOptions, args, dtype=args.dtype),
+        measurement=read_options(
+            Measurement,
+            args,
             workload=workload,
-            prompts=prompts,
+            prompts=_prompts(args, workload) if with_text else [],
             slo=_slo(args),
-            client=ClientOptions(
-                url="",
-                model=args.served_model_name,
-                request_timeout_s=args.request_timeout,
-                cutoff_s=CUTOFF_S if args.cutoff is None else args.cutoff,
-                token_ids=args.token_ids,
-            ),
-            poll_s=args.poll,
+            client=read_options(ClientOptions, args, url="", model=args.served_model_name),
         ),
-        out=args.out,
-        config=args.config,
-        policies=_unique(args.policy),
-        repeats=args.repeats,
         setup={
             "model": args.model,
-            "tokenizer": tokenizer,
+            "tokenizer": args.tokenizer or args.model,
             "workload": source,
             "seed": args.seed,
             "dtype": args.dtype or (model_dtype(args.model) if args.model else None),
             "enforce_eager": args.enforce_eager,
         },
     )
+
+
+def _prompts(args: argparse.Namespace, workload: Workload) -> list[list[int]]:
+    encode = load_encoder(args.tokenizer or args.model)
+    return PromptMaker(read_corpus(args.corpus), encode, args.seed).make(workload)
 
 
 def settle_dtype(args: argparse.Namespace) -> None:
@@ -175,7 +161,7 @@ def settle_dtype(args: argparse.Namespace) -> None:
 
 
 def fit_url(args: argparse.Namespace, spec: WorkloadSpec, comparison: Comparison, url: str) -> Comparison:
-    """The comparison with load and limits fitted to the stock server at `url`, which was started for it."""
+    """Return the comparison with load and limits fitted to the stock server at `url`, which was started for it."""
     what = comparison.measurement
     tokens = [token for prompt in reversed(what.prompts) for token in reversed(prompt)]  # not the prompts themselves
     speed = probe(comparison.server, replace(what.client, url=url), tokens)
@@ -183,7 +169,7 @@ def fit_url(args: argparse.Namespace, spec: WorkloadSpec, comparison: Comparison
 
 
 def fit_simulated(args: argparse.Namespace, spec: WorkloadSpec, comparison: Comparison) -> Comparison:
-    """The same for a simulated server, whose speed is known."""
+    """Return the same for a simulated server, whose speed is known."""
     times = load_step_times(args.step_times)
     speed = StockSpeed.calibrated(times.formats[BASE_FORMAT], times.offset_s, args.sim_speed)
     return _fitted(args, spec, comparison, speed, times.machine)
@@ -193,7 +179,7 @@ def _fitted(
     args: argparse.Namespace, spec: WorkloadSpec, comparison: Comparison, speed: StockSpeed, machine: str
 ) -> Comparison:
     given = Given(args.thin, args.rate_scale, args.slo_ttft_s, args.slo_tpot_ms, args.cutoff)
-    found = fit(spec, given, simulated.server_of(comparison, args, step_noise=0.0), speed)
+    found = fit(spec, given, simulated.sim_server(comparison.server, comparison.measurement, step_noise=0.0), speed)
     sentence = found.sentence(machine)
     sys.stderr.write(f"{sentence}\n")
     workload = load_workload(replace(spec, thin=found.thin, rate_scale=found.rate_scale))
@@ -208,7 +194,7 @@ def _fitted(
             client=replace(comparison.measurement.client, cutoff_s=found.cutoff_s),
         ),
         promise=found.slo,
-        setup=(comparison.setup or {}) | {"fit": found.document() | {"sentence": sentence}},
+        setup=comparison.setup | {"fit": found.document() | {"sentence": sentence}},
     )
 
 
@@ -218,13 +204,6 @@ def _slo(args: argparse.Namespace) -> Slo:
         unset.ttft_s if args.slo_ttft_s is None else args.slo_ttft_s,
         unset.tpot_s if args.slo_tpot_ms is None else args.slo_tpot_ms / 1000.0,
     )
-
-
-def _unique(policies: Sequence[tuple[str, Path]]) -> dict[str, Path]:
-    named = dict(policies)
-    if len(named) < len(policies):
-        raise ReplayError(f"--policy {', '.join(name for name, _ in policies)}: give each name once.")
-    return named
 
 
 def _description(workload: Workload, path: Path) -> dict[str, Any]:

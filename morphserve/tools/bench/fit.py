@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from morphserve.control import RankBytes
 from morphserve.tools.bench.load.probe import StockSpeed
+from morphserve.tools.sim import Calibration, SimServer, simulate
 from morphserve.tools.workload import Slo, WorkloadSpec, load_workload
 from policies import BASE_FORMAT, LayerMove, StepTimes
-
-if TYPE_CHECKING:  # it builds on this package
-    from morphserve.tools.sim import SimServer
 
 # What 2 s and 150 ms are to a lone request of 40 prompt tokens on the VNNI machine of docs/results/step_times.json: it
 # takes 36 ms to the first token, 13.4 ms to each further one.
@@ -63,7 +61,7 @@ class Fit:
     is_given: bool = False  # the load, by the user: no other was tried
 
     def document(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return everything for JSON."""
         return {
             "thin": self.thin,
             "rate_scale": self.rate_scale,
@@ -78,7 +76,7 @@ class Fit:
         }
 
     def sentence(self, machine: str) -> str:
-        """What was fitted, to what, and how to have it again.
+        """Say what was fitted, to what, and how to have it again.
 
         Args:
             machine: its name, for people.
@@ -112,7 +110,7 @@ class Fit:
 
 
 def fit(spec: WorkloadSpec, given: Given, server: SimServer, speed: StockSpeed) -> Fit:
-    """Limits and load for a machine.
+    """Find limits and load for a machine.
 
     Args:
         spec: the workload; its thinning and rate are those that the user gave, or none.
@@ -145,7 +143,7 @@ def fit(spec: WorkloadSpec, given: Given, server: SimServer, speed: StockSpeed) 
 
 
 def _loads(given: Given) -> Iterator[tuple[float, float]]:
-    """(thinning, rate) from the lightest to the heaviest; only what the user gave, if anything.
+    """Yield (thinning, rate) from the lightest to the heaviest; only what the user gave, if anything.
 
     A slow machine gets fewer requests at the same times: slowing them would make the run long. A fast one gets them in
     less time, which leaves everything as it is but the clock.
@@ -158,8 +156,6 @@ def _loads(given: Given) -> Iterator[tuple[float, float]]:
 
 
 def _at(spec: WorkloadSpec, slo: Slo, server: SimServer, speed: StockSpeed) -> Fit:
-    from morphserve.tools.sim import Calibration, simulate
-
     times = StepTimes({BASE_FORMAT: speed.step}, LayerMove(0.0, 0.0), speed.offset_s)
     stock = Calibration(times, RankBytes({BASE_FORMAT: (1,)}, server.block_size), 1, server.block_size)
     workload = load_workload(spec)
@@ -169,6 +165,6 @@ def _at(spec: WorkloadSpec, slo: Slo, server: SimServer, speed: StockSpeed) -> F
 
 
 def _rounded(value: float) -> float:
-    """To two significant digits: a limit that people can read."""
+    """Round to two significant digits: a limit that people can read."""
     digits = 1 - math.floor(math.log10(value))
     return round(value, digits)

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 
-from morphserve.tools.bench.compare import (
-    STOCK,
-    Comparison,
-    Progress,
-    measure_on,
-    run_all,
-    run_directory,
-    run_title,
-    start_server,
-)
+from morphserve.tools.bench.comparison import STOCK, Comparison
+from morphserve.tools.bench.report.console import ConsoleProgress
 from morphserve.tools.bench.report.results import RunResult
+from morphserve.tools.bench.runner import run_turns, turns
+from morphserve.tools.bench.servers import GivenServers, StartedServers, start_server
 
 
 def run_fitted(
-    comparison: Comparison, fitted: Callable[[str], Comparison], progress: Progress
+    comparison: Comparison, fitted: Callable[[str], Comparison], progress: ConsoleProgress
 ) -> tuple[Comparison, list[RunResult]]:
     """Start a stock server, fit to it, run everything.
 
@@ -34,14 +29,13 @@ def run_fitted(
     Raises:
         ReplayError: a server does not start or does not answer.
     """
-    comparison.check()
-    goes_on = comparison.names[0] == STOCK
-    directory = run_directory(comparison, STOCK, 1) if goes_on else comparison.out / "fit"
-    title = run_title(comparison, STOCK, 1) if goes_on else "fit"
-    done: list[RunResult] = []
-    with start_server(comparison, STOCK, progress, directory, title) as server:
+    first = next(turns([comparison]))
+    goes_on = first.name == STOCK
+    directory, title = (first.directory, first.title) if goes_on else (comparison.out / "fit", "fit")
+    with start_server(comparison, STOCK, directory, title, progress) as server:
         progress.fitting(title)
         comparison = fitted(server.url)
-        if goes_on:
-            done.append(measure_on(comparison, STOCK, 1, server, progress))
-    return comparison, run_all(comparison, progress, done)
+        planned = turns([comparison])
+        on_it = GivenServers({STOCK: server}, progress)
+        done = list(run_turns(islice(planned, 1 if goes_on else 0), on_it, progress))
+    return comparison, [*done, *run_turns(planned, StartedServers(progress), progress)]

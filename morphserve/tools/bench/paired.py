@@ -7,7 +7,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,11 @@ from morphserve.tools.workload import ReplayError
 
 # Student's t, 97.5 % quantile, by degrees of freedom (pairs - 1); beyond the table an expansion around the normal's.
 _T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
-
-
 _Z975 = 1.959964
 
 
 def _t975(freedom: int) -> float:
-    """Of Student's t; beyond the table by Cornish and Fisher's expansion, right to three digits there."""
+    """Return Student's quantile; beyond the table by Cornish and Fisher's expansion, right to three digits there."""
     if freedom <= len(_T975):
         return _T975[freedom - 1]
     z = _Z975
@@ -36,9 +34,9 @@ def _t975(freedom: int) -> float:
 class ClosedLoop:
     """A fixed number of clients, each sending its next request when the one before is answered."""
 
+    prompts: Sequence[list[int]]  # one a request; they begin again where there are too few
     concurrency: int = 16
     requests: int = 48
-    prompt_tokens: int = 64
     output_tokens: int = 96
 
 
@@ -76,18 +74,17 @@ class PairedResult:
 
 
 def compare_idle(
-    options: ServerOptions,
-    plugin_args: tuple[str, ...],
-    out: Path,
-    loop: ClosedLoop,
-    prompts: Sequence[list[int]],
-    pairs: int,
-    on_pair: Callable[[int, float], None],
+    servers: Mapping[str, ServerOptions], out: Path, loop: ClosedLoop, pairs: int, on_pair: Callable[[int, float], None]
 ) -> tuple[PairedResult, dict[str, Any]]:
     """Start both, measure them alternately, stop both.
 
     Both are up all the time and share their cores, but only one has work: what differs between the two
     runs of a pair is the server alone, not the minute in which it was measured. Each pair swaps the order.
+
+    Args:
+        servers: "stock" and "plugin".
+        out: directory of their logs.
+        on_pair: called with each pair's number, from 0, and its ratio.
 
     Returns:
         The throughputs, and the plugin server's /morphserve/status at the end.
@@ -97,29 +94,23 @@ def compare_idle(
     """
     out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        stock = stack.enter_context(serve(options, out / "stock.log"))
-        plugin = stack.enter_context(serve(options, out / "plugin.log", plugin_args))
-        urls = {"stock": stock.url, "plugin": plugin.url}
-        for url in urls.values():  # warm-up: kernels, allocator, connections
-            asyncio.run(_closed_loop(url, options.served_model_name, loop, prompts))
-        found: dict[str, list[float]] = {"stock": [], "plugin": []}
+        urls = {n: stack.enter_context(serve(options, out / f"{n}.log")).url for n, options in servers.items()}
+        for name, url in urls.items():  # warm-up: kernels, allocator, connections
+            asyncio.run(_closed_loop(url, servers[name].served_model_name, loop))
+        found: dict[str, list[float]] = {name: [] for name in urls}
         for pair in range(pairs):
-            order = ("stock", "plugin") if pair % 2 == 0 else ("plugin", "stock")
-            for name in order:
-                seconds = asyncio.run(_closed_loop(urls[name], options.served_model_name, loop, prompts))
+            for name in ("stock", "plugin") if pair % 2 == 0 else ("plugin", "stock"):
+                seconds = asyncio.run(_closed_loop(urls[name], servers[name].served_model_name, loop))
                 found[name].append(loop.requests * loop.output_tokens / seconds)
             on_pair(pair, found["plugin"][-1] / found["stock"][-1])
-        status = asyncio.run(_status(plugin.url))
-    degraded = sum(n for level, n in status["tokens_by_level"].items() if level != "0")
-    if degraded:
-        raise ReplayError(
-            f"{degraded} tokens were served above level 0: this is no idle run. Raise --num-blocks."
-        )
+        status = asyncio.run(_status(urls["plugin"]))
+    if degraded := sum(n for level, n in status["tokens_by_level"].items() if level != "0"):
+        raise ReplayError(f"{degraded} tokens were served above level 0: this is no idle run. Raise --num-blocks.")
     return PairedResult(tuple(found["stock"]), tuple(found["plugin"])), status
 
 
-async def _closed_loop(url: str, model: str, loop: ClosedLoop, prompts: Sequence[list[int]]) -> float:
-    """Seconds from the first request to the last answer."""
+async def _closed_loop(url: str, model: str, loop: ClosedLoop) -> float:
+    """Return the seconds from the first request to the last answer."""
     left = iter(range(loop.requests))
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
@@ -128,7 +119,7 @@ async def _closed_loop(url: str, model: str, loop: ClosedLoop, prompts: Sequence
             for index in left:
                 body = {
                     "model": model,
-                    "prompt": prompts[index % len(prompts)][: loop.prompt_tokens],
+                    "prompt": loop.prompts[index % len(loop.prompts)],
                     "max_tokens": loop.output_tokens,
                     "temperature": 0.0,
                     "ignore_eos": True,

@@ -1,65 +1,49 @@
-"""A comparison without servers: every run on the simulated engine, the same figures and the same report."""
+"""Runs on the simulated engine: no servers, the same figures and the same report."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import yaml
-
-from morphserve.config import parse_config
+from morphserve.config import load_config
 from morphserve.profile_ladder import read_ladder
-from morphserve.tools.bench.compare import (
-    STOCK,
-    Comparison,
-    Progress,
-    derived_config,
-    run_directory,
-    run_title,
-    static_format,
-)
-from morphserve.tools.bench.report.results import RunResult
-from morphserve.tools.machine import describe_machine
+from morphserve.tools.bench.load.measure import Measurement
+from morphserve.tools.bench.load.server import LEFT_TO_VLLM
+from morphserve.tools.bench.report.results import Observed
+from morphserve.tools.bench.runner import Turn
+from morphserve.tools.options import add_options, as_flag, given, option
+from morphserve.tools.sim import Calibration, ServerSpec, SimServer, load_calibration, simulate
 from morphserve.tools.workload import ReplayError
 
-if TYPE_CHECKING:  # it builds on this package
-    from morphserve.tools.sim import Calibration, SimServer
 
+@dataclass(frozen=True, slots=True)
+class SimOptions:
+    """What is simulated, on which machine."""
 
-_SERVER_OPTIONS = ("max_num_batched_tokens", "max_num_queued_tokens", "async_scheduling")  # of vllm serve, too
-
-
-def add_options(group: Any) -> None:
-    """Of the simulation."""
-    add = group.add_argument
-    add("--simulate", action="store_true", help="start no server: vLLM's scheduler as a model, in virtual time")
-    add(
-        "--sim-speed",
-        type=float,
-        default=1.0,
-        metavar="F",
-        help="multiply all measured times: 1.1 is a machine 10 %% slower",
+    simulate: bool = option("start no server: vLLM's scheduler as a model, in virtual time", default=False)
+    sim_speed: float = option("multiply all measured times: 1.1 is a machine 10 %% slower", default=1.0, metavar="F")
+    step_times: Path | None = option(
+        "what scripts/calibrate.py measured of model and machine", default=None, type=Path, metavar="FILE"
     )
-    model_options(group)
-
-
-def model_options(group: Any) -> None:
-    """Of the simulated server and machine."""
-    add = group.add_argument
-    add("--step-times", type=Path, metavar="FILE", help="what scripts/calibrate.py measured of model and machine")
-    add(
-        "--sim-noise",
-        type=float,
-        metavar="F",
-        help="relative standard deviation of a step's time, by --seed and repeat; default: what the calibration could "
+    sim_noise: float | None = option(
+        "relative standard deviation of a step's time, by --seed and repeat; default: what the calibration could "
         "not explain; 0 = every step takes what was fitted",
+        default=None,
+        type=float,
+        metavar="F",
     )
-    add("--max-num-batched-tokens", type=int, default=2048, metavar="N", help="as of vllm serve, simulated")
-    add("--max-num-queued-tokens", type=int, metavar="N", help="as of vllm serve, simulated: beyond it a 503")
-    add("--async-scheduling", action="store_true", help="as of vllm serve, simulated")
+
+
+def simulation_options(group: Any) -> None:
+    """Add what is of a simulation, or is refused without one."""
+    add_options(group, SimOptions)
+    add_options(group, ServerSpec, only=LEFT_TO_VLLM)
+
+
+def _given(args: argparse.Namespace) -> list[str]:
+    return [*given(args, SimOptions), *given(args, ServerSpec, only=LEFT_TO_VLLM)]
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -69,9 +53,9 @@ def check_options(args: argparse.Namespace) -> None:
         ReplayError: an option is missing, or belongs to the other kind of run.
     """
     if not args.simulate:
-        if given := _given(args, add_options):
+        if found := _given(args):
             raise ReplayError(
-                f"{', '.join(given)} is of a simulation. Add --simulate; a real server takes vLLM's own options "
+                f"{', '.join(found)} is of a simulation. Add --simulate; a real server takes vLLM's own options "
                 "through --serve-arg."
             )
         return
@@ -81,144 +65,74 @@ def check_options(args: argparse.Namespace) -> None:
         raise ReplayError("--simulate starts no server: leave out --url, --serve-arg and --token-ids.")
 
 
-def check_model_options(args: argparse.Namespace) -> None:
+def check_beside_servers(args: argparse.Namespace) -> None:
     """Where servers are measured and simulated side by side: refuse what only one of them would get.
 
     Raises:
         ReplayError: names the options.
     """
-    given = _given(args, model_options)
-    if given and args.step_times is None:
-        raise ReplayError(f"{', '.join(given)} is of a simulation: add --step-times FILE.")
+    if args.sim_speed != 1.0:
+        raise ReplayError("--sim-speed is of a simulation without servers. Add --simulate, or leave it out.")
+    found = _given(args)
+    if found and args.step_times is None:
+        raise ReplayError(f"{', '.join(found)} is of a simulation: add --step-times FILE.")
     words = [argument.partition("=")[0] for argument in args.serve_arg]
-    if both := sorted(set(words) & {f"--{name.replace('_', '-')}" for name in _SERVER_OPTIONS}):
+    if both := sorted(set(words) & set(map(as_flag, LEFT_TO_VLLM))):
         raise ReplayError(f"--serve-arg {', '.join(both)}: give it as an option of its own, to have it simulated too.")
 
 
-def server_arguments(args: argparse.Namespace) -> list[str]:
-    """What a real server must be told to be the simulated one: the options that were given."""
-    arguments = []
-    for option in _given(args, model_options):
-        name = option.removeprefix("--").replace("-", "_")
-        if name in _SERVER_OPTIONS:
-            value = getattr(args, name)
-            arguments += [option] if value is True else [option, str(value)]
-    return arguments
-
-
-def _given(args: argparse.Namespace, add: Callable[[Any], None]) -> list[str]:
-    """Options of a group that differ from their defaults."""
-    parser = argparse.ArgumentParser()
-    add(parser)
-    unset = vars(parser.parse_args([]))
-    return [f"--{name.replace('_', '-')}" for name in unset if getattr(args, name) != unset[name]]
-
-
-def run_all(comparison: Comparison, args: argparse.Namespace, progress: Progress) -> list[RunResult]:
-    """Every run of a comparison, saved like a measured one.
-
-    Raises:
-        ReplayError: a comparison that cannot be run.
-        ConfigError: of a config, the server's settings, or the calibration.
-    """
-    comparison.check(is_simulated=True)
-    model = load_model(comparison, args)
-    results = []
-    for repeat in range(1, comparison.repeats + 1):
-        for name in comparison.names:
-            progress.measuring(run_title(comparison, name, repeat), len(comparison.measurement.workload.requests))
-            directory = run_directory(comparison, name, repeat)
-            result = run_one(comparison, name, repeat, directory, model, args.sim_speed, args.seed + repeat - 1)
-            result.save()
-            progress.finished(result)
-            results.append(result)
-    return results
-
-
 @dataclass(frozen=True, slots=True)
-class SimModel:
-    """A machine, a model and the server on it."""
+class SimulatedEngine:
+    """Implements `Backend` in virtual time; nothing is written but configs."""
 
-    server: SimServer
     calibration: Calibration
-    source: str  # where the calibration is from
+    source: str  # of the calibration, for people
+    step_noise: float
+    speed: float = 1.0  # multiplies all step times
+    seed: int = 0  # of their noise in the first repeat; each further one has the next
+
+    def run(self, turn: Turn) -> Observed:
+        """Simulate the server of this run."""
+        file = turn.comparison.write_config(turn.name, turn.directory)
+        config = None if file is None else load_config(file)
+        profile = None if config is None else read_ladder(config)
+        what, seed = turn.measurement, self.seed + turn.repeat - 1
+        server = sim_server(turn.comparison.server, what, self.step_noise)
+        done = simulate(what.workload, server, config, self.calibration, speed=self.speed, seed=seed, profile=profile)
+        setup = {
+            "simulated": f"step times {self.source}, all of them times {self.speed:g}",
+            "command": "no plugin" if file is None else file.read_text(encoding="utf-8"),
+            "step_noise": self.step_noise,
+            "seed": seed,
+            "num_steps": done.num_steps,
+        }
+        return Observed(done.replayed, done.series, done.status, setup)
 
 
-def load_model(comparison: Comparison, args: argparse.Namespace) -> SimModel:
-    """The server of a comparison, at the step times of `--step-times`.
+def load_engine(args: argparse.Namespace) -> SimulatedEngine:
+    """Read the calibration of `--step-times`.
 
     Raises:
-        ConfigError: of the server's settings, or the calibration.
+        ConfigError: it cannot be read.
     """
-    from morphserve.tools.sim import load_calibration
-
     calibration = load_calibration(args.step_times)
     times = calibration.times
-    server = server_of(comparison, args, times.scatter if args.sim_noise is None else args.sim_noise)
     source = f"{args.step_times}, measured with {times.model or 'a model'} on {times.machine or 'a machine'}"
-    return SimModel(server, calibration, source)
+    noise = times.scatter if args.sim_noise is None else args.sim_noise
+    return SimulatedEngine(calibration, source, noise, args.sim_speed, args.seed)
 
 
-def server_of(comparison: Comparison, args: argparse.Namespace, step_noise: float) -> SimServer:
-    """The server of a comparison, simulated.
+def sim_server(spec: ServerSpec, what: Measurement, step_noise: float) -> SimServer:
+    """Return the server of a comparison, simulated.
 
     Raises:
-        ConfigError: settings that vLLM would refuse.
+        ConfigError: a time that is none.
     """
-    from morphserve.tools.sim import SimServer
-
-    what = comparison.measurement
     return SimServer(
-        num_blocks=comparison.server.num_blocks,
-        block_size=comparison.server.block_size,
-        max_model_len=comparison.server.max_model_len,
-        max_num_seqs=comparison.server.max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        async_scheduling=args.async_scheduling,
-        prefix_caching=comparison.server.prefix_caching,
-        max_num_queued_tokens=args.max_num_queued_tokens,
+        **{field.name: getattr(spec, field.name) for field in fields(ServerSpec)},
         request_timeout_s=what.client.request_timeout_s,
         cutoff_s=what.client.cutoff_s,
         restore_wait_s=what.restore_wait_s,
         snapshot_s=what.poll_s,
         step_noise=step_noise,
     )
-
-
-def run_one(
-    comparison: Comparison, name: str, repeat: int, directory: Path, model: SimModel, speed: float, seed: int
-) -> RunResult:
-    """One run on a simulated server; nothing is saved but its config.
-
-    Args:
-        directory: for the config; made if it is not there.
-        speed: multiplies all step times.
-        seed: of their noise.
-
-    Raises:
-        ConfigError: a config that the server would refuse.
-        WorkloadError: a request that it would refuse.
-    """
-    from morphserve.tools.sim import simulate
-
-    config, profile, text = None, None, "no plugin"
-    if name != STOCK:
-        raw = derived_config(comparison.config_of(name), name, directory, comparison.promise)
-        config = parse_config(raw)
-        profile = read_ladder(config)
-        text = yaml.safe_dump(raw, sort_keys=False)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(text, encoding="utf-8")
-    server = model.server
-    if static_format(name):
-        server = replace(server, restore_wait_s=0.0)  # it stays where it is
-    what = comparison.measurement
-    done = simulate(what.workload, server, config, model.calibration, speed=speed, seed=seed, profile=profile)
-    setup = (comparison.setup or {}) | describe_machine() | {
-        "simulated": f"step times {model.source}, all of them times {speed:g}",
-        "command": text,
-        "step_noise": server.step_noise,
-        "seed": seed,
-        "num_steps": done.num_steps,
-    }
-    return RunResult(name, repeat, directory, what.slo, done.replayed, done.series, done.status, setup)

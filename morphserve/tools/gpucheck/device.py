@@ -1,22 +1,23 @@
 """A device and its stand-in: streams, events, graphs and pagers, so that one code path runs on a GPU and in a dry run.
 
 On CPU work is done when it is called: a stream is none, an event has always happened, and a graph is the function that
-would have been captured. That tries the code and proves nothing about a device.
+would have been captured, at the linears that it would have been captured with. That tries the code and proves nothing
+about a device.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from kv_resize import FakePager, Pager
-from morphserve.tools.gpucheck.bench import Bench, Skip
+from kv_resize import CudaPager, FakePager
+from morphserve.residence import WeightSlot, slots
+from morphserve.tools.gpucheck.bench import Bench
+from quant_layers import LinearImpl
 
 Work = Callable[[], None]
 _CUDA: Any = torch.cuda  # parts of it are untyped
@@ -53,8 +54,8 @@ def on_stream(stream: Any) -> contextlib.AbstractContextManager[Any]:
 class Mark:
     """A place in the work queued on the current stream."""
 
-    def __init__(self, device: str, timed: bool = True) -> None:
-        self._event: Any = _CUDA.Event(enable_timing=timed) if device == "cuda" else None
+    def __init__(self, device: str) -> None:
+        self._event: Any = _CUDA.Event(enable_timing=True) if device == "cuda" else None
         if self._event is not None:
             self._event.record()
         self._at_s = time.perf_counter()
@@ -80,13 +81,13 @@ def capture(device: str, work: Work, pool: Any = None) -> Work:
     """Run `work` a few times, capture it, and return what replays it.
 
     Args:
-        device: on "cpu" nothing is captured, and `work` itself comes back.
+        device: on "cpu" nothing is captured, see `replay_without_graph`.
         work: reads and writes tensors that stay where they are.
         pool: of another graph's memory, see `graph_pool`.
     """
     if device != "cuda":
         work()
-        return work
+        return replay_without_graph(work)
     stream = _CUDA.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -104,6 +105,30 @@ def capture(device: str, work: Work, pool: Any = None) -> Work:
     return replay
 
 
+def replay_without_graph(work: Work) -> Work:
+    """`work` with the linears of now, whatever has been swapped by then: a graph keeps the kernels of its capture."""
+    captured = {slot: slot.impl for slot in slots().values()}
+
+    def replay() -> None:
+        with linears(captured):
+            work()
+
+    return replay
+
+
+@contextlib.contextmanager
+def linears(impls: Mapping[WeightSlot, LinearImpl]) -> Iterator[None]:
+    """Inside, these run."""
+    present = {slot: slot.impl for slot in impls}
+    for slot, impl in impls.items():
+        slot.impl = impl
+    try:
+        yield
+    finally:
+        for slot, impl in present.items():
+            slot.impl = impl
+
+
 def graph_pool(device: str) -> Any:
     """Memory that several graphs share, of which one runs at a time."""
     return torch.cuda.graph_pool_handle() if device == "cuda" else None
@@ -119,37 +144,26 @@ def pinned(num_bytes: int, device: str) -> torch.Tensor:
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device == "cuda")
 
 
-def new_pager(bench: Bench, num_pages: int, page_bytes: int | None = None, streams: Sequence[Any] = ()) -> Any:
-    """A `Pager` for `num_pages`; `close_pager` ends it.
+@contextlib.contextmanager
+def open_pager(bench: Bench, num_pages: int, page_bytes: int | None = None) -> Iterator[Any]:
+    """A `Pager` whose memory is given back at the end: tensors over its addresses must not be touched any more.
 
     Args:
         bench: says where.
         num_pages: the stand-in refuses more.
         page_bytes: None = the device's granularity, 4 KiB in a dry run.
-        streams: whose work is waited for before a page is unmapped.
 
     Raises:
-        Skip: there is no pager for this device.
+        PagerError: no such device, or cuda-bindings is missing.
     """
     if bench.device != "cuda":
-        return FakePager(num_pages, page_bytes or 4096)
-    if importlib.util.find_spec("kv_resize.cuda_pager") is None:
-        raise Skip("kv_resize has no cuda_pager: nothing can be mapped on a device")
-    pager: Pager = importlib.import_module("kv_resize.cuda_pager").CudaPager(
-        torch.cuda.current_device(), tuple(s for s in streams if s is not None), page_bytes=page_bytes
-    )
-    return pager
-
-
-def current_stream(device: str) -> Any:
-    """None on CPU."""
-    return torch.cuda.current_stream() if device == "cuda" else None
-
-
-def close_pager(pager: Any) -> None:
-    """Give its memory back. Tensors over its addresses must not be touched any more."""
-    if hasattr(pager, "close"):
-        pager.close()
+        yield FakePager(num_pages, page_bytes or 4096)
+        return
+    with CudaPager(torch.cuda.current_device(), [torch.cuda.current_stream()], page_bytes=page_bytes) as pager:
+        try:
+            yield pager
+        finally:
+            synchronize(bench.device)
 
 
 def random_weight(n: int, k: int, device: str, seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

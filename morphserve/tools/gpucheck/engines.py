@@ -1,6 +1,7 @@
 """Engines in processes of their own, asked through pipes: two of them can take turns, and neither sees the other.
 
-What an engine is, `Engine` says. integration/offline/gpu_smoke.py makes one of vLLM; `StandIn` is for dry runs.
+What an engine is, `Engine` says. integration/offline/gpu_smoke.py makes one of vLLM; `StandIn` is for dry runs, a
+command for machines that have neither a GPU nor vLLM.
 """
 
 from __future__ import annotations
@@ -211,7 +212,10 @@ def _serve(pipe: Any, factory: str, arguments: dict[str, Any]) -> None:
 
 
 class StandIn:
-    """For dry runs: answers at once, tokens depend on request, place and level, and levels change at once."""
+    """In place of vLLM in a dry run, which tries T8 and T9 and the pipes between processes where nothing is installed.
+
+    Tokens depend on request, place and level, and levels change at once.
+    """
 
     def __init__(self, **arguments: Any) -> None:
         self._morphs = "additional_config" in arguments
@@ -239,4 +243,3 @@ class StandIn:
 
     def stop(self) -> None:
         """Nothing is held."""
-

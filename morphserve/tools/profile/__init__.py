@@ -10,43 +10,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from morphserve.tools.profile.effects import LayerEffects, backward_sweep, cost_of, forward_sweep
-    from morphserve.tools.profile.job import ProfileJob, run_profile, swap_order
+    from morphserve.tools.profile.effects import cost_of
+    from morphserve.tools.profile.job import ProfileJob, price_layers, run_profile, swap_order
+    from morphserve.tools.profile.measure import measure_apart
     from morphserve.tools.profile.model import StreamedModel
     from morphserve.tools.profile.paper_order import lis_order
-    from morphserve.tools.profile.text import decoder_layers, token_windows
-    from morphserve.tools.profile.variants import RoundToNearest, Variant
+    from morphserve.tools.profile.text import token_windows
     from morphserve.tools.profile.workspace import Workspace
 
 __all__ = [
-    "LayerEffects",
     "ProfileJob",
-    "RoundToNearest",
     "StreamedModel",
-    "Variant",
     "Workspace",
-    "backward_sweep",
     "cost_of",
-    "decoder_layers",
-    "forward_sweep",
     "lis_order",
+    "measure_apart",
+    "price_layers",
     "run_profile",
     "swap_order",
     "token_windows",
 ]
 
 _LATE = {
-    "LayerEffects": "effects",
     "ProfileJob": "job",
-    "RoundToNearest": "variants",
     "StreamedModel": "model",
-    "Variant": "variants",
     "Workspace": "workspace",
-    "backward_sweep": "effects",
     "cost_of": "effects",
-    "decoder_layers": "text",
-    "forward_sweep": "effects",
     "lis_order": "paper_order",
+    "measure_apart": "measure",
+    "price_layers": "job",
     "run_profile": "job",
     "swap_order": "job",
     "token_windows": "text",

@@ -9,13 +9,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from morphserve import cpu_tier
-from morphserve.config import load_config
+from morphserve.config import MorphServeConfig, load_config
 from morphserve.errors import MorphServeError
 from morphserve.serve_dtype import add_dtype_option, resolve_dtype
 from morphserve.tools.bench import ServerOptions, serve
@@ -24,12 +23,15 @@ from morphserve.tools.profile.step_time_fit import fit_step_time
 from morphserve.tools.sim import Calibration
 from policies import BASE_FORMAT, StepTimes
 
+if TYPE_CHECKING:
+    from morphserve.integration.offline.timed_engine import TimedEngine
+
+_LONE_TOKENS = 48  # of the prompts that a server is asked one by one
+
 
 def main(argv: list[str] | None = None, description: str = "How long does a step take?") -> int:
     """See scripts/calibrate.py."""
     args = _parser(description).parse_args(argv)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's loop is here, where steps are timed
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", args.cpu_bind)
     try:
         document = _calibrate(args)
@@ -68,57 +70,70 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     if args.rounds < 1:
         raise MorphServeError(f"--rounds is {args.rounds}, must be at least 1.")
     args.dtype = resolve_dtype(args.dtype, args.model)
-    from morphserve.integration.offline.timed_engine import EngineOptions, TimedEngine  # vLLM reads variables set above
-
-    options = EngineOptions(
-        str(args.model), args.dtype, args.enforce_eager, args.block_size, args.max_model_len, args.max_num_seqs
-    )
-    engine = TimedEngine(options, config)
-    try:
-        for _ in range(args.rounds):
-            for level in range(len(engine.formats)):
-                engine.go_to(level)
-                engine.visit()
-        engine.go_to(0)
-        fits = {fmt: fit_step_time(engine.steps[fmt]) for fmt in engine.formats}
-        times = StepTimes(
-            formats={fmt: fit for fmt, (fit, _) in fits.items()},
-            move=engine.move(),
-            residuals={fmt: round(error, 4) for fmt, (_, error) in fits.items()},
-            model=str(args.model),
-            machine=str(describe_machine().get("cpu", "")),
-            dtype=engine.dtype,
-            tier=cpu_tier.tier() or "",
-        )
-        layers = engine.layer_bytes()
-        calibration = Calibration(times, layers, len(layers.layers[BASE_FORMAT]), args.block_size)
-    finally:
-        engine.close()
+    engine = _timed(args, config)
+    calibration = _fitted(args, engine)
     calibration.save(out)  # at once: minutes of timed steps must not be lost to a server that does not start
     if not args.no_server:
         calibration = _as_served(args, calibration)
         calibration.save(out)
-    for fmt, (fit, error) in fits.items():
-        sys.stdout.write(
-            f"{fmt:<6} {1e3 * fit.base_s:.2f} ms + {1e3 * fit.per_seq_s:.3f} ms/sequence + "
-            f"{1e6 * fit.per_prefill_token_s:.1f} us/prefill token + {1e6 * fit.per_context_token_s:.3f} us/context "
-            f"token, error {error:.1%} of {len(engine.steps[fmt])} steps\n"
-        )
     ratios = {fmt: engine.ratios(fmt) for fmt in engine.formats[1:]}
-    for fmt, by_batch in ratios.items():
-        spans = ", ".join(f"{batch}: {mid:.2f} ({low:.2f}-{high:.2f})" for batch, (mid, low, high) in by_batch.items())
-        sys.stdout.write(f"{fmt:<6} decode step over full precision's, by sequences: {spans}\n")
+    _show(engine, calibration.times, ratios)
+    move = calibration.times.move
     return {
         "out": str(out),
         "residuals": calibration.times.residuals,
         "offset_ms": round(1e3 * calibration.times.offset_s, 2),
-        "move_ms": [round(1e3 * s, 3) for s in (calibration.times.move.degrade_s, calibration.times.move.restore_s)],
+        "move_ms": [round(1e3 * s, 3) for s in (move.degrade_s, move.restore_s)],
         "step_ratios": {
             fmt: {batch: [round(ratio, 3) for ratio in spread] for batch, spread in by_batch.items()}
             for fmt, by_batch in ratios.items()
         },
         "num_steps": {fmt: len(engine.steps[fmt]) for fmt in engine.formats},
     }
+
+
+def _timed(args: argparse.Namespace, config: MorphServeConfig) -> TimedEngine:
+    """An engine that has timed its steps in all formats, and is closed."""
+    from morphserve.integration.offline.timed_engine import TimedEngine  # loads torch: after the variables are set
+
+    with TimedEngine(
+        str(args.model), config, block_size=args.block_size, max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs, dtype=args.dtype or "auto", enforce_eager=args.enforce_eager,
+    ) as engine:  # fmt: skip
+        for _ in range(args.rounds):
+            for level in range(len(engine.formats)):
+                engine.go_to(level)
+                engine.visit()
+        engine.go_to(0)
+    return engine
+
+
+def _fitted(args: argparse.Namespace, engine: TimedEngine) -> Calibration:
+    """What the steps say about the engine, and what its layers weigh."""
+    fits = {fmt: fit_step_time(engine.steps[fmt]) for fmt in engine.formats}
+    times = StepTimes(
+        formats={fmt: fit for fmt, (fit, _) in fits.items()},
+        move=engine.move(),
+        residuals={fmt: round(error, 4) for fmt, (_, error) in fits.items()},
+        model=str(args.model),
+        machine=str(describe_machine().get("cpu", "")),
+        dtype=engine.dtype,
+        tier=cpu_tier.tier() or "",
+    )
+    layers = engine.layer_bytes()
+    return Calibration(times, layers, len(layers.layers[BASE_FORMAT]), args.block_size)
+
+
+def _show(engine: TimedEngine, times: StepTimes, ratios: dict[str, dict[int, tuple[float, float, float]]]) -> None:
+    for fmt, fit in times.formats.items():
+        sys.stdout.write(
+            f"{fmt:<6} {1e3 * fit.base_s:.2f} ms + {1e3 * fit.per_seq_s:.3f} ms/sequence + "
+            f"{1e6 * fit.per_prefill_token_s:.1f} us/prefill token + {1e6 * fit.per_context_token_s:.3f} us/context "
+            f"token, error {times.residuals[fmt]:.1%} of {len(engine.steps[fmt])} steps\n"
+        )
+    for fmt, by_batch in ratios.items():
+        spans = ", ".join(f"{batch}: {mid:.2f} ({low:.2f}-{high:.2f})" for batch, (mid, low, high) in by_batch.items())
+        sys.stdout.write(f"{fmt:<6} decode step over full precision's, by sequences: {spans}\n")
 
 
 def _as_served(args: argparse.Namespace, calibration: Calibration) -> Calibration:
@@ -134,29 +149,24 @@ def _as_served(args: argparse.Namespace, calibration: Calibration) -> Calibratio
         cpu_bind=args.cpu_bind,
     )
     with tempfile.TemporaryDirectory() as folder, serve(options, Path(folder) / "server.log") as server:
-        alone = list(_requests(server.url, 12, 48, 24))[2:]
+        ttfts_s = [_lone_ttft_s(server.url, number) for number in range(12)][2:]
     base = calibration.times.formats[BASE_FORMAT]
-    ttft_s = statistics.median(ttft for ttft, _ in alone)
-    offset_s = max(ttft_s - base.seconds(1, 47, 48), 0.0)
+    offset_s = max(statistics.median(ttfts_s) - base.seconds(1, _LONE_TOKENS - 1, _LONE_TOKENS), 0.0)
     return replace(calibration, times=replace(calibration.times, offset_s=offset_s))
 
 
-def _requests(url: str, count: int, num_tokens: int, max_tokens: int) -> Iterator[tuple[float, float]]:
-    """One after another: seconds to the first token, and per further token."""
+def _lone_ttft_s(url: str, number: int) -> float:
+    """Seconds to the first token of a request that is alone and answered whole."""
     import urllib.request
 
-    for number in range(count):
-        body = {
-            "model": "demo", "prompt": [100 + (number * 31 + i) % 1000 for i in range(num_tokens)],
-            "max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True, "stream": True,
-        }  # fmt: skip
-        request = urllib.request.Request(
-            f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        start = time.perf_counter()
-        arrivals = []
-        with urllib.request.urlopen(request, timeout=60) as response:
-            for line in response:
-                if line.startswith(b"data: {"):
-                    arrivals.append(time.perf_counter() - start)
-        yield arrivals[0], (arrivals[-1] - arrivals[0]) / max(len(arrivals) - 1, 1)
+    body = {
+        "model": "demo", "prompt": [100 + (number * 31 + i) % 1000 for i in range(_LONE_TOKENS)],
+        "max_tokens": 24, "temperature": 0.0, "ignore_eos": True, "stream": True,
+    }  # fmt: skip
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    start = time.perf_counter()
+    with urllib.request.urlopen(request, timeout=60) as response:
+        arrivals = [time.perf_counter() - start for line in response if line.startswith(b"data: {")]
+    return arrivals[0]

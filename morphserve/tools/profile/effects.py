@@ -23,7 +23,7 @@ from torch import Tensor
 
 from morphserve.tools.profile.model import LayerTensors, StreamedModel
 from morphserve.tools.profile.smoothing import smooth_layer
-from morphserve.tools.profile.variants import Variant
+from morphserve.tools.profile.variants import RoundToNearest
 from morphserve.tools.profile.workspace import Workspace
 from quant_layers import Change, QuadraticCost
 
@@ -65,7 +65,7 @@ def forward_sweep(
 
 def backward_sweep(
     model: StreamedModel,
-    variants: Sequence[Variant],
+    variants: Sequence[RoundToNearest],
     arguments: Sequence[Sequence[dict[str, Any]]],
     workspace: Workspace,
     num_draws: int,
@@ -116,13 +116,14 @@ def _gradients_of_answers(model: StreamedModel, hidden: Tensor, num_draws: int, 
 def _one_layer(
     model: StreamedModel,
     index: int,
-    variants: Sequence[Variant],
+    variants: Sequence[RoundToNearest],
     hidden: Tensor,
     gradient: Tensor,
     arguments: Sequence[dict[str, Any]],
 ) -> tuple[LayerEffects, Tensor]:
     """The layer's effects, and the gradient in front of it."""
     tensors: LayerTensors = model.layer(index)
+    served_in = next(iter(tensors.values())).dtype
     keys = [(variant.half, variant.format) for variant in variants]
     slopes: dict[Key, list[Tensor]] = {key: [] for key in keys}
     replacement: dict[Key, list[Tensor]] = {key: [] for key in keys}
@@ -135,7 +136,7 @@ def _one_layer(
         )
         with torch.no_grad():
             transformation.append(torch.cosine_similarity(exact, states, dim=-1).mean())
-            rounded = model.run_rounded(index, tensors, states, kwargs)
+            rounded = model.run(index, tensors, states, kwargs, served_in)
             rounding.append((gradient[window] * (rounded - exact)).sum(-1).square().mean())  # half of it, two runs
             for key, variant in zip(keys, variants, strict=True):
                 out = variant.run(model, index, tensors, states, kwargs)

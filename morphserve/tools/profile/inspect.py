@@ -14,7 +14,7 @@ def describe(profile: Profile) -> str:
     parts = [
         f"{profile.directory}\nbase {profile.fingerprint[:16]}, {profile.num_layers} layers\nmade with {made}",
         f"order, least harmful first: {' '.join(map(str, profile.order))}",
-        "levels\n" + _table(_LEVEL_HEAD, _level_rows(profile)),
+        "levels\n" + ladder_table(profile),
     ]
     layers = profile.figures.get("layers")
     if layers:
@@ -22,10 +22,9 @@ def describe(profile: Profile) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-_LEVEL_HEAD = ("level", "layers", "changed", "KL expected", "KL measured", "MiB freed", "step time")
-
-
-def _level_rows(profile: Profile) -> list[list[str]]:
+def ladder_table(profile: Profile) -> str:
+    """Level by level: which layers have changed since the one before, and what is known of it."""
+    head = ("level", "layers", "changed", "KL expected", "KL measured", "MiB freed", "step time")
     rows = []
     before: dict[int, str] = {}
     for level, rung in enumerate(profile.ladder):
@@ -43,7 +42,7 @@ def _level_rows(profile: Profile) -> list[list[str]]:
             ]
         )
         before = dict(rung.layers)
-    return rows
+    return _table(head, rows)
 
 
 def _layer_table(layers: dict[str, dict[str, object]]) -> str:

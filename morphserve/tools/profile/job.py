@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +15,14 @@ import transformers
 from morphserve.errors import ProfilingError
 from morphserve.hub import find_files
 from morphserve.tools.profile.effects import LayerEffects, backward_sweep, cost_of, forward_sweep
+from morphserve.tools.profile.measure import measure_apart
 from morphserve.tools.profile.model import StreamedModel
 from morphserve.tools.profile.text import token_windows
 from morphserve.tools.profile.variants import RoundToNearest
 from morphserve.tools.profile.workspace import Workspace
 from morphserve.version import __version__
 from quant_layers import (
+    BASE,
     FORMATS,
     HALVES,
     Change,
@@ -43,7 +42,6 @@ from quant_layers import (
     write_profile,
 )
 
-_MEASURE = "morphserve.tools.profile.measure"  # runs vLLM, which nothing here may import
 _BETWEEN = 0.5  # of a window's share of the text: where profiling did not look
 Progress = Callable[[str, int, int], Any]  # what, done, of how many
 
@@ -74,7 +72,7 @@ def run_profile(
 
     Args:
         job: what to do.
-        measure: further arguments of the measuring script; None to leave measuring out.
+        measure: further arguments of scripts/measure_kl.py; None to leave measuring out.
         eval_text: what levels are measured on; empty = other windows of the calibration text.
         progress: hears how far it is.
 
@@ -94,21 +92,21 @@ def run_profile(
     fingerprint = base_fingerprint(dict(model.norms()))
     settings = {key: str(value) for key, value in asdict(job).items()} | {"fingerprint": fingerprint}
     workspace = Workspace(job.out.with_name(f"{job.out.name}.unfinished"), settings)
-    effects, scales = _sweeps(job, model, windows, workspace, progress)
+    effects, scales = price_layers(job, model, windows, workspace, progress)
     cost = cost_of(effects)
-    sizes = estimated_bytes(model, ("base", *job.formats))
+    sizes = estimated_bytes(model, (BASE, *job.formats))
     moves = greedy(cost, lambda unit, fmt: sizes[fmt][unit])
     ladder = _rungs(moves, job.moves_per_level)
     order = swap_order(moves, len(model))
     made = _provenance(job, directory)
     figures = _figures(effects, scales, cost) | {"priced_kl": [rung.expected_kl for rung in ladder]}
-    values = {layer: {name: scale.values for name, scale in row.items()} for layer, row in enumerate(scales)}
+    values = _values(scales)
     if measure is not None:
         with tempfile.TemporaryDirectory(dir=workspace.directory) as scratch:
             predicted = Path(scratch) / "predicted"
             write_profile(predicted, fingerprint, values, ladder, order, made, figures)
             progress("measuring levels", 0, 1)
-            ladder = _measured(job, predicted, ladder, measure, eval_text, Path(scratch))
+            ladder = _measured(job, predicted, ladder, measure, eval_text)
     seconds = round(time.perf_counter() - start, 1)
     write_profile(job.out, fingerprint, values, ladder, order, made, figures | {"seconds": seconds})
     workspace.remove()
@@ -127,25 +125,30 @@ def estimated_bytes(model: StreamedModel, formats: Sequence[str]) -> dict[str, d
     for index in range(len(model)):
         for name, linear in model.linears(index).items():
             for fmt, sizes in found.items():
-                size = _linear_bytes(fmt, *linear.weight.shape)
+                n, k = linear.weight.shape
+                size = 2 * n * k if fmt == BASE else FORMATS[fmt].packed_bytes(n, k)
                 for unit in ((index, ""), (index, half_of(name))):
                     sizes[unit] = sizes.get(unit, 0) + size
     return found
 
 
-def _linear_bytes(fmt: str, n: int, k: int) -> int:
-    if fmt == "base":
-        return 2 * n * k
-    return FORMATS[fmt].packed_bytes(n, k)
+def price_layers(
+    job: ProfileJob, model: StreamedModel, windows: torch.Tensor, workspace: Workspace,
+    progress: Progress = lambda *_: None,
+) -> tuple[list[LayerEffects], list[dict[str, Scale]]]:  # fmt: skip
+    """Run both sweeps over the layers: what each format does to the answer, and the input scales for W8.
 
-
-def _sweeps(
-    job: ProfileJob, model: StreamedModel, windows: torch.Tensor, workspace: Workspace, progress: Progress
-) -> tuple[list[LayerEffects], list[dict[str, Scale]]]:
+    Args:
+        job: uses `formats`, `halves`, `draws` and `seed`.
+        model: whose layers are priced.
+        windows: token ids [num_windows, num_tokens].
+        workspace: where a run that was killed goes on.
+        progress: hears how far it is.
+    """
     depth = len(model)
     arguments = forward_sweep(model, windows, workspace, lambda i: progress("input scales", i + 1, depth))
     scales: list[dict[str, Scale]] = [workspace.load("scales", index) for index in range(depth)]
-    values = {layer: {name: scale.values for name, scale in row.items()} for layer, row in enumerate(scales)}
+    values = _values(scales)
     variants = [RoundToNearest(fmt, values, half) for half in (HALVES if job.halves else ("",)) for fmt in job.formats]
     effects = backward_sweep(
         model, variants, arguments, workspace, job.draws, job.seed,
@@ -154,12 +157,16 @@ def _sweeps(
     return effects, scales
 
 
+def _values(scales: Sequence[Mapping[str, Scale]]) -> dict[int, dict[str, torch.Tensor]]:
+    return {layer: {name: scale.values for name, scale in row.items()} for layer, row in enumerate(scales)}
+
+
 def _rungs(moves: Sequence[Move], per_level: int) -> list[Rung]:
     """Level 0, then one level every `per_level` moves; the last move ends the last level."""
     ladder = [Rung({}, 0.0, 0.0, 0, 1.0)]
     layers: dict[int, str] = {}
     for number, move in enumerate(moves, start=1):
-        layers[move.change.layer] = _changed(layers.get(move.change.layer, "base"), move.change)
+        layers[move.change.layer] = _changed(layers.get(move.change.layer, BASE), move.change)
         if number % per_level == 0 or number == len(moves):
             ladder.append(Rung(dict(layers), move.expected_kl, None, move.bytes_freed))
     return ladder
@@ -176,33 +183,27 @@ def _changed(format: str, change: Change) -> str:
 
 
 def _measured(
-    job: ProfileJob, predicted: Path, ladder: Sequence[Rung], arguments: Sequence[str], texts: Sequence[Path],
-    scratch: Path,
-) -> list[Rung]:  # fmt: skip
-    """The ladder with what its levels cost where they are served. vLLM runs in a process of its own.
+    job: ProfileJob, predicted: Path, ladder: Sequence[Rung], arguments: Sequence[str], texts: Sequence[Path]
+) -> list[Rung]:
+    """The ladder with what its levels cost where they are served.
 
     What is expected of a level is then its KL on the calibration text, in windows between those that chose the scales
     (these would flatter it) and twice as many (one window's KL varies by 10 to 20 %): the prices that made the ladder
     are of second order, and 15 to 41 % low on SmolLM2-135M.
     """
-    rungs = scratch / "rungs.json"
-    rungs.write_text(json.dumps([rung.layers for rung in ladder[1:]]))
-    command = [sys.executable, "-m", _MEASURE, job.model, "--profile", str(predicted), "--rungs", str(rungs), "--timed"]
-    command += ["--windows", str(job.windows), "--length", str(job.length), *arguments]
-    command += ["--text", *map(str, texts or job.text), *(() if texts else ("--offset", str(_BETWEEN)))]
-    command += ["--predict-text", *map(str, job.text), "--predict-windows", str(2 * job.windows)]
-    command += ["--predict-offset", str(_BETWEEN)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise ProfilingError(
-            f"the levels could not be measured (vLLM said: {done.stderr.strip()[-500:]}). Start again with "
-            "--no-measure to keep the prediction alone."
-        )
-    document = json.loads(done.stdout.splitlines()[-1])
+    offset = () if texts else ("--offset", _BETWEEN)
+    try:
+        document = measure_apart(
+            job.model, [rung.layers for rung in ladder[1:]], "--profile", predicted, "--timed",
+            "--windows", job.windows, "--length", job.length, *arguments, "--text", *(texts or job.text), *offset,
+            "--predict-text", *job.text, "--predict-windows", 2 * job.windows, "--predict-offset", _BETWEEN,
+        )  # fmt: skip
+    except ProfilingError as error:
+        raise ProfilingError(f"{error} Start again with --no-measure to keep the prediction alone.") from error
     sizes = document["layer_bytes"]
     found = [ladder[0]]
     for rung, row in zip(ladder[1:], document["rows"], strict=True):
-        freed = sum(sizes["base"][layer] - sizes[fmt][layer] for layer, fmt in rung.layers.items())
+        freed = sum(sizes[BASE][layer] - sizes[fmt][layer] for layer, fmt in rung.layers.items())
         found.append(Rung(rung.layers, row["kl_predicted"], row["kl"], freed, row["step_time_factor"]))
     return found
 

@@ -1,18 +1,66 @@
-"""Command line of scripts/measure_kl.py, which says what it is for; also run by morphserve/tools/profile/job.py."""
+"""Command line of scripts/measure_kl.py, which says what it is for; `measure_apart` runs it for others."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from morphserve.errors import MorphServeError, ProfilingError
 from morphserve.serve_dtype import add_dtype_option, resolve_dtype
+
+Rungs = Sequence[Mapping[int, str]]  # decoder layer id |-> format; the others are at full precision
 
 
 def main(argv: list[str] | None = None, description: str = "What does a format cost?") -> int:
     """See scripts/measure_kl.py."""
+    args = _parser(description).parse_args(argv)
+    try:
+        document = _measure(args)
+    except MorphServeError as error:
+        sys.stderr.write(f"measure_kl: {error}\n")
+        return 1
+    for name, row in zip(document["expected_kl"], document["rows"], strict=True):
+        timed = f"  step {row['step_time_factor']:.2f}" if args.timed else ""
+        sys.stdout.write(
+            f"{name}  kl {row['kl']:.4f}  top1 {row['top1']:.3f}  ppl_base {row['ppl_base']:.2f}  "
+            f"ppl {row['ppl']:.2f}{timed}\n"
+        )
+    sys.stdout.write(json.dumps(document) + "\n")
+    return 0
+
+
+def measure_apart(model: str, rungs: Rungs, *arguments: object) -> dict[str, Any]:
+    """Run this command in a process of its own, as vLLM binds and fills the one that it is in.
+
+    Args:
+        model: directory or hub name.
+        rungs: what is measured.
+        arguments: further words of the command line.
+
+    Returns:
+        The command's JSON document; its `rows` are in the order of the rungs.
+
+    Raises:
+        ProfilingError: it failed, with its last words.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "rungs.json"
+        file.write_text(json.dumps([dict(rung) for rung in rungs]), encoding="utf-8")
+        command = [sys.executable, "-m", __name__, model, "--rungs", file, *arguments]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    if done.returncode:
+        raise ProfilingError(f"the levels could not be measured (vLLM said: {done.stderr.strip()[-500:]}).")
+    document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return document
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
     from morphserve.control import DEFAULT_FORMATS
     from quant_layers import FORMATS
 
@@ -36,34 +84,20 @@ def main(argv: list[str] | None = None, description: str = "What does a format c
     parser.add_argument("--timed", action="store_true", help="also measure decode steps")
     parser.add_argument("--compiled", action="store_true", help="as a server runs by default")
     add_dtype_option(parser)
-    args = parser.parse_args(argv)
+    return parser
 
-    from morphserve.errors import MorphServeError
+
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
     from morphserve.integration.offline.served_model import ServedModel, measure_rungs
-    from morphserve.tools.profile import token_windows
+    from morphserve.tools.profile.text import token_windows
 
-    rungs: list[dict[int, str]] = []
-    if args.rungs is not None:
-        rungs = [{int(layer): fmt for layer, fmt in rung.items()} for rung in json.loads(args.rungs.read_text())]
-    formats = list(dict.fromkeys(fmt for rung in rungs for fmt in rung.values())) or args.formats
-    of_profile = args.profile is not None and args.rungs is not None
-    settings: dict[str, Any] = {
-        "ladder": {"steps": "profile"} if of_profile else {"steps": [{"format": fmt} for fmt in formats]},
-        "profile": args.profile,
-        "variants": dict(pair.split("=", 1) for pair in args.variant),
-        "kernels": dict(pair.split("=", 1) for pair in args.kernel),
-    }
-    try:
-        dtype = resolve_dtype(args.dtype, args.model)
-    except MorphServeError as error:
-        sys.stderr.write(f"measure_kl: {error}\n")
-        return 1
-    model = ServedModel(args.model, args.length, settings, enforce_eager=not args.compiled, dtype=dtype)
-    try:
-        if rungs:
-            names = [f"level {index}" for index in range(len(rungs))]
-        else:
-            names, rungs = formats, [dict.fromkeys(range(model.num_layers), fmt) for fmt in formats]
+    dtype = resolve_dtype(args.dtype, args.model)
+    rungs = _read_rungs(args.rungs)
+    formats = list(dict.fromkeys(fmt for rung in rungs for fmt in rung.values())) or list(dict.fromkeys(args.formats))
+    settings = _settings(args, formats)
+    with ServedModel(args.model, args.length, settings, enforce_eager=not args.compiled, dtype=dtype) as model:
+        names = [f"level {index}" for index in range(len(rungs))] or formats
+        rungs = rungs or [dict.fromkeys(range(model.num_layers), fmt) for fmt in formats]
         texts = token_windows(model.tokenizer, args.text, args.windows, args.length, args.offset).tolist()
         rows = measure_rungs(model, rungs, texts, args.timed)
         if args.predict_text is not None:
@@ -71,26 +105,29 @@ def main(argv: list[str] | None = None, description: str = "What does a format c
             predict = token_windows(model.tokenizer, args.predict_text, count, args.length, args.predict_offset)
             for row, predicted in zip(rows, measure_rungs(model, rungs, predict.tolist()), strict=True):
                 row["kl_predicted"] = predicted["kl"]
-    except MorphServeError as error:
-        sys.stderr.write(f"measure_kl: {error}\n")
-        return 1
-    finally:
-        model.close()
-    for name, row in zip(names, rows, strict=True):
-        timed = f"  step {row['step_time_factor']:.2f}" if args.timed else ""
-        sys.stdout.write(
-            f"{name}  kl {row['kl']:.4f}  top1 {row['top1']:.3f}  ppl_base {row['ppl_base']:.2f}  "
-            f"ppl {row['ppl']:.2f}{timed}\n"
-        )
-    document = {
+    return {
         "positions": len(texts) * (args.length - 1),
         "expected_kl": {name: round(row["kl"], 4) for name, row in zip(names, rows, strict=True)},
         "kernels": model.description.kernels,
         "layer_bytes": model.description.layer_bytes,
         "rows": rows,
     }
-    sys.stdout.write(json.dumps(document) + "\n")
-    return 0
+
+
+def _read_rungs(file: Path | None) -> list[dict[int, str]]:
+    if file is None:
+        return []
+    return [{int(layer): fmt for layer, fmt in rung.items()} for rung in json.loads(file.read_text())]
+
+
+def _settings(args: argparse.Namespace, formats: Sequence[str]) -> dict[str, Any]:
+    of_profile = args.profile is not None and args.rungs is not None
+    return {
+        "ladder": {"steps": "profile"} if of_profile else {"steps": [{"format": fmt} for fmt in formats]},
+        "profile": args.profile,
+        "variants": dict(pair.split("=", 1) for pair in args.variant),
+        "kernels": dict(pair.split("=", 1) for pair in args.kernel),
+    }
 
 
 if __name__ == "__main__":

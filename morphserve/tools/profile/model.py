@@ -105,18 +105,11 @@ class StreamedModel:
                 del layer.forward
         return hidden, arguments
 
-    def run(self, index: int, tensors: LayerTensors, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-        """Hidden states [1, num_tokens, hidden_size] behind the layer, with these tensors in it."""
-        values = {name: tensor.float() for name, tensor in tensors.items()}
-        out = functional_call(self.layers[index], values, (hidden,), dict(arguments))
-        found: Tensor = out[0] if isinstance(out, tuple) else out
-        return found
-
-    def run_rounded(
-        self, index: int, tensors: LayerTensors, hidden: Tensor, arguments: Mapping[str, Any]
-    ) -> Tensor:
-        """As `run`, computed in the dtype that the checkpoint has and the model is served in."""
-        dtype = next(iter(tensors.values())).dtype
+    def run(
+        self, index: int, tensors: LayerTensors, hidden: Tensor, arguments: Mapping[str, Any],
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:  # fmt: skip
+        """Hidden states [1, num_tokens, hidden_size] behind the layer with these tensors in it, computed in `dtype`."""
         values = {name: tensor.to(dtype) for name, tensor in tensors.items()}
         kwargs = {name: _cast(value, dtype) for name, value in arguments.items()}
         out = functional_call(self.layers[index], values, (hidden.to(dtype),), kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -68,21 +68,13 @@ class _Passes:
             self._logits.append(self._model.logits(states[-1]))
 
 
-def lis_order(
-    model: StreamedModel, windows: Tensor, format: str, on_layer: Callable[[int], Any] = lambda _: None
-) -> list[int]:
+def lis_order(model: StreamedModel, windows: Tensor, format: str) -> list[int]:
     """Layer ids, safest first, by LIS with the paper's weights. About L^2 / 4 passes; all weights stay in memory.
 
     Args:
         windows: token ids [num_windows, num_tokens].
         format: that layers are swapped into.
-        on_layer: hears how many layers have been taken.
     """
     passes = _Passes(model, windows, format)
-    scores: Sequence[tuple[float, float]] = [passes.layer_scores(index) for index in range(len(model))]
-
-    def degradation(taken: tuple[int, ...], candidate: int) -> float:
-        on_layer(len(taken))
-        return passes.degradation(taken, candidate)
-
-    return layer_importance_order([lts for lts, _ in scores], [lrs for _, lrs in scores], degradation)
+    lts, lrs = zip(*(passes.layer_scores(index) for index in range(len(model))), strict=True)
+    return layer_importance_order(lts, lrs, passes.degradation)

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from morphserve.tools.profile.model import LayerTensors, StreamedModel
-from quant_layers import (
-    FORMATS,
-    apply_scales,
-    folds_of,
-    half_of,
-)
+from quant_layers import FORMATS, apply_scales, folds_of, half_of
 
 # What vLLM fuses into one linear, by the names in transformers.
 PARTS: Mapping[str, tuple[tuple[str, ...], ...]] = {
@@ -26,17 +21,6 @@ PARTS: Mapping[str, tuple[tuple[str, ...], ...]] = {
 }
 _TINY = 1e-6
 Arguments = Mapping[str, Any]  # what else a layer's forward takes
-
-
-class Variant(Protocol):
-    """One format, for every layer of a model or one half of it."""
-
-    format: str
-    half: str
-
-    def run(self, model: StreamedModel, index: int, base: LayerTensors, hidden: Tensor, arguments: Arguments) -> Tensor:
-        """Hidden states behind layer `index` in this format, from hidden states in front of it."""
-        ...
 
 
 def parts_of(names: set[str]) -> dict[str, tuple[str, ...]]:
@@ -66,6 +50,7 @@ class RoundToNearest:
     _cached: tuple[int, LayerTensors] | None = None
 
     def run(self, model: StreamedModel, index: int, base: LayerTensors, hidden: Tensor, arguments: Arguments) -> Tensor:
+        """Hidden states behind layer `index` in this format, from hidden states in front of it."""
         if self._cached is None or self._cached[0] != index:  # once a layer, not once a window
             self._cached = index, self._tensors(index, base, self._linears(model, index), _norm_offset(model, index))
         rounded = self._linears(model, index) if FORMATS[self.format].int8_activations else set()

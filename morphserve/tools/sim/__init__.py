@@ -8,10 +8,11 @@ from __future__ import annotations
 from morphserve.tools.sim.calibration import Calibration, load_calibration
 from morphserve.tools.sim.morphing import plan_ladder
 from morphserve.tools.sim.run import Simulated, simulate
-from morphserve.tools.sim.server import SimServer
+from morphserve.tools.sim.server import ServerSpec, SimServer
 
 __all__ = [
     "Calibration",
+    "ServerSpec",
     "SimServer",
     "Simulated",
     "load_calibration",

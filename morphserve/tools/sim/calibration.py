@@ -19,7 +19,7 @@ _REMEDY = "Make it with scripts/calibrate.py."
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Step times, and the bytes that a ladder is built from."""
+    """The step times of one machine and model, and the bytes that a ladder is built from."""
 
     times: StepTimes
     rank: RankBytes  # all layers on one rank
@@ -43,7 +43,7 @@ class Calibration:
                 raise ValueError(f"{_KEY}.{name} is {value!r}, must be a whole number of 1 or more")
 
     def rank_with(self, block_size: int) -> RankBytes:
-        """The rank with KV blocks of so many tokens.
+        """Return the rank with KV blocks of so many tokens.
 
         Raises:
             ConfigError: blocks of that size are not a whole number of bytes.

@@ -17,7 +17,7 @@ Flight = tuple[Batch, float, int, int | None]  # batch, its end, the level of it
 
 
 class SimEngine:
-    """Does what vLLM's engine core does, in the same order, on a clock of its own.
+    """A model of vLLM's engine core: the same in the same order, on a clock of its own.
 
     Attributes:
         now_s: since the start of the workload; below 0 while the controller settles before it.
@@ -27,7 +27,7 @@ class SimEngine:
     """
 
     def __init__(self, server: SimServer, requests: Sequence[SimRequest], pace: Pace, scheduler: SimScheduler) -> None:
-        """`requests` in the order of their arrival."""
+        """Take `requests` in the order of their arrival."""
         self.now_s = 0.0
         self.ends: list[float] = []
         self.refused: list[SimRequest] = []
@@ -51,7 +51,7 @@ class SimEngine:
         self._cutoff_s = requests[-1].arrival_s + server.cutoff_s
 
     def run(self, recorder: Recorder, morphing: Morphing | None) -> None:
-        """The whole workload, and until level 0 after it."""
+        """Run the whole workload, and until level 0 after it."""
         self._recorder, self._morphing = recorder, morphing
         if morphing is not None:
             self.tokens_by_level.extend([0] * (len(morphing.ladder) - 1))
@@ -72,12 +72,12 @@ class SimEngine:
     # ---- steps
 
     def _step(self) -> None:
-        """One turn of the engine core's loop."""
+        """Do one turn of the engine core's loop."""
         scheduler, morphing, flights = self._scheduler, self._morphing, self._flights
         level, rung = 0, None
         if morphing is not None:
             pause_s = morphing.tick(scheduler)
-            level = morphing.controller.exposure_level
+            level = morphing.controller.effective_level
             rung = None if pause_s or morphing.controller.in_transition else morphing.rung
             scheduler.level = level
             self._pause_s += pause_s
@@ -114,7 +114,7 @@ class SimEngine:
     # ---- what is no step
 
     def _happen(self) -> None:
-        """All that is due."""
+        """Process all that is due."""
         now_s = self.now_s
         assert self._recorder is not None
         self._recorder.catch_up(now_s)
@@ -131,7 +131,7 @@ class SimEngine:
         self._due_s = min(self._recorder.due_s, self._next_arrival_s(), self._next_timeout_s(), self._next_cutoff_s())
 
     def _knock(self, until_s: float) -> None:
-        """Requests come to the server's door, where those beyond the queue limit are refused."""
+        """Bring requests to the server's door, where those beyond the queue limit are refused."""
         limit = self._queue_limit()
         requests = self._requests
         while self._next < len(requests) and requests[self._next].arrival_s <= until_s:
@@ -149,7 +149,7 @@ class SimEngine:
         return self._server.max_num_queued_tokens is not None or self._morphing is not None
 
     def _queue_limit(self) -> int | None:
-        """The server's own or the policy's, whichever is lower."""
+        """Return the server's own limit or the policy's, whichever is lower."""
         own = self._server.max_num_queued_tokens
         policys = None if self._morphing is None else self._morphing.controller.max_queued_tokens
         return min((limit for limit in (own, policys) if limit is not None), default=None)
@@ -162,7 +162,7 @@ class SimEngine:
             self._oldest += 1
 
     def _abort(self, request: SimRequest) -> bool:
-        """Its client goes; False = it had its answer."""
+        """End a request whose client goes; False = it had its answer."""
         if request.state is State.DONE:
             return False
         if request.first_step < 0:
@@ -176,7 +176,7 @@ class SimEngine:
         return self._requests[self._next].arrival_s if self._next < len(self._requests) else inf
 
     def _next_timeout_s(self) -> float:
-        """Of those that have come: they come in order, so they time out in order."""
+        """Return the next time-out of those that have come: they come in order, so they time out in order."""
         while self._oldest < self._next and self._requests[self._oldest].state is State.DONE:
             self._oldest += 1
         if self._oldest == self._next:
@@ -189,7 +189,7 @@ class SimEngine:
     # ---- without work
 
     def _idle(self) -> bool:
-        """Until the next request comes; False = none does, and level 0 is reached or was waited for long enough."""
+        """Go to the next request; False = none comes, and level 0 is reached or was waited for long enough."""
         morphing, server = self._morphing, self._server
         last = self._next == len(self._requests)
         give_up_s = self.now_s + server.restore_wait_s if last else inf
@@ -197,7 +197,7 @@ class SimEngine:
             until_s = self._next_arrival_s()
             if morphing is not None:
                 self._advance(morphing.tick(self._scheduler))
-                if last and (self.now_s >= give_up_s or not morphing.controller.exposure_level):
+                if last and (self.now_s >= give_up_s or not morphing.controller.effective_level):
                     return False
                 if morphing.controller.in_transition:
                     until_s = min(until_s, self.now_s + server.idle_step_s)

@@ -20,7 +20,7 @@ class _Answered:
 
 
 class SimExecutor:
-    """`ExecutorPort` without memory behind it.
+    """An `ExecutorPort` without memory behind it.
 
     Attributes:
         pause_s: seconds that commands took since it was last set to 0: the engine stands still for so long.
@@ -38,23 +38,16 @@ class SimExecutor:
         self._weight_bytes = rank.weight(self.formats)
         self.pause_s = 0.0
 
-    def apply(self, plan: Plan) -> _Answered:
-        """Copy, unmap, switch, map."""
-        return self._carry_out(plan)
-
-    def commit(self, plan: Plan) -> _Answered:
-        """KV only: a single rank gets its layers by `apply`."""
-        return self._carry_out(plan)
-
     def prepare(self, plan: Plan) -> _Answered:
-        """Nobody votes where there is one rank."""
-        raise AssertionError(f"prepare r{plan.revision}: a single rank is told to apply")
+        """Refuse: nobody votes where there is one rank."""
+        raise AssertionError(f"prepare r{plan.revision}: a rank that decides alone is told to commit")
 
     def abort(self, plan: Plan) -> _Answered:
-        """Nothing is ever prepared and not switched."""
+        """Refuse: nothing is ever prepared and not switched."""
         raise AssertionError(f"abort r{plan.revision}: a single rank has nothing staged")
 
-    def _carry_out(self, plan: Plan) -> _Answered:
+    def commit(self, plan: Plan) -> _Answered:
+        """Copy, unmap, switch, map."""
         seconds = self._copy_s * len(plan.copies)
         sizes = self._rank.layers
         for layer, fmt in plan.layer_formats:

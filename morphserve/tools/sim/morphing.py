@@ -14,9 +14,11 @@ from morphserve.control import (
     EngineView,
     Monitor,
     ProfileLadder,
+    WaitingRequest,
     build_ladder,
     check_floor,
     largest_chunk_bytes,
+    make_header,
     make_ledgers,
     optional_formats,
     without_formats,
@@ -29,7 +31,7 @@ from morphserve.tools.sim.pool import SimPool
 from morphserve.tools.sim.request import Batch, SimRequest
 from morphserve.tools.sim.scheduler import SimScheduler
 from morphserve.tools.sim.server import SimServer
-from policies import EngineLimits, Ladder, StepTime, build_policy
+from policies import EngineLimits, Ladder, PolicySetup, StepTime
 
 _MAX_WARM_UP_TICKS = 10_000
 
@@ -37,7 +39,7 @@ _MAX_WARM_UP_TICKS = 10_000
 def plan_ladder(
     config: MorphServeConfig, server: SimServer, calibration: Calibration, profile: ProfileLadder | None
 ) -> Ladder:
-    """As the engine builds it at start, without the optional formats that the calibrated one did not have.
+    """Build the ladder as the engine does at start, without optional formats that the calibrated one did not have.
 
     Raises:
         ConfigError: settings, server and calibration contradict each other.
@@ -67,12 +69,12 @@ def plan_ladder(
 
 
 def _factor(time: StepTime, base: StepTime, num_seqs: int) -> float:
-    """As the server measures it, but for the part of a step that no format changes, which is in these times."""
+    """Return a time factor as the server measures it, but for the part of a step that no format changes."""
     return round(time.seconds(num_seqs, 0, 0) / base.seconds(num_seqs, 0, 0), 3)
 
 
 class Morphing:
-    """What `morphserve.integration` is on vLLM: events to the monitor, a tick before every step."""
+    """The part that `morphserve.integration` has on vLLM: events to the monitor, a tick before every step."""
 
     def __init__(
         self,
@@ -84,22 +86,25 @@ class Morphing:
         pace: Pace,
         clock: Callable[[], float],
     ) -> None:
-        """At level 0.
+        """Start at level 0.
 
         Raises:
             ConfigError: a policy that does not fit the ladder.
         """
         rank = calibration.rank_with(server.block_size)
         limits = EngineLimits(server.block_size, server.max_num_seqs, server.max_num_batched_tokens)
+        setup = PolicySetup(config.policy, calibration.times, limits)
         try:
-            policy = build_policy(config.policy, ladder, calibration.times, limits)
+            policy = setup.build(ladder)
         except ValueError as e:
             raise ConfigError(f"policy: {e}") from e
         self.ladder = ladder
         self.monitor = Monitor()
         self.executor = SimExecutor(rank, calibration.num_layers, ladder[0].num_kv_blocks, pace, server.copy_s)
         staging = [largest_chunk_bytes(rank.layers, config.transition.layers_per_step)]
-        self._log = None if config.decision_log is None else DecisionLog(config.decision_log)
+        self._log: DecisionLog | None = None
+        if config.decision_log is not None:  # a sample, whatever the detail: virtual time outruns the writer
+            self._log = DecisionLog(config.decision_log, make_header(setup, ladder, detail="changes"))
         self.controller = Controller(
             ladder, policy, pool, self.executor, self.monitor, config, make_ledgers(ladder, [rank], staging),
             ranks=[rank], clock=clock, log=self._log,
@@ -111,7 +116,7 @@ class Morphing:
     # ---- before a step
 
     def tick(self, scheduler: SimScheduler) -> float:
-        """The controller's part of a step boundary; for how many seconds the engine stood still for it."""
+        """Do the controller's part of a step boundary; return for how many seconds the engine stood still for it."""
         waiting = scheduler.waiting
         oldest_s = 0.0
         if waiting:
@@ -127,16 +132,16 @@ class Morphing:
     def rung(self) -> int | None:
         """The level that all layers are at; None = they are between two."""
         level = self.controller.level
-        return level if level == self.controller.exposure_level else None
+        return level if level == self.controller.effective_level else None
 
     # ---- events
 
     def on_arrival(self, now_s: float, request: SimRequest) -> None:
-        """The engine has taken it from its input queue."""
-        self.monitor.on_arrival(now_s, request.name, request.prompt_tokens)
+        """Tell the monitor of a request that the engine has taken from its input queue."""
+        self.monitor.on_arrival(now_s, WaitingRequest(request.name, request.prompt_tokens))
 
     def on_scheduled(self, now_s: float, batch: Batch) -> None:
-        """A step was planned."""
+        """Tell the monitor of a step that was planned."""
         for request in batch.preempted:
             self.on_preemption(now_s, request)
         for request in batch.admitted:
@@ -146,14 +151,13 @@ class Morphing:
                 self.monitor.on_scheduled(now_s, now_s - request.arrival_s, request.name)
 
     def on_preemption(self, now_s: float, request: SimRequest, forced: bool = False) -> None:
-        """It lost its blocks: `forced` by a way back to a shallower level, or for want of memory."""
+        """Tell the monitor of a preemption: `forced` by a way to a shallower level, or for want of memory."""
         self._last_preemption_s = now_s
-        self.monitor.on_preemption(
-            now_s, request.name, request.num_tokens, has_token=request.generated > 0, forced=forced
-        )
+        waiting = WaitingRequest(request.name, request.num_tokens, has_token=request.generated > 0)
+        self.monitor.on_preemption(now_s, waiting, forced)
 
     def on_completed(self, now_s: float, batch: Batch, level: int | None) -> None:
-        """A step has ended.
+        """Tell the monitor of a step that has ended.
 
         Args:
             level: all layers ran at, for the whole of the time since the step before; else None.
@@ -170,13 +174,13 @@ class Morphing:
                 self.monitor.on_first_token(now_s - request.arrival_s)
 
     def on_finish(self, now_s: float, request: SimRequest, num_blocks: int) -> None:
-        """It ended or was aborted, holding so many blocks."""
+        """Tell the monitor of a request that ended or was aborted, holding so many blocks."""
         self.monitor.on_finish(num_blocks, now_s, request.name, request.generated)
 
     # ---- the rest
 
     def settle(self, scheduler: SimScheduler, advance: Callable[[float], None], step_s: float) -> None:
-        """Before the first request: go where the policy wants to be without any."""
+        """Go, before the first request, where the policy wants to be without any."""
         for _ in range(_MAX_WARM_UP_TICKS):
             advance(self.tick(scheduler) + step_s)
             if not self.controller.in_transition:
@@ -188,7 +192,7 @@ class Morphing:
             self._log.close()
 
     def status(self, tokens_by_level: list[int]) -> dict[str, Any]:
-        """What `/morphserve/status` would say, as far as there is something behind it."""
+        """Return what `/morphserve/status` would say, as far as there is something behind it."""
         status = self.controller.status()
         counters = status["counters"]
         return {

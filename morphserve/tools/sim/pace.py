@@ -9,7 +9,7 @@ from policies import BASE_FORMAT, MorphLevel, StepTimes
 
 
 class Pace:
-    """Figures of each mixture of formats are worked out once.
+    """The step times of each mixture of formats, each worked out once.
 
     Attributes:
         factor: on all times; 1.1 = a machine 10 % slower.
@@ -32,7 +32,7 @@ class Pace:
         self.set_formats((BASE_FORMAT,) * num_layers)
 
     def set_formats(self, formats: Sequence[str]) -> None:
-        """Layers have switched.
+        """Take in that layers have switched.
 
         Raises:
             ValueError: a format was never calibrated.
@@ -47,7 +47,7 @@ class Pace:
         self._base_s, self._seq_s, self._prefill_s, self._context_s = figures
 
     def seconds(self, num_seqs: int, prefill_tokens: int, context_tokens: int) -> float:
-        """Of the next step."""
+        """Return the time of the next step."""
         seconds = (
             self._base_s + self._seq_s * num_seqs + self._prefill_s * prefill_tokens + self._context_s * context_tokens
         )
@@ -56,6 +56,6 @@ class Pace:
         return seconds
 
     def move_s(self, is_degrade: bool) -> float:
-        """Of one layer that switches."""
+        """Return the time of one layer that switches."""
         move = self._times.move
         return self.factor * (move.degrade_s if is_degrade else move.restore_s)

@@ -9,7 +9,7 @@ from morphserve.errors import IllegalTransition
 
 
 class SimPool:
-    """`BlockPoolPort` in constant time.
+    """A `BlockPoolPort` in constant time.
 
     1. `used <= num_kv_blocks - 1` at every moment: block 0 is the null block.
     2. From `begin_shrink(n)` on nothing is handed out while `n - 1` blocks or more are held.
@@ -33,23 +33,22 @@ class SimPool:
 
     @property
     def num_kv_blocks(self) -> int:
-        """Published, null block included."""
+        """Published blocks, null block included."""
         return self._published
 
     @property
     def num_used_blocks(self) -> int:
-        """That live requests hold."""
+        """Blocks that live requests hold."""
         return self.used
 
     def release(self, num_blocks: int) -> None:
-        """A request gives them back."""
+        """Take back blocks of a request."""
         before = self.used
         self.used = before - num_blocks
         if self._tail and before:
             self._tail = max(self._tail * self.used // before, self._above(), 0)
 
     def grow(self, num_kv_blocks: int) -> None:
-        """Publish blocks up to `num_kv_blocks`."""
         if self._limit is not None or num_kv_blocks < self._published:
             raise IllegalTransition(
                 f"grow to {num_kv_blocks} blocks with {self._published} published"
@@ -59,7 +58,7 @@ class SimPool:
         self.capacity = num_kv_blocks - 1
 
     def begin_shrink(self, num_kv_blocks: int) -> None:
-        """From now on no more blocks than that are offered."""
+        """Offer no more blocks than that from now on."""
         if self._limit is not None or not 1 < num_kv_blocks < self._published:
             raise IllegalTransition(
                 f"shrink to {num_kv_blocks} blocks with {self._published} published"
@@ -80,11 +79,10 @@ class SimPool:
         return ShrinkProgress(tuple((limit + i, 1 + i) for i in range(moved)), self._tail)
 
     def preempt_one(self) -> bool:
-        """Ask the scheduler to."""
+        """Ask the scheduler to preempt the request that costs least."""
         return self.preempt()
 
     def finish_shrink(self) -> None:
-        """Forget the fenced tail."""
         limit = self._fence("finish_shrink")
         if self._tail or self.used > self.capacity:
             raise IllegalTransition(
@@ -99,7 +97,7 @@ class SimPool:
         self.capacity = self._published - 1
 
     def _above(self) -> int:
-        """Held blocks that cannot all lie below the fence."""
+        """Return how many held blocks cannot lie below the fence."""
         return self.used - self.capacity
 
     def _fence(self, what: str) -> int:

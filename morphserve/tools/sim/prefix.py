@@ -26,7 +26,7 @@ class _Block:
 
 @dataclass(slots=True)
 class PromptContents:
-    """What the full KV blocks of each prompt contain, as far as the trace's hash ids tell."""
+    """The contents of each prompt's full KV blocks, as far as the trace's hash ids tell."""
 
     block_size: int
     block_tokens: int  # one hash id stands for
@@ -35,11 +35,11 @@ class PromptContents:
 
     @classmethod
     def of(cls, workload: Workload, block_size: int) -> PromptContents:
-        """Of all requests of a workload."""
+        """Read the contents of all requests of a workload."""
         return cls(block_size, workload.block_tokens, [request.hash_ids for request in workload.requests])
 
     def contents(self, request: SimRequest) -> list[Hashable]:
-        """Of its full blocks of prompt, in order: equal ones have equal tokens up to their end."""
+        """Return the contents of its full prompt blocks, in order: equal ones have equal tokens up to their end."""
         chain, chains = -1, []
         for hash_id in self.hash_ids[request.index]:
             chain = self._chains.setdefault((chain, hash_id), len(self._chains))
@@ -53,12 +53,12 @@ class PromptContents:
 
 
 def own_content(request: SimRequest, at: int) -> Hashable:
-    """Of a block that no other request has."""
+    """Return the content of a block that no other request has."""
     return ("of", request.index, at)
 
 
 class CachingScheduler(SimScheduler):
-    """As `SimScheduler`; and like vLLM's pool:
+    """A `SimScheduler` with a cache like vLLM's.
 
     1. A request that is admitted takes over cached blocks from its beginning on, as far as they reach, but computes its
        last token itself. Those that nobody else holds must find room like new ones.
@@ -98,7 +98,7 @@ class CachingScheduler(SimScheduler):
             del self._cached[block.content]
 
     def _keep(self, request: SimRequest, num_tokens: int) -> None:
-        """Its blocks that so many tokens have filled can be found from now on."""
+        """Let its blocks that so many tokens have filled be found from now on."""
         table = self._tables[request]
         for at in range(num_tokens // self._block_size):
             block = table[at]
@@ -113,7 +113,7 @@ class CachingScheduler(SimScheduler):
         return contents[at] if at < len(contents) else own_content(request, at)
 
     def _find(self, request: SimRequest, num_blocks: int) -> list[_Block]:
-        """Its first blocks, up to so many, as far as they are cached without a gap."""
+        """Return its first blocks, up to so many, as far as they are cached without a gap."""
         found: list[_Block] = []
         for at in range(num_blocks):
             same = self._cached.get(self._content(request, at))
@@ -144,7 +144,7 @@ class CachingScheduler(SimScheduler):
         self._trim()
 
     def _unsure(self, request: SimRequest) -> int:
-        """Tokens in its blocks that vLLM does not vouch for yet: one, while a step of its answer is under way."""
+        """Return tokens in its blocks that vLLM does not vouch for yet: one, while a step of its answer runs."""
         ends = request.state is State.ENDING and request.last_step == self.step - 1
         decodes = ends or request.state is State.DECODE
         return int(self._in_flight > 0 and decodes and request.joined < self.step - 1)

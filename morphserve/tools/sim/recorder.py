@@ -28,21 +28,21 @@ class Recorder:
 
     @property
     def due_s(self) -> float:
-        """Of the next snapshot."""
+        """Time of the next snapshot."""
         return len(self.series) * self._every_s
 
     def catch_up(self, now_s: float) -> None:
-        """All that are due; the engine was as it is now."""
+        """Take all snapshots that are due; the engine was as it is now."""
         while self.due_s <= now_s:
             self.series.append(self.snapshot(self.due_s))
 
     def finish(self, now_s: float) -> None:
-        """One more at the end of the run, where no beat falls on it."""
+        """Take one more snapshot at the end of the run, where no beat falls on it."""
         if not self.series or self.series[-1].t_s < now_s:
             self.series.append(self.snapshot(now_s))
 
     def snapshot(self, t_s: float) -> Snapshot:
-        """The engine as it is."""
+        """Return a snapshot of the engine as it is."""
         pool, scheduler, morphing = self._pool, self._scheduler, self._morphing
         published = pool.num_kv_blocks
         seen = Snapshot(
@@ -69,7 +69,7 @@ class Recorder:
             running=seen.running,
             waiting=seen.waiting,
             preemptions=seen.preemptions,
-            level=controller.exposure_level,
+            level=controller.effective_level,
             blocks_published=seen.blocks_published,
             blocks_backed=counters.num_blocks_mapped,
             blocks_used=seen.blocks_used,

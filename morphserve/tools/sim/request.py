@@ -7,7 +7,7 @@ from enum import IntEnum
 
 
 class State(IntEnum):
-    """Where a request is. Integers: they are compared in the hot path."""
+    """The place of a request. Integers: they are compared in the hot path."""
 
     WAITING = 0
     PREFILL = 1  # running, and its tokens so far do not fit into one step: always the last of the running ones
@@ -18,7 +18,7 @@ class State(IntEnum):
 
 @dataclass(slots=True, eq=False)
 class SimRequest:
-    """What the scheduler's model keeps of it.
+    """A request as the scheduler's model keeps it.
 
     While it decodes nothing in here changes: before step `s` it has `base + s` tokens in the KV cache, and step
     `last_step` makes its last token.
@@ -41,7 +41,7 @@ class SimRequest:
 
     @property
     def num_tokens(self) -> int:
-        """All that must be in the KV cache before its next token. Not while it decodes."""
+        """Tokens that must be in the KV cache before its next token. Not while it decodes."""
         return self.prompt_tokens + self.generated
 
 

@@ -38,7 +38,7 @@ REFUSED = "http_503"
 
 @dataclass(slots=True)
 class Simulated:
-    """What became of a workload; the same figures as of a measured run, and cheaper ones for a tuner."""
+    """The result of a workload: the same figures as of a measured run, and cheaper ones for a tuner."""
 
     workload: Workload
     server: SimServer
@@ -53,7 +53,7 @@ class Simulated:
 
     @property
     def replayed(self) -> Replayed:
-        """As the client would have recorded it; made when first asked for."""
+        """The run as the client would have recorded it; made when first asked for."""
         if self._replayed is None:
             statuses = {request.index: REFUSED for request in self.refused}
             statuses |= {request.index: TIMEOUT for request in self.timed_out}
@@ -63,11 +63,11 @@ class Simulated:
 
     @property
     def outcomes(self) -> list[Outcome]:
-        """One a request, in workload order."""
+        """Outcomes, one a request, in workload order."""
         return self.replayed.outcomes
 
     def violation_rate(self, slo: Slo) -> float:
-        """Of the requests sent: refused, timed out and unfinished ones are violations."""
+        """Return the share of the requests sent that broke a promise: refused, timed out and unfinished ones did."""
         good = 0
         ends = self.ends
         for request in self.requests:
@@ -81,31 +81,31 @@ class Simulated:
 
     @property
     def num_steps(self) -> int:
-        """That computed something."""
+        """Steps that computed something."""
         return len(self.ends)
 
     @property
     def preemptions(self) -> int:
-        """During the workload."""
+        """Preemptions during the workload."""
         return (self.series[-1].preemptions or 0) - (self.series[0].preemptions or 0)
 
     @property
     def tokens_by_level(self) -> dict[str, int]:
-        """Generated; empty for stock vLLM."""
+        """Generated tokens by level; empty for stock vLLM."""
         return timeline.gained(self.series[0].tokens_by_level, self.series[-1].tokens_by_level)
 
     @property
     def transitions(self) -> int:
-        """That reached their level."""
+        """Transitions that reached their level."""
         return timeline.committed(timeline.gained(self.series[0].transitions, self.series[-1].transitions))
 
     @property
     def expected_kl_per_token(self) -> float | None:
-        """Nats; 0 for stock vLLM, None where a level was never measured."""
+        """Mean expected KL in nats; 0 for stock vLLM, None where a level was never measured."""
         return 0.0 if self.status is None else timeline.expected_kl(self.tokens_by_level, self.status)
 
     def _duration_s(self, outcomes: list[Outcome]) -> float:
-        """First dispatch to last completion, or to the cut-off."""
+        """Return the time from the first dispatch to the last completion, or to the cut-off."""
         first_s = min(outcome.scheduled_s for outcome in outcomes)
         ended = [outcome.ended_s for outcome in outcomes if outcome.ended_s is not None]
         last_s = max(ended) if len(ended) == len(outcomes) else self.workload.span_s + self.server.cutoff_s

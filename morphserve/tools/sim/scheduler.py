@@ -15,7 +15,7 @@ from morphserve.tools.sim.server import SimServer
 
 
 class SimScheduler:
-    """Chunked prefill, first come first served, recompute preemption; without a prefix cache.
+    """A scheduler of chunked prefill, first come first served, recompute preemption; without a prefix cache.
 
     1. Running requests come first, in the order of their admission; each gets a block when it needs one.
     2. Who gets none preempts the request admitted last, itself perhaps: its blocks are free, it keeps its tokens, and
@@ -48,7 +48,7 @@ class SimScheduler:
     # ---- from outside
 
     def add(self, request: SimRequest) -> None:
-        """It arrives."""
+        """Queue a request that arrives."""
         self.waiting.append(request)
 
     def schedule(self) -> Batch:
@@ -76,7 +76,7 @@ class SimScheduler:
         return batch
 
     def complete(self, batch: Batch) -> None:
-        """The tokens of a step are known: only now those that made their last one leave, and give their blocks back.
+        """Count the tokens of a step, known only now; those that made their last one leave, and give their blocks back.
 
         `batch.ends` keeps those for which that is so.
         """
@@ -96,7 +96,7 @@ class SimScheduler:
             batch.ends.append(request)
 
     def abort(self, request: SimRequest) -> int:
-        """Its client has gone; how many blocks it held."""
+        """Drop a request whose client has gone; return how many blocks it held."""
         num_blocks = 0
         if request.state is State.WAITING:
             self.waiting.remove(request)
@@ -108,7 +108,7 @@ class SimScheduler:
         return num_blocks
 
     def preempt_cheapest(self) -> bool:
-        """Between two steps: the running request that costs least to compute again, of several the one admitted last.
+        """Preempt, between two steps, the running request that costs least to compute again; of several the newest.
 
         Never the only one. A token of it that is under way is dropped.
         """
@@ -126,15 +126,15 @@ class SimScheduler:
         return -(-self._computed(request) // self._block_size)
 
     def _release(self, request: SimRequest) -> None:
-        """All its blocks are free."""
+        """Free all its blocks."""
         self.pool.release(self._blocks_of(request))
 
     def _take_one(self, request: SimRequest) -> None:
-        """The next block of a request that decodes."""
+        """Take the next block of a request that decodes."""
         self.pool.used += 1
 
     def _extend(self, request: SimRequest, num_tokens: int) -> bool:
-        """Blocks for its next `num_tokens`; False = there are not enough."""
+        """Take blocks for its next `num_tokens`; False = there are not enough."""
         size = self._block_size
         need = -(-(request.computed + num_tokens) // size) - -(-request.computed // size)
         if need > self.pool.capacity - self.pool.used and need:
@@ -143,7 +143,7 @@ class SimScheduler:
         return True
 
     def _begin(self, request: SimRequest, budget: int) -> int:
-        """Blocks for the first chunk of a request that waits, if all its tokens would fit; the tokens of the chunk."""
+        """Take blocks for a waiting request's first chunk, if all its tokens would fit; return the chunk's tokens."""
         total = request.prompt_tokens + request.generated
         if -(-total // self._block_size) > self.pool.capacity - self.pool.used:
             return 0
@@ -154,7 +154,7 @@ class SimScheduler:
     # ---- parts of a step
 
     def _grow(self, growing: dict[SimRequest, None], preempted: list[SimRequest]) -> None:
-        """A block for each of those whose blocks are full."""
+        """Take a block for each of those whose blocks are full."""
         pool = self.pool
         if len(growing) <= pool.capacity - pool.used:
             for request in growing:
@@ -233,7 +233,7 @@ class SimScheduler:
         del self._phases[request.base % self._block_size][request]
 
     def _preempt(self, victim: SimRequest, num_dropped: int = 0) -> None:
-        """It is out of `running`: it waits at the head, with what it has generated."""
+        """Put a request that left `running` at the head of the queue, with what it has generated."""
         self._leave(victim, num_dropped)
         victim.computed = 0
         victim.state = State.WAITING
@@ -242,7 +242,7 @@ class SimScheduler:
         self.waiting.appendleft(victim)
 
     def _leave(self, request: SimRequest, num_dropped: int = 0) -> None:
-        """Its blocks are free, its tokens counted; the newest `num_dropped` steps are as if they had not been."""
+        """Free its blocks and count its tokens; the newest `num_dropped` steps are as if they had not been."""
         self._release(request)
         if request.state is State.PREFILL:
             self._partial = None
@@ -259,7 +259,7 @@ class SimScheduler:
             request.first_step = -1
 
     def _computed(self, request: SimRequest) -> int:
-        """Tokens in the KV cache before the next step, those under way included."""
+        """Return its tokens in the KV cache before the next step, those under way included."""
         if request.state is State.DECODE:
             return request.base + self.step
         if request.state is State.ENDING:

@@ -1,28 +1,50 @@
-"""The server that is simulated: the settings of vLLM that its scheduler obeys, and how the client treats it."""
+"""Settings of a server that its scheduler obeys; and of one that is simulated, how the client treats it, too."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from morphserve.errors import ConfigError
+from morphserve.tools.options import option
 
 
 @dataclass(frozen=True, slots=True)
-class SimServer:
-    """Of one engine.
+class ServerSpec:
+    """One engine's settings as vLLM's, whether it is started, simulated or tuned for.
+
+    Raises:
+        ConfigError: what vLLM itself would refuse.
+    """
+
+    num_blocks: int = option("KV blocks at full precision, null block included", default=49)
+    block_size: int = option("tokens per KV block", default=32)
+    max_model_len: int = option(default=512)
+    max_num_seqs: int = option(default=64)
+    max_num_batched_tokens: int = option("as of vllm serve, simulated", default=2048, metavar="N")
+    # A step is planned before the tokens of the one before are known.
+    async_scheduling: bool = option("as of vllm serve, simulated", default=False)
+    prefix_caching: bool = option("on in all runs", default=False)
+    # Prompt tokens without a first token, from which on requests get a 503.
+    max_num_queued_tokens: int | None = option(
+        "as of vllm serve, simulated: beyond it a 503", default=None, type=int, metavar="N"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, must be 1 or more.")
+        if self.max_num_queued_tokens is not None and self.max_num_queued_tokens < 0:
+            raise ConfigError(f"max_num_queued_tokens is {self.max_num_queued_tokens}, must be 0 or more, or left out.")
+
+
+@dataclass(frozen=True, slots=True)
+class SimServer(ServerSpec):
+    """A server that is simulated.
 
     Raises:
         ConfigError: what vLLM itself would refuse, or what is no time.
     """
 
-    num_blocks: int  # KV blocks at full precision, null block included
-    block_size: int  # tokens
-    max_model_len: int
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
-    async_scheduling: bool = False  # a step is planned before the tokens of the one before are known
-    prefix_caching: bool = False
-    max_num_queued_tokens: int | None = None  # prompt tokens without a first token, from which on requests get a 503
     request_timeout_s: float = 300.0  # the client gives up on one request
     cutoff_s: float = 120.0  # after the last arrival the run ends
     restore_wait_s: float = 30.0  # after that it is watched until level 0, so long at most
@@ -33,16 +55,13 @@ class SimServer:
     step_noise: float = 0.0  # standard deviation of a step's time, relative; drawn by the seed
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, must be 1 or more.")
+        ServerSpec.__post_init__(self)  # super() without arguments does not know a class with slots
+        # Not of every server: one that is started has vLLM's own limit where none is given.
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is below max_num_seqs {self.max_num_seqs}: "
                 "a step could not serve all running requests. Raise it; vLLM refuses that too."
             )
-        if self.max_num_queued_tokens is not None and self.max_num_queued_tokens < 0:
-            raise ConfigError(f"max_num_queued_tokens is {self.max_num_queued_tokens}, must be 0 or more, or left out.")
         for name in ("request_timeout_s", "wake_interval_s", "idle_step_s", "snapshot_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must be above 0 s.")

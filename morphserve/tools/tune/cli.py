@@ -8,29 +8,30 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from morphserve.config import MorphServeConfig, load_config
 from morphserve.profile_ladder import read_ladder
 from morphserve.tools.bench import run_command
-from morphserve.tools.sim import SimServer, load_calibration
+from morphserve.tools.options import add_options, read_options
+from morphserve.tools.sim import ServerSpec, SimServer, load_calibration
 from morphserve.tools.tune.errors import TuningError
-from morphserve.tools.tune.evaluate import World
+from morphserve.tools.tune.evaluate import World, load_windows
 from morphserve.tools.tune.space import Space, load_space
-from morphserve.tools.tune.windows import load_windows
 from morphserve.tools.workload import Slo, Window, check_times
 
 STUDY_FILE = "study.journal"
 
 
 def build_parser(description: str, space: Path) -> argparse.ArgumentParser:
-    """All options; `space` is the default search space."""
+    """Build the parser of all options; `space` is the default search space."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     _study_options(parser.add_argument_group("study"), space)
-    _server_options(parser.add_argument_group("server (as of scripts/replay.py, simulated)"))
+    add_options(parser.add_argument_group("server (as of scripts/replay.py, simulated)"), ServerSpec)
     return parser
 
 
@@ -71,18 +72,6 @@ def _study_options(group: Any, space: Path) -> None:
     add("--quiet", action="store_true", help="no progress display")
 
 
-def _server_options(group: Any) -> None:
-    add = group.add_argument
-    add("--max-model-len", type=int, default=512)
-    add("--max-num-seqs", type=int, default=64)
-    add("--max-num-batched-tokens", type=int, default=2048)
-    add("--block-size", type=int, default=32, help="tokens per KV block")
-    add("--num-blocks", type=int, default=49, help="KV blocks at full precision, null block included")
-    add("--max-num-queued-tokens", type=int, metavar="N", help="beyond it requests get a 503")
-    add("--async-scheduling", action="store_true")
-    add("--prefix-caching", action="store_true")
-
-
 def main(description: str, space: Path, argv: Sequence[str] | None = None) -> int:
     """Run the command line; the last line on stdout is one JSON document."""
     parser = build_parser(description, space)
@@ -101,22 +90,20 @@ def _tune(args: argparse.Namespace, command: str) -> dict[str, Any]:
     except ImportError as e:
         raise TuningError(f"{e}. Install what tuning needs: pip install -e '.[tune]'.") from e
     # Slow to import, and not needed to refuse bad input.
-    from morphserve.tools.tune.job import run_study
+    from morphserve.tools.tune.study import StudyOptions, run_study
 
     settings = _settings(args, config, space, world)
     made = {"command": command} | {
         key: _shown(getattr(args, key)) for key in ("config", "space", "step_times", "seed")
     } | {"versions": settings["versions"], "code": settings["code"]}  # fmt: skip
     jobs = args.jobs or len(os.sched_getaffinity(0))
-    findings, page = run_study(
-        space, world, settings, made, args.out / STUDY_FILE,
-        num_trials=args.trials, limits=args.constraints, seed=args.seed, jobs=jobs, step_times=args.step_times,
-        quiet=args.quiet,
-    )  # fmt: skip
-    for warning in findings.warnings:
+    file = args.out / STUDY_FILE
+    options = StudyOptions(file, args.trials, args.constraints, args.seed, jobs, args.step_times, args.quiet)
+    results, page = run_study(space, world, settings, made, options)
+    for warning in results.warnings:
         sys.stderr.write(f"warning: {warning}\n")
     sys.stderr.write(f"{page}\n")
-    return findings.document({"report": str(page), "study": str(args.out / STUDY_FILE)})
+    return results.document({"report": str(page), "study": str(file)})
 
 
 def _inputs(args: argparse.Namespace) -> tuple[MorphServeConfig, Space, World]:
@@ -132,24 +119,14 @@ def _inputs(args: argparse.Namespace) -> tuple[MorphServeConfig, Space, World]:
     config = load_config(args.config)
     space = load_space(args.space, config)
     dev, held_out = load_windows(args.dev, args.held_out)
-    server = SimServer(
-        num_blocks=args.num_blocks,
-        block_size=args.block_size,
-        max_model_len=args.max_model_len,
-        max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        async_scheduling=args.async_scheduling,
-        prefix_caching=args.prefix_caching,
-        max_num_queued_tokens=args.max_num_queued_tokens,
-        restore_wait_s=0.0,  # no tokens come then: nothing that is scored
-    )
+    server = read_options(SimServer, args, restore_wait_s=0.0)  # no tokens come then: nothing that is scored
     slo = Slo(args.slo_ttft_s, args.slo_tpot_ms / 1000.0)
     calibration = load_calibration(args.step_times)
     return config, space, World((*dev, *held_out), len(dev), server, calibration, slo, read_ladder(config))
 
 
 def _settings(args: argparse.Namespace, config: MorphServeConfig, space: Space, world: World) -> dict[str, Any]:
-    """All that decides what a trial is and scores: a study is gone on with only where they agree."""
+    """Return all that decides what a trial is and scores: a study is gone on with only where they agree."""
     import numpy
     import optuna
 
@@ -165,7 +142,7 @@ def _settings(args: argparse.Namespace, config: MorphServeConfig, space: Space, 
         "space": space.document(),
         "step_times": _digest(args.step_times.expanduser()),
         "slo": {"ttft_s": world.slo.ttft_s, "tpot_s": world.slo.tpot_s},
-        "server": {name: getattr(world.server, name) for name in world.server.__slots__},
+        "server": asdict(world.server),
         "dev": _window_settings(dev),
         "held_out": _window_settings(held_out),
     }
@@ -179,7 +156,7 @@ def _window_settings(windows: Sequence[Window]) -> dict[str, str]:
 
 
 def _digest(*files: Path) -> str:
-    """Of their contents."""
+    """Hash the contents of files."""
     together = hashlib.sha256()
     for file in files:
         together.update(hashlib.sha256(file.read_bytes()).digest())
@@ -187,7 +164,7 @@ def _digest(*files: Path) -> str:
 
 
 def _command(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
-    """What gives the same result again: without where it goes, and how many processes it takes."""
+    """Return the command that gives the same result again: without where it goes, and how many processes it takes."""
     words = ["scripts/tune.py"]
     for name, value in vars(args).items():
         if name in ("out", "jobs", "quiet") or value == parser.get_default(name):
@@ -200,7 +177,7 @@ def _command(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
 
 
 def _shown(value: object) -> str:
-    """Files of this directory by their short names."""
+    """Name files of this directory by their short names."""
     inside = isinstance(value, Path) and value.is_relative_to(Path.cwd())
     return str(value.relative_to(Path.cwd())) if inside and isinstance(value, Path) else str(value)
 

@@ -17,7 +17,7 @@ from morphserve.errors import ConfigError
 from morphserve.tools.sim import Calibration, SimServer, simulate
 from morphserve.tools.tune.errors import TuningError
 from morphserve.tools.tune.score import Score, score_of
-from morphserve.tools.workload import Slo, Window
+from morphserve.tools.workload import Slo, Window, read_windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,28 @@ class World:
 
     @property
     def held_out(self) -> range:
-        """Indices of the others."""
+        """Indices of the held-out windows."""
         return range(self.num_dev, len(self.windows))
+
+
+def load_windows(dev: Sequence[str], held_out: Sequence[str]) -> tuple[list[Window], list[Window]]:
+    """Read the windows that a study searches on, and those that it only scores.
+
+    Raises:
+        TuningError: no dev window, or a window that is both dev and held-out.
+        WorkloadError: an option that is none, or a trace that cannot be read or of which nothing is left.
+    """
+    seen: dict[str, int] = {}
+    groups = [read_windows(texts, seen) for texts in (dev, held_out)]
+    if not groups[0]:
+        raise TuningError("no dev window, and a policy is tuned on at least one. Give --dev TRACE.")
+    both = {w.digest for w in groups[0]} & {w.digest for w in groups[1]}
+    if both:
+        names = ", ".join(w.source for w in groups[1] if w.digest in both)
+        raise TuningError(
+            f"held-out {names} is also a dev window: its score would say nothing about other traffic. Cut another one."
+        )
+    return groups[0], groups[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +73,7 @@ Scored = list[Score] | Invalid  # one a window
 
 
 def run_window(world: World, config: MorphServeConfig | None, index: int) -> Score | Invalid:
-    """One policy on one window; `None` is stock vLLM.
+    """Score one policy on one window; `None` is stock vLLM.
 
     Raises:
         WorkloadError: the window does not fit the server: no policy's fault.
@@ -69,10 +89,9 @@ def run_window(world: World, config: MorphServeConfig | None, index: int) -> Sco
 
 
 class Evaluator:
-    """A context manager: simulations in this process, or in several others."""
+    """A context manager that simulates in this process, or in several others."""
 
     def __init__(self, world: World, jobs: int) -> None:
-        """Starts nothing yet."""
         self.world = world
         self._jobs = jobs
         self._pool: ProcessPoolExecutor | None = None
@@ -93,7 +112,7 @@ class Evaluator:
             self._pool = None
 
     def scores(self, configs: Sequence[MorphServeConfig | None], windows: Sequence[int]) -> Iterator[Scored]:
-        """One for each config, in their order, as soon as it and all before it are there."""
+        """Yield scores for each config, in their order, as soon as it and all before it are there."""
         names = ["stock" if c is None else json.dumps(c.model_dump(mode="json"), sort_keys=True) for c in configs]
         pending: dict[tuple[str, int], Future[Score | Invalid]] = {}
         if self._pool is not None:
@@ -135,7 +154,7 @@ _world: World | None = None  # of a simulating process
 
 
 def _begin(world: World) -> None:
-    """Ctrl-C is for the process that waits for us."""
+    """Leave Ctrl-C to the process that waits for us, and keep the world."""
     global _world
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _world = world

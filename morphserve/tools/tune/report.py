@@ -12,57 +12,56 @@ from optuna.trial import FrozenTrial, TrialState
 
 from morphserve.config import MorphServeConfig
 from morphserve.tools.bench import percent
-from morphserve.tools.tune import importance
-from morphserve.tools.tune.findings import Findings
-from morphserve.tools.tune.picks import Pick, in_words, verdict
 from morphserve.tools.tune.plots import draw_importance, draw_pareto
+from morphserve.tools.tune.results import METHOD, Results
 from morphserve.tools.tune.score import Score
-from morphserve.tools.tune.study import reason_of, scores_of
+from morphserve.tools.tune.search import reason_of, scores_of
+from morphserve.tools.tune.selection import Best, in_words, verdict
 
 
-def write_report(findings: Findings, out: Path, step_times: Path) -> Path:
-    """Everything but the study file; what an earlier report left there is replaced.
+def write_report(results: Results, out: Path, step_times: Path) -> Path:
+    """Write everything but the study file; what an earlier report left there is replaced.
 
     Returns:
         The report to read first.
     """
     for stale in (*out.glob("best_le_*pct.yaml"), out / "importance.png"):
         stale.unlink(missing_ok=True)
-    for p in findings.picks:
+    for p in results.best:
         if p.candidate is not None:
-            (out / f"{p.name}.yaml").write_text(policy_yaml(p, findings, step_times), encoding="utf-8")
-    _write_csv(out / "trials.csv", _rows(findings))
-    draw_pareto(findings, out / "pareto.png")
-    if findings.importances:
-        draw_importance(findings.importances, out / "importance.png")
+            (out / f"{p.name}.yaml").write_text(policy_yaml(p, results, step_times), encoding="utf-8")
+    _write_csv(out / "trials.csv", _rows(results))
+    draw_pareto(results, out / "pareto.png")
+    if results.importances:
+        draw_importance(results.importances, out / "importance.png")
     page = out / "report.md"
-    page.write_text(_page(findings), encoding="utf-8")
+    page.write_text(_page(results), encoding="utf-8")
     return page
 
 
 # ---- the policies
 
 
-def policy_yaml(p: Pick, findings: Findings, step_times: Path) -> str:
-    """A whole config, and where it comes from."""
+def policy_yaml(p: Best, results: Results, step_times: Path) -> str:
+    """Write out a whole config, and where it comes from."""
     assert p.candidate is not None
-    config = findings.space.with_values(p.candidate.values)
-    raw = _complete(config, findings.space.config, step_times)
+    config = results.space.with_values(p.candidate.values)
+    raw = _complete(config, results.space.config, step_times)
     held_out = p.candidate.held_out
     lines = [
         f"Tuned: least quality cost with at most {percent(p.limit)} SLO violations on the dev windows. Simulated.",
-        f"Trial {p.candidate.number} of {len(findings.trials)}; seed {findings.made['seed']}, "
-        f"config {findings.made['config']}, space {findings.made['space']}.",
-        f"dev: {in_words(p.candidate.dev)} ({_sources(findings, held_out=False)})",
-        f"held-out: {in_words(held_out)} ({_sources(findings, held_out=True)})" if held_out else "held-out: none",
-        f"{verdict(p.candidate, findings.current)}: current has {in_words(findings.current.scores.on_dev)} on dev"
-        + (f", {in_words(own)} on held-out" if (own := findings.current.scores.on_held_out) else ""),
+        f"Trial {p.candidate.number} of {len(results.trials)}; seed {results.made['seed']}, "
+        f"config {results.made['config']}, space {results.made['space']}.",
+        f"dev: {in_words(p.candidate.dev)} ({_sources(results, held_out=False)})",
+        f"held-out: {in_words(held_out)} ({_sources(results, held_out=True)})" if held_out else "held-out: none",
+        f"{verdict(p.candidate, results.current)}: current has {in_words(results.current.scores.on_dev)} on dev"
+        + (f", {in_words(own)} on held-out" if (own := results.current.scores.on_held_out) else ""),
     ]
     return "".join(f"# {line}\n" for line in lines) + "\n" + yaml.safe_dump(raw, sort_keys=False)
 
 
 def _complete(config: MorphServeConfig, given: MorphServeConfig, step_times: Path) -> dict[str, Any]:
-    """Every key that has a value; what a trial must not do, such as logging, as it was."""
+    """Return every key that has a value; what a trial must not do, such as logging, as it was."""
     restored = config.model_copy(update={"decision_log": given.decision_log})
     raw: dict[str, Any] = restored.model_dump(mode="json", exclude_none=True)
     if config.policy.kind == "slo" and config.step_times is None and config.profile is None:
@@ -73,12 +72,12 @@ def _complete(config: MorphServeConfig, given: MorphServeConfig, step_times: Pat
 # ---- the trials
 
 
-def _rows(findings: Findings) -> list[dict[str, Any]]:
-    held_out = {c.number: c.held_out for c in findings.front}
-    return [_row(findings, trial, held_out) for trial in findings.trials]
+def _rows(results: Results) -> list[dict[str, Any]]:
+    held_out = {c.number: c.held_out for c in results.front}
+    return [_row(results, trial, held_out) for trial in results.trials]
 
 
-def _row(findings: Findings, trial: FrozenTrial, held_out: dict[int, Score | None]) -> dict[str, Any]:
+def _row(results: Results, trial: FrozenTrial, held_out: dict[int, Score | None]) -> dict[str, Any]:
     complete = trial.state is TrialState.COMPLETE
     unseen = held_out.get(trial.number)
     parts = scores_of(trial) if complete else ()
@@ -93,11 +92,11 @@ def _row(findings: Findings, trial: FrozenTrial, held_out: dict[int, Score | Non
         "dev_transitions": sum(s.transitions for s in parts) if complete else None,
         "dev_preemptions": sum(s.preemptions for s in parts) if complete else None,
     }
-    for index in findings.world.dev:
-        name = findings.world.windows[index].name
+    for index in results.world.dev:
+        name = results.world.windows[index].name
         row[f"violation_rate:{name}"] = parts[index].violations if complete else None
         row[f"expected_kl_per_token:{name}"] = parts[index].cost if complete else None
-    row |= {p.key.path: trial.params[p.key.path] for p in findings.space.parameters}
+    row |= {p.key.path: trial.params[p.key.path] for p in results.space.parameters}
     return row | {"reason": reason_of(trial)}
 
 
@@ -111,21 +110,21 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 # ---- the page
 
 
-def _page(findings: Findings) -> str:
-    complete, total = findings.num_complete, len(findings.trials)
-    pruned = "".join(f"\n* pruned {n} times: {reason}" for reason, n in findings.refusals.items())
+def _page(results: Results) -> str:
+    complete, total = results.num_complete, len(results.trials)
+    pruned = "".join(f"\n* pruned {n} times: {reason}" for reason, n in results.refusals.items())
     parts = [
         "# Tuned policies\n\n**Simulated**, not measured: compare with `scripts/replay.py` before you rely on it.",
-        "".join(f"**Warning**: {warning}\n\n" for warning in findings.warnings).strip(),
+        "".join(f"**Warning**: {warning}\n\n" for warning in results.warnings).strip(),
         f"{total} trials, {complete} complete, {total - complete} pruned (a server would refuse them).{pruned}",
-        "## Windows\n\n" + _table(("window", "of", "requests", "from"), _window_rows(findings)),
+        "## Windows\n\n" + _table(("window", "of", "requests", "from"), _window_rows(results)),
         "## Least cost within a limit on violations\n\nThe limit holds on the dev windows.\n\n"
-        + _table(("limit", "file", "trial", "dev", "held-out", "verdict"), _pick_rows(findings)),
-        "## Anchors\n\n" + _table(("policy", "dev", "held-out"), _anchor_rows(findings)),
+        + _table(("limit", "file", "trial", "dev", "held-out", "verdict"), _best_rows(results)),
+        "## Anchors\n\n" + _table(("policy", "dev", "held-out"), _baseline_rows(results)),
         "![violations against quality cost](pareto.png)",
-        "## Pareto front\n\n" + _front_table(findings),
-        "## What decides\n\n" + _importance_text(findings),
-        "## How to repeat it\n\n" + "\n".join(f"* {key}: {value}" for key, value in findings.made.items()),
+        "## Pareto front\n\n" + _front_table(results),
+        "## What decides\n\n" + _importance_text(results),
+        "## How to repeat it\n\n" + "\n".join(f"* {key}: {value}" for key, value in results.made.items()),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -135,16 +134,16 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _window_rows(findings: Findings) -> list[list[str]]:
+def _window_rows(results: Results) -> list[list[str]]:
     return [
-        [w.name, "dev" if i in findings.world.dev else "held-out", str(len(w.workload.requests)), f"`{w.source}`"]
-        for i, w in enumerate(findings.world.windows)
+        [w.name, "dev" if i in results.world.dev else "held-out", str(len(w.workload.requests)), f"`{w.source}`"]
+        for i, w in enumerate(results.world.windows)
     ]
 
 
-def _pick_rows(findings: Findings) -> list[list[str]]:
+def _best_rows(results: Results) -> list[list[str]]:
     rows = []
-    for p in findings.picks:
+    for p in results.best:
         if p.candidate is None:
             rows.append([percent(p.limit), "none", "-", "no trial keeps it", "-", "-"])
             continue
@@ -152,35 +151,35 @@ def _pick_rows(findings: Findings) -> list[list[str]]:
         rows.append(
             [
                 percent(p.limit), f"[{p.name}.yaml]({p.name}.yaml)", str(own.number), _score(own.dev),
-                _score(own.held_out), verdict(own, findings.current),
+                _score(own.held_out), verdict(own, results.current),
             ]
         )  # fmt: skip
     return rows
 
 
-def _anchor_rows(findings: Findings) -> list[list[str]]:
-    return [[a.name, _score(a.scores.on_dev), _score(a.scores.on_held_out)] for a in findings.anchors]
+def _baseline_rows(results: Results) -> list[list[str]]:
+    return [[b.name, _score(b.scores.on_dev), _score(b.scores.on_held_out)] for b in results.baselines]
 
 
-def _front_table(findings: Findings) -> str:
-    paths = [p.key.path for p in findings.space.parameters]
+def _front_table(results: Results) -> str:
+    paths = [p.key.path for p in results.space.parameters]
     rows = [
         [str(c.number), _score(c.dev), _score(c.held_out), *(_value(c.values[path]) for path in paths)]
-        for c in findings.front
+        for c in results.front
     ]
     return _table(("trial", "dev", "held-out", *paths), rows)
 
 
-def _importance_text(findings: Findings) -> str:
-    if not findings.importances:
+def _importance_text(results: Results) -> str:
+    if not results.importances:
         return "Too few trials, or trials too much alike, to tell which parameters decide."
-    keys = [p.key.path for p in findings.space.parameters]
-    columns = list(findings.importances)
+    keys = [p.key.path for p in results.space.parameters]
+    columns = list(results.importances)
     rows = [
-        [key, *(f"{findings.importances[name].get(key, 0.0):.2f}" for name in columns)]
-        for key in sorted(keys, key=lambda k: -max(findings.importances[name].get(k, 0.0) for name in columns))
+        [key, *(f"{results.importances[name].get(key, 0.0):.2f}" for name in columns)]
+        for key in sorted(keys, key=lambda k: -max(results.importances[name].get(k, 0.0) for name in columns))
     ]
-    return f"{importance.METHOD}; shares of 1.\n\n" + _table(("key", *columns), rows)
+    return f"{METHOD}; shares of 1.\n\n" + _table(("key", *columns), rows)
 
 
 def _score(score: Score | None) -> str:
@@ -191,6 +190,6 @@ def _value(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _sources(findings: Findings, held_out: bool) -> str:
-    world = findings.world
+def _sources(results: Results, held_out: bool) -> str:
+    world = results.world
     return ", ".join(world.windows[i].source for i in (world.held_out if held_out else world.dev))

@@ -13,7 +13,7 @@ from morphserve.tools.workload import Slo
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Sums, so that windows add up: rates are over all requests sent and all tokens generated."""
+    """Sums over a window, so that windows add up: rates are over all requests sent and all tokens generated."""
 
     requests: int  # sent
     late: int  # of them, broke the promise; refused and unfinished ones count
@@ -24,7 +24,7 @@ class Score:
 
     @property
     def violations(self) -> float:
-        """Share of the requests sent."""
+        """Late requests as a share of those sent."""
         return self.late / self.requests
 
     @property
@@ -33,15 +33,15 @@ class Score:
         return self.nats / self.tokens if self.tokens else 0.0
 
     def no_worse_than(self, other: Score) -> bool:
-        """No more violations at no more cost."""
+        """Return whether it has no more violations at no more cost."""
         return self.violations <= other.violations and self.cost <= other.cost
 
     def dominates(self, other: Score) -> bool:
-        """No worse in either, better in one."""
+        """Return whether it is no worse in either, better in one."""
         return self.no_worse_than(other) and not other.no_worse_than(self)
 
     def document(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {
             "violation_rate": self.violations,
             "expected_kl_per_token": self.cost,
@@ -52,8 +52,26 @@ class Score:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The scores of one policy on all windows; rates are those of a single long run."""
+
+    dev: tuple[Score, ...]  # one a window
+    held_out: tuple[Score, ...]
+
+    @property
+    def on_dev(self) -> Score:
+        """All dev windows together."""
+        return total(self.dev)
+
+    @property
+    def on_held_out(self) -> Score | None:
+        """All held-out windows together, if there are any."""
+        return total(self.held_out) if self.held_out else None
+
+
 def total(scores: Iterable[Score]) -> Score:
-    """All windows as one run."""
+    """Add up all windows as one run."""
     parts = list(scores)
     return Score(
         sum(s.requests for s in parts),
@@ -66,7 +84,7 @@ def total(scores: Iterable[Score]) -> Score:
 
 
 def score_of(simulated: Simulated, slo: Slo) -> Score:
-    """Of one simulated window.
+    """Score one simulated window.
 
     Raises:
         TuningError: a level was served at whose quality cost nobody measured.

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from morphserve.config import MorphServeConfig, parse_config, problem_lines
 from morphserve.errors import ConfigError
+from morphserve.tools.tune.config_keys import Key, resolve_key
 from morphserve.tools.tune.errors import TuningError
-from morphserve.tools.tune.keys import Key, resolve_key
 
 KINDS = ("threshold", "slo")
 Value = bool | int | float | str | None
@@ -26,7 +26,7 @@ class _Section(BaseModel):
 
 
 class Range(_Section):
-    """Numbers from `low` to `high`, both included. Whole numbers where the key takes no others."""
+    """The numbers from `low` to `high`, both included. Whole numbers where the key takes no others."""
 
     low: int | float
     high: int | float
@@ -35,7 +35,7 @@ class Range(_Section):
 
 
 class Choices(_Section):
-    """One of these; null leaves the key to the policy's mode."""
+    """A list of values; null leaves the key to the policy's mode."""
 
     choices: Annotated[list[Value], Field(min_length=1)]
 
@@ -48,7 +48,7 @@ Spec = Annotated[Annotated[Range, Tag("range")] | Annotated[Choices, Tag("choice
 
 
 class SpaceFile(_Section):
-    """Root of the YAML: one section for each kind of policy, each from a dotted key to where it may move."""
+    """The root of the YAML: one section for each kind of policy, each from a dotted key to where it may move."""
 
     version: Literal[1] = 1
     threshold: dict[str, Spec] = Field(default_factory=dict)
@@ -57,7 +57,7 @@ class SpaceFile(_Section):
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One key that may move."""
+    """A key that may move."""
 
     key: Key
     spec: Range | Choices
@@ -70,13 +70,13 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """Keys that may move, and the config that everything else comes from."""
+    """The keys that may move, and the config that everything else comes from."""
 
     config: MorphServeConfig
     parameters: tuple[Parameter, ...]
 
     def with_values(self, values: Mapping[str, Value]) -> MorphServeConfig:
-        """The config with these values at their keys.
+        """Return the config with these values at their keys.
 
         Raises:
             ConfigError: they contradict each other or their bounds.
@@ -89,12 +89,12 @@ class Space:
         return parse_config(raw, source="policy of this trial")
 
     def document(self) -> dict[str, Any]:
-        """Plain values, to compare with another study's."""
+        """Return plain values, to compare with another study's."""
         return {p.key.path: p.spec.model_dump(mode="json") for p in self.parameters}
 
 
 def as_mapping(config: MorphServeConfig) -> dict[str, Any]:
-    """What `parse_config` makes this config of. Without the decision log: trials must not write into it."""
+    """Return what `parse_config` takes, without the decision log: trials must not write into it."""
     raw: dict[str, Any] = copy.deepcopy(config.model_dump(mode="json"))
     return raw | {"decision_log": None}
 
@@ -146,7 +146,7 @@ def _read(path: Path) -> SpaceFile:
 
 
 def _check_spec(parameter: Parameter) -> None:
-    """A range that is one, on a key that takes numbers."""
+    """Refuse a range that is none, or stands on a key that takes no numbers."""
     spec, path = parameter.spec, parameter.key.path
     if isinstance(spec, Choices):
         if len({repr(choice) for choice in spec.choices}) < len(spec.choices):
@@ -179,7 +179,7 @@ def _check_step(path: str, spec: Range, step: float) -> None:
 
 
 def _check_ends(parameter: Parameter, space: Space) -> None:
-    """Each end is a value that the key takes at all; whether values go together, only a trial can tell."""
+    """Refuse an end that the key does not take; whether values go together, only a trial can tell."""
     for value in parameter.ends:
         raw = as_mapping(space.config)
         parameter.key.put(raw, value)

@@ -23,7 +23,7 @@ _REMEDY = "Give another --out for a new study, or the settings of this one to go
 
 
 class StudyFile:
-    """Finished trials in Optuna's journal, which Optuna's own tools read."""
+    """The file of finished trials: Optuna's journal, which Optuna's own tools read."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Open the study, or begin it.
@@ -53,7 +53,7 @@ class StudyFile:
 
     @property
     def study(self) -> optuna.Study:
-        """To read from."""
+        """Optuna's study, to read from."""
         return self._study
 
     def close(self) -> None:
@@ -61,11 +61,11 @@ class StudyFile:
         self._lock.close()
 
     def trials(self) -> list[FrozenTrial]:
-        """By number."""
+        """Return all trials, by number."""
         return self._study.get_trials(deepcopy=False)
 
     def add(self, trial: FrozenTrial) -> None:
-        """A finished trial; the one after the last."""
+        """Append a finished trial, the one after the last."""
         assert trial.number == len(self.trials())
         self._study.add_trial(
             create_trial(
@@ -80,7 +80,7 @@ class StudyFile:
 
 
 def differences(recorded: object, wanted: object, path: str = "") -> list[str]:
-    """Every value that is not the same in both, as `key: then -> now`."""
+    """List every value that is not the same in both, as `key: then -> now`."""
     if isinstance(recorded, dict) and isinstance(wanted, dict):
         keys = [*recorded, *(key for key in wanted if key not in recorded)]
         found = []
@@ -92,7 +92,7 @@ def differences(recorded: object, wanted: object, path: str = "") -> list[str]:
 
 
 def _open(path: Path) -> optuna.Study:
-    """The study in the file, made where it is empty.
+    """Open the study in the file, made where it is empty.
 
     Raises:
         TuningError: something else is in it; it stays as it is.
@@ -113,7 +113,7 @@ def _open(path: Path) -> optuna.Study:
 
 
 def _lock(path: Path) -> IO[bytes]:
-    """Two runs that add to one study would number their trials alike. Held until `close`, or until the process ends.
+    """Lock the study until `close`, or the process ends: two runs that add to it would number their trials alike.
 
     Raises:
         TuningError: another one has it, or the file cannot be opened.
@@ -132,7 +132,7 @@ def _lock(path: Path) -> IO[bytes]:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """A run that was killed while it wrote leaves half a line, which the next one would be glued to."""
+    """Drop the half line that a run leaves when it is killed while it writes: the next one would be glued to it."""
     if not path.is_file():
         return
     content = path.read_bytes()

@@ -1,146 +1,120 @@
-"""The search: trials in Optuna, kept in one file, the same ones each time however often it was interrupted.
-
-1. Trial n is a function of the seed, n and the trials of the batches before its own, and of nothing else: not of the
-   number of processes, and not of where an earlier run stopped.
-2. The file holds finished trials only, in their order.
-"""
+"""One study from its baselines to its report, and its progress on stderr."""
 
 from __future__ import annotations
 
-import hashlib
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from morphserve.config import MorphServeConfig
-from morphserve.errors import ConfigError
-from morphserve.tools.tune.errors import TuningError
-from morphserve.tools.tune.evaluate import Invalid, Scored
-from morphserve.tools.tune.score import Score, total
-from morphserve.tools.tune.space import Parameter, Range, Space
+from morphserve.tools.bench import percent
+from morphserve.tools.sim import plan_ladder
+from morphserve.tools.tune.baselines import score_baselines
+from morphserve.tools.tune.evaluate import Evaluator, World
+from morphserve.tools.tune.report import write_report
+from morphserve.tools.tune.results import Results, gather
+from morphserve.tools.tune.search import Search
+from morphserve.tools.tune.space import Space
 from morphserve.tools.tune.store import StudyFile
 
-# Trials that are asked for on the same history. A constant: were it the number of processes, a machine with more cores
-# would find other policies.
-BATCH = 10
-_RANDOM_TRIALS = 30  # before the model of the earlier ones says anything
-_SCORES, _REASON = "scores", "reason"
-
-Evaluate = Callable[[Sequence[MorphServeConfig]], Iterator[Scored]]  # in order, as they become known
+_LINE_EVERY = 50
 
 
-def make_sampler(seed: int, number: int) -> optuna.samplers.BaseSampler:
-    """For one trial: a sampler that carried its random state from trial to trial could not be resumed."""
-    digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(
-            seed=int.from_bytes(digest[:4], "big"),
-            n_startup_trials=_RANDOM_TRIALS,
-            multivariate=True,
-            constant_liar=True,
-        )
+@dataclass(frozen=True, slots=True)
+class StudyOptions:
+    """The size of a study, and where it goes."""
+
+    file: Path  # the report lies beside it
+    num_trials: int
+    limits: tuple[float, ...]  # on the violation rate
+    seed: int
+    jobs: int  # simulating processes; the result is the same
+    step_times: Path
+    quiet: bool
 
 
-def distribution_of(parameter: Parameter) -> BaseDistribution:
-    """What Optuna draws from."""
-    spec = parameter.spec
-    if not isinstance(spec, Range):
-        return CategoricalDistribution(spec.choices)
-    if parameter.key.numbers is int:
-        return IntDistribution(int(spec.low), int(spec.high), log=spec.log, step=int(spec.step or 1))
-    return FloatDistribution(float(spec.low), float(spec.high), log=spec.log, step=spec.step)
+def run_study(
+    space: Space, world: World, settings: Mapping[str, Any], made: Mapping[str, Any], options: StudyOptions
+) -> tuple[Results, Path]:
+    """Score the baselines, run trials until there are enough, write the report, and return it with its path.
 
-
-class Search:
-    """A study in progress."""
-
-    def __init__(self, space: Space, seed: int, file: StudyFile) -> None:
-        """Take up what the file has.
-
-        Raises:
-            TuningError: its trials are not those that this seed gives.
-        """
-        self._space = space
-        self._seed = seed
-        self._file = file
-        self._distributions = {p.key.path: distribution_of(p) for p in space.parameters}
-        self._study = optuna.create_study(directions=["minimize", "minimize"])
-        stored = file.trials()
-        whole = len(stored) - len(stored) % BATCH
-        for trial in stored[:whole]:
-            self._study.add_trial(trial)
-        self._rest = stored[whole:]
-
-    @property
-    def trials(self) -> list[FrozenTrial]:
-        """Finished ones, by number."""
-        return [*self._study.get_trials(deepcopy=False), *self._rest]
-
-    def run(self, num_trials: int, evaluate: Evaluate, done: Callable[[FrozenTrial], None]) -> None:
-        """Go on until there are so many."""
-        while len(self.trials) < num_trials:
-            first = len(self._study.trials)
-            self._run_batch(min(BATCH, num_trials - first), evaluate, done)
-
-    def _run_batch(self, size: int, evaluate: Evaluate, done: Callable[[FrozenTrial], None]) -> None:
-        asked = [self._ask() for _ in range(size)]
-        rest, self._rest = self._rest, []
-        for trial, stored in zip(asked, rest, strict=False):
-            self._check_same(trial, stored)
-            self._tell(trial, stored.state, stored.values, stored.user_attrs)
-        fresh = asked[len(rest) :]
-        configs = [self._config(trial.params) for trial in fresh]
-        answers = evaluate([config for config in configs if isinstance(config, MorphServeConfig)])
-        for trial, config in zip(fresh, configs, strict=True):
-            scored = config if isinstance(config, Invalid) else next(answers)
-            frozen = self._tell(trial, *_outcome(scored))
-            self._file.add(frozen)
-            done(frozen)
-
-    def _ask(self) -> optuna.Trial:
-        self._study.sampler = make_sampler(self._seed, len(self._study.get_trials(deepcopy=False)))
-        return self._study.ask(self._distributions)
-
-    def _config(self, values: dict[str, Any]) -> MorphServeConfig | Invalid:
+    Raises:
+        TuningError: the config as given cannot be served, or the file holds another study.
+    """
+    ladder = plan_ladder(space.config, world.server, world.calibration, world.profile)
+    with TuningProgress(enabled=not options.quiet) as progress, Evaluator(world, options.jobs) as evaluator:
+        progress.say("anchors")
+        # First, because what is wrong with them is wrong with every trial.
+        baselines = score_baselines(evaluator, space.config, ladder)
+        store = StudyFile(options.file, settings)
         try:
-            return self._space.with_values(values)
-        except ConfigError as e:
-            return Invalid(str(e))
+            search = Search(space, options.seed, store)
+            progress.say("trials")
+            progress.begin(len(search.trials), options.num_trials)
+            fewest: dict[str, float] = {}
 
-    def _tell(
-        self, trial: optuna.Trial, state: TrialState, values: Sequence[float] | None, attrs: dict[str, Any]
-    ) -> FrozenTrial:
-        for name, value in attrs.items():
-            trial.set_user_attr(name, value)
-        return self._study.tell(trial, values if state is TrialState.COMPLETE else None, state)
+            def done(trial: FrozenTrial) -> None:
+                if trial.values is not None:
+                    fewest["late"] = min(trial.values[0], fewest.get("late", 1.0))
+                progress.trial_done(f"fewest violations {percent(fewest.get('late'))}")
 
-    def _check_same(self, trial: optuna.Trial, stored: FrozenTrial) -> None:
-        if trial.params != stored.params:
-            raise TuningError(
-                f"{self._file.path}: trial {stored.number} has {stored.params}, here seed {self._seed} gives "
-                f"{trial.params}. Was it made on another machine? Start a new study with another --out."
-            )
-
-
-def _outcome(scored: Scored) -> tuple[TrialState, list[float] | None, dict[str, Any]]:
-    if isinstance(scored, Invalid):
-        return TrialState.PRUNED, None, {_REASON: scored.reason}
-    overall = total(scored)
-    return TrialState.COMPLETE, [overall.violations, overall.cost], {_SCORES: [asdict(s) for s in scored]}
+            search.run(options.num_trials, lambda configs: evaluator.scores(configs, world.dev), done)
+            progress.say("report")
+            results = gather(evaluator, search, baselines, options.limits, made)
+            return results, write_report(results, options.file.parent, options.step_times)
+        finally:
+            store.close()
 
 
-def scores_of(trial: FrozenTrial) -> tuple[Score, ...]:
-    """Of a complete trial, one a dev window."""
-    return tuple(Score(**figures) for figures in trial.user_attrs[_SCORES])
+class TuningProgress:
+    """A context manager for progress on stderr: a bar on a terminal, a line every fifty trials elsewhere."""
 
+    def __init__(self, enabled: bool = True) -> None:
+        console = Console(stderr=True)
+        self._lines = enabled and not console.is_terminal
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not (enabled and console.is_terminal),
+        )
+        self._task = self._bar.add_task("trials", total=None, note="")
+        self._num_done = self._total = 0
 
-def reason_of(trial: FrozenTrial) -> str | None:
-    """Why a trial was pruned."""
-    reason = trial.user_attrs.get(_REASON)
-    return None if reason is None else str(reason)
+    def __enter__(self) -> TuningProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def say(self, what: str) -> None:
+        """Show what is being done now."""
+        self._bar.update(self._task, description=what)
+        if self._lines:
+            sys.stderr.write(f"{what}\n")
+
+    def begin(self, num_done: int, total: int) -> None:
+        """Show that `num_done` trials are there, of `total`."""
+        self._num_done, self._total = num_done, total
+        self._bar.update(self._task, completed=num_done, total=total)
+
+    def trial_done(self, note: str) -> None:
+        """Count one trial more."""
+        self._num_done += 1
+        self._bar.update(self._task, advance=1, note=note)
+        if self._lines and self._num_done % _LINE_EVERY == 0:
+            sys.stderr.write(f"{self._num_done} of {self._total} trials, {note}\n")

@@ -70,7 +70,7 @@ def read_canonical(path: str | Path) -> list[TraceRequest]:
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[Iterator[str]]:
-    """Lines of a text file; what is wrong with it becomes a WorkloadError."""
+    """Yield the lines of a text file; what is wrong with it becomes a WorkloadError."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             yield stream

@@ -23,20 +23,20 @@ class Slo:
     tpot_s: float = 0.150
 
     def ttft_ok(self, outcome: Outcome) -> bool:
-        """Answered, and its first token was in time."""
+        """Return whether it was answered, and its first token was in time."""
         return outcome.ok and outcome.ttft_s <= self.ttft_s
 
     def tpot_ok(self, outcome: Outcome) -> bool:
-        """Answered, and its tokens came fast enough."""
+        """Return whether it was answered, and its tokens came fast enough."""
         return outcome.ok and outcome.tpot_s <= self.tpot_s
 
     def good(self, outcome: Outcome) -> bool:
-        """Answered within both limits."""
+        """Return whether it was answered within both limits."""
         return self.ttft_ok(outcome) and self.tpot_ok(outcome)
 
 
 def violations(outcomes: Sequence[Outcome], slo: Slo) -> dict[str, Any]:
-    """Rates over requests SENT: failures, rejections, time-outs and unfinished ones are violations."""
+    """Return rates over requests SENT: failures, rejections, time-outs and unfinished ones are violations."""
     sent = [o for o in outcomes if o.sent_s is not None]
     num = len(sent)
 
@@ -54,7 +54,7 @@ def violations(outcomes: Sequence[Outcome], slo: Slo) -> dict[str, Any]:
 
 
 def bench_result(replayed: Replayed, slo: Slo) -> dict[str, Any]:
-    """The keys of `vllm bench serve --save-result --save-detailed`; lists in s, aggregates in ms."""
+    """Return the keys of `vllm bench serve --save-result --save-detailed`; lists in s, aggregates in ms."""
     outcomes, duration = replayed.outcomes, replayed.duration_s
     done = [o for o in outcomes if o.ok]
     total_input = sum(o.prompt_tokens for o in done)
@@ -91,7 +91,7 @@ def bench_result(replayed: Replayed, slo: Slo) -> dict[str, Any]:
 
 
 def dispatch_lag(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
-    """How late the client sent: a large lag means the client, not the server, was measured."""
+    """Return how late the client sent: a large lag means the client, not the server, was measured."""
     lags = [o.lag_s for o in outcomes if o.lag_s is not None]
     if not lags:
         return {"mean_ms": None, "p99_ms": None, "max_ms": None}
@@ -103,7 +103,7 @@ def dispatch_lag(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
 
 
 def _statistics(name: str, values: Sequence[float]) -> dict[str, float]:
-    """mean, median, std and percentiles in ms; 0 where there are no values, as vLLM has it."""
+    """Return mean, median, std and percentiles in ms; 0 where there are no values, as vLLM has it."""
     ms = np.asarray(values if len(values) else [0.0]) * 1000
     out = {
         f"mean_{name}_ms": float(ms.mean()),
@@ -114,7 +114,7 @@ def _statistics(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def _peaks(done: Sequence[Outcome]) -> tuple[float, int]:
-    """Most tokens, and most requests alive, in any one second."""
+    """Return the most tokens, and the most requests alive, in any one second."""
     if not done:
         return 0.0, 0
     begins = [o.sent_s or 0.0 for o in done]

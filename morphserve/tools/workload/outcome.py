@@ -10,7 +10,7 @@ OK, CUTOFF, TIMEOUT, ERROR = "ok", "cutoff", "timeout", "error"  # else "http_<s
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one request. Times in seconds; `sent_s` counts from the start of the run."""
+    """The end of one request. Times in seconds; `sent_s` counts from the start of the run."""
 
     index: int
     scheduled_s: float
@@ -29,7 +29,7 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
-        """Answered in full."""
+        """Whether it was answered in full."""
         return self.status == OK
 
     @property
@@ -39,7 +39,7 @@ class Outcome:
 
     @property
     def lag_s(self) -> float | None:
-        """How late the client itself sent the request."""
+        """Seconds by which the client itself sent the request late."""
         return None if self.sent_s is None else self.sent_s - self.scheduled_s
 
 
@@ -74,9 +74,9 @@ class Snapshot:
 
     @property
     def is_morphserve(self) -> bool:
-        """The plugin is on."""
+        """Whether the plugin is on."""
         return self.level is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
         return asdict(self)

@@ -14,7 +14,7 @@ Encode = Callable[[str, bool], list[int]]  # text, add special tokens -> token i
 
 
 def load_encoder(tokenizer: str) -> Encode:
-    """The model's own tokenizer, from a local directory or by its name.
+    """Load the model's own tokenizer, from a local directory or by its name.
 
     Raises:
         WorkloadError: there is no such tokenizer.
@@ -39,7 +39,7 @@ def load_encoder(tokenizer: str) -> Encode:
 
 
 class PromptMaker:
-    """Cuts prompts out of a corpus.
+    """The cutter of prompts from a corpus.
 
     1. A prompt has exactly the tokens asked for.
     2. The same corpus, tokenizer, seed and workload give the same prompts, in any process.
@@ -69,7 +69,7 @@ class PromptMaker:
         self._taken: dict[object, int] = {}
 
     def make(self, workload: Workload) -> list[list[int]]:
-        """One list of token ids per request."""
+        """Cut one list of token ids per request."""
         self._taken.clear()
         return [
             self._prompt(index, request.input_tokens, request.hash_ids, workload.block_tokens)
@@ -95,7 +95,7 @@ class PromptMaker:
         return out
 
     def _start(self, block: object) -> int:
-        """Where the text of a block begins: at lines of the text first, when those are used up anywhere."""
+        """Return where the text of a block begins: at lines of the text first, when those are used up anywhere."""
         if block not in self._taken:
             order = len(self._taken)
             if order < len(self._starts):
@@ -107,7 +107,7 @@ class PromptMaker:
 
 
 def read_corpus(path: str | Path) -> str:
-    """Text of a corpus file.
+    """Read the text of a corpus file.
 
     Raises:
         WorkloadError: unreadable file.

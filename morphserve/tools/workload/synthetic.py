@@ -21,7 +21,7 @@ PREFIX = "synthetic:"
 
 @dataclass(frozen=True, slots=True)
 class SyntheticSpec:
-    """What `synthetic:SEED,key=value,...` may say."""
+    """The values that `synthetic:SEED,key=value,...` may give."""
 
     seed: int
     duration: float = 72.0  # seconds
@@ -46,7 +46,7 @@ HELP = (
 
 
 def is_synthetic(workload: str) -> bool:
-    """It names no file."""
+    """Return whether it is a specification and names no file."""
     return workload.startswith(PREFIX)
 
 
@@ -77,7 +77,7 @@ def parse_synthetic(text: str) -> SyntheticSpec:
 
 
 def generate(spec: SyntheticSpec) -> list[TraceRequest]:
-    """The same requests for the same spec, in arrival order; the first need not come at 0."""
+    """Generate the same requests for the same spec, in arrival order; the first need not come at 0."""
     streams = [np.random.default_rng([spec.seed, i]) for i in range(4)]  # so that lengths do not move with the rate
     edges_s, work = _clock(spec, streams[0])
     gaps = _gaps(spec, streams[1], work[-1])
@@ -92,7 +92,7 @@ def generate(spec: SyntheticSpec) -> list[TraceRequest]:
 
 
 def _clock(spec: SyntheticSpec, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Edges of calm and bursts in seconds, and how many requests are expected until each."""
+    """Return edges of calm and bursts in seconds, and how many requests are expected until each."""
     edges_s, speeds = [0.0], []
     in_burst = rng.random() < spec.burst_s / (spec.burst_s + spec.calm_s)
     while edges_s[-1] < spec.duration:
@@ -105,7 +105,7 @@ def _clock(spec: SyntheticSpec, rng: np.random.Generator) -> tuple[np.ndarray, n
 
 
 def _gaps(spec: SyntheticSpec, rng: np.random.Generator, total: float) -> np.ndarray:
-    """Positive numbers of mean 1, enough to sum up to more than `total`."""
+    """Draw positive numbers of mean 1, enough to sum up to more than `total`."""
     count = int(total + 10 * (1 + spec.cv) * math.sqrt(total + 1)) + 16
     while True:
         if spec.gaps == "gamma":
@@ -120,7 +120,7 @@ def _gaps(spec: SyntheticSpec, rng: np.random.Generator, total: float) -> np.nda
 
 
 def _weibull_shape(cv: float) -> float:
-    """The shape whose coefficient of variation is `cv`; it falls as the shape rises."""
+    """Find the shape whose coefficient of variation is `cv`; it falls as the shape rises."""
     low, high = 0.1, 100.0
     for _ in range(100):
         shape = math.sqrt(low * high)

@@ -9,7 +9,7 @@ from morphserve.tools.workload.outcome import Snapshot
 
 
 def level_zero_after_s(series: Sequence[Snapshot], level0_blocks: int | None) -> float | None:
-    """Seconds from the end of pressure to level 0, in the slowest of the times the level left 0 and came back.
+    """Return the seconds from the end of pressure to level 0, in the slowest of the times the level left 0.
 
     Pressure: requests wait, or live requests hold more blocks than level 0 has. Where the level left 0 on a
     forecast and neither came, it counts from the first moment with the most blocks in use.
@@ -38,7 +38,7 @@ def level_zero_after_s(series: Sequence[Snapshot], level0_blocks: int | None) ->
 
 
 def _pressure_end_s(away: Sequence[Snapshot], level0_blocks: int | None) -> float:
-    """When the reason to be away from level 0 ended."""
+    """Return when the reason to be away from level 0 ended."""
 
     def pressed(s: Snapshot) -> bool:
         over = level0_blocks is not None and (s.blocks_used or 0) > level0_blocks - 1
@@ -49,13 +49,13 @@ def _pressure_end_s(away: Sequence[Snapshot], level0_blocks: int | None) -> floa
 
 
 def gained(first: dict[str, int], last: dict[str, int]) -> dict[str, int]:
-    """Difference of two readings of a family of counters; zero rows are left out."""
+    """Subtract two readings of a family of counters; zero rows are left out."""
     delta = {key: last[key] - first.get(key, 0) for key in last}
     return {key: value for key, value in sorted(delta.items()) if value > 0}
 
 
 def expected_kl(tokens_by_level: dict[str, int], status: dict[str, Any] | None) -> float | None:
-    """Mean over the tokens of their level's expected KL, nats; None where a level was never measured."""
+    """Average the expected KL of the tokens' levels, in nats; None where a level was never measured."""
     total = sum(tokens_by_level.values())
     if status is None or not total:
         return None
@@ -71,7 +71,7 @@ def expected_kl(tokens_by_level: dict[str, int], status: dict[str, Any] | None) 
 
 
 def level0_blocks(status: dict[str, Any] | None) -> int | None:
-    """Blocks of level 0, null block included, from the status page."""
+    """Return the blocks of level 0, null block included, from the status page."""
     for row in (status or {}).get("ladder") or ():
         if row.get("level") == 0 and row.get("num_kv_blocks"):
             return int(row["num_kv_blocks"])
@@ -79,5 +79,5 @@ def level0_blocks(status: dict[str, Any] | None) -> int | None:
 
 
 def committed(transitions: dict[str, int]) -> int:
-    """Transitions that reached their level."""
+    """Count the transitions that reached their level."""
     return sum(n for key, n in transitions.items() if key.rpartition("/")[2] == "committed")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from morphserve.tools.options import options_of
 from morphserve.tools.workload.errors import WorkloadError
 from morphserve.tools.workload.workload import Workload, WorkloadSpec, load_workload
 
@@ -28,7 +29,7 @@ class Window:
 
     @property
     def digest(self) -> str:
-        """Of its requests: the same file name may hold others tomorrow."""
+        """Hash of its requests: the same file name may hold others tomorrow."""
         rows = [(r.arrival_s, r.input_tokens, r.output_tokens, r.hash_ids) for r in self.workload.requests]
         return hashlib.sha256(repr((self.workload.block_tokens, rows)).encode()).hexdigest()[:16]
 
@@ -48,7 +49,7 @@ def read_windows(texts: Sequence[str], seen: dict[str, int] | None = None) -> li
 
 
 def parse_window(text: str) -> WorkloadSpec:
-    """One window as written on the command line.
+    """Read one window as written on the command line.
 
     Raises:
         WorkloadError: an unknown option, or a value that is none.
@@ -58,18 +59,20 @@ def parse_window(text: str) -> WorkloadSpec:
     for name, value in options:
         if name not in _OPTIONS:
             raise WorkloadError(f"window {text!r}: unknown option {name!r}; there are {', '.join(_OPTIONS)}.")
-        field, read = _OPTIONS[name]
+        field, read = _OPTIONS[name].name, _OPTIONS[name].metadata["argument"]["type"]
         if field in fields:
             raise WorkloadError(f"window {text!r}: {name} is given twice. Leave one out.")
         try:
             fields[field] = read(value)
-        except (ValueError, ZeroDivisionError) as e:
-            raise WorkloadError(f"window {text!r}: {name}={value!r} is not {_FORMS[read]}.") from e
+        except argparse.ArgumentTypeError as e:
+            raise WorkloadError(f"window {text!r}: {name}={e}.") from e
+        except ValueError as e:
+            raise WorkloadError(f"window {text!r}: {name}={value!r} is not a whole number.") from e
     return WorkloadSpec(Path(file).expanduser(), **fields)
 
 
 def _split(text: str) -> tuple[str, list[tuple[str, str]]]:
-    """File and options; from the right, because a file's name may have a colon in it."""
+    """Split file and options, from the right, because a file's name may have a colon in it."""
     parts = text.split(":")
     options: list[tuple[str, str]] = []
     while len(parts) > 1 and (match := _OPTION.match(parts[-1])):
@@ -85,7 +88,7 @@ def _load(source: str, seen: dict[str, int]) -> Window:
 
 
 def _expand(text: str) -> list[str]:
-    """A YAML list of windows as command-line texts; anything else as it is."""
+    """Turn a YAML list of windows into command-line texts; anything else stays as it is."""
     path = Path(text).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         return [text]
@@ -116,34 +119,4 @@ def _entry(path: Path, number: int, entry: object) -> str:
     return ":".join([str(file), *options])
 
 
-def _number(text: str) -> float:
-    return float(Fraction(text))
-
-
-def _seconds_pair(text: str) -> tuple[float, float]:
-    first, second = (float(part) for part in text.split(","))
-    return first, second
-
-
-def _token_pair(text: str) -> tuple[int, int]:
-    first, second = (int(part) for part in text.split(","))
-    return first, second
-
-
-_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "window": ("window_s", _seconds_pair),
-    "thin": ("thin", _number),
-    "rate_scale": ("rate_scale", _number),
-    "input_scale": ("input_scale", _number),
-    "input_clip": ("input_clip", _token_pair),
-    "output_scale": ("output_scale", _number),
-    "output_clip": ("output_clip", _token_pair),
-    "num_requests": ("limit", int),
-    "seed": ("seed", int),
-}
-_FORMS: dict[Callable[[str], Any], str] = {
-    _number: "a number or a fraction such as 1/16",
-    _seconds_pair: "START,LEN in seconds",
-    _token_pair: "LO,HI in tokens",
-    int: "a whole number",
-}
+_OPTIONS = {name: each for name, each in options_of(WorkloadSpec).items() if each.name != "path"}

@@ -8,26 +8,55 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from morphserve.tools.options import number, option, pair
 from morphserve.tools.workload import synthetic
 from morphserve.tools.workload.errors import WorkloadError
 from morphserve.tools.workload.formats import MOONCAKE_BLOCK_TOKENS, TraceRequest, read_canonical, read_trace
 
 
+def _factor(help: str, metavar: str, unset: bool = False) -> Any:
+    return option(help, default=1.0, unset=unset, type=number, metavar=metavar)
+
+
+def _bounds(help: str) -> Any:
+    return option(help, default=None, type=pair(int, "LO,HI in tokens"), metavar="LO,HI")
+
+
 @dataclass(frozen=True, slots=True)
 class WorkloadSpec:
-    """What to replay of a trace; the defaults replay all of it as it is."""
+    """The part of a trace to replay; the defaults replay all of it as it is."""
 
-    path: Path  # a file, or synthetic:SEED,...
-    window_s: tuple[float, float] | None = None  # start and length; the cut is re-based to 0
-    thin: float = 1.0  # keep every k-th request: rate / k, burst time scale kept
-    rate_scale: float = 1.0  # divide every arrival time: rate * r, bursts get shorter too
-    input_scale: float = 1.0
-    input_clip: tuple[int, int] | None = None
-    output_scale: float = 1.0
-    output_clip: tuple[int, int] | None = None
-    limit: int | None = None  # keep the first N of what is left
-    seed: int = 0
+    path: Path = option(
+        "Mooncake JSONL, or a CSV of Azure, BurstGPT or Vidur; " + synthetic.HELP,
+        flag="--workload",
+        type=Path,
+        metavar="FILE",
+    )
+    # Start and length. The cut is re-based to 0.
+    window_s: tuple[float, float] | None = option(
+        "cut these seconds and re-base them to 0",
+        default=None,
+        flag="--window",
+        type=pair(float, "START,LEN in seconds"),
+        metavar="START,LEN",
+    )
+    thin: float = _factor(
+        "keep every K-th request (keeps burst durations); default: 1, or as --fit finds", "K", unset=True
+    )
+    # Every arrival time is divided by it: bursts get shorter, too.
+    rate_scale: float = _factor(
+        "divide all arrival times by R (time stretching); default: 1, or as --fit finds", "R", unset=True
+    )
+    input_scale: float = _factor("multiply prompt lengths, e.g. 1/16", "F")
+    input_clip: tuple[int, int] | None = _bounds("bounds of prompt lengths, tokens")
+    output_scale: float = _factor("multiply output lengths", "F")
+    output_clip: tuple[int, int] | None = _bounds("bounds of output lengths, tokens")
+    limit: int | None = option(
+        "stop after the first N requests", default=None, flag="--num-requests", type=int, metavar="N"
+    )
+    seed: int = option("of the prompts", default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +172,7 @@ def _cut(requests: Iterable[TraceRequest], start_s: float, length_s: float) -> l
 
 
 def _thin(requests: list[TraceRequest], k: float) -> list[TraceRequest]:
-    """Every k-th request: positions ceil(0), ceil(k), ceil(2k), ..."""
+    """Keep every k-th request: positions ceil(0), ceil(k), ceil(2k), ..."""
     positions = itertools.takewhile(
         lambda i: i < len(requests), (math.ceil(j * k) for j in itertools.count())
     )
@@ -158,22 +187,22 @@ def _length(tokens: int, scale: float, clip: tuple[int, int] | None) -> int:
 
 
 def _check(spec: WorkloadSpec) -> None:
-    for option, value in (
+    for flag, value in (
         ("--thin", spec.thin),
         ("--rate-scale", spec.rate_scale),
         ("--input-scale", spec.input_scale),
         ("--output-scale", spec.output_scale),
     ):
         if not (math.isfinite(value) and value > 0):
-            raise WorkloadError(f"{option} is {value:g}, must be above 0.")
+            raise WorkloadError(f"{flag} is {value:g}, must be above 0.")
     if spec.thin < 1:
         raise WorkloadError(
             f"--thin is {spec.thin:g}, must be at least 1; more load comes from --rate-scale."
         )
     if spec.window_s is not None and (spec.window_s[0] < 0 or spec.window_s[1] <= 0):
         raise WorkloadError(f"--window is {spec.window_s}, needs a start of at least 0 and a length above 0.")
-    for option, clip in (("--input-clip", spec.input_clip), ("--output-clip", spec.output_clip)):
+    for flag, clip in (("--input-clip", spec.input_clip), ("--output-clip", spec.output_clip)):
         if clip is not None and not 1 <= clip[0] <= clip[1]:
-            raise WorkloadError(f"{option} is {clip[0]},{clip[1]}, needs 1 <= LO <= HI.")
+            raise WorkloadError(f"{flag} is {clip[0]},{clip[1]}, needs 1 <= LO <= HI.")
     if spec.limit is not None and spec.limit < 1:
         raise WorkloadError(f"--num-requests is {spec.limit}, must be at least 1.")

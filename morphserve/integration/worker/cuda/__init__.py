@@ -1,1 +1,1 @@
-"""A rank on a GPU, whose layers and KV share pages."""
+"""CUDA graphs of every level, and what else a rank on a GPU does at start."""

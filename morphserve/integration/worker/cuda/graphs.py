@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from morphserve.residence import (
-    DeviceRank,
-    DeviceSwapper,
-    GraphBanks,
+    GraphSets,
     Holder,
+    RankTransition,
     Route,
     addresses_used,
     narrow_candidates,
     narrow_keys,
 )
+from quant_layers import LayerSwapper
 
 logger = logging.getLogger("vllm.morphserve")
 
@@ -28,14 +28,18 @@ _LAYERS_AT_ONCE = 1  # what the staging reserve holds for certain
 
 
 class LevelGraphs:
-    """One bank a level; levels share the graphs of pieces of the model wherever they agree on a piece's layers.
+    """One graph set a level; levels share the graphs of pieces of the model wherever they agree on a piece's layers.
 
     At formats between two levels steps run the graphs of pieces if all pieces have them, else none: slower, never
     wrong.
     """
 
     def __init__(
-        self, runner: Any, swapper: DeviceSwapper, rank: DeviceRank, weights: Mapping[int, int] = MappingProxyType({})
+        self,
+        runner: Any,
+        swapper: LayerSwapper,
+        rank: RankTransition,
+        weights: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
         """
         Args:
@@ -49,7 +53,7 @@ class LevelGraphs:
         self._rank = rank
         places = {layer: place for place, layer in enumerate(sorted(swapper.formats()))}
         self._place_of = {address: places[layer] for address, layer in weights.items()}
-        self._banks = GraphBanks(
+        self._sets = GraphSets(
             _holders(runner),
             _routes(runner),
             later_pool=torch.cuda.graph_pool_handle() if weights else None,
@@ -57,7 +61,7 @@ class LevelGraphs:
         )
 
     def capture(self, original: Callable[[], int], levels: Sequence[tuple[str, ...]], num_kv_blocks: int) -> int:
-        """All banks; the layers are at level 0 again when it returns.
+        """All graph sets; the layers are at level 0 again when it returns.
 
         Args:
             original: vLLM's capture; its result says how many bytes it took.
@@ -65,7 +69,7 @@ class LevelGraphs:
             num_kv_blocks: that are mapped, and stay so.
 
         Returns:
-            Bytes that all banks take.
+            Bytes that all graph sets take.
         """
         own = sorted(self._swapper.formats())
         # Levels may differ in the layers of other pipeline stages alone.
@@ -74,17 +78,17 @@ class LevelGraphs:
         for formats in distinct:
             self._move(dict(zip(own, formats, strict=True)), num_kv_blocks)
             start = time.perf_counter()
-            self._banks.begin(formats)
+            self._sets.begin(formats)
             try:
                 num_bytes = original()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()  # captures warm up on a stream of their own, on pages that go next
             finally:
-                has_full = self._banks.end()
+                has_full = self._sets.end()
             total += num_bytes
             logger.info(
                 "morphserve: %d CUDA graphs of a level in %.1f s, %.0f MiB%s",
-                self._banks.num_graphs()[formats],
+                self._sets.num_graphs()[formats],
                 time.perf_counter() - start,
                 num_bytes / 2**20,
                 "" if has_full else ", none of whole steps",
@@ -95,7 +99,7 @@ class LevelGraphs:
 
     def show(self) -> None:
         """The graphs of the formats that the layers have now, and no others."""
-        self._banks.switch(self._formats())
+        self._sets.switch(self._formats())
 
     @contextmanager
     def _watch(self) -> Iterator[set[int]]:

@@ -9,7 +9,6 @@ from typing import Any
 from morphserve.errors import ConfigError
 from morphserve.integration import seams
 
-_WORKER = "vllm.v1.worker.gpu_worker:Worker"
 # Each writes to, or reads, every parameter of the model, wherever it is.
 _TARGETS = ("reload_weights", "start_weight_update", "update_weights", "reset_weights", "compute_weight_checksums")
 
@@ -17,7 +16,7 @@ _TARGETS = ("reload_weights", "start_weight_update", "update_weights", "reset_we
 def refuse_weight_access(is_ours: Callable[[], bool]) -> None:
     """Re-entrant. From now on these methods of workers raise, where `is_ours` says that layers come and go."""
     for name in _TARGETS:
-        seams.wrap(f"{_WORKER}.{name}", _refusal(name, is_ours))
+        seams.wrap(seams.WORKER_WEIGHTS, _refusal(name, is_ours), name=name)
 
 
 @functools.cache  # the same maker for the same question, so that `wrap` knows it again

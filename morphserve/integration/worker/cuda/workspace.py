@@ -1,8 +1,8 @@
-"""vLLM's scratch memory while several banks of CUDA graphs are captured.
+"""vLLM's scratch memory while several sets of CUDA graphs are captured.
 
-vLLM captures once and locks its workspace behind it, because captured graphs read it where it lay. A later bank may
-need entries of its own, so the lock is opened for it; but where that moves what an earlier bank has captured, the start
-fails: those graphs would read memory that somebody else has.
+vLLM captures once and locks its workspace behind it, because captured graphs read it where it lay. A later set
+may need entries of its own, so the lock is opened for it; but where that moves what an earlier set has captured, the
+start fails: those graphs would read memory that somebody else has.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 from morphserve.errors import ConfigError
 
 
-class BankWorkspace:
-    """One for all banks of a rank: `open` before each capture, `check` behind it. The last one leaves it locked."""
+class SharedWorkspace:
+    """One for all graph sets of a rank: `open` before each capture, `check` behind it. The last leaves it locked."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[int, int]] = []  # (address, bytes) of each buffer, behind the bank before
+        self._seen: list[tuple[int, int]] = []  # (address, bytes) of each buffer, behind the graph set before
 
     def open(self) -> None:
         """Before a capture; the first finds it open."""
@@ -27,7 +27,7 @@ class BankWorkspace:
         """Behind a capture.
 
         Raises:
-            ConfigError: the workspace has moved away under the graphs of an earlier bank.
+            ConfigError: the workspace has moved away under the graphs of an earlier graph set.
         """
         now = _buffers()
         for (address, num_bytes), (new_address, new_bytes) in zip(self._seen, now, strict=False):

@@ -10,6 +10,7 @@ Python. A compiled artifact from the cache works with either.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ import torch
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from morphserve.integration.worker.ops import native
+from morphserve.residence import WeightSlot
+from morphserve.residence import register_op as register_weight_op
+from morphserve.residence import reset as reset_weight_slots
 from quant_layers import LinearImpl, LinearSlot
 
 # One process holds one model; the index of a slot is the constant that the compiled graph keeps.
@@ -61,6 +65,7 @@ def register_op(cache_dir: Path) -> None:
 def reset() -> None:
     """Forget the slots of a model that this process held before: indices start at 0 for every model."""
     _SLOTS.clear()
+    reset_weight_slots()
 
 
 class OpaqueSlot(LinearSlot):
@@ -133,28 +138,53 @@ class OpaqueMorphLinearMethod(UnquantizedLinearMethod):
         return torch.ops.morphserve.linear(x, self._slot_index, self._num_outputs)
 
 
+class WeightLinearMethod(UnquantizedLinearMethod):
+    """The same for a weight whose address never changes: it says which linear is meant."""
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As in eager mode, past the tracer."""
+        return torch.ops.morphserve.linear_of(x, layer.weight)
+
+
 def is_compiled(vllm_config: Any) -> bool:
-    """Whether vLLM compiles the model."""
+    """Return whether vLLM compiles the model."""
     from vllm.config import CompilationMode
 
     return vllm_config.compilation_config.mode not in (None, CompilationMode.NONE)
 
 
-def install(
-    vllm_config: Any, cache_dir: Path, linear: Any, name: str, impl: LinearImpl, format: str, bias: Any
-) -> LinearSlot:
-    """Give `linear` a slot and the method that goes through it; which one, the engine's mode decides."""
-    if not is_compiled(vllm_config):
-        slot = LinearSlot(name=name, impl=impl, format=format, bias=bias)
+@dataclass(frozen=True, slots=True)
+class Place:
+    """How an engine reaches its linears.
+
+    Attributes:
+        is_compiled: through an operator that torch.compile does not look into.
+        has_addresses: weights keep their addresses, so the operator finds a linear by that of its weight.
+        cache_dir: for what is built of our own operators.
+    """
+
+    is_compiled: bool
+    has_addresses: bool
+    cache_dir: Path
+
+
+def install(place: Place, linear: Any, slot: LinearSlot) -> LinearSlot:
+    """Give `linear` the method that goes through its slot, and return the slot, of the kind that the engine needs."""
+    if not place.is_compiled:
         linear.quant_method = MorphLinearMethod(slot)
         return slot
-    register_op(cache_dir)
-    num_inputs = linear.input_size_per_partition
-    opaque = OpaqueSlot(name, impl, format, bias, num_inputs)
+    if place.has_addresses:
+        register_weight_op()
+        linear.quant_method = WeightLinearMethod()
+        return WeightSlot(slot.name, slot.impl, linear.weight, slot.format, slot.bias)
+    register_op(place.cache_dir)
+    opaque = OpaqueSlot(slot.name, slot.impl, slot.format, slot.bias, linear.input_size_per_partition)
     linear.quant_method = OpaqueMorphLinearMethod(opaque, num_outputs(linear))
     return opaque
 
 
 def num_outputs(linear: Any) -> int:
-    """N of this rank's slice."""
+    """Return N of this rank's slice."""
     return int(getattr(linear, "output_size_per_partition", linear.output_size))

@@ -11,13 +11,12 @@ from typing import Any
 
 import aiohttp
 
+from morphserve.tools.options import option
 from morphserve.tools.workload import ERROR, OK, TIMEOUT, Outcome, Replayed, Workload
 
 # vLLM's server closes a connection that is idle for 5 s (uvicorn's default). A client that was kept from running
 # at that moment would send its next request into it, and count a violation that the server knows nothing of.
 _KEEP_ALIVE_S = 2.0
-
-CUTOFF_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +25,18 @@ class ClientOptions:
 
     url: str  # http://host:port, without /v1
     model: str  # name the server knows the model by
-    request_timeout_s: float = 300.0
-    cutoff_s: float = CUTOFF_S  # after the last arrival: what is unfinished then counts as violated
-    token_ids: bool = False  # ask for the ids of the answer (vLLM only)
+    request_timeout_s: float = option(
+        "give up on one request after this", default=300.0, flag="--request-timeout", metavar="S"
+    )
+    # What is unfinished then counts as violated.
+    cutoff_s: float = option(
+        "end a run this long after its last arrival; default: 120, with --fit by the machine",
+        default=120.0,
+        flag="--cutoff",
+        unset=True,
+        metavar="S",
+    )
+    token_ids: bool = option("record the ids of the generated tokens (vLLM servers only)", default=False)
 
 
 async def replay(
@@ -45,9 +53,7 @@ async def replay(
         started: perf_counter reading that is the workload's 0 s.
         on_done: called in the event loop as each request ends.
     """
-    outcomes = [
-        Outcome(i, r.arrival_s, r.input_tokens, r.output_tokens) for i, r in enumerate(workload.requests)
-    ]
+    outcomes = [Outcome(i, r.arrival_s, r.input_tokens, r.output_tokens) for i, r in enumerate(workload.requests)]
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
     # A connection limit would turn the loop closed.
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
@@ -72,7 +78,7 @@ async def replay(
 
 
 def completion_body(options: ClientOptions, prompt: list[int], max_tokens: int) -> dict[str, Any]:
-    """Body of one /v1/completions request: greedy, exactly `max_tokens` long."""
+    """Return the body of one /v1/completions request: greedy, exactly `max_tokens` long."""
     body: dict[str, Any] = {
         "model": options.model,
         "prompt": prompt,  # ids: no second tokenization that could change the length
@@ -148,7 +154,7 @@ async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome, begin
 
 
 async def sse_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[str]:
-    """The `data:` payloads of a server-sent event stream, however the network cut it up."""
+    """Yield the `data:` payloads of a server-sent event stream, however the network cut it up."""
     pending = b""
     async for chunk in chunks:
         pending += chunk

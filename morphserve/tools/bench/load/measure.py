@@ -8,14 +8,13 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import aiohttp
 
 from morphserve.tools.bench.load.client import ClientOptions, completion_body, replay, send
 from morphserve.tools.bench.load.scrape import Poller, fetch_status
-from morphserve.tools.bench.report.results import RunResult
+from morphserve.tools.bench.report.results import Observed
+from morphserve.tools.options import option
 from morphserve.tools.workload import Outcome, ReplayError, Slo, Workload
 
 _ALIVE_S = 60.0  # a server that is only busy answers in that time
@@ -31,19 +30,15 @@ class Measurement:
     prompts: Sequence[list[int]]
     slo: Slo
     client: ClientOptions
-    poll_s: float = 0.5
+    poll_s: float = option("beat of the /metrics poll", default=0.5, flag="--poll", metavar="S")
     restore_wait_s: float = 30.0  # after the last request, for level 0; 0 = do not wait
 
 
-async def measure(
-    what: Measurement,
-    name: str,
-    repeat: int,
-    directory: Path,
-    setup: dict[str, Any],
-    on_done: Callable[[Outcome], None] = lambda _: None,
-) -> RunResult:
+async def measure(what: Measurement, on_done: Callable[[Outcome], None] = lambda _: None) -> Observed:
     """Warm up, replay, watch until level 0, and collect.
+
+    Args:
+        on_done: called as each request ends.
 
     Raises:
         ReplayError: the warm-up request fails, or the server is gone at the end: nothing measured would mean anything.
@@ -66,16 +61,16 @@ async def measure(
         await poller.once()
         await _check_alive(session, what.client.url)
         status = await fetch_status(session, what.client.url)
-    setup = setup | {
+    setup = {
         "load_average_before": load_before,
         "load_average_after": os.getloadavg()[0],
         "polls_failed": poller.failures,
     }
-    return RunResult(name, repeat, directory, what.slo, replayed, poller.snapshots, status, setup)
+    return Observed(replayed, poller.snapshots, status, setup)
 
 
 async def _warm_up(session: aiohttp.ClientSession, what: Measurement) -> None:
-    """One short request: first-use costs (compilation, allocation) are not the workload's."""
+    """Send one short request: first-use costs (compilation, allocation) are not the workload's."""
     prompt = what.prompts[0][:8]
     outcome = Outcome(index=0, scheduled_s=0.0, prompt_tokens=len(prompt), asked_tokens=8)
     await send(session, what.client, completion_body(what.client, prompt, 8), outcome, time.perf_counter())

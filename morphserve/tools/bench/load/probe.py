@@ -34,7 +34,7 @@ class StockSpeed:
 
     @classmethod
     def calibrated(cls, step: StepTime, offset_s: float, speed: float = 1.0) -> StockSpeed:
-        """As calibration knows it, on a machine that takes `speed` times as long."""
+        """Return the speed that calibration knows, on a machine that takes `speed` times as long."""
         scaled = StepTime(
             step.base_s * speed, step.per_seq_s * speed, step.per_prefill_token_s * speed,
             step.per_context_token_s * speed,
@@ -52,7 +52,7 @@ class _Found:
     prefills: dict[int, list[float]] = field(default_factory=dict)  # prompt tokens |-> times to the first token
 
     def add(self, outcomes: Sequence[Outcome], prompt_tokens: int, max_tokens: int) -> None:
-        """Requests that decoded together."""
+        """Take in requests that decoded together."""
         load = len(outcomes), len(outcomes) * (prompt_tokens + max_tokens // 2)
         self.gaps.setdefault(load, []).extend(_gaps(outcomes))
 
@@ -94,7 +94,7 @@ class _Sender:
         self._sent = 0
 
     async def all(self, count: int, prompt_tokens: int, max_tokens: int) -> list[Outcome]:
-        """So many requests at once; their outcomes in the order of their first tokens."""
+        """Send so many requests at once; return their outcomes in the order of their first tokens."""
         zero = time.perf_counter()
         outcomes = [Outcome(i, 0.0, prompt_tokens, max_tokens) for i in range(count)]
         bodies = [completion_body(self._client, self._prompt(prompt_tokens), max_tokens) for _ in outcomes]
@@ -128,7 +128,7 @@ async def _round(sender: _Sender, options: ServerOptions, found: _Found) -> None
 
 
 def _batches(options: ServerOptions) -> list[tuple[int, int, int]]:
-    """(requests, prompt tokens, answer tokens) that the KV cache holds at once: a few, some, all it can; long ones."""
+    """Return (requests, prompt tokens, answer tokens) that fit into the KV cache: few, some, all; long ones."""
     blocks = options.num_blocks - 1  # the null block holds nothing
     prompt, answer = max(options.block_size // 4, 1), max(options.block_size // 2, 4)
     per_request = -(-(prompt + answer) // options.block_size)
@@ -140,13 +140,13 @@ def _batches(options: ServerOptions) -> list[tuple[int, int, int]]:
 
 
 def _gaps(outcomes: Sequence[Outcome]) -> list[float]:
-    """Between steps in which all of them decoded: of the one that began last, without those after another's end."""
+    """Return the gaps in which all decoded: of the request that began last, without those after another's end."""
     last = outcomes[-1]
     return list(last.itls_s if len(outcomes) == 1 else last.itls_s[1:-2])
 
 
 def _speed(found: _Found) -> StockSpeed:
-    """Medians, and lines through them: one stall of the machine must not bend what a minute of steps says.
+    """Fit lines through medians: one stall of the machine must not bend what a minute of steps says.
 
     No coefficient is below 0, and what no request and no token explains is at least a tenth of a lone request's step.
     """
@@ -162,7 +162,7 @@ def _speed(found: _Found) -> StockSpeed:
 
 
 def _slopes(steps: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
-    """Seconds for a sequence, and for a token of KV, from (sequences, KV tokens, seconds) of a few loads.
+    """Return seconds for a sequence, and for a token of KV, from (sequences, KV tokens, seconds) of a few loads.
 
     The load with the most KV tokens for a sequence tells what a token takes, all others what a sequence takes.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +19,7 @@ from morphserve.tools.workload import Snapshot
 def snapshot(text: str, t_s: float) -> Snapshot:
     """Fold one page of /metrics into a snapshot; several engines of one server are added up."""
     page = _Page(text)
-    usage = page.mean("vllm:kv_cache_usage_perc")
+    usage = page.fold("vllm:kv_cache_usage_perc", statistics.fmean)
     published = page.by("morphserve:kv_blocks", "state")
     if not published and (stock := page.label("vllm:cache_config_info", "num_gpu_blocks")) is not None:
         published = {"published": stock, "backed": stock}
@@ -27,24 +28,24 @@ def snapshot(text: str, t_s: float) -> Snapshot:
     return Snapshot(
         t_s=t_s,
         kv_usage=usage,
-        running=page.total("vllm:num_requests_running"),
-        waiting=page.total("vllm:num_requests_waiting"),
-        preemptions=page.total("vllm:num_preemptions_total"),
-        level=page.most("morphserve:level"),
+        running=page.whole("vllm:num_requests_running", sum),
+        waiting=page.whole("vllm:num_requests_waiting", sum),
+        preemptions=page.whole("vllm:num_preemptions_total", sum),
+        level=page.whole("morphserve:level", max),
         blocks_published=published.get("published"),
         blocks_backed=published.get("backed"),
         blocks_used=published.get("used"),
         layers=page.by("morphserve:layers", "format"),
         tokens_by_level=page.by("morphserve:tokens_total", "level"),
         transitions=page.by("morphserve:transitions_total", "direction", "outcome"),
-        transition_s=page.sum("morphserve:transition_seconds_total"),
+        transition_s=page.fold("morphserve:transition_seconds_total", sum),
         errors=page.by("morphserve:errors_total", "where"),
-        pause_max_ms=page.max("morphserve:pause_ms_max"),
+        pause_max_ms=page.fold("morphserve:pause_ms_max", max),
     )
 
 
 class _Page:
-    """Sums over one metrics page; every answer is None or empty where a metric is absent.
+    """Figures of one metrics page; every answer is None or empty where a metric is absent.
 
     Only the lines asked for are parsed, one by one: the client sends nothing while it parses all the others, and the
     parser gives up a page at its first damaged line.
@@ -63,26 +64,12 @@ class _Page:
                 if math.isfinite(sample.value):  # a gauge that was never set reads NaN
                     yield sample.labels, float(sample.value)
 
-    def _values(self, name: str) -> list[float]:
-        return [value for _, value in self._samples(name)]
+    def fold(self, name: str, how: Callable[[list[float]], float]) -> float | None:
+        values = [value for _, value in self._samples(name)]
+        return how(values) if values else None
 
-    def sum(self, name: str) -> float | None:
-        values = self._values(name)
-        return sum(values) if values else None
-
-    def total(self, name: str) -> int | None:
-        value = self.sum(name)
-        return None if value is None else round(value)
-
-    def mean(self, name: str) -> float | None:
-        values = self._values(name)
-        return sum(values) / len(values) if values else None
-
-    def max(self, name: str) -> float | None:
-        return max(self._values(name), default=None)
-
-    def most(self, name: str) -> int | None:
-        value = self.max(name)
+    def whole(self, name: str, how: Callable[[list[float]], float]) -> int | None:
+        value = self.fold(name, how)
         return None if value is None else round(value)
 
     def by(self, name: str, *labels: str) -> dict[str, int]:
@@ -130,7 +117,7 @@ class Poller:
 
 
 async def fetch_status(session: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:
-    """MorphServe's /morphserve/status, or None where there is none."""
+    """Return MorphServe's /morphserve/status, or None where there is none."""
     try:
         async with asyncio.timeout(10), session.get(f"{url}/morphserve/status") as response:
             if response.status != 200:

@@ -14,41 +14,41 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from morphserve.endings import cause_in, how_it_ended, one_line, sentence
+from morphserve.tools.options import as_flag, option
+from morphserve.tools.sim import ServerSpec
 from morphserve.tools.workload import ReplayError
 
 log = logging.getLogger(__name__)
 
+LEFT_TO_VLLM = ("max_num_batched_tokens", "max_num_queued_tokens", "async_scheduling")  # unless they are given
 _STOP_GRACE_S = 20.0
 _DEATH_GRACE_S = 15.0  # vLLM's API process looks every 5 s whether its engine lives
 _LAST_LINE_CHARS = 300
 
 
 @dataclass(frozen=True, slots=True)
-class ServerOptions:
-    """What all servers of a comparison have in common."""
+class ServerOptions(ServerSpec):
+    """What all servers that are started for a comparison have in common."""
 
-    model: str
-    served_model_name: str = "demo"
-    max_model_len: int = 512
-    max_num_seqs: int = 64
-    block_size: int = 32
-    num_blocks: int = 49  # null block included
+    model: str = option("model to serve, and whose tokenizer makes the prompts", default="", unset=True, metavar="DIR")
+    served_model_name: str = option("name in the API", default="demo")
     dtype: str | None = None  # None = the model's own
-    enforce_eager: bool = False
-    prefix_caching: bool = False
-    cpu_bind: str = "0"  # cores of the engine; the client needs one of its own
-    start_timeout_s: float = 600.0
-    extra_args: tuple[str, ...] = ()
-    command: tuple[str, ...] = field(
-        default_factory=lambda: (str(Path(sys.executable).parent / "vllm"), "serve")
+    enforce_eager: bool = option("no torch.compile: starts faster, runs slower, in all runs", default=False)
+    # The client needs a core of its own.
+    cpu_bind: str = option("cores of the engine (VLLM_CPU_OMP_THREADS_BIND)", default="0", metavar="CORES")
+    start_timeout_s: float = option(default=600.0, flag="--start-timeout", metavar="S")
+    extra_args: tuple[str, ...] = option(
+        "one more argument of vllm serve; repeatable", default=(), flag="--serve-arg", action="append", metavar="ARG"
     )
+    command: tuple[str, ...] = field(default_factory=lambda: (str(Path(sys.executable).parent / "vllm"), "serve"))
 
     def arguments(self, port: int, own: tuple[str, ...]) -> list[str]:
-        """The command line of one server; `own` is what sets it apart from the others."""
+        """Return the command line of one server; `own` is what sets it apart from the others."""
         args = [
             *self.command, self.model,
             "--host", "127.0.0.1", "--port", str(port),
@@ -64,10 +64,19 @@ class ServerOptions:
             args += ["--dtype", self.dtype]
         if self.enforce_eager:
             args.append("--enforce-eager")
-        return [*args, *self.extra_args, *own]
+        return [*args, *self.extra_args, *self._where_given(), *own]
+
+    def _where_given(self) -> list[str]:
+        """Return the settings that are left to vLLM, where they are not as we have them by default."""
+        args = []
+        for each in fields(ServerSpec):
+            value = getattr(self, each.name)
+            if each.name in LEFT_TO_VLLM and value != each.default:
+                args += [as_flag(each.name), *([] if value is True else [str(value)])]
+        return args
 
     def environment(self) -> dict[str, str]:
-        """The servers' environment: ours, offline, on its own cores."""
+        """Return the servers' environment: ours, offline, on its own cores."""
         return os.environ | {
             "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
@@ -82,9 +91,16 @@ class Server:
     """A server that answers."""
 
     url: str
-    pid: int
-    command: str
-    start_s: float
+    pid: int | None = None  # None: somebody else started it
+    command: str = ""
+    start_s: float = 0.0
+
+    @property
+    def setup(self) -> dict[str, Any]:
+        """How to have it again, recorded with every run on it."""
+        if self.pid is None:
+            return {"url": self.url}
+        return {"command": self.command, "server_start_s": round(self.start_s, 1)}
 
 
 @contextlib.contextmanager
@@ -131,7 +147,7 @@ def serve(
 
 @contextlib.contextmanager
 def _death_explained(process: subprocess.Popen[bytes], url: str, log_path: Path) -> Iterator[None]:
-    """Of a server that dies in the block the user hears why, not what its clients made of it."""
+    """Say why a server died in the block, not what its clients made of it."""
     try:
         yield
     except Exception as e:
@@ -145,7 +161,7 @@ def _death_explained(process: subprocess.Popen[bytes], url: str, log_path: Path)
 
 
 def ending(log_path: Path, code: int | None, what: str) -> str:
-    """Why a server ended: the cause out of its log, the remedy, and the log's path, in one line.
+    """Say why a server ended: the cause out of its log, the remedy, and the log's path, in one line.
 
     Args:
         log_path: stdout and stderr of all of its processes.
@@ -217,7 +233,7 @@ def _healthy(url: str) -> bool:
 
 
 def _last_line(log_path: Path) -> str:
-    """Of a log that names no cause."""
+    """Return what a log said last that names no cause."""
     try:
         lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -227,7 +243,7 @@ def _last_line(log_path: Path) -> str:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on."""
+    """Find a TCP port of 127.0.0.1 that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

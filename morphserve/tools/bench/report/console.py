@@ -17,12 +17,12 @@ from rich.progress import (
 )
 
 from morphserve.tools.bench.report.results import RunResult
-from morphserve.tools.bench.report.summary import percent, seconds
+from morphserve.tools.bench.report.tables import percent, seconds
 from morphserve.tools.workload import Outcome
 
 
 class ConsoleProgress:
-    """Implements `compare.Progress` for people; a context manager."""
+    """What the user sees while runs are made; a context manager."""
 
     def __init__(self, enabled: bool = True) -> None:
         """`enabled=False` says nothing at all."""
@@ -52,34 +52,34 @@ class ConsoleProgress:
         self._bars.stop()
 
     def starting(self, title: str) -> None:
-        """A server is being started."""
+        """Say that a server is being started."""
         self._say(f"{title}: starting the server")
         self._replace(f"{title}: server starts", total=None)
 
     def fitting(self, title: str) -> None:
-        """Its steps are being measured."""
+        """Say that its steps are being measured."""
         self._say(f"{title}: measuring its steps, to fit load and limits to this machine")
         self._replace(f"{title}: steps are measured", total=None)
 
     def waiting(self, seconds: float) -> None:
-        """It is not up yet."""
+        """Show how long it has not been up."""
         self._note(f"{seconds:.0f} s")
 
     def measuring(self, title: str, num_requests: int) -> None:
-        """The workload begins."""
+        """Say that the workload begins."""
         self._say(f"{title}: replaying {num_requests} requests")
         self._replace(title, total=num_requests)
         self._failed = 0
 
     def request_done(self, outcome: Outcome) -> None:
-        """One request ended."""
+        """Count a request that ended."""
         self._failed += not outcome.ok
         if self._task is not None:
             self._bars.advance(self._task)
         self._note(f"[red]{self._failed} failed" if self._failed else "answered")
 
     def finished(self, result: RunResult) -> None:
-        """A run is measured and saved."""
+        """Say what was found in a run."""
         self._clear()
         figures = result.figures()
         self._say(

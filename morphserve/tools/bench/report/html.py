@@ -8,9 +8,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from morphserve.tools.bench.compare import MORPHSERVE, STOCK
+from morphserve.tools.bench.comparison import MORPHSERVE, STOCK
 from morphserve.tools.bench.report.results import RunResult
-from morphserve.tools.bench.report.summary import Summary, milliseconds, percent, price, seconds
+from morphserve.tools.bench.report.summary import Summary, change, price
+from morphserve.tools.bench.report.tables import milliseconds, percent, seconds
 
 Rows = Sequence[tuple[str, list[str] | None]]
 
@@ -80,43 +81,47 @@ _DEFINITIONS = (
     ),
 )
 
+# head, name of the picture, what it is for those who do not see it, what stands below it
+_PICTURES = (
+    (
+        "What happened, second by second",
+        "timeline",
+        "Timeline of every run",
+        "Same workload, same axes. Red: waiting requests. Black: KV blocks the scheduler may use; "
+        "light blue: blocks in use. Each dot is one request, at the moment it was sent.",
+    ),
+    (
+        "Latency of all requests",
+        "distribution",
+        "Distribution of TTFT and TPOT",
+        "Share of requests sent that were served with at most this TTFT or TPOT. A curve that ends "
+        "below 1 had requests without a full answer. Dashed: the SLO.",
+    ),
+)
+
 
 def page(summary: Summary, table: Rows, shown: Sequence[RunResult], pictures: dict[str, Path]) -> str:
-    """The whole page.
+    """Return the whole page.
 
     Args:
         shown: one run per name, in the order of the columns.
         pictures: PNG files by name; they are put into the page.
     """
-    w = summary.workload
     names = [row["name"] for row in summary.rows]
-    title = f"{w.name}: {' vs '.join(names)}"
+    title = _text(f"{summary.workload.name}: {' vs '.join(names)}")
     body = [
-        f"<h1>{_text(title)}</h1>",
+        f"<h1>{title}</h1>",
         f'<p class="headline">{_text(summary.headline)}</p>',
         _cards(summary),
         _notes(summary),
         _bought_and_cost(summary),
-        "<h2>What happened, second by second</h2>",
-        _figure(
-            pictures["timeline"],
-            "Timeline of every run",
-            "Same workload, same axes. Red: waiting requests. Black: KV blocks the scheduler may use; "
-            "light blue: blocks in use. Each dot is one request, at the moment it was sent.",
-        ),
-        "<h2>Latency of all requests</h2>",
-        _figure(
-            pictures["distribution"],
-            "Distribution of TTFT and TPOT",
-            "Share of requests sent that were served with at most this TTFT or TPOT. A curve that ends "
-            "below 1 had requests without a full answer. Dashed: the SLO.",
-        ),
+        *(f"<h2>{head}</h2>\n{_figure(pictures[name], alt, caption)}" for head, name, alt, caption in _PICTURES),
         "<h2>All figures</h2>",
         _table(names, table, summary.rows[0]["repeats"]),
         _how(summary, shown),
     ]
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{_text(title)}</title>\n'
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<style>{_CSS}</style>\n</head>\n"
         f"<body><main>\n{chr(10).join(body)}\n</main></body>\n</html>\n"
@@ -153,12 +158,10 @@ def _bought_and_cost(summary: Summary) -> str:
     if base is None or row is None:
         return ""
     bought = [
-        f"SLO violations {percent(base['violation_rate'])} → {percent(row['violation_rate'])} "
-        f"({base['sent'] - base['good']} → {row['sent'] - row['good']} requests)",
-        f"first token late {percent(base['ttft_violation_rate'])} → {percent(row['ttft_violation_rate'])}, tokens slow "
-        f"{percent(base['tpot_violation_rate'])} → {percent(row['tpot_violation_rate'])}",
-        f"P95 TTFT {seconds(base['ttft_p95_s'])} → {seconds(row['ttft_p95_s'])}",
-        f"P99 TPOT {milliseconds(base['tpot_p99_ms'])} → {milliseconds(row['tpot_p99_ms'])}",
+        f"{change(base, row, 'violation_rate')} ({base['sent'] - base['good']} → {row['sent'] - row['good']} requests)",
+        f"{change(base, row, 'ttft_violation_rate')}, {change(base, row, 'tpot_violation_rate')}",
+        change(base, row, "ttft_p95_s"),
+        change(base, row, "tpot_p99_ms"),
         f"output {base['output_tok_s']:.0f} → {row['output_tok_s']:.0f} tokens per second, "
         f"{base['duration_s']:.0f} → {row['duration_s']:.0f} s for the whole workload",
         f"preemptions {_number(base['preemptions'])} → {_number(row['preemptions'])}",
@@ -172,14 +175,10 @@ def _bought_and_cost(summary: Summary) -> str:
         if row["level_max"]
         else "never left full precision",
     ]
-    return (
-        '<div class="two">'
-        + "".join(
-            f'<div class="box"><h2>{head}</h2><ul>{"".join(f"<li>{_text(i)}</li>" for i in items)}</ul></div>'
-            for head, items in (("What it bought", bought), ("What it cost", cost))
-        )
-        + "</div>"
-    )
+    boxes = (f'<div class="box"><h2>{head}</h2>{_list(items)}</div>' for head, items in (
+        ("What it bought", bought), ("What it cost", cost),
+    ))  # fmt: skip
+    return f'<div class="two">{"".join(boxes)}</div>'
 
 
 def _table(names: Sequence[str], table: Rows, repeats: int) -> str:
@@ -192,11 +191,7 @@ def _table(names: Sequence[str], table: Rows, repeats: int) -> str:
         kind = "sub" if label.startswith("…") else "key" if label.startswith("SLO") else ""
         body = "".join(f"<td>{_text(cell)}</td>" for cell in cells)
         rows.append(f'<tr class="{kind}"><td>{_text(label)}</td>{body}</tr>')
-    note = (
-        f'<p class="muted">Median of {repeats} repeats, least and most in brackets.</p>'
-        if repeats > 1
-        else ""
-    )
+    note = f'<p class="muted">Median of {repeats} repeats, least and most in brackets.</p>' if repeats > 1 else ""
     return (
         f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
         f"</table></div>{note}"
@@ -227,10 +222,9 @@ def _how(summary: Summary, shown: Sequence[RunResult]) -> str:
         )
     terms = "".join(f"<dt>{_text(term)}</dt><dd>{_text(what)}</dd>" for term, what in _DEFINITIONS)
     return (
-        f"<h2>How it was {'simulated' if 'simulated' in machine else 'measured'}</h2><ul>"
-        + "".join(f"<li>{_text(fact)}</li>" for fact in facts)
-        + f"</ul><details open><summary>Runs</summary><dl>{''.join(runs)}</dl></details>"
-        + f"<details><summary>What the words mean</summary><dl>{terms}</dl></details>"
+        f"<h2>How it was {'simulated' if 'simulated' in machine else 'measured'}</h2>{_list(facts)}"
+        f"<details open><summary>Runs</summary><dl>{''.join(runs)}</dl></details>"
+        f"<details><summary>What the words mean</summary><dl>{terms}</dl></details>"
     )
 
 
@@ -250,6 +244,10 @@ def _figure(path: Path, alt: str, caption: str) -> str:
         f'<figure><img alt="{_text(alt)}" src="data:image/png;base64,{picture}">'
         f"<figcaption>{_text(caption)}</figcaption></figure>"
     )
+
+
+def _list(items: Sequence[str]) -> str:
+    return f"<ul>{''.join(f'<li>{_text(item)}</li>' for item in items)}</ul>"
 
 
 def _text(text: str, code: bool = False) -> str:

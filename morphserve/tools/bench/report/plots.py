@@ -17,9 +17,9 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
 
-from morphserve.tools.bench.compare import STOCK  # noqa: E402
+from morphserve.tools.bench.comparison import STOCK  # noqa: E402
 from morphserve.tools.bench.report.results import RunResult  # noqa: E402
-from morphserve.tools.bench.report.summary import percent  # noqa: E402
+from morphserve.tools.bench.report.tables import percent  # noqa: E402
 
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e3e7ec"
 BLUE, LIGHT_BLUE, GREY, RED, AMBER, PURPLE = "#2563a8", "#b9d3ee", "#aab4c0", "#c8372d", "#d98613", "#7a4fa3"
@@ -63,23 +63,7 @@ def timeline(runs: Sequence[RunResult], path: Path) -> None:
         )
         end_s = max(_end_s(run) for run in runs)
         for column, run in enumerate(runs):
-            axes = [grid[row][column] for row in range(5)]
-            rate = run.figures()["violation_rate"]
-            axes[0].set_title(run.name, loc="left", fontsize=13, fontweight="bold", color=INK, pad=8)
-            axes[0].set_title(
-                f"{percent(rate)} SLO violations",
-                loc="right",
-                fontsize=10.5,
-                color=RED if rate else MUTED,
-                pad=8,
-            )
-            _arrivals(axes[0], run)
-            _queue(axes[1], run)
-            _blocks(axes[2], run)
-            _level(axes[3], run, end_s)
-            _ttft(axes[4], run)
-            axes[4].set_xlabel("time since the start of the workload (s)")
-            axes[4].set_xlim(0, end_s)
+            _column(grid[:, column], run, end_s)
         labels = ("arrivals\n(req/s)", "requests", "KV blocks", "morph level", "TTFT (s)")
         for row, label in enumerate(labels):
             grid[row][0].set_ylabel(label)
@@ -89,6 +73,21 @@ def timeline(runs: Sequence[RunResult], path: Path) -> None:
         figure.align_ylabels(list(grid[:, 0]))
         figure.savefig(path, dpi=130, bbox_inches="tight", facecolor="white")
         plt.close(figure)
+
+
+def _column(axes: Sequence[Axes], run: RunResult, end_s: float) -> None:
+    """Draw one run, from arrivals at the top to TTFT at the bottom."""
+    rate = run.figures()["violation_rate"]
+    color = RED if rate else MUTED
+    axes[0].set_title(run.name, loc="left", fontsize=13, fontweight="bold", color=INK, pad=8)
+    axes[0].set_title(f"{percent(rate)} SLO violations", loc="right", fontsize=10.5, color=color, pad=8)
+    _arrivals(axes[0], run)
+    _queue(axes[1], run)
+    _blocks(axes[2], run)
+    _level(axes[3], run, end_s)
+    _ttft(axes[4], run)
+    axes[4].set_xlabel("time since the start of the workload (s)")
+    axes[4].set_xlim(0, end_s)
 
 
 def _end_s(run: RunResult) -> float:
@@ -117,9 +116,7 @@ def _blocks(ax: Axes, run: RunResult) -> None:
     t = [s.t_s for s in seen]
     used = [s.blocks_used or 0 for s in seen]
     ax.fill_between(t, used, step="post", color=LIGHT_BLUE, linewidth=0, label="used")
-    ax.step(
-        t, [s.blocks_published or 0 for s in seen], where="post", color=INK, linewidth=1.6, label="published"
-    )
+    ax.step(t, [s.blocks_published or 0 for s in seen], where="post", color=INK, linewidth=1.6, label="published")
 
 
 def _level(ax: Axes, run: RunResult, end_s: float) -> None:
@@ -163,7 +160,7 @@ def _ttft(ax: Axes, run: RunResult) -> None:
 
 
 def _share_scales(grid: np.ndarray, runs: Sequence[RunResult]) -> None:
-    """Head room for the legends, whole numbers for counts."""
+    """Leave head room for the legends, and count in whole numbers."""
     tops = {
         1: max((max(s.waiting or 0, s.running or 0) for r in runs for s in r.series), default=1),
         2: max((s.blocks_published or 0 for r in runs for s in r.series), default=1),
@@ -191,9 +188,7 @@ def distribution(runs: Sequence[RunResult], path: Path) -> None:
     """Draw the share of requests SENT that had TTFT and TPOT of at most x; unanswered ones never arrive."""
     colors = (GREY, BLUE, PURPLE, AMBER)
     with plt.rc_context(_STYLE):
-        figure, (left, right) = plt.subplots(
-            1, 2, figsize=(10.4, 3.2), sharey=True, gridspec_kw={"wspace": 0.08}
-        )
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 3.2), sharey=True, gridspec_kw={"wspace": 0.08})
         for run, color in zip(runs, colors * len(runs), strict=False):
             sent = max(1, sum(o.sent_s is not None for o in run.replayed.outcomes))
             done = [o for o in run.replayed.outcomes if o.ok]

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from morphserve.tools.bench.compare import by_name
 from morphserve.tools.bench.report import html, plots
 from morphserve.tools.bench.report.results import RunResult
-from morphserve.tools.bench.report.summary import Summary, percent, representative
-
-Format = Callable[[Any], str]
-
-
-def _fixed(digits: int, scale: float = 1.0) -> Format:
-    return lambda value: f"{value * scale:,.{digits}f}"
+from morphserve.tools.bench.report.summary import Summary, by_name, representative
+from morphserve.tools.bench.report.tables import Show, Words, form, markdown_table, percent
 
 
 def _levels(tokens: dict[str, int]) -> str:
@@ -32,36 +25,38 @@ def _moves(moves: dict[str, int]) -> str:
     return ", ".join(f"{n} {key.replace('/', ' ')}" for key, n in moves.items()) or "none"
 
 
+_WORDS = Words(absent="–", span=" ({} – {})", part=", in {} of {}")
+
 # label, key, format; a key of None begins a group
-TABLE: tuple[tuple[str, str | None, Format], ...] = (
+TABLE: tuple[tuple[str, str | None, Show], ...] = (
     ("What users got", None, str),
     ("SLO violations, of requests sent", "violation_rate", percent),
     ("… TTFT alone", "ttft_violation_rate", percent),
     ("… TPOT alone", "tpot_violation_rate", percent),
-    ("TTFT P50 (s)", "ttft_p50_s", _fixed(2)),
-    ("TTFT P95 (s)", "ttft_p95_s", _fixed(2)),
-    ("TTFT P99 (s)", "ttft_p99_s", _fixed(2)),
-    ("TPOT P50 (ms)", "tpot_p50_ms", _fixed(0)),
-    ("TPOT P95 (ms)", "tpot_p95_ms", _fixed(0)),
-    ("TPOT P99 (ms)", "tpot_p99_ms", _fixed(0)),
-    ("ITL P50 (ms)", "itl_p50_ms", _fixed(0)),
-    ("ITL P95 (ms)", "itl_p95_ms", _fixed(0)),
-    ("ITL P99 (ms)", "itl_p99_ms", _fixed(0)),
-    ("Output tokens per second", "output_tok_s", _fixed(0)),
-    ("Goodput (requests per second)", "goodput_rps", _fixed(2)),
-    ("Duration (s)", "duration_s", _fixed(0)),
+    ("TTFT P50 (s)", "ttft_p50_s", form("{:,.2f}")),
+    ("TTFT P95 (s)", "ttft_p95_s", form("{:,.2f}")),
+    ("TTFT P99 (s)", "ttft_p99_s", form("{:,.2f}")),
+    ("TPOT P50 (ms)", "tpot_p50_ms", form("{:,.0f}")),
+    ("TPOT P95 (ms)", "tpot_p95_ms", form("{:,.0f}")),
+    ("TPOT P99 (ms)", "tpot_p99_ms", form("{:,.0f}")),
+    ("ITL P50 (ms)", "itl_p50_ms", form("{:,.0f}")),
+    ("ITL P95 (ms)", "itl_p95_ms", form("{:,.0f}")),
+    ("ITL P99 (ms)", "itl_p99_ms", form("{:,.0f}")),
+    ("Output tokens per second", "output_tok_s", form("{:,.0f}")),
+    ("Goodput (requests per second)", "goodput_rps", form("{:,.2f}")),
+    ("Duration (s)", "duration_s", form("{:,.0f}")),
     ("What the server did", None, str),
-    ("Preemptions", "preemptions", _fixed(0)),
-    ("Longest queue", "max_waiting", _fixed(0)),
-    ("Most KV blocks", "kv_blocks_max", _fixed(0)),
+    ("Preemptions", "preemptions", form("{:,.0f}")),
+    ("Longest queue", "max_waiting", form("{:,.0f}")),
+    ("Most KV blocks", "kv_blocks_max", form("{:,.0f}")),
     ("Transitions", "transitions_by_outcome", _moves),
-    ("Time in transitions (s)", "transition_s", _fixed(2)),
-    ("Longest pause by a transition (ms)", "pause_max_ms", _fixed(1)),
-    ("Level 0 again after the pressure ended, slowest (s)", "level_zero_after_s", _fixed(1)),
+    ("Time in transitions (s)", "transition_s", form("{:,.2f}")),
+    ("Longest pause by a transition (ms)", "pause_max_ms", form("{:,.1f}")),
+    ("Level 0 again after the pressure ended, slowest (s)", "level_zero_after_s", form("{:,.1f}")),
     ("What it cost", None, str),
     ("Share of tokens per level", "tokens_by_level", _levels),
     ("Tokens at level 1 or deeper", "share_above_level_0", percent),
-    ("Expected KL (nats per token)", "expected_kl_per_token", _fixed(4)),
+    ("Expected KL (nats per token)", "expected_kl_per_token", form("{:,.4f}")),
 )
 
 
@@ -95,36 +90,22 @@ def write_report(summary: Summary, results: Sequence[RunResult], out: Path) -> P
 
 
 def table_rows(summary: Summary) -> list[tuple[str, list[str] | None]]:
-    """Label and one cell per run; None instead of cells begins a group. Rows nobody has are left out."""
+    """Return label and one cell per run; None instead of cells begins a group. Rows nobody has are left out."""
     out: list[tuple[str, list[str] | None]] = []
     for label, key, show in TABLE:
-        if key is None:
-            out.append((label, None))
-            continue
-        cells = [_cell(row, key, show) for row in summary.rows]
-        if any(cell != "–" for cell in cells):
+        cells = None if key is None else [_WORDS.cell(row, key, show) for row in summary.rows]
+        if cells is None or any(cell != _WORDS.absent for cell in cells):
             out.append((label, cells))
     # A group without rows says nothing.
-    return [
-        r for i, r in enumerate(out) if r[1] is not None or (i + 1 < len(out) and out[i + 1][1] is not None)
-    ]
-
-
-def _cell(row: dict[str, Any], key: str, show: Format) -> str:
-    value = row[key]
-    if value is None:
-        return "–"
-    text = show(value)
-    if key in row["spread"]:
-        low, high = row["spread"][key]
-        text += f" ({show(low)} – {show(high)})"
-    if key in row["known"]:
-        text += f", in {row['known'][key]} of {row['repeats']}"
-    return text
+    return [r for i, r in enumerate(out) if r[1] is not None or (i + 1 < len(out) and out[i + 1][1] is not None)]
 
 
 def _markdown(summary: Summary) -> str:
     names = [row["name"] for row in summary.rows]
+    rows = [
+        [f"**{label}**", *("" for _ in names)] if cells is None else [label, *cells]
+        for label, cells in table_rows(summary)
+    ]
     lines = [
         f"# {summary.workload.name}: {', '.join(names)}",
         "",
@@ -132,15 +113,7 @@ def _markdown(summary: Summary) -> str:
         "",
         *[f"- {note}" for note in summary.notes],
         *([""] if summary.notes else []),
-        "| | " + " | ".join(names) + " |",
-        "|---" * (len(names) + 1) + "|",
-    ]
-    for label, cells in table_rows(summary):
-        if cells is None:
-            lines.append(f"| **{label}** |" + " |" * len(names))
-        else:
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    lines += [
+        *markdown_table(["", *names], rows),
         "",
         f"Workload `{summary.workload_path}`: {len(summary.workload.requests)} requests in "
         f"{summary.workload.span_s:.0f} s. SLO: TTFT {summary.slo.ttft_s:g} s and TPOT "

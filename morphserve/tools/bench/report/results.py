@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from morphserve.files import write_whole
-from morphserve.tools.workload import Replayed, Slo, Snapshot, bench_result, dispatch_lag, timeline, violations
+from morphserve.tools.bench.report.tables import Row, write_csv
+from morphserve.tools.workload import Outcome, Replayed, Slo, Snapshot, bench_result, dispatch_lag, timeline, violations
 
 # The columns of a comparison, in the order of the document on stdout.
 ROW_KEYS = (
@@ -20,6 +20,27 @@ ROW_KEYS = (
     "output_tok_s", "duration_s", "preemptions", "tokens_by_level", "expected_kl_per_token",
     "transitions", "level_zero_after_s", "pause_max_ms",
 )  # fmt: skip
+
+_SERVER_FIGURES = (
+    "preemptions", "max_waiting", "tokens_by_level", "share_above_level_0", "expected_kl_per_token", "transitions",
+    "transitions_by_outcome", "transition_s", "level_max", "level_at_end", "level_zero_after_s", "pause_max_ms",
+    "kv_blocks_max", "errors",
+)  # fmt: skip
+
+# Of a snapshot, in series.csv.
+_SERIES = (
+    "kv_usage", "running", "waiting", "preemptions", "level", "blocks_published", "blocks_backed", "blocks_used",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What was seen of one run, wherever it took place."""
+
+    replayed: Replayed
+    series: Sequence[Snapshot]  # in time order, from just before the first request
+    status: dict[str, Any] | None  # /morphserve/status at the end
+    setup: dict[str, Any]  # its circumstances
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,25 +57,17 @@ class RunResult:
     setup: dict[str, Any] = field(default_factory=dict)  # command, seeds, model: how to repeat it
 
     def figures(self) -> dict[str, Any]:
-        """All figures of the run by name; None where it has none."""
+        """Return all figures of the run by name; None where it has none."""
         bench = bench_result(self.replayed, self.slo)
-        done = bench["completed"] > 0
-
-        def of_done(key: str, scale: float = 1.0) -> float | None:
-            return bench[key] * scale if done else None
-
+        latencies = {
+            f"{what}_p{rank}_{unit}": bench[f"p{rank}_{what}_ms"] * scale if bench["completed"] else None
+            for what, unit, scale in (("ttft", "s", 1e-3), ("tpot", "ms", 1.0), ("itl", "ms", 1.0))
+            for rank in (50, 95, 99)
+        }
         return {
             "name": self.name,
             **violations(self.replayed.outcomes, self.slo),
-            "ttft_p50_s": of_done("p50_ttft_ms", 1e-3),
-            "ttft_p95_s": of_done("p95_ttft_ms", 1e-3),
-            "ttft_p99_s": of_done("p99_ttft_ms", 1e-3),
-            "tpot_p50_ms": of_done("p50_tpot_ms"),
-            "tpot_p95_ms": of_done("p95_tpot_ms"),
-            "tpot_p99_ms": of_done("p99_tpot_ms"),
-            "itl_p50_ms": of_done("p50_itl_ms"),
-            "itl_p95_ms": of_done("p95_itl_ms"),
-            "itl_p99_ms": of_done("p99_itl_ms"),
+            **latencies,
             "output_tok_s": bench["output_throughput"],
             "goodput_rps": bench["request_goodput"],
             "duration_s": bench["duration"],
@@ -64,12 +77,7 @@ class RunResult:
 
     def _server_figures(self) -> dict[str, Any]:
         first, last = (self.series[0], self.series[-1]) if self.series else (None, None)
-        out: dict[str, Any] = {
-            "preemptions": None, "max_waiting": None, "tokens_by_level": None, "share_above_level_0": None,
-            "expected_kl_per_token": None, "transitions": None, "transitions_by_outcome": None,
-            "transition_s": None, "level_max": None, "level_at_end": None, "level_zero_after_s": None,
-            "pause_max_ms": None, "kv_blocks_max": None, "errors": None,
-        }  # fmt: skip
+        out: Row = dict.fromkeys(_SERVER_FIGURES)
         if first is None or last is None:
             return out
         if first.preemptions is not None and last.preemptions is not None:
@@ -95,20 +103,16 @@ class RunResult:
             "expected_kl_per_token": timeline.expected_kl(tokens, self.status),
             "transitions": timeline.committed(moves),
             "transitions_by_outcome": moves,
-            "transition_s": None
-            if last.transition_s is None
-            else last.transition_s - (first.transition_s or 0.0),
+            "transition_s": None if last.transition_s is None else last.transition_s - (first.transition_s or 0.0),
             "level_max": max(s.level or 0 for s in self.series),
             "level_at_end": last.level,
-            "level_zero_after_s": timeline.level_zero_after_s(
-                self.series, timeline.level0_blocks(self.status)
-            ),
+            "level_zero_after_s": timeline.level_zero_after_s(self.series, timeline.level0_blocks(self.status)),
             "pause_max_ms": pause,
             "errors": timeline.gained(first.errors, last.errors),
         }
 
     def document(self) -> dict[str, Any]:
-        """A superset of the result file of `vllm bench serve --save-result --save-detailed`."""
+        """Return a superset of the result file of `vllm bench serve --save-result --save-detailed`."""
         outcomes = self.replayed.outcomes
         setup = self.setup
         return {
@@ -138,15 +142,11 @@ class RunResult:
     def save(self) -> None:
         """Write requests.csv, series.csv and result.json into the run's directory; the last one whole or not at all."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        _write_csv(self.directory / "requests.csv", [self._request_row(i) for i in self._order()])
-        _write_csv(self.directory / "series.csv", _series_rows(self.series))
+        write_csv(self.directory / "requests.csv", [self._request_row(o) for o in self.replayed.outcomes])
+        write_csv(self.directory / "series.csv", _series_rows(self.series))
         write_whole(self.directory / "result.json", json.dumps(self.document(), allow_nan=False))
 
-    def _order(self) -> range:
-        return range(len(self.replayed.outcomes))
-
-    def _request_row(self, index: int) -> dict[str, Any]:
-        o = self.replayed.outcomes[index]
+    def _request_row(self, o: Outcome) -> Row:
         return {
             "index": o.index,
             "scheduled_s": round(o.scheduled_s, 4),
@@ -167,32 +167,15 @@ class RunResult:
         }
 
 
-def _series_rows(series: Sequence[Snapshot]) -> list[dict[str, Any]]:
+def _series_rows(series: Sequence[Snapshot]) -> list[Row]:
     formats = dict.fromkeys(("base", *(fmt for s in series for fmt in s.layers)))
-    return [_series_row(s) | {f"layers_{fmt}": s.layers.get(fmt) for fmt in formats} for s in series]
-
-
-def _series_row(s: Snapshot) -> dict[str, Any]:
-    return {
-        "t_s": round(s.t_s, 3),
-        "kv_usage": s.kv_usage,
-        "running": s.running,
-        "waiting": s.waiting,
-        "preemptions": s.preemptions,
-        "level": s.level,
-        "blocks_published": s.blocks_published,
-        "blocks_backed": s.blocks_backed,
-        "blocks_used": s.blocks_used,
-    }
+    return [
+        {"t_s": round(s.t_s, 3)}
+        | {name: getattr(s, name) for name in _SERIES}
+        | {f"layers_{fmt}": s.layers.get(fmt) for fmt in formats}
+        for s in series
+    ]
 
 
 def _rounded(value: float | None, digits: int = 4) -> float | None:
     return None if value is None else round(value, digits)
-
-
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        if rows:
-            writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)

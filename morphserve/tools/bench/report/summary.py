@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from morphserve.tools.bench.compare import MORPHSERVE, STOCK, by_name, static_format
+from morphserve.tools.bench.comparison import MORPHSERVE, STOCK, static_format
 from morphserve.tools.bench.report.results import ROW_KEYS, RunResult
+from morphserve.tools.bench.report.tables import Row, Show, fold, milliseconds, percent, seconds
 from morphserve.tools.workload import Slo, Workload
 
 _LAG_LIMIT_MS = 100.0  # 5 % of the usual TTFT limit
@@ -22,7 +22,7 @@ class Summary:
     workload: Workload
     workload_path: str
     slo: Slo
-    rows: tuple[dict[str, Any], ...]  # figures per run name, plus "repeats" and "spread"
+    rows: tuple[Row, ...]  # figures per run name, plus "repeats" and "spread"
     headline: str
     notes: tuple[str, ...]  # verdicts and warnings, most important first
     dtype: str | None = None  # of all servers; None = not known
@@ -35,7 +35,7 @@ class Summary:
         return own if self.fit is None else [*own, self.fit["sentence"]]
 
     def document(self, report: str) -> dict[str, Any]:
-        """The one JSON document a comparison ends with."""
+        """Return the one JSON document that a comparison ends with."""
         return {
             "workload": self.workload_path,
             "slo": {"ttft_s": self.slo.ttft_s, "tpot_s": self.slo.tpot_s},
@@ -48,7 +48,7 @@ class Summary:
 
 def summarize(workload: Workload, workload_path: str, slo: Slo, results: Sequence[RunResult]) -> Summary:
     """Fold all runs of a comparison into one summary."""
-    rows = tuple(_fold([r.figures() for r in group]) for group in by_name(results).values())
+    rows = tuple(_row(group) for group in by_name(results).values())
     return Summary(
         workload=workload,
         workload_path=workload_path,
@@ -62,89 +62,70 @@ def summarize(workload: Workload, workload_path: str, slo: Slo, results: Sequenc
 
 
 def _simulated(results: Sequence[RunResult]) -> str:
-    """So that nobody takes a simulation for a measurement."""
+    """Mark a simulation, so that nobody takes it for a measurement."""
     return "Simulated: " if any("simulated" in result.setup for result in results) else ""
 
 
+def by_name(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
+    """Return the repeats of each run, in the order of their first appearance."""
+    groups: dict[str, list[RunResult]] = {}
+    for result in results:
+        groups.setdefault(result.name, []).append(result)
+    return groups
+
+
 def representative(group: Sequence[RunResult]) -> RunResult:
-    """The repeat that stands for all in the picture: the one with the median violation rate."""
+    """Return the repeat that stands for all in the picture: the one with the median violation rate."""
     ordered = sorted(group, key=lambda r: r.figures()["violation_rate"] or 0.0)
     return ordered[(len(ordered) - 1) // 2]
 
 
-def _fold(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Median of every number, with [least, most] where there are repeats.
-
-    Tokens by level, statuses and errors add up. "known" says in how many repeats a figure is known that others lack.
-    """
-    row: dict[str, Any] = {}
-    spread: dict[str, list[float]] = {}
-    known: dict[str, int] = {}
-    for key, first in figures[0].items():
-        values = [f[key] for f in figures if f[key] is not None]
-        if 0 < len(values) < len(figures):
-            known[key] = len(values)
-        if not values:
-            row[key] = None
-        elif key == "level_at_end":
-            row[key] = max(values)
-        elif key == "transitions_by_outcome":
-            row[key] = {k: _median([v.get(k, 0) for v in values]) for k in dict.fromkeys(k for v in values for k in v)}
-        elif isinstance(first, int | float) and not isinstance(first, bool) or first is None:
-            row[key] = _median(values) if not isinstance(values[0], dict) else _added(values)
-            if len(figures) > 1 and not isinstance(values[0], dict):
-                spread[key] = [min(values), max(values)]
-        elif key == "dispatch_lag":
-            row[key] = max(values, key=lambda lag: lag["p99_ms"] or 0.0)
-        elif isinstance(first, dict):
-            row[key] = _added(values)
-        else:
-            row[key] = first
+def _row(group: Sequence[RunResult]) -> Row:
+    row = fold([result.figures() for result in group])
     if row["level_at_end"]:  # in one repeat at least: it took longer than anybody watched
         row["level_zero_after_s"] = None
-        known.pop("level_zero_after_s", None)
-        spread.pop("level_zero_after_s", None)
-    return row | {"repeats": len(figures), "spread": spread, "known": known}
+        row["known"].pop("level_zero_after_s", None)
+        row["spread"].pop("level_zero_after_s", None)
+    return row
 
 
-def _median(values: Sequence[float]) -> float:
-    middle = statistics.median(values)
-    return int(middle) if all(isinstance(v, int) for v in values) and middle == int(middle) else middle
-
-
-def _added(values: Sequence[dict[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for value in values:
-        for key, number in value.items():
-            total[key] = total.get(key, 0) + number
-    return total
-
-
-def _find(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any] | None:
+def _find(rows: Sequence[Row], name: str) -> Row | None:
     return next((row for row in rows if row["name"] == name), None)
 
 
-def _headline(rows: Sequence[dict[str, Any]]) -> str:
+def _headline(rows: Sequence[Row]) -> str:
     subject = _find(rows, MORPHSERVE)
     base = _find(rows, STOCK)
     if subject is None or base is None:
         return "; ".join(
-            f"{row['name']}: SLO violations {percent(row['violation_rate'])}, "
-            f"P95 TTFT {seconds(row['ttft_p95_s'])}"
+            f"{row['name']}: SLO violations {percent(row['violation_rate'])}, P95 TTFT {seconds(row['ttft_p95_s'])}"
             for row in rows
         )
-    bought = (
-        f"SLO violations {percent(base['violation_rate'])} → {percent(subject['violation_rate'])} "
-        f"(first token late {percent(base['ttft_violation_rate'])} → {percent(subject['ttft_violation_rate'])}, "
-        f"tokens slow {percent(base['tpot_violation_rate'])} → {percent(subject['tpot_violation_rate'])}); "
-        f"P95 TTFT {seconds(base['ttft_p95_s'])} → {seconds(subject['ttft_p95_s'])}, "
-        f"P95 TPOT {milliseconds(base['tpot_p95_ms'])} → {milliseconds(subject['tpot_p95_ms'])}"
+    violations, late, slow, ttft, tpot = (
+        change(base, subject, key)
+        for key in ("violation_rate", "ttft_violation_rate", "tpot_violation_rate", "ttft_p95_s", "tpot_p95_ms")
     )
-    return f"{bought}; price: {price(subject)}"
+    return f"{violations} ({late}, {slow}); {ttft}, {tpot}; price: {price(subject)}"
 
 
-def price(row: dict[str, Any]) -> str:
-    """What a run paid in quality, in words."""
+_CHANGES: dict[str, tuple[str, Show]] = {
+    "violation_rate": ("SLO violations", percent),
+    "ttft_violation_rate": ("first token late", percent),
+    "tpot_violation_rate": ("tokens slow", percent),
+    "ttft_p95_s": ("P95 TTFT", seconds),
+    "tpot_p95_ms": ("P95 TPOT", milliseconds),
+    "tpot_p99_ms": ("P99 TPOT", milliseconds),
+}
+
+
+def change(base: Row, subject: Row, key: str) -> str:
+    """Return what became of a figure, in words."""
+    words, show = _CHANGES[key]
+    return f"{words} {show(base[key])} → {show(subject[key])}"
+
+
+def price(row: Row) -> str:
+    """Say what a run paid in quality."""
     share, kl = row["share_above_level_0"], row["expected_kl_per_token"]
     if share is None:
         return "not reported by the server"
@@ -152,7 +133,7 @@ def price(row: dict[str, Any]) -> str:
     return f"{percent(share)} of tokens at level ≥ 1, {cost}"
 
 
-def _verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _verdicts(rows: Sequence[Row]) -> list[str]:
     """Say so where another run is at least as good in every respect: in both limits, and in quality."""
     subject = _find(rows, MORPHSERVE)
     if subject is None or subject["violation_rate"] is None:
@@ -184,8 +165,8 @@ def _verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
     return notes
 
 
-def _better(subject: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
-    """In which limits a run does better than one with no more violations, in words.
+def _better(subject: Row, other: Row) -> Iterator[str]:
+    """Say in which limits a run does better than one with no more violations.
 
     Where both miss a limit, how far they miss it counts as well: all requests late by a minute, or by a second.
     """
@@ -200,7 +181,7 @@ def _better(subject: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
             yield f"{what} {show(mine)} against {show(theirs)}"
 
 
-def _warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _warnings(rows: Sequence[Row]) -> list[str]:
     notes = []
     for row in rows:
         lag = row["dispatch_lag"]["p99_ms"]
@@ -221,25 +202,5 @@ def _warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
     return notes
 
 
-def _in_all(row: dict[str, Any]) -> str:
+def _in_all(row: Row) -> str:
     return f", in {row['repeats']} repeats together" if row["repeats"] > 1 else ""
-
-
-def percent(value: float | None) -> str:
-    """A share for people."""
-    if value is None:
-        return "n/a"
-    points = value * 100
-    return f"{points:.1f} %" if 0 < points < 9.95 else f"{points:.0f} %"
-
-
-def seconds(value: float | None) -> str:
-    """A time for people."""
-    if value is None:
-        return "n/a"
-    return f"{value:.1f} s" if value >= 9.95 else f"{value:.2f} s"
-
-
-def milliseconds(value: float | None) -> str:
-    """A time per token for people."""
-    return "n/a" if value is None else f"{value:.1f} ms" if value < 9.95 else f"{value:,.0f} ms"

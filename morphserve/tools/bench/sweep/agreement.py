@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-Row = dict[str, Any]
+from morphserve.tools.bench.report.tables import Row
+
 Rows = Mapping[tuple[str, str], Sequence[Row]]  # by window and run
+BySpeed = Mapping[tuple[str, str], Mapping[float, Row]]  # by window and run, then by speed: of a simulation
 
 SPEEDS = (0.9, 1.0, 1.1)  # of the simulated machine: times are multiplied by it
 _RELATIVE = {"duration_s": 0.08, "output_tok_s": 0.08, "preemptions": 0.15}
@@ -24,7 +25,6 @@ class Agreement:
     run: str
     figure: str
     measured: float  # median over the repeats
-    measured_span: tuple[float, float]
     simulated: float
     simulated_span: tuple[float, float]  # over SPEEDS
 
@@ -50,24 +50,10 @@ class Agreement:
         )
 
 
-def middle(rows: Sequence[Row]) -> Row:
-    """Medians of the figures of several repeats; what is no number, or not known in all of them, as in the first."""
-    out = dict(rows[0])
-    for key in out:
-        values = [row[key] for row in rows]
-        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-            out[key] = statistics.median(values)
-    return out
-
-
-def compare(measured: Rows, simulated: Mapping[tuple[str, str], Mapping[float, Row]]) -> list[Agreement]:
-    """All figures that both have.
-
-    Args:
-        simulated: by window and run, then by speed.
-    """
+def compare(measured: Rows, simulated: BySpeed) -> list[Agreement]:
+    """Compare all figures that both have; nothing where there is no simulation."""
     found = []
-    for (window, run), rows in measured.items():
+    for (window, run), rows in measured.items() if simulated else ():
         for figure in FIGURES:
             values = [row[figure] for row in rows if row[figure] is not None]
             by_speed = {speed: row[figure] for speed, row in simulated[window, run].items()}
@@ -75,9 +61,8 @@ def compare(measured: Rows, simulated: Mapping[tuple[str, str], Mapping[float, R
                 continue
             found.append(
                 Agreement(
-                    window, run, figure,
-                    statistics.median(values), (min(values), max(values)),
-                    by_speed[1.0], (min(by_speed.values()), max(by_speed.values())),
+                    window, run, figure, statistics.median(values), by_speed[1.0],
+                    (min(by_speed.values()), max(by_speed.values())),
                 )
             )  # fmt: skip
     return found

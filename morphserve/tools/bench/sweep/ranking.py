@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from morphserve.tools.bench.compare import STOCK
-from morphserve.tools.bench.sweep.agreement import Row, Rows
+from morphserve.tools.bench.comparison import STATIC, STOCK
+from morphserve.tools.bench.report.tables import Row
+from morphserve.tools.bench.sweep.agreement import Rows
 
 _SAME_RATE = 0.01  # violation rates that differ by no more are the same
 _SAME_KL = 0.05  # quality costs, relative
-STATIC = "static_"  # begins the names of runs with one format for good
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Total:
 
 
 def totals(rows: Rows) -> list[Total]:
-    """Every run over all windows, best first: fewest violations, then least quality cost.
+    """Rank every run over all windows, best first: fewest violations, then least quality cost.
 
     Repeats count together. Stock vLLM costs nothing.
     """
@@ -61,7 +61,7 @@ class Order:
 
 
 def orders(measured: Sequence[Sequence[Total]], simulated: Sequence[Sequence[Total]]) -> list[Order]:
-    """Every pair of runs, ordered by violations and, where these cannot tell, by quality cost.
+    """Order every pair of runs by violations and, where these cannot tell, by quality cost.
 
     A figure tells two runs apart when their means differ by more than a point (violations) or 5 % (cost), and no
     repeat and no speed says the contrary.
@@ -75,7 +75,7 @@ def orders(measured: Sequence[Sequence[Total]], simulated: Sequence[Sequence[Tot
 
 
 def by_repeat(rows: Rows) -> list[list[Total]]:
-    """`totals` of each repeat that all pairs have."""
+    """Return `totals` of each repeat that all pairs have."""
     return [
         totals({key: [found[i]] for key, found in rows.items()})
         for i in range(min(len(found) for found in rows.values()))
@@ -83,7 +83,7 @@ def by_repeat(rows: Rows) -> list[list[Total]]:
 
 
 def window_order(rows: Rows, window: str) -> list[str]:
-    """Runs on one window, best first: by the medians of violations, to one point, then of quality cost."""
+    """Rank the runs on one window, best first: by the medians of violations, to one point, then of quality cost."""
     found: dict[str, tuple[float, float]] = {}
     for (own, run), repeats in rows.items():
         if own != window:
@@ -96,7 +96,7 @@ def window_order(rows: Rows, window: str) -> list[str]:
 
 
 def dominated(rows: Rows) -> list[tuple[str, str, str]]:
-    """(window, static run, run that it dominates): at most a point more violations on average, at less quality cost.
+    """Find (window, static run, run that it dominates): at most a point more violations on average, at less cost.
 
     Only what morphs is looked at: that a format for good does as well says that morphing does not pay there.
     """

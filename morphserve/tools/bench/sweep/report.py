@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from morphserve.tools.bench.sweep.agreement import FIGURES, SPEEDS, Agreement, Row, Rows, compare
-from morphserve.tools.bench.sweep.ranking import Order, by_repeat, dominated, orders, totals, window_order
+from morphserve.tools.bench.report.tables import Row, Show, Words, fold, form, markdown_table
+from morphserve.tools.bench.sweep.agreement import FIGURES, SPEEDS, Agreement, BySpeed, Rows, compare
+from morphserve.tools.bench.sweep.ranking import Order, Total, by_repeat, dominated, orders, totals, window_order
 
-_COLUMNS: tuple[tuple[str, str, float, str], ...] = (
-    ("violation_rate", "violations", 100.0, "{:.0f} %"),
-    ("ttft_p95_s", "P95 TTFT (s)", 1.0, "{:.2f}"),
-    ("tpot_p99_ms", "P99 TPOT (ms)", 1.0, "{:.0f}"),
-    ("output_tok_s", "tokens/s", 1.0, "{:.0f}"),
-    ("duration_s", "duration (s)", 1.0, "{:.1f}"),
-    ("preemptions", "preemptions", 1.0, "{:.0f}"),
-    ("expected_kl_per_token", "KL (nats/token)", 1.0, "{:.4f}"),
-    ("transitions", "transitions", 1.0, "{:.0f}"),
-    ("level_zero_after_s", "level 0 after (s)", 1.0, "{:.1f}"),
+# key, head of the column, format
+_COLUMNS: tuple[tuple[str, str, Show], ...] = (
+    ("violation_rate", "violations", form("{:.0f} %", 100.0)),
+    ("ttft_p95_s", "P95 TTFT (s)", form("{:.2f}")),
+    ("tpot_p99_ms", "P99 TPOT (ms)", form("{:.0f}")),
+    ("output_tok_s", "tokens/s", form("{:.0f}")),
+    ("duration_s", "duration (s)", form("{:.1f}")),
+    ("preemptions", "preemptions", form("{:.0f}")),
+    ("expected_kl_per_token", "KL (nats/token)", form("{:.4f}")),
+    ("transitions", "transitions", form("{:.0f}")),
+    ("level_zero_after_s", "level 0 after (s)", form("{:.1f}")),
 )
+_WORDS = Words(absent="-", span=" [{}, {}]", part=", {} of {}", spans_one=False)
 
 
 def markdown(
     measured: Rows,
-    simulated: Mapping[tuple[str, str], Mapping[float, Row]],
+    simulated: BySpeed,
     title: str,
     repeated: str = "interleaved repeats",
 ) -> str:
-    """The whole report; without simulated rows only what was measured.
+    """Return the whole report; without simulated rows only what was measured.
 
     Args:
         repeated: what several rows of a pair are.
@@ -47,59 +47,54 @@ def markdown(
 def _measured_tables(rows: Rows) -> list[str]:
     lines = []
     for window in dict.fromkeys(window for window, _ in rows):
-        lines += [f"## {window}", "", *_head("run", *(title for _, title, _, _ in _COLUMNS))]
-        for (own, run), repeats in rows.items():
-            if own == window:
-                lines.append(_line(run, *(_cell(repeats, key, scale, form) for key, _, scale, form in _COLUMNS)))
-        lines.append("")
-        lines += _unanswered(window, rows)
+        folded = {run: fold(repeats) for (own, run), repeats in rows.items() if own == window}
+        table = [[run, *(_WORDS.cell(row, key, show) for key, _, show in _COLUMNS)] for run, row in folded.items()]
+        head = ["run", *(title for _, title, _ in _COLUMNS)]
+        lines += [f"## {window}", "", *markdown_table(head, table), "", *_unanswered(folded)]
     return lines
 
 
-def _unanswered(window: str, rows: Rows) -> list[str]:
+def _unanswered(folded: Mapping[str, Row]) -> list[str]:
     lines = []
-    for (own, run), repeats in rows.items():
-        counts: Counter[str] = Counter()
-        for row in repeats:
-            counts.update(row.get("statuses") or {})
-        del counts["ok"]
-        if own == window and counts:
+    for run, row in folded.items():
+        counts = {status: number for status, number in (row.get("statuses") or {}).items() if status != "ok"}
+        if counts:
             what = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
             lines.append(f"- {run}: not answered in full, in all repeats together: {what}. They count as violations.")
     return [*lines, ""] if lines else []
 
 
-def _total_table(measured: Rows, simulated: Mapping[tuple[str, str], Mapping[float, Row]]) -> list[str]:
+def _total_table(measured: Rows, simulated: BySpeed) -> list[str]:
     real = totals(measured)
-    order = [total.run for total in real]
-    if not simulated:
-        return [
-            *_head("run", "violations", "KL (nats/token)"),
-            *(_line(t.run, f"{t.violation_rate:.1%}", _kl(t.expected_kl_per_token)) for t in real),
-            "",
-        ]
+    if simulated:
+        return _totals_beside(real, measured, simulated)
+    rows = [[t.run, f"{t.violation_rate:.1%}", _kl(t.expected_kl_per_token)] for t in real]
+    return [*markdown_table(("run", "violations", "KL (nats/token)"), rows), ""]
+
+
+def _totals_beside(real: Sequence[Total], measured: Rows, simulated: BySpeed) -> list[str]:
+    """Say of what was measured on all windows together what was simulated."""
     by_speed = {speed: totals({key: [rows[speed]] for key, rows in simulated.items()}) for speed in SPEEDS}
     said = {t.run: t for t in by_speed[1.0]}
-    spans = {
-        run: [next(t for t in ranked if t.run == run).violation_rate for ranked in by_speed.values()] for run in order
-    }
-    rows = [
-        _line(
-            t.run,
-            f"{t.violation_rate:.1%}",
-            f"{said[t.run].violation_rate:.1%} [{min(spans[t.run]):.1%}, {max(spans[t.run]):.1%}]",
-            _kl(t.expected_kl_per_token),
-            _kl(said[t.run].expected_kl_per_token),
+    rows = []
+    for t in real:
+        rates = [
+            at_speed.violation_rate for ranked in by_speed.values() for at_speed in ranked if at_speed.run == t.run
+        ]
+        rows.append(
+            [
+                t.run,
+                f"{t.violation_rate:.1%}",
+                f"{said[t.run].violation_rate:.1%} [{min(rates):.1%}, {max(rates):.1%}]",
+                _kl(t.expected_kl_per_token),
+                _kl(said[t.run].expected_kl_per_token),
+            ]
         )
-        for t in real
-    ]
-    predicted = [t.run for t in by_speed[1.0]]
     return [
-        *_head("run", "violations", "simulated [+-10 % speed]", "KL (nats/token)", "simulated"),
-        *rows,
+        *markdown_table(("run", "violations", "simulated [+-10 % speed]", "KL (nats/token)", "simulated"), rows),
         "",
-        f"Best first by violations (to one point), then KL: measured {', '.join(order)}; "
-        f"simulated {', '.join(predicted)}.",
+        f"Best first by violations (to one point), then KL: measured {', '.join(t.run for t in real)}; "
+        f"simulated {', '.join(said)}.",
         "",
         *_pairs(orders(by_repeat(measured), list(by_speed.values()))),
         "",
@@ -144,12 +139,11 @@ def _pairs(found: Sequence[Order]) -> list[str]:
 
 
 def _agreement(found: Sequence[Agreement]) -> list[str]:
-    lines = ["## Simulated against measured", "", *_head("window", "run", *(name for name in FIGURES))]
-    pairs = dict.fromkeys((a.window, a.run) for a in found)
-    for window, run in pairs:
-        own = {a.figure: a for a in found if (a.window, a.run) == (window, run)}
-        lines.append(_line(window, run, *(_verdict(own.get(figure)) for figure in FIGURES)))
-    lines.append("")
+    pairs: dict[tuple[str, str], dict[str, Agreement]] = {}
+    for a in found:
+        pairs.setdefault((a.window, a.run), {})[a.figure] = a
+    rows = [[*pair, *(_verdict(own.get(figure)) for figure in FIGURES)] for pair, own in pairs.items()]
+    lines = ["## Simulated against measured", "", *markdown_table(("window", "run", *FIGURES), rows), ""]
     for figure in FIGURES:
         of = [a for a in found if a.figure == figure]
         held = sum(a.holds for a in of)
@@ -179,22 +173,5 @@ def _verdict(a: Agreement | None) -> str:
     return f"*{text}*" if a.explained else f"**{text}**"
 
 
-def _cell(rows: Sequence[Row], key: str, scale: float, form: str) -> str:
-    values = [row[key] * scale for row in rows if row.get(key) is not None]
-    if not values:
-        return "-"
-    middle = form.format(statistics.median(values))
-    span = "" if len(values) == 1 else f" [{form.format(min(values))}, {form.format(max(values))}]"
-    return f"{middle}{span}" + (f", {len(values)} of {len(rows)}" if len(values) < len(rows) else "")
-
-
 def _kl(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _head(*names: Any) -> list[str]:
-    return [_line(*names), "|" + "---|" * len(names)]
-
-
-def _line(*cells: Any) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"

@@ -1,0 +1,117 @@
+"""Does the seam table hold in the installed vLLM? It is imported, and asked.
+
+All rows hold or the start fails with one message (never half installed).
+"""
+
+from __future__ import annotations
+
+import dis
+import importlib
+import inspect
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from morphserve.errors import SeamError
+from morphserve.integration.seams.rows import SEAMS, Seam
+from morphserve.version import SUPPORTED_VLLM, UNPROVEN_CUDA, UNPROVEN_VLLM
+
+ORIGINAL = "_morphserve_original"  # of a wrapper of ours: what it calls
+
+
+@dataclass(frozen=True, slots=True)
+class SeamResult:
+    """Whether a row holds on the installed vLLM."""
+
+    seam: Seam
+    ok: bool
+    detail: str
+
+
+def resolve(target: str) -> tuple[Any, str, Any]:
+    """(owner, attribute name, value) of "module:a.b". Raises ImportError or AttributeError."""
+    module_name, _, path = target.partition(":")
+    owner: Any = importlib.import_module(module_name)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    return owner, name, getattr(owner, name)
+
+
+def instance_attributes(value: Any) -> set[str]:
+    """What an instance of a class has: everything in its classes, and what their constructors store; of a function,
+    what it stores: some state is made later than in a constructor."""
+    if not inspect.isclass(value):
+        return _stored(value)
+    found: set[str] = set()
+    for cls in inspect.getmro(value):
+        found |= set(vars(cls)) | set(inspect.get_annotations(cls))
+        for name in ("__init__", "__post_init__"):
+            found |= _stored(vars(cls).get(name))
+    return found
+
+
+def _stored(function: Any) -> set[str]:
+    """Names of the attributes that a function stores, on whatever object; of anything else none."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"} if code else set()
+
+
+def check_seam(seam: Seam) -> SeamResult:
+    """Import the target and compare its parameters."""
+    try:
+        _, _, value = resolve(seam.target)
+    except Exception as e:  # an import can fail in many ways; each of them means: not our vLLM
+        return SeamResult(seam, False, f"{type(e).__name__}: {e}")
+    while getattr(value, ORIGINAL, None) is not None:
+        value = getattr(value, ORIGINAL)
+    if gone := sorted(set(seam.attributes) - instance_attributes(value)):
+        return SeamResult(seam, False, f"instances have no {gone}")
+    if not seam.params:
+        return SeamResult(seam, True, "present")
+    try:
+        have = inspect.signature(value).parameters
+    except (TypeError, ValueError) as e:
+        return SeamResult(seam, False, f"no signature: {e}")
+    missing = [p for p in seam.params if p not in have]
+    if missing:
+        return SeamResult(seam, False, f"parameters {missing} are gone; it has {list(have)}")
+    return SeamResult(seam, True, "present, parameters match")
+
+
+def check_version() -> SeamResult:
+    """The installed vLLM is inside the supported range."""
+    import vllm
+
+    supported = UNPROVEN_VLLM if os.environ.get(UNPROVEN_CUDA) == "1" else SUPPORTED_VLLM
+    seam = Seam("version", "vllm:__version__", (), f"tested range {SUPPORTED_VLLM}")
+    have = Version(Version(vllm.__version__).base_version)
+    ok = SpecifierSet(supported).contains(have, prereleases=True)
+    return SeamResult(seam, ok, f"installed {vllm.__version__}, supported {supported}")
+
+
+def check_all() -> list[SeamResult]:
+    """One result a row, the version first."""
+    return [check_version(), *(check_seam(seam) for seam in SEAMS)]
+
+
+def require_all(more: Sequence[Seam] = ()) -> None:
+    """Fail closed.
+
+    Args:
+        more: rows of the device that vLLM has found.
+
+    Raises:
+        SeamError: one message that names every row that does not hold.
+    """
+    broken = [r for r in (*check_all(), *map(check_seam, more)) if not r.ok]
+    if broken:
+        lines = "\n".join(f"  {r.seam.name} ({r.seam.target}): {r.detail}" for r in broken)
+        raise SeamError(
+            f"MorphServe cannot run on this vLLM: {len(broken)} of {len(SEAMS) + len(more) + 1} seams do not hold:\n"
+            f"{lines}\nInstall vllm{SUPPORTED_VLLM}, or start without --plugin morphserve."
+        )

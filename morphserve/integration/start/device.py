@@ -1,0 +1,72 @@
+"""What vLLM serves on here, asked in this one place: where layers and KV have their bytes, and what that means."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+from morphserve import cpu_tier
+from morphserve.errors import ConfigError
+from morphserve.residence import Residence, residence_of
+from morphserve.version import UNPROVEN_CUDA
+
+
+def device_type() -> str:
+    """Return the type of the device that vLLM has found."""
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_type)
+
+
+def is_cuda() -> bool:
+    """Return whether vLLM serves on NVIDIA GPUs."""
+    return device_type() == "cuda"
+
+
+def serving_residence() -> type[Residence]:
+    """Return what holds layers and KV on the device that vLLM has found.
+
+    Raises:
+        ConfigError: nothing does.
+    """
+    found = residence_of(device_type())
+    if found is None:
+        raise ConfigError(
+            f"device {device_type()!r}: MorphServe morphs on CPUs and on NVIDIA GPUs. Start without --plugin "
+            "morphserve on this device."
+        )
+    return found
+
+
+def check_platform() -> None:
+    """Refuse a device that MorphServe cannot morph on.
+
+    Raises:
+        ConfigError: says which device vLLM has found.
+    """
+    serving_residence()
+    if device_type() == "cpu" and cpu_tier.machine_tier() is None:
+        raise ConfigError(
+            f"this CPU ({platform.machine()}) is no x86-64 with AVX2, for which MorphServe's kernels are made and "
+            "tested. Start without --plugin morphserve on this machine."
+        )
+    if is_cuda() and os.environ.get(UNPROVEN_CUDA) != "1":
+        raise ConfigError(
+            f"device 'cuda': MorphServe has not been proven on a GPU yet (docs/gpu.md says what is missing). Set "
+            f"{UNPROVEN_CUDA}=1 to try it, or start without --plugin morphserve."
+        )
+
+
+def default_formats() -> tuple[str, ...]:
+    """Return the formats of the ladder that nobody wrote down; none where the settings' own default holds.
+
+    Half the bytes at little cost come before 4 bits: fp8 on a GPU that multiplies it, else int8 weights, where Marlin
+    runs.
+    """
+    from vllm.platforms import current_platform
+
+    if not is_cuda():
+        return ()
+    if current_platform.has_device_capability(89):
+        return ("fp8", "w4")
+    return ("w8", "w4") if current_platform.has_device_capability(75) else ("w4",)

@@ -1,0 +1,127 @@
+"""Layers and KV blocks in pages of device memory that they exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from kv_resize import ArenaBacking, CudaPager, ElasticCache, KVGeometry, PagePool, Pager
+from morphserve.control import largest_chunk_bytes, layers_within
+from morphserve.residence.base import PartsKey
+from morphserve.residence.paged.copier import Copier, CudaCopier
+from morphserve.residence.paged.parts import PagedParts
+from morphserve.residence.paged.weights import WeightArena
+from quant_layers import Build
+
+# Of the device's memory. A level that is staged whole is never seen half done, so every step has its CUDA graphs.
+_RESERVE_SHARE = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class PagedResidence:
+    """Where a rank on a device has its bytes. `Residence`."""
+
+    in_pages: ClassVar[bool] = True
+
+    device: torch.device
+    pager: Pager
+    pool: PagePool
+    copier: Copier
+    background: Executor  # one thread, whose device work goes to the copier's stream
+    release_cached: Callable[[], None]  # gives the system what torch's allocator holds and nobody uses
+    give_up: Callable[[], None]  # what the pager has, when its engine is gone
+    total_bytes: int  # of the device, whoever holds them
+
+    @classmethod
+    def open(cls, device: torch.device, forward_stream: Callable[[], object]) -> PagedResidence:
+        device = numbered(device)
+        copier = CudaCopier(device)
+        pager = CudaPager(device.index, (forward_stream(), copier.stream))
+        thread = start_thread(_on_stream, device, copier.stream)
+        thread.submit(_nothing).result()  # a thread that cannot work ends the start, not the first transition
+        total = torch.cuda.get_device_properties(device).total_memory
+        empty = torch.cuda.empty_cache
+        return cls(device, pager, PagePool(pager, 0), copier, thread, empty, pager.close, total)
+
+    @property
+    def device_type(self) -> str:
+        return self.device.type
+
+    @property
+    def page_bytes(self) -> int | None:
+        return self.pager.granularity_bytes
+
+    def open_parts(self, key: PartsKey, build: Build) -> PagedParts:
+        return PagedParts(WeightArena(self.pool, self.copier), build, self.device, self._make_room)
+
+    def loading(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def loaded(self, model: torch.nn.Module) -> None:
+        return
+
+    def reserve(self, sizes: Mapping[str, Sequence[int]], least: int, most: int) -> int | None:
+        num_layers = layers_within(sizes, least, most, int(_RESERVE_SHARE * self.total_bytes))
+        num_bytes = largest_chunk_bytes(sizes, num_layers)
+        self._make_room(num_bytes)
+        return num_bytes
+
+    def open_cache(self, geometry: KVGeometry, num_blocks: int) -> ElasticCache:
+        """Take new memory for `num_blocks` blocks; all that comes later are pages that layers gave up.
+
+        Raises:
+            BackingError: the device does not have it.
+        """
+        backing = ArenaBacking(self.pool, geometry.size_bytes)
+        self._make_room(sum(end - start for start, end in geometry.populate_ranges(0, num_blocks)))
+        return ElasticCache(backing, geometry, num_blocks)
+
+    def keep_free(self, num_bytes: int, num_ranks: int) -> None:
+        """Do nothing: vLLM has profiled its own, and no page goes to KV that layers did not give up."""
+
+    def wait(self) -> None:
+        self.pager.wait()
+
+    def finish(self) -> None:
+        self.copier.finish()
+
+    def trim(self) -> None:
+        """Do nothing: what comes and goes does not lie in the heap."""
+
+    def figures(self) -> dict[str, int]:
+        return {"free_page_bytes": self.pool.num_free * self.pager.granularity_bytes}
+
+    def close(self) -> None:
+        """End the thread and give all pages back."""
+        self.background.shutdown()
+        self.give_up()
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Create pages for so many bytes, out of what torch holds and nobody uses."""
+        self.release_cached()
+        self.pool.create(-(-num_bytes // self.pager.granularity_bytes))
+
+
+def start_thread(initializer: Callable[..., None] | None = None, *arguments: Any) -> Executor:
+    """Return an executor of one thread, for everything that takes pages or waits for the device."""
+    return ThreadPoolExecutor(1, "morphserve-pages", initializer, arguments)
+
+
+def numbered(device: torch.device) -> torch.device:
+    """Return the device with its number: vLLM's is "cuda" alone, the rank's current device, which need not be 0."""
+    return device if device.index is not None else torch.device(device.type, torch.cuda.current_device())
+
+
+def _nothing() -> None:
+    return
+
+
+def _on_stream(device: torch.device, stream: Any) -> None:
+    """Set the thread's stream: new blocks are cleared beside the forward passes, not between them."""
+    torch.cuda.set_device(device)
+    torch.cuda.set_stream(stream)

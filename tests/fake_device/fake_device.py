@@ -1,0 +1,30 @@
+"""A paged residence on a CPU, whose pages are only booked: everything above the driver is what a GPU runs.
+
+With this directory on the path the package registers itself, in every process of an engine, as another device's would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from kv_resize import FakePager, PagePool
+from morphserve.residence import HostCopier, PagedResidence, start_thread
+
+_PAGE_BYTES = 64 << 10
+_NUM_PAGES = 1 << 20
+
+
+class FakePages(PagedResidence):
+    """Takes the place of `HostResidence`."""
+
+    @classmethod
+    def open(cls, device: torch.device, forward_stream: Callable[[], object]) -> FakePages:
+        pager = FakePager(_NUM_PAGES, _PAGE_BYTES)
+        total = _NUM_PAGES * _PAGE_BYTES
+        return cls(device, pager, PagePool(pager, 0), HostCopier(), start_thread(), _nothing, _nothing, total)
+
+
+def _nothing() -> None:
+    return
