@@ -76,7 +76,8 @@ def test_decisions_of_an_engine_replay(detail: str, model: Path, tmp_path: Path)
     path = tmp_path / "decisions.jsonl.gz"
     policy = {"kind": "threshold", "degrade_above": 0.4, "target_usage": 0.3, "restore_below": 0.2}
     world = World(model, 2, policy=policy, decision_log=path, decision_log_detail=detail)
-    world.morph.controller._policy_host._policy = world.morph.setup.build(world.morph.runtime.ladder)
+    setup = world.morph.setup
+    world.morph.controller.replace_policy(setup.build(world.morph.runtime.ladder), "not the scripted one", setup)
     drive(world, seed=1)
     world.morph.close()
     found = replay(path)
@@ -84,4 +85,4 @@ def test_decisions_of_an_engine_replay(detail: str, model: Path, tmp_path: Path)
         assert not found.agrees and "decision_log_detail: changes" in found.problems[0]
     else:
         assert found.agrees and not found.notes and found.compared >= 250, found
-        assert len(found.logged_levels) > 1 and found.policies == ["threshold default"]
+        assert len(found.logged_levels) > 1 and found.policies == ["threshold default"] * 2

@@ -64,7 +64,7 @@ SEAMS: tuple[Seam, ...] = (
     DOOR_LIMIT := Seam("door_limit", "vllm.config:SchedulerConfig", (), "asked at every request: how a policy sheds",
          ("max_num_queued_tokens",)),
     Seam("config_compile", "vllm.config:CompilationConfig", (), "eager or compiled", ("mode",)),
-    Seam("platform", "vllm.platforms:current_platform.device_type", (), "where layers and KV have their bytes"),
+    Seam("platform", "vllm.platforms:current_platform.is_cuda", (), "where layers and KV have their bytes"),
     ENGINE_HANDLE := Seam("engine_handle", "vllm.v1.engine.core:EngineCore._initialize_kv_caches", ("vllm_config",),
          "the scheduler has no executor: keep the engine, ask the ranks what they can free"),
     KV_PLANNING := Seam("kv_planning", "vllm.v1.engine.core:get_kv_cache_configs",

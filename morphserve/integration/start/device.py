@@ -20,7 +20,9 @@ def device_type() -> str:
 
 def is_cuda() -> bool:
     """Return whether vLLM serves on NVIDIA GPUs."""
-    return device_type() == "cuda"
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())
 
 
 def serving_residence() -> type[Residence]:
