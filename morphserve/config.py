@@ -83,7 +83,7 @@ class TransitionConfig(_Section):
     rank_timeout_s: float = Field(
         30.0,
         gt=0,
-        description="a chunk that a rank has not prepared this long after it was asked is given up on all ranks; "
+        description="a swap batch that a rank has not prepared this long after it was asked is given up on all ranks; "
         "the steps ahead of it count, so stay above three of the longest",
     )
     backoff_s: float = Field(5.0, ge=0, description="no new transition this long after a failure")

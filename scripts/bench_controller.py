@@ -37,7 +37,7 @@ from morphserve.control import (
     ShrinkProgress,
     WaitingRequest,
     build_ladder,
-    largest_chunk_bytes,
+    largest_batch_bytes,
     make_header,
     make_ledgers,
 )
@@ -124,7 +124,7 @@ def _drive(args: argparse.Namespace, log_file: Path) -> int:
         Executor(),
         monitor,
         config,
-        make_ledgers(ladder, ranks, [largest_chunk_bytes(LAYER_BYTES, 5)] * 2),
+        make_ledgers(ladder, ranks, [largest_batch_bytes(LAYER_BYTES, 5)] * 2),
         ranks=ranks,
         clock=lambda: now[0],
         log=log,

@@ -19,7 +19,7 @@ from morphserve.control import (
     Phase,
     Plan,
     ShrinkProgress,
-    largest_chunk_bytes,
+    largest_batch_bytes,
     make_ledgers,
 )
 from morphserve.control.budget import RankBytes
@@ -283,7 +283,7 @@ class Rig:
         self.ladder = build_ladder(8, self.ranks, LadderConfig(steps=steps), BASE_BLOCKS, max_num_blocks)
         per_step = self.config.transition.layers_per_step
         staging = [
-            largest_chunk_bytes(rank.layers, per_step) if staging_bytes is None else staging_bytes
+            largest_batch_bytes(rank.layers, per_step) if staging_bytes is None else staging_bytes
             for rank in self.ranks
         ]
         self.ledgers = make_ledgers(self.ladder, self.ranks, staging)

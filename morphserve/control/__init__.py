@@ -7,15 +7,16 @@ One step, from the top:
     policy_host    the policy that is asked; `reload`: another one while it runs
     decision_log   what was asked and answered; `replay_log`: asks it again
     health         what has gone wrong, what is counted, when the next attempt may start
-    runner         carries out one chunk of a transition, phase by phase
-    transition     the phases, the chunk under way, the drain that makes room for it
+    runner         carries out one swap batch of a transition, phase by phase
+    transition     the phases, the swap batch under way, the drain that makes room for it
     layer_state    the level as it is, layer by layer, and which layers go next
     budget         what every rank may hold, in bytes
     ladder         the levels there are
     ranks          the ports: ranks, their answers, the block pool, the engine
 
 Here a level is the current one, deepest that all layers have reached, or a target: of a transition what the policy
-wants, of a chunk the next level on the way there. Between two levels tokens count at the deeper, `effective_level`.
+wants, of a swap batch the next level on the way there. Between two levels tokens count at the deeper,
+`effective_level`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from morphserve.control.budget import (
     Ledger,
     Ledgers,
     RankBytes,
-    largest_chunk_bytes,
+    largest_batch_bytes,
     layers_within,
     make_ledgers,
     most_uneven,
@@ -80,7 +81,7 @@ __all__ = [
     "build_ladder",
     "check_floor",
     "ladder_formats",
-    "largest_chunk_bytes",
+    "largest_batch_bytes",
     "layers_within",
     "make_header",
     "make_ledgers",

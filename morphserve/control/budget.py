@@ -100,7 +100,7 @@ def balance(ranks: Sequence[RankBytes], order: Sequence[int], formats: Sequence[
 
 
 def alternate(ranks: Sequence[RankBytes], layers: Sequence[int]) -> list[int]:
-    """Order `layers` with pipeline stages in turn, one each: a chunk of them costs every stage about the same time."""
+    """Order `layers` with pipeline stages in turn, one each: a swap batch of them costs all stages about alike."""
     seen: dict[Stage, int] = {}
     turns = []
     for place, layer in enumerate(layers):
@@ -264,12 +264,12 @@ class Ledgers:
 
 
 def make_ledgers(ladder: Ladder, ranks: Sequence[RankBytes], staging_bytes: Sequence[int]) -> Ledgers:
-    """Make the ledgers of ranks at level 0: what each holds there, plus room to stage one chunk.
+    """Make the ledgers of ranks at level 0: what each holds there, plus room to stage one swap batch.
 
     Args:
         ladder: all levels; level 0 gives weights and KV of the budgets.
         ranks: what they hold.
-        staging_bytes: by rank, room for what is prepared but not committed, see `largest_chunk_bytes`.
+        staging_bytes: by rank, room for what is prepared but not committed, see `largest_batch_bytes`.
     """
     base, ledgers = ladder[0], []
     for rank, staging in zip(ranks, staging_bytes, strict=True):
@@ -283,8 +283,8 @@ def make_ledgers(ladder: Ladder, ranks: Sequence[RankBytes], staging_bytes: Sequ
     return Ledgers(ledgers, base.num_kv_blocks)
 
 
-def largest_chunk_bytes(layers: LayerBytes, max_layers_per_step: int) -> int:
-    """Return the staging reserve of a rank: what one chunk takes beyond the budget of the level it leaves.
+def largest_batch_bytes(layers: LayerBytes, max_layers_per_step: int) -> int:
+    """Return the staging reserve of a rank: what one swap batch takes beyond the budget of the level it leaves.
 
     For a layer that is the smaller of its two formats' sizes, so at most the second largest of all: a
     restore stages the largest, but the KV it gave back first has paid the difference.
@@ -294,8 +294,8 @@ def largest_chunk_bytes(layers: LayerBytes, max_layers_per_step: int) -> int:
 
 
 def layers_within(layers: LayerBytes, least: int, most: int, num_bytes: int) -> int:
-    """Return how many layers a chunk may take with a staging reserve of `num_bytes`: from `least` to `most`."""
+    """Return how many layers a swap batch may take with a staging reserve of `num_bytes`: from `least` to `most`."""
     found = least
-    while found < most and largest_chunk_bytes(layers, found + 1) <= num_bytes:
+    while found < most and largest_batch_bytes(layers, found + 1) <= num_bytes:
         found += 1
     return found

@@ -14,8 +14,8 @@ from morphserve.control.health import BackOff, Counters, Health
 from morphserve.control.monitor import Monitor
 from morphserve.control.policy_host import PolicyHost
 from morphserve.control.ranks import BlockPoolPort, EngineView, ExecutorPort
-from morphserve.control.runner import ChunkRunner
-from morphserve.control.transition import ChunkEnd, Direction, Outcome, Phase, Transition
+from morphserve.control.runner import SwapRunner
+from morphserve.control.transition import BatchEnd, Direction, Outcome, Phase, Transition
 from morphserve.errors import ConfigError
 from policies import Ladder, Policy, PolicySetup
 
@@ -76,7 +76,7 @@ class Controller:
         self._clock = clock
         self._on_level = on_level
         self._last_effective_level = 0  # that `on_level` was told
-        self._runner = ChunkRunner(ladder, ranks, pool, executor, ledgers, config)
+        self._runner = SwapRunner(ladder, ranks, pool, executor, ledgers, config)
         self._layer_state = self._runner.layer_state
         self.counters = Counters(
             num_blocks_published=pool.num_kv_blocks, num_blocks_mapped=pool.num_kv_blocks
@@ -105,7 +105,7 @@ class Controller:
 
     @property
     def phase(self) -> Phase:
-        """Phase of the chunk under way."""
+        """Phase of the swap batch under way."""
         return self._runner.phase
 
     @property
@@ -218,7 +218,7 @@ class Controller:
             self._die()
 
     def _drive(self, now: float) -> None:
-        """Finish the chunk under way if its replies are in, and open the next one."""
+        """Finish the swap batch under way if its replies are in, and open the next one."""
         runner = self._runner
         runner.replies.pause_s = 0.0
         runner.replies.poll_copies()
@@ -231,13 +231,13 @@ class Controller:
         if self._transition is None:
             self._open_transition(now, target)
         runner.start(now, target)
-        # An executor that answers at once commits here. The next chunk still waits for the next
+        # An executor that answers at once commits here. The next swap batch still waits for the next
         # step boundary: two in one gap would double the pause.
         if self._advance(now):
             self._next_target(now)
 
     def _advance(self, now: float) -> bool:
-        """Let the chunk go on; True when it has ended."""
+        """Let the swap batch go on; True when it has ended."""
         transition = self._transition
         assert transition is not None
         end = self._runner.advance(now, self._is_wanted(transition.direction))
@@ -256,7 +256,7 @@ class Controller:
         return True
 
     def _is_wanted(self, direction: Direction) -> bool:
-        """Return whether the newest decision still lies in the direction of the chunk under way."""
+        """Return whether the newest decision still lies in the direction of the swap batch under way."""
         if self.tripped:
             return False
         if direction == "degrade":
@@ -264,7 +264,7 @@ class Controller:
         return self._policy_host.decision.level < self.effective_level
 
     def _next_target(self, now: float) -> int | None:
-        """Return the target of the next chunk; close the transition when it is done or must turn."""
+        """Return the target of the next swap batch; close the transition when it is done or must turn."""
         state = self._layer_state
         target = None if self.tripped else state.next_target(self._policy_host.decision.level)
         transition = self._transition
@@ -322,7 +322,7 @@ class Controller:
                 self._pool.num_kv_blocks - t.blocks_before,
             )
 
-    def _back_off(self, now: float, direction: Direction, end: ChunkEnd) -> float:
+    def _back_off(self, now: float, direction: Direction, end: BatchEnd) -> float:
         """Return for how many seconds there is no new attempt."""
         if not end.place:  # the drain timed out
             return self._backoff.drain_timed_out(now, end.num_kv_blocks, self._pool.num_used_blocks)

@@ -91,7 +91,7 @@ class LayerState:
 
 
 class LayerPicker:
-    """The choice of the next chunk's layers: as many as the pause and the staging reserve of every rank allow.
+    """The choice of the next swap batch's layers: as many as the pause and the staging reserve of every rank allow.
 
     Pipeline stages work at the same time, so what counts is how many layers one rank switches.
     """
@@ -107,7 +107,7 @@ class LayerPicker:
     ) -> LayerFormats:
         """Choose layers to switch on the way from `formats` to `target`, at least one.
 
-        In the background ranks prepare beside their steps: a chunk pauses none of them, however large.
+        In the background ranks prepare beside their steps: a swap batch pauses none of them, however large.
 
         What a layer takes beyond the budget of the level it leaves is the smaller of its two sizes: going
         down the new one is staged beside the old; going up, the KV given back has paid the difference.

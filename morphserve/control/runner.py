@@ -1,4 +1,4 @@
-"""Carries out one chunk at a time, phase by phase."""
+"""Carries out one swap batch at a time, phase by phase."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from morphserve.control.ranks import (
     require_success,
     slowest,
 )
-from morphserve.control.transition import Chunk, ChunkEnd, Drain, Phase, Preemptions, check_move
+from morphserve.control.transition import BatchEnd, Drain, Phase, Preemptions, SwapBatch, check_move
 from morphserve.errors import ConfigError
 from policies import Ladder
 
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class ChunkRunner:
-    """The path of all ranks from where they are to a neighbouring level, a chunk at a time.
+class SwapRunner:
+    """The path of all ranks from where they are to a neighbouring level, a swap batch at a time.
 
     Promises:
         1. `pool.grow` is called with no more blocks than every rank has answered to have mapped.
@@ -53,7 +53,7 @@ class ChunkRunner:
     replies: ReplyTracker = field(default_factory=ReplyTracker)
     layer_state: LayerState = field(init=False)
     _picker: LayerPicker = field(init=False)
-    _chunk: Chunk | None = None
+    _batch: SwapBatch | None = None
     _now_s: float = 0.0
 
     def __post_init__(self) -> None:
@@ -71,10 +71,10 @@ class ChunkRunner:
         self.revision += 1
         return self.revision
 
-    # ---- the chunk
+    # ---- the swap batch
 
     def start(self, now_s: float, target: int) -> None:
-        """Open a chunk on the way to `target`, a level as `next_target` names it. Follow with `advance`."""
+        """Open a swap batch on the way to `target`, a level as `next_target` names it. Follow with `advance`."""
         self._now_s = now_s
         state = self.layer_state
         direction = state.direction(target)
@@ -83,7 +83,7 @@ class ChunkRunner:
         layers = self._picker.pick(
             state.formats, self.ladder[target].layer_formats, direction, self.executor.in_background
         )
-        chunk = Chunk(
+        batch = SwapBatch(
             target=target,
             direction=direction,
             layers=layers,
@@ -93,18 +93,18 @@ class ChunkRunner:
             blocks_after=state.blocks_with(layers, target),
             revision=self.next_revision(),
         )
-        self._chunk = chunk
-        if chunk.blocks_after < chunk.blocks_before:
-            chunk.drain = Drain(self.pool, self.config.kv, self.preemptions, chunk.blocks_after, now_s)
+        self._batch = batch
+        if batch.blocks_after < batch.blocks_before:
+            batch.drain = Drain(self.pool, self.config.kv, self.preemptions, batch.blocks_after, now_s)
             self._move(Phase.DRAINING)
-        elif self.ledgers.num_kv_blocks <= chunk.blocks_after:
-            self._send_layers(chunk)
+        elif self.ledgers.num_kv_blocks <= batch.blocks_after:
+            self._send_layers(batch)
         else:
             # Some rank mapped less than the others and decided what is published: those give it back.
             self._move(Phase.SHRINKING)
-            self._unmap(chunk, ())
+            self._unmap(batch, ())
 
-    def advance(self, now_s: float, wanted: bool) -> ChunkEnd | None:
+    def advance(self, now_s: float, wanted: bool) -> BatchEnd | None:
         """Go as far as the replies allow, each phase once; never blocks.
 
         Args:
@@ -112,130 +112,130 @@ class ChunkRunner:
             wanted: False = turn around: give everything back and end as cancelled.
 
         Returns:
-            How the chunk ended, None while it is under way.
+            How the swap batch ended, None while it is under way.
 
         Raises:
             CommandFailed: see there; the runner must not be used again.
         """
-        chunk = self._chunk
-        assert chunk is not None
+        batch = self._batch
+        assert batch is not None
         self._now_s = now_s
         if self.phase is Phase.DRAINING:
-            self._drain(chunk, wanted)
-        if self.phase is Phase.SHRINKING and not self.replies.copies and self._answered(chunk) is not None:
-            self.ledgers.book_kv(chunk.blocks_after)
+            self._drain(batch, wanted)
+        if self.phase is Phase.SHRINKING and not self.replies.copies and self._answered(batch) is not None:
+            self.ledgers.book_kv(batch.blocks_after)
             if wanted:
-                self._send_layers(chunk)
+                self._send_layers(batch)
             else:
-                chunk.end = ChunkEnd("cancelled")
-                self._send_regrow(chunk)
+                batch.end = BatchEnd("cancelled")
+                self._send_regrow(batch)
         if self.phase is Phase.PREPARING:
-            self._await_prepare(chunk, wanted)
+            self._await_prepare(batch, wanted)
         if self.phase is Phase.COMMITTING:
-            self._await_commit(chunk)
-        if self.phase is Phase.ABORTING and self._answered(chunk) is not None:
-            self._undo(chunk)
-        if self.phase is Phase.REGROWING and (replies := self._answered(chunk)) is not None:
-            self._grow(chunk.blocks_before, replies)
+            self._await_commit(batch)
+        if self.phase is Phase.ABORTING and self._answered(batch) is not None:
+            self._undo(batch)
+        if self.phase is Phase.REGROWING and (replies := self._answered(batch)) is not None:
+            self._grow(batch.blocks_before, replies)
             self._move(Phase.IDLE)
         if self.phase is not Phase.IDLE:
             return None
-        self._chunk = None
-        return chunk.end
+        self._batch = None
+        return batch.end
 
     def wind_down(self) -> None:
         """Unfence and unstage after an error in here, as far as the world still answers."""
-        chunk = self._chunk
+        batch = self._batch
         if self.phase is Phase.DRAINING:
             self.pool.cancel_shrink()
-        if self._votes and self.phase is Phase.PREPARING and chunk is not None and chunk.plan is not None:
+        if self._votes and self.phase is Phase.PREPARING and batch is not None and batch.plan is not None:
             self.replies.give_up()
-            self.replies.expect(self.executor.abort(chunk.plan), self._now_s)
+            self.replies.expect(self.executor.abort(batch.plan), self._now_s)
 
     # ---- phases
 
-    def _drain(self, chunk: Chunk, wanted: bool) -> None:
+    def _drain(self, batch: SwapBatch, wanted: bool) -> None:
         """Move live tail blocks below the fence; unmap when the tail is free."""
-        assert chunk.drain is not None
-        error = chunk.drain.timed_out(self._now_s)
+        assert batch.drain is not None
+        error = batch.drain.timed_out(self._now_s)
         if error or not wanted:
             self.pool.cancel_shrink()
             self._move(Phase.IDLE)
-            full = ChunkEnd("aborted", error=error, place="", num_kv_blocks=chunk.blocks_after)
-            chunk.end = full if wanted else ChunkEnd("cancelled")
+            full = BatchEnd("aborted", error=error, place="", num_kv_blocks=batch.blocks_after)
+            batch.end = full if wanted else BatchEnd("cancelled")
             return
         if self.replies.is_full:
             return
-        step = chunk.drain.advance(self._now_s)
+        step = batch.drain.advance(self._now_s)
         if step.num_live_tail == 0:
             self.pool.finish_shrink()
             self._move(Phase.SHRINKING)
-            self._unmap(chunk, step.copies)
+            self._unmap(batch, step.copies)
         elif step.copies:
-            plan = Plan(chunk.revision, (), chunk.blocks_before, step.copies)
+            plan = Plan(batch.revision, (), batch.blocks_before, step.copies)
             self.replies.copies.append(self.executor.commit(plan))
-            chunk.revision = self.next_revision()
+            batch.revision = self.next_revision()
 
-    def _unmap(self, chunk: Chunk, copies: tuple[tuple[int, int], ...]) -> None:
+    def _unmap(self, batch: SwapBatch, copies: tuple[tuple[int, int], ...]) -> None:
         """Send the last copies and the unmapping; a single rank gets the layers in the same command."""
         if self._votes:
-            self._sent(self.executor.commit(Plan(chunk.revision, (), chunk.blocks_after, copies)))
-            chunk.revision = self.next_revision()
+            self._sent(self.executor.commit(Plan(batch.revision, (), batch.blocks_after, copies)))
+            batch.revision = self.next_revision()
         else:
             # It unmaps before it builds, so the bytes are there when it does.
-            self.ledgers.book_kv(chunk.blocks_after)
-            self._send_layers(chunk, copies)
+            self.ledgers.book_kv(batch.blocks_after)
+            self._send_layers(batch, copies)
 
     @property
     def _votes(self) -> bool:
         """Whether ranks are asked before they switch: one of several, or one that prepares beside its steps."""
         return self.executor.num_ranks > 1 or self.executor.in_background
 
-    def _send_layers(self, chunk: Chunk, copies: tuple[tuple[int, int], ...] = ()) -> None:
-        self.ledgers.reserve_staging(chunk.new_bytes)
-        chunk.plan = Plan(chunk.revision, chunk.layers, chunk.blocks_after, copies, alone=not self._votes)
+    def _send_layers(self, batch: SwapBatch, copies: tuple[tuple[int, int], ...] = ()) -> None:
+        self.ledgers.reserve_staging(batch.new_bytes)
+        batch.plan = Plan(batch.revision, batch.layers, batch.blocks_after, copies, alone=not self._votes)
         if self._votes:
-            self._sent(self.executor.prepare(chunk.plan))
+            self._sent(self.executor.prepare(batch.plan))
             self._move(Phase.PREPARING)
         else:
-            self._send_commit(chunk, chunk.plan)
+            self._send_commit(batch, batch.plan)
 
-    def _send_commit(self, chunk: Chunk, plan: Plan) -> None:
-        chunk.was_between = self.layer_state.is_between
-        self.layer_state.expose(chunk.target)
+    def _send_commit(self, batch: SwapBatch, plan: Plan) -> None:
+        batch.was_between = self.layer_state.is_between
+        self.layer_state.expose(batch.target)
         self._sent(self.executor.commit(plan))
         self._move(Phase.COMMITTING)
 
-    def _await_commit(self, chunk: Chunk) -> None:
+    def _await_commit(self, batch: SwapBatch) -> None:
         """Take the news that all ranks have switched; or that the one that prepared within the commit could not."""
-        assert chunk.plan is not None
+        assert batch.plan is not None
         before = {rank: figures.weight_bytes for rank, figures in self.replies.ranks.items()}
-        replies = self._replies(chunk)
+        replies = self._replies(batch)
         if replies is None:
             return
-        if chunk.plan.alone and (failed := failures(replies)):
+        if batch.plan.alone and (failed := failures(replies)):
             # Against the rank's own last word: what the ledger counts may be a bound.
             switched = any(r.weight_bytes != before.get(r.rank, self.ledgers[0]["weights"]) for r in replies)
             if switched or not all(reply.kv_moved for reply in replies):
                 raise CommandFailed(f"commit stopped half-way: {failed}")
-            self.layer_state.is_between = chunk.was_between
-            chunk.end = ChunkEnd("aborted", error=failed)
-            self._undo(chunk)
+            self.layer_state.is_between = batch.was_between
+            batch.end = BatchEnd("aborted", error=failed)
+            self._undo(batch)
             return
         require_success(replies, self.phase.name.lower())
-        self._settle(chunk, replies)
+        self._settle(batch, replies)
 
-    def _undo(self, chunk: Chunk) -> None:
+    def _undo(self, batch: SwapBatch) -> None:
         """Give back the KV that was to pay for layers that stay what they were."""
-        self.ledgers.release_staging(chunk.new_bytes)
-        if self.pool.num_kv_blocks < chunk.blocks_before:
-            self._send_regrow(chunk)
+        self.ledgers.release_staging(batch.new_bytes)
+        if self.pool.num_kv_blocks < batch.blocks_before:
+            self._send_regrow(batch)
         else:
             self._move(Phase.IDLE)
 
-    def _await_prepare(self, chunk: Chunk, wanted: bool) -> None:
+    def _await_prepare(self, batch: SwapBatch, wanted: bool) -> None:
         """Count the votes; one that is against, or later than the time-out, decides for all ranks."""
-        assert chunk.plan is not None
+        assert batch.plan is not None
         timeout_s = self.config.transition.rank_timeout_s
         replies = self.replies.answer()
         if replies is None:
@@ -244,51 +244,51 @@ class ChunkRunner:
                 return
             self.replies.give_up()
             error = f"a rank has not prepared in {silence_s:.1f} s, transition.rank_timeout_s is {timeout_s:g}"
-            self._abort(chunk, ChunkEnd("aborted", error=error, place="rank_timeout"))
+            self._abort(batch, BatchEnd("aborted", error=error, place="rank_timeout"))
             return
-        chunk.worker_s = slowest(replies)
+        batch.worker_s = slowest(replies)
         late = [reply for reply in replies if reply.elapsed_s > timeout_s]
         if failed := failures(replies):
-            self._abort(chunk, ChunkEnd("aborted", error=failed))
+            self._abort(batch, BatchEnd("aborted", error=failed))
         elif late:
-            self._picker.learn(chunk.direction, chunk.layers, chunk.worker_s)  # the next attempt takes fewer layers
+            self._picker.learn(batch.direction, batch.layers, batch.worker_s)  # the next attempt takes fewer layers
             took = ", ".join(f"rank {reply.rank} took {reply.elapsed_s:.1f} s" for reply in late)
             error = f"{took} to prepare, transition.rank_timeout_s is {timeout_s:g}"
-            self._abort(chunk, ChunkEnd("aborted", error=error, place="rank_timeout"))
+            self._abort(batch, BatchEnd("aborted", error=error, place="rank_timeout"))
         elif not wanted:
-            self._abort(chunk, ChunkEnd("cancelled"))
+            self._abort(batch, BatchEnd("cancelled"))
         else:
-            self._send_commit(chunk, chunk.plan)
+            self._send_commit(batch, batch.plan)
 
-    def _abort(self, chunk: Chunk, end: ChunkEnd) -> None:
+    def _abort(self, batch: SwapBatch, end: BatchEnd) -> None:
         """Have every rank forget what it has staged, or is still about to: commands keep their order."""
-        assert chunk.plan is not None
-        chunk.end = end
-        self._sent(self.executor.abort(chunk.plan))
+        assert batch.plan is not None
+        batch.end = end
+        self._sent(self.executor.abort(batch.plan))
         self._move(Phase.ABORTING)
 
-    def _settle(self, chunk: Chunk, replies: tuple[Reply, ...]) -> None:
+    def _settle(self, batch: SwapBatch, replies: tuple[Reply, ...]) -> None:
         """Book that all ranks have switched."""
-        self.ledgers.switch(chunk.new_bytes, chunk.old_bytes)
-        self.layer_state.settle(chunk.layers, chunk.target)
-        if chunk.blocks_after > self.pool.num_kv_blocks:
-            self.ledgers.book_kv(chunk.blocks_after)
-            self._grow(chunk.blocks_after, replies)
-        self._picker.learn(chunk.direction, chunk.layers, chunk.worker_s + slowest(replies))
-        chunk.end = ChunkEnd("committed", num_layers=len(chunk.layers), format=chunk.layers[-1][1])
+        self.ledgers.switch(batch.new_bytes, batch.old_bytes)
+        self.layer_state.settle(batch.layers, batch.target)
+        if batch.blocks_after > self.pool.num_kv_blocks:
+            self.ledgers.book_kv(batch.blocks_after)
+            self._grow(batch.blocks_after, replies)
+        self._picker.learn(batch.direction, batch.layers, batch.worker_s + slowest(replies))
+        batch.end = BatchEnd("committed", num_layers=len(batch.layers), format=batch.layers[-1][1])
         self._move(Phase.IDLE)
 
     # ---- parts
 
     def _move(self, phase: Phase) -> None:
-        revision = 0 if self._chunk is None else self._chunk.revision
+        revision = 0 if self._batch is None else self._batch.revision
         logger.debug("morph r%d: %s -> %s", revision, self.phase.name, phase.name)
         self.phase = check_move(revision, self.phase, phase)
 
-    def _send_regrow(self, chunk: Chunk) -> None:
+    def _send_regrow(self, batch: SwapBatch) -> None:
         """Map again what was unmapped for a switch that does not happen."""
-        self.ledgers.book_kv(chunk.blocks_before)
-        self._sent(self.executor.commit(Plan(self.next_revision(), (), chunk.blocks_before)))
+        self.ledgers.book_kv(batch.blocks_before)
+        self._sent(self.executor.commit(Plan(self.next_revision(), (), batch.blocks_before)))
         self._move(Phase.REGROWING)
 
     def _grow(self, num_kv_blocks: int, replies: tuple[Reply, ...]) -> None:
@@ -302,20 +302,20 @@ class ChunkRunner:
             logger.warning("morph: ranks mapped %d KV blocks of the %d asked for", mapped, num_kv_blocks)
         self.pool.grow(min(mapped, num_kv_blocks))
 
-    def _answered(self, chunk: Chunk) -> tuple[Reply, ...] | None:
+    def _answered(self, batch: SwapBatch) -> tuple[Reply, ...] | None:
         """Return all ranks' replies to a command that cannot fail, None while one is missing."""
-        replies = self._replies(chunk)
+        replies = self._replies(batch)
         if replies is not None:
             require_success(replies, self.phase.name.lower())
         return replies
 
-    def _replies(self, chunk: Chunk) -> tuple[Reply, ...] | None:
+    def _replies(self, batch: SwapBatch) -> tuple[Reply, ...] | None:
         """Return the replies to a command that cannot be taken back, or warn that a rank is late: one can only wait."""
         replies = self.replies.answer()
         if replies is None and self.replies.becomes_late(self._now_s, self.config.transition.rank_timeout_s):
             logger.warning(
                 "morph r%d: no answer of all ranks in %s for %.1f s; the engine goes on with %d KV blocks and waits",
-                chunk.revision,
+                batch.revision,
                 self.phase.name,
                 self.replies.silence_s(self._now_s),
                 self.pool.num_kv_blocks,

@@ -1,4 +1,4 @@
-"""A change of level: its states and the moves between them, the chunk under way, and the drain that makes room."""
+"""A change of level: its states and the moves between them, the swap batch under way, and the drain that makes room."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Outcome = Literal["committed", "aborted", "cancelled"]
 
 
 class Phase(Enum):
-    """The phase of one chunk (a few layers and the KV blocks they pay for).
+    """The phase of one swap batch (a few layers and the KV blocks they pay for).
 
     ::
 
@@ -76,7 +76,7 @@ def check_move(revision: int, old: Phase, new: Phase) -> Phase:
 
 @dataclass(slots=True)
 class Transition:
-    """A change of level, from the first chunk in one direction until idle again, or until the direction turns.
+    """A change of level, from the first swap batch in one direction until idle again, or until the direction turns.
 
     Its revision is the first of a rising run that its plans continue.
     """
@@ -91,7 +91,7 @@ class Transition:
 
 
 @dataclass(slots=True)
-class Chunk:
+class SwapBatch:
     """The layers under way, with the KV blocks they pay for. `runner.py` carries it out."""
 
     target: int  # the next level on the way to the transition's
@@ -105,13 +105,13 @@ class Chunk:
     drain: Drain | None = None  # of the blocks that it gives up
     plan: Plan | None = None
     worker_s: float = 0.0  # what prepare took on the slowest rank
-    end: ChunkEnd | None = None
+    end: BatchEnd | None = None
     was_between: bool = False  # two levels, before the switch: what is true again if it fails
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkEnd:
-    """The end of a chunk. `committed`: now nearer to its target. Else everything is as before it began."""
+class BatchEnd:
+    """The end of a swap batch. `committed`: now nearer to its target. Else everything is as before it began."""
 
     outcome: Outcome
     num_layers: int = 0

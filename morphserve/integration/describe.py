@@ -20,7 +20,7 @@ class RankDescription:
         page_bytes: of device memory that layers and KV exchange; None where both are host memory.
         left_out: optional format |-> why no kernel runs it here.
         layer_times: how long a layer's linears take, by format; empty where that was not measured.
-        staging_bytes: reserved for the layers of one chunk, where the settings leave open how many; else None.
+        staging_bytes: reserved for the layers of one swap batch, where the settings leave open how many; else None.
     """
 
     rank: int

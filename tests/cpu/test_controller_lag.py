@@ -71,8 +71,8 @@ def test_a_rank_that_does_not_prepare_in_time_aborts_on_all(
 
 
 def test_a_slow_prepare_counts_as_late_even_when_all_have_answered(caplog: pytest.LogCaptureFixture) -> None:
-    """Guards: steps stand still behind a rank with a dying disk, chunk after chunk, because its answer is in by the
-    time anybody looks; or the next attempt asks it for as many layers again."""
+    """Guards: steps stand still behind a rank with a dying disk, batch after batch, because its answer is in by the time
+    anybody looks; or the next attempt asks it for as many layers again."""
     rig = lagging(max_layers_per_step=3)
     rig.executor.seconds_per_layer = 1.5  # 3 layers: 4.5 s
     rig.script.level = 1
@@ -145,12 +145,13 @@ def test_stages_free_in_turn_and_hold_only_their_own(cuts: tuple[int, ...]) -> N
     assert len(status["ledgers"]) == len(cuts) + 1 and status["ledger"] in status["ledgers"]
 
 
-def test_a_chunk_takes_layers_of_all_stages(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_batch_takes_layers_of_all_stages(caplog: pytest.LogCaptureFixture) -> None:
     """Guards: stages that could work at the same time and wait for each other instead."""
     rig = Rig(ranks=pipeline(LAYER_BYTES, KV_BLOCK_BYTES * 8, 4), layers_per_level=8)
     rig.go_to(1)
-    chunks = [[layer for layer, _ in plan.layer_formats] for command, plan in rig.executor.sent if command == "prepare"]
-    assert chunks == [[0, 4, 1, 5], [2, 6, 3, 7]]  # two layers a stage
+    prepared = [plan for command, plan in rig.executor.sent if command == "prepare"]
+    batches = [[layer for layer, _ in plan.layer_formats] for plan in prepared]
+    assert batches == [[0, 4, 1, 5], [2, 6, 3, 7]]  # two layers a stage
 
 
 def test_a_rank_over_its_budget_is_refused_on_all() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from morphserve.control import Ledger, largest_chunk_bytes, layers_within, make_ledgers
+from morphserve.control import Ledger, largest_batch_bytes, layers_within, make_ledgers
 from morphserve.errors import LedgerError
 from tests.fakes import LAYER_BYTES, Rig
 
@@ -69,19 +69,19 @@ def test_no_sequence_of_calls_overdraws(calls: list[tuple[str, str, str, int]]) 
         assert all(ledger[name] >= 0 for name in ("weights", "kv_blocks", "staging"))
 
 
-def test_budget_is_level_zero_plus_one_chunk() -> None:
-    """Guards: a staging reserve too small for what a chunk takes beyond its level, or needlessly large."""
-    assert largest_chunk_bytes(LAYER_BYTES, 2) == 660 + 560  # w8 beside base; base in the place of KV
-    assert largest_chunk_bytes(LAYER_BYTES, 99) == sum(LAYER_BYTES["w8"])
+def test_budget_is_level_zero_plus_one_batch() -> None:
+    """Guards: a staging reserve too small for what a swap batch takes beyond its level, or needlessly large."""
+    assert largest_batch_bytes(LAYER_BYTES, 2) == 660 + 560  # w8 beside base; base in the place of KV
+    assert largest_batch_bytes(LAYER_BYTES, 99) == sum(LAYER_BYTES["w8"])
     rig = Rig(num_ranks=1)
     ledger = make_ledgers(rig.ladder, rig.ranks, [2400])[0]
     assert ledger.budget_bytes == 8300 + 20 * 130 + 2400
     assert ledger.free_bytes == 2400
 
 
-def test_a_chunk_fills_its_reserve() -> None:
+def test_a_batch_fills_its_reserve() -> None:
     """Guards: a level in pieces though there is room for all of it, or a reserve beyond what it may take."""
-    three = largest_chunk_bytes(LAYER_BYTES, 3)
+    three = largest_batch_bytes(LAYER_BYTES, 3)
     assert layers_within(LAYER_BYTES, 1, 8, three) == 3
     assert layers_within(LAYER_BYTES, 1, 8, three - 1) == 2
     assert layers_within(LAYER_BYTES, 1, 2, three) == 2, "more than any level changes"

@@ -1,4 +1,4 @@
-"""The controller's way through chunks and phases, one story per test."""
+"""The controller's way through swap batches and phases, one story per test."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_rank_that_maps_less_decides() -> None:
     assert rig.pool.num_kv_blocks == BASE_BLOCKS
 
 
-def test_chunks_respect_layers_per_step() -> None:
+def test_batches_respect_layers_per_step() -> None:
     """Guards: a level of three layers switched in one gap although two are allowed."""
     rig = Rig()
     rig.go_to(6)
@@ -81,7 +81,7 @@ def test_chunks_respect_layers_per_step() -> None:
     assert max(sizes) == 2 and sum(sizes) == 16
 
 
-def test_slow_layers_make_small_chunks() -> None:
+def test_slow_layers_make_small_batches() -> None:
     """Guards: the pause limit ignored once the cost of a layer is known."""
     config = MorphServeConfig(transition=TransitionConfig(max_layers_per_step=3, max_pause_ms=30))
     rig = Rig(config=config)
@@ -91,7 +91,7 @@ def test_slow_layers_make_small_chunks() -> None:
     assert sizes == [3, 1, 1, 1]
 
 
-def test_chunks_in_the_background_are_as_large_as_the_reserve() -> None:
+def test_batches_in_the_background_are_as_large_as_the_reserve() -> None:
     """Guards: on a GPU a level in small pieces, between which steps lack CUDA graphs, for a pause that nobody sees."""
     config = MorphServeConfig(transition=TransitionConfig(max_layers_per_step=3, max_pause_ms=1))
     rig = Rig(config=config)
@@ -102,7 +102,7 @@ def test_chunks_in_the_background_are_as_large_as_the_reserve() -> None:
     assert sizes == [3, 3]
 
 
-def test_the_first_chunk_goes_by_bytes() -> None:
+def test_the_first_batch_goes_by_bytes() -> None:
     """Guards: five layers of a large model in the first gap, because none has been measured yet."""
     rig = Rig()
     largest = max(max(sizes) for fmt, sizes in rig.ranks[0].layers.items() if fmt != "base")
@@ -115,7 +115,7 @@ def test_the_first_chunk_goes_by_bytes() -> None:
     assert sizes[0] == 2
 
 
-def test_one_chunk_per_gap_even_when_answers_come_at_once() -> None:
+def test_one_batch_per_gap_even_when_answers_come_at_once() -> None:
     """Guards: an executor in the same process makes the controller switch everything in one pause."""
     rig = Rig(immediate=True)
     rig.script.level = 6
@@ -140,7 +140,7 @@ def test_copies_are_bounded_per_step_and_drained() -> None:
     config = MorphServeConfig(
         kv=KVConfig(migrate_blocks_per_step=1), transition=TransitionConfig(max_layers_per_step=8)
     )
-    rig = Rig(config=config, layers_per_level=8)  # one chunk, so that all moves belong to one drain
+    rig = Rig(config=config, layers_per_level=8)  # one swap batch, so that all moves belong to one drain
     rig.go_to(1)
     assert rig.pool.allocate(1, 15)
     rig.step()
@@ -195,7 +195,7 @@ def test_turning_around_before_the_switch_switches_nothing(phase: str, commands:
     assert rig.pool.num_kv_blocks == rig.ladder[3].num_kv_blocks
 
 
-def test_staging_reserve_bounds_a_chunk() -> None:
+def test_staging_reserve_bounds_a_batch() -> None:
     """Guards rule 4: more layers staged at once than the budget has room for."""
     largest: dict[int | None, int] = {}
     for reserve in (660, None):  # one layer's w8; the default: two layers', as max_layers_per_step allows
@@ -218,7 +218,7 @@ def test_exposure_is_the_deeper_level_between_two() -> None:
 
 
 def test_info_lines_only_at_start_and_end(caplog: pytest.LogCaptureFixture) -> None:
-    """Guards: a line per chunk floods the log."""
+    """Guards: a line per swap batch floods the log."""
     rig = Rig()
     with caplog.at_level(logging.INFO):
         rig.go_to(6)
@@ -304,7 +304,7 @@ def test_plans_carry_rising_revisions() -> None:
 
 
 def test_single_rank_switches_in_one_command() -> None:
-    """Guards: a vote of one, which costs a step per chunk and makes the burst wait."""
+    """Guards: a vote of one, which costs a step per swap batch and makes the burst wait."""
     rig = Rig(num_ranks=1)
     rig.go_to(6)
     assert rig.pool.allocate(1, 12)

@@ -81,7 +81,7 @@ def test_what_layers_free_becomes_blocks() -> None:
 
 
 def test_too_few_pages_change_nothing() -> None:
-    """Guards: a chunk larger than the staging reserve takes the server down instead of being refused."""
+    """Guards: a swap batch larger than the staging reserve takes the server down instead of being refused."""
     world = DeviceWorld(spare_pages=4)
     world.rank.prepare({0: "w8", 1: "w8"})
     world.later.run()
@@ -150,7 +150,7 @@ def test_an_abort_that_never_came() -> None:
 
 
 def test_copies_of_blocks_need_no_background() -> None:
-    """Guards: each chunk of a drain waits for a thread, or is told of a failure that an earlier command had."""
+    """Guards: each swap batch of a drain waits for a thread, or is told of a failure that an earlier command had."""
     world = DeviceWorld(spare_pages=0)
     world.rank.prepare({0: "w8"})
     world.later.run()

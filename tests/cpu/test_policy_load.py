@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from morphserve.config import LadderConfig, MorphServeConfig
-from morphserve.control import Controller, EngineView, Phase, largest_chunk_bytes, make_ledgers
+from morphserve.control import Controller, EngineView, Phase, largest_batch_bytes, make_ledgers
 from morphserve.control.budget import RankBytes
 from morphserve.control.ladder import build_ladder
 from morphserve.control.monitor import Monitor
@@ -38,7 +38,7 @@ class Engine:
         config = MorphServeConfig(policy=ThresholdConfig(kind="threshold", mode=mode))  # type: ignore[arg-type]
         ranks = [RankBytes(SIZES, 105)] * 2
         self.ladder = build_ladder(30, ranks, LadderConfig(), 49)
-        ledgers = make_ledgers(self.ladder, ranks, [largest_chunk_bytes(SIZES, 5)] * 2)
+        ledgers = make_ledgers(self.ladder, ranks, [largest_batch_bytes(SIZES, 5)] * 2)
         self.pool = FakePool(49)
         self.executor = FakeExecutor(self.ladder, ranks, ledgers)
         self.monitor = Monitor()

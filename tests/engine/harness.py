@@ -81,7 +81,7 @@ def engine(
     if cache is not None:
         merged = {
             "cache_dir": str(cache),
-            # Chunk sizes must not depend on how fast this machine is today: runs are compared token by token.
+            # Sizes of swap batches must not depend on how fast this machine is today: runs are compared token by token.
             "transition": {"max_layers_per_step": 5, "max_pause_ms": 1e6},
             "kv": {"drain_timeout_s": 600.0},
             "policy": {"kind": "static", "level": 0},
@@ -180,7 +180,7 @@ def _settle(llm: Any, level: int, limit: int, patience_s: float) -> None:
     while steps < limit or time.monotonic() < deadline_s:
         steps += 1
         status = morph_of(llm).controller.status()
-        # Between two chunks of one level the phase is idle and the level already the shallower one.
+        # Between two swap batches of one level the phase is idle and the level already the shallower one.
         if status["level"] == level and status["phase"] == "idle" and not morph_of(llm).controller.in_transition:
             return
         scheduler.morph.wake_due = True

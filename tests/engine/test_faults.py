@@ -151,8 +151,8 @@ def truncate(healthy: None) -> Iterator[Callable[[str], str]]:
 
 
 @pytest.fixture
-def fail_in_mid_chunk(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """The second layer of a chunk fails after its linears have been built."""
+def fail_in_mid_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """The second layer of a swap batch fails after its linears have been built."""
     load, calls = StoredParts._load, []
 
     def load_layer(self: Any, layer: int, *rest: Any) -> None:
@@ -168,11 +168,11 @@ def fail_in_mid_chunk(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     return plant
 
 
-@pytest.mark.parametrize("fault", ["fail_in_mid_chunk", "truncate"])
+@pytest.mark.parametrize("fault", ["fail_in_mid_batch", "truncate"])
 def test_a_failed_degrade_changes_nothing(
     llm: Any, before: list[Any], logged: pytest.LogCaptureFixture, request: pytest.FixtureRequest, fault: str
 ) -> None:
-    """Guards rule 6: half a chunk stays staged or in use, or the failure is not reported."""
+    """Guards rule 6: half a swap batch stays staged or in use, or the failure is not reported."""
     said = request.getfixturevalue(fault)("w8")
     follow(llm, DEGRADE)
     assert run(llm) == before

@@ -124,7 +124,7 @@ def test_never_above_the_budget_in_between(llm: Any, monkeypatch: pytest.MonkeyP
     with sampled(os.getpid()) as samples:
         for level in LEVELS:
             go(llm, level)
-    assert len(commands) == sum(abs(a - b) for a, b in pairwise((0, *LEVELS)))  # one chunk a level
+    assert len(commands) == sum(abs(a - b) for a, b in pairwise((0, *LEVELS)))  # one swap batch a level
     for command in commands:
         during = [nbytes for at, nbytes in samples if command.begin_s <= at <= command.end_s]
         assert len(during) >= MIN_SAMPLES, (command, "the sampler did not look")

@@ -1,6 +1,6 @@
 """Random operations on vLLM's real KVCacheManager, resized by the real controller, against `PoolModel` and `Ranks`.
 
-What it proves of `VllmBlockPool`, `Provenance` and `ChunkRunner`, operation by operation: no block is handed out that
+What it proves of `VllmBlockPool`, `Provenance` and `SwapRunner`, operation by operation: no block is handed out that
 some rank has not mapped, none is unmapped that a step in flight still reads, budgets hold, all ranks are at one level
 in one step, every request reads its own tokens, and blocks are reused in vLLM's order.
 """

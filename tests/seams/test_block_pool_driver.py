@@ -15,7 +15,7 @@ from seams.pool_driver import OPERATIONS, World, drive
 from seams.pool_ranks import Command, Forward, Rank
 
 from morphserve.control import Plan
-from morphserve.control.runner import ChunkRunner
+from morphserve.control.runner import SwapRunner
 
 _HAPPENED = ("grow", "begin_shrink", "blocks_copied", "finish_shrink", "cancel_shrink", "preempt", "prefix_hits")
 _HAPPENED += ("no_room", "levels", "rank_failures", "held_back", "forwards")
@@ -215,6 +215,6 @@ def test_planted_faults_are_caught(plant: Callable[[World], None]) -> None:
 
 def test_a_rank_that_maps_less_decides_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against publishing what was asked for, when one rank has mapped less."""
-    monkeypatch.setattr(ChunkRunner, "_grow", lambda self, num_kv_blocks, replies: self.pool.grow(num_kv_blocks))
+    monkeypatch.setattr(SwapRunner, "_grow", lambda self, num_kv_blocks, replies: self.pool.grow(num_kv_blocks))
     with pytest.raises(AssertionError, match="maps"):
         drive(20_000, seed=1)

@@ -14,7 +14,7 @@ from morphserve.control import (
     RankBytes,
     build_ladder,
     check_floor,
-    largest_chunk_bytes,
+    largest_batch_bytes,
     make_ledgers,
     most_uneven,
     with_time_factors,
@@ -49,7 +49,7 @@ class EngineRuntime:
         self.ranks: list[RankDescription] = engine_core.model_executor.collective_rpc("morphserve_describe")
         self.config = served_ladder(config, self.ranks[0].left_out)  # `plan_kv` holds the ranks to each other
         self._warn_of_left_out()
-        if all(rank.staging_bytes is not None for rank in self.ranks):  # each rank's reserve is what limits a chunk
+        if all(rank.staging_bytes is not None for rank in self.ranks):  # its reserve is what limits a swap batch
             num_layers = vllm_config.model_config.get_total_num_hidden_layers()
             transition = config.transition.model_copy(update={"max_layers_per_step": num_layers})
             self.config = self.config.model_copy(update={"transition": transition})
@@ -141,7 +141,7 @@ class EngineRuntime:
         """Of all ranks, at level 0."""
         # A matmul that keeps a copy of its own (oneDNN) is built while the tensor it reads is still there.
         staging = [
-            (rank.staging_bytes or largest_chunk_bytes(rank.layer_bytes, self.config.transition.layers_per_step))
+            (rank.staging_bytes or largest_batch_bytes(rank.layer_bytes, self.config.transition.layers_per_step))
             + rank.largest_linear_bytes
             for rank in self.ranks
         ]

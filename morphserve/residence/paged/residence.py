@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from kv_resize import ArenaBacking, CudaPager, ElasticCache, KVGeometry, PagePool, Pager
-from morphserve.control import largest_chunk_bytes, layers_within
+from morphserve.control import largest_batch_bytes, layers_within
 from morphserve.residence.base import PartsKey
 from morphserve.residence.paged.copier import Copier, CudaCopier
 from morphserve.residence.paged.parts import PagedParts
@@ -67,7 +67,7 @@ class PagedResidence:
 
     def reserve(self, sizes: Mapping[str, Sequence[int]], least: int, most: int) -> int | None:
         num_layers = layers_within(sizes, least, most, int(_RESERVE_SHARE * self.total_bytes))
-        num_bytes = largest_chunk_bytes(sizes, num_layers)
+        num_bytes = largest_batch_bytes(sizes, num_layers)
         self._make_room(num_bytes)
         return num_bytes
 

@@ -17,7 +17,7 @@ from morphserve.control import (
     WaitingRequest,
     build_ladder,
     check_floor,
-    largest_chunk_bytes,
+    largest_batch_bytes,
     make_header,
     make_ledgers,
     optional_formats,
@@ -101,7 +101,7 @@ class Morphing:
         self.ladder = ladder
         self.monitor = Monitor()
         self.executor = SimExecutor(rank, calibration.num_layers, ladder[0].num_kv_blocks, pace, server.copy_s)
-        staging = [largest_chunk_bytes(rank.layers, config.transition.layers_per_step)]
+        staging = [largest_batch_bytes(rank.layers, config.transition.layers_per_step)]
         self._log: DecisionLog | None = None
         if config.decision_log is not None:  # a sample, whatever the detail: virtual time outruns the writer
             self._log = DecisionLog(config.decision_log, make_header(setup, ladder, detail="changes"))

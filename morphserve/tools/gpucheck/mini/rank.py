@@ -36,7 +36,7 @@ _DRY_PAGES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Of one chunk, in seconds."""
+    """Of one swap batch, in seconds."""
 
     stage_s: float  # from the decision until it could be switched
     switch_s: float  # between two steps: slots and graphs
@@ -50,14 +50,14 @@ class MiniRank:
     2. Each is in the pool, in a layer or in the KV cache.
     """
 
-    def __init__(self, device: str, shape: Shape, kernel: Kernel, num_morphable: int, chunk: int) -> None:
+    def __init__(self, device: str, shape: Shape, kernel: Kernel, num_morphable: int, batch: int) -> None:
         """
         Args:
             device: on "cpu" pages are booked only, see `FakePager`.
             shape: of layers and KV blocks.
             kernel: of the one other format.
             num_morphable: layers that can have it.
-            chunk: most layers that change at a time.
+            batch: most layers that change at a time.
         """
         register_op()
         reset()
@@ -70,7 +70,7 @@ class MiniRank:
         self._slots = {layer: self._load(layer, layer < num_morphable) for layer in range(shape.layers)}
         self.layer_of = {slot.address: layer for layer, row in self._slots.items() for slot in row.values()}
         self._swapper = LayerSwapper(self._slots, self._live, self._parts)
-        self.reserve_pages = chunk * self._layer_pages(kernel.format)
+        self.reserve_pages = batch * self._layer_pages(kernel.format)
         self._residence.pool.create(self.reserve_pages)
         self.cache = self._open_cache(num_morphable)
         kv, finish = _KV(self.cache), self._residence.finish
@@ -131,7 +131,7 @@ class MiniRank:
         switched: Callable[[], None],
         beside: Callable[[], object] | None = None,
     ) -> Times:
-        """Carry out one chunk, by the commands that an engine core sends.
+        """Carry out one swap batch, by the commands that an engine core sends.
 
         Args:
             formats: by layer, of those that change.
