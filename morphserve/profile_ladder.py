@@ -21,5 +21,5 @@ def read_ladder(config: MorphServeConfig) -> ProfileLadder | None:
         profile = read_profile(config.profile, with_scales=False)
     except ProfileError as e:
         raise ConfigError(str(e)) from e
-    rungs = tuple(rung.layers for rung in profile.ladder)
-    return ProfileLadder(profile.order, rungs, tuple(rung.kl for rung in profile.ladder))
+    levels = tuple(level.layers for level in profile.ladder)
+    return ProfileLadder(profile.order, levels, tuple(level.kl for level in profile.ladder))

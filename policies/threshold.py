@@ -138,7 +138,7 @@ class ThresholdPolicy:
         if pressure is not None:
             why, is_event = pressure
             level = self._unless_slow(self._level_for(need.total, s.used_kv_blocks), s.used_kv_blocks, rest)
-            if is_event:  # seen, not predicted: whatever the need says, one rung more at least
+            if is_event:  # seen, not predicted: whatever the need says, one level more at least
                 level = max(level, self._next_useful(heading))
             if level > heading:
                 return self._degrade(s.now_s, level, f"{why}, need {need.total:.0f} of {usable} blocks")
@@ -184,7 +184,7 @@ class ThresholdPolicy:
         The need is what the requests here will hold if all of them end at once, which they do not: on
         windows of real traffic it was 20 % above what was ever used. That is cheap caution within a tier.
         Into a costlier format (W4 on all layers costs ten times the KL of W8 here, for a quarter more blocks)
-        only what is really held leads, and no further than it asks; one more rung takes a step or two.
+        only what is really held leads, and no further than it asks; one more level takes a step or two.
         """
         t = self.thresholds
         level = min(bisect_left(self._usable, need / t.target_usage), self._deepest_useful)

@@ -10,7 +10,7 @@ BASE_FORMAT = "base"  # a layer as it was loaded: the full-precision weights
 
 @dataclass(frozen=True, slots=True)
 class MorphLevel:
-    """One rung of the ladder: which format each decoder layer has, and what that buys."""
+    """One level of the ladder: which format each decoder layer has, and what that buys."""
 
     index: int  # 0 = every layer at full precision
     # Format by decoder layer id, BASE_FORMAT where untouched; "w8/base" where attention and MLP differ.

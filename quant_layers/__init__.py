@@ -16,7 +16,7 @@ from quant_layers.kernels.marlin import W4A16Marlin, W8A16Marlin
 from quant_layers.kernels.registry import CANDIDATES, FORMATS, Kernel, register
 from quant_layers.kernels.selftest import KernelReport, by_preference, check_kernel, choose, probe
 from quant_layers.sources.checkpoint import Checkpoint, ImportedLayer, tensor_files
-from quant_layers.sources.profile import Profile, Rung, base_fingerprint, read_profile, write_profile
+from quant_layers.sources.profile import Profile, ProfileLevel, base_fingerprint, read_profile, write_profile
 from quant_layers.sources.sensitivity import Change, Move, QuadraticCost, Unit, greedy, layer_importance_order
 from quant_layers.sources.smoothing import Fold, Scale, apply_scales, choose_scale, folds_of
 from quant_layers.store.layer_store import SCHEMA as STORE_SCHEMA
@@ -93,7 +93,7 @@ __all__ = [
     "RECIPE_MARK",
     "register",
     "regroup",
-    "Rung",
+    "ProfileLevel",
     "Scale",
     "split_format",
     "STORE_SCHEMA",

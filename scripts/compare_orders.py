@@ -101,8 +101,8 @@ def _measure(args: argparse.Namespace, orders: Orders) -> dict[str, dict[str, li
     chosen = {name: [[frozenset(order[:n]) for order in rows] for n in args.counts] for name, rows in orders.items()}
     chosen["block"] = [[frozenset(range((depth - n) // 2, (depth - n) // 2 + n))] for n in args.counts]
     sets = list(dict.fromkeys(layers for by_count in chosen.values() for row in by_count for layers in row))
-    rungs = [dict.fromkeys(sorted(layers), args.format) for layers in sets]
-    document = measure_apart(args.model, rungs, "--text", *args.eval_text, "--windows", args.eval_windows)
+    levels = [dict.fromkeys(sorted(layers), args.format) for layers in sets]
+    document = measure_apart(args.model, levels, "--text", *args.eval_text, "--windows", args.eval_windows)
     kl = {layers: row["kl"] for layers, row in zip(sets, document["rows"], strict=True)}
     found = {}
     for name, by_count in chosen.items():

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     return finish(
         {
             "profile": str(args.out),
-            "ladder": [rung.as_json(level) for level, rung in enumerate(profile.ladder)],
+            "ladder": [level.as_json(index) for index, level in enumerate(profile.ladder)],
             "order": list(profile.order),
             "seconds": seconds,
         }

@@ -39,7 +39,7 @@ def base_fingerprint(norms: Mapping[str, Tensor]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Rung:
+class ProfileLevel:
     """One level of a profile's ladder."""
 
     layers: Mapping[int, str]  # decoder layer id |-> format; the others are at full precision
@@ -76,13 +76,13 @@ class Profile:
     made: Mapping[str, Any]  # how, from what, with which versions
     figures: Mapping[str, Any]  # what was measured
     num_layers: int
-    ladder: tuple[Rung, ...]  # level 0 first
+    ladder: tuple[ProfileLevel, ...]  # level 0 first
     order: tuple[int, ...]  # layer ids, least harmful first
 
     @property
     def formats(self) -> tuple[str, ...]:
         """Formats that its ladder uses, in the order in which they come in."""
-        return tuple(dict.fromkeys(fmt for rung in self.ladder for fmt in rung.layers.values()))
+        return tuple(dict.fromkeys(fmt for level in self.ladder for fmt in level.layers.values()))
 
     def check_base(self, fingerprint: str, model: str) -> None:
         """Raise ProfileError when it was made for other weights."""
@@ -97,7 +97,7 @@ def write_profile(
     directory: Path,
     fingerprint: str,
     scales: LayerScales,
-    ladder: Sequence[Rung],
+    ladder: Sequence[ProfileLevel],
     order: Sequence[int],
     made: Mapping[str, Any],
     figures: Mapping[str, Any],
@@ -128,7 +128,7 @@ def write_profile(
             "fingerprint": fingerprint,
             "num_layers": len(order),
             "files": {_SMOOTHING: {"sha256": sha256, "size": size}},
-            "ladder": [rung.as_json(level) for level, rung in enumerate(ladder)],
+            "ladder": [level.as_json(index) for index, level in enumerate(ladder)],
             "order": list(order),
             "made": dict(made),
             "figures": dict(figures),
@@ -157,7 +157,7 @@ def read_profile(directory: str | os.PathLike[str], *, with_scales: bool = True)
     document = _read_manifest(path)
     try:
         row = document["files"][_SMOOTHING]
-        ladder = tuple(_read_rung(entry) for entry in document["ladder"])
+        ladder = tuple(_read_level(entry) for entry in document["ladder"])
         profile = Profile(
             root, document["fingerprint"], {}, row["sha256"], document["made"], document["figures"],
             document["num_layers"], ladder, tuple(document["order"]),
@@ -183,8 +183,8 @@ def _sha256_of_document(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
-def _read_rung(entry: Mapping[str, Any]) -> Rung:
-    return Rung(
+def _read_level(entry: Mapping[str, Any]) -> ProfileLevel:
+    return ProfileLevel(
         {int(layer): fmt for layer, fmt in entry["layers"].items()},
         entry["expected_kl"],
         entry["measured_kl"],

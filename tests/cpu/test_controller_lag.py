@@ -71,8 +71,8 @@ def test_a_rank_that_does_not_prepare_in_time_aborts_on_all(
 
 
 def test_a_slow_prepare_counts_as_late_even_when_all_have_answered(caplog: pytest.LogCaptureFixture) -> None:
-    """Guards: steps stand still behind a rank with a dying disk, batch after batch, because its answer is in by the time
-    anybody looks; or the next attempt asks it for as many layers again."""
+    """Guards: steps stand still behind a rank with a dying disk, batch after batch, because its answer is in by
+    the time anybody looks; or the next attempt asks it for as many layers again."""
     rig = lagging(max_layers_per_step=3)
     rig.executor.seconds_per_layer = 1.5  # 3 layers: 4.5 s
     rig.script.level = 1

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.cpu
 
 @pytest.mark.parametrize("immediate", [False, True])
 def test_every_level_and_back(immediate: bool) -> None:
-    """Guards: a rung that is not reached exactly, or a way back that leaves bytes behind."""
+    """Guards: a level that is not reached exactly, or a way back that leaves bytes behind."""
     rig = Rig(immediate=immediate)
     for level in (1, 6, 3, 5, 0):
         rig.go_to(level)

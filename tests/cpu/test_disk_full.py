@@ -15,7 +15,7 @@ import torch
 
 from morphserve.errors import ProfilingError
 from morphserve.tools.profile.workspace import Workspace
-from quant_layers import ProfileError, Rung, StoreError, VariantStore, write_profile
+from quant_layers import ProfileError, ProfileLevel, StoreError, VariantStore, write_profile
 
 LIMITS = (0, 1, 100, 4096, 20_000, 60_000)  # bytes of one file; the largest one here has more, each time
 BIG = torch.arange(16_384, dtype=torch.float32)
@@ -23,7 +23,7 @@ BIG = torch.arange(16_384, dtype=torch.float32)
 
 def write_a_profile(target: Path) -> None:
     scales = {0: {"mlp": BIG}}
-    write_profile(target, "f", scales, [Rung({}, 0.0, 0.0, 0, 1.0)], (0,), {}, {})
+    write_profile(target, "f", scales, [ProfileLevel({}, 0.0, 0.0, 0, 1.0)], (0,), {}, {})
 
 
 def write_a_layer(target: Path) -> None:

@@ -8,14 +8,18 @@ import pytest
 import torch
 
 from morphserve.__main__ import main
-from quant_layers import Rung, write_profile
+from quant_layers import ProfileLevel, write_profile
 
 pytestmark = pytest.mark.cpu
 
 
 def test_the_table_says_what_the_levels_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards: a level's cost beside another level's layers."""
-    ladder = (Rung({}, 0.0, 0.0, 0, 1.0), Rung({1: "w8"}, 0.01, 0.012, 2**20, 0.8), Rung({1: "w4", 0: "w8"}, 0.1))
+    ladder = (
+        ProfileLevel({}, 0.0, 0.0, 0, 1.0),
+        ProfileLevel({1: "w8"}, 0.01, 0.012, 2**20, 0.8),
+        ProfileLevel({1: "w4", 0: "w8"}, 0.1),
+    )
     layer = {"kl": {"w8": 0.001, "w4": 0.02}, "lts": 0.9, "lrs": {"w8": 0.999, "w4": 0.99}}
     figures = {"layers": {"0": layer, "1": layer}}
     scales = {0: {"mlp.down_proj": torch.ones(4)}}

@@ -182,13 +182,13 @@ def test_trouble_starts_the_dwell_anew(trouble: dict[str, object]) -> None:
 
 
 def test_level_between_old_and_new_has_not_rested() -> None:
-    """Guards: a jump that is taken back at the next step, since the rung above had long fitted."""
+    """Guards: a jump that is taken back at the next step, since the level above had long fitted."""
     policy = make("performance")
     for i in range(100):
         assert policy.decide(replace(QUIET, now_s=100.0 + i * 0.1)).level == 0
     level = policy.decide(replace(QUIET, now_s=110.0, used_kv_blocks=36, num_running=6, num_waiting=1)).level
-    fits = [0.4 * (rung.num_kv_blocks - 1) >= 36 for rung in LADDER]
-    assert fits[level - 1], "the load must be one that the rung above holds, too"
+    fits = [0.4 * (row.num_kv_blocks - 1) >= 36 for row in LADDER]
+    assert fits[level - 1], "the load must be one that the level above holds, too"
     busy = at_level(QUIET, level, now_s=110.1, used_kv_blocks=36, num_running=6)
     assert policy.decide(busy).level == level
 

@@ -267,8 +267,8 @@ def test_a_profile_from_model_to_directory(tiny: Any, tmp_path: Path, monkeypatc
     assert first.ladder == second.ladder and first.order == second.order
     assert first.ladder[0].layers == {} and first.ladder[-1].layers == dict.fromkeys(range(3), "w4")
     assert sorted(first.order) == [0, 1, 2]
-    kls = [rung.expected_kl for rung in first.ladder]
-    freed = [rung.bytes_freed for rung in first.ladder]
+    kls = [level.expected_kl for level in first.ladder]
+    freed = [level.bytes_freed for level in first.ladder]
     assert kls == sorted(kls) and freed == sorted(freed)
     assert set(first.scales) == {0, 1, 2}
 
@@ -367,5 +367,5 @@ def test_halves_of_a_layer(tiny: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     job = ProfileJob(str(tiny("llama")[1]), (text,), tmp_path / "out", ("w8", "w4"), 2, 16, 2, 1, 0, halves=True)
     profile = run_profile(job, None, ())[0]
     assert profile.ladder[-1].layers == dict.fromkeys(range(3), "w4")
-    assert any("/" in fmt for rung in profile.ladder for fmt in rung.layers.values())
+    assert any("/" in fmt for level in profile.ladder for fmt in level.layers.values())
     assert len(profile.ladder) > 6

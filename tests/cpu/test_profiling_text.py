@@ -11,7 +11,7 @@ import pytest
 
 from morphserve.errors import ProfilingError
 from morphserve.tools.profile import measure, measure_apart, token_windows
-from quant_layers import Rung
+from quant_layers import ProfileLevel
 
 pytestmark = pytest.mark.cpu
 
@@ -46,7 +46,7 @@ def test_levels_are_measured_by_the_command(monkeypatch: pytest.MonkeyPatch) -> 
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         args = measure._parser("").parse_args(command[3:])
-        asked.append((command[1:3], args.model, measure._read_rungs(args.rungs), args.text, args.windows, args.timed))
+        asked.append((command[1:3], args.model, measure._read_levels(args.levels), args.text, args.windows, args.timed))
         return answer
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -63,8 +63,12 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
     """Guards: a picture that fails at the end of an hour of profiling."""
     from morphserve.tools.profile.plots import plot_frontier, plot_orders
 
-    predicted = (Rung({}, 0.0, 0.0, 0, 1.0), Rung({0: "w8"}, 0.01, None, 2**20), Rung({0: "w4"}, 0.2, None, 2**21))
-    measured = (Rung({}, 0.0, 0.0, 0, 1.0), Rung({0: "w8"}, 0.01, 0.012, 2**20, 0.8))
+    predicted = (
+        ProfileLevel({}, 0.0, 0.0, 0, 1.0),
+        ProfileLevel({0: "w8"}, 0.01, None, 2**20),
+        ProfileLevel({0: "w4"}, 0.2, None, 2**21),
+    )
+    measured = (ProfileLevel({}, 0.0, 0.0, 0, 1.0), ProfileLevel({0: "w8"}, 0.01, 0.012, 2**20, 0.8))
     plot_frontier({"layers": predicted, "halves": measured}, tmp_path / "frontier.png")
     plot_orders([1, 2], {"ours": {"kl": [0.1, 0.2], "std": [0.0, 0.01]}}, tmp_path / "orders.png")
     for name in ("frontier.png", "orders.png"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant_layers import ProfileError, Rung, base_fingerprint, read_profile, write_profile
+from quant_layers import ProfileError, ProfileLevel, base_fingerprint, read_profile, write_profile
 from quant_layers.sources import profile as module
 
 pytestmark = pytest.mark.cpu
@@ -21,9 +21,9 @@ SCALES = {
 
 ORDER = (11, 2, *(layer for layer in range(12) if layer not in (11, 2)))
 LADDER = (
-    Rung({}, 0.0, 0.0, 0, 1.0),
-    Rung({11: "w8"}, 0.01),
-    Rung({11: "w4", 2: "w8"}, 0.02, 0.03, 12, 0.75),
+    ProfileLevel({}, 0.0, 0.0, 0, 1.0),
+    ProfileLevel({11: "w8"}, 0.01),
+    ProfileLevel({11: "w4", 2: "w8"}, 0.02, 0.03, 12, 0.75),
 )
 
 
@@ -44,7 +44,7 @@ def test_what_was_written_comes_back(written: Path) -> None:
     assert profile.made == {"model": "m"} and profile.figures == {"seconds": 1}
     assert profile.ladder == LADDER and profile.order == ORDER and profile.num_layers == 12
     assert profile.formats == ("w8", "w4")
-    assert [rung.kl for rung in profile.ladder] == [0.0, 0.01, 0.03], "what was measured counts"
+    assert [level.kl for level in profile.ladder] == [0.0, 0.01, 0.03], "what was measured counts"
     assert read_profile(written, with_scales=False).scales == {}
     profile.check_base("f" * 64, "m")
     with pytest.raises(ProfileError, match="made for other weights"):

@@ -136,8 +136,8 @@ def test_levels_that_wait_for_one_stage_are_found() -> None:
 
     assert most_uneven(ranks, ladder()) is None
     assert most_uneven(ranks, ladder(order=[0, 1, 2, 3])) == (2, 0, 12)
-    rungs = ({}, {0: "w8", 1: "w8"}, dict.fromkeys(range(4), "w8"), dict.fromkeys(range(8), "w8"))
-    profile = ProfileLadder(tuple(range(8)), rungs, (0.0, 0.1, 0.2, 0.3))
+    levels = ({}, {0: "w8", 1: "w8"}, dict.fromkeys(range(4), "w8"), dict.fromkeys(range(8), "w8"))
+    profile = ProfileLadder(tuple(range(8)), levels, (0.0, 0.1, 0.2, 0.3))
     assert most_uneven(ranks, build_ladder(8, ranks, LadderConfig(), 10, profile=profile)) == (2, 0, 12)
     assert most_uneven(ranks[:1], ladder()[:1]) is None
 

@@ -209,8 +209,8 @@ def test_what_no_server_would_take_is_refused() -> None:
 
 def test_a_profile_gives_the_ladder() -> None:
     """Guards: a profile's levels are ignored, and another ladder is simulated than the one that serves."""
-    rungs = ({}, {3: "w8"}, {3: "w8", 5: "w4"})
-    profile = ProfileLadder(tuple(range(30)), rungs, (0.0, 0.01, 0.2))
+    levels = ({}, {3: "w8"}, {3: "w8", 5: "w4"})
+    profile = ProfileLadder(tuple(range(30)), levels, (0.0, 0.01, 0.2))
     settings = MorphServeConfig.model_validate({"profile": "p", "policy": {"kind": "static", "level": 2}})
     done = simulate(HARD, replace(SERVER, restore_wait_s=0.0), settings, CALIBRATION, profile=profile)
     assert done.series[-1].layers == {"base": 28, "w8": 1, "w4": 1} and done.expected_kl_per_token == 0.2

@@ -60,18 +60,17 @@ def test_a_family_goes_down_and_comes_back(family: str, tmp_path: Path, variant_
 
 def test_halves_of_layers_are_swapped(tmp_path: Path, variant_cache: Path) -> None:
     """Guards: attention and MLP in each other's format, or memory counted for whole layers."""
-    from quant_layers import Rung, base_fingerprint, write_profile
+    from quant_layers import ProfileLevel, base_fingerprint, write_profile
 
     model = make_family(tmp_path / "llama", "llama")
     tensors = load_file(model / "model.safetensors")
     norms = {
         name.removeprefix("model.layers."): t for name, t in tensors.items() if ".layers." in name and "norm" in name
     }
-    attention = Rung(dict.fromkeys(range(NUM_LAYERS), "w4/base"), 0.1)
-    mlp = Rung({**attention.layers, 0: "w4/w8", 1: "w4"}, 0.2)
-    write_profile(
-        tmp_path / "profile", base_fingerprint(norms), {}, (Rung({}, 0.0), attention, mlp), range(NUM_LAYERS), {}, {}
-    )
+    attention = ProfileLevel(dict.fromkeys(range(NUM_LAYERS), "w4/base"), 0.1)
+    mlp = ProfileLevel({**attention.layers, 0: "w4/w8", 1: "w4"}, 0.2)
+    ladder = (ProfileLevel({}, 0.0), attention, mlp)
+    write_profile(tmp_path / "profile", base_fingerprint(norms), {}, ladder, range(NUM_LAYERS), {}, {})
     config = {"profile": str(tmp_path / "profile")}
     with engine(model, variant_cache, config, skip_tokenizer_init=True, enable_prefix_caching=False) as llm:
         base = generate(llm, PROMPTS[:4], 12)

@@ -197,7 +197,7 @@ def test_a_failed_restore_keeps_the_level_and_its_blocks(
     assert [len(tokens) for tokens, _ in run(llm)] == [NUM_TOKENS] * len(USED)
     status = morph_of(llm).status()
     assert status["transitions"]["restore_aborted"] == 1 and status["errors"] == {"prepare": 1}
-    # Rungs are restored from the deep end: all that do not hold layer 2 are back.
+    # Levels are restored from the deep end: all that do not hold layer 2 are back.
     assert status["level"] == 1 and status["layers_by_format"] == {"base": 25, "w8": 5}
     assert status["num_kv_blocks"] == status["mapped_kv_blocks"] == status["ladder"][1]["num_kv_blocks"]
     assert not status["failed"] and len(lines(logged, "aborted at level 1")) == 1

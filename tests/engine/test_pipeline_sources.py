@@ -14,7 +14,7 @@ from engine.test_pipeline import STAGES
 from levels import swapped_layers
 from safetensors.torch import load_file
 
-from quant_layers import Rung, base_fingerprint, write_profile
+from quant_layers import ProfileLevel, base_fingerprint, write_profile
 
 pytestmark = [needs_two_cores, pytest.mark.usefixtures("two_cores")]
 
@@ -44,12 +44,12 @@ def norms_of(model: Path) -> Any:
 def test_a_profile_is_known_by_the_norms_of_all_stages(tiny_llama: Path, tmp_path: Path) -> None:
     """Guards: a profile of this very model, refused because a stage has the norms of its own layers only."""
     order = [5, 0, 4, 1, 3, 2]
-    rungs = tuple(Rung({layer: "w8" for layer in order[:count]}, 0.01 * count) for count in (0, 2, 4, 6))
+    levels = tuple(ProfileLevel({layer: "w8" for layer in order[:count]}, 0.01 * count) for count in (0, 2, 4, 6))
     profile = tmp_path / "profile"
-    write_profile(profile, base_fingerprint(norms_of(tiny_llama)), {}, rungs, order, {}, {})
+    write_profile(profile, base_fingerprint(norms_of(tiny_llama)), {}, levels, order, {}, {})
     with engine(tiny_llama, tmp_path / "variants", {"profile": str(profile)}, **UNCACHED) as llm:
         ladder = morph_of(llm).runtime.ladder
-        assert [swapped_layers(level) for level in ladder] == [tuple(sorted(rung.layers)) for rung in rungs]
+        assert [swapped_layers(level) for level in ladder] == [tuple(sorted(level.layers)) for level in levels]
         base = run(llm, PROMPTS[:4])
         go(llm, 3)
         assert morph_of(llm).pool.num_kv_blocks == ladder[3].num_kv_blocks > 49

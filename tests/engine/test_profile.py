@@ -13,7 +13,7 @@ import torch
 from engine.harness import PROMPTS, engine, follow, generate, morph_of, settle
 
 from morphserve.errors import ConfigError
-from quant_layers import Rung, probe, write_profile
+from quant_layers import ProfileLevel, probe, write_profile
 
 ROOT = Path(__file__).parents[2]
 LADDER = {"steps": [{"format": "w8", "layers_per_level": 10}, {"format": "w4", "layers_per_level": 10}]}
@@ -156,7 +156,7 @@ def test_profile_of_another_model_is_refused(
 ) -> None:
     """Guards: scales of one model folded into another."""
     sister = tmp_path / "sister"
-    write_profile(sister, "0" * 64, {}, (Rung({}, 0.0), Rung({5: "w8"}, 0.1)), range(6), {}, {})
+    write_profile(sister, "0" * 64, {}, (ProfileLevel({}, 0.0), ProfileLevel({5: "w8"}, 0.1)), range(6), {}, {})
     for path, words in ((profile, "of a model with 10 decoder layers"), (sister, "was made for other weights")):
         with (
             pytest.raises(ConfigError, match=words),

@@ -160,11 +160,11 @@ def test_each_rank_holds_what_the_ledger_says(llm: Any) -> None:
     described = rpc(llm, "morphserve_describe")
     for level in (2, W8, 5, W4, 1, 0):
         go(llm, level)
-        rung, ledgers = morph_of(llm).runtime.ladder[level], morph_of(llm).controller.status()["ledgers"]
-        assert rung.weight_bytes == max(ledger["weights_bytes"] for ledger in ledgers)
+        level_row, ledgers = morph_of(llm).runtime.ladder[level], morph_of(llm).controller.status()["ledgers"]
+        assert level_row.weight_bytes == max(ledger["weights_bytes"] for ledger in ledgers)
         ranks = zip(rpc(llm, "morphserve_memory"), start, described, ledgers, strict=True)
         for memory, before, rank, ledger in ranks:
-            own = sum(rank.layer_bytes[fmt][layer] for layer, fmt in enumerate(rung.layer_formats))
+            own = sum(rank.layer_bytes[fmt][layer] for layer, fmt in enumerate(level_row.layer_formats))
             assert memory["weight_bytes"] == own == ledger["weights_bytes"]
             assert memory["kv_resident_bytes"] == memory["kv_mapped_bytes"] == ledger["kv_blocks_bytes"]
             assert memory["staging_bytes"] == 0
@@ -239,8 +239,8 @@ def test_one_rank_that_cannot_prepare_stops_all(
     assert f"rank 1: StoreError: {path}" in said[0] and "rank 0" not in said[0]
 
     go(llm, target)  # with the file whole again
-    rung = dict(enumerate(morph_of(llm).runtime.ladder[target].layer_formats))
-    assert [formats for formats, _, _ in state(llm)] == [rung, rung]
+    level_row = dict(enumerate(morph_of(llm).runtime.ladder[target].layer_formats))
+    assert [formats for formats, _, _ in state(llm)] == [level_row, level_row]
     go(llm, 0)
     llm.reset_prefix_cache()
     assert run(llm) == stock_rounds[0]

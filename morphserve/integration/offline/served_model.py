@@ -100,38 +100,38 @@ class ServedModel(LevelEngine):
         model.compute_logits = compute_logits
 
 
-def measure_rungs(
-    model: ServedModel, rungs: Sequence[Mapping[int, str]], texts: Sequence[Sequence[int]], timed: bool = False
+def measure_levels(
+    model: ServedModel, levels: Sequence[Mapping[int, str]], texts: Sequence[Sequence[int]], timed: bool = False
 ) -> list[dict[str, float]]:
-    """Return KL against full precision, perplexity and equal argmax of each rung, means over all tokens of all texts.
+    """Return KL against full precision, perplexity and equal argmax of each level, means over all tokens of all texts.
 
     Args:
-        rungs: decoder layer id |-> format.
+        levels: decoder layer id |-> format.
         texts: token ids.
-        timed: also `step_time_factor`, each rung beside full precision.
+        timed: also `step_time_factor`, each level beside full precision.
 
     Returns:
-        One row a rung with `kl` (nats), `top1`, `ppl`, `ppl_base`, and `step_time_factor` when timed.
+        One row a level with `kl` (nats), `top1`, `ppl`, `ppl_base`, and `step_time_factor` when timed.
     """
-    sums = [{"kl": 0.0, "top1": 0.0, "nll": 0.0} for _ in rungs]
+    sums = [{"kl": 0.0, "top1": 0.0, "nll": 0.0} for _ in levels]
     base_nll = 0.0
     for ids in texts:
         model.put({})
         base = model.log_probabilities(ids)
         target = torch.tensor(ids[1:]).unsqueeze(1)
         base_nll -= float(base.gather(1, target).sum())
-        for rung, row in zip(rungs, sums, strict=True):
-            model.put(rung)
+        for level, row in zip(levels, sums, strict=True):
+            model.put(level)
             other = model.log_probabilities(ids)
             row["kl"] += float((base.exp() * (base - other)).sum())
             row["top1"] += float((base.argmax(-1) == other.argmax(-1)).sum())
             row["nll"] -= float(other.gather(1, target).sum())
     positions = sum(len(ids) - 1 for ids in texts)
     found = []
-    for rung, row in zip(rungs, sums, strict=True):
+    for level, row in zip(levels, sums, strict=True):
         means = {key: value / positions for key, value in row.items()}
         ppl = {"ppl": math.exp(means.pop("nll")), "ppl_base": math.exp(base_nll / positions)}
-        factor = {"step_time_factor": model.step_time_factor(rung)} if timed else {}
+        factor = {"step_time_factor": model.step_time_factor(level)} if timed else {}
         found.append({**means, **ppl, **factor})
     model.put({})
     return found

@@ -27,21 +27,21 @@ def ladder_table(profile: Profile) -> str:
     head = ("level", "layers", "changed", "KL expected", "KL measured", "MiB freed", "step time")
     rows = []
     before: dict[int, str] = {}
-    for level, rung in enumerate(profile.ladder):
-        counts = Counter(rung.layers.values())
-        changed = [f"{layer}:{fmt}" for layer, fmt in sorted(rung.layers.items()) if before.get(layer) != fmt]
+    for index, level in enumerate(profile.ladder):
+        counts = Counter(level.layers.values())
+        changed = [f"{layer}:{fmt}" for layer, fmt in sorted(level.layers.items()) if before.get(layer) != fmt]
         rows.append(
             [
-                str(level),
+                str(index),
                 " ".join(f"{fmt} {count}" for fmt, count in counts.items()) or "base",
                 " ".join(changed) or "-",
-                f"{rung.expected_kl:.4f}",
-                "-" if rung.measured_kl is None else f"{rung.measured_kl:.4f}",
-                f"{rung.bytes_freed / 2**20:.1f}",
-                "-" if rung.step_time_factor is None else f"{rung.step_time_factor:.2f}x",
+                f"{level.expected_kl:.4f}",
+                "-" if level.measured_kl is None else f"{level.measured_kl:.4f}",
+                f"{level.bytes_freed / 2**20:.1f}",
+                "-" if level.step_time_factor is None else f"{level.step_time_factor:.2f}x",
             ]
         )
-        before = dict(rung.layers)
+        before = dict(level.layers)
     return _table(head, rows)
 
 

@@ -29,8 +29,8 @@ from quant_layers import (
     Move,
     Profile,
     ProfileError,
+    ProfileLevel,
     QuadraticCost,
-    Rung,
     Scale,
     Unit,
     base_fingerprint,
@@ -96,10 +96,10 @@ def run_profile(
     cost = cost_of(effects)
     sizes = estimated_bytes(model, (BASE, *job.formats))
     moves = greedy(cost, lambda unit, fmt: sizes[fmt][unit])
-    ladder = _rungs(moves, job.moves_per_level)
+    ladder = _levels(moves, job.moves_per_level)
     order = swap_order(moves, len(model))
     made = _provenance(job, directory)
-    figures = _figures(effects, scales, cost) | {"priced_kl": [rung.expected_kl for rung in ladder]}
+    figures = _figures(effects, scales, cost) | {"priced_kl": [level.expected_kl for level in ladder]}
     values = _values(scales)
     if measure is not None:
         with tempfile.TemporaryDirectory(dir=workspace.directory) as scratch:
@@ -161,14 +161,14 @@ def _values(scales: Sequence[Mapping[str, Scale]]) -> dict[int, dict[str, torch.
     return {layer: {name: scale.values for name, scale in row.items()} for layer, row in enumerate(scales)}
 
 
-def _rungs(moves: Sequence[Move], per_level: int) -> list[Rung]:
+def _levels(moves: Sequence[Move], per_level: int) -> list[ProfileLevel]:
     """Level 0, then one level every `per_level` moves; the last move ends the last level."""
-    ladder = [Rung({}, 0.0, 0.0, 0, 1.0)]
+    ladder = [ProfileLevel({}, 0.0, 0.0, 0, 1.0)]
     layers: dict[int, str] = {}
     for number, move in enumerate(moves, start=1):
         layers[move.change.layer] = _changed(layers.get(move.change.layer, BASE), move.change)
         if number % per_level == 0 or number == len(moves):
-            ladder.append(Rung(dict(layers), move.expected_kl, None, move.bytes_freed))
+            ladder.append(ProfileLevel(dict(layers), move.expected_kl, None, move.bytes_freed))
     return ladder
 
 
@@ -183,8 +183,8 @@ def _changed(format: str, change: Change) -> str:
 
 
 def _measured(
-    job: ProfileJob, predicted: Path, ladder: Sequence[Rung], arguments: Sequence[str], texts: Sequence[Path]
-) -> list[Rung]:
+    job: ProfileJob, predicted: Path, ladder: Sequence[ProfileLevel], arguments: Sequence[str], texts: Sequence[Path]
+) -> list[ProfileLevel]:
     """The ladder with what its levels cost where they are served.
 
     What is expected of a level is then its KL on the calibration text, in windows between those that chose the scales
@@ -194,7 +194,7 @@ def _measured(
     offset = () if texts else ("--offset", _BETWEEN)
     try:
         document = measure_apart(
-            job.model, [rung.layers for rung in ladder[1:]], "--profile", predicted, "--timed",
+            job.model, [level.layers for level in ladder[1:]], "--profile", predicted, "--timed",
             "--windows", job.windows, "--length", job.length, *arguments, "--text", *(texts or job.text), *offset,
             "--predict-text", *job.text, "--predict-windows", 2 * job.windows, "--predict-offset", _BETWEEN,
         )  # fmt: skip
@@ -202,9 +202,9 @@ def _measured(
         raise ProfilingError(f"{error} Start again with --no-measure to keep the prediction alone.") from error
     sizes = document["layer_bytes"]
     found = [ladder[0]]
-    for rung, row in zip(ladder[1:], document["rows"], strict=True):
-        freed = sum(sizes[BASE][layer] - sizes[fmt][layer] for layer, fmt in rung.layers.items())
-        found.append(Rung(rung.layers, row["kl_predicted"], row["kl"], freed, row["step_time_factor"]))
+    for level, row in zip(ladder[1:], document["rows"], strict=True):
+        freed = sum(sizes[BASE][layer] - sizes[fmt][layer] for layer, fmt in level.layers.items())
+        found.append(ProfileLevel(level.layers, row["kl_predicted"], row["kl"], freed, row["step_time_factor"]))
     return found
 
 

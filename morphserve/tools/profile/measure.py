@@ -14,7 +14,7 @@ from typing import Any
 from morphserve.errors import MorphServeError, ProfilingError
 from morphserve.serve_dtype import add_dtype_option, resolve_dtype
 
-Rungs = Sequence[Mapping[int, str]]  # decoder layer id |-> format; the others are at full precision
+Levels = Sequence[Mapping[int, str]]  # decoder layer id |-> format; the others are at full precision
 
 
 def main(argv: list[str] | None = None, description: str = "What does a format cost?") -> int:
@@ -35,24 +35,24 @@ def main(argv: list[str] | None = None, description: str = "What does a format c
     return 0
 
 
-def measure_apart(model: str, rungs: Rungs, *arguments: object) -> dict[str, Any]:
+def measure_apart(model: str, levels: Levels, *arguments: object) -> dict[str, Any]:
     """Run this command in a process of its own, as vLLM binds and fills the one that it is in.
 
     Args:
         model: directory or hub name.
-        rungs: what is measured.
+        levels: what is measured.
         arguments: further words of the command line.
 
     Returns:
-        The command's JSON document; its `rows` are in the order of the rungs.
+        The command's JSON document; its `rows` are in the order of the levels.
 
     Raises:
         ProfilingError: it failed, with its last words.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "rungs.json"
-        file.write_text(json.dumps([dict(rung) for rung in rungs]), encoding="utf-8")
-        command = [sys.executable, "-m", __name__, model, "--rungs", file, *arguments]
+        file = Path(scratch) / "levels.json"
+        file.write_text(json.dumps([dict(level) for level in levels]), encoding="utf-8")
+        command = [sys.executable, "-m", __name__, model, "--levels", file, *arguments]
         done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     if done.returncode:
         raise ProfilingError(f"the levels could not be measured (vLLM said: {done.stderr.strip()[-500:]}).")
@@ -77,7 +77,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
                         help="where a format's layers come from")  # fmt: skip
     parser.add_argument("--kernel", action="append", default=[], metavar="FORMAT=NAME", help="which kernel runs it")
     parser.add_argument("--formats", nargs="+", default=list(DEFAULT_FORMATS), choices=list(FORMATS))
-    parser.add_argument("--rungs", type=Path, help="JSON: a list of {layer: format}, to measure instead of formats")
+    parser.add_argument(
+        "--levels", "--rungs", type=Path, help="JSON: a list of {layer: format}, to measure instead of formats"
+    )
     parser.add_argument("--predict-text", nargs="+", type=Path, help="measure on this text too, as `kl_predicted`")
     parser.add_argument("--predict-windows", type=int, help="of that text, per file; default: as many as --windows")
     parser.add_argument("--predict-offset", type=float, default=0.0, help="like --offset, for that text")
@@ -88,22 +90,22 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
-    from morphserve.integration.offline.served_model import ServedModel, measure_rungs
+    from morphserve.integration.offline.served_model import ServedModel, measure_levels
     from morphserve.tools.profile.text import token_windows
 
     dtype = resolve_dtype(args.dtype, args.model)
-    rungs = _read_rungs(args.rungs)
-    formats = list(dict.fromkeys(fmt for rung in rungs for fmt in rung.values())) or list(dict.fromkeys(args.formats))
+    levels = _read_levels(args.levels)
+    formats = list(dict.fromkeys(fmt for level in levels for fmt in level.values()) or dict.fromkeys(args.formats))
     settings = _settings(args, formats)
     with ServedModel(args.model, args.length, settings, enforce_eager=not args.compiled, dtype=dtype) as model:
-        names = [f"level {index}" for index in range(len(rungs))] or formats
-        rungs = rungs or [dict.fromkeys(range(model.num_layers), fmt) for fmt in formats]
+        names = [f"level {index}" for index in range(len(levels))] or formats
+        levels = levels or [dict.fromkeys(range(model.num_layers), fmt) for fmt in formats]
         texts = token_windows(model.tokenizer, args.text, args.windows, args.length, args.offset).tolist()
-        rows = measure_rungs(model, rungs, texts, args.timed)
+        rows = measure_levels(model, levels, texts, args.timed)
         if args.predict_text is not None:
             count = args.predict_windows or args.windows
             predict = token_windows(model.tokenizer, args.predict_text, count, args.length, args.predict_offset)
-            for row, predicted in zip(rows, measure_rungs(model, rungs, predict.tolist()), strict=True):
+            for row, predicted in zip(rows, measure_levels(model, levels, predict.tolist()), strict=True):
                 row["kl_predicted"] = predicted["kl"]
     return {
         "positions": len(texts) * (args.length - 1),
@@ -114,14 +116,14 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _read_rungs(file: Path | None) -> list[dict[int, str]]:
+def _read_levels(file: Path | None) -> list[dict[int, str]]:
     if file is None:
         return []
-    return [{int(layer): fmt for layer, fmt in rung.items()} for rung in json.loads(file.read_text())]
+    return [{int(layer): fmt for layer, fmt in level.items()} for level in json.loads(file.read_text())]
 
 
 def _settings(args: argparse.Namespace, formats: Sequence[str]) -> dict[str, Any]:
-    of_profile = args.profile is not None and args.rungs is not None
+    of_profile = args.profile is not None and args.levels is not None
     return {
         "ladder": {"steps": "profile"} if of_profile else {"steps": [{"format": fmt} for fmt in formats]},
         "profile": args.profile,

@@ -10,10 +10,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from quant_layers import Rung  # noqa: E402
+from quant_layers import ProfileLevel  # noqa: E402
 
 
-def plot_frontier(ladders: Mapping[str, Sequence[Rung]], file: Path) -> None:
+def plot_frontier(ladders: Mapping[str, Sequence[ProfileLevel]], file: Path) -> None:
     """What each ladder's levels free and cost, and how fast they step where that was measured.
 
     Args:
@@ -22,8 +22,8 @@ def plot_frontier(ladders: Mapping[str, Sequence[Rung]], file: Path) -> None:
     """
     figure, (cost, speed) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name, ladder in ladders.items():
-        freed = [rung.bytes_freed / 2**20 for rung in ladder]
-        (line,) = cost.plot(freed, [rung.expected_kl for rung in ladder], "--", label=f"{name}, expected")
+        freed = [level.bytes_freed / 2**20 for level in ladder]
+        (line,) = cost.plot(freed, [level.expected_kl for level in ladder], "--", label=f"{name}, expected")
         measured = [(f, r.measured_kl) for f, r in zip(freed, ladder, strict=True) if r.measured_kl is not None]
         if len(measured) > 1:
             cost.plot(*zip(*measured, strict=True), "o-", color=line.get_color(), label=f"{name}, measured", ms=4)

@@ -74,11 +74,11 @@ class SimEngine:
     def _step(self) -> None:
         """Do one turn of the engine core's loop."""
         scheduler, morphing, flights = self._scheduler, self._morphing, self._flights
-        level, rung = 0, None
+        level, settled_level = 0, None
         if morphing is not None:
             pause_s = morphing.tick(scheduler)
             level = morphing.controller.effective_level
-            rung = None if pause_s or morphing.controller.in_transition else morphing.rung
+            settled_level = None if pause_s or morphing.controller.in_transition else morphing.settled_level
             scheduler.level = level
             self._pause_s += pause_s
             if self._depth == 1:
@@ -91,14 +91,14 @@ class SimEngine:
             self._pause_s = 0.0
             seconds = self._pace.seconds(batch.num_seqs, batch.prefill_tokens, batch.context_tokens)
             self._busy_until_s = start_s + seconds
-            flights.append((batch, self._busy_until_s, level, rung))
+            flights.append((batch, self._busy_until_s, level, settled_level))
             if len(flights) < self._depth:
                 return
         assert flights or batch.preempted, "requests wait, nothing runs, and none of them fits"
         if flights:
             self._complete(*flights.popleft())
 
-    def _complete(self, batch: Batch, end_s: float, level: int, rung: int | None) -> None:
+    def _complete(self, batch: Batch, end_s: float, level: int, settled_level: int | None) -> None:
         limited = self._counts_queue
         if limited:
             self._knock(end_s)  # they came before the tokens of this step were known
@@ -109,7 +109,7 @@ class SimEngine:
         if limited:
             self._queued_tokens -= sum(request.prompt_tokens for request in batch.firsts)
         if self._morphing is not None:
-            self._morphing.on_completed(end_s, batch, rung)
+            self._morphing.on_completed(end_s, batch, settled_level)
 
     # ---- what is no step
 

@@ -129,7 +129,7 @@ class Morphing:
         return executor.pause_s
 
     @property
-    def rung(self) -> int | None:
+    def settled_level(self) -> int | None:
         """The level that all layers are at; None = they are between two."""
         level = self.controller.level
         return level if level == self.controller.effective_level else None
