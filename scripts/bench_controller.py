@@ -149,8 +149,8 @@ def _drive(args: argparse.Namespace, log_file: Path) -> int:
     if log is not None:
         log.close()
     cpu_s = time.process_time() - time.thread_time() - cpu_s
-    if controller.tripped:
-        return fail("bench_controller", "the controller tripped")
+    if controller.failed:
+        return fail("bench_controller", "the controller failed")
     more = {
         "decision_log": args.decision_log,
         "gzip": args.gzip,

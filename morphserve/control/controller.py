@@ -31,7 +31,7 @@ class Controller:
         3. weights + KV + staging stay within the budget of every rank's ledger, also in mid-transition.
         4. A rank that fails to prepare, or does not in time, leaves the old level in force on all ranks, one
            WARNING and one count, and a back-off.
-        5. `tick` never raises: an error trips the controller, which finishes or undoes what is under
+        5. `tick` never raises: an error makes the controller fail, which finishes or undoes what is under
            way and then leaves the engine at the level it has.
     """
 
@@ -111,17 +111,17 @@ class Controller:
     @property
     def max_queued_tokens(self) -> int | None:
         """Requests beyond so many waiting prompt tokens are to be refused at the door; None = none are."""
-        return None if self.tripped else self._policy_host.decision.max_queued_tokens
+        return None if self.failed else self._policy_host.decision.max_queued_tokens
 
     @property
     def in_transition(self) -> bool:
         """Whether the next step has something to do here, whatever the policy says."""
         if self.health is Health.DEAD:
             return False
-        return self.phase is not Phase.IDLE or (not self.tripped and self._transition is not None)
+        return self.phase is not Phase.IDLE or (not self.failed and self._transition is not None)
 
     @property
-    def tripped(self) -> bool:
+    def failed(self) -> bool:
         """Whether an error ended morphing: it never starts again."""
         return self.health is not Health.RUNNING
 
@@ -132,7 +132,7 @@ class Controller:
             return False
         if self._runner.phase is not Phase.IDLE:
             return True
-        if self.tripped:
+        if self.failed:
             return False
         if self._policy_host.has_successor or self._policy_host.decision.level != self.level:
             return True
@@ -155,7 +155,7 @@ class Controller:
             "reason": self._policy_host.decision.reason,
             "phase": self.phase.name.lower(),
             "revision": self._runner.revision,
-            "tripped": self.tripped,
+            "failed": self.failed,
             "max_queued_tokens": self.max_queued_tokens,
             "layers_by_format": layers,
             "num_kv_blocks": self._pool.num_kv_blocks,
@@ -183,7 +183,7 @@ class Controller:
         Raises:
             ConfigError: no policy is asked any more.
         """
-        if self.tripped:
+        if self.failed:
             raise ConfigError("MorphServe gave up after an error, no policy is asked any more. Restart the server.")
         self._policy_host.replace(policy, note, setup)
 
@@ -197,7 +197,7 @@ class Controller:
         place = "clock"
         try:
             now = self._clock()
-            if not self.tripped:
+            if not self.failed:
                 place = "monitor"
                 signals = self._monitor.snapshot(
                     now,
@@ -210,7 +210,7 @@ class Controller:
                 place = "policy"
                 self._policy_host.consult(signals)
         except Exception:
-            self._trip(place)
+            self._fail(place)
         try:
             self._drive(self._clock())
             self._publish()
@@ -257,7 +257,7 @@ class Controller:
 
     def _is_wanted(self, direction: Direction) -> bool:
         """Return whether the newest decision still lies in the direction of the swap batch under way."""
-        if self.tripped:
+        if self.failed:
             return False
         if direction == "degrade":
             return self._policy_host.decision.level > self.level
@@ -266,11 +266,11 @@ class Controller:
     def _next_target(self, now: float) -> int | None:
         """Return the target of the next swap batch; close the transition when it is done or must turn."""
         state = self._layer_state
-        target = None if self.tripped else state.next_target(self._policy_host.decision.level)
+        target = None if self.failed else state.next_target(self._policy_host.decision.level)
         transition = self._transition
         direction = None if target is None else state.direction(target)
         if transition is not None and direction != transition.direction:
-            self._close_transition(now, "committed" if target is None and not self.tripped else "cancelled")
+            self._close_transition(now, "committed" if target is None and not self.failed else "cancelled")
         self._backoff.see_room(self._pool.num_used_blocks)
         if direction is not None and not self._backoff.allows(now, direction):
             return None
@@ -346,16 +346,16 @@ class Controller:
                 self._last_effective_level = effective_level
             except Exception:
                 # Who must know of the level does not: told again at the next step, and no new transition.
-                self._trip("on_level")
+                self._fail("on_level")
 
     # ---- errors
 
-    def trip(self, place: str) -> None:
+    def fail(self, place: str) -> None:
         """Rest because what feeds the controller broke outside of it: the same as an error of the policy."""
-        if not self.tripped:
-            self._trip(place)
+        if not self.failed:
+            self._fail(place)
 
-    def _trip(self, place: str) -> None:
+    def _fail(self, place: str) -> None:
         """Undo or finish, then rest: the policy or what feeds it is broken; ranks and pool are fine."""
         self.counters.count_error(place)
         self.health = self.health.to(Health.RESTING)

@@ -156,4 +156,4 @@ def test_broken_log_does_not_trip_the_controller(tmp_path: Path) -> None:
     rig = Rig(log=log)
     rig.go_to(1)
     log.close()
-    assert rig.controller.counters.errors == {"decision_log": 1} and not rig.controller.tripped
+    assert rig.controller.counters.errors == {"decision_log": 1} and not rig.controller.failed

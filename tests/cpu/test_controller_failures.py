@@ -196,7 +196,7 @@ def test_a_failing_restore_does_not_keep_from_degrading() -> None:
     assert len(attempts(rig, 10.0)) == 1 and rig.controller.level == 1
 
 
-def test_policy_error_trips_and_unfences(caplog: pytest.LogCaptureFixture) -> None:
+def test_policy_error_fails_and_unfences(caplog: pytest.LogCaptureFixture) -> None:
     """Guards: a broken policy kills the engine, leaves a fence, or is asked again."""
     rig = Rig()
     rig.go_to(3)
@@ -235,7 +235,7 @@ def test_policy_error_at_any_step_leaves_pool_and_ranks_agreeing(
 
 
 @pytest.mark.parametrize("level", [-1, 99])
-def test_policy_answer_off_the_ladder_trips(level: int) -> None:
+def test_policy_answer_off_the_ladder_fails(level: int) -> None:
     """Guards: an index error half-way through a transition instead of a refusal before it."""
     rig = Rig()
     rig.script.level = level
@@ -243,7 +243,7 @@ def test_policy_answer_off_the_ladder_trips(level: int) -> None:
     assert rig.controller.counters.errors == {"policy": 1} and not rig.executor.sent
 
 
-def test_monitor_error_trips() -> None:
+def test_monitor_error_fails() -> None:
     """Guards: an error in the monitor reaches the scheduler."""
     rig = Rig()
     rig.monitor.snapshot = lambda *args: 1 / 0  # type: ignore[method-assign,assignment]
@@ -295,7 +295,7 @@ def test_every_error_is_a_legal_move() -> None:
     rig.executor.run_commands()
     rig.tick()
     assert controller.health is Health.DEAD
-    controller.trip("glue")
+    controller.fail("hooks")
     rig.tick()
     assert controller.counters.errors == {"on_level": 2, "controller": 1}
 
@@ -314,11 +314,11 @@ def test_exception_in_a_port_never_leaves_tick(method: str) -> None:
     rig.script.level = 0
     rig.step(20)
     assert rig.controller.counters.errors == {"controller": 1}
-    assert rig.pool.fence is None and rig.controller.tripped
+    assert rig.pool.fence is None and rig.controller.failed
     assert rig.pool.allocate(1, rig.pool.num_kv_blocks - 1)
 
 
-def test_on_level_error_trips_and_is_told_again() -> None:
+def test_on_level_error_fails_and_is_told_again() -> None:
     """Guards: degraded KV is cached as clean because whoever must know of the level was never told."""
     rig = Rig()
     told: list[int] = []
@@ -332,7 +332,7 @@ def test_on_level_error_trips_and_is_told_again() -> None:
     rig.script.level = 1
     rig.step(20)
     assert told[:2] == [told[0]] * 2, "not told again"
-    assert rig.controller.counters.errors == {"on_level": 1} and rig.controller.tripped
+    assert rig.controller.counters.errors == {"on_level": 1} and rig.controller.failed
 
 
 @pytest.mark.parametrize("level", [1, 0])
@@ -346,7 +346,7 @@ def test_single_rank_that_cannot_prepare_keeps_the_old_level(level: int) -> None
     rig.script.level = level
     rig.step(6)
     assert rig.controller.level == rig.controller.effective_level == before
-    assert rig.pool.num_kv_blocks == blocks and not rig.controller.tripped
+    assert rig.pool.num_kv_blocks == blocks and not rig.controller.failed
     assert rig.controller.counters.errors == {"prepare": 1}
     rig.executor.fail = lambda command, plan, r: ""
     rig.go_to(level)
@@ -361,7 +361,7 @@ def test_single_rank_may_hold_less_than_the_ladder_counts() -> None:
     rig.executor.fail = lambda command, plan, r: "no memory" if command == "alone" else ""
     rig.script.level = 0
     rig.step(6)
-    assert rig.controller.level == 3 and not rig.controller.tripped
+    assert rig.controller.level == 3 and not rig.controller.failed
     assert rig.controller.counters.errors == {"prepare": 1}
 
 
@@ -378,4 +378,4 @@ def test_single_rank_half_way_is_no_abort() -> None:
     rig.executor._obey = half_done  # type: ignore[method-assign]
     rig.script.level = 0
     rig.step(4)
-    assert rig.controller.tripped and rig.controller.counters.errors == {"controller": 1}
+    assert rig.controller.failed and rig.controller.counters.errors == {"controller": 1}

@@ -56,7 +56,7 @@ def test_a_rank_that_does_not_prepare_in_time_aborts_on_all(
         assert all(r.formats == list(rig.ladder[start].layer_formats) for r in rig.executor.ranks)
         rig.executor.stuck = set()
         rig.step(4)
-    assert rig.controller.phase is Phase.IDLE and not rig.controller.tripped
+    assert rig.controller.phase is Phase.IDLE and not rig.controller.failed
     assert rig.controller.level == rig.controller.effective_level == start
     assert all(r.staged is None for r in rig.executor.ranks) and rig.ledger["staging"] == 0
     assert rig.pool.num_kv_blocks == rig.ladder[start].num_kv_blocks
@@ -126,7 +126,7 @@ def test_what_cannot_be_taken_back_is_waited_for_and_said_once(command: str, cap
         assert len(said) == 1 and f"goes on with {BASE_BLOCKS} KV blocks and waits" in said[0]
         rig.executor.fail = lambda sent, plan, r: ""
         rig.step(60, seconds=STEP_S)
-    assert rig.controller.level == 1 and not rig.controller.tripped
+    assert rig.controller.level == 1 and not rig.controller.failed
     assert "rank_timeout" not in rig.controller.counters.errors
 
 

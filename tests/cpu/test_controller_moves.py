@@ -290,7 +290,7 @@ def test_ticks_cost_and_keep_the_same_after_long_use() -> None:
     before = size_of(rig.controller)
     run(99_750)  # whole rounds of 350 ticks, so both ends stand at the same place
     assert size_of(rig.controller) == before
-    assert not rig.controller.tripped
+    assert not rig.controller.failed
 
 
 def test_plans_carry_rising_revisions() -> None:

@@ -110,9 +110,9 @@ class AnyHistory(RuleBasedStateMachine):
         self.rig.step(count)
 
     @invariant()
-    def never_trips(self) -> None:
+    def never_fails(self) -> None:
         if hasattr(self, "rig"):
-            assert not self.rig.controller.tripped, self.rig.controller.status()
+            assert not self.rig.controller.failed, self.rig.controller.status()
 
     def teardown(self) -> None:
         """Without failures every level can be reached, and level 0 is where it all began."""

@@ -309,7 +309,7 @@ def test_new_policy_is_asked_from_the_next_tick(tmp_path: Path) -> None:
     assert rig.controller.level >= reached
     rig.pool.finish(1)
     rig.step(100)
-    assert rig.controller.level == 0 and not rig.controller.tripped
+    assert rig.controller.level == 0 and not rig.controller.failed
     log.close()
     found = replay(path)
     assert found.agrees and found.compared == 120 and found.policies == ["threshold default", "threshold performance"]
@@ -333,7 +333,7 @@ def test_new_policy_goes_on_from_the_level(policy: str, burst: bool) -> None:
     for _ in range(20):
         rig.step()
         levels.append(rig.controller.level)
-    assert not rig.controller.tripped
+    assert not rig.controller.failed
     if burst:
         assert min(levels) >= 3
     elif policy == "threshold":
@@ -360,7 +360,7 @@ def test_transition_under_way_goes_on(direction: str, steps: int) -> None:
     rig.controller.replace_policy(new, "edited", _slo())
     rig.step(60)
     assert new.level == (4 if direction == "degrade" else 0) == rig.controller.level
-    assert rig.controller.phase is Phase.IDLE and not rig.controller.tripped
+    assert rig.controller.phase is Phase.IDLE and not rig.controller.failed
     outcomes = {key: n for key, n in rig.controller.counters.transitions.items() if key[1] != "committed"}
     assert outcomes == {}
 

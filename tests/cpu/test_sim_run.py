@@ -122,7 +122,7 @@ def test_promises_hold_at_every_step(
         assert pool.num_kv_blocks <= ladder[controller.effective_level].num_kv_blocks
         paid = morphing.executor._weight_bytes + pool.num_kv_blocks * CALIBRATION.rank.kv_block_bytes
         assert paid <= ladder[0].weight_bytes + ladder[0].num_kv_blocks * CALIBRATION.rank.kv_block_bytes
-        assert not controller.tripped
+        assert not controller.failed
         seen.add(controller.phase.name)
 
     monkeypatch.setattr(SimEngine, "_step", checked)

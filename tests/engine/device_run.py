@@ -66,7 +66,7 @@ def test_layers_and_blocks_exchange_pages_under_load(short_model: Path, variant_
         assert generate(llm, USED, 24) == before
         assert memory_of(llm) == pages, "pages do not come back"
         assert compilations() == counted
-        assert not morph_of(llm).controller.status()["tripped"]
+        assert not morph_of(llm).controller.status()["failed"]
 
 
 @needs_two_cores
@@ -89,4 +89,4 @@ def test_two_ranks_work_beside_their_steps(tiny_llama: Path, tmp_path: Path, two
         for one, other in combinations((base, w8, w4), 2):
             assert all(a[1] != b[1] for a, b in zip(one, other, strict=True))
         assert llm.llm_engine.collective_rpc("morphserve_memory") == pages
-        assert not morph_of(llm).controller.status()["tripped"]
+        assert not morph_of(llm).controller.status()["failed"]

@@ -70,8 +70,8 @@ def lines(logged: pytest.LogCaptureFixture, text: str) -> list[logging.LogRecord
         (VllmBlockPool, "grow", "controller"),
         (RpcExecutor, "_send", "controller"),
         (Monitor, "snapshot", "monitor"),
-        (Monitor, "on_step", "glue"),
-        (Monitor, "on_scheduled", "glue"),
+        (Monitor, "on_step", "hooks"),
+        (Monitor, "on_scheduled", "hooks"),
     ],
 )
 def test_an_error_of_ours_does_not_reach_vllm(
@@ -83,7 +83,7 @@ def test_an_error_of_ours_does_not_reach_vllm(
     name: str,
     where: str,
 ) -> None:
-    """Guards rule 6: an exception in controller, monitor or glue kills the engine, or fails in silence."""
+    """Guards rule 6: an exception in controller, monitor or hooks kills the engine, or fails in silence."""
     follow(llm, DEGRADE)
     monkeypatch.setattr(owner, name, broken)
     during = run(llm)
@@ -95,7 +95,7 @@ def test_an_error_of_ours_does_not_reach_vllm(
     if name != "grow":  # only that one breaks after layers have switched
         assert during == before
         assert status["layers_by_format"] == {"base": 30}
-    rest = run(llm)  # a server that has tripped keeps serving, and does not try again
+    rest = run(llm)  # a server that has failed keeps serving, and does not try again
     assert rest == run(llm)
     assert morph_of(llm).status()["errors"] == {where: 1}
 

@@ -176,7 +176,7 @@ def test_sliding_windows_beside_full_attention(tmp_path: Path, variant_cache: Pa
         follow(llm, {0: deepest, 20: 0})
         ask()
         settle(llm, 0)
-        assert ask() == expected and not morph.controller.tripped
+        assert ask() == expected and not morph.controller.failed
 
 
 @pytest.mark.parametrize(

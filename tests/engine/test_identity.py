@@ -40,7 +40,7 @@ def level_zero(llm: Any) -> Iterator[None]:
     yield
     follow(llm, {0: 0})
     settle(llm, 0)
-    assert not morph_of(llm).controller.tripped
+    assert not morph_of(llm).controller.failed
 
 
 def hits(llm: Any) -> int:

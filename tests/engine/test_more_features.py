@@ -39,7 +39,7 @@ def llm(tiny_llama: Path, demo_model: Path, variant_cache: Path) -> Iterator[Any
     }
     with engine(tiny_llama, variant_cache, CONFIG, **options) as started:
         yield started
-        assert not morph_of(started).controller.tripped
+        assert not morph_of(started).controller.failed
 
 
 # ---- beam search

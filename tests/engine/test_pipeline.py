@@ -75,7 +75,7 @@ def level_zero(llm: Any) -> Iterator[None]:
     yield
     rpc(llm, rank_probe.heal)
     go(llm, 0)
-    assert not morph_of(llm).controller.tripped
+    assert not morph_of(llm).controller.failed
 
 
 def in_flight(llm: Any) -> int:

@@ -249,7 +249,7 @@ class World:
 
     def check(self, output: Any) -> None:
         """No block that some rank has yet to map leaves the scheduler: rule 1."""
-        assert not self.morph.controller.tripped, self.morph.controller.status()
+        assert not self.morph.controller.failed, self.morph.controller.status()
         assert self.scheduler.kv_cache_manager.block_pool.num_gpu_blocks <= self.morph.pool.num_kv_blocks
         assert isinstance(self.scheduler, AsyncScheduler)
 

@@ -76,7 +76,7 @@ class World(Requests):
     def check_cheaply(self) -> None:
         self.ranks.check()
         assert self.port.num_kv_blocks == self.model.published
-        assert not self.controller.tripped, f"the controller gave up: {self.controller.status()['counters']}"
+        assert not self.controller.failed, f"the controller gave up: {self.controller.status()['counters']}"
 
     def check_all(self) -> None:
         self.counts["full_checks"] += 1

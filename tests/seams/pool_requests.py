@@ -130,7 +130,7 @@ class Requests:
             self.give_back()
 
     def on_level(self, level: int) -> None:
-        """What the engine's glue does at a switch. Which blocks leave the cache then is the provenance's choice."""
+        """What the engine's hooks do at a switch. Which blocks leave the cache then is the provenance's choice."""
         self.counts["levels"] += 1
         self.provenance.set_level(level)
         self.level = level

@@ -114,7 +114,7 @@ def test_a_level_is_asked_for_through_the_controller(monkeypatch: pytest.MonkeyP
 def test_a_level_has_a_name_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a format that is taken for a level that has only some layers in it; steps for a level that is none."""
     asked: list[tuple[Any, str, Any]] = []
-    state = SimpleNamespace(level=0, in_transition=False, tripped=False)
+    state = SimpleNamespace(level=0, in_transition=False, failed=False)
     state.replace_policy = lambda *a: asked.append(a)
     formats = (("base", "base"), ("w8", "base"), ("w8", "w8"), ("w8", "w4"))
     ladder = tuple(MorphLevel(index, row, 1, 9) for index, row in enumerate(formats))
@@ -135,6 +135,6 @@ def test_a_level_has_a_name_too(monkeypatch: pytest.MonkeyPatch) -> None:
     engine.core.step_fn = step
     engine.set_level("w8")
     assert state.level == 2
-    state.tripped = True
+    state.failed = True
     with pytest.raises(MorphServeError, match="level 0 is not reached.*at level 2, errors {'policy': 1}"):
         engine.set_level(0)

@@ -28,13 +28,13 @@ class CountingController:
 
     def __init__(self) -> None:
         self.num_ticks = 0
-        self.tripped: list[tuple[str, Any]] = []
+        self.failed: list[tuple[str, Any]] = []
 
     def tick(self, view: Any) -> None:
         self.num_ticks += 1
 
-    def trip(self, where: str) -> None:
-        self.tripped.append((where, sys.exc_info()[1]))
+    def fail(self, where: str) -> None:
+        self.failed.append((where, sys.exc_info()[1]))
 
 
 def make_morph(**parts: Any) -> Any:
@@ -78,24 +78,24 @@ HOOKS: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-def test_an_exception_in_a_hook_trips_and_stays_inside(hook: str) -> None:
+def test_an_exception_in_a_hook_fails_and_stays_inside(hook: str) -> None:
     """Guards: an exception of ours ends vLLM's engine loop, is lost in silence, or is met again at every step."""
     morph = make_morph()
     for _ in range(3):
         getattr(morph, hook)(*HOOKS[hook])
     assert morph.health is Health.RESTING
-    ((where, error),) = morph.controller.tripped
-    assert where == "glue" and isinstance(error, OSError) and "planted" in str(error)
+    ((where, error),) = morph.controller.failed
+    assert where == "hooks" and isinstance(error, OSError) and "planted" in str(error)
 
 
-def test_a_tripped_controller_is_ticked_on() -> None:
-    """Guards: a transition under way is left half done, with its blocks fenced, after the glue has failed."""
+def test_a_failed_controller_is_ticked_on() -> None:
+    """Guards: a transition under way is left half done, with its blocks fenced, after the hooks has failed."""
     morph = make_morph()
     morph.on_arrival(REQUEST)
     assert morph.health is Health.RESTING and morph.controller.num_ticks == 0
     for _ in range(2):
         morph.before_schedule()
-    assert morph.controller.num_ticks == 2 and len(morph.controller.tripped) == 1
+    assert morph.controller.num_ticks == 2 and len(morph.controller.failed) == 1
 
 
 def test_what_has_failed_looks_at_nothing_more() -> None:

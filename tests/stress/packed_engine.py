@@ -197,7 +197,7 @@ def _same(now: Mapping[str, Any], then: Mapping[str, Any]) -> str:
 def _healthy(engine: Engine) -> str:
     """No transition has failed, and none is refused from now on."""
     status = engine.morph.controller.status()
-    want(status["tripped"], False)
+    want(status["failed"], False)
     return f"{status['phase']} at level {want(status['level'], 0)}"
 
 

@@ -159,7 +159,7 @@ class Morph:
             # Without its signals the policy must rest. The controller is ticked on: it finishes or undoes
             # what is under way, and the server goes on at the level it then has.
             self.health = self.health.to(Health.RESTING)
-            self.controller.trip("glue")  # logs the error under way
+            self.controller.fail("hooks")  # logs the error under way
 
     def _tick(self) -> None:
         view = EngineView(0, 0, 0.0) if self.health is Health.RESTING else self.traffic.view()

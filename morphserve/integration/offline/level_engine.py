@@ -108,7 +108,7 @@ class LevelEngine:
         """
         deadline_s = time.monotonic() + patience_s
         while not self.is_at(level):
-            if self.morph.controller.tripped or time.monotonic() > deadline_s:
+            if self.morph.controller.failed or time.monotonic() > deadline_s:
                 raise MorphServeError(
                     f"level {level} is not reached in {patience_s:.0f} s: the engine is at level "
                     f"{self.morph.controller.level}, errors {self.morph.status()['errors']}. The log above says what "

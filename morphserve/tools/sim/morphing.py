@@ -197,7 +197,7 @@ class Morphing:
         counters = status["counters"]
         return {
             **status,
-            "failed": self.controller.tripped,
+            "failed": self.controller.failed,
             "transitions": counters["transitions"],
             "transition_seconds": counters["transition_seconds"],
             "errors": counters["errors"],
