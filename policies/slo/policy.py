@@ -10,7 +10,7 @@ from policies.levels import max_level_of
 from policies.slo.correction import Correction
 from policies.slo.forecast import ArrivalForecast
 from policies.slo.limits import QualityBudget, TokenBucket
-from policies.slo.predictor import Load, Outlook, Predictor, Typical
+from policies.slo.predictor import Load, Prediction, Predictor, Typical
 from policies.step_times import StepTimes
 from policies.threshold import ThresholdPolicy
 from policies.types import Decision, EngineLimits, Ladder, Signals, StepLoad
@@ -127,7 +127,7 @@ class SloPolicy:
         by_threshold = self._fallback.decide(s)  # always asked, so that its dwell is right when it must take over
         heading = min(s.target_level, len(self._ladder) - 1)
         load = self._load(s, 1.0)
-        here = self._predictor.outlook(heading, load, self._delay_s(s, heading))
+        here = self._predictor.predict(heading, load, self._delay_s(s, heading))
         if s.waiting and not s.waiting[-1].has_token:
             self.correction.watch(s.waiting[-1], s.now_s + here.last_wait_s)  # trust can come back, too
         self.dwell.decay(s.now_s)
@@ -149,16 +149,17 @@ class SloPolicy:
         if self._is_calm(s, load, heading):
             self._max_queued_tokens = None
             return self._stay(heading, "nothing to do")
-        outlooks = [self._predictor.outlook(level, load, self._delay_s(s, level)) for level in range(len(self._ladder))]
-        here = outlooks[heading]
-        best = self._cheapest(outlooks, load)
-        self._shed(outlooks, load)
+        levels = range(len(self._ladder))
+        predictions = [self._predictor.predict(level, load, self._delay_s(s, level)) for level in levels]
+        here = predictions[heading]
+        best = self._cheapest(predictions, load)
+        self._shed(predictions, load)
         binds = here.binds and not self._wait_elsewhere(s, load)
-        if binds and self._thresholds_decide(outlooks, best, heading, by_threshold, load):
+        if binds and self._thresholds_decide(predictions, best, heading, by_threshold, load):
             return self._follow(s, heading, by_threshold)
         if best > heading:
             self._fits_since = [None] * len(self._ladder)  # no shallower one does
-            saved = here.violations - outlooks[best].violations
+            saved = here.violations - predictions[best].violations
             if not binds:
                 return self._stay(heading, f"late {here.share:.0%}, but KV does not bind")
             dearer = (self._costs[best] - self._costs[heading]) / max(self._costs[-1], 1e-9)
@@ -169,7 +170,7 @@ class SloPolicy:
                 return self._stay(heading, f"level {best} is not needed yet")
             if self._bucket.level < 1.0:
                 return self._stay(heading, "too many changes of the level lately")
-            what = f"late {here.share:.0%} -> {outlooks[best].share:.0%} of {here.requests:.0f}"
+            what = f"late {here.share:.0%} -> {predictions[best].share:.0%} of {here.requests:.0f}"
             return self._go(s, best, f"{what}, wait {here.last_wait_s:.1f} s, tpot {here.tpot_s * 1000:.0f} ms")
         if heading > 0:
             level = self._rested(s, heading)
@@ -182,7 +183,7 @@ class SloPolicy:
         if self._is_calm(s, load, 0):
             self._max_queued_tokens = None
         else:
-            self._shed([self._predictor.outlook(0, load, self._delay_s(s, 0))], load)
+            self._shed([self._predictor.predict(0, load, self._delay_s(s, 0))], load)
         return self._stay(0, "quality budget spent") if heading == 0 else self._go(s, 0, "quality budget spent")
 
     def _follow(self, s: Signals, heading: int, asked: Decision) -> Decision:
@@ -199,12 +200,12 @@ class SloPolicy:
         coming = load.arrival_rate * load.horizon_s
         return (s.num_running + coming) * load.typical.final_blocks < 0.5 * self._usable[0]
 
-    def _shed(self, outlooks: list[Outlook], load: Load) -> None:
+    def _shed(self, predictions: list[Prediction], load: Load) -> None:
         """Let no more wait than are served in time where no level keeps the promise: a late answer helps nobody."""
         if not self._config.shed:
             return
-        best = min(range(len(outlooks)), key=lambda level: outlooks[level].violations)
-        share = outlooks[best].share
+        best = min(range(len(predictions)), key=lambda level: predictions[level].violations)
+        share = predictions[best].share
         if share > (_REFUSE_SHARE if self._max_queued_tokens is None else _ACCEPT_SHARE):
             served = self._predictor.release_rate(best, load) * load.ttft_s * _QUEUE_SHARE
             self._max_queued_tokens = max(int(served * load.typical.prompt_tokens), 1)
@@ -212,7 +213,7 @@ class SloPolicy:
             self._max_queued_tokens = None
 
     def _thresholds_decide(
-        self, outlooks: list[Outlook], best: int, heading: int, by_threshold: Decision, load: Load
+        self, predictions: list[Prediction], best: int, heading: int, by_threshold: Decision, load: Load
     ) -> bool:
         """Return whether thresholds decide: no level keeps the promise, and the queue may be a short one.
 
@@ -220,13 +221,13 @@ class SloPolicy:
         speed, and thresholds, which go by the blocks that are held, have fewer late. Not where compute is so short that
         a deeper level would only make it worse.
         """
-        here, there = outlooks[heading], outlooks[min(by_threshold.level, len(outlooks) - 1)]
-        if self._keeps_promise(outlooks[best]) or here.last_wait_s > _LONG_QUEUE * load.ttft_s:
+        here, there = predictions[heading], predictions[min(by_threshold.level, len(predictions) - 1)]
+        if self._keeps_promise(predictions[best]) or here.last_wait_s > _LONG_QUEUE * load.ttft_s:
             return False
         return by_threshold.level <= heading or there.violations <= _WORSE * here.violations
 
-    def _keeps_promise(self, outlook: Outlook) -> bool:
-        return outlook.violations <= self.targets.target * max(outlook.requests, 1.0)
+    def _keeps_promise(self, prediction: Prediction) -> bool:
+        return prediction.violations <= self.targets.target * max(prediction.requests, 1.0)
 
     def _has_time(self, s: Signals, heading: int, level: int, load: Load) -> bool:
         """Return whether free blocks outlast the way to `level`, with those who wait admitted and nobody ending."""
@@ -241,33 +242,33 @@ class SloPolicy:
         free = self._usable[min(s.level, len(self._usable) - 1)] - s.used_kv_blocks
         return free >= 2 * load.typical.final_blocks and s.oldest_wait_s > max(_PROMPT_S, 3 * s.step_s)
 
-    def _cheapest(self, outlooks: list[Outlook], load: Load) -> int:
+    def _cheapest(self, predictions: list[Prediction], load: Load) -> int:
         """Return the level of least quality cost within the target, else among those that do about as well as any can.
 
         Where no level keeps the promise, demand is above supply, and what counts is how many requests a level serves
         per second. One that serves fewer than a shallower level offers room for a moment and a longer queue after it.
         """
-        levels = [level for level, outlook in enumerate(outlooks) if self._keeps_promise(outlook)]
+        levels = [level for level, prediction in enumerate(predictions) if self._keeps_promise(prediction)]
         if not levels:
-            rates = [self._predictor.release_rate(level, load) for level in range(len(outlooks))]
+            rates = [self._predictor.release_rate(level, load) for level in range(len(predictions))]
             sound = [level for level, rate in enumerate(rates) if rate >= _AS_FAST * max(rates[: level + 1])]
-            fewest = min(outlooks[level].violations for level in sound)
-            about = self.targets.target * max(outlooks[0].requests, 1.0)
-            levels = [level for level in sound if outlooks[level].violations <= fewest + about]
+            fewest = min(predictions[level].violations for level in sound)
+            about = self.targets.target * max(predictions[0].requests, 1.0)
+            levels = [level for level in sound if predictions[level].violations <= fewest + about]
         return min(levels, key=lambda level: (self._costs[level], level))
 
     def _rested(self, s: Signals, heading: int) -> int:
         """Return the shallowest level that would do with air, and has throughout the dwell."""
         load = self._load(s, _SAFETY)
         now = s.now_s
-        chosen, here = heading, self._predictor.outlook(heading, load, 0.0)
+        chosen, here = heading, self._predictor.predict(heading, load, 0.0)
         for level in reversed(range(heading)):
-            outlook = self._predictor.outlook(level, load, self._delay_s(s, level))
+            prediction = self._predictor.predict(level, load, self._delay_s(s, level))
             holds = s.used_kv_blocks <= _FILL_AFTER_RESTORE * self._usable[level]
-            late = not self._keeps_promise(outlook)
+            late = not self._keeps_promise(prediction)
             # Deeper is not always faster: in an overload all are late, and a level that computes faster is less.
-            quicker = outlook.last_wait_s < _QUICKER * here.last_wait_s and outlook.violations <= here.violations
-            if not quicker and (not holds or late or outlook.binds):
+            quicker = prediction.last_wait_s < _QUICKER * here.last_wait_s and prediction.violations <= here.violations
+            if not quicker and (not holds or late or prediction.binds):
                 self._fits_since[level] = None
                 continue
             since = self._fits_since[level]

@@ -47,7 +47,7 @@ class Typical:
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
+class Prediction:
     """A level's prediction."""
 
     violations: float  # expected number of requests that break a promise though they could keep it
@@ -85,7 +85,7 @@ class Predictor:
         self._times = times
         self._limits = limits
 
-    def outlook(self, level: int, load: Load, delay_s: float) -> Outlook:
+    def predict(self, level: int, load: Load, delay_s: float) -> Prediction:
         """Predict `level`, reached in `delay_s`."""
         s, typical, time = load.signals, load.typical, self._times[level]
         usable = self._usable[level]
@@ -118,7 +118,7 @@ class Predictor:
         requests += number
         running, squeezed = self._running(load, seats, release, tpot_s)
         binds = squeezed or ahead > room or (number > 0 and self._overflows(load, room - ahead, release))
-        return Outlook(violations + running, requests + s.num_running, binds, last_wait_s, tpot_s)
+        return Prediction(violations + running, requests + s.num_running, binds, last_wait_s, tpot_s)
 
     def _seats(self, usable_blocks: int, typical: Typical) -> float:
         """Return how many sequences the KV cache, and the engine's own limit, let run side by side."""

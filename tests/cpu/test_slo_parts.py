@@ -148,7 +148,7 @@ PACKED = replace(QUIET, num_running=10, used_kv_blocks=46, num_waiting=12, waiti
 
 def test_more_blocks_save_who_waits() -> None:
     """Guards: a prediction that sees no use in a deeper level while the queue waits for KV."""
-    here, deeper = (PREDICTOR.outlook(level, load(PACKED), 0.1) for level in (0, 1))
+    here, deeper = (PREDICTOR.predict(level, load(PACKED), 0.1) for level in (0, 1))
     assert here.binds and here.violations > 6
     assert deeper.violations < 1
 
@@ -156,15 +156,15 @@ def test_more_blocks_save_who_waits() -> None:
 def test_who_is_lost_is_no_reason() -> None:
     """Guards: degrading for requests whose promise is broken already, as if they could be saved."""
     lost = replace(PACKED, waiting=(Cohort(12, 768, 80.0, 90.0),))
-    assert PREDICTOR.outlook(0, load(lost), 0.0).violations < 12 * 0.3
+    assert PREDICTOR.predict(0, load(lost), 0.0).violations < 12 * 0.3
 
 
 def test_a_limit_of_its_own_counts() -> None:
     """Guards: a request's own promise ignored."""
     strict = replace(PACKED, num_running=4, used_kv_blocks=20, waiting=(Cohort(4, 256, 99.9, 99.9, ttft_s=0.15),))
     relaxed = replace(strict, waiting=(Cohort(4, 256, 99.9, 99.9, ttft_s=60.0),))
-    assert PREDICTOR.outlook(0, load(strict), 0.2).violations > 3
-    assert PREDICTOR.outlook(0, load(relaxed), 0.2).violations < 0.1
+    assert PREDICTOR.predict(0, load(strict), 0.2).violations > 3
+    assert PREDICTOR.predict(0, load(relaxed), 0.2).violations < 0.1
 
 
 def test_prefill_that_waits_for_compute_does_not_bind_kv() -> None:
@@ -173,13 +173,13 @@ def test_prefill_that_waits_for_compute_does_not_bind_kv() -> None:
         QUIET, num_kv_blocks=2000, num_running=4, used_kv_blocks=250, num_waiting=4, prompt_tokens=2000.0,
         output_tokens=13.0, blocks_per_request=63.0, waiting=(Cohort(4, 8000, 98.0, 99.5),),
     )  # fmt: skip
-    assert not Predictor((1999, 4000), TIMES, LIMITS).outlook(0, load(s, 1.0), 0.0).binds
+    assert not Predictor((1999, 4000), TIMES, LIMITS).predict(0, load(s, 1.0), 0.0).binds
 
 
 def test_cost_depends_on_cohorts_not_on_requests() -> None:
     """Guards: predictions that walk the queue."""
     many = replace(PACKED, num_waiting=10_000, waiting=(Cohort(10_000, 640_000, 90.0, 99.6),))
-    assert PREDICTOR.outlook(0, load(many), 0.0).violations > 1000
+    assert PREDICTOR.predict(0, load(many), 0.0).violations > 1000
 
 
 def test_long_answers_at_the_end_of_a_burst_take_more_room() -> None:
@@ -195,6 +195,6 @@ def test_a_slow_level_pays_for_those_it_would_lose() -> None:
     """Guards: requests that only a slow level cannot save counted as lost anyway, which makes it look good."""
     late_soon = replace(PACKED, step_s=0.02, waiting=(Cohort(12, 768, 98.1, 98.2),))
     slow = StepTime(5.0, 0.01, 0.001, 0.0)
-    assert Predictor((150,), (slow,), LIMITS).outlook(0, load(late_soon), 0.0).requests == pytest.approx(12 + 10)
+    assert Predictor((150,), (slow,), LIMITS).predict(0, load(late_soon), 0.0).requests == pytest.approx(12 + 10)
     preempted = replace(late_soon, tpot_s=0.05, waiting=(Cohort(12, 768, 98.1, 98.2, has_token=True),))
-    assert Predictor((150,), (slow,), LIMITS).outlook(0, load(preempted), 0.0).requests == pytest.approx(12 + 10)
+    assert Predictor((150,), (slow,), LIMITS).predict(0, load(preempted), 0.0).requests == pytest.approx(12 + 10)

@@ -23,13 +23,13 @@ from morphserve.control import (
 from morphserve.integration.engine.block_pool import VllmBlockPool
 from morphserve.integration.engine.executor import RpcExecutor
 from morphserve.integration.engine.histogram import TimeHistogram
+from morphserve.integration.engine.idle_ticker import IdleTicker
 from morphserve.integration.engine.provenance import Provenance
 from morphserve.integration.engine.publish import publish_base
 from morphserve.integration.engine.receipts import Receipts
 from morphserve.integration.engine.runtime import EngineRuntime
 from morphserve.integration.engine.status import StatusPage
 from morphserve.integration.engine.traffic import Traffic
-from morphserve.integration.engine.wake import IdleWaker
 from morphserve.integration.start import make_policy, policy_setup
 from policies import PolicySetup
 
@@ -70,10 +70,10 @@ class Morph:
         self.controller = self._make_controller()
         self._page = StatusPage(runtime, self.executor, self.worst_forward_bytes)
         self._watch = self._watch_settings()
-        self._waker: IdleWaker | None = None
+        self._idle_ticker: IdleTicker | None = None
         if hasattr(runtime.engine_core, "input_queue"):  # an in-process engine has none, and nobody to wake
             self.wake_due = True  # a step before the first request: the policy may want another level
-            self._waker = IdleWaker(runtime.engine_core.input_queue, self._claims_step)
+            self._idle_ticker = IdleTicker(runtime.engine_core.input_queue, self._claims_step)
 
     def _open_log(self) -> DecisionLog | None:
         runtime = self.runtime
@@ -227,8 +227,8 @@ class Morph:
     def close(self) -> None:
         """Stop the wake-ups and the watch, and flush the decision log. Re-entrant."""
         self._watch.close()
-        if self._waker is not None:
-            self._waker.close()
+        if self._idle_ticker is not None:
+            self._idle_ticker.close()
         self.wake_due = False
         if self.log is not None:
             self.log.close()

@@ -13,7 +13,7 @@ from morphserve.tools.sim.request import Batch, SimRequest, State
 from morphserve.tools.sim.scheduler import SimScheduler
 from morphserve.tools.sim.server import SimServer
 
-Flight = tuple[Batch, float, int, int | None]  # batch, its end, the level of its tokens, the level of all layers
+BatchInFlight = tuple[Batch, float, int, int | None]  # batch, its end, the level of its tokens, the level of all layers
 
 
 class SimEngine:
@@ -40,11 +40,11 @@ class SimEngine:
         self._morphing: Morphing | None = None
         self._recorder: Recorder | None = None
         self._depth = 2 if server.async_scheduling else 1  # steps under way, as vLLM's batch queue has it
-        self._flights: deque[Flight] = deque()
+        self._in_flight: deque[BatchInFlight] = deque()
         self._busy_until_s = 0.0  # end of the newest step
         self._pause_s = 0.0  # before the next step
         self._next = 0  # request that has not come yet
-        self._at_door: deque[SimRequest] = deque()  # has come, between two steps
+        self._admitted: deque[SimRequest] = deque()  # has come, between two steps
         self._queued_tokens = 0  # prompts of accepted requests without a first token
         self._oldest = 0  # request whose time-out comes next
         self._due_s = 0.0  # of the next thing that is no step
@@ -58,11 +58,11 @@ class SimEngine:
             self.now_s = -3600.0
             morphing.settle(self._scheduler, self._advance, self._server.idle_step_s)
             self.now_s = 0.0
-        scheduler, flights = self._scheduler, self._flights
+        scheduler, in_flight = self._scheduler, self._in_flight
         while True:
             if self._due_s <= self.now_s:
                 self._happen()
-            if not scheduler.running and not scheduler.waiting and not flights:
+            if not scheduler.running and not scheduler.waiting and not in_flight:
                 if not self._idle():
                     break
                 continue
@@ -73,7 +73,7 @@ class SimEngine:
 
     def _step(self) -> None:
         """Do one turn of the engine core's loop."""
-        scheduler, morphing, flights = self._scheduler, self._morphing, self._flights
+        scheduler, morphing, in_flight = self._scheduler, self._morphing, self._in_flight
         level, settled_level = 0, None
         if morphing is not None:
             pause_s = morphing.tick(scheduler)
@@ -91,17 +91,17 @@ class SimEngine:
             self._pause_s = 0.0
             seconds = self._pace.seconds(batch.num_seqs, batch.prefill_tokens, batch.context_tokens)
             self._busy_until_s = start_s + seconds
-            flights.append((batch, self._busy_until_s, level, settled_level))
-            if len(flights) < self._depth:
+            in_flight.append((batch, self._busy_until_s, level, settled_level))
+            if len(in_flight) < self._depth:
                 return
-        assert flights or batch.preempted, "requests wait, nothing runs, and none of them fits"
-        if flights:
-            self._complete(*flights.popleft())
+        assert in_flight or batch.preempted, "requests wait, nothing runs, and none of them fits"
+        if in_flight:
+            self._complete(*in_flight.popleft())
 
     def _complete(self, batch: Batch, end_s: float, level: int, settled_level: int | None) -> None:
         limited = self._counts_queue
         if limited:
-            self._knock(end_s)  # they came before the tokens of this step were known
+            self._admit(end_s)  # they came before the tokens of this step were known
         self.now_s = end_s
         self.ends.append(end_s)
         self._scheduler.complete(batch)
@@ -118,9 +118,9 @@ class SimEngine:
         now_s = self.now_s
         assert self._recorder is not None
         self._recorder.catch_up(now_s)
-        self._knock(now_s)
-        while self._at_door:
-            request = self._at_door.popleft()
+        self._admit(now_s)
+        while self._admitted:
+            request = self._admitted.popleft()
             self._scheduler.add(request)
             if self._morphing is not None:
                 self._morphing.on_arrival(now_s, request)
@@ -130,7 +130,7 @@ class SimEngine:
                 self._abort(request)
         self._due_s = min(self._recorder.due_s, self._next_arrival_s(), self._next_timeout_s(), self._next_cutoff_s())
 
-    def _knock(self, until_s: float) -> None:
+    def _admit(self, until_s: float) -> None:
         """Bring requests to the server's door, where those beyond the queue limit are refused."""
         limit = self._queue_limit()
         requests = self._requests
@@ -142,7 +142,7 @@ class SimEngine:
                 self.refused.append(request)
                 continue
             self._queued_tokens += request.prompt_tokens
-            self._at_door.append(request)
+            self._admitted.append(request)
 
     @property
     def _counts_queue(self) -> bool:

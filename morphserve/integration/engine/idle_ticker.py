@@ -9,7 +9,7 @@ from typing import Any
 WAKE_INTERVAL_S = 0.1  # how often an idle engine above level 0 makes a step of its own
 
 
-class IdleWaker:
+class IdleTicker:
     """A thread that asks `claims_step` at every interval, and wakes the engine whenever it says yes."""
 
     def __init__(self, input_queue: Any, claims_step: Callable[[], bool]) -> None:
