@@ -24,7 +24,7 @@ from quant_layers.store.layer_store import VariantStore
 from quant_layers.store.tensorfile import LayerTensors, digest
 from quant_layers.swap import (
     BIAS,
-    RECIPE_MARK,
+    SOURCE_MARK,
     Build,
     LayerSwapper,
     LinearSlot,
@@ -90,7 +90,7 @@ __all__ = [
     "QuantW4",
     "QuantW8",
     "read_profile",
-    "RECIPE_MARK",
+    "SOURCE_MARK",
     "register",
     "regroup",
     "ProfileLevel",

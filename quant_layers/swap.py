@@ -14,7 +14,7 @@ from quant_layers.formats.halves import BASE, HALVES, Half, half_of, join_format
 from quant_layers.kernels.cpu_linears import LinearImpl
 
 BIAS = "bias"  # tensor name under which a variant stores a bias that is not the base's
-RECIPE_MARK = "+"  # in a stored layer's kernel name: what comes after it says how the weights were prepared
+SOURCE_MARK = "+"  # in a stored layer's kernel name: what comes after it says how the weights were prepared
 # (layer, linear name, format, its tensors) -> what the forward pass calls
 Build = Callable[[int, str, str, dict[str, Tensor]], LinearImpl]
 

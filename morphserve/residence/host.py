@@ -19,7 +19,7 @@ from morphserve.residence.base import BaseLinear, PartsKey
 from morphserve.residence.host_memory import FREED_WEIGHTS_RETURN, resident_bytes, weights_on_their_own_pages
 from quant_layers import (
     BASE,
-    RECIPE_MARK,
+    SOURCE_MARK,
     STORE_SCHEMA,
     Build,
     Half,
@@ -128,7 +128,7 @@ class StoredParts:
     def _load(self, layer: int, fmt: str, parts: Sequence[Part], loaded: dict[Part, LoadedPart]) -> None:
         """Read the file of a layer in a format once, and build those halves of it."""
         row = self.store.entry(layer, fmt)
-        if fmt != BASE and row.kernel.partition(RECIPE_MARK)[0] != self._key.kernels[fmt].name:
+        if fmt != BASE and row.kernel.partition(SOURCE_MARK)[0] != self._key.kernels[fmt].name:
             here = self._key.kernels[fmt].name
             raise self._useless(f"layer {layer} {fmt!r} is packed for kernel {row.kernel!r}, here runs {here!r}")
         halves = {part.half for part in parts}

@@ -17,8 +17,8 @@ from morphserve.config import parse_config  # noqa: E402
 from morphserve.errors import ConfigError  # noqa: E402
 from morphserve.integration.describe import RankDescription  # noqa: E402
 from morphserve.integration.engine.runtime import EngineRuntime  # noqa: E402
-from morphserve.integration.worker import recipes  # noqa: E402
-from morphserve.integration.worker.recipes import Choice, Needs, choose_kernels  # noqa: E402
+from morphserve.integration.worker import sources  # noqa: E402
+from morphserve.integration.worker.sources import Choice, Needs, choose_kernels  # noqa: E402
 from quant_layers import KernelError  # noqa: E402
 
 OPTIONAL = {"ladder": {"steps": [{"format": fmt, "optional": True} for fmt in ("w8", "w4")]}}
@@ -30,7 +30,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], failing: s
             raise KernelError(f"no kernel can run {fmt}")
         return SimpleNamespace(name=f"some_{fmt}")
 
-    monkeypatch.setattr(recipes, "choose", planted)
+    monkeypatch.setattr(sources, "choose", planted)
     return choose_kernels(parse_config(settings), ["w8", "w4"], Needs(torch.float32))
 
 

@@ -347,7 +347,7 @@ def test_the_groups_of_a_checkpoint_choose_the_kernel(
     )
     home = "morphserve.integration.worker.layers"
     monkeypatch.setattr(f"{home}.find_linears", lambda model: {0: {"o_proj": linear}})
-    monkeypatch.setattr(f"{home}.open_recipe", lambda *_: SimpleNamespace(group_sizes=group_sizes))
+    monkeypatch.setattr(f"{home}.open_source", lambda *_: SimpleNamespace(group_sizes=group_sizes))
     monkeypatch.setattr(RankLayers, "_keep", lambda *_: None)
     monkeypatch.setattr("quant_layers.kernels.selftest.check_kernel", check)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -374,7 +374,7 @@ def test_a_default_ladder_on_a_gpu_does_without_what_no_kernel_runs(monkeypatch:
     )
     home = "morphserve.integration.worker.layers"
     monkeypatch.setattr(f"{home}.find_linears", lambda model: {0: {"o_proj": linear}, 1: {"o_proj": linear}})
-    monkeypatch.setattr(f"{home}.open_recipe", lambda *_: SimpleNamespace(group_sizes=()))
+    monkeypatch.setattr(f"{home}.open_source", lambda *_: SimpleNamespace(group_sizes=()))
     monkeypatch.setattr(RankLayers, "_keep", lambda *_: None)
     monkeypatch.setattr("quant_layers.kernels.selftest.check_kernel", check)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -24,7 +24,7 @@ from morphserve.errors import ConfigError, SeamError, StoreError
 from morphserve.integration import seams
 from morphserve.integration.seams import check
 from morphserve.integration.worker import layers as rank_layers
-from morphserve.integration.worker import recipes
+from morphserve.integration.worker import sources
 from morphserve.integration.worker.worker import install_worker_seams
 from morphserve.plugin import (
     SCHEDULER_CLS,
@@ -284,8 +284,8 @@ def test_a_shape_that_the_first_kernels_refuse_goes_to_one_behind_them(
 ) -> None:
     """Guards: a model refused when it is packed, although a kernel that takes any shape would have served it."""
     asked: list[Any] = []
-    original = recipes.choose
-    monkeypatch.setattr(recipes, "choose", lambda *arguments: (asked.append(arguments[4]), original(*arguments))[1])
+    original = sources.choose
+    monkeypatch.setattr(sources, "choose", lambda *arguments: (asked.append(arguments[4]), original(*arguments))[1])
     weight = torch.nn.Parameter(torch.randn(100, 64, dtype=torch.bfloat16), requires_grad=False)
     rank_layers.find_linears(torch.nn.Module())[0]["proj"].weight = weight
     assert len(stored()) == 2 and asked == [[(100, 64)]]

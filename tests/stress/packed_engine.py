@@ -62,7 +62,7 @@ def stand_in() -> None:
     import torch
 
     from morphserve.integration.worker import profile_source as rank_profile
-    from morphserve.integration.worker import recipes
+    from morphserve.integration.worker import sources
     from quant_layers.kernels import selftest
 
     def one_token_each(num_sampled: Any, *rest: Any) -> tuple[Any, Any]:
@@ -96,7 +96,7 @@ def stand_in() -> None:
     sampler.get_num_sampled_and_rejected = one_token_each
     _clear_tokens(sampler.Sampler, "__call__")
     _clear_tokens(importlib.import_module("vllm.v1.sample.sampler").Sampler, "forward")
-    replaced: Any = recipes
+    replaced: Any = sources
     replaced.choose = first_that_fits
     plain: Any = rank_profile.Plain
     plain.pack = on_the_host

@@ -23,7 +23,7 @@ from morphserve.hub import find_files
 from morphserve.integration.worker.profile_source import PackedLayer, Plain
 from quant_layers import (
     BIAS,
-    RECIPE_MARK,
+    SOURCE_MARK,
     Checkpoint,
     CheckpointError,
     ImportedLayer,
@@ -96,7 +96,7 @@ class Importer(Plain):
         return importer
 
     def layout(self, kernel: Kernel) -> str:
-        return f"{kernel.name}{RECIPE_MARK}{self._digest[:12]}"
+        return f"{kernel.name}{SOURCE_MARK}{self._digest[:12]}"
 
     def pack(self, layer: int, kernel: Kernel, weights: Mapping[str, torch.Tensor]) -> PackedLayer:
         """

@@ -20,7 +20,7 @@ from morphserve.integration.worker.layer_speed import TimedLayer, known_or_measu
 from morphserve.integration.worker.linears import Bases, Linears, Weights, find_bases, find_linears, fingerprint
 from morphserve.integration.worker.ops import opaque_linear
 from morphserve.integration.worker.profile_source import Plain
-from morphserve.integration.worker.recipes import Needs, choose_kernels, formats_of_halves, open_recipe
+from morphserve.integration.worker.sources import Needs, choose_kernels, formats_of_halves, open_source
 from morphserve.profile_ladder import read_ladder
 from morphserve.residence import Parts, PartsKey, Residence, WeightSlot
 from policies import BASE_FORMAT
@@ -63,7 +63,7 @@ class RankLayers:
         self.linears: Linears = {}
         self.kernels: dict[str, Kernel] = {}
         self._bases: Bases = {}
-        self._recipes: dict[str, Plain] = {}  # by format
+        self._sources: dict[str, Plain] = {}  # by format
         self._left_out: dict[str, str] = {}  # format of the settings' ladder |-> why it cannot run here
         self._ladder_formats: tuple[str, ...] = ()  # of layers: halves may differ
         self._parts: Parts | None = None
@@ -121,16 +121,16 @@ class RankLayers:
 
     def _choose_kernels(self, model: torch.nn.Module, formats: list[str]) -> None:
         model_config = self._vllm_config.model_config
-        recipes = {fmt: open_recipe(self._config, fmt, model, self.linears, model_config) for fmt in formats}
+        sources = {fmt: open_source(self._config, fmt, model, self.linears, model_config) for fmt in formats}
         shapes = {tuple(linear.weight.shape) for linears in self.linears.values() for linear in linears.values()}
-        groups = {fmt: recipe.group_sizes for fmt, recipe in recipes.items()}
+        groups = {fmt: source.group_sizes for fmt, source in sources.items()}
         needs = Needs(self._dtype, self._residence.device_type, sorted(shapes), groups)
         choice = choose_kernels(self._config, formats, needs)
         self.kernels, self._left_out = choice.kernels, choice.left_out
-        self._recipes = {fmt: recipes[fmt] for fmt in self.kernels}
+        self._sources = {fmt: sources[fmt] for fmt in self.kernels}
 
     def _keep(self) -> None:
-        layouts = {fmt: self._recipes[fmt].layout(kernel) for fmt, kernel in self.kernels.items()}
+        layouts = {fmt: self._sources[fmt].layout(kernel) for fmt, kernel in self.kernels.items()}
         cache_dir = Path(self._config.cache_dir).expanduser()
         key = PartsKey(cache_dir, lambda: fingerprint(self._bases), layouts, self.kernels)
         self._parts = parts = self._residence.open_parts(key, self._build)
@@ -141,10 +141,10 @@ class RankLayers:
         parts.seal()
 
     def _pack(self, layer: int, fmt: str) -> LayerTensors:
-        recipe = self._recipes[fmt]
-        weights = Weights(self._bases[layer], on_host=type(recipe) is not Plain)  # as scales and checkpoints are
+        source = self._sources[fmt]
+        weights = Weights(self._bases[layer], on_host=type(source) is not Plain)  # as scales and checkpoints are
         try:
-            return recipe.pack(layer, self.kernels[fmt], weights)
+            return source.pack(layer, self.kernels[fmt], weights)
         except KernelError as e:
             raise ConfigError(f"layer {layer}: {e} Or take {fmt} out of ladder.steps.") from e
 
@@ -167,8 +167,8 @@ class RankLayers:
                     live[part] = self._parts.adopt(part, mine)
                     self._install(part, live[part].linears)
         tensors: dict[int, dict[str, TensorSlot]] = {}
-        for recipe in self._recipes.values():
-            for layer, slots in recipe.tensor_slots().items():
+        for source in self._sources.values():
+            for layer, slots in source.tensor_slots().items():
                 tensors[layer] = slots | tensors.get(layer, {})
         self.swapper = LayerSwapper(self._slots, live, self._parts, tensors)
         self._reserve()

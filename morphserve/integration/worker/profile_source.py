@@ -13,7 +13,7 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from morphserve.errors import ConfigError
 from quant_layers import (
-    RECIPE_MARK,
+    SOURCE_MARK,
     Kernel,
     Profile,
     ProfileError,
@@ -87,7 +87,7 @@ class Smoother(Plain):
 
     def layout(self, kernel: Kernel) -> str:
         name = super().layout(kernel)
-        return f"{name}{RECIPE_MARK}{self._digest[:12]}" if _gains(kernel) else name
+        return f"{name}{SOURCE_MARK}{self._digest[:12]}" if _gains(kernel) else name
 
     def pack(self, layer: int, kernel: Kernel, weights: Mapping[str, torch.Tensor]) -> PackedLayer:
         """

@@ -83,7 +83,7 @@ def choose_kernels(config: MorphServeConfig, formats: Sequence[str], needs: Need
     return choice
 
 
-def open_recipe(
+def open_source(
     config: MorphServeConfig,
     fmt: str,
     model: torch.nn.Module,
