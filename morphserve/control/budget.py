@@ -26,26 +26,26 @@ class RankBytes:
 
     layers: LayerBytes
     kv_block_bytes: int  # of one KV block, all of this rank's layers together
-    kv_quantum: int = 1  # blocks that share memory pages, so that they can only be mapped together
+    kv_granularity: int = 1  # blocks that share memory pages, so that they can only be mapped together
 
     def weight(self, formats: Sequence[str]) -> int:
         """Return the bytes of all layers, each in the format that stands at its id."""
         return sum(self.layers[fmt][layer] for layer, fmt in enumerate(formats))
 
 
-def kv_quantum(ranks: Sequence[RankBytes]) -> int:
+def kv_granularity(ranks: Sequence[RankBytes]) -> int:
     """Return the smallest number of KV blocks that is whole pages on every rank."""
-    return math.lcm(*(rank.kv_quantum for rank in ranks))
+    return math.lcm(*(rank.kv_granularity for rank in ranks))
 
 
 def paid_blocks(ranks: Sequence[RankBytes], base: Sequence[str], formats: Sequence[str]) -> int:
     """Return the KV blocks that every rank has freed the bytes of, once its layers are in `formats` instead of `base`.
 
-    Whole quanta: what is freed beyond them lies idle until it adds up.
+    Whole granularities: what is freed beyond them lies idle until it adds up.
     """
     paid = min((rank.weight(base) - rank.weight(formats)) // rank.kv_block_bytes for rank in ranks)
-    quantum = kv_quantum(ranks)
-    return paid // quantum * quantum
+    granularity = kv_granularity(ranks)
+    return paid // granularity * granularity
 
 
 def most_uneven(ranks: Sequence[RankBytes], ladder: Ladder) -> tuple[int, int, int] | None:

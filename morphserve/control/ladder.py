@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import policies
 from morphserve.config import LadderConfig, LadderStep
-from morphserve.control.budget import RankBytes, balance, kv_quantum, paid_blocks, stage_of
+from morphserve.control.budget import RankBytes, balance, kv_granularity, paid_blocks, stage_of
 from morphserve.errors import ConfigError
 from policies import BASE_FORMAT, Ladder, MorphLevel
 
@@ -78,7 +78,7 @@ def build_ladder(
             the steps use, `num_layers` figures each.
         config: the swap order and the steps.
         base_num_blocks: KV blocks at level 0, null block included.
-        max_num_blocks: no level publishes more than this, in whole quanta of blocks.
+        max_num_blocks: no level publishes more than this, in whole granularities of blocks.
         profile: of this model, where the section leaves the order or the steps to it.
 
     Returns:
@@ -106,9 +106,9 @@ def build_ladder(
         levels = _levels_of_steps(num_layers, ranks, config, profile)
         kls = [_expected_kl(formats, config.expected_kl) for formats in levels]
 
-    quantum = kv_quantum(ranks)
+    granularity = kv_granularity(ranks)
     if max_num_blocks is not None:
-        max_num_blocks -= max_num_blocks % quantum
+        max_num_blocks -= max_num_blocks % granularity
     ladder = []
     for index, formats in enumerate(levels):
         num_blocks = base_num_blocks + paid_blocks(ranks, levels[0], formats)
@@ -245,11 +245,11 @@ def _check_blocks(base_num_blocks: int, ranks: Sequence[RankBytes], max_num_bloc
             f"kv.max_num_blocks {max_num_blocks} is below the {base_num_blocks} blocks of level 0. "
             "Raise it, or leave it out."
         )
-    quantum = kv_quantum(ranks)
-    if base_num_blocks % quantum:
+    granularity = kv_granularity(ranks)
+    if base_num_blocks % granularity:
         raise ConfigError(
-            f"{base_num_blocks} KV blocks at level 0, but {quantum} of them share memory pages and go together. "
-            f"Set kv.base_num_blocks to {max(base_num_blocks // quantum, 1) * quantum}."
+            f"{base_num_blocks} KV blocks at level 0, but {granularity} of them share memory pages and go together. "
+            f"Set kv.base_num_blocks to {max(base_num_blocks // granularity, 1) * granularity}."
         )
 
 

@@ -29,7 +29,7 @@ class AnyHistory(RuleBasedStateMachine):
         cap=st.none() | st.integers(BASE_BLOCKS, BASE_BLOCKS + 40),
         cuts=st.sets(st.integers(1, 7), max_size=2),
         in_background=st.booleans(),
-        quantum=st.sampled_from((1, 2, 5)),
+        granularity=st.sampled_from((1, 2, 5)),
     )
     def build(
         self,
@@ -41,7 +41,7 @@ class AnyHistory(RuleBasedStateMachine):
         cap: int | None,
         cuts: set[int],
         in_background: bool,
-        quantum: int,
+        granularity: int,
     ) -> None:
         config = MorphServeConfig(
             kv=KVConfig(migrate_blocks_per_step=copies, drain_timeout_s=0.5),
@@ -51,7 +51,7 @@ class AnyHistory(RuleBasedStateMachine):
         stages = pipeline(LAYER_BYTES, KV_BLOCK_BYTES * 8, *sorted(cuts)) if cuts else plain
         self.rig = Rig(
             config=config,
-            ranks=[replace(rank, kv_quantum=quantum) for rank in stages],
+            ranks=[replace(rank, kv_granularity=granularity) for rank in stages],
             immediate=immediate,
             layers_per_level=per_level,
             max_num_blocks=cap,

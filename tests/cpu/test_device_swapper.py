@@ -235,7 +235,7 @@ def test_any_order_of_commands(steps: list[tuple[str, int, str, int]]) -> None:
     """Guards promises 1 to 3 of `RankTransition`, whatever an engine asks for between two steps."""
     world = DeviceWorld()
     formats, wanted = list(LEVEL0), dict[int, str]()
-    for command, layer, fmt, quanta in steps:
+    for command, layer, fmt, granularities in steps:
         if command == "prepare":
             world.later.run()
             world.rank.prepare({layer: fmt})
@@ -251,7 +251,7 @@ def test_any_order_of_commands(steps: list[tuple[str, int, str, int]]) -> None:
         elif command == "abort":
             world.rank.abort()
         elif command == "grow" and not is_pending(world):
-            world.rank.commit(False, quanta * QUANTUM)
+            world.rank.commit(False, granularities * QUANTUM)
         elif command == "background":
             world.later.run()
         world.check_forward(formats)

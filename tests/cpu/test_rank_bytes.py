@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from levels import swapped_layers
 
 from morphserve.config import LadderConfig, LadderStep
-from morphserve.control.budget import RankBytes, alternate, balance, kv_quantum, most_uneven, paid_blocks, stage_of
+from morphserve.control.budget import RankBytes, alternate, balance, kv_granularity, most_uneven, paid_blocks, stage_of
 from morphserve.control.ladder import ProfileLadder, build_ladder
 from morphserve.errors import ConfigError
 from policies import BASE_FORMAT, Ladder
@@ -60,14 +60,14 @@ def test_no_rank_pays_for_blocks_that_it_has_not_freed(
     ladder = build_ladder(num_layers, ranks, LadderConfig(order=list(order), steps=steps), BASE_BLOCKS, cap)
     for level in ladder:
         spare = []
-        quantum = kv_quantum(ranks)  # BASE_BLOCKS is a multiple of all of them
+        granularity = kv_granularity(ranks)  # BASE_BLOCKS is a multiple of all of them
         for rank in ranks:
             held = rank.weight(level.layer_formats) + level.num_kv_blocks * rank.kv_block_bytes
             budget = rank.weight(ladder[0].layer_formats) + BASE_BLOCKS * rank.kv_block_bytes
             assert held <= budget
-            spare.append(budget - held >= rank.kv_block_bytes * quantum)
-        assert level.num_kv_blocks % quantum == 0, "blocks that share a page with others that are not there"
-        is_capped = cap is not None and cap - level.num_kv_blocks < quantum
+            spare.append(budget - held >= rank.kv_block_bytes * granularity)
+        assert level.num_kv_blocks % granularity == 0, "blocks that share a page with others that are not there"
+        is_capped = cap is not None and cap - level.num_kv_blocks < granularity
         assert is_capped or not all(spare), "every rank could have paid for one more"
         assert level.weight_bytes == max(rank.weight(level.layer_formats) for rank in ranks)
     for shallow, deep in zip(ladder, ladder[1:], strict=False):

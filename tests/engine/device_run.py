@@ -44,8 +44,8 @@ def test_layers_and_blocks_exchange_pages_under_load(short_model: Path, variant_
     with engine(short_model, variant_cache, config, enforce_eager=eager) as llm:
         assert morph_of(llm).runtime.config.transition.max_layers_per_step == (5 if eager else 10)
         ladder = morph_of(llm).runtime.ladder
-        quantum = morph_of(llm).runtime.rank_bytes[0].kv_quantum
-        assert quantum > 1 and all(level.num_kv_blocks % quantum == 0 for level in ladder)
+        granularity = morph_of(llm).runtime.rank_bytes[0].kv_granularity
+        assert granularity > 1 and all(level.num_kv_blocks % granularity == 0 for level in ladder)
         before, pages = generate(llm, USED, 24), memory_of(llm)
         counted = compilations()
         seen = [before]

@@ -18,7 +18,7 @@ from morphserve.integration.start import checks
 from morphserve.integration.start.device_checks import check_device, check_graph_buffers
 from morphserve.integration.start.settings import for_this_device
 from morphserve.integration.worker.block_tables import rewrite_block_tables
-from morphserve.integration.worker.kv import geometry_of, quantum_of
+from morphserve.integration.worker.kv import geometry_of, granularity_of
 from morphserve.integration.worker.layers import RankLayers
 from morphserve.residence import HostResidence, PagedResidence, numbered, residence_of
 from morphserve.version import UNPROVEN_CUDA
@@ -272,12 +272,12 @@ def kv_config(num_blocks: int, layer_stride: int, block_stride: int, num_layers:
 
 
 @pytest.mark.parametrize(
-    ("block_bytes", "quantum"), [(64 << 10, 32), (16 << 10, 128), (24 << 10, 256), (2 << 20, 1), (3 << 20, 2)]
+    ("block_bytes", "granularity"), [(64 << 10, 32), (16 << 10, 128), (24 << 10, 256), (2 << 20, 1), (3 << 20, 2)]
 )
-def test_blocks_come_in_whole_pages(block_bytes: int, quantum: int) -> None:
-    """Guards: blocks published that share a page with layers, or a quantum that wastes memory."""
+def test_blocks_come_in_whole_pages(block_bytes: int, granularity: int) -> None:
+    """Guards: blocks published that share a page with layers, or a granularity that wastes memory."""
     geometry = geometry_of(kv_config(1024, 1024 * block_bytes, block_bytes), 2 << 20)
-    assert quantum_of(geometry) == quantum
+    assert granularity_of(geometry) == granularity
 
 
 def test_a_layout_without_an_end_is_refused() -> None:

@@ -251,7 +251,7 @@ def test_a_given_number_of_blocks_must_fit(monkeypatch: pytest.MonkeyPatch, give
     )
     for name in ("check_supported", "check_kinds"):
         monkeypatch.setattr(runtime, name, lambda *args: None)
-    monkeypatch.setattr(runtime, "_quantum", Reached.stop)
+    monkeypatch.setattr(runtime, "_granularity", Reached.stop)
     error, words = Reached, None
     if given == 101:
         error, words = ConfigError, "101 blocks take 413,696 B, and 409,600 B .* at most 100"

@@ -33,7 +33,7 @@ _MORPHSERVE = {
 }
 _GRAPHS = {"eager": None, "full": (0, "FULL_DECODE_ONLY"), "compiled": (3, "FULL_AND_PIECEWISE")}
 _SIZES = [1, 2, 4, 8, 16]
-_SMALL_KV_BYTES = 8 << 20  # one quantum of blocks: under load, blocks of running requests must move before a restore
+_SMALL_KV_BYTES = 8 << 20  # under load, blocks of running requests must move before a restore
 _REQUESTS, _TOKENS = 16, 200
 
 

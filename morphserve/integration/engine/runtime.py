@@ -24,16 +24,16 @@ from morphserve.integration import seams
 from morphserve.integration.describe import RankDescription
 from morphserve.integration.engine.block_pool import blocks_of_one_request, check_supported
 from morphserve.integration.start import check_given_blocks, config_file, served_ladder
-from morphserve.integration.worker import check_kinds, geometry_of, quantum_of
+from morphserve.integration.worker import check_kinds, geometry_of, granularity_of
 from morphserve.profile_ladder import read_ladder
 from policies import Ladder
 
 logger = logging.getLogger("vllm.morphserve")
 
 
-def _quantum(kv_cache_config: Any, page_bytes: int | None) -> int:
+def _granularity(kv_cache_config: Any, page_bytes: int | None) -> int:
     """KV blocks that come and go together: one on the host, whose pages are small and need not be full."""
-    return 1 if page_bytes is None else quantum_of(geometry_of(kv_cache_config, page_bytes))
+    return 1 if page_bytes is None else granularity_of(geometry_of(kv_cache_config, page_bytes))
 
 
 class EngineRuntime:
@@ -75,9 +75,9 @@ class EngineRuntime:
             found = "; ".join(f"rank {rank.rank}: {rank.kernels}" for rank in self.ranks)
             raise ConfigError(f"ranks run other kernels ({found}). Name one for each format under `kernels`.")
         kv = self.config.kv
-        quanta = [_quantum(c, rank.page_bytes) for c, rank in zip(base, self.ranks, strict=True)]
-        quantum = math.lcm(*quanta)
-        self.base_num_blocks = min(c.num_blocks for c in base) // quantum * quantum
+        granularities = [_granularity(c, rank.page_bytes) for c, rank in zip(base, self.ranks, strict=True)]
+        granularity = math.lcm(*granularities)
+        self.base_num_blocks = min(c.num_blocks for c in base) // granularity * granularity
         if kv.base_num_blocks is not None:
             if kv.base_num_blocks > self.base_num_blocks:
                 raise ConfigError(
@@ -93,7 +93,7 @@ class EngineRuntime:
         )
         block_bytes = [c.kv_cache_tensors[0].size // c.num_blocks for c in base]
         self.rank_bytes = [
-            RankBytes(r.layer_bytes, size, q) for r, size, q in zip(self.ranks, block_bytes, quanta, strict=True)
+            RankBytes(r.layer_bytes, size, q) for r, size, q in zip(self.ranks, block_bytes, granularities, strict=True)
         ]
         self.ladder = self._ladder()
         levels = tuple(level.layer_formats for level in self.ladder)

@@ -53,7 +53,7 @@ def check_kinds(kv_cache_config: Any) -> None:
         )
 
 
-def quantum_of(geometry: KVGeometry) -> int:
+def granularity_of(geometry: KVGeometry) -> int:
     """Return how many blocks fill whole pages in every layer: so many come and go together."""
     page = geometry.page_bytes
     return math.lcm(*(math.lcm(page, run.block_stride) // run.block_stride for run in geometry.runs))
