@@ -14,9 +14,9 @@ from itertools import chain
 import torch
 
 from kv_resize.backing import BlockPairs, check_pages, copy_rows
-from kv_resize.errors import BackingError, PagerError
+from kv_resize.errors import BackingError, PageError
 from kv_resize.geometry import ByteRange
-from kv_resize.pager import Page, Pager
+from kv_resize.page_allocator import Page, PageAllocator
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 class PagePool:
     """Pages that no arena maps. Filled before serving, at the moments when it is known how many there must be."""
 
-    def __init__(self, pager: Pager, num_pages: int = 0) -> None:
+    def __init__(self, allocator: PageAllocator, num_pages: int = 0) -> None:
         """Create the first `num_pages`.
 
         Raises:
             BackingError: The device does not have them.
         """
-        self.pager = pager
+        self.allocator = allocator
         self._free: list[Page] = []
         self.create(num_pages)
 
@@ -39,15 +39,15 @@ class PagePool:
 
         Raises:
             BackingError: The device does not have them; `available_bytes` says what it had. Those that were made are
-                destroyed, so that what else runs on the device has memory. One that the pager does not destroy stays in
-                the pool.
+                destroyed, so that what else runs on the device has memory. One that the page allocator does not destroy
+                stays in the pool.
         """
-        page_bytes = self.pager.granularity_bytes
+        page_bytes = self.allocator.granularity_bytes
         made: list[Page] = []
         try:
             for _ in range(num_pages):
-                made.append(self.pager.create())
-        except PagerError as e:
+                made.append(self.allocator.create())
+        except PageError as e:
             num_made = len(made)
             self._destroy(made)
             raise BackingError(
@@ -68,7 +68,7 @@ class PagePool:
             BackingError: Fewer are free.
         """
         if num_pages > len(self._free):
-            page_bytes = self.pager.granularity_bytes
+            page_bytes = self.allocator.granularity_bytes
             raise BackingError(
                 f"{num_pages} pages of {page_bytes:,} B wanted, {len(self._free)} are free. Release some elsewhere.",
                 available_bytes=len(self._free) * page_bytes,
@@ -84,16 +84,16 @@ class PagePool:
     def _destroy(self, pages: Sequence[Page]) -> None:
         for page in pages:
             try:
-                self.pager.destroy(page)
-            except PagerError as e:
+                self.allocator.destroy(page)
+            except PageError as e:
                 logger.warning("morphserve: a page stays in the pool: %s", e)
                 self._free.append(page)
 
 
 class ArenaBacking:
-    """A `Backing` on a pager.
+    """A `Backing` on a page allocator.
 
-    1. Every page is in the pool or mapped in one arena, whatever call of the pager fails.
+    1. Every page is in the pool or mapped in one arena, whatever call of the page allocator fails.
     2. A `populate` that raises has changed nothing.
     3. Populated pages are zero: a recycled one would hold another arena's bytes, which may read as NaN. With
        `clears=False` they hold anything: for an owner that overwrites them before it reads, as weights are.
@@ -109,14 +109,14 @@ class ArenaBacking:
             clears: Zero what becomes populated. An `ElasticCache` needs it.
 
         Raises:
-            PagerError: The device refuses the address range.
+            PageError: The device refuses the address range.
         """
-        self.page_bytes = pool.pager.granularity_bytes
+        self.page_bytes = pool.allocator.granularity_bytes
         self.size_bytes = size_bytes
-        self._pool, self._pager, self._clears = pool, pool.pager, clears
+        self._pool, self._allocator, self._clears = pool, pool.allocator, clears
         self._reserved_bytes = -(-size_bytes // self.page_bytes) * self.page_bytes
-        self._address = self._pager.reserve(self._reserved_bytes)
-        self._whole = self._pager.view(self._address, self._reserved_bytes)
+        self._address = self._allocator.reserve(self._reserved_bytes)
+        self._whole = self._allocator.view(self._address, self._reserved_bytes)
         self._held: dict[int, Page] = {}  # page number in the range -> page that is mapped there
         self._usable: set[int] = set()  # of these, the accessible ones, zeroed where this clears
 
@@ -129,22 +129,22 @@ class ArenaBacking:
         """Map pages from the pool where there are none.
 
         Raises:
-            BackingError: The pool has too few, or the pager refused. Nothing has changed.
+            BackingError: The pool has too few, or the page allocator refused. Nothing has changed.
         """
         new = sorted(number for number in self._numbers(ranges) if number not in self._usable)
         missing = [number for number in new if number not in self._held]
         taken = self._pool.take(len(missing))
         try:
             for number in missing:
-                self._pager.map(self._at(number), taken[-1])
+                self._allocator.map(self._at(number), taken[-1])
                 self._held[number] = taken.pop()
             for first, end in _runs(new):
-                self._pager.set_access(self._at(first), (end - first) * self.page_bytes)
-        except PagerError as e:
+                self._allocator.set_access(self._at(first), (end - first) * self.page_bytes)
+        except PageError as e:
             self._pool.give(taken)
             mapped = [number for number in missing if number in self._held]
-            with contextlib.suppress(PagerError):  # nothing reads these yet, but a pager need not know that
-                self._pager.wait()
+            with contextlib.suppress(PageError):  # nothing reads these yet, but a page allocator need not know that
+                self._allocator.wait()
             self._unmap(mapped)
             raise BackingError(f"no memory mapped for {len(new)} pages: {e}") from e
         if self._clears:
@@ -153,13 +153,13 @@ class ArenaBacking:
         self._usable.update(new)
 
     def release(self, ranges: Sequence[ByteRange]) -> None:
-        """Give pages to the pool. One that the pager does not let go stays mapped here, unused."""
+        """Give pages to the pool. One that the page allocator does not let go stays mapped here, unused."""
         numbers = [number for number in self._numbers(ranges) if number in self._held]
         if not numbers:
             return
         try:
-            self._pager.wait()
-        except PagerError as e:  # work may still touch them, so they cannot go elsewhere
+            self._allocator.wait()
+        except PageError as e:  # work may still touch them, so they cannot go elsewhere
             logger.warning("morphserve: %d pages cannot be given back: %s", len(numbers), e)
             self._usable.difference_update(numbers)
         else:
@@ -183,8 +183,8 @@ class ArenaBacking:
         for number in numbers:
             self._usable.discard(number)
             try:
-                self._pager.unmap(self._at(number))
-            except PagerError as e:
+                self._allocator.unmap(self._at(number))
+            except PageError as e:
                 logger.warning("morphserve: a page cannot be given back: %s", e)
             else:
                 self._pool.give([self._held.pop(number)])

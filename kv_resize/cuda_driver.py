@@ -9,11 +9,11 @@ import importlib
 import threading
 from typing import Any
 
-from kv_resize.errors import PagerError
+from kv_resize.errors import PageError
 
 _REMEDIES = {
     "CUDA_ERROR_OUT_OF_MEMORY": "The device is out of memory: ask for fewer pages, or leave more of it free.",
-    "CUDA_ERROR_INVALID_CONTEXT": "The thread's CUDA context was replaced or reset. Make the pager after that.",
+    "CUDA_ERROR_INVALID_CONTEXT": "The thread's CUDA context was replaced or reset. Make the allocator after that.",
     "CUDA_ERROR_INVALID_DEVICE": "Check CUDA_VISIBLE_DEVICES and the device's number.",
     "CUDA_ERROR_NO_DEVICE": "Check CUDA_VISIBLE_DEVICES, and what nvidia-smi lists.",
     "CUDA_ERROR_NOT_SUPPORTED": "This device or its driver has no virtual memory management. Use another one.",
@@ -26,7 +26,7 @@ _OTHER_REMEDY = "cuda.h says what that means; what an earlier kernel did wrong s
 class CudaDriver:
     """The calls of the driver, on the device's primary context.
 
-    1. What fails is a `PagerError` that names the call, what it was about, the result and a remedy.
+    1. What fails is a `PageError` that names the call, what it was about, the result and a remedy.
     2. A thread's first call makes the context current in that thread, where it stays.
     """
 
@@ -38,7 +38,7 @@ class CudaDriver:
             functions: What has the functions, enums and structs of `cuda.bindings.driver`; None: that module.
 
         Raises:
-            PagerError: No `cuda-bindings`, no driver or no such device.
+            PageError: No `cuda-bindings`, no driver or no such device.
         """
         self.functions = _load() if functions is None else functions
         self.device = device
@@ -57,7 +57,7 @@ class CudaDriver:
         """Let go of the context; torch has its own hold on it. Once.
 
         Raises:
-            PagerError: The driver refused; the context is still held.
+            PageError: The driver refused; the context is still held.
         """
         self._bare_call("cuDevicePrimaryCtxRelease", self._handle, about=f" of device {self.device}")
         self._context = None
@@ -66,7 +66,7 @@ class CudaDriver:
         """Call a function, and return what it gives besides its result; `about` goes into the error.
 
         Raises:
-            PagerError: Any result but success.
+            PageError: Any result but success.
         """
         if not getattr(self._thread, "has_context", False):
             self._bare_call("cuCtxSetCurrent", self._context, about=f" to that of device {self.device}")
@@ -78,10 +78,10 @@ class CudaDriver:
             code, *values = getattr(self.functions, name)(*args)
         except RuntimeError as e:  # of the bindings: no library, or one too old to have the function
             reason = str(e).rstrip(".")
-            raise PagerError(f"{name}{about}: {reason}. Install NVIDIA's driver, for CUDA 12 or newer.") from e
+            raise PageError(f"{name}{about}: {reason}. Install NVIDIA's driver, for CUDA 12 or newer.") from e
         if code != self.functions.CUresult.CUDA_SUCCESS:
             result = getattr(code, "name", str(code))
-            raise PagerError(f"{name}{about}: {result}. {_REMEDIES.get(result, _OTHER_REMEDY)}")
+            raise PageError(f"{name}{about}: {result}. {_REMEDIES.get(result, _OTHER_REMEDY)}")
         return values[0] if values else None
 
 
@@ -107,4 +107,4 @@ def _load() -> Any:
     try:
         return importlib.import_module("cuda.bindings.driver")
     except ImportError as e:
-        raise PagerError(f"no CUDA bindings for Python ({e}). Remedy: pip install cuda-bindings") from e
+        raise PageError(f"no CUDA bindings for Python ({e}). Remedy: pip install cuda-bindings") from e

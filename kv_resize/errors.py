@@ -16,7 +16,7 @@ class BackingError(KVResizeError):
         super().__init__(message)
 
 
-class PagerError(KVResizeError):
+class PageError(KVResizeError):
     """The device refused a call of its memory management, which has then done nothing."""
 
 

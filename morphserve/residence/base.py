@@ -130,7 +130,7 @@ class Residence(Protocol):
             forward_stream: gives the stream of the forward passes; asked for once, and only where there are streams.
 
         Raises:
-            PagerError: no such device, or a library for it is missing.
+            PageError: no such device, or a library for it is missing.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""A CUDA driver without a device: what `CudaPager` uses of `cuda.bindings.driver`, over host memory.
+"""A CUDA driver without a device: what `CudaPageAllocator` uses of `cuda.bindings.driver`, over host memory.
 
 Functions answer as those of cuda-bindings 13 do: a tuple of the result and, where there is one, a value, None after a
 failure. The rules are those of the CUDA driver API's pages on virtual memory management and contexts.
@@ -24,7 +24,7 @@ from cpu.cuda_stub_types import (
     Opaque,
 )
 
-from kv_resize import CudaPager
+from kv_resize import CudaPageAllocator
 
 
 class Refused(Exception):
@@ -247,10 +247,10 @@ class StubDriver:
                 return window[address - start : address - start + size_bytes]
         raise AssertionError(f"view of {address:#x}, which is not reserved")
 
-    def pager(self, streams: Sequence[FakeStream] = (), **options: Any) -> CudaPager:
-        """A pager on this driver, which waits for `streams`, one of its own when there are none."""
+    def allocator(self, streams: Sequence[FakeStream] = (), **options: Any) -> CudaPageAllocator:
+        """A page allocator on this driver, which waits for `streams`, one of its own when there are none."""
         self.streams = list(streams) or [FakeStream()]
-        return CudaPager(0, self.streams, driver=self, view=self.view, make_event=self.make_event, **options)
+        return CudaPageAllocator(0, self.streams, driver=self, view=self.view, make_event=self.make_event, **options)
 
     def make_event(self) -> FakeEvent:
         return FakeEvent(self)

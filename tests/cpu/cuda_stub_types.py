@@ -1,4 +1,4 @@
-"""Enums, structs and handles of `cuda.bindings.driver`, as far as `CudaPager` uses them; for cuda_stub.py."""
+"""Enums, structs and handles of `cuda.bindings.driver`, as far as `CudaPageAllocator` uses them; for cuda_stub.py."""
 
 from __future__ import annotations
 

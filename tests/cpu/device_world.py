@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kv_resize import ArenaBacking, ElasticCache, FakePager, KVGeometry, PagePool
+from kv_resize import ArenaBacking, ElasticCache, FakePageAllocator, KVGeometry, PagePool
 from morphserve.residence import HostCopier, PagedParts, RankTransition, WeightArena
 from quant_layers import (
     BASE,
@@ -89,8 +89,8 @@ class DeviceWorld:
             for fmt in (BASE, "fp8")  # w8 brings no norm of its own
         }
         self.x = {k: torch.randn(5, k, generator=generator).to(torch.bfloat16) for k in (32, 64)}
-        self.pager = FakePager(num_pages=1000, granularity_bytes=PAGE_BYTES)
-        self.pool = PagePool(self.pager, 0)
+        self.allocator = FakePageAllocator(num_pages=1000, granularity_bytes=PAGE_BYTES)
+        self.pool = PagePool(self.allocator, 0)
         self.copier = HostCopier()
         self.arena = WeightArena(self.pool, self.copier)
         self.parts = PagedParts(self.arena, self._build, torch.device("cpu"), self._make_room)
@@ -141,7 +141,7 @@ class DeviceWorld:
 
     def forward(self) -> dict[Any, Tensor]:
         """What every linear gives now, and the norms; the device is left with work queued."""
-        self.pager.busy = True
+        self.allocator.busy = True
         out: dict[Any, Tensor] = {
             (layer, name): slot.impl(self.x[SHAPES[name][1]])
             for layer, slots in self.slots.items()
@@ -171,8 +171,8 @@ class DeviceWorld:
 
     def check_books(self) -> None:
         """Every page is in the pool or mapped once, and nothing that is in use lacks one."""
-        mapped = sorted(self.pager.mapped.values())
-        assert sorted([*mapped, *self.pool._free]) == list(range(1, self.pager.num_created + 1))
+        mapped = sorted(self.allocator.mapped.values())
+        assert sorted([*mapped, *self.pool._free]) == list(range(1, self.allocator.num_created + 1))
         held = self.swapper.resident_bytes + self.swapper.staging_bytes + self.cache.mapped_bytes
         assert held == len(mapped) * PAGE_BYTES
         assert self.arena.resident_bytes() == held - self.cache.mapped_bytes

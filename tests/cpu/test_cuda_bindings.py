@@ -13,7 +13,7 @@ import torch
 from cpu import cuda_stub_types
 from cpu.cuda_stub import StubDriver
 
-from kv_resize import CudaPager, PagerError
+from kv_resize import CudaPageAllocator, PageError
 from kv_resize.cuda_driver import access_descriptor, allocation_properties
 
 
@@ -39,7 +39,7 @@ STRUCTS = [cuda_stub_types.CUmemAllocationProp, cuda_stub_types.CUmemAccessDesc,
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_take_what_the_stub_takes(bindings: Any, name: str) -> None:
-    """Guards: a pager that runs on the stub only. It can call nothing that the stub has not."""
+    """Guards: a page allocator that runs on the stub only. It can call nothing that the stub has not."""
     assert num_parameters(getattr(bindings, name)) == num_parameters(getattr(StubDriver, name)) - 1  # without self
 
 
@@ -59,7 +59,7 @@ def test_structs_have_the_stubs_fields(bindings: Any, struct: type[Any]) -> None
         assert hasattr(getattr(bindings, struct.__name__), field)
 
 
-def test_structs_hold_what_the_pager_sets(bindings: Any) -> None:
+def test_structs_hold_what_the_allocator_sets(bindings: Any) -> None:
     """Guards: a nested struct that is a copy, so that memory is asked for on no device in particular."""
     properties, access = allocation_properties(bindings, 3), access_descriptor(bindings, 3)
     device = bindings.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
@@ -73,5 +73,5 @@ def test_a_machine_without_a_driver_is_told_what_to_do(bindings: Any) -> None:
     """Guards: an error of the bindings' own, from the depth of a worker, where no driver or device is."""
     if torch.cuda.is_available():
         pytest.skip("a device is here")
-    with pytest.raises(PagerError, match="cuInit.*(Install|Check)"):
-        CudaPager(0)
+    with pytest.raises(PageError, match="cuInit.*(Install|Check)"):
+        CudaPageAllocator(0)

@@ -1,4 +1,4 @@
-"""The stub driver's own rules: `CudaPager` checks much before it calls, so its tests do not reach all of them."""
+"""The stub driver's own rules: `CudaPageAllocator` checks much itself, so its tests do not reach all of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from cpu.cuda_stub import StubDriver
 from cpu.cuda_stub_types import CUmemAccessDesc, CUresult, Opaque
-from cpu.pager_world import GRANULE, in_thread
+from cpu.page_allocator_world import GRANULE, in_thread
 
 from kv_resize.cuda_driver import access_descriptor, allocation_properties
 
@@ -75,7 +75,7 @@ BROKEN: dict[str, Callable[[World, StubDriver], Any]] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_the_driver_forbids_is_refused(name: str) -> None:
-    """Guards: a stub on which a pager passes that no device would bear."""
+    """Guards: a stub on which a page allocator passes that no device would bear."""
     world = World()
     before = world.driver.state()
     assert BROKEN[name](world, world.driver) == (INVALID,)
@@ -96,7 +96,7 @@ def test_memory_is_limited_and_freed_when_nothing_holds_it() -> None:
 
 
 def test_without_access_nothing_is_read_or_written() -> None:
-    """Guards: a pager that forgets access, or thinks that it stays with a page or an address."""
+    """Guards: a page allocator that forgets access, or thinks that it stays with a page or an address."""
     w = World()
     d = w.driver
     view = d.view(w.base, 2 * GRANULE)
@@ -126,10 +126,10 @@ def test_contexts_are_each_threads_own() -> None:
 def test_unmapping_under_queued_work_is_seen() -> None:
     """Guards: a stub on which nobody need wait."""
     driver = StubDriver(GRANULE, GRANULE)
-    pager = driver.pager()
-    base = pager.reserve(GRANULE)
-    pager.map(base, pager.create())
-    pager.set_access(base, GRANULE)
+    allocator = driver.allocator()
+    base = allocator.reserve(GRANULE)
+    allocator.map(base, allocator.create())
+    allocator.set_access(base, GRANULE)
     driver.streams[0].num_queued += 1
     with pytest.raises(AssertionError, match="queued work"):
-        pager.unmap(base)
+        allocator.unmap(base)

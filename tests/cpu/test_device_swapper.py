@@ -192,7 +192,7 @@ def test_any_call_of_the_driver_may_fail(call: int) -> None:
     """Guards rule 6: a refused call loses a page, a bit, or the old level."""
     world = DeviceWorld()
     world.forward()
-    world.pager.fail_at = world.pager.num_calls + call
+    world.allocator.fail_at = world.allocator.num_calls + call
     world.rank.prepare({0: "w8", 2: "base/fp8"})
     world.later.run()
     formats = LEVEL0
@@ -205,11 +205,11 @@ def test_any_call_of_the_driver_may_fail(call: int) -> None:
         formats = ["w8", BASE, "base/fp8"]
         world.rank.commit(True, BASE_BLOCKS + QUANTUM)
         world.later.run()
-    failed = world.pager.num_calls > (world.pager.fail_at or 0)
-    world.pager.fail_at = None
+    failed = world.allocator.num_calls > (world.allocator.fail_at or 0)
+    world.allocator.fail_at = None
     world.check_forward(formats)
-    mapped = sorted(world.pager.mapped.values())
-    assert sorted([*mapped, *world.pool._free]) == list(range(1, world.pager.num_created + 1)), "a page is lost"
+    mapped = sorted(world.allocator.mapped.values())
+    assert sorted([*mapped, *world.pool._free]) == list(range(1, world.allocator.num_created + 1)), "a page is lost"
     assert world.cache.num_mapped in (BASE_BLOCKS, BASE_BLOCKS + QUANTUM)
     assert failed, "the failure never came: there are fewer calls than this"
     # What one failure left behind must not keep the next transition from working.

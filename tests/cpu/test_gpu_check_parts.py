@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from kv_resize import ArenaBacking, ElasticCache, FakePager, PagePool
+from kv_resize import ArenaBacking, ElasticCache, FakePageAllocator, PagePool
 from morphserve.residence import GraphSets, HostCopier, WeightArena
 from morphserve.residence.graphs import output_alias
 from morphserve.tools.gpucheck.bench import Bench, run_part
@@ -137,7 +137,11 @@ def test_t1_notices_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_t2_notices_a_mover_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: an error in the other thread that nobody hears of."""
-    monkeypatch.setattr(FakePager, "unmap", lambda self, address: (_ for _ in ()).throw(RuntimeError("refused")))
+
+    def refuse(self: Any, address: int) -> None:
+        raise RuntimeError("refused")
+
+    monkeypatch.setattr(FakePageAllocator, "unmap", refuse)
     found = missed(dry("t2"))
     assert "pages of 4096 B: no call failed" in found and "pages of 4096 B: they did move" in found
 

@@ -1,4 +1,4 @@
-"""ElasticCache on real host memory, on the bookkeeping fake, and on a device arena over the fake pager."""
+"""ElasticCache on real host memory, on the bookkeeping fake, and on a device arena over the fake page allocator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kv_resize import (
     Backing,
     BackingError,
     ElasticCache,
-    FakePager,
+    FakePageAllocator,
     HostBacking,
     KVGeometry,
     KVResizeError,
@@ -45,7 +45,7 @@ def fake(size_bytes: int, page_bytes: int = PAGE, limit_bytes: int | None = None
 
 def arena(size_bytes: int, page_bytes: int = PAGE, limit_bytes: int | None = None) -> Backing:
     num_pages = (-(-size_bytes // page_bytes)) if limit_bytes is None else limit_bytes // page_bytes
-    return ArenaBacking(PagePool(FakePager(num_pages, page_bytes), num_pages), size_bytes)
+    return ArenaBacking(PagePool(FakePageAllocator(num_pages, page_bytes), num_pages), size_bytes)
 
 
 BACKINGS = pytest.mark.parametrize("make", [host, fake, arena])

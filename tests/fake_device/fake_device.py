@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from kv_resize import FakePager, PagePool
+from kv_resize import FakePageAllocator, PagePool
 from morphserve.residence import HostCopier, PagedResidence, start_thread
 
 _PAGE_BYTES = 64 << 10
@@ -21,9 +21,9 @@ class FakePages(PagedResidence):
 
     @classmethod
     def open(cls, device: torch.device, forward_stream: Callable[[], object]) -> FakePages:
-        pager = FakePager(_NUM_PAGES, _PAGE_BYTES)
+        allocator = FakePageAllocator(_NUM_PAGES, _PAGE_BYTES)
         total = _NUM_PAGES * _PAGE_BYTES
-        return cls(device, pager, PagePool(pager, 0), HostCopier(), start_thread(), _nothing, _nothing, total)
+        return cls(device, allocator, PagePool(allocator, 0), HostCopier(), start_thread(), _nothing, _nothing, total)
 
 
 def _nothing() -> None:

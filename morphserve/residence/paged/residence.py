@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from kv_resize import ArenaBacking, CudaPager, ElasticCache, KVGeometry, PagePool, Pager
+from kv_resize import ArenaBacking, CudaPageAllocator, ElasticCache, KVGeometry, PageAllocator, PagePool
 from morphserve.control import largest_batch_bytes, layers_within
 from morphserve.residence.base import PartsKey
 from morphserve.residence.paged.copier import Copier, CudaCopier
@@ -29,24 +29,24 @@ class PagedResidence:
     in_pages: ClassVar[bool] = True
 
     device: torch.device
-    pager: Pager
+    allocator: PageAllocator
     pool: PagePool
     copier: Copier
     background: Executor  # one thread, whose device work goes to the copier's stream
     release_cached: Callable[[], None]  # gives the system what torch's allocator holds and nobody uses
-    give_up: Callable[[], None]  # what the pager has, when its engine is gone
+    give_up: Callable[[], None]  # what the page allocator has, when its engine is gone
     total_bytes: int  # of the device, whoever holds them
 
     @classmethod
     def open(cls, device: torch.device, forward_stream: Callable[[], object]) -> PagedResidence:
         device = numbered(device)
         copier = CudaCopier(device)
-        pager = CudaPager(device.index, (forward_stream(), copier.stream))
+        allocator = CudaPageAllocator(device.index, (forward_stream(), copier.stream))
         thread = start_thread(_on_stream, device, copier.stream)
         thread.submit(_nothing).result()  # a thread that cannot work ends the start, not the first transition
         total = torch.cuda.get_device_properties(device).total_memory
         empty = torch.cuda.empty_cache
-        return cls(device, pager, PagePool(pager, 0), copier, thread, empty, pager.close, total)
+        return cls(device, allocator, PagePool(allocator, 0), copier, thread, empty, allocator.close, total)
 
     @property
     def device_type(self) -> str:
@@ -54,7 +54,7 @@ class PagedResidence:
 
     @property
     def page_bytes(self) -> int | None:
-        return self.pager.granularity_bytes
+        return self.allocator.granularity_bytes
 
     def open_parts(self, key: PartsKey, build: Build) -> PagedParts:
         return PagedParts(WeightArena(self.pool, self.copier), build, self.device, self._make_room)
@@ -85,7 +85,7 @@ class PagedResidence:
         """Do nothing: vLLM has profiled its own, and no page goes to KV that layers did not give up."""
 
     def wait(self) -> None:
-        self.pager.wait()
+        self.allocator.wait()
 
     def finish(self) -> None:
         self.copier.finish()
@@ -94,7 +94,7 @@ class PagedResidence:
         """Do nothing: what comes and goes does not lie in the heap."""
 
     def figures(self) -> dict[str, int]:
-        return {"free_page_bytes": self.pool.num_free * self.pager.granularity_bytes}
+        return {"free_page_bytes": self.pool.num_free * self.allocator.granularity_bytes}
 
     def close(self) -> None:
         """End the thread and give all pages back."""
@@ -104,7 +104,7 @@ class PagedResidence:
     def _make_room(self, num_bytes: int) -> None:
         """Create pages for so many bytes, out of what torch holds and nobody uses."""
         self.release_cached()
-        self.pool.create(-(-num_bytes // self.pager.granularity_bytes))
+        self.pool.create(-(-num_bytes // self.allocator.granularity_bytes))
 
 
 def start_thread(initializer: Callable[..., None] | None = None, *arguments: Any) -> Executor:

@@ -39,7 +39,7 @@ class WeightArena:
         """Keep `tensors` of one half on the host and reserve their addresses. Before serving.
 
         Raises:
-            PagerError: no address range.
+            PageError: no address range.
         """
         layout = Layout.of(tensors)
         host = self._copier.host_memory(layout.size_bytes)

@@ -1,4 +1,4 @@
-"""A device and its stand-in: streams, events, graphs and pagers, so that one code path runs on a GPU and in a dry run.
+"""A device and its stand-in: streams, events, graphs and page allocators, so that a dry run takes the same path.
 
 On CPU work is done when it is called: a stream is none, an event has always happened, and a graph is the function that
 would have been captured, at the linears that it would have been captured with. That tries the code and proves nothing
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kv_resize import CudaPager, FakePager
+from kv_resize import CudaPageAllocator, FakePageAllocator
 from morphserve.residence import WeightSlot, slots
 from morphserve.tools.gpucheck.bench import Bench
 from quant_layers import LinearImpl
@@ -145,8 +145,8 @@ def pinned(num_bytes: int, device: str) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def open_pager(bench: Bench, num_pages: int, page_bytes: int | None = None) -> Iterator[Any]:
-    """A `Pager` whose memory is given back at the end: tensors over its addresses must not be touched any more.
+def open_page_allocator(bench: Bench, num_pages: int, page_bytes: int | None = None) -> Iterator[Any]:
+    """A `PageAllocator` whose memory is given back at the end: tensors over its addresses must not be touched any more.
 
     Args:
         bench: says where.
@@ -154,14 +154,15 @@ def open_pager(bench: Bench, num_pages: int, page_bytes: int | None = None) -> I
         page_bytes: None = the device's granularity, 4 KiB in a dry run.
 
     Raises:
-        PagerError: no such device, or cuda-bindings is missing.
+        PageError: no such device, or cuda-bindings is missing.
     """
     if bench.device != "cuda":
-        yield FakePager(num_pages, page_bytes or 4096)
+        yield FakePageAllocator(num_pages, page_bytes or 4096)
         return
-    with CudaPager(torch.cuda.current_device(), [torch.cuda.current_stream()], page_bytes=page_bytes) as pager:
+    streams = [torch.cuda.current_stream()]
+    with CudaPageAllocator(torch.cuda.current_device(), streams, page_bytes=page_bytes) as allocator:
         try:
-            yield pager
+            yield allocator
         finally:
             synchronize(bench.device)
 

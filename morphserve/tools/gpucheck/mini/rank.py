@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kv_resize import ElasticCache, FakePager, KVGeometry, PagePool
+from kv_resize import ElasticCache, FakePageAllocator, KVGeometry, PagePool
 from morphserve.residence import (
     HostCopier,
     PagedResidence,
@@ -53,7 +53,7 @@ class MiniRank:
     def __init__(self, device: str, shape: Shape, kernel: Kernel, num_morphable: int, batch: int) -> None:
         """
         Args:
-            device: on "cpu" pages are booked only, see `FakePager`.
+            device: on "cpu" pages are booked only, see `FakePageAllocator`.
             shape: of layers and KV blocks.
             kernel: of the one other format.
             num_morphable: layers that can have it.
@@ -101,7 +101,7 @@ class MiniRank:
 
     @property
     def _page_bytes(self) -> int:
-        return self._residence.pager.granularity_bytes
+        return self._residence.allocator.granularity_bytes
 
     def _make(self, layer: int, name: str) -> Tensor:
         """The weight as loaded: the same in every call."""
@@ -245,10 +245,10 @@ def _open(device: str) -> PagedResidence:
     """Open a rank's pages; in a dry run small ones, so that a small model has many."""
     if device == "cuda":
         return PagedResidence.open(torch.device(device), torch.cuda.current_stream)
-    pager = FakePager(_DRY_PAGES, _DRY_PAGE_BYTES)
+    allocator = FakePageAllocator(_DRY_PAGES, _DRY_PAGE_BYTES)
     total_bytes = _DRY_PAGES * _DRY_PAGE_BYTES
-    pool, thread = PagePool(pager), start_thread()
-    return PagedResidence(torch.device("cpu"), pager, pool, HostCopier(), thread, _nothing, _nothing, total_bytes)
+    pool, thread = PagePool(allocator), start_thread()
+    return PagedResidence(torch.device("cpu"), allocator, pool, HostCopier(), thread, _nothing, _nothing, total_bytes)
 
 
 def _nothing() -> None:

@@ -12,25 +12,25 @@ import torch
 
 from kv_resize import ArenaBacking, PagePool
 from morphserve.tools.gpucheck.bench import Bench
-from morphserve.tools.gpucheck.device import MIB, capture, free_bytes, open_pager, require_device, synchronize
+from morphserve.tools.gpucheck.device import MIB, capture, free_bytes, open_page_allocator, require_device, synchronize
 
 
 def run(bench: Bench) -> None:
     """See the module."""
     require_device(bench)
     num_pages = bench.pick(256, 16)
-    with open_pager(bench, num_pages) as pager:
+    with open_page_allocator(bench, num_pages) as allocator:
         before = free_bytes(bench.device)
         times: list[float] = []
-        pool = PagePool(_Timed(pager, times), num_pages)
+        pool = PagePool(_Timed(allocator, times), num_pages)
         bench.figure("create a page", "us", times)
-        created = num_pages * pager.granularity_bytes
+        created = num_pages * allocator.granularity_bytes
         if not bench.dry:
             taken = before - free_bytes(bench.device)
             bench.figure("memory taken by pages", "MiB", taken / MIB)
             bench.require("pages are device memory", taken >= created, f"{taken:,} B for {created:,} B of pages")
-        _check_arena(bench, pager, pool, num_pages)
-        _time_calls(bench, pager, pool, num_pages)
+        _check_arena(bench, allocator, pool, num_pages)
+        _time_calls(bench, allocator, pool, num_pages)
         bench.require("every page is back in the pool", pool.num_free == num_pages, f"{pool.num_free} of {num_pages}")
         if not bench.dry:
             _check_no_memory_moved(bench, before, created)
@@ -40,24 +40,24 @@ def run(bench: Bench) -> None:
 
 
 class _Timed:
-    """A pager whose `create` is timed."""
+    """A page allocator whose `create` is timed."""
 
-    def __init__(self, pager: Any, times: list[float]) -> None:
-        self._pager, self._times = pager, times
+    def __init__(self, allocator: Any, times: list[float]) -> None:
+        self._allocator, self._times = allocator, times
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._pager, name)
+        return getattr(self._allocator, name)
 
     def create(self) -> Any:
-        """As the pager's."""
+        """As the page allocator's."""
         start = time.perf_counter()
-        page = self._pager.create()
+        page = self._allocator.create()
         self._times.append((time.perf_counter() - start) * 1e6)
         return page
 
 
-def _check_arena(bench: Bench, pager: Any, pool: PagePool, num_pages: int) -> None:
-    page = pager.granularity_bytes
+def _check_arena(bench: Bench, allocator: Any, pool: PagePool, num_pages: int) -> None:
+    page = allocator.granularity_bytes
     arena = ArenaBacking(pool, num_pages * page)
     small = num_pages // 4
     arena.populate([(0, small * page)])
@@ -128,25 +128,25 @@ def _check_thread(bench: Bench, arena: ArenaBacking, middle: int) -> None:
     bench.require("another thread can map and unmap", not failures, "; ".join(failures))
 
 
-def _time_calls(bench: Bench, pager: Any, pool: PagePool, num_pages: int) -> None:
-    """The pager's calls alone, one page at a time, nothing queued."""
-    page_bytes = pager.granularity_bytes
-    address = pager.reserve(num_pages * page_bytes)
+def _time_calls(bench: Bench, allocator: Any, pool: PagePool, num_pages: int) -> None:
+    """The page allocator's calls alone, one page at a time, nothing queued."""
+    page_bytes = allocator.granularity_bytes
+    address = allocator.reserve(num_pages * page_bytes)
     times: dict[str, list[float]] = {"map": [], "set_access": [], "unmap": []}
     runs: list[float] = []
     pages = pool.take(num_pages)
     for turn in range(bench.pick(8, 2)):
         places = [address + number * page_bytes for number in range(num_pages)]
         for place, page in zip(places, pages, strict=True):
-            _time(times["map"], partial(pager.map, place, page))
+            _time(times["map"], partial(allocator.map, place, page))
         if turn % 2:
-            _time(runs, partial(pager.set_access, address, num_pages * page_bytes))
+            _time(runs, partial(allocator.set_access, address, num_pages * page_bytes))
         else:
             for place in places:
-                _time(times["set_access"], partial(pager.set_access, place, page_bytes))
-        pager.wait()
+                _time(times["set_access"], partial(allocator.set_access, place, page_bytes))
+        allocator.wait()
         for place in places:
-            _time(times["unmap"], partial(pager.unmap, place))
+            _time(times["unmap"], partial(allocator.unmap, place))
     pool.give(pages)
     for name, values in times.items():
         bench.figure(f"{name}, a page of {page_bytes // 1024} KiB", "us", values)

@@ -11,7 +11,7 @@ import torch
 from kv_resize import ArenaBacking, ElasticCache, KVGeometry, PagePool
 from morphserve.residence import CudaCopier, HostCopier, WeightArena
 from morphserve.tools.gpucheck.bench import Bench
-from morphserve.tools.gpucheck.device import open_pager, require_device, synchronize
+from morphserve.tools.gpucheck.device import open_page_allocator, require_device, synchronize
 from quant_layers import BASE, Part
 
 _SEED = 20
@@ -24,8 +24,8 @@ def run(bench: Bench) -> None:
     layers, pages_each = bench.pick((12, 16), (4, 2))
     spare = pages_each
     num_pages = layers * pages_each + spare
-    with open_pager(bench, num_pages) as pager:
-        world = _World(bench, pager, layers, pages_each, spare)
+    with open_page_allocator(bench, num_pages) as allocator:
+        world = _World(bench, allocator, layers, pages_each, spare)
         rounds = world.play(bench)
         bench.note(f"{rounds} rounds, {world.num_checks} comparisons, seed {_SEED}")
         bench.require(f"at least {bench.pick(*_LEAST)} rounds", rounds >= bench.pick(*_LEAST), f"{rounds}")
@@ -37,11 +37,11 @@ def run(bench: Bench) -> None:
 class _World:
     """Layers in the product's weight arena, a KV cache that grows into the pages of those that are out, one pool."""
 
-    def __init__(self, bench: Bench, pager: Any, layers: int, pages_each: int, spare: int) -> None:
+    def __init__(self, bench: Bench, allocator: Any, layers: int, pages_each: int, spare: int) -> None:
         self._device = bench.device
         self._random = random.Random(_SEED)
-        self.pool = PagePool(pager, layers * pages_each + spare)
-        page = self.pool.pager.granularity_bytes
+        self.pool = PagePool(allocator, layers * pages_each + spare)
+        page = self.pool.allocator.granularity_bytes
         # Full and empty pages must differ, and so must any two layers: random bytes.
         generator = torch.Generator().manual_seed(_SEED)
         self._arena = WeightArena(self.pool, CudaCopier(bench.device) if bench.device == "cuda" else HostCopier())
@@ -88,7 +88,7 @@ class _World:
 
     @property
     def _page(self) -> int:
-        return self.pool.pager.granularity_bytes
+        return self.pool.allocator.granularity_bytes
 
     def _one_round(self, number: int) -> None:
         out = self._random.sample(sorted(self._inside), self._random.randint(1, len(self._inside)))

@@ -8,7 +8,7 @@ from typing import Any
 
 from kv_resize import PagePool
 from morphserve.tools.gpucheck.bench import Bench
-from morphserve.tools.gpucheck.device import MIB, open_pager, require_device
+from morphserve.tools.gpucheck.device import MIB, open_page_allocator, require_device
 from morphserve.tools.gpucheck.mini.decode_loop import DecodeLoop, Steps, compare
 
 _CALLS = ("unmap", "map", "set_access")
@@ -31,8 +31,8 @@ def run(bench: Bench) -> None:
 def _one_size(bench: Bench, loop: DecodeLoop, page_bytes: int, seconds: float) -> None:
     name = f"pages of {page_bytes // MIB} MiB" if page_bytes >= MIB else f"pages of {page_bytes} B"
     num_pages = bench.pick(max(32, 256 * MIB // page_bytes), 4)
-    with open_pager(bench, num_pages, page_bytes) as pager:
-        mover = Mover(pager, num_pages)
+    with open_page_allocator(bench, num_pages, page_bytes) as allocator:
+        mover = Mover(allocator, num_pages)
 
         def beside(num_steps: int) -> Steps:
             with mover:
@@ -49,16 +49,16 @@ def _one_size(bench: Bench, loop: DecodeLoop, page_bytes: int, seconds: float) -
 class Mover:
     """Inside a `with` block, a thread moves pages between two ranges, one after the other, without a pause."""
 
-    def __init__(self, pager: Any, num_pages: int) -> None:
-        self._pager = pager
-        page_bytes = pager.granularity_bytes
-        self._ranges = [pager.reserve(num_pages * page_bytes) for _ in range(2)]
-        self._pages = PagePool(pager, num_pages).take(num_pages)
+    def __init__(self, allocator: Any, num_pages: int) -> None:
+        self._allocator = allocator
+        page_bytes = allocator.granularity_bytes
+        self._ranges = [allocator.reserve(num_pages * page_bytes) for _ in range(2)]
+        self._pages = PagePool(allocator, num_pages).take(num_pages)
         self._at = 0  # the range in which the pages are mapped
         self._next = 0  # the page to be moved next
         for number, page in enumerate(self._pages):
-            pager.map(self._address(0, number), page)
-        pager.set_access(self._ranges[0], num_pages * page_bytes)
+            allocator.map(self._address(0, number), page)
+        allocator.set_access(self._ranges[0], num_pages * page_bytes)
         self.times_us: dict[str, list[float]] = {call: [] for call in _CALLS}
         self.num_moved = 0
         self.seconds = 0.0
@@ -82,7 +82,7 @@ class Mover:
         self._thread.join()
 
     def _address(self, which: int, number: int) -> int:
-        return int(self._ranges[which] + number * self._pager.granularity_bytes)
+        return int(self._ranges[which] + number * self._allocator.granularity_bytes)
 
     def _work(self) -> None:
         start = time.perf_counter()
@@ -98,11 +98,11 @@ class Mover:
     def _move_one(self) -> None:
         number, target = self._next, 1 - self._at
         begin = time.perf_counter()
-        self._pager.unmap(self._address(self._at, number))
+        self._allocator.unmap(self._address(self._at, number))
         unmapped = time.perf_counter()
-        self._pager.map(self._address(target, number), self._pages[number])
+        self._allocator.map(self._address(target, number), self._pages[number])
         mapped = time.perf_counter()
-        self._pager.set_access(self._address(target, number), self._pager.granularity_bytes)
+        self._allocator.set_access(self._address(target, number), self._allocator.granularity_bytes)
         end = time.perf_counter()
         for call, us in zip(_CALLS, (unmapped - begin, mapped - unmapped, end - mapped), strict=True):
             self.times_us[call].append(us * 1e6)

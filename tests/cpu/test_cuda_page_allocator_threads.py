@@ -1,4 +1,4 @@
-"""`CudaPager` on a stub driver: contexts of threads, calls at the same time, and what is waited for."""
+"""`CudaPageAllocator` on a stub driver: contexts of threads, calls at the same time, and what is waited for."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Any
 import pytest
 from cpu.cuda_stub import FakeStream, StubDriver
 from cpu.cuda_stub_types import CUresult
-from cpu.pager_world import GRANULE, in_thread
+from cpu.page_allocator_world import GRANULE, in_thread
 
-from kv_resize import PagerError
+from kv_resize import PageError
 
 
 def test_each_thread_is_given_the_context_once() -> None:
     """Guards: a helper thread whose calls fail for want of a context, and a call more for each that a thread makes."""
     driver = StubDriver(2 * GRANULE, GRANULE)
-    pager = driver.pager()
+    allocator = driver.allocator()
     bare = in_thread(lambda: driver.cuMemAddressReserve(GRANULE, GRANULE, 0, 0))
     assert bare == (CUresult.CUDA_ERROR_INVALID_CONTEXT, None)
 
     def use() -> None:
-        base, page = pager.reserve(GRANULE), pager.create()
-        pager.map(base, page)
-        pager.set_access(base, GRANULE)
-        pager.unmap(base)
-        pager.destroy(page)
+        base, page = allocator.reserve(GRANULE), allocator.create()
+        allocator.map(base, page)
+        allocator.set_access(base, GRANULE)
+        allocator.unmap(base)
+        allocator.destroy(page)
 
     use()
     assert driver.calls.count("cuCtxSetCurrent") == 1
     for threads in (1, 2, 3):
         in_thread(use)
         assert driver.calls.count("cuCtxSetCurrent") == 1 + threads
-    in_thread(pager.close)
+    in_thread(allocator.close)
     assert driver.num_retained == 0
 
 
@@ -53,16 +53,16 @@ def test_calls_of_two_threads_do_not_overlap() -> None:
             self.lock.release()
 
     driver = StubDriver(GRANULE, GRANULE)
-    pager = driver.pager()
-    base, page = pager.reserve(2 * GRANULE), pager.create()
-    pager._lock = lock = Watched(pager._lock)  # type: ignore[assignment]
+    allocator = driver.allocator()
+    base, page = allocator.reserve(2 * GRANULE), allocator.create()
+    allocator._lock = lock = Watched(allocator._lock)  # type: ignore[assignment]
     real_map = driver.cuMemMap
     outcome: list[str] = []
 
     def second() -> None:
         try:
-            pager.map(base + GRANULE, page)
-        except PagerError as e:
+            allocator.map(base + GRANULE, page)
+        except PageError as e:
             outcome.append(str(e))
 
     thread = threading.Thread(target=second, daemon=True)
@@ -74,9 +74,9 @@ def test_calls_of_two_threads_do_not_overlap() -> None:
         return real_map(*args)
 
     driver.cuMemMap = while_mapping  # type: ignore[method-assign]
-    pager.map(base, page)
+    allocator.map(base, page)
     thread.join(20)
-    assert pager.mapped == {base: page}
+    assert allocator.mapped == {base: page}
     assert outcome and "in use" in outcome[0]
 
 
@@ -85,29 +85,29 @@ def test_wait_is_for_what_was_queued_before() -> None:
     queued; and other threads locked out for as long as a step takes."""
     driver = StubDriver(2 * GRANULE, GRANULE)
     streams = [FakeStream(), FakeStream()]
-    pager = driver.pager(streams)
+    allocator = driver.allocator(streams)
     streams[0].num_queued, streams[1].num_queued = 3, 5
 
     def more() -> None:
         for stream in streams:
             stream.num_queued += 1
-        in_thread(pager.create)
+        in_thread(allocator.create)
 
     driver.while_waiting = more
-    in_thread(pager.wait)
+    in_thread(allocator.wait)
     assert [stream.num_done for stream in streams] == [3, 5]
-    assert pager.num_created == 2
+    assert allocator.num_created == 2
 
 
 def test_a_thread_that_got_no_context_asks_again() -> None:
     """Guards: a helper thread that is taken to have a context since it once asked for one, and fails for ever."""
     driver = StubDriver(GRANULE, GRANULE)
-    pager = driver.pager()
+    allocator = driver.allocator()
 
     def twice() -> int:
-        with pytest.raises(PagerError, match="cuCtxSetCurrent to that of device 0: CUDA_ERROR_UNKNOWN"):
-            pager.create()
-        return pager.create()
+        with pytest.raises(PageError, match="cuCtxSetCurrent to that of device 0: CUDA_ERROR_UNKNOWN"):
+            allocator.create()
+        return allocator.create()
 
     driver.fail_at = len(driver.calls)
-    assert in_thread(twice) == pager.num_created == 1
+    assert in_thread(twice) == allocator.num_created == 1

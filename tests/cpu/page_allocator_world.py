@@ -1,4 +1,4 @@
-"""The fake pager and `CudaPager` over the stub driver as one thing, and what is asked of both."""
+"""The fake page allocator and `CudaPageAllocator` over the stub driver as one thing, and what is asked of both."""
 
 from __future__ import annotations
 
@@ -10,57 +10,58 @@ import pytest
 import torch
 from cpu.cuda_stub import StubDriver
 
-from kv_resize import ArenaBacking, CudaPager, ElasticCache, FakePager, KVResizeError, PagePool
+from kv_resize import ArenaBacking, CudaPageAllocator, ElasticCache, FakePageAllocator, KVResizeError, PagePool
 
 GRANULE = 64
-POISON = FakePager.POISON
+POISON = FakePageAllocator.POISON
 
-AnyPager = FakePager | CudaPager
-MakePager = Callable[[int], AnyPager]
-
-
-def fake(num_pages: int) -> AnyPager:
-    return FakePager(num_pages, GRANULE)
+AnyAllocator = FakePageAllocator | CudaPageAllocator
+MakeAllocator = Callable[[int], AnyAllocator]
 
 
-def stubbed(num_pages: int) -> AnyPager:
-    return StubDriver(num_pages * GRANULE, GRANULE).pager()
+def fake(num_pages: int) -> AnyAllocator:
+    return FakePageAllocator(num_pages, GRANULE)
 
 
-PAGERS = pytest.mark.parametrize("make", [fake, stubbed])
+def stubbed(num_pages: int) -> AnyAllocator:
+    return StubDriver(num_pages * GRANULE, GRANULE).allocator()
 
 
-def driver_of(pager: CudaPager) -> StubDriver:
-    driver = pager._cuda.functions
+ALLOCATORS = pytest.mark.parametrize("make", [fake, stubbed])
+
+
+def driver_of(allocator: CudaPageAllocator) -> StubDriver:
+    driver = allocator._cuda.functions
     assert isinstance(driver, StubDriver)
     return driver
 
 
-def state(pager: AnyPager) -> tuple[object, ...]:
+def state(allocator: AnyAllocator) -> tuple[object, ...]:
     """Books and bytes."""
-    books = dict(pager.mapped), set(pager.accessible), pager.num_created
-    if isinstance(pager, FakePager):
-        return *books, [bytes(memory.numpy()) for _, memory in pager._ranges]
-    return *books, dict(pager._ranges), driver_of(pager).state()
+    books = dict(allocator.mapped), set(allocator.accessible), allocator.num_created
+    if isinstance(allocator, FakePageAllocator):
+        return *books, [bytes(memory.numpy()) for _, memory in allocator._ranges]
+    return *books, dict(allocator._ranges), driver_of(allocator).state()
 
 
-def num_calls(pager: AnyPager) -> int:
+def num_calls(allocator: AnyAllocator) -> int:
     """Calls that can be made to fail."""
-    return pager.num_calls if isinstance(pager, FakePager) else len(driver_of(pager).calls)
+    return allocator.num_calls if isinstance(allocator, FakePageAllocator) else len(driver_of(allocator).calls)
 
 
-def fail_in(pager: AnyPager, later: int) -> None:
+def fail_in(allocator: AnyAllocator, later: int) -> None:
     """Let the call after `later` more fail, once."""
-    target: FakePager | StubDriver = pager if isinstance(pager, FakePager) else driver_of(pager)
-    target.fail_at = num_calls(pager) + later
+    is_fake = isinstance(allocator, FakePageAllocator)
+    target: FakePageAllocator | StubDriver = allocator if is_fake else driver_of(allocator)
+    target.fail_at = num_calls(allocator) + later
 
 
-def queue_work(pager: AnyPager) -> None:
+def queue_work(allocator: AnyAllocator) -> None:
     """Work that may touch every page mapped now."""
-    if isinstance(pager, FakePager):
-        pager.busy = True
+    if isinstance(allocator, FakePageAllocator):
+        allocator.busy = True
     else:
-        driver_of(pager).streams[0].num_queued += 1
+        driver_of(allocator).streams[0].num_queued += 1
 
 
 def in_thread(call: Callable[[], Any]) -> Any:
@@ -82,7 +83,7 @@ def in_thread(call: Callable[[], Any]) -> Any:
     return answers[0]
 
 
-Call = Callable[[AnyPager, int, int, int], object]  # pager, a range, a mapped page and one that is not
+Call = Callable[[AnyAllocator, int, int, int], object]  # page allocator, a range, a mapped page and one that is not
 
 REFUSED: dict[str, tuple[Call, str]] = {
     "map over a mapping": (lambda p, base, page, free: p.map(base, free), "in use"),
@@ -108,14 +109,14 @@ REFUSED: dict[str, tuple[Call, str]] = {
 }
 
 
-def check_books(pager: AnyPager, pool: PagePool, *arenas: ArenaBacking) -> None:
+def check_books(allocator: AnyAllocator, pool: PagePool, *arenas: ArenaBacking) -> None:
     """Promise 1 of an arena: each page is in the pool or mapped in one arena; usable ones are accessible."""
     held = [page for arena in arenas for page in arena._held.values()]
-    assert sorted(held) == sorted(pager.mapped.values())
-    assert sorted([*held, *pool._free]) == list(range(1, pager.num_created + 1))
+    assert sorted(held) == sorted(allocator.mapped.values())
+    assert sorted([*held, *pool._free]) == list(range(1, allocator.num_created + 1))
     for arena in arenas:
         assert arena._usable <= arena._held.keys()
-        assert {arena._at(number) for number in arena._usable} <= set(pager.accessible)
+        assert {arena._at(number) for number in arena._usable} <= set(allocator.accessible)
 
 
 def grow_and_shrink(cache: ElasticCache, other: ArenaBacking, note: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""`Pager` on an NVIDIA device, by the CUDA driver's virtual memory management."""
+"""`PageAllocator` on an NVIDIA device, by the CUDA driver's virtual memory management."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any
 import torch
 
 from kv_resize.cuda_driver import CudaDriver, access_descriptor, allocation_properties
-from kv_resize.errors import PagerError
-from kv_resize.pager import Page
+from kv_resize.errors import PageError
+from kv_resize.page_allocator import Page
 
 
-class CudaPager:
+class CudaPageAllocator:
     """Pages of one device.
 
-    1. A call that raises `PagerError` has changed nothing, and can be made again.
+    1. A call that raises `PageError` has changed nothing, and can be made again.
     2. A call may come from any thread. One runs at a time; only waiting for the device keeps nobody out.
     3. No call takes longer because more pages exist or are mapped elsewhere.
-    4. `close` undoes what this pager did and nothing else; what the driver would not undo stays in the books.
+    4. `close` undoes what this page allocator did and nothing else; what the driver would not undo stays in the books.
 
-    That no queued work touches a page is the caller's to see to: `wait`, then `unmap`. A pager that is dropped without
-    `close` keeps its memory until the process ends.
+    That no queued work touches a page is the caller's to see to: `wait`, then `unmap`. One dropped without `close` keeps
+    its memory until the process ends.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class CudaPager:
             make_event: An event with `record(stream)` and `synchronize()`; None: torch's.
 
         Raises:
-            PagerError: No `cuda-bindings`, no driver, no such device, or a page size that it does not have.
+            PageError: No `cuda-bindings`, no driver, no such device, or a page size that it does not have.
         """
         self._cuda = CudaDriver(device, driver)
         self._streams = tuple(streams)
@@ -75,7 +75,7 @@ class CudaPager:
             self._alignment = int(self._cuda.call("cuMemGetAllocationGranularity", self._properties, option))
             self.granularity_bytes = _page_size(page_bytes, self._alignment)
         except Exception:
-            with contextlib.suppress(PagerError):
+            with contextlib.suppress(PageError):
                 self._cuda.release()
             raise
 
@@ -96,16 +96,16 @@ class CudaPager:
             return address
 
     def view(self, address: int, size_bytes: int) -> torch.Tensor:
-        """Return int8 [size_bytes] over reserved addresses, mapped or not. It keeps this pager alive, not open."""
+        """Return int8 [size_bytes] over reserved addresses, mapped or not. It keeps this object alive, not open."""
         with self._lock:
             self._check_open()
             start = self._start_of(address)
             if address + size_bytes > start + self._ranges[start]:
-                raise PagerError(f"{address:#x} to {address + size_bytes:#x} lies in no reserved range. Reserve more.")
+                raise PageError(f"{address:#x} to {address + size_bytes:#x} lies in no reserved range. Reserve more.")
         try:
             return self._make_view(address, size_bytes)
         except (RuntimeError, AssertionError) as e:  # torch says by the latter that it was built without CUDA
-            raise PagerError(f"view of {size_bytes:,} B at {address:#x}: {e}. Check that torch sees the device.") from e
+            raise PageError(f"view of {size_bytes:,} B at {address:#x}: {e}. Check that torch sees the device.") from e
 
     def create(self) -> Page:
         """Allocate memory on the device, mapped nowhere. Its contents are not defined."""
@@ -123,7 +123,7 @@ class CudaPager:
             self._check_open()
             self._check_page(page)
             if page in self._address_of:
-                raise PagerError(f"destroy page {page}: it is in use at {self._address_of[page]:#x}. Unmap first.")
+                raise PageError(f"destroy page {page}: it is in use at {self._address_of[page]:#x}. Unmap first.")
             self._release(page)
 
     def map(self, address: int, page: Page) -> None:
@@ -133,7 +133,7 @@ class CudaPager:
             self._check_page(page)
             self._check_aligned(address)
             if address in self.mapped or page in self._address_of:
-                raise PagerError(f"map page {page} at {address:#x}: one of them is in use. Unmap first.")
+                raise PageError(f"map page {page} at {address:#x}: one of them is in use. Unmap first.")
             about = f" of page {page} at {address:#x}"
             self._cuda.call("cuMemMap", address, self.granularity_bytes, 0, self._handles[page], 0, about=about)
             self.mapped[address] = page
@@ -148,7 +148,7 @@ class CudaPager:
             addresses = range(address, address + size_bytes, self.granularity_bytes)
             if not all(map(self.mapped.__contains__, addresses)):
                 missing = next(a for a in addresses if a not in self.mapped)
-                raise PagerError(f"access to {missing:#x}, where nothing is mapped. Map first.")
+                raise PageError(f"access to {missing:#x}, where nothing is mapped. Map first.")
             about = f" to {size_bytes:,} B at {address:#x}"
             self._cuda.call("cuMemSetAccess", address, size_bytes, [self._access], 1, about=about)
             self.accessible.update(addresses)
@@ -158,7 +158,7 @@ class CudaPager:
         with self._lock:
             self._check_open()
             if address not in self.mapped:
-                raise PagerError(f"unmap {address:#x}: no mapping begins there. Unmap a mapping as a whole, once.")
+                raise PageError(f"unmap {address:#x}: no mapping begins there. Unmap a mapping as a whole, once.")
             self._unmap(address)
 
     def wait(self) -> None:
@@ -170,10 +170,10 @@ class CudaPager:
     def close(self) -> None:
         """Wait, then unmap, destroy and free all. Tensors of `view` must not be touched any more.
 
-        On a closed pager it does nothing; after a failure, what is left.
+        On a closed page allocator it does nothing; after a failure, what is left.
 
         Raises:
-            PagerError: Not all could be undone. Close again.
+            PageError: Not all could be undone. Close again.
         """
         with self._lock:
             if not self._cuda.is_retained:
@@ -181,7 +181,7 @@ class CudaPager:
             self._is_closed = True
             if self.mapped:
                 self._wait()
-            refused: list[PagerError] = []
+            refused: list[PageError] = []
             for address in list(self.mapped):
                 _note(refused, self._unmap, address)
             for page in self._handles.keys() - self._address_of.keys():
@@ -191,9 +191,9 @@ class CudaPager:
             if not refused:
                 _note(refused, self._cuda.release)
             if refused:
-                raise PagerError(f"close: {len(refused)} refused, close again. The first: {refused[0]}")
+                raise PageError(f"close: {len(refused)} refused, close again. The first: {refused[0]}")
 
-    def __enter__(self) -> CudaPager:
+    def __enter__(self) -> CudaPageAllocator:
         return self
 
     def __exit__(
@@ -226,7 +226,7 @@ class CudaPager:
             for event in events:
                 event.synchronize()
         except (RuntimeError, AssertionError) as e:
-            raise PagerError(f"wait for device {self._cuda.device}: {e}. If a kernel failed, restart.") from e
+            raise PageError(f"wait for device {self._cuda.device}: {e}. If a kernel failed, restart.") from e
 
     def _device_view(self, address: int, size_bytes: int) -> torch.Tensor:
         # With a device named, torch (2.9 or newer) does not ask the driver whose address it is: nobody's, while nothing
@@ -237,32 +237,32 @@ class CudaPager:
         """Return the beginning of the reserved range that holds an address."""
         index = bisect_right(self._starts, address) - 1
         if index < 0 or address >= self._starts[index] + self._ranges[self._starts[index]]:
-            raise PagerError(f"{address:#x} lies in no reserved range. Reserve first.")
+            raise PageError(f"{address:#x} lies in no reserved range. Reserve first.")
         return self._starts[index]
 
     def _check_open(self) -> None:
         if self._is_closed:
-            raise PagerError(f"the pager of device {self._cuda.device} is closed. Make a new one.")
+            raise PageError(f"the page allocator of device {self._cuda.device} is closed. Make a new one.")
 
     def _check_page(self, page: Page) -> None:
         if page not in self._handles:
-            raise PagerError(f"there is no page {page} among the {self.num_created} that exist. Create it first.")
+            raise PageError(f"there is no page {page} among the {self.num_created} that exist. Create it first.")
 
     def _check_aligned(self, address: int) -> None:
         # Counted from the beginning of the range: the driver aligns that to its granularity, not to larger pages.
         if (address - self._start_of(address)) % self.granularity_bytes:
-            raise PagerError(f"{address:#x}: no multiple of the granularity, {self.granularity_bytes} B, in its range.")
+            raise PageError(f"{address:#x}: no multiple of the granularity, {self.granularity_bytes} B, in its range.")
 
     def _check_size(self, size_bytes: int) -> None:
         if size_bytes < 1 or size_bytes % self.granularity_bytes:
-            raise PagerError(f"{size_bytes} B: no positive multiple of the granularity, {self.granularity_bytes} B.")
+            raise PageError(f"{size_bytes} B: no positive multiple of the granularity, {self.granularity_bytes} B.")
 
 
 class _Window:
-    """Addresses, as torch takes them in. The tensor holds this object, and this object the pager."""
+    """Addresses, as torch takes them in. The tensor holds this object, and this object the page allocator."""
 
-    def __init__(self, pager: CudaPager, address: int, size_bytes: int) -> None:
-        self.pager = pager
+    def __init__(self, allocator: CudaPageAllocator, address: int, size_bytes: int) -> None:
+        self.allocator = allocator
         self.__cuda_array_interface__ = {
             "shape": (size_bytes,),
             "typestr": "|i1",
@@ -277,7 +277,7 @@ def _page_size(wanted: int | None, granularity: int) -> int:
         return granularity
     if wanted < 1 or wanted % granularity:
         fitting = max(-(-wanted // granularity), 1) * granularity
-        raise PagerError(f"page_bytes {wanted:,}: no multiple of the granularity, {granularity:,} B. Use {fitting:,}.")
+        raise PageError(f"page_bytes {wanted:,}: no multiple of the granularity, {granularity:,} B. Use {fitting:,}.")
     return wanted
 
 
@@ -286,8 +286,8 @@ def _sleeping_event() -> Any:
     return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
 
-def _note(refused: list[PagerError], call: Callable[..., None], *args: Any) -> None:
+def _note(refused: list[PageError], call: Callable[..., None], *args: Any) -> None:
     try:
         call(*args)
-    except PagerError as e:
+    except PageError as e:
         refused.append(e)

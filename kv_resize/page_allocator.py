@@ -1,8 +1,8 @@
 """Device memory by the page: reserved addresses, page handles, and mappings of one handle each.
 
 The calls are those of a driver's virtual memory management (CUDA: cuMemAddressReserve, cuMemCreate, cuMemMap,
-cuMemSetAccess, cuMemUnmap, cuMemRelease). `CudaPager` makes them; `FakePager` keeps books in place of a device and
-refuses what the driver would.
+cuMemSetAccess, cuMemUnmap, cuMemRelease). `CudaPageAllocator` makes them; `FakePageAllocator` keeps books in
+place of a device and refuses what the driver would.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Protocol
 
 import torch
 
-from kv_resize.errors import PagerError
+from kv_resize.errors import PageError
 
 Page = int  # handle of `granularity_bytes` of device memory
 
 
-class Pager(Protocol):
-    """Device memory by the page. A call that raises `PagerError` has changed nothing. None waits for queued work."""
+class PageAllocator(Protocol):
+    """Device memory by the page. A call that raises `PageError` has changed nothing. None waits for queued work."""
 
     granularity_bytes: int
 
@@ -54,8 +54,8 @@ class Pager(Protocol):
         ...
 
 
-class FakePager:
-    """A pager that keeps the books in place of a device.
+class FakePageAllocator:
+    """A page allocator that keeps the books in place of a device.
 
     Refuses: unaligned addresses, mapping outside of a reservation or over a mapping, mapping a page twice, unmapping
     what is not the beginning of a mapping or what queued work may still read, access to what is not mapped, more pages
@@ -90,13 +90,13 @@ class FakePager:
         """Return host memory that stands for the range."""
         start, memory = self._range_of(address)
         if address + size_bytes > start + memory.numel():
-            raise PagerError(f"{address:#x} to {address + size_bytes:#x} lies in no reserved range.")
+            raise PageError(f"{address:#x} to {address + size_bytes:#x} lies in no reserved range.")
         return memory[address - start : address - start + size_bytes]
 
     def create(self) -> Page:
         """Create a numbered page that holds poison."""
         if self.num_created == self.num_pages:
-            raise PagerError(f"out of memory: all {self.num_pages} pages exist. Create fewer.")
+            raise PageError(f"out of memory: all {self.num_pages} pages exist. Create fewer.")
         self.num_created += 1
         self._last_page += 1
         self._bytes[self._last_page] = torch.full((self.granularity_bytes,), self.POISON, dtype=torch.int8)
@@ -106,7 +106,7 @@ class FakePager:
         """Destroy a page; its number is not used again."""
         self._check_page("destroy", page)
         if page in self._in_use:
-            raise PagerError(f"destroy page {page}: it is in use. Unmap first.")
+            raise PageError(f"destroy page {page}: it is in use. Unmap first.")
         self.num_created -= 1
         del self._bytes[page]
 
@@ -116,7 +116,7 @@ class FakePager:
         self._check_aligned(address)
         self._check_page("map", page)
         if address in self.mapped or page in self._in_use:
-            raise PagerError(f"map page {page} at {address:#x}: one of them is in use. Unmap first.")
+            raise PageError(f"map page {page} at {address:#x}: one of them is in use. Unmap first.")
         self._window(address).copy_(self._bytes[page])
         self.mapped[address] = page
         self._in_use.add(page)
@@ -128,16 +128,16 @@ class FakePager:
         self._check_size(size_bytes)
         addresses = range(address, address + size_bytes, self.granularity_bytes)
         if missing := [a for a in addresses if a not in self.mapped]:
-            raise PagerError(f"access to {missing[0]:#x}, where nothing is mapped. Map first.")
+            raise PageError(f"access to {missing[0]:#x}, where nothing is mapped. Map first.")
         self.accessible.update(addresses)
 
     def unmap(self, address: int) -> None:
         """Unmap a page: its bytes leave with it."""
         self._count_call("unmap")
         if address not in self.mapped:
-            raise PagerError(f"unmap {address:#x}: no mapping begins there. Unmap a mapping as a whole, once.")
+            raise PageError(f"unmap {address:#x}: no mapping begins there. Unmap a mapping as a whole, once.")
         if self.busy:
-            raise PagerError(f"unmap {address:#x} while work is queued. Wait first.")
+            raise PageError(f"unmap {address:#x} while work is queued. Wait first.")
         page = self.mapped.pop(address)
         self._in_use.discard(page)
         self._bytes[page].copy_(self._window(address))
@@ -150,7 +150,7 @@ class FakePager:
     def _count_call(self, name: str) -> None:
         self.num_calls += 1
         if self.num_calls - 1 == self.fail_at:
-            raise PagerError(f"{name} failed, as planned")
+            raise PageError(f"{name} failed, as planned")
 
     def _window(self, address: int) -> torch.Tensor:
         return self.view(address, self.granularity_bytes)
@@ -159,17 +159,17 @@ class FakePager:
         for start, memory in self._ranges:
             if start <= address < start + memory.numel():
                 return start, memory
-        raise PagerError(f"{address:#x} lies in no reserved range.")
+        raise PageError(f"{address:#x} lies in no reserved range.")
 
     def _check_page(self, name: str, page: Page) -> None:
         if page not in self._bytes:
-            raise PagerError(f"{name} page {page}: there is no page {page}. Create it first.")
+            raise PageError(f"{name} page {page}: there is no page {page}. Create it first.")
 
     def _check_size(self, size_bytes: int) -> None:
         if size_bytes < 1:
-            raise PagerError(f"{size_bytes} B: at least {self.granularity_bytes} B, the granularity, are needed.")
+            raise PageError(f"{size_bytes} B: at least {self.granularity_bytes} B, the granularity, are needed.")
         self._check_aligned(size_bytes)
 
     def _check_aligned(self, value: int) -> None:
         if value % self.granularity_bytes:
-            raise PagerError(f"{value:#x} is no multiple of the granularity, {self.granularity_bytes} B.")
+            raise PageError(f"{value:#x} is no multiple of the granularity, {self.granularity_bytes} B.")
