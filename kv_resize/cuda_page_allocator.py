@@ -24,8 +24,8 @@ class CudaPageAllocator:
     3. No call takes longer because more pages exist or are mapped elsewhere.
     4. `close` undoes what this page allocator did and nothing else; what the driver would not undo stays in the books.
 
-    That no queued work touches a page is the caller's to see to: `wait`, then `unmap`. One dropped without `close` keeps
-    its memory until the process ends.
+    That no queued work touches a page is the caller's to see to: `wait`, then `unmap`. One dropped without `close`
+    keeps its memory until the process ends.
     """
 
     def __init__(

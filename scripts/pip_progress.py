@@ -100,7 +100,7 @@ def run_showing(
     try:
         with log.open("w", encoding="utf-8") as stream:
             while True:
-                told = None
+                line_out = None
                 with contextlib.suppress(queue.Empty):
                     line = lines.get(timeout=max(said + BEAT_S - time.monotonic(), 0.01))
                     if line is None:
@@ -108,11 +108,11 @@ def run_showing(
                     output.append(line)
                     stream.write(line)
                     stream.flush()
-                    told = progress.feed(line)
-                if told is None and time.monotonic() - said >= BEAT_S:
-                    told = progress.beat(time.monotonic() - begin, size_on_disk(venv))
-                if told is not None:
-                    say(told)
+                    line_out = progress.feed(line)
+                if line_out is None and time.monotonic() - said >= BEAT_S:
+                    line_out = progress.beat(time.monotonic() - begin, size_on_disk(venv))
+                if line_out is not None:
+                    say(line_out)
                     said = time.monotonic()
         reader.join()
         return process.wait(), "".join(output)

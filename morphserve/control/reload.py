@@ -140,7 +140,7 @@ class PolicyReloader:
                 )
             return self._setup_of(config)
         except Exception as e:
-            return ConfigError(_told(e))
+            return ConfigError(_message(e))
 
     def _take(self, loaded: PolicySetup | ConfigError, cause: str) -> None:
         if isinstance(loaded, ConfigError):
@@ -153,7 +153,7 @@ class PolicyReloader:
         try:
             self._install(loaded, f"{cause}: {note}")
         except Exception as e:
-            self._refuse(_told(e), cause)
+            self._refuse(_message(e), cause)
             return
         self._setup = loaded
         self._note("ok", kind=loaded.section.kind, reloads=self.reloads.reloads + 1, last_error=None, note=note)
@@ -241,7 +241,7 @@ def _changes(old: BaseModel, new: BaseModel, prefix: str = "") -> Iterator[tuple
             yield f"{prefix}{name}", before, now
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return str(error) if isinstance(error, MorphServeError) else f"{type(error).__name__}: {error}"
 
 
@@ -249,7 +249,7 @@ def _difference(old: PolicySetup, new: PolicySetup) -> str:
     """Put what differs into words."""
     if type(old.section) is not type(new.section):
         return f"policy.kind {old.section.kind} -> {new.section.kind}"
-    told = [f"{key} {before!r} -> {now!r}" for key, before, now in _changes(old.section, new.section, "policy.")]
+    changes = [f"{key} {before!r} -> {now!r}" for key, before, now in _changes(old.section, new.section, "policy.")]
     if old.times != new.times:
-        told.append("step times")
-    return ", ".join(told)
+        changes.append("step times")
+    return ", ".join(changes)

@@ -267,7 +267,7 @@ def _summary(found: Replay, policy: str | None) -> str:
     lines.append(f"{found.compared} decisions compared, {found.differing} differ, {found.skipped} not comparable")
     if (first := found.first_difference) is not None:
         lines.append(f"first difference: decision {first.pair}, line {first.line}, at {first.now_s:.3f} s")
-        lines += [f"  {who:<8} {_told(d)}" for who, d in (("logged", first.logged), ("replayed", first.replayed))]
+        lines += [f"  {who:<8} {_in_words(d)}" for who, d in (("logged", first.logged), ("replayed", first.replayed))]
     if found.logged_levels != found.replayed_levels:
         for who, levels in (("logged", found.logged_levels), ("replayed", found.replayed_levels)):
             shares = (f"{level}: {n / found.compared:.1%}" for level, n in sorted(levels.items()))
@@ -278,6 +278,6 @@ def _summary(found: Replay, policy: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _told(decision: Decision) -> str:
+def _in_words(decision: Decision) -> str:
     limit = "" if decision.max_queued_tokens is None else f", at most {decision.max_queued_tokens} tokens queued"
     return f"level {decision.level} ({decision.reason}){limit}"

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from morphserve.integration import seams
 from morphserve.integration.describe import RankDescription
 from morphserve.integration.offline.level_engine import LevelEngine, greedy
 from policies import BASE_FORMAT
@@ -43,7 +44,7 @@ class ServedModel(LevelEngine):
         )  # fmt: skip
         self.description: RankDescription = self.morph.runtime.ranks[0]
         self._rows: list[torch.Tensor] = []
-        self._record_logits(self.worker.model_runner.model)
+        seams.wrap(seams.LOGITS, self._record_logits, on=self.worker.model_runner.model)
 
     @property
     def num_layers(self) -> int:
@@ -88,16 +89,14 @@ class ServedModel(LevelEngine):
             ratios.append(self.step_time_s() / base)
         return statistics.median(ratios)
 
-    def _record_logits(self, model: Any) -> None:
-        original = model.compute_logits
-
+    def _record_logits(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def compute_logits(hidden: Any, *args: Any, **kwargs: Any) -> Any:
             logits = original(hidden, *args, **kwargs)
             if logits is not None and len(logits) > _BATCH:  # a prompt; fewer are sampled tokens'
                 self._rows.append(logits.float().log_softmax(-1))
             return logits
 
-        model.compute_logits = compute_logits
+        return compute_logits
 
 
 def measure_levels(

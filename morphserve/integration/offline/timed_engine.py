@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 from morphserve.config import MorphServeConfig
 from morphserve.control import RankBytes, ladder_formats, optional_formats
+from morphserve.integration import seams
 from morphserve.integration.offline.level_engine import LevelEngine
 from morphserve.profile_ladder import read_ladder
 from policies import BASE_FORMAT, LayerMove, StepLoad
@@ -65,14 +67,16 @@ class TimedEngine(LevelEngine):
         self._moves: dict[str, list[float]] = {"degrade": [], "restore": []}
         self._level = 0
         self._seconds = 0.0
-        self._step_of_core = self.core.step_fn
-        self.core.step_fn = self._timed
+        seams.wrap(seams.ENGINE_CORE, self._timed, on=self.core, name="step_fn")
 
-    def _timed(self) -> Any:
-        start = time.perf_counter()
-        result = self._step_of_core()
-        self._seconds = time.perf_counter() - start
-        return result
+    def _timed(self, step: Callable[[], Any]) -> Callable[[], Any]:
+        def timed_step() -> Any:
+            start = time.perf_counter()
+            result = step()
+            self._seconds = time.perf_counter() - start
+            return result
+
+        return timed_step
 
     def go_to(self, level: int) -> None:
         """Switch all layers, under two live requests, and note what a layer takes.

@@ -122,7 +122,7 @@ def _better(columns: Sequence[Sequence[Total]], a: str, b: str) -> int:
 
 
 def _by_violations(columns: Sequence[Sequence[Total]], a: str, b: str) -> int:
-    return _told([(x.violation_rate, y.violation_rate) for x, y in _both(columns, a, b)], _SAME_RATE)
+    return _sign([(x.violation_rate, y.violation_rate) for x, y in _both(columns, a, b)], _SAME_RATE)
 
 
 def _mean_rate(columns: Sequence[Sequence[Total]], run: str) -> float:
@@ -135,7 +135,7 @@ def _by_cost(columns: Sequence[Sequence[Total]], a: str, b: str) -> int:
         if x.expected_kl_per_token is None or y.expected_kl_per_token is None:
             return 0
         costs.append((x.expected_kl_per_token, y.expected_kl_per_token))
-    return _told(costs, _SAME_KL * max(max(pair) for pair in costs))
+    return _sign(costs, _SAME_KL * max(max(pair) for pair in costs))
 
 
 def _both(columns: Sequence[Sequence[Total]], a: str, b: str) -> list[tuple[Total, Total]]:
@@ -143,7 +143,7 @@ def _both(columns: Sequence[Sequence[Total]], a: str, b: str) -> list[tuple[Tota
     return [(runs[a], runs[b]) for runs in by_run]
 
 
-def _told(pairs: Sequence[tuple[float, float]], same: float) -> int:
+def _sign(pairs: Sequence[tuple[float, float]], same: float) -> int:
     differences = [y - x for x, y in pairs]
     mean = statistics.fmean(differences)
     contrary = any(abs(d) > same and d * mean < 0 for d in differences)
