@@ -93,7 +93,7 @@ def _stacks(weights: list[list[Tensor]], dtype: torch.dtype, args: argparse.Name
 
 
 def _base(weight: Tensor) -> Linear:
-    """The linear as vLLM prepares it at load."""
+    """Return the linear as vLLM prepares it at load."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     layer: Any = torch.nn.Module()

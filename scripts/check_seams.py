@@ -58,13 +58,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def installed() -> Path | None:
-    """The directory that holds the installed vLLM, found without importing it."""
+    """Return the directory that holds the installed vLLM, found without importing it."""
     spec = importlib.util.find_spec("vllm")
     return Path(spec.origin).parent.parent if spec and spec.origin else None
 
 
 def document(path: Path, version: str | None, results: dict[str, list[SeamResult]]) -> dict[str, object]:
-    """The last line of stdout."""
+    """Return the last line of stdout."""
     return {
         "source": str(path),
         "vllm": version,

@@ -47,7 +47,7 @@ def sha256(file: Path) -> str:
 
 
 def find_fault(model: Path, full: bool) -> str | None:
-    """Why the cached model cannot be used, or None.
+    """Return why the cached model cannot be used, or None.
 
     Args:
         model: directory of the converted model.
@@ -150,7 +150,7 @@ def convert(gguf: Path, model: Path) -> None:
 
 
 def obtain(cache: Path, full: bool, run: Runner = run_quiet, converter: Converter = convert) -> Path:
-    """The directory of the converted model, made when it is not there or damaged.
+    """Return the directory of the converted model, made when it is not there or damaged.
 
     Raises:
         SetupError: no network, too little disk, or a file that fails its hash.

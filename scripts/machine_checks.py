@@ -40,7 +40,7 @@ def run_quiet(command: list[str]) -> tuple[int, str]:
 
 
 def find_python(run: Runner, version: tuple[int, ...] | None = None) -> str:
-    """An interpreter that vLLM has wheels for: this one, else one found on PATH.
+    """Return an interpreter that vLLM has wheels for: this one, else one found on PATH.
 
     Raises:
         SetupError: none between OLDEST and NEWEST.

@@ -36,7 +36,7 @@ class PipProgress:
         self.phase = "looking up what is needed"
 
     def feed(self, line: str) -> str | None:
-        """What a user should read of this line; None for most."""
+        """Return what a user should read of this line; None for most."""
         if match := _FILE.match(line):
             return self._file(match[1], match[2], float(match[3] or 0) * _UNITS[match[4] or "B"])
         if line.startswith("Installing collected packages:"):
@@ -46,7 +46,7 @@ class PipProgress:
         return None
 
     def beat(self, seconds: float, bytes_on_disk: int) -> str:
-        """A sign of life."""
+        """Return a sign of life."""
         fetched = f", {self.num_files} packages so far{self._size()}" if self.phase == _DOWNLOADING else ""
         return f"{self.phase}{fetched}, {bytes_on_disk / GIB:.1f} GiB on disk after {seconds:.0f} s"
 
@@ -143,7 +143,7 @@ _NO_TORCH = re.compile(r"No matching distribution found for torch==|find a versi
 
 
 def explain_pip_failure(output: str, what: str, log: Path, torch_index: str = "") -> str:
-    """One message out of pip's output: what failed, the line that says why, the remedy."""
+    """Make one message out of pip's output: what failed, the line that says why, the remedy."""
     errors = [line.strip() for line in output.splitlines() if re.match(r"\W*(ERROR|error):", line)]
     # pip wraps the failure of a build step in this line; the reason follows it.
     errors = [line for line in errors if not line.endswith("error: subprocess-exited-with-error")]

@@ -79,7 +79,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _run(args: argparse.Namespace) -> tuple[Profile, float]:
-    """The profile, and the seconds that it took."""
+    """Return the profile, and the seconds that it took."""
     from rich.progress import Progress
 
     from morphserve.serve_dtype import AUTO, resolve_dtype

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _environment(directory: Path) -> Path | None:
-    """The environment's interpreter; installs what is missing."""
+    """Return the environment's interpreter; install what is missing."""
     python = directory / "bin" / "python"
     stamp = directory / "installed"
     if stamp.exists() and stamp.read_text() == " ".join(PACKAGES):
@@ -68,7 +68,7 @@ def _environment(directory: Path) -> Path | None:
 
 
 def _quantize(args: argparse.Namespace) -> int:
-    """In the environment of llm-compressor."""
+    """Quantize, in the environment of llm-compressor."""
     import torch
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
@@ -121,7 +121,7 @@ def _modifiers(method: str, scheme: object, grid: int) -> list[object]:
 
 
 def _group_size(model: object) -> int:
-    """The largest group that divides the inputs of every decoder linear."""
+    """Return the largest group that divides the inputs of every decoder linear."""
     import torch
 
     sizes = {m.in_features for m in model.modules() if isinstance(m, torch.nn.Linear)}  # type: ignore[attr-defined]
@@ -129,7 +129,7 @@ def _group_size(model: object) -> int:
 
 
 def _do_without_pinned_memory() -> None:
-    """llm-compressor 0.14 pins its cache, which torch refuses where there is no accelerator."""
+    """Keep llm-compressor 0.14 from pinning its cache, which torch refuses where there is no accelerator."""
     from llmcompressor.pipelines.cache import IntermediatesCache
 
     IntermediatesCache._pin_intermediate = classmethod(lambda cls, value: None)

@@ -50,7 +50,7 @@ class _Soak:
         return (time.monotonic() - self._start) / 60
 
     def cycle(self) -> None:
-        """One burst, down and back."""
+        """Make one burst, down and back."""
         self._burst()
         self._engine.settle(0, _PATIENCE_S, _IDLE_STEP_S)  # the idle engine's steps, which a server makes by itself
         memory = self._engine.memory()
@@ -68,14 +68,14 @@ class _Soak:
         self.num_answers += self._engine.finish()
 
     def show(self) -> None:
-        """The columns, so far."""
+        """Return the columns, so far."""
         say(
             f"{self.minutes:.0f} min  {len(self.other_mib)}  {self._engine.morph.status()['transitions']}  "
             f"{self.num_answers}  {self.worst_off:.2%}  {self.other_mib[-1]:.1f}"
         )
 
     def document(self) -> dict[str, Any]:
-        """What the run has found."""
+        """Return what the run has found."""
         status = self._engine.morph.status()
         quarter = len(self.other_mib) // 4
         first, last = statistics.median(self.other_mib[:quarter]), statistics.median(self.other_mib[-quarter:])

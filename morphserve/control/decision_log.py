@@ -146,7 +146,7 @@ class DecisionLog:
         self._pending.put(Row("decision", self._seq, *figures, decision, signals))
 
     def policy_changed(self, note: str, setup: PolicySetup) -> None:
-        """From the next row on another policy answers. Never blocks, and is never dropped."""
+        """Note that another policy answers from the next row on. Never blocks, and is never dropped."""
         self._tell_gap(self._seq)
         self._pending.put(replace(self._header, event="policy", wall_s=time.time(), note=note, setup=setup))
 
@@ -180,7 +180,7 @@ class DecisionLog:
 
 
 def _open(file: Path) -> BinaryIO | gzip.GzipFile:
-    """Raises OSError."""
+    """Open a log to append to. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".gz":
         return gzip.open(file, "ab", _GZIP_LEVEL)

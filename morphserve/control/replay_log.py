@@ -69,7 +69,7 @@ def _why(text: bytes, error: ValidationError) -> str:
 
 
 def _texts(file: Path) -> Iterator[bytes]:
-    """The lines. Of a gzip file each member for itself: one that a kill has torn ends where the next starts."""
+    """Yield the lines. Of a gzip file each member for itself: one that a kill has torn ends where the next starts."""
     with file.open("rb") as raw:
         if raw.peek(2)[:2] != b"\x1f\x8b":
             yield from raw
@@ -159,7 +159,7 @@ class _Replayer:
             self._header = self._policy = None
 
     def finish(self) -> Replay:
-        """No line comes any more."""
+        """Return what came out: no line comes any more."""
         found = self.found
         if self._header is not None:
             found.notes.append("the log was not closed: its server was killed, or still runs")

@@ -48,7 +48,7 @@ _front_pid: int | None = None  # of the process that made the file; a forked chi
 
 
 def arm(is_cli: bool) -> None:
-    """In the front process, once a server or script has asked for MorphServe: make the file, and listen. Re-entrant.
+    """Make the file and listen, in the front process, once somebody has asked for MorphServe. Re-entrant.
 
     Args:
         is_cli: the process is a command of vLLM's.
@@ -76,13 +76,13 @@ def arm(is_cli: bool) -> None:
 
 
 def listen() -> None:
-    """In every process of an armed server: write down what ends it. Re-entrant."""
+    """Write down what ends a process, in every one of an armed server. Re-entrant."""
     if _FILE in os.environ:
         logging.getLogger("vllm").addHandler(_RECORDER)
 
 
 def install() -> None:
-    """In the engine core: its own exception names what ended a worker. Re-entrant."""
+    """Make the engine core's own exception name what ended a worker. Re-entrant."""
     seams.wrap(seams.WORKER_START, _static_with_cause)
 
 
@@ -103,7 +103,7 @@ def note(error: BaseException | str) -> None:
 
 
 def cause() -> str | None:
-    """What the processes of this server have written down so far, in one sentence; None = nothing that says why."""
+    """Return in one sentence what this server's processes have written down so far; None = nothing that says why."""
     return first_cause(_noted())
 
 
@@ -142,7 +142,7 @@ def _static_with_cause(original: Callable[..., Any]) -> Any:
 
 
 def _cli_with_cause(original: Callable[..., Any]) -> Any:
-    """The same for a command: the line at the end says it, a stack of the front process says nothing."""
+    """Wrap a command alike: the line at its end says why, a stack of the front process says nothing."""
     wait = _with_cause(original)
 
     @functools.wraps(original)
@@ -164,8 +164,8 @@ def _problem(error: BaseException) -> Problem:
 
 
 def _is_of_engine(error: BaseException | None) -> bool:
-    """Whether an exception, or one that led to it, is an engine's end: a script may have survived that, and die later
-    of something else."""
+    """Return whether an exception, or one that led to it, is an engine's end: a script may have survived that, and
+    die later of something else."""
     noted, seen = set(_noted()), set()
     dead = getattr(sys.modules.get("vllm.v1.engine.exceptions"), "EngineDeadError", EngineEndedError)
     waiting = [error]
@@ -181,7 +181,7 @@ def _is_of_engine(error: BaseException | None) -> bool:
 
 
 def _say_last(pid: int, file: Path, is_cli: bool) -> None:
-    """At the end of the front process."""
+    """Say it at the end of the front process."""
     if os.getpid() != pid:
         return
     unhandled = getattr(sys, "last_value", None)

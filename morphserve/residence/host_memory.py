@@ -31,7 +31,7 @@ _IS_MMAPPED = 2  # bit of the size word in front of a chunk (glibc, malloc/mallo
 
 
 def _libc() -> ctypes.CDLL | None:
-    """glibc, None for any other C library."""
+    """Return glibc, None for any other C library."""
     name = ctypes.util.find_library("c")
     libc = None if name is None else ctypes.CDLL(name)
     if libc is None or not hasattr(libc, "mallopt"):  # musl has none
@@ -46,7 +46,7 @@ _LIBC = _libc()
 
 
 def _glibc_allocates() -> bool:
-    """False when another allocator is preloaded: it serves malloc, and mallopt means nothing to it."""
+    """Return False when another allocator is preloaded: it serves malloc, and mallopt means nothing to it."""
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
         loaded = maps.read()
     return not any(other in loaded for other in ("tcmalloc", "jemalloc", "mimalloc"))

@@ -43,19 +43,19 @@ _ALIGNMENT = 8  # the format's own: the header is padded with spaces to it
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, in place. Valid only while `tensor` lives."""
+    """Return the bytes of a contiguous CPU tensor, in place. Valid only while `tensor` lives."""
     if tensor.nbytes == 0:
         return memoryview(b"")
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """`tensor` as detached, contiguous CPU memory; itself where it already is."""
+    """Return `tensor` as detached, contiguous CPU memory; itself where it already is."""
     return tensor.detach().cpu().contiguous()
 
 
 def digest(tensors: LayerTensors) -> str:
-    """sha256 over names, dtypes, shapes and bytes: equal digests mean byte-identical tensors."""
+    """Return the sha256 over names, dtypes, shapes and bytes: equal digests mean byte-identical tensors."""
     total = hashlib.sha256()
     for key, tensor in sorted(flatten(tensors).items()):
         values = plain(tensor)
@@ -65,7 +65,7 @@ def digest(tensors: LayerTensors) -> str:
 
 
 def flatten(tensors: LayerTensors) -> dict[str, Tensor]:
-    """One level of names, as the file has them."""
+    """Put all names on one level, as the file has them."""
     flat = {}
     for linear, parts in tensors.items():
         for name, tensor in parts.items():
@@ -175,7 +175,7 @@ def _read_exactly(path: Path, file: BinaryIO, size: int) -> bytes:
 
 
 def _fill(path: Path, file: BinaryIO, buffer: memoryview) -> None:
-    """One read call returns at most about 2 GiB, so loop."""
+    """Read until `memory` is full: one call returns at most about 2 GiB."""
     done = 0
     while done < len(buffer):
         count = file.readinto(buffer[done:])  # type: ignore[attr-defined]
@@ -185,7 +185,7 @@ def _fill(path: Path, file: BinaryIO, buffer: memoryview) -> None:
 
 
 def sha256_of(file: BinaryIO, on_bytes: Callable[[int], None]) -> str:
-    """sha256 of a file from where it stands; `on_bytes` hears the size of every chunk read."""
+    """Return the sha256 of a file from where it stands; `on_bytes` hears the size of every chunk read."""
     hashed = hashlib.sha256()
     while chunk := file.read(_CHUNK_BYTES):
         hashed.update(chunk)

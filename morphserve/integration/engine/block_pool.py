@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import islice, takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
@@ -26,6 +26,10 @@ from morphserve.control import ShrinkProgress
 from morphserve.errors import ConfigError, IllegalTransition, LedgerError
 from morphserve.integration import seams
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
 _KINDS = (FullAttentionSpec, SlidingWindowSpec)  # by their names: a kind derived from one may be something else
 _OFFER_WALK = 4096  # free blocks looked at before new ones are put among them
 
@@ -35,7 +39,7 @@ def _is_empty(block: KVCacheBlock) -> bool:
     return block.ref_cnt == 0 and block.block_hash is None
 
 
-def check_supported(vllm_config: Any, kv_cache_config: KVCacheConfig) -> None:
+def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     """Refuse engines whose KV blocks cannot be renamed or whose tail cannot be given back.
 
     Args:
@@ -67,11 +71,11 @@ def _check_groups(kv_cache_config: KVCacheConfig) -> None:
         )
 
 
-def _members(spec: Any) -> Iterable[Any]:
+def _members(spec: KVCacheSpec) -> Iterable[Any]:
     return spec.kv_cache_specs.values() if isinstance(spec, UniformTypeKVCacheSpecs) else (spec,)
 
 
-def blocks_of_one_request(vllm_config: Any, kv_cache_config: KVCacheConfig) -> int:
+def blocks_of_one_request(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
     """Blocks that the longest request may hold at once, over all KV cache groups, and the null block.
 
     Below this a request of max_model_len never runs. Groups share one pool: a sliding window needs its own blocks.
@@ -102,7 +106,7 @@ class VllmBlockPool:
     5. The prefix cache hits what an LRU of the pool's size at that moment would hit.
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Scheduler) -> None:
         """Take over the pool of `scheduler`, whose KV configuration has the maximum block count.
 
         Raises:
@@ -158,7 +162,7 @@ class VllmBlockPool:
         self._publish(num_kv_blocks)
 
     def begin_shrink(self, num_kv_blocks: int) -> None:
-        """From now on the pool offers no more blocks than `num_kv_blocks` have room for.
+        """Offer no more blocks from now on than `num_kv_blocks` have room for.
 
         What the prefix cache loses is what an LRU of that size would: empty blocks first, then the least
         recently used ones (with the usual KV events), wherever they lie.
@@ -293,7 +297,7 @@ class VllmBlockPool:
         self._free_hook.undo()
 
     def _publish(self, num_kv_blocks: int) -> None:
-        """Everything in the scheduler that is derived from the number of blocks."""
+        """Set everything in the scheduler that is derived from the number of blocks."""
         self._published = num_kv_blocks
         self._pool.num_gpu_blocks = num_kv_blocks
         scheduler = self._scheduler
@@ -341,7 +345,7 @@ class VllmBlockPool:
         del self._tail[block.block_id]
 
     def _empty(self, block: KVCacheBlock) -> None:
-        """`block` has left the free queue: nobody finds it any more."""
+        """Forget what `block` holds: it has left the free queue, and nobody finds it any more."""
         self._pool._maybe_evict_cached_block(block)
         if self._pool._reuse_watchers:
             self._pool._notify_reuse([block])

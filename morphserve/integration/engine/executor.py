@@ -14,9 +14,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from morphserve.control import Plan, Reply, Ticket
+
+if TYPE_CHECKING:
+    from vllm.v1.executor import Executor
 
 PAUSE_SAMPLES = 512  # bounded: the status page reports percentiles of the latest
 
@@ -38,7 +41,7 @@ class RpcTicket:
         self._future = call(method, plan)
 
     def poll(self) -> tuple[Reply, ...] | None:
-        """All replies, or None. A failed transport counts as a failure of every rank."""
+        """Return all replies, or None. A failed transport counts as a failure of every rank."""
         if self._replies is None and self._future.done():
             replies = self._taken()
             self._pause_s = max([self._pause_s, *(r.elapsed_s for r in replies)])
@@ -63,8 +66,8 @@ class RpcTicket:
 class RpcExecutor:
     """Sends plans to every rank without waiting."""
 
-    def __init__(self, model_executor: Any, num_ranks: int, in_background: bool = False) -> None:
-        """`in_background`: ranks prepare and give memory back beside their forward passes, as they do on a GPU."""
+    def __init__(self, model_executor: Executor, num_ranks: int, in_background: bool = False) -> None:
+        """Send to all ranks. `in_background`: they prepare and give memory back beside forward passes, as on a GPU."""
         self._executor = model_executor
         self._num_ranks = num_ranks
         self.in_background = in_background

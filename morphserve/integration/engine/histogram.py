@@ -16,7 +16,7 @@ class TimeHistogram:
         self.sum_s = 0.0
 
     def add(self, seconds: float) -> None:
-        """One more duration."""
+        """Add one more duration."""
         self.counts[bisect_left(EDGES_S, seconds)] += 1
         self.sum_s += seconds
 

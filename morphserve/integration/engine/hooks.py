@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.interface import PauseState
 
@@ -33,6 +33,13 @@ from morphserve.integration.engine.traffic import Traffic
 from morphserve.integration.start import make_policy, policy_setup
 from policies import PolicySetup
 
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
+
 
 @dataclass(frozen=True, slots=True)
 class _StepInFlight:
@@ -46,7 +53,7 @@ class _StepInFlight:
 class Morph:
     """What the scheduler calls. Nothing in here may raise: an exception would kill the engine."""
 
-    def __init__(self, scheduler: Any, runtime: EngineRuntime) -> None:
+    def __init__(self, scheduler: Scheduler, runtime: EngineRuntime) -> None:
         self._scheduler = scheduler
         self.runtime = runtime
         self.wake_due = False
@@ -83,7 +90,7 @@ class Morph:
         return DecisionLog(runtime.decision_log, make_header(self.setup, runtime.ladder, runtime.index, detail))
 
     def _make_controller(self) -> Controller:
-        """At level 0, which pool and ranks must be at."""
+        """Make the controller, at level 0, which pool and ranks must be at."""
         runtime, config = self.runtime, self.runtime.config
         return Controller(
             runtime.ladder,
@@ -100,7 +107,7 @@ class Morph:
         )
 
     def _watch_settings(self) -> ReloadWatch:
-        """A thread that hands an edited policy to the controller, which asks it from its next tick on."""
+        """Return a thread that hands an edited policy to the controller, which asks it from its next tick on."""
         runtime = self.runtime
 
         def install(setup: PolicySetup, note: str) -> None:
@@ -119,7 +126,7 @@ class Morph:
     # -- called by the scheduler, once per engine step --------------------------------------------
 
     def before_schedule(self) -> None:
-        """Controller first, then vLLM's own schedule()."""
+        """Let the controller act, before vLLM's own schedule()."""
         start = time.perf_counter()
         self.wake_due = False
         if self.health is Health.RESTING:
@@ -128,25 +135,27 @@ class Morph:
             self._guard(self._tick)
         self.tick_times.add(time.perf_counter() - start)
 
-    def after_schedule(self, output: Any) -> None:
+    def after_schedule(self, output: SchedulerOutput) -> None:
         self._guard(self._after_schedule, output)
 
-    def before_update(self, output: Any) -> None:
-        """Requests that end while vLLM reads `output` end at the level it was made at."""
+    def before_update(self, output: SchedulerOutput) -> None:
+        """Note the level `output` was made at: requests that end while vLLM reads it end there."""
         step = self._in_flight.get(id(output))
         self._level_of_outputs = self._level_of_outputs if step is None else step.level
 
-    def after_update(self, output: Any, model_output: Any, made: Any) -> None:
+    def after_update(
+        self, output: SchedulerOutput, model_output: ModelRunnerOutput, made: Mapping[int, EngineCoreOutputs]
+    ) -> None:
         self._guard(self._after_update, output, model_output)
         self._guard(self._attach_receipts, made)
 
-    def on_arrival(self, request: Any) -> None:
+    def on_arrival(self, request: Request) -> None:
         self._guard(self._on_arrival, request)
 
-    def on_preemption(self, request: Any, forced: bool = False) -> None:
+    def on_preemption(self, request: Request, forced: bool = False) -> None:
         self._guard(self.traffic.on_preemption, request, forced)
 
-    def on_finish(self, request: Any) -> None:
+    def on_finish(self, request: Request) -> None:
         self._guard(self._on_finish, request)
         self.provenance.forget(request.request_id)
 
@@ -169,17 +178,17 @@ class Morph:
         self.wake_due = not busy and self.controller.in_transition and self._may_wake()
 
     def _may_wake(self) -> bool:
-        """A paused engine was promised to be idle."""
+        """Return whether the idle ticker may ask for a step; a paused engine was promised to be idle."""
         return self._scheduler.pause_state == PauseState.UNPAUSED
 
-    def _after_schedule(self, output: Any) -> None:
+    def _after_schedule(self, output: SchedulerOutput) -> None:
         controller = self.controller
         level = controller.effective_level
         self._in_flight[id(output)] = _StepInFlight(level, not controller.in_transition, self.pool.num_used_blocks)
         self.receipts.on_scheduled(output.num_scheduled_tokens, level)
         self.traffic.on_scheduled(output.scheduled_new_reqs, output.scheduled_cached_reqs.resumed_req_ids)
 
-    def _after_update(self, output: Any, model_output: Any) -> None:
+    def _after_update(self, output: SchedulerOutput, model_output: ModelRunnerOutput) -> None:
         step = self._in_flight.pop(id(output), None) or _StepInFlight(self.controller.effective_level)
         level = step.level
         num_tokens = sum(map(len, model_output.sampled_token_ids or ()))
@@ -198,19 +207,19 @@ class Morph:
             self._heap_used = False
             self.executor.trim()
 
-    def _attach_receipts(self, made: Any) -> None:
+    def _attach_receipts(self, made: Mapping[int, EngineCoreOutputs]) -> None:
         self.receipts.attach(output for outputs in made.values() for output in outputs.outputs)
 
-    def _on_arrival(self, request: Any) -> None:
+    def _on_arrival(self, request: Request) -> None:
         self.traffic.on_arrival(request)
         self.receipts.on_arrival(request)
 
-    def _on_finish(self, request: Any) -> None:
+    def _on_finish(self, request: Request) -> None:
         self.traffic.on_finish(request)
         self.receipts.on_finish(request, self._level_of_outputs)
 
     def _on_level(self, level: int) -> None:
-        """The next forward pass runs at `level`."""
+        """Tell who must know that the next forward pass runs at `level`."""
         self._heap_used = True
         self.provenance.set_level(level)
 

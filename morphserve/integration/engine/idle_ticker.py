@@ -19,7 +19,7 @@ class IdleTicker:
         threading.Thread(target=self._loop, name="morphserve-wake", daemon=True).start()
 
     def close(self) -> None:
-        """No wake-up after the one that may be under way. Re-entrant."""
+        """Stop: no wake-up after the one that may be under way. Re-entrant."""
         self._stop.set()
 
     def _loop(self) -> None:

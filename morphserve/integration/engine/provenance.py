@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock, make_block_hash_with_group_id
 
 from morphserve.integration import seams
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
 
 PrefixReuse = Literal["any", "not_worse", "exact"]
 _PRUNE_AT = 4096  # remembered blocks before the first look for stale ones
@@ -31,7 +34,7 @@ class Span(NamedTuple):
         return Span(min(self.best, level), max(self.deepest, level))
 
     def joined(self, other: Span) -> Span:
-        """Of both."""
+        """Return what both depend on."""
         return Span(min(self.best, other.best), max(self.deepest, other.deepest))
 
 
@@ -79,11 +82,11 @@ class Provenance:
             seams.wrap(row, partial(partial, wrapper), on=owner)  # the wrapper's first argument is the original
 
     def span(self, request_id: str) -> Span:
-        """What a live request's context depends on."""
+        """Return the levels that a live request's context depends on."""
         return self._spans.get(request_id, CLEAN)
 
     def block_span(self, block: KVCacheBlock) -> Span:
-        """What a cached block depends on."""
+        """Return the levels that a cached block depends on."""
         known = self._written.get(id(block))
         return CLEAN if known is None else known[1]
 
@@ -92,18 +95,18 @@ class Provenance:
         return self._reused.get(request_id, {})
 
     def demand_full_precision(self, request_id: str) -> None:
-        """This request reuses only what level 0 wrote. Say it before its first lookup."""
+        """Let this request reuse only what level 0 wrote. Call it before its first lookup."""
         self._demanding.add(request_id)
 
     def forget(self, request_id: str) -> None:
-        """The request has ended. Unknown ids are fine."""
+        """Forget a request that has ended. Unknown ids are fine."""
         self._spans.pop(request_id, None)
         self._found.pop(request_id, None)
         self._reused.pop(request_id, None)
         self._demanding.discard(request_id)
 
     def set_level(self, level: int) -> None:
-        """The level of the next step."""
+        """Set the level of the next step."""
         self._level = level
         if level > 0 or self.rule != "not_worse":
             return
@@ -125,7 +128,7 @@ class Provenance:
             return span.deepest <= self._level
         return span == Span(self._level, self._level)
 
-    def _get_computed_blocks(self, original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
+    def _get_computed_blocks(self, original: Callable[..., Any], request: Request, *args: Any, **kwargs: Any) -> Any:
         self._asking = request.request_id
         try:
             result = original(request, *args, **kwargs)
@@ -160,7 +163,7 @@ class Provenance:
 
     # ---- what is computed, and put into the cache ----
 
-    def _allocate_slots(self, original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
+    def _allocate_slots(self, original: Callable[..., Any], request: Request, *args: Any, **kwargs: Any) -> Any:
         """Slots given out now are written in the next step, at its level."""
         if self._level == 0 and not self._spans and not self._found and not self._reused:
             return original(request, *args, **kwargs)
@@ -192,7 +195,7 @@ class Provenance:
             self._spans[request_id] = span
 
     def _may_cache(self, request_id: str) -> bool:
-        """Whether what this request computes now is of use to anybody who comes at this level."""
+        """Return whether what this request computes now is of use to anybody who comes at this level."""
         return self._level > 0 or self.rule != "not_worse" or request_id not in self._spans
 
     def _remember(self, block: KVCacheBlock, span: Span) -> None:
@@ -213,7 +216,7 @@ class Provenance:
     def _cache_full_blocks(
         self,
         original: Callable[..., Any],
-        request: Any,
+        request: Request,
         blocks: list[KVCacheBlock],
         num_cached_blocks: int,
         num_full_blocks: int,
@@ -229,7 +232,7 @@ class Provenance:
                 self._remember(block, span)
 
     def _cache_partial_block(
-        self, original: Callable[..., Any], request: Any, block: KVCacheBlock, *args: Any, **kwargs: Any
+        self, original: Callable[..., Any], request: Request, block: KVCacheBlock, *args: Any, **kwargs: Any
     ) -> BlockHashWithGroupId | None:
         if not self._may_cache(request.request_id):
             return None

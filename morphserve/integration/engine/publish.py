@@ -11,7 +11,7 @@ from morphserve.integration.engine.block_pool import VllmBlockPool
 
 
 def publish_base(pool: VllmBlockPool, collective_rpc: Callable[..., Any], num_kv_blocks: int) -> int:
-    """The cache is laid out for the deepest level; the scheduler gets level 0's blocks, mapped.
+    """Give the scheduler level 0's blocks, mapped, of a cache that is laid out for the deepest level.
 
     Returns:
         Bytes that a worst-case forward pass takes, of all ranks together: no rank maps a block that needs them.

@@ -11,9 +11,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from morphserve.integration.engine.provenance import Provenance
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
 
 logger = logging.getLogger("vllm.morphserve")
 
@@ -45,7 +48,7 @@ class Receipts:
         self._drafts: dict[str, _Draft] = {}
         self._sealed: dict[str, dict[str, Any]] = {}  # ended in the step whose outputs are being made
 
-    def on_arrival(self, request: Any) -> None:
+    def on_arrival(self, request: Request) -> None:
         """Look at what the request asks for."""
         params = getattr(request, "sampling_params", None)
         asked = getattr(params, "extra_args", None)
@@ -61,7 +64,7 @@ class Receipts:
         self._drafts[request.request_id] = draft
 
     def on_scheduled(self, num_scheduled_tokens: dict[str, int], level: int) -> None:
-        """A step at `level` will compute these tokens."""
+        """Count tokens that a step at `level` will compute."""
         for request_id, draft in self._drafts.items():
             count = num_scheduled_tokens.get(request_id, 0)
             if count == 0:
@@ -73,12 +76,12 @@ class Receipts:
             draft.computed[level] = draft.computed.get(level, 0) + count
 
     def on_sampled(self, level: int) -> None:
-        """The outputs of a step at `level` have reached the requests."""
+        """Count outputs of a step at `level` that have reached their requests."""
         for draft in self._drafts.values():
             self._count_output(draft, level)
 
-    def on_finish(self, request: Any, level: int) -> None:
-        """The request ends, in a step at `level` or by an abort; its blocks are still there."""
+    def on_finish(self, request: Request, level: int) -> None:
+        """Close a request's receipt, in a step at `level` or at an abort; its blocks are still there."""
         draft = self._drafts.pop(request.request_id, None)
         if draft is None:
             return
@@ -105,7 +108,7 @@ class Receipts:
                 output.kv_transfer_params = {**(output.kv_transfer_params or {}), "morphserve": receipt}
         self._sealed.clear()  # what was aborted has nobody to tell
 
-    def _reused(self, request: Any, count: int) -> dict[int, int]:
+    def _reused(self, request: Request, count: int) -> dict[int, int]:
         """Tokens taken from the prefix cache: `count` of those that vLLM calls computed are only scheduled yet."""
         found = {
             level: blocks * self._block_size for level, blocks in self._provenance.reused(request.request_id).items()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from morphserve.control import NO_LIMITS, RequestLimits
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
 
 logger = logging.getLogger("vllm.morphserve")
 
@@ -14,15 +17,15 @@ TTFT_ARG = "morphserve_ttft_s"
 TPOT_ARG = "morphserve_tpot_s"
 
 
-def limits_of(request: Any) -> RequestLimits:
-    """What it brought along. A value that is no time is ignored: the policy's own then counts."""
+def limits_of(request: Request) -> RequestLimits:
+    """Return the limits that a request brought along. One that is no time is ignored: the policy's own then counts."""
     asked = getattr(getattr(request, "sampling_params", None), "extra_args", None)
     if not asked or not (TTFT_ARG in asked or TPOT_ARG in asked):
         return NO_LIMITS
     return RequestLimits(_seconds(asked, TTFT_ARG, request), _seconds(asked, TPOT_ARG, request))
 
 
-def _seconds(asked: dict[str, Any], name: str, request: Any) -> float | None:
+def _seconds(asked: dict[str, Any], name: str, request: Request) -> float | None:
     value = asked.get(name)
     if value is None:
         return None

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from morphserve.config import MorphServeConfig
 from morphserve.control import (
@@ -28,10 +28,15 @@ from morphserve.integration.worker import check_kinds, geometry_of, granularity_
 from morphserve.profile_ladder import read_ladder
 from policies import Ladder
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
 logger = logging.getLogger("vllm.morphserve")
 
 
-def _granularity(kv_cache_config: Any, page_bytes: int | None) -> int:
+def _granularity(kv_cache_config: KVCacheConfig, page_bytes: int | None) -> int:
     """KV blocks that come and go together: one on the host, whose pages are small and need not be full."""
     return 1 if page_bytes is None else granularity_of(geometry_of(kv_cache_config, page_bytes))
 
@@ -40,9 +45,13 @@ class EngineRuntime:
     """What is known before the scheduler exists."""
 
     def __init__(
-        self, engine_core: Any, vllm_config: Any, config: MorphServeConfig, stated: MorphServeConfig | None = None
+        self,
+        engine_core: EngineCore,
+        vllm_config: VllmConfig,
+        config: MorphServeConfig,
+        stated: MorphServeConfig | None = None,
     ) -> None:
-        """`stated`: the settings as the user wrote them, where `config` fills in what they mean on this device."""
+        """Plan nothing yet. `stated`: the settings as written, where `config` says what they mean on this device."""
         self.engine_core = engine_core
         self.vllm_config = vllm_config
         self.stated = stated or config
@@ -57,7 +66,9 @@ class EngineRuntime:
         self.ladder: Ladder = ()
         self.base_num_blocks = 0
 
-    def plan_kv(self, original: Callable[..., Any], specs: Any, available_memory: Any) -> Any:
+    def plan_kv(
+        self, original: Callable[..., Any], specs: list[dict[str, KVCacheSpec]], available_memory: list[int]
+    ) -> list[KVCacheConfig]:
         """KV cache configs for the deepest level's blocks; the scheduler starts with level 0's.
 
         Raises:
@@ -138,7 +149,7 @@ class EngineRuntime:
         return path.with_name(f"{name.stem}.{self.index}{name.suffix}{packed}")
 
     def make_ledgers(self) -> Ledgers:
-        """Of all ranks, at level 0."""
+        """Make the ledgers of all ranks, at level 0."""
         # A matmul that keeps a copy of its own (oneDNN) is built while the tensor it reads is still there.
         staging = [
             (rank.staging_bytes or largest_batch_bytes(rank.layer_bytes, self.config.transition.layers_per_step))
@@ -156,7 +167,7 @@ class EngineRuntime:
             )  # fmt: skip
 
     def _ladder(self) -> Ladder:
-        """One for all ranks. Says so when a pipeline stage frees what waits for another."""
+        """Make one ladder for all ranks. Say so when a pipeline stage frees what waits for another."""
         ladder = build_ladder(
             self.vllm_config.model_config.get_total_num_hidden_layers(),
             self.rank_bytes,

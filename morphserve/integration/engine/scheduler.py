@@ -6,12 +6,18 @@ vLLM calls `make_scheduler` because `scheduler_cls` names it; a function may sta
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from morphserve.integration.engine import wiring
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
 
 
 class _MorphScheduler:
@@ -27,21 +33,21 @@ class _MorphScheduler:
         self.morph.after_schedule(output)
         return output
 
-    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         self.morph.before_update(scheduler_output)
         result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         self.morph.after_update(scheduler_output, model_runner_output, result)
         return result
 
-    def add_request(self, request: Any) -> None:
+    def add_request(self, request: Request) -> None:
         super().add_request(request)  # type: ignore[misc]
         self.morph.on_arrival(request)
 
-    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
         self.morph.on_preemption(request)
 
-    def _free_blocks(self, request: Any) -> None:
+    def _free_blocks(self, request: Request) -> None:
         self.morph.on_finish(request)
         super()._free_blocks(request)  # type: ignore[misc]
 
@@ -61,7 +67,7 @@ class MorphAsyncScheduler(_MorphScheduler, AsyncScheduler):
     """For engines with async scheduling."""
 
 
-def make_scheduler(vllm_config: Any, **kwargs: Any) -> Scheduler:
-    """The scheduler that vLLM would have built, morphing."""
+def make_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
+    """Build the scheduler that vLLM would have built, morphing."""
     cls = MorphAsyncScheduler if vllm_config.scheduler_config.async_scheduling else MorphScheduler
     return cls(vllm_config=vllm_config, **kwargs)

@@ -31,7 +31,7 @@ class StatusPage:
     def render(
         self, controller: dict[str, Any], tick_times: TimeHistogram, tokens_by_level: list[int]
     ) -> dict[str, Any]:
-        """The page.
+        """Return the page.
 
         Args:
             controller: its own status, all of which is on the page too.

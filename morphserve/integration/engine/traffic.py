@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
 from morphserve.control import EngineView, Monitor, WaitingRequest
 from morphserve.integration.engine.request_limits import limits_of
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
 
 
 class Traffic:
@@ -18,14 +23,14 @@ class Traffic:
     vLLM stamps arrivals with the wall clock, the monitor's own is monotonic.
     """
 
-    def __init__(self, scheduler: Any, monitor: Monitor) -> None:
+    def __init__(self, scheduler: Scheduler, monitor: Monitor) -> None:
         self._scheduler = scheduler
         self._monitor = monitor
         self._awaiting_first_token: list[Any] = []
         self._last_preemption_wall_s = 0.0
 
     def view(self) -> EngineView:
-        """The queues as they are now."""
+        """Return the queues as they are now."""
         num_running, num_waiting = self._scheduler.get_request_counts()
         waiting = self._scheduler.waiting
         oldest = 0.0
@@ -37,12 +42,12 @@ class Traffic:
             oldest = max(0.0, time.time() - since)
         return EngineView(num_waiting, num_running, oldest)
 
-    def on_arrival(self, request: Any) -> None:
-        """A request entered the waiting queue."""
+    def on_arrival(self, request: Request) -> None:
+        """Note a request that entered the waiting queue."""
         self._monitor.on_arrival(time.monotonic(), self._waiting(request))
 
     def on_scheduled(self, new: Sequence[Any], resumed: Iterable[str]) -> None:
-        """Requests were scheduled for the first time (`NewRequestData`), or again after a preemption (ids)."""
+        """Note requests scheduled for the first time (`NewRequestData`), or again after a preemption (ids)."""
         if not new and not resumed:
             return
         now, wall = time.monotonic(), time.time()
@@ -56,8 +61,8 @@ class Traffic:
             request = self._scheduler.requests.get(request_id)
             self._monitor.on_resumed(request_id, None if request is None else limits_of(request).tpot_s)
 
-    def on_step(self, num_tokens: int, output: Any, used_blocks: int, level: int | None) -> None:
-        """The requests have got the tokens of a step, so many of them.
+    def on_step(self, num_tokens: int, output: SchedulerOutput, used_blocks: int, level: int | None) -> None:
+        """Note that requests have got the tokens of a step, so many of them.
 
         Args:
             output: vLLM's SchedulerOutput of the step.
@@ -84,17 +89,17 @@ class Traffic:
                 still.append(request)
         self._awaiting_first_token = still
 
-    def on_preemption(self, request: Any, forced: bool = False) -> None:
-        """A running request lost its blocks: `forced` by a way back to a shallower level, or for want of memory."""
+    def on_preemption(self, request: Request, forced: bool = False) -> None:
+        """Note that a running request lost its blocks: `forced` by a restore, or for want of memory."""
         self._last_preemption_wall_s = time.time()
         self._monitor.on_preemption(time.monotonic(), self._waiting(request), forced)
 
-    def on_finish(self, request: Any) -> None:
-        """A request ends; its blocks are still its own."""
+    def on_finish(self, request: Request) -> None:
+        """Note a request that ends; its blocks are still its own."""
         num_blocks = sum(map(len, self._scheduler.kv_cache_manager.get_block_ids(request.request_id)))
         self._monitor.on_finish(num_blocks, time.monotonic(), request.request_id, request.num_output_tokens)
 
-    def _waiting(self, request: Any) -> WaitingRequest:
+    def _waiting(self, request: Request) -> WaitingRequest:
         """Return a request as the queue sees it: by priority, where the scheduler goes by that."""
         priority = int(request.priority) if self._scheduler.policy == SchedulingPolicy.PRIORITY else 0
         has_token = request.num_output_tokens > 0

@@ -11,12 +11,17 @@ import functools
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from morphserve.integration import ending, seams
 from morphserve.integration.engine.hooks import Morph
 from morphserve.integration.engine.runtime import EngineRuntime
 from morphserve.integration.start import for_this_device, read_settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 _RUNTIMES: dict[int, EngineRuntime] = {}  # id(vllm_config) |-> runtime, between planning and attach
 
@@ -32,7 +37,7 @@ def install() -> None:
 
 def _initialize_kv_caches(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
-    def initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
+    def initialize_kv_caches(self: Any, vllm_config: VllmConfig) -> Any:
         config = read_settings(vllm_config.additional_config)
         if config is not None:
             _RUNTIMES[id(vllm_config)] = EngineRuntime(self, vllm_config, for_this_device(config, vllm_config), config)
@@ -43,7 +48,9 @@ def _initialize_kv_caches(original: Callable[..., Any]) -> Any:
 
 def _get_kv_cache_configs(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
-    def get_kv_cache_configs(vllm_config: Any, kv_cache_specs: Any, available_memory: Any, *rest: Any) -> Any:
+    def get_kv_cache_configs(
+        vllm_config: VllmConfig, kv_cache_specs: list[dict[str, KVCacheSpec]], available_memory: list[int], *rest: Any
+    ) -> list[KVCacheConfig]:
         def stock(*args: Any) -> Any:
             return original(*args, *rest)  # vLLM 0.33 hands over the cache groups as well
 
@@ -55,20 +62,20 @@ def _get_kv_cache_configs(original: Callable[..., Any]) -> Any:
     return get_kv_cache_configs
 
 
-def attach(scheduler: Any) -> Morph:
-    """Called from the scheduler's constructor."""
+def attach(scheduler: Scheduler) -> Morph:
+    """Tie the controller to the scheduler, from whose constructor this is called."""
     # vLLM configures the handlers of its own logger only; the packages that do not know vLLM log through it.
     logging.getLogger("morphserve").parent = logging.getLogger("vllm")
     return Morph(scheduler, _RUNTIMES.pop(id(scheduler.vllm_config)))
 
 
 def _status(self: Any) -> dict[str, Any] | None:
-    """Utility method of EngineCore; runs between two steps, on the engine's own thread."""
+    """Return the status page: a utility method of EngineCore, run between two steps on the engine's own thread."""
     morph = getattr(self.scheduler, "morph", None)
     return None if morph is None else morph.status()
 
 
 def _reload(self: Any, cause: str) -> Future[dict[str, Any]] | None:
-    """Utility method of EngineCore: vLLM sends the answer when the thread that reads the file has it."""
+    """Read the settings anew: a utility method of EngineCore; vLLM answers when the thread that reads the file has."""
     morph = getattr(self.scheduler, "morph", None)
     return None if morph is None else morph.reload(cause)

@@ -56,7 +56,7 @@ class Machine:
         return min(measured, key=lambda name: measured[name][-1]) if measured else None
 
     def document(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Return the document of `--json`."""
         return {
             "ok": self.ok,
             "problems": list(self.problems),
@@ -106,7 +106,7 @@ class Machine:
         }
 
     def text(self) -> str:
-        """For a terminal or a file: plain columns, no line longer than what it says."""
+        """Return it for a terminal or a file: plain columns, no line longer than what it says."""
         parts = [self._head(), self._speeds(), self._kernels(), self._seams(), self._verdict()]
         return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
@@ -160,7 +160,7 @@ class Machine:
         ]
 
     def _advice(self) -> list[str]:
-        """Which dtype to serve, and what was measured for and against it."""
+        """Advise which dtype to serve, and say what was measured for and against it."""
         lines = []
         if self.best_dtype != "bfloat16":
             lines.append(f"Serve with --dtype {self.best_dtype}: below tier bf16 a CPU widens bf16 for every product.")

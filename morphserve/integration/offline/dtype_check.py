@@ -107,7 +107,7 @@ def _build_and_time(dtype: torch.dtype, chosen: dict[str, str | None]) -> tuple[
 
 
 def base_linear(weight: torch.Tensor) -> LinearImpl:
-    """A linear without bias as level 0 runs it after it was swapped out and in again.
+    """Return a linear without bias as level 0 runs it after it was swapped out and in again.
 
     Raises:
         ConfigError: it does not compute what it did before.

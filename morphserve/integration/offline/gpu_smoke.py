@@ -52,7 +52,7 @@ class VllmEngine:
         return self._engine.generate(prompts, output_tokens)
 
     def want(self, level: int) -> None:
-        """From the next step on."""
+        """Want a level from the next step on."""
         self._engine.want(level)
 
     def status(self) -> dict[str, Any]:

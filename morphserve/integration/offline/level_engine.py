@@ -118,7 +118,7 @@ class LevelEngine:
             self.step()
 
     def is_at(self, level: int) -> bool:
-        """True when the level is reached, and nothing is under way."""
+        """Return whether the level is reached, and nothing is under way."""
         controller = self.morph.controller
         return bool(controller.level == level and not controller.in_transition)
 

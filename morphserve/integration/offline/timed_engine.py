@@ -142,13 +142,13 @@ class TimedEngine(LevelEngine):
         return LayerMove(*(statistics.median(self._moves[way] or [0.0]) for way in ("degrade", "restore")))
 
     def layer_bytes(self) -> RankBytes:
-        """What the layers of the first rank weigh, in the formats that are timed."""
+        """Return what the layers of the first rank weigh, in the formats that are timed."""
         rank = self.morph.runtime.rank_bytes[0]
         return RankBytes({fmt: tuple(rank.layers[fmt]) for fmt in self.formats}, rank.kv_block_bytes)
 
 
 def _one_level_each(config: MorphServeConfig) -> tuple[list[str], list[dict[str, Any]]]:
-    """Formats of the config's ladder, widest first, and the steps of a ladder with one level for each."""
+    """Return the formats of the config's ladder, widest first, and the steps of a ladder with one level for each."""
     profile = read_ladder(config)
     halves = dict.fromkeys(half for fmt in ladder_formats(config.ladder, profile) for half in fmt.split("/"))
     formats = sorted((half for half in halves if half != BASE_FORMAT), key=lambda fmt: -FORMATS[fmt].bits)

@@ -33,7 +33,7 @@ class SeamResult:
 
 
 def resolve(target: str) -> tuple[Any, str, Any]:
-    """(owner, attribute name, value) of "module:a.b". Raises ImportError or AttributeError."""
+    """Return (owner, attribute name, value) of "module:a.b". Raises ImportError or AttributeError."""
     module_name, _, path = target.partition(":")
     owner: Any = importlib.import_module(module_name)
     *parents, name = path.split(".")
@@ -43,7 +43,7 @@ def resolve(target: str) -> tuple[Any, str, Any]:
 
 
 def instance_attributes(value: Any) -> set[str]:
-    """What an instance of a class has: everything in its classes, and what their constructors store; of a function,
+    """Return what an instance of a class has: what its classes have, and what their constructors store; of a function,
     what it stores: some state is made later than in a constructor."""
     if not inspect.isclass(value):
         return _stored(value)
@@ -84,7 +84,7 @@ def check_seam(seam: Seam) -> SeamResult:
 
 
 def check_version() -> SeamResult:
-    """The installed vLLM is inside the supported range."""
+    """Check that the installed vLLM is inside the supported range."""
     import vllm
 
     supported = UNPROVEN_VLLM if os.environ.get(UNPROVEN_CUDA) == "1" else SUPPORTED_VLLM
@@ -95,7 +95,7 @@ def check_version() -> SeamResult:
 
 
 def check_all() -> list[SeamResult]:
-    """One result a row, the version first."""
+    """Return one result a row, the version first."""
     return [check_version(), *(check_seam(seam) for seam in SEAMS)]
 
 

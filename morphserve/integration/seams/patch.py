@@ -98,7 +98,7 @@ def put(row: Seam, name: str, value: Any, on: Any = None) -> Patch:
 
 
 def patches() -> list[Patch]:
-    """All that are there now, those of one owner oldest first."""
+    """Return all that are there now, those of one owner oldest first."""
     owners = [owner for reference in list(_OWNERS.values()) if (owner := reference()) is not None]
     return [patch for owner in owners for patch in vars(owner)[_RECORD]]
 
@@ -119,7 +119,7 @@ def _install(row: Seam, owner: Any, name: str, value: Any) -> Patch:
 
 
 def _place(row: Seam, on: Any, name: str | None) -> tuple[Any, str]:
-    """(owner, attribute) that a row means."""
+    """Return the (owner, attribute) that a row means."""
     owner, last, value = resolve(row.target)
     if on is not None:
         return on, name or last

@@ -46,12 +46,12 @@ def check_seam(seam: Seam, tree: SourceTree) -> SeamResult:
 
 
 def check_sources(rows: Iterable[Seam], tree: SourceTree) -> list[SeamResult]:
-    """One result a row."""
+    """Return one result a row."""
     return [check_seam(row, tree) for row in rows]
 
 
 def check_sources_version(tree: SourceTree) -> SeamResult:
-    """The vLLM of these sources is inside the supported range."""
+    """Check that the vLLM of these sources is inside the supported range."""
     have = sources_version(tree)
     seam = Seam("version", "vllm:__version__", (), f"tested range {SUPPORTED_VLLM}")
     ok = have is not None and SpecifierSet(SUPPORTED_VLLM).contains(Version(have).base_version, prereleases=True)
@@ -59,14 +59,14 @@ def check_sources_version(tree: SourceTree) -> SeamResult:
 
 
 def sources_version(tree: SourceTree) -> str | None:
-    """What a built vLLM says of itself; None for a checkout that was never built."""
+    """Return the version that a built vLLM says it has; None for a checkout that was never built."""
     module = tree.module("vllm._version")
     version = module.members.get("__version__") if module else None
     return ast.literal_eval(str(version.value)) if isinstance(version, griffe.Attribute) else None
 
 
 def attributes(symbol: Symbol, tree: SourceTree) -> tuple[set[str], set[str], list[str]]:
-    """(what instances may have, what each of them has, bases outside of the sources); of a function: what it stores."""
+    """Return (what instances may have, what each has, bases outside of the sources); of a function: what it stores."""
     if isinstance(symbol.found, griffe.Function):
         return *stored(node_of(symbol.found)), []
     classes, outside = tree.mro(symbol)
@@ -133,7 +133,7 @@ def _stored(body: list[ast.stmt], me: str) -> tuple[set[str], set[str]]:
 
 
 def _stored_by(statement: ast.stmt, me: str) -> tuple[set[str], set[str]]:
-    """The same of one statement."""
+    """Return the same of one statement."""
     if isinstance(statement, ast.With | ast.AsyncWith):
         return _stored(statement.body, me)
     if isinstance(statement, ast.For | ast.While | ast.AsyncFor):
@@ -158,7 +158,7 @@ def _stored_by(statement: ast.stmt, me: str) -> tuple[set[str], set[str]]:
 
 
 def _either(paths: list[list[ast.stmt]], me: str) -> tuple[set[str], set[str]]:
-    """One of these is run. Those that end in `raise` build no instance."""
+    """Join branches of which one is run. Those that end in `raise` build no instance."""
     ends = [_stored(path, me) for path in paths]
     raises = [bool(path) and isinstance(path[-1], ast.Raise) for path in paths]
     arrive = [every for (_, every), ended in zip(ends, raises, strict=True) if not ended]
@@ -166,7 +166,7 @@ def _either(paths: list[list[ast.stmt]], me: str) -> tuple[set[str], set[str]]:
 
 
 def _resolve(target: str, tree: SourceTree) -> Symbol | str:
-    """What "module:a.b" stands for, or what of it is gone."""
+    """Return what "module:a.b" stands for, or what of it is gone."""
     name, _, path = target.partition(":")
     if (module := tree.module(name)) is None:
         return f"no module {name}"

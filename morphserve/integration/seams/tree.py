@@ -49,7 +49,7 @@ class SourceTree:
     """Python sources below a directory, or in a wheel. Each module is read and parsed once."""
 
     def __init__(self, path: Path, package: str = "vllm") -> None:
-        """`path`: a wheel, or a directory with `package` in it. What lies beside the package is not read.
+        """Take `path`, a wheel or a directory with `package` in it. What lies beside the package is not read.
 
         Raises:
             SeamError: it is neither.
@@ -68,13 +68,13 @@ class SourceTree:
             )
 
     def module(self, name: str) -> griffe.Module | None:
-        """None if there is no such file. A package without `__init__.py` counts as none."""
+        """Return a module, None if there is no such file. A package without `__init__.py` counts as none."""
         if name not in self._modules:
             self._modules[name] = self._parse(name)
         return self._modules[name]
 
     def find(self, path: str, _depth: int = 0) -> Symbol | None:
-        """What a dotted path stands for, where it was first written; None if there is no such name."""
+        """Return what a dotted path stands for, where it was first written; None if there is no such name."""
         if path.partition(".")[0] != self._package:
             return Symbol(path, None)
         if _depth > _MAX_ALIASES:
@@ -104,7 +104,7 @@ class SourceTree:
         return None
 
     def mro(self, symbol: Symbol) -> tuple[list[griffe.Class], list[str]]:
-        """A class and its bases, depth first, each once; and the bases that lie outside."""
+        """Return a class and its bases, depth first, each once; and the bases that lie outside."""
         found: list[griffe.Class] = []
         outside: list[str] = []
         waiting = [symbol.found]
@@ -131,7 +131,7 @@ class SourceTree:
         return Symbol(one.path, one)
 
     def _expression(self, said: str | griffe.Expr | None) -> Symbol | None:
-        """What `Name`, `a.Name`, `Name[T]`, `"Name"` or `Name | None` stands for."""
+        """Return what `Name`, `a.Name`, `Name[T]`, `"Name"` or `Name | None` stands for."""
         while isinstance(said, griffe.ExprBinOp | griffe.ExprSubscript):
             said = said.left
         return self.find(said.canonical_path) if isinstance(said, griffe.Expr) else None
@@ -152,7 +152,7 @@ class SourceTree:
 
 
 def node_of(found: griffe.Object) -> Any:
-    """The syntax tree that a module, class, function or attribute was read from."""
+    """Return the syntax tree that a module, class, function or attribute was read from."""
     return found.extra["seams"]["node"]
 
 
@@ -166,14 +166,14 @@ def _is_bound(one: griffe.Object | griffe.Alias) -> bool:
 
 
 def _in_function(node: Any) -> bool:
-    """Whether a statement of a class body stands in one of its functions."""
+    """Return whether a statement of a class body stands in one of its functions."""
     while not isinstance(node := node.parent, ast.FunctionDef | ast.ClassDef):
         pass
     return isinstance(node, ast.FunctionDef)
 
 
 def _at_run_time(node: Any) -> bool:
-    """Whether a statement is run: griffe takes the `else` of TYPE_CHECKING for a part of it."""
+    """Return whether a statement is run: griffe takes the `else` of TYPE_CHECKING for a part of it."""
     while (parent := getattr(node, "parent", None)) is not None:
         if isinstance(parent, ast.If) and ast.unparse(parent.test).endswith("TYPE_CHECKING"):
             return node not in parent.body

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, HTTPException
 from prometheus_client import REGISTRY
@@ -23,6 +23,10 @@ from prometheus_client.registry import Collector
 
 from morphserve.integration.server.queue_limit import QueueLimit
 from morphserve.integration.server.reload_api import add_route, on_hangup
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from vllm.engine.protocol import EngineClient
 
 logger = logging.getLogger("vllm.morphserve")
 
@@ -52,7 +56,7 @@ class StatusCollector(Collector):
         yield self._times()
 
     def describe(self) -> Iterator[Metric]:
-        """Nothing is known before the first poll; without this the registry would call collect()."""
+        """Return nothing: it is not known before the first poll. Without this the registry would call collect()."""
         return iter(())
 
     def _times(self) -> Metric:
@@ -144,7 +148,7 @@ class MorphServeEndpoint:
         self._queue_limit = QueueLimit(None)
         self._task: asyncio.Task[None] | None = None
 
-    def attach_router(self, app: Any) -> None:
+    def attach_router(self, app: FastAPI) -> None:
         router = APIRouter(prefix="/morphserve")
 
         @router.get("/status")
@@ -165,7 +169,7 @@ class MorphServeEndpoint:
         add_route(router, self._reload)
         app.include_router(router)
 
-    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+    async def init_state(self, engine_client: EngineClient, state: Any, args: Any) -> None:
         self._client = engine_client
         if engine_client is None:
             return
@@ -181,11 +185,11 @@ class MorphServeEndpoint:
         on_hangup(self._reload)
 
     async def _ask(self) -> list[_Status]:
-        """The status of every engine behind this API server."""
+        """Return the status of every engine behind this API server."""
         return await self._call("morphserve_status")
 
     async def _reload(self, cause: str) -> list[_Status]:
-        """What came of it in every engine."""
+        """Have every engine read its settings anew, and return what came of it in each."""
         return await self._call("morphserve_reload", cause)
 
     async def _call(self, method: str, *args: str) -> list[dict[str, Any]]:
@@ -214,5 +218,5 @@ class MorphServeEndpoint:
 
 
 def make_endpoint() -> MorphServeEndpoint:
-    """Factory named by the `vllm.endpoint_plugins` entry point."""
+    """Make the plugin that the `vllm.endpoint_plugins` entry point names."""
     return MorphServeEndpoint()

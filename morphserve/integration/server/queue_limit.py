@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from morphserve.integration import seams
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
 
 logger = logging.getLogger("vllm.morphserve")
 
@@ -18,7 +21,7 @@ logger = logging.getLogger("vllm.morphserve")
 class QueueLimit:
     """The stricter of what the user set and what the policy asks for now."""
 
-    def __init__(self, engine_client: Any) -> None:
+    def __init__(self, engine_client: EngineClient) -> None:
         self._config = getattr(engine_client, "scheduler_config", None)
         self._own: int | None = getattr(self._config, "max_num_queued_tokens", None)
         # Each API server counts what it has taken itself.
@@ -27,7 +30,7 @@ class QueueLimit:
         self._policys: int | None = None
 
     def apply(self, limits: Sequence[int | None]) -> None:
-        """One an engine behind this API server: together they take what each of them takes; None = takes all.
+        """Set what each engine behind this API server takes, together their sum; None = takes all.
 
         Several API servers have a share each.
         """

@@ -20,7 +20,7 @@ _tasks: set[asyncio.Task[None]] = set()  # the loop itself keeps none alive
 
 
 def add_route(router: APIRouter, ask: Ask) -> None:
-    """`POST /reload`: 200, or 422 when an engine has refused the file; the body says why."""
+    """Add `POST /reload`: 200, or 422 when an engine has refused the file; the body says why."""
 
     @router.post("/reload")
     async def reload() -> JSONResponse:
@@ -36,7 +36,7 @@ def add_route(router: APIRouter, ask: Ask) -> None:
 
 
 def combine(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """One answer of one engine or more; where they differ, `engines` has them all."""
+    """Return one answer of one engine or more; where they differ, `engines` has them all."""
     refused = [answer for answer in answers if not answer["ok"]]
     first = (refused or answers)[0]
     whole = {"ok": not refused, "outcome": first["outcome"], "error": first["error"], "policy": first["policy"]}
@@ -66,7 +66,7 @@ def _start(loop: asyncio.AbstractEventLoop, ask: Ask) -> None:
 
 
 async def _reload(ask: Ask) -> None:
-    """The engines say themselves what came of it."""
+    """Ask the engines, which say themselves what came of it."""
     try:
         answers = await asyncio.wait_for(ask("SIGHUP"), _TIMEOUT_S)
     except Exception as e:

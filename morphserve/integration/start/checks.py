@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from morphserve.config import MorphServeConfig, check_formats, step_times_file
 from morphserve.control import RankBytes, build_ladder, check_floor, ladder_formats
@@ -14,12 +14,15 @@ from morphserve.profile_ladder import read_ladder
 from policies import BASE_FORMAT, EngineLimits, Ladder, Policy, PolicySetup, load_step_times
 from quant_layers import FORMATS, split_format
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
 _BASE_BITS = 16
 
 _PROPOSERS = ("ngram",)
 
 
-def check_engine(vllm_config: Any) -> None:
+def check_engine(vllm_config: VllmConfig) -> None:
     """Refuse what MorphServe cannot serve.
 
     Raises:
@@ -49,8 +52,8 @@ def check_engine(vllm_config: Any) -> None:
         )
 
 
-def policy_setup(config: MorphServeConfig, vllm_config: Any) -> PolicySetup:
-    """What the policy is made of, beside the ladder.
+def policy_setup(config: MorphServeConfig, vllm_config: VllmConfig) -> PolicySetup:
+    """Return what the policy is made of, beside the ladder.
 
     Raises:
         ConfigError: the step times it needs cannot be read. Policies do not know our errors.
@@ -69,7 +72,7 @@ def policy_setup(config: MorphServeConfig, vllm_config: Any) -> PolicySetup:
 
 
 def make_policy(setup: PolicySetup, ladder: Ladder) -> Policy:
-    """The policy that the `policy:` section asks for.
+    """Build the policy that the `policy:` section asks for.
 
     Raises:
         ConfigError: the section does not fit the ladder, or there are no step times and it needs them.
@@ -80,7 +83,7 @@ def make_policy(setup: PolicySetup, ladder: Ladder) -> Policy:
         raise ConfigError(f"policy: {e}") from e
 
 
-def _check_model(vllm_config: Any) -> None:
+def _check_model(vllm_config: VllmConfig) -> None:
     model = vllm_config.model_config
     remedy = "Start without --plugin morphserve, or serve a dense decoder-only transformer."
     for bad, what in (
@@ -102,7 +105,7 @@ def _check_model(vllm_config: Any) -> None:
         )
 
 
-def _check_features(vllm_config: Any) -> None:
+def _check_features(vllm_config: VllmConfig) -> None:
     from vllm.config import CompilationMode
 
     v = vllm_config
@@ -135,7 +138,7 @@ def _check_features(vllm_config: Any) -> None:
             raise ConfigError(f"not supported together with MorphServe: {what}. Leave out {remedy}.")
 
 
-def _check_speculation(vllm_config: Any) -> None:
+def _check_speculation(vllm_config: VllmConfig) -> None:
     """N-gram proposals come from the text alone; draft models have weights and a KV cache of their own."""
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method not in _PROPOSERS:
@@ -145,8 +148,8 @@ def _check_speculation(vllm_config: Any) -> None:
         )
 
 
-def _check_lora(config: MorphServeConfig, vllm_config: Any) -> None:
-    """An adapter reads the input of the linear it belongs to: a variant must not scale that input."""
+def _check_lora(config: MorphServeConfig, vllm_config: VllmConfig) -> None:
+    """Refuse adapters where a variant scales the input of the linear that they read."""
     if vllm_config.lora_config is None:
         return
     for name, given in (("profile", config.profile), ("variants", config.variants)):
@@ -157,8 +160,8 @@ def _check_lora(config: MorphServeConfig, vllm_config: Any) -> None:
             )
 
 
-def nominal_ladder(config: MorphServeConfig, vllm_config: Any) -> Ladder:
-    """The levels with the formats that they will have, and sizes that only stand for the real ones.
+def nominal_ladder(config: MorphServeConfig, vllm_config: VllmConfig) -> Ladder:
+    """Return the levels with the formats that they will have, and sizes that only stand for the real ones.
 
     Raises:
         ConfigError: the section does not fit the model.
@@ -170,13 +173,13 @@ def nominal_ladder(config: MorphServeConfig, vllm_config: Any) -> Ladder:
     return build_ladder(num_layers, [RankBytes(nominal, 1024)], config.ladder, 64, profile=profile)
 
 
-def _check_ladder(config: MorphServeConfig, vllm_config: Any) -> None:
+def _check_ladder(config: MorphServeConfig, vllm_config: VllmConfig) -> None:
     """Walk the ladder with nominal sizes: a bad order or level shows here, not in a worker."""
     make_policy(policy_setup(config, vllm_config), nominal_ladder(config, vllm_config))
 
 
 def _nominal_bytes(fmt: str) -> int:
-    """A sixth of the weights are in the attention of a usual layer."""
+    """Return what a layer weighs in a format, a sixth of it in its attention as is usual."""
     attention, mlp = (_bits(half) for half in split_format(fmt))
     return (attention + 5 * mlp) * 1024
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from morphserve.errors import ConfigError
 
+if TYPE_CHECKING:
+    from vllm.v1.worker.worker_base import WorkerBase
 
-def check_fixed_kv(worker: Any, num_graph_sets: int) -> None:
-    """A KV size that is given skips the measurement that the graph sets come off: see that they fit beside it.
+
+def check_fixed_kv(worker: WorkerBase, num_graph_sets: int) -> None:
+    """Refuse a KV size beside which the graph sets do not fit: given, it skips the measurement they come off.
 
     After vLLM's own profiling forward pass, whose memory torch still holds: what is free is free.
 
@@ -36,7 +39,7 @@ def check_fixed_kv(worker: Any, num_graph_sets: int) -> None:
 
 
 def check_given_blocks(given: int | None, kv_cache_configs: Sequence[Any], available: Sequence[int]) -> None:
-    """A number of blocks that is given is laid out whatever memory says: see that every rank has it.
+    """Refuse a number of blocks that some rank has no memory for: given, it is laid out whatever memory says.
 
     Args:
         given: num_gpu_blocks_override; None = vLLM counts what fits.

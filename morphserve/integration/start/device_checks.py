@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from morphserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 # vLLM's custom all-reduce keeps 8 MiB for what it registers, 128 bytes for each call in each graph
 # (vllm/distributed/device_communicators/custom_all_reduce.py, rank_data; same in 0.32 and 0.33).
@@ -15,7 +18,7 @@ _STARTUP_PLAN = "VLLM_ENABLE_STARTUP_PLAN"
 _ESTIMATE = "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS"
 
 
-def check_device(vllm_config: Any) -> None:
+def check_device(vllm_config: VllmConfig) -> None:
     """Refuse what gives memory away behind our back, or was not made to follow blocks and layers.
 
     Raises:
@@ -78,7 +81,7 @@ def check_device(vllm_config: Any) -> None:
             raise ConfigError(f"not supported together with MorphServe on a GPU: {what}. Leave out {remedy}.")
 
 
-def check_graph_buffers(vllm_config: Any, levels: Sequence[tuple[str, ...]]) -> None:
+def check_graph_buffers(vllm_config: VllmConfig, levels: Sequence[tuple[str, ...]]) -> None:
     """Refuse more sets of CUDA graphs than vLLM's custom all-reduce has room for; it would stop in mid-capture.
 
     Args:
@@ -108,8 +111,8 @@ def check_graph_buffers(vllm_config: Any, levels: Sequence[tuple[str, ...]]) -> 
             )
 
 
-def has_room_for_graph_sets(vllm_config: Any, num_graph_sets: int) -> bool:
-    """Whether `check_graph_buffers` passes so many levels that differ in every layer."""
+def has_room_for_graph_sets(vllm_config: VllmConfig, num_graph_sets: int) -> bool:
+    """Return whether `check_graph_buffers` passes so many levels that differ in every layer."""
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
     try:
         check_graph_buffers(vllm_config, [(str(level),) * num_layers for level in range(num_graph_sets)])
@@ -118,8 +121,8 @@ def has_room_for_graph_sets(vllm_config: Any, num_graph_sets: int) -> bool:
     return True
 
 
-def _graphs_of_a_set(vllm_config: Any) -> int:
-    """At most: those of mixed batches, and beside them those of decode steps alone."""
+def _graphs_of_a_set(vllm_config: VllmConfig) -> int:
+    """Return their most: those of mixed batches, and beside them those of decode steps alone."""
     from vllm.config import CUDAGraphMode
 
     compilation = vllm_config.compilation_config

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from morphserve.config import LadderStep, MorphServeConfig, load_config, parse_config
 from morphserve.control import without_formats
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 KEY = "morphserve"
 CONFIG_FILE = "config_file"
@@ -23,7 +26,7 @@ def is_active(additional_config: Any) -> bool:
 
 
 def read_settings(additional_config: Any) -> MorphServeConfig | None:
-    """The typed config, or None when MorphServe was not asked for.
+    """Return the typed config, or None when MorphServe was not asked for.
 
     Raises:
         ConfigError: see `load_config`.
@@ -36,7 +39,7 @@ def read_settings(additional_config: Any) -> MorphServeConfig | None:
     return parse_config({} if raw is None else raw, source='additional_config["morphserve"]')
 
 
-def for_this_device(config: MorphServeConfig, vllm_config: Any) -> MorphServeConfig:
+def for_this_device(config: MorphServeConfig, vllm_config: VllmConfig) -> MorphServeConfig:
     """Return the settings with the ladder that an empty `ladder.steps` means here.
 
     Two levels a format, because each has CUDA graphs of its own, which cost memory and time at start; one where vLLM's
@@ -55,11 +58,11 @@ def for_this_device(config: MorphServeConfig, vllm_config: Any) -> MorphServeCon
 
 
 def served_ladder(config: MorphServeConfig, left_out: Collection[str]) -> MorphServeConfig:
-    """The settings with the formats that run here."""
+    """Return the settings with the formats that run here."""
     return config.model_copy(update={"ladder": without_formats(config.ladder, left_out)})
 
 
 def config_file(additional_config: Any) -> Path | None:
-    """The YAML that the settings are in; None when they were given as a mapping, or not at all."""
+    """Return the YAML that the settings are in; None when they were given as a mapping, or not at all."""
     raw = additional_config.get(KEY) if is_active(additional_config) else None
     return Path(raw[CONFIG_FILE]) if isinstance(raw, dict) and set(raw) == {CONFIG_FILE} else None

@@ -72,7 +72,7 @@ class UnquantizedImpl:
 
     __slots__ = ("_bias", "_linear", "_weight", "native", "nbytes")
 
-    def __init__(self, linear: Any, weight: Tensor | None, bias: Tensor | None, nbytes: int) -> None:
+    def __init__(self, linear: LinearBase, weight: Tensor | None, bias: Tensor | None, nbytes: int) -> None:
         """
         Args:
             linear: the function of (x, weight, bias) that vLLM made.
@@ -95,8 +95,8 @@ class UnquantizedImpl:
         return "vLLM's own" if self.native is None else "oneDNN"
 
 
-def _onednn_handler(linear: Any) -> Tensor | None:
-    """The tensor by which vLLM's closure names its oneDNN matmul; None when it chose another kernel.
+def _onednn_handler(linear: LinearBase) -> Tensor | None:
+    """Return the tensor by which vLLM's closure names its oneDNN matmul; None when it chose another kernel.
 
     Only a shortcut for the native op: without it the closure itself is called.
     """
@@ -155,8 +155,8 @@ class UnquantizedBase:
         return UnquantizedImpl(shadow.cpu_linear, weight, bias, nbytes)
 
 
-def _weight_of(linear: Any) -> Tensor | None:
-    """The weight that vLLM kept beside its matmul; None where it is inside of it."""
+def _weight_of(linear: LinearBase) -> Tensor | None:
+    """Return the weight that vLLM kept beside its matmul; None where it is inside of it."""
     return linear.weight.data if linear.weight.numel() else None
 
 
@@ -192,7 +192,7 @@ class ScaledImpl:
 
 
 def _native(module: LinearBase, bias: Tensor | None) -> Native | None:
-    """What oneDNN's int8 matmul is called with; None when vLLM runs another. Only a shortcut, as above."""
+    """Return what oneDNN's int8 matmul is called with; None when vLLM runs another. Only a shortcut, as above."""
     scheme = module.scheme
     if not isinstance(scheme, CompressedTensorsW8A8Int8) or scheme.is_static_input_scheme or not scheme.input_symmetric:
         return None
@@ -211,7 +211,7 @@ class ScaledBase:
 
     @staticmethod
     def fits(linear: LinearBase) -> bool:
-        """Whether the loaded parameters say all: integers or floats of 8 bits, and scales."""
+        """Return whether the loaded parameters say all: integers or floats of 8 bits, and scales."""
         scheme = getattr(linear, "scheme", None)
         return (
             type(linear.quant_method) is CompressedTensorsLinearMethod  # not those that transform activations too
@@ -222,7 +222,7 @@ class ScaledBase:
         )
 
     def __init__(self, linear: LinearBase) -> None:
-        """Before vLLM packs it."""
+        """Keep the parameters, before vLLM packs them."""
         self._linear = linear
         self._method = linear.quant_method
         self.method = method_of(linear)
@@ -326,12 +326,12 @@ def _copy_scheme(scheme: Any) -> Any:
 
 
 def _kernels(scheme: Any) -> Iterator[tuple[str, Any]]:
-    """Each scheme has another name for its kernel."""
+    """Yield a scheme's kernels: each scheme has another name for its own."""
     return ((name, value) for name, value in vars(scheme).items() if isinstance(value, ScaledMMLinearKernel))
 
 
 def dequantize(weight: Tensor, scale: Tensor, widths: list[int]) -> Tensor:
-    """What an 8-bit weight means: fp32 [N, K].
+    """Return what an 8-bit weight means: fp32 [N, K].
 
     Args:
         weight: [N, K], int8 or float8.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
 Pairs = Sequence[tuple[int, int]]  # (source, destination)
 
 
-def rewrite_block_tables(runner: Any, pairs: Pairs, num_blocks: int) -> None:
+def rewrite_block_tables(runner: GPUModelRunner, pairs: Pairs, num_blocks: int) -> None:
     """Rename blocks in everything that the runner caches.
 
     V2 (vllm/v1/worker/gpu/block_table.py): tables on the device alone; ids that the scheduler sends are written there
@@ -35,11 +38,11 @@ def _rewrite_on_device(tables: Any, pairs: Pairs, num_blocks: int) -> None:
 
 
 def _on(device: torch.device, values: torch.Tensor) -> torch.Tensor:
-    """Without waiting for the device, as a copy from memory that is not pinned would."""
+    """Copy to the device and go on; a copy from memory that is not pinned would wait."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
-def _rewrite_on_host(runner: Any, pairs: Pairs, num_blocks: int) -> None:
+def _rewrite_on_host(runner: GPUModelRunner, pairs: Pairs, num_blocks: int) -> None:
     renamed = dict(pairs)
     for state in runner.requests.values():
         for ids in state.block_ids:
@@ -54,7 +57,7 @@ def _rewrite_on_host(runner: Any, pairs: Pairs, num_blocks: int) -> None:
         rows[:] = lookup[rows]
 
 
-def _lookup(pairs: Pairs, num_blocks: int, dtype: Any) -> np.ndarray:
+def _lookup(pairs: Pairs, num_blocks: int, dtype: np.typing.DTypeLike) -> np.ndarray:
     lookup = np.arange(num_blocks, dtype=dtype)
     for source, destination in pairs:
         lookup[source] = destination

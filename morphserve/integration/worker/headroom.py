@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import vllm
@@ -23,6 +23,9 @@ from morphserve.files import write_whole
 from morphserve.integration.worker.layers import RankLayers
 from morphserve.residence import peak_beyond_now
 from policies import BASE_FORMAT
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.worker_base import WorkerBase
 
 logger = logging.getLogger("vllm.morphserve")
 
@@ -34,7 +37,7 @@ _RUNS = 2  # the system's allocator makes the same pass differ by 10 to 15 %: th
 _MARGIN = 2.0
 
 
-def known(worker: Any, layers: RankLayers) -> int | None:
+def known(worker: WorkerBase, layers: RankLayers) -> int | None:
     """Bytes that this rank's worst forward pass takes at most, at any level; None = to be measured.
 
     Args:
@@ -44,8 +47,8 @@ def known(worker: Any, layers: RankLayers) -> int | None:
     return _read(_file(layers)).get(_conditions(worker, layers))
 
 
-def measure(worker: Any, layers: RankLayers) -> int:
-    """The same, measured and stored. All ranks at once: a forward pass is theirs together. At full precision."""
+def measure(worker: WorkerBase, layers: RankLayers) -> int:
+    """Measure what its worst forward pass takes, and store it. All ranks at once, at full precision."""
     config = worker.vllm_config
 
     def forward() -> None:
@@ -86,8 +89,8 @@ def _file(layers: RankLayers) -> Path:
     return layers.directory / _FILE
 
 
-def _conditions(worker: Any, layers: RankLayers) -> str:
-    """What the figures depend on, besides the formats."""
+def _conditions(worker: WorkerBase, layers: RankLayers) -> str:
+    """Return what the figures depend on, besides the formats."""
     config = worker.vllm_config
     return json.dumps(
         {

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoTokenizer
@@ -35,6 +35,9 @@ from quant_layers import (
     regroup,
 )
 
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _ROUNDING = 2.0**-7  # of a bf16 value; a checkpoint kept in fp16 may have rounded what it did not quantize
@@ -46,7 +49,11 @@ class Importer(Plain):
     """Packs the layers of a checkpoint that was quantized from this model."""
 
     def __init__(
-        self, checkpoint: Checkpoint, model: Any, linears: Mapping[int, Mapping[str, LinearBase]], biases: set[str]
+        self,
+        checkpoint: Checkpoint,
+        model: torch.nn.Module,
+        linears: Mapping[int, Mapping[str, LinearBase]],
+        biases: set[str],
     ) -> None:
         """Use `open`."""
         self._checkpoint = checkpoint
@@ -66,10 +73,10 @@ class Importer(Plain):
     def open(
         cls,
         source: str,
-        model: Any,
+        model: torch.nn.Module,
         linears: Mapping[int, Mapping[str, LinearBase]],
         biases: set[str],
-        model_config: Any,
+        model_config: ModelConfig,
     ) -> Importer:
         """Find the checkpoint and check that it was made from this model.
 
@@ -99,7 +106,8 @@ class Importer(Plain):
         return f"{kernel.name}{SOURCE_MARK}{self._digest[:12]}"
 
     def pack(self, layer: int, kernel: Kernel, weights: Mapping[str, torch.Tensor]) -> PackedLayer:
-        """
+        """Take a layer from the checkpoint.
+
         Raises:
             ConfigError: the checkpoint has this layer in a form that cannot be swapped in.
         """
@@ -125,7 +133,7 @@ class Importer(Plain):
     def _quants(
         self, layer: int, imported: ImportedLayer, weights: Mapping[str, torch.Tensor]
     ) -> dict[str, QuantW4 | QuantW8]:
-        """The rank's fused and sliced linears, in the canonical form."""
+        """Return the rank's fused and sliced linears, in the canonical form."""
         kinds = {type(quant) for quant in imported.linears.values()}
         if len(kinds) != 1:
             found = "no quantized linear" if not kinds else "linears of 4 and of 8 bits"
@@ -161,7 +169,7 @@ class Importer(Plain):
         return quants
 
     def _with_others(self, layer: int, imported: ImportedLayer, packed: PackedLayer) -> PackedLayer:
-        """`packed`, and every other tensor of the layer that is not what the base has."""
+        """Return `packed`, and every other tensor of the layer that is not what the base has."""
         targets = {
             name: p
             for name, p in self._parameters[layer].items()
@@ -217,7 +225,7 @@ class Importer(Plain):
     def _load(
         self, targets: Parameters, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype | None
     ) -> dict[str, torch.Tensor]:
-        """What `load_weights` writes into stand-ins for `targets`; NaN where nothing was written."""
+        """Return what `load_weights` writes into stand-ins for `targets`; NaN where nothing was written."""
         with _stand_ins(targets, dtype) as found:
             try:
                 self._model.load_weights(iter(tensors))

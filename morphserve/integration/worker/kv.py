@@ -11,7 +11,7 @@ import logging
 import math
 import mmap
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -21,10 +21,14 @@ from morphserve.errors import ConfigError
 from morphserve.integration.worker.block_tables import rewrite_block_tables
 from morphserve.residence import Residence
 
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
 logger = logging.getLogger("vllm.morphserve")
 
 
-def geometry_of(kv_cache_config: Any, page_bytes: int) -> KVGeometry:
+def geometry_of(kv_cache_config: KVCacheConfig, page_bytes: int) -> KVGeometry:
     """Return where vLLM puts the blocks.
 
     Raises:
@@ -39,7 +43,7 @@ def geometry_of(kv_cache_config: Any, page_bytes: int) -> KVGeometry:
         raise ConfigError(f"KV cache layout {layout}: {e}") from e
 
 
-def check_kinds(kv_cache_config: Any) -> None:
+def check_kinds(kv_cache_config: KVCacheConfig) -> None:
     """Refuse caches whose tables keep ids of freed blocks: their pages may be gone when a kernel reads them.
 
     Raises:
@@ -92,7 +96,7 @@ class ZerosFrom(TorchFunctionMode):
 class RankKV:
     """Grow, shrink and copy blocks of this rank's cache. `ElasticKV` for the background thread."""
 
-    def __init__(self, kv_cache_config: Any, residence: Residence, base_num_blocks: int) -> None:
+    def __init__(self, kv_cache_config: KVCacheConfig, residence: Residence, base_num_blocks: int) -> None:
         """Lay the cache out.
 
         Args:
@@ -151,7 +155,7 @@ class RankKV:
         """Copy KV of block `source` to block `destination`, all layers."""
         self._cache.copy(pairs)
 
-    def rewrite_block_tables(self, runner: Any, pairs: Sequence[tuple[int, int]]) -> None:
+    def rewrite_block_tables(self, runner: GPUModelRunner, pairs: Sequence[tuple[int, int]]) -> None:
         """Rename blocks in everything that the model runner caches between steps.
 
         Queued behind the steps under way and before the next: all of it is the device's work, in its order.

@@ -112,7 +112,7 @@ def factors(times: LayerTimes) -> dict[str, tuple[float, ...]]:
 
 
 def describe(times: LayerTimes) -> str:
-    """The factors in words."""
+    """Put the factors into words."""
     batches = ", ".join(map(str, TIMED_BATCHES))
     shown = (f"{fmt} {', '.join(f'{x:.2f}' for x in row)}" for fmt, row in factors(times).items())
     return f"{'; '.join(shown)} (batches of {batches})"
@@ -131,7 +131,7 @@ def _time_halves(linears: Mapping[str, LinearImpl], inputs: Mapping[str, torch.T
 
 
 def _conditions(dtype: torch.dtype, kernels: Mapping[str, str]) -> str:
-    """What the figures depend on, besides the weights' shapes."""
+    """Return what the figures depend on, besides the weights' shapes."""
     import vllm  # there is one where layers are served; who only asks for speeds may have none
 
     return json.dumps(

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -42,13 +42,16 @@ from quant_layers import (
     split_format,
 )
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
 logger = logging.getLogger("vllm.morphserve")
 
 
 class RankLayers:
     """Built in two halves around vLLM's weight post-processing: `capture`, then `install`."""
 
-    def __init__(self, config: MorphServeConfig, vllm_config: Any, rank: int, residence: Residence) -> None:
+    def __init__(self, config: MorphServeConfig, vllm_config: VllmConfig, rank: int, residence: Residence) -> None:
         """
         Args:
             config: the settings, filled in for this device.

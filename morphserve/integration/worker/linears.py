@@ -91,7 +91,7 @@ class Weights(Mapping[str, torch.Tensor]):
     """A layer's weights by name, each made when it is asked for: in fp32 a quantized one is four times as large."""
 
     def __init__(self, bases: Mapping[str, BaseLinear], on_host: bool) -> None:
-        """`on_host`: whoever reads them has other tensors there, scales for example."""
+        """Read nothing yet. `on_host`: whoever reads them has other tensors there, scales for example."""
         self._bases, self._on_host = bases, on_host
 
     def __getitem__(self, name: str) -> torch.Tensor:

@@ -36,15 +36,15 @@ class Plain:
     group_sizes: tuple[int, ...] = ()  # that weights come in which are not rounded here; see `quant_layers.choose`
 
     def layout(self, kernel: Kernel) -> str:
-        """What the store files a layer under: the kernel, and what was done to the weights before."""
+        """Return what the store files a layer under: the kernel, and what was done to the weights before."""
         return kernel.name
 
     def pack(self, layer: int, kernel: Kernel, weights: Mapping[str, torch.Tensor]) -> PackedLayer:
-        """A layer's linears, and everything else of it that differs, as the store keeps them."""
+        """Pack a layer's linears, and everything else of it that differs, as the store keeps them."""
         return {name: kernel.pack(weight) for name, weight in weights.items()}
 
     def tensor_slots(self) -> dict[int, dict[str, TensorSlot]]:
-        """What else of a layer a variant may bring; to be asked for when the model has its final tensors."""
+        """Return what else of a layer a variant may bring. Ask when the model has its final tensors."""
         return {}
 
 
@@ -90,7 +90,8 @@ class Smoother(Plain):
         return f"{name}{SOURCE_MARK}{self._digest[:12]}" if _gains(kernel) else name
 
     def pack(self, layer: int, kernel: Kernel, weights: Mapping[str, torch.Tensor]) -> PackedLayer:
-        """
+        """Fold the profile's scales into a layer, and pack it.
+
         Raises:
             ConfigError: the profile's scales do not fit the layer.
         """
@@ -116,7 +117,7 @@ class Smoother(Plain):
 
 
 def _of_all_stages(norms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A pipeline stage has the norms of its own layers only. All stages come here at the same time, while they load."""
+    """Gather the norms of all stages, each of which has its own only. All come here at once, while they load."""
     stages = get_pp_group()
     if stages.world_size == 1:
         return norms
@@ -126,11 +127,11 @@ def _of_all_stages(norms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _gains(kernel: Kernel) -> bool:
-    """4-bit weights are rounded group by group, which scales made for whole rows do not help."""
+    """Return whether smoothing helps: not 4 bits, rounded group by group, which scales of whole rows do not mend."""
     return kernel.format == "w8" and kernel.quantizes_activations
 
 
 def _slice(scale: torch.Tensor, linear: LinearBase) -> torch.Tensor:
-    """This rank's share of the input channels: only row-parallel linears have less than all."""
+    """Return this rank's share of the input channels: only row-parallel linears have less than all."""
     size = linear.input_size_per_partition
     return scale if len(scale) == size else scale[linear.tp_rank * size : (linear.tp_rank + 1) * size]

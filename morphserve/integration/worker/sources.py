@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.model_executor.layers.linear import LinearBase
@@ -19,9 +19,12 @@ from morphserve.profile_ladder import read_ladder
 from policies import BASE_FORMAT
 from quant_layers import Kernel, KernelError, choose, split_format
 
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
 
 def formats_of_halves(layer_formats: Iterable[str]) -> list[str]:
-    """Every format that some half of a layer gets, full precision left out."""
+    """Return every format that some half of a layer gets, full precision left out."""
     halves = (half for fmt in layer_formats for half in split_format(fmt))
     return [fmt for fmt in dict.fromkeys(halves) if fmt != BASE_FORMAT]
 
@@ -52,7 +55,7 @@ class Choice:
 
 
 def choose_kernels(config: MorphServeConfig, formats: Sequence[str], needs: Needs) -> Choice:
-    """The first kernel of each format that proves itself here, or the one that is asked for.
+    """Choose the first kernel of each format that proves itself here, or the one that is asked for.
 
     A format is left out where the ladder may do without it, and where nothing else of the settings names it.
 
@@ -88,9 +91,9 @@ def open_source(
     fmt: str,
     model: torch.nn.Module,
     linears: Mapping[int, Mapping[str, LinearBase]],
-    model_config: Any,
+    model_config: ModelConfig,
 ) -> Plain:
-    """Where the layers of a format come from: a checkpoint, the profile, or the weights as they are.
+    """Open what the layers of a format come from: a checkpoint, the profile, or the weights as they are.
 
     Raises:
         ConfigError: checkpoint or profile do not fit the model.

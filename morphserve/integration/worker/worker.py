@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kv_resize import KVResizeError
 from morphserve.control import Plan, Reply
@@ -24,6 +24,12 @@ from morphserve.integration.worker.kv import RankKV
 from morphserve.integration.worker.layers import RankLayers
 from morphserve.integration.worker.state import Rank, begin, rank
 from morphserve.residence import RankTransition
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import ModelConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.worker.worker_base import WorkerBase
 
 
 def install_worker_seams() -> None:
@@ -43,7 +49,9 @@ def _forward_stream() -> object:
 
 def _weights_loaded(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
-    def process_weights_after_loading(model: Any, model_config: Any, target_device: Any) -> Any:
+    def process_weights_after_loading(
+        model: torch.nn.Module, model_config: ModelConfig, target_device: torch.device
+    ) -> Any:
         from vllm.config import get_current_vllm_config_or_none
         from vllm.distributed import get_world_group
 
@@ -71,7 +79,7 @@ def _weights_loaded(original: Callable[..., Any]) -> Any:
 
 def _allocate_kv_cache(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
-    def allocate_kv_cache(kv_cache_config: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
+    def allocate_kv_cache(kv_cache_config: KVCacheConfig, device: torch.device, *args: Any, **kwargs: Any) -> Any:
         mine = rank()
         if mine.residence is None or mine.base_num_blocks is None:
             return original(kv_cache_config, device, *args, **kwargs)
@@ -184,7 +192,7 @@ def _layers() -> RankLayers:
     return layers
 
 
-def _move_blocks(worker: Any, plan: Plan) -> None:
+def _move_blocks(worker: WorkerBase, plan: Plan) -> None:
     kv = rank().kv
     assert kv is not None
     try:
@@ -195,7 +203,7 @@ def _move_blocks(worker: Any, plan: Plan) -> None:
 
 
 def _answer(
-    worker: Any, plan: Plan, command: Callable[[RankTransition], None], final: bool = False, again: bool = False
+    worker: WorkerBase, plan: Plan, command: Callable[[RankTransition], None], final: bool = False, again: bool = False
 ) -> Reply:
     """Reply to a command, with what the rank then holds; see `Commands.answer`."""
     mine = rank()

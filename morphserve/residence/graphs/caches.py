@@ -42,7 +42,7 @@ class Holder:
         return self.scope is not None and not self.is_full
 
     def part(self, formats: Formats) -> Formats:
-        """What of the formats its graphs depend on."""
+        """Return what of the formats its graphs depend on."""
         return formats if self.scope is None else tuple(formats[layer] for layer in self.scope)
 
 
@@ -78,7 +78,7 @@ class Entries(dict[Any, Any]):
 
 
 def _is_unfinished(entry: Any) -> bool:
-    """Whether an entry of vLLM's wrappers has no graph yet. A bare graph always is one."""
+    """Return whether an entry of vLLM's wrappers has no graph yet. A bare graph always is one."""
     return getattr(entry, "cudagraph", entry) is None or getattr(entry, "capture", entry) is None
 
 
@@ -149,7 +149,7 @@ class GraphCache:
         self.show(entries)
 
     def close(self, known: dict[frozenset[Any], frozenset[Any]]) -> int:
-        """Returns how many graphs were dropped because they read other addresses than home's."""
+        """Return how many graphs were dropped because they read other addresses than home's."""
         if self.stock is not None:
             self.holder.owner.runnable, self.holder.owner.graph_pool = self.stock
             self.stock = None
@@ -164,12 +164,12 @@ class GraphCache:
         return len(moved)
 
     def take_seen(self) -> frozenset[int]:
-        """The layers that the piece was seen to use; asked once, after the first graph set."""
+        """Return the layers that the piece was seen to use; asked once, after the first graph set."""
         watched, self.watched = self.watched, None
         return frozenset() if watched is None else frozenset(watched.seen)
 
     def limit(self, scope: frozenset[int], formats: Formats) -> None:
-        """From now on its graphs depend on these layers alone; `formats` are those of the one graph set there is."""
+        """Let its graphs depend on these layers alone from now on; `formats`: of the one graph set there is."""
         self.holder = replace(self.given, scope=tuple(sorted(scope)))
         assert self.home is not None
         self.by_formats = {self.holder.part(formats): self.home}

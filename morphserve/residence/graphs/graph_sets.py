@@ -41,7 +41,7 @@ class GraphSets:
         later_pool: Any = None,
         watch: Watch | None = None,
     ) -> None:
-        """Changes nothing yet. For objects that stay: vLLM makes some of them anew after it has profiled memory.
+        """Change nothing yet. For objects that stay: vLLM makes some of them anew after it has profiled memory.
 
         Args:
             holders: everything that keeps graphs of the morphing model. Those of a draft model stay out.
@@ -77,11 +77,11 @@ class GraphSets:
         return self._live
 
     def has_full(self, formats: Formats) -> bool:
-        """Whether whole steps were captured at these formats: then there is nothing to capture for them."""
+        """Return whether whole steps were captured at these formats: then there is nothing to capture for them."""
         return bool(self._offer(self._at(formats)).full)
 
     def num_graphs(self) -> dict[Formats, int]:
-        """How many graphs the capture of each set has added; what it shares with earlier ones is counted there."""
+        """Return how many graphs the capture of each set has added; what it shares counts with the earlier ones."""
         return dict(self._num_graphs)
 
     def begin(self, formats: Formats) -> None:
@@ -153,7 +153,7 @@ class GraphSets:
         self._route(self._narrowed(Offer()))
 
     def _learn(self, formats: Formats) -> None:
-        """After the first set: give every holder that learns its scope, or none if they have not seen every layer."""
+        """Give every holder that learns its scope, after the first set; none if they have not seen every layer."""
         found = [(cache, cache.take_seen()) for cache in self._caches if cache.given.learns]
         unseen = set(range(len(formats))).difference(*(seen for _, seen in found))
         if not found or self._watch is None:
@@ -172,7 +172,7 @@ class GraphSets:
             raise GraphSetError(f"a graph set is being captured, at {self._capturing}; one at a time: call end first")
 
     def _at(self, formats: Formats) -> list[Entries]:
-        """Each holder's dictionary at these formats."""
+        """Return each holder's dictionary at these formats."""
         return [cache.by_formats.get(cache.holder.part(formats), self._closed) for cache in self._caches]
 
     def _offer(self, shown: Sequence[Entries]) -> Offer:
@@ -185,7 +185,7 @@ class GraphSets:
         )
 
     def _narrowed(self, offer: Offer) -> tuple[Any, ...]:
-        """Each route's table for this offer; vLLM's own where nothing is missing."""
+        """Return each route's table for this offer; vLLM's own where nothing is missing."""
         if offer not in self._tables:
             narrowed = []
             for route, whole in zip(self._routes, self._whole, strict=True):

@@ -42,7 +42,7 @@ class OutputAlias:
         self._home = home
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the piece, but its outputs lie where the home graph's do.
+        """Run the piece, and leave its outputs where the home graph's lie.
 
         Raises:
             GraphSetError: the home graph set has no graph of this size, or one with other outputs.

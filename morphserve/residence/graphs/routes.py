@@ -35,7 +35,7 @@ class Route:
 
 
 def narrow_candidates(table: Mapping[Any, Sequence[Any]], offer: Offer) -> dict[Any, list[Any]]:
-    """`_candidates` of the V2 runner's CudaGraphManager: (num_tokens, num_active_loras) |-> descriptors, best first.
+    """Narrow `_candidates` of V2's CudaGraphManager: (num_tokens, num_active_loras) |-> descriptors, best first.
 
     A size that was left out is served by the next larger graph there is: vLLM pads to it as it pads to any.
     """
@@ -56,7 +56,7 @@ def narrow_candidates(table: Mapping[Any, Sequence[Any]], offer: Offer) -> dict[
 
 
 def narrow_keys(table: Mapping[Any, set[Any]], offer: Offer) -> dict[Any, set[Any]]:
-    """`cudagraph_keys` of the V1 runner's CudagraphDispatcher: mode |-> descriptors.
+    """Narrow `cudagraph_keys` of the V1 runner's CudagraphDispatcher: mode |-> descriptors.
 
     It pads to the next capture size before it asks, so a size that was left out falls to PIECEWISE or to eager.
     """

@@ -88,7 +88,7 @@ def _address(name: str, weight: torch.Tensor) -> int:
 
 
 def slots() -> Mapping[int, WeightSlot]:
-    """Who is who: all slots, by the address of their weight. A live view."""
+    """Return all slots, by the address of their weight. A live view."""
     return MappingProxyType(_slots)
 
 
@@ -99,7 +99,7 @@ def reset() -> None:
 
 @contextmanager
 def addresses_used() -> Iterator[set[int]]:
-    """The addresses of the weights whose linears run while it is open, also under graph capture. Does not nest."""
+    """Note the addresses of the weights whose linears run while it is open, also under capture. Does not nest."""
     global _used
     _used = set()
     try:

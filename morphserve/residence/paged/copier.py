@@ -15,7 +15,7 @@ class Copier(Protocol):
     """One user at a time, from any thread."""
 
     def host_memory(self, num_bytes: int) -> Tensor:
-        """int8 [num_bytes] that copies are fastest from."""
+        """Return int8 [num_bytes] that copies are fastest from."""
         ...
 
     def copy(self, destination: Tensor, source: Tensor) -> None:
@@ -23,7 +23,7 @@ class Copier(Protocol):
         ...
 
     def finish(self) -> None:
-        """Until every copy begun has arrived, and all else that the background thread has queued on the device.
+        """Wait until every copy begun has arrived, and all else that the background thread has queued on the device.
 
         Work that is queued from now on sees it, on whatever stream.
         """

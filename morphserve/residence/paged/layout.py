@@ -27,7 +27,7 @@ class Place:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def view(self, memory: Tensor) -> Tensor:
-        """The tensor in `memory`, int8 [size_bytes of the layout]. Reads nothing."""
+        """Return the tensor in `memory`, int8 [size_bytes of the layout]. Reads nothing."""
         return memory[self.offset : self.offset + self.num_bytes].view(self.dtype).view(self.shape)
 
 
@@ -52,7 +52,7 @@ class Layout:
         return cls(places, end)
 
     def views(self, memory: Tensor) -> dict[str, dict[str, Tensor]]:
-        """All tensors, as views of `memory`, int8 of at least `size_bytes`. Reads nothing."""
+        """Return all tensors, as views of `memory`, int8 of at least `size_bytes`. Reads nothing."""
         return {
             linear: {name: place.view(memory) for name, place in parts.items()} for linear, parts in self.places.items()
         }

@@ -52,7 +52,7 @@ class WeightArena:
         return part in self._images
 
     def tensors(self, part: Part) -> dict[str, dict[str, Tensor]]:
-        """Views at the part's addresses. To be read only while it is loaded."""
+        """Return views at the part's addresses. To be read only while it is loaded."""
         image = self._images[part]
         return image.layout.views(image.arena.buffer)
 
@@ -84,9 +84,9 @@ class WeightArena:
             image.arena.release([image.pages])
 
     def num_bytes(self, part: Part) -> int:
-        """In whole pages: what it takes while it is loaded."""
+        """Return what it takes while it is loaded, in whole pages."""
         return self._images[part].pages[1]
 
     def resident_bytes(self) -> int:
-        """Of all pages that parts hold now."""
+        """Return the bytes of all pages that parts hold now."""
         return sum(image.arena.resident_bytes([image.pages]) for image in self._images.values())

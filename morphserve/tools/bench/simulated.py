@@ -66,7 +66,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def check_beside_servers(args: argparse.Namespace) -> None:
-    """Where servers are measured and simulated side by side: refuse what only one of them would get.
+    """Refuse what only one of two would get, where servers are measured and simulated side by side.
 
     Raises:
         ReplayError: names the options.

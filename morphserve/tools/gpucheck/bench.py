@@ -53,7 +53,7 @@ class Bench:
         return self.budget_s - (self._clock() - self._start)
 
     def pick(self, real: T, dry: T) -> T:
-        """A size: `real` on a device, `dry` where only the code path is tried."""
+        """Return a size: `real` on a device, `dry` where only the code path is tried."""
         return dry if self.dry else real
 
     def figure(self, name: str, unit: str, values: Sequence[float] | float) -> Figure:
@@ -68,11 +68,11 @@ class Bench:
         return figure
 
     def require(self, name: str, ok: bool, detail: str = "") -> None:
-        """A pass criterion: if it does not hold, the part has failed."""
+        """Note a pass criterion: if it does not hold, the part has failed."""
         self._verdict(Verdict(name, bool(ok), detail, required=True))
 
     def expect(self, name: str, ok: bool, detail: str = "") -> None:
-        """What the design hopes for: a speed, say. Missing it is a finding, not a failure."""
+        """Note what the design hopes for: a speed, say. Missing it is a finding, not a failure."""
         self._verdict(Verdict(name, bool(ok), detail, required=False))
 
     def note(self, text: str) -> None:

@@ -11,7 +11,7 @@ from morphserve.tools.gpucheck.bench import Bench, run_part
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when the part came to its end, whatever it found; 1 when it raised."""
+    """Return 0 when the part came to its end, whatever it found; 1 when it raised."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("module")
     parser.add_argument("--file", type=Path, required=True, help="findings, replaced as a whole each time")

@@ -24,7 +24,7 @@ EXIT_OK, EXIT_FAILED, EXIT_NO_DEVICE, EXIT_NO_TIME = 0, 1, 3, 4  # argparse take
 
 
 def main(argv: list[str] | None = None, description: str | None = None) -> int:
-    """0: no part failed. 1: one has. 3: no NVIDIA device. 4: none failed, but for some there was no time."""
+    """Return 0: no part failed. 1: one has. 3: no NVIDIA device. 4: none failed, but for some there was no time."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="parts with commas between, such as t1,t3; default all")
     parser.add_argument("--skip", default="", help="parts to leave out, such as t8,t9")

@@ -26,7 +26,8 @@ _WARM_UPS = 3
 
 
 def require_device(bench: Bench) -> None:
-    """
+    """Refuse to run a part on a device that torch does not see.
+
     Raises:
         RuntimeError: the part is to run on CUDA, and torch has no device. No skip: the driver has one.
     """
@@ -36,13 +37,13 @@ def require_device(bench: Bench) -> None:
 
 
 def synchronize(device: str) -> None:
-    """Until all that is queued on the device is done."""
+    """Wait until all that is queued on the device is done."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def side_stream(device: str) -> Any:
-    """A stream of low priority beside the current one; None on CPU."""
+    """Return a stream of low priority beside the current one; None on CPU."""
     return _CUDA.Stream(priority=0) if device == "cuda" else None
 
 
@@ -66,7 +67,7 @@ class Mark:
         return self._event is None or bool(self._event.query())
 
     def wait(self) -> None:
-        """Until it is."""
+        """Wait until it has happened."""
         if self._event is not None:
             self._event.synchronize()
 
@@ -106,7 +107,7 @@ def capture(device: str, work: Work, pool: Any = None) -> Work:
 
 
 def replay_without_graph(work: Work) -> Work:
-    """`work` with the linears of now, whatever has been swapped by then: a graph keeps the kernels of its capture."""
+    """Do `work` with the linears of now, whatever has been swapped: a graph keeps the kernels of its capture."""
     captured = {slot: slot.impl for slot in slots().values()}
 
     def replay() -> None:
@@ -135,18 +136,18 @@ def graph_pool(device: str) -> Any:
 
 
 def free_bytes(device: str) -> int:
-    """Of the device, as its driver counts; 0 on CPU."""
+    """Return what is free of the device, as its driver counts; 0 on CPU."""
     return int(torch.cuda.mem_get_info()[0]) if device == "cuda" else 0
 
 
 def pinned(num_bytes: int, device: str) -> torch.Tensor:
-    """uint8 [num_bytes] of host memory that the device copies from by itself."""
+    """Return uint8 [num_bytes] of host memory that the device copies from by itself."""
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device == "cuda")
 
 
 @contextlib.contextmanager
 def open_page_allocator(bench: Bench, num_pages: int, page_bytes: int | None = None) -> Iterator[Any]:
-    """A `PageAllocator` whose memory is given back at the end: tensors over its addresses must not be touched any more.
+    """Open a `PageAllocator` whose memory goes at the end: tensors over its addresses must not be touched then.
 
     Args:
         bench: says where.
@@ -168,7 +169,7 @@ def open_page_allocator(bench: Bench, num_pages: int, page_bytes: int | None = N
 
 
 def random_weight(n: int, k: int, device: str, seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """[N, K], scaled so that a linear keeps the size of what goes through it."""
+    """Return [N, K], scaled so that a linear keeps the size of what goes through it."""
     generator = torch.Generator(device=device).manual_seed(seed)
     weight = torch.randn(n, k, device=device, generator=generator, dtype=torch.float32)
     return weight.mul_(k**-0.5).to(dtype)

@@ -73,11 +73,11 @@ class Engine(Protocol):
         ...
 
     def want(self, level: int) -> None:
-        """The level to go to from now on, beside whatever runs."""
+        """Set the level to go to from now on, beside whatever runs."""
         ...
 
     def status(self) -> dict[str, Any]:
-        """`level`, `num_kv_blocks`, `in_transition`, `deepest`; empty for an engine without the plugin."""
+        """Return `level`, `num_kv_blocks`, `in_transition`, `deepest`; empty for an engine without the plugin."""
         ...
 
     def stop(self) -> None:
@@ -90,7 +90,7 @@ class EngineError(Exception):
 
 
 def write_model(directory: Path, name: str) -> Path:
-    """A model directory that holds nothing but a config."""
+    """Write a model directory that holds nothing but a config."""
     target = directory / name.replace(" ", "_")
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(dict(MODELS[name])), encoding="utf-8")
@@ -187,7 +187,7 @@ class EngineProcess:
 
 
 def _serve(pipe: Any, factory: str, arguments: dict[str, Any]) -> None:
-    """The engine's process."""
+    """Run in the engine's process."""
     start = time.perf_counter()
     try:
         module, _, name = factory.partition(":")
@@ -232,14 +232,14 @@ class StandIn:
         return [[(start + place) % 997 for place in range(output_tokens)] for start in starts]
 
     def want(self, level: int) -> None:
-        """At once."""
+        """Go there at once."""
         self._level = level
 
     def status(self) -> dict[str, Any]:
-        """As the plugin's."""
+        """Return what the plugin's does."""
         if not self._morphs:
             return {}
         return {"level": self._level, "num_kv_blocks": 100 + 50 * self._level, "in_transition": False, "deepest": 2}
 
     def stop(self) -> None:
-        """Nothing is held."""
+        """Do nothing: nothing is held."""

@@ -25,7 +25,7 @@ _SENSORS = {
 
 
 def missing_device() -> str | None:
-    """Why there is no NVIDIA device to measure, or None."""
+    """Return why there is no NVIDIA device to measure, or None."""
     smi = _smi("-L")
     if smi is not None and "GPU" in smi:
         return None
@@ -51,7 +51,7 @@ def read_sensors() -> dict[str, Any]:
 
 
 def torch_facts() -> dict[str, Any]:
-    """What torch knows of the device, in a process that has loaded it anyway."""
+    """Return what torch knows of the device, in a process that has loaded it anyway."""
     torch: Any = sys.modules.get("torch")
     if torch is None:
         return {}

@@ -101,7 +101,7 @@ def _rounded(value: float) -> float:
 
 
 def read_findings(file: Path) -> Findings | None:
-    """What a part's process wrote last, or None if it wrote nothing."""
+    """Return what a part's process wrote last, or None if it wrote nothing."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

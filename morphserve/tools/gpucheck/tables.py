@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from morphserve.tools.gpucheck.results import Figure, PartResult
+from morphserve.tools.tables import markdown_table
 
 DRY_BANNER = "DRY RUN on cpu with stand-ins and tiny sizes: no figure in this report is of a GPU."
 _COLUMNS = ("figure", "unit", "median", "quartiles", "p99", "least to most", "repeats")
 
 
 def render(machine: dict[str, Any], results: Sequence[PartResult], dry: bool, note: str = "") -> str:
-    """The whole report."""
+    """Return the whole report."""
     lines = ["# GPU check", ""]
     if dry:
         lines += [f"**{DRY_BANNER}**", ""]
@@ -83,11 +84,8 @@ def _is_number(before: dict[str, Any], after: dict[str, Any], key: str) -> bool:
     return isinstance(before[key], int | float) and isinstance(after.get(key), int | float)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    if not rows:
-        return []
-    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [*markdown_table(head, rows), ""] if rows else []
 
 
 def _cell(value: Any) -> str:

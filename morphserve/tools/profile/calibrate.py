@@ -93,7 +93,7 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _timed(args: argparse.Namespace, config: MorphServeConfig) -> TimedEngine:
-    """An engine that has timed its steps in all formats, and is closed."""
+    """Return an engine that has timed its steps in all formats, and is closed."""
     from morphserve.integration.offline.timed_engine import TimedEngine  # loads torch: after the variables are set
 
     with TimedEngine(
@@ -109,7 +109,7 @@ def _timed(args: argparse.Namespace, config: MorphServeConfig) -> TimedEngine:
 
 
 def _fitted(args: argparse.Namespace, engine: TimedEngine) -> Calibration:
-    """What the steps say about the engine, and what its layers weigh."""
+    """Return what the steps say about the engine, and what its layers weigh."""
     fits = {fmt: fit_step_time(engine.steps[fmt]) for fmt in engine.formats}
     times = StepTimes(
         formats={fmt: fit for fmt, (fit, _) in fits.items()},
@@ -137,7 +137,7 @@ def _show(engine: TimedEngine, times: StepTimes, ratios: dict[str, dict[int, tup
 
 
 def _as_served(args: argparse.Namespace, calibration: Calibration) -> Calibration:
-    """What a server adds outside of the steps, between the client and the queue and back."""
+    """Measure what a server adds outside of the steps, between the client and the queue and back."""
     options = ServerOptions(
         model=str(args.model),
         max_model_len=args.max_model_len,

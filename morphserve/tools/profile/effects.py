@@ -121,7 +121,7 @@ def _one_layer(
     gradient: Tensor,
     arguments: Sequence[dict[str, Any]],
 ) -> tuple[LayerEffects, Tensor]:
-    """The layer's effects, and the gradient in front of it."""
+    """Return the layer's effects, and the gradient in front of it."""
     tensors: LayerTensors = model.layer(index)
     served_in = next(iter(tensors.values())).dtype
     keys = [(variant.half, variant.format) for variant in variants]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
+from morphserve.tools.tables import text_table
 from quant_layers import Profile
 
 
 def describe(profile: Profile) -> str:
-    """What it is, its ladder level by level, and what single layers cost."""
+    """Say what it is, its ladder level by level, and what single layers cost."""
     made = ", ".join(f"{key} {_short(value)}" for key, value in profile.made.items())
     parts = [
         f"{profile.directory}\nbase {profile.fingerprint[:16]}, {profile.num_layers} layers\nmade with {made}",
@@ -42,7 +42,7 @@ def ladder_table(profile: Profile) -> str:
             ]
         )
         before = dict(level.layers)
-    return _table(head, rows)
+    return "\n".join(text_table(head, rows))
 
 
 def _layer_table(layers: dict[str, dict[str, object]]) -> str:
@@ -55,13 +55,7 @@ def _layer_table(layers: dict[str, dict[str, object]]) -> str:
         rows.append(
             [layer, *(f"{kl[fmt]:.5f}" for fmt in formats), f"{row['lts']:.3f}", *(f"{lrs[f]:.4f}" for f in formats)]
         )
-    return _table(head, rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in (head, *rows))
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(text_table(head, rows))
 
 
 def _short(value: object) -> str:

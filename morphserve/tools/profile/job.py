@@ -173,7 +173,7 @@ def _levels(moves: Sequence[Move], per_level: int) -> list[ProfileLevel]:
 
 
 def _changed(format: str, change: Change) -> str:
-    """A layer's format after a change of it or of half of it."""
+    """Return a layer's format after a change of it or of half of it."""
     attention, mlp = split_format(format)
     return {
         "": change.format,
@@ -185,7 +185,7 @@ def _changed(format: str, change: Change) -> str:
 def _measured(
     job: ProfileJob, predicted: Path, ladder: Sequence[ProfileLevel], arguments: Sequence[str], texts: Sequence[Path]
 ) -> list[ProfileLevel]:
-    """The ladder with what its levels cost where they are served.
+    """Return the ladder with what its levels cost where they are served.
 
     What is expected of a level is then its KL on the calibration text, in windows between those that chose the scales
     (these would flatter it) and twice as many (one window's KL varies by 10 to 20 %): the prices that made the ladder
@@ -225,7 +225,7 @@ def _provenance(job: ProfileJob, directory: Path) -> dict[str, Any]:
 def _figures(
     effects: Sequence[LayerEffects], scales: Sequence[dict[str, Scale]], cost: QuadraticCost
 ) -> dict[str, Any]:
-    """What is not needed for serving, but for understanding the ladder."""
+    """Return what is not needed for serving, but for understanding the ladder."""
     layers = {
         str(layer): {
             "kl": {_label(half, fmt): cost.kl([Change(layer, fmt, half)]) for half, fmt in e.slopes},

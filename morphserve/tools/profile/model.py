@@ -60,7 +60,7 @@ class StreamedModel:
         return len(self.layers)
 
     def layer(self, index: int) -> LayerTensors:
-        """All tensors of a decoder layer as the checkpoint has them.
+        """Return all tensors of a decoder layer as the checkpoint has them.
 
         Raises:
             ProfilingError: one is missing.
@@ -117,7 +117,7 @@ class StreamedModel:
         return found.float()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[num_tokens, vocabulary] of hidden states [1, num_tokens, hidden_size] behind the last layer."""
+        """Return [num_tokens, vocabulary] of hidden states [1, num_tokens, hidden_size] behind the last layer."""
         logits: Tensor = self.module.lm_head(self.module.model.norm(hidden))[0]
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -129,12 +129,12 @@ class StreamedModel:
                 yield name, self._tensor(f"{self._prefix}{name}")
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
-        """The layer's linears by name; their weights are not in them."""
+        """Return the layer's linears by name; their weights are not in them."""
         return {name: m for name, m in self.layers[index].named_modules() if isinstance(m, nn.Linear)}
 
     @contextmanager
     def rounding_inputs(self, index: int, how: Callable[[Tensor], Tensor], names: set[str]) -> Iterator[None]:
-        """These linears of the layer see their input as `how` rounds it."""
+        """Let these linears of the layer see their input as `how` rounds it."""
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (how(args[0]), *args[1:])

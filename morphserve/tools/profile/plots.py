@@ -14,7 +14,7 @@ from quant_layers import ProfileLevel  # noqa: E402
 
 
 def plot_frontier(ladders: Mapping[str, Sequence[ProfileLevel]], file: Path) -> None:
-    """What each ladder's levels free and cost, and how fast they step where that was measured.
+    """Draw what each ladder's levels free and cost, and how fast they step where that was measured.
 
     Args:
         ladders: by name.

@@ -15,7 +15,7 @@ from morphserve.errors import ProfilingError
 _MAX_CHARACTERS = 2_000_000  # tokenizing more would take longer than profiling
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a transformers model.
+    """Return the decoder layers of a transformers model.
 
     Raises:
         ProfilingError: it has none where dense decoders have them.
@@ -31,7 +31,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def token_windows(
     tokenizer: Any, files: Sequence[Path], num_windows: int, length: int, offset: float = 0.0
 ) -> Tensor:
-    """`num_windows` windows of `length` tokens, spread evenly over each file: [all windows, length].
+    """Return `num_windows` windows of `length` tokens, spread evenly over each file: [all windows, length].
 
     Args:
         tokenizer: has `encode`.
@@ -58,7 +58,7 @@ def token_windows(
 
 
 def read_text(file: Path) -> str:
-    """A text file, or what was said in the meetings of a QMSum file (JSON lines with `meeting_transcripts`).
+    """Read a text file, or what was said in the meetings of a QMSum file (JSON lines with `meeting_transcripts`).
 
     Raises:
         ProfilingError: it cannot be read.

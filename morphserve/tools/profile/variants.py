@@ -35,7 +35,7 @@ def parts_of(names: set[str]) -> dict[str, tuple[str, ...]]:
 
 
 def round_activations(x: Tensor) -> Tensor:
-    """int8 with one step a token, as the W8A8 and W4A8 kernels do."""
+    """Round to int8 with one step a token, as the W8A8 and W4A8 kernels do."""
     step = x.abs().amax(dim=-1, keepdim=True).clamp_min(_TINY) / 127
     return (x / step).round_() * step
 
@@ -75,7 +75,7 @@ class RoundToNearest:
 def _scaled(
     base: LayerTensors, parts: Mapping[str, tuple[str, ...]], scales: Mapping[str, Tensor], offset: float
 ) -> LayerTensors:
-    """The tensors that folding `scales` in changes, by their names in transformers."""
+    """Return the tensors that folding `scales` in changes, by their names in transformers."""
     fused = {name: torch.cat([base[f"{part}.weight"] for part in names]) for name, names in parts.items()}
     norms = {
         name.removesuffix(".weight"): tensor for name, tensor in base.items() if tensor.dim() == 1 and "norm" in name

@@ -41,15 +41,15 @@ class Workspace:
             raise ProfilingError(f"{directory}: {error.strerror}. Give an --out on a disk with room.") from error
 
     def has(self, what: str, index: int) -> bool:
-        """Whether this result is there."""
+        """Return whether this result is there."""
         return self._file(what, index).exists()
 
     def load(self, what: str, index: int) -> Any:
-        """A result that `has` reports."""
+        """Return a result that `has` reports."""
         return torch.load(self._file(what, index), weights_only=False)  # ours: written by `save`
 
     def save(self, what: str, index: int, value: Any) -> None:
-        """Raises ProfilingError when the disk refuses."""
+        """Store a result. Raises ProfilingError when the disk refuses."""
         file = self._file(what, index)
         try:
             with replacing(file) as partial:
@@ -62,7 +62,7 @@ class Workspace:
         self._file(what, index).unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """The profile is written: nothing of this is needed any more."""
+        """Remove everything: the profile is written, and nothing of this is needed any more."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _file(self, what: str, index: int) -> Path:

@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from morphserve.config import MorphServeConfig
 from morphserve.tools.bench import percent
+from morphserve.tools.tables import markdown_table
 from morphserve.tools.tune.plots import draw_importance, draw_pareto
 from morphserve.tools.tune.results import METHOD, Results
 from morphserve.tools.tune.score import Score
@@ -130,8 +131,7 @@ def _page(results: Results) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join(markdown_table(head, rows))
 
 
 def _window_rows(results: Results) -> list[list[str]]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +21,9 @@ from morphserve.residence import (
     narrow_keys,
 )
 from quant_layers import LayerSwapper
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 logger = logging.getLogger("vllm.morphserve")
 
@@ -36,7 +39,7 @@ class LevelGraphs:
 
     def __init__(
         self,
-        runner: Any,
+        runner: GPUModelRunner,
         swapper: LayerSwapper,
         rank: RankTransition,
         weights: Mapping[int, int] = MappingProxyType({}),
@@ -61,7 +64,7 @@ class LevelGraphs:
         )
 
     def capture(self, original: Callable[[], int], levels: Sequence[tuple[str, ...]], num_kv_blocks: int) -> int:
-        """All graph sets; the layers are at level 0 again when it returns.
+        """Capture all graph sets; the layers are at level 0 again when it returns.
 
         Args:
             original: vLLM's capture; its result says how many bytes it took.
@@ -98,7 +101,7 @@ class LevelGraphs:
         return total
 
     def show(self) -> None:
-        """The graphs of the formats that the layers have now, and no others."""
+        """Offer the graphs of the formats that the layers have now, and no others."""
         self._sets.switch(self._formats())
 
     @contextmanager
@@ -109,7 +112,7 @@ class LevelGraphs:
         found.update(self._place_of[address] for address in used)
 
     def _formats(self) -> tuple[str, ...]:
-        """Of this rank's own layers, by id."""
+        """Return the formats of this rank's own layers, by id."""
         return tuple(fmt for _, fmt in sorted(self._swapper.formats().items()))
 
     def _move(self, formats: Mapping[int, str], num_kv_blocks: int) -> None:
@@ -122,8 +125,8 @@ class LevelGraphs:
             self._rank.wait()
 
 
-def _holders(runner: Any) -> list[Holder]:
-    """Everything that keeps graphs of the model. Draft models are refused at start (checks.py)."""
+def _holders(runner: GPUModelRunner) -> list[Holder]:
+    """Return everything that keeps graphs of the model. Draft models are refused at start (checks.py)."""
     from vllm.compilation.breakable_cudagraph import BreakableCUDAGraphWrapper
     from vllm.compilation.cuda_graph import CUDAGraphWrapper
 
@@ -139,8 +142,8 @@ def _holders(runner: Any) -> list[Holder]:
     return holders
 
 
-def _routes(runner: Any) -> list[Route]:
-    """Where vLLM looks up which graph a step may ask for."""
+def _routes(runner: GPUModelRunner) -> list[Route]:
+    """Return where vLLM looks up which graph a step may ask for."""
     manager = getattr(runner, "cudagraph_manager", None)
     if manager is not None:
         return [Route(manager, "_candidates", narrow_candidates)]

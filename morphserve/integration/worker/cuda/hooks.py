@@ -61,7 +61,7 @@ def _capture_model(original: Callable[..., Any]) -> Any:
 def _graph_memory(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
     def profile_cudagraph_memory(self: Any) -> int:
-        """vLLM captures one graph set to know what graphs take; there is one a level: a bound, as they share pieces."""
+        """Return what all levels' graphs take at most: vLLM captures one set to know, and levels share pieces."""
         layers = rank().layers
         return int(original(self)) * (1 if layers is None else layers.num_graph_sets)
 

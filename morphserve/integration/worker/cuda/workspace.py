@@ -17,14 +17,14 @@ class SharedWorkspace:
         self._seen: list[tuple[int, int]] = []  # (address, bytes) of each buffer, behind the graph set before
 
     def open(self) -> None:
-        """Before a capture; the first finds it open."""
+        """Open it before a capture; the first finds it open."""
         from vllm.v1.worker import workspace
 
         if workspace.is_workspace_manager_initialized():
             workspace.unlock_workspace()
 
     def check(self) -> None:
-        """Behind a capture.
+        """Check it behind a capture.
 
         Raises:
             ConfigError: the workspace has moved away under the graphs of an earlier graph set.

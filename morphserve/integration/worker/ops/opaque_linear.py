@@ -12,16 +12,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from morphserve.integration.worker.ops import native
 from morphserve.residence import WeightSlot
 from morphserve.residence import register_op as register_weight_op
 from morphserve.residence import reset as reset_weight_slots
 from quant_layers import LinearImpl, LinearSlot
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 # One process holds one model; the index of a slot is the constant that the compiled graph keeps.
 _SLOTS: list[LinearSlot] = []
@@ -119,7 +122,7 @@ class MorphLinearMethod(UnquantizedLinearMethod):
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`bias` is already inside the implementation: it is the one that LinearBase.forward passes."""
+        """Run the linear; `bias` is already inside the implementation: the one that LinearBase.forward passes."""
         return self.slot.impl(x)
 
 
@@ -134,7 +137,7 @@ class OpaqueMorphLinearMethod(UnquantizedLinearMethod):
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """As in eager mode, past the tracer."""
+        """Run the linear as in eager mode, past the tracer."""
         return torch.ops.morphserve.linear(x, self._slot_index, self._num_outputs)
 
 
@@ -144,11 +147,11 @@ class WeightLinearMethod(UnquantizedLinearMethod):
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """As in eager mode, past the tracer."""
+        """Run the linear as in eager mode, past the tracer."""
         return torch.ops.morphserve.linear_of(x, layer.weight)
 
 
-def is_compiled(vllm_config: Any) -> bool:
+def is_compiled(vllm_config: VllmConfig) -> bool:
     """Return whether vLLM compiles the model."""
     from vllm.config import CompilationMode
 
@@ -170,7 +173,7 @@ class Place:
     cache_dir: Path
 
 
-def install(place: Place, linear: Any, slot: LinearSlot) -> LinearSlot:
+def install(place: Place, linear: LinearBase, slot: LinearSlot) -> LinearSlot:
     """Give `linear` the method that goes through its slot, and return the slot, of the kind that the engine needs."""
     if not place.is_compiled:
         linear.quant_method = MorphLinearMethod(slot)
@@ -185,6 +188,6 @@ def install(place: Place, linear: Any, slot: LinearSlot) -> LinearSlot:
     return opaque
 
 
-def num_outputs(linear: Any) -> int:
+def num_outputs(linear: LinearBase) -> int:
     """Return N of this rank's slice."""
     return int(getattr(linear, "output_size_per_partition", linear.output_size))

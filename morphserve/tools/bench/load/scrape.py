@@ -88,7 +88,7 @@ class Poller:
     """Asks /metrics at a steady beat until told to stop; a page that fails to come is left out."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, zero: Callable[[], float]) -> None:
-        """`zero` gives the perf_counter reading that counts as 0 s."""
+        """Ask nothing yet. `zero` gives the perf_counter reading that counts as 0 s."""
         self._session = session
         self._url = url
         self._zero = zero

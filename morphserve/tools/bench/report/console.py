@@ -25,7 +25,7 @@ class ConsoleProgress:
     """What the user sees while runs are made; a context manager."""
 
     def __init__(self, enabled: bool = True) -> None:
-        """`enabled=False` says nothing at all."""
+        """Write to stderr; `enabled=False` says nothing at all."""
         self._enabled = enabled
         console = Console(stderr=True)
         self._bars = Progress(

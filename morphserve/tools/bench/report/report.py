@@ -9,7 +9,8 @@ from pathlib import Path
 from morphserve.tools.bench.report import html, plots
 from morphserve.tools.bench.report.results import RunResult
 from morphserve.tools.bench.report.summary import Summary, by_name, representative
-from morphserve.tools.bench.report.tables import Show, Words, form, markdown_table, percent
+from morphserve.tools.bench.report.tables import Show, Words, form, percent
+from morphserve.tools.tables import markdown_table
 
 
 def _levels(tokens: dict[str, int]) -> str:

@@ -93,12 +93,6 @@ class Words:
         return text + (self.part.format(known, row["repeats"]) if key in row["known"] else "")
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table in Markdown."""
-    lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|" for line in (head, *rows)]
-    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
-
-
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Write rows that have the same keys, in the order of the first; nothing where there is none."""
     with path.open("w", encoding="utf-8", newline="") as stream:

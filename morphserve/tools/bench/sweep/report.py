@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from morphserve.tools.bench.report.tables import Row, Show, Words, fold, form, markdown_table
+from morphserve.tools.bench.report.tables import Row, Show, Words, fold, form
 from morphserve.tools.bench.sweep.agreement import FIGURES, SPEEDS, Agreement, BySpeed, Rows, compare
 from morphserve.tools.bench.sweep.ranking import Order, Total, by_repeat, dominated, orders, totals, window_order
+from morphserve.tools.tables import markdown_table
 
 # key, head of the column, format
 _COLUMNS: tuple[tuple[str, str, Show], ...] = (

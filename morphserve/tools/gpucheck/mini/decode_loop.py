@@ -47,7 +47,7 @@ class DecodeLoop:
         self.out.copy_(x)
 
     def run(self, num_steps: int, before: Callable[[], None] | None = None) -> Steps:
-        """Steps one after the other; each is waited for, as a sampled token is.
+        """Make steps one after the other; each is waited for, as a sampled token is.
 
         Args:
             num_steps: how many.
@@ -76,7 +76,7 @@ class Comparison:
     ratios: list[float] = field(default_factory=list)  # of the medians of two neighbouring blocks
 
     def add(self, quiet: Steps, beside: Steps) -> None:
-        """One block of each."""
+        """Add one block of each."""
         for all_steps, block in ((self.quiet, quiet), (self.beside, beside)):
             all_steps.wall_us += block.wall_us
             all_steps.device_us += block.device_us

@@ -86,7 +86,7 @@ class MiniEngine:
                 piece.with_graphs = False
 
     def generate(self, num_steps: int, first_block: int = 0, graphs: Graphs = "full") -> Generated:
-        """What so many steps give, from a fresh start."""
+        """Return what so many steps give, from a fresh start."""
         self.model.reset(first_block)
         tokens = []
         for _ in range(num_steps):
@@ -132,7 +132,7 @@ def same(one: Generated, other: Generated) -> bool:
 
 
 def choose_kernel(bench: Bench) -> Kernel:
-    """4 bits where Triton runs; in a dry run fp8, which needs no interpreter."""
+    """Return 4 bits where Triton runs; in a dry run fp8, which needs no interpreter."""
     if not bench.dry:
         with suppress(KernelError):
             return choose("w4", name="w4a16_triton", device=bench.device)

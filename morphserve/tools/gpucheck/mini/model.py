@@ -36,7 +36,7 @@ class Shape:
     batch: int = 16
 
     def linear(self, name: str) -> tuple[int, int]:
-        """[N, K]."""
+        """Return the weight [N, K]."""
         width = self.heads * self.head_dim
         return {
             "self_attn.qkv_proj": (width + 2 * self.kv_heads * self.head_dim, self.hidden),
@@ -67,7 +67,7 @@ class BaseLinear:
         self.nbytes = weight.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N]."""
+        """Multiply: [..., K] -> [..., N]."""
         return F.linear(x, self.weight)
 
 
@@ -119,7 +119,7 @@ class MiniModel:
             self._kv[layer, first_block : first_block + s.num_blocks].zero_()
 
     def step(self, batch: int) -> None:
-        """One token for each of the first `batch` sequences."""
+        """Make one token for each of the first `batch` sequences."""
         qkv, x = self.pieces[0](self.tokens[:batch])
         for layer, piece in enumerate(self.pieces[1:-1]):
             qkv, x = piece(self._attend(layer, qkv), x)
@@ -129,7 +129,7 @@ class MiniModel:
         self._positions[:batch].add_(1)
 
     def _runnable(self, number: int) -> Callable[..., Outputs]:
-        """From one attention to the next: the end of layer `number - 1` and the beginning of layer `number`."""
+        """Make the piece between two attentions: the end of layer `number - 1` and the beginning of `number`."""
 
         def run(*args: Tensor) -> Outputs:
             if number == 0:
@@ -150,7 +150,7 @@ class MiniModel:
         return y
 
     def _attend(self, layer: int, qkv: Tensor) -> Tensor:
-        """[batch, heads * head_dim], at the same address in every step: graphs of pieces read it."""
+        """Return [batch, heads * head_dim], at the same address in every step: graphs of pieces read it."""
         s, batch = self.shape, len(qkv)
         sizes = [s.heads * s.head_dim, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim]
         q, k, v = torch.split(qkv, sizes, dim=-1)

@@ -61,7 +61,7 @@ class Piece:
         return output
 
     def _run_in_place(self, entry: Entry, args: Outputs) -> Outputs:
-        """Reads and writes the addresses of now whenever it is replayed, as a graph does."""
+        """Capture what reads and writes the addresses of now whenever it is replayed, as a graph does."""
         runnable, output = self.runnable, self.runnable(*args)
 
         def work() -> None:
@@ -85,6 +85,6 @@ class _AtAddress:
 
 
 def _weak(tensor: Tensor) -> Tensor:
-    """The same bytes; keeps nothing alive."""
+    """Return a tensor of the same bytes that keeps nothing alive."""
     memory: Any = _AtAddress(tensor.data_ptr(), tensor.nbytes)
     return torch.as_tensor(memory, device=tensor.device).view(tensor.dtype).view(tensor.shape)

@@ -104,7 +104,7 @@ class MiniRank:
         return self._residence.allocator.granularity_bytes
 
     def _make(self, layer: int, name: str) -> Tensor:
-        """The weight as loaded: the same in every call."""
+        """Return the weight as loaded: the same in every call."""
         seed = 100 * layer + LINEARS.index(name)
         return random_weight(*self._shape.linear(name), self._device, seed)
 
@@ -121,7 +121,7 @@ class MiniRank:
         return self._shape.num_blocks + gained // self._shape.layers * blocks_per_page
 
     def formats(self) -> tuple[str, ...]:
-        """By layer."""
+        """Return the formats by layer."""
         return tuple(fmt for _, fmt in sorted(self._swapper.formats().items()))
 
     def change(
@@ -183,7 +183,7 @@ class MiniRank:
         return linears(fresh)
 
     def is_restored(self) -> bool:
-        """Whether all weights as loaded are what they were, byte by byte."""
+        """Return whether all weights as loaded are what they were, byte by byte."""
         return all(
             torch.equal(weight, self._make(layer, name))
             for layer, row in enumerate(self.weights)

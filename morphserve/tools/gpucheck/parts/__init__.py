@@ -32,7 +32,7 @@ PARTS: tuple[Part, ...] = (
 
 
 def choose(only: str, skip: str) -> tuple[Part, ...]:
-    """The parts that `--only` and `--skip` leave, in their order.
+    """Return the parts that `--only` and `--skip` leave, in their order.
 
     Args:
         only: keys with commas between; empty = all.

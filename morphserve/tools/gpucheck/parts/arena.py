@@ -49,7 +49,7 @@ class _Timed:
         return getattr(self._allocator, name)
 
     def create(self) -> Any:
-        """As the page allocator's."""
+        """Create a page, and note the time."""
         start = time.perf_counter()
         page = self._allocator.create()
         self._times.append((time.perf_counter() - start) * 1e6)
@@ -129,7 +129,7 @@ def _check_thread(bench: Bench, arena: ArenaBacking, middle: int) -> None:
 
 
 def _time_calls(bench: Bench, allocator: Any, pool: PagePool, num_pages: int) -> None:
-    """The page allocator's calls alone, one page at a time, nothing queued."""
+    """Time the page allocator's calls alone, one page at a time, nothing queued."""
     page_bytes = allocator.granularity_bytes
     address = allocator.reserve(num_pages * page_bytes)
     times: dict[str, list[float]] = {"map": [], "set_access": [], "unmap": []}

@@ -60,7 +60,7 @@ def _climb(bench: Bench, engine: MiniEngine) -> dict[int, Generated]:
 
 
 def _check_level(bench: Bench, engine: MiniEngine, level: int, output: Generated) -> None:
-    """What else gives a level's tokens, and where its pages are."""
+    """Return what else gives a level's tokens, and where its pages are."""
     num_steps, cache = len(output[0]), engine.rank.cache
     with engine.rank.fresh_linears():
         expected = engine.generate(num_steps, graphs="none")

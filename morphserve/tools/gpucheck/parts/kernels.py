@@ -83,7 +83,7 @@ def _load_operators(bench: Bench) -> None:
 
 
 def _usable(bench: Bench) -> list[Kernel]:
-    """Those that pass the self-test that serving relies on."""
+    """Return those that pass the self-test that serving relies on."""
     usable = []
     for make in CANDIDATES:
         if make.name not in KERNELS:
@@ -129,7 +129,7 @@ def _check_error(bench: Bench, kernels: Sequence[Kernel], name: str, n: int, k: 
 
 
 def _linears(bench: Bench, kernels: Sequence[Kernel], n: int, k: int) -> Linears:
-    """Copies of one linear by kernel, packed once for all batch sizes."""
+    """Pack copies of one linear by kernel, once for all batch sizes."""
     weight = random_weight(n, k, bench.device, seed=n + k)
     linears: Linears = {"bf16": [_base(weight.clone()) for _ in range(_copies(bench, weight.nbytes))]}
     for kernel in kernels:
@@ -164,7 +164,7 @@ def _call(x: torch.Tensor, run: Linear) -> Callable[[], object]:
 
 
 def _graph_of(bench: Bench, calls: Sequence[Callable[[], object]], pool: Any) -> tuple[Work, int]:
-    """What replays the calls, round and round until a graph's own launch is a small share, and how many there are."""
+    """Return what replays the calls, round and round until a graph's launch is a small share, and their number."""
     calls = list(calls) * -(-bench.pick(_MAX_COPIES, 1) // len(calls))
 
     def work() -> None:

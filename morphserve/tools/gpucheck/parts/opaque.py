@@ -67,12 +67,12 @@ class _Model:
             self._weights.append(row)
 
     def switch(self, num_layers: int) -> None:
-        """The first `num_layers` quantized, the others not."""
+        """Set the first `num_layers` quantized, the others not."""
         for number, (slot, base, quantized) in enumerate(self._slots):
             slot.impl = quantized if number // len(_LINEARS) < num_layers else base
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, H] -> [B, H], as torch.compile is to see it."""
+        """Compute [B, H] -> [B, H], as torch.compile is to see it."""
         linear_of = torch.ops.morphserve.linear_of
         for row in self._weights:
             inner = F.silu(linear_of(F.rms_norm(x, (self.hidden,)), row["up"]))
@@ -111,7 +111,7 @@ def _check(bench: Bench, model: _Model) -> None:
 def _check_graphs(
     bench: Bench, model: _Model, compiled: Callable[[Tensor], Tensor], x: Tensor, outputs: dict[int, Tensor]
 ) -> None:
-    """A graph for each level, replayed in any order; the slots may stand elsewhere meanwhile."""
+    """Replay a graph for each level, in any order; the slots may stand elsewhere meanwhile."""
     out = torch.zeros_like(x)
     pool = graph_pool(bench.device)
     graphs: dict[int, Work] = {}
@@ -140,7 +140,7 @@ def _check_graphs(
 
 
 def _counting(name: str, calls: list[int]) -> Callable[..., Any]:
-    """A backend of torch.compile that notes each graph it is given."""
+    """Return a backend of torch.compile that notes each graph it is given."""
     inner: Callable[..., Any] = torch._dynamo.lookup_backend(name)
 
     def backend(module: Any, inputs: Any, **options: Any) -> Any:

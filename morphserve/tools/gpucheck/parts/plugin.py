@@ -46,7 +46,7 @@ def _run(bench: Bench) -> None:
 
 
 def plugin_settings(cache: Path) -> dict[str, Any]:
-    """Of the plugin: two levels in 4 bits; who asks for them is the part, not a policy."""
+    """Return the plugin's settings: two levels in 4 bits, asked for by the part, not by a policy."""
     return {
         "cache_dir": str(cache),
         "ladder": {"steps": [{"format": "w4", "layers": 4, "layers_per_level": 2}]},

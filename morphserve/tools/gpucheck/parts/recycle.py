@@ -65,7 +65,7 @@ class _World:
         self.num_checks = 0
 
     def play(self, bench: Bench) -> int:
-        """Rounds until the budget is used; each takes layers out, uses their pages for KV, and brings them back."""
+        """Make rounds until the budget is used; each takes layers out, uses their pages for KV, and back again."""
         times: list[float] = []
         rounds = 0
         while rounds < bench.pick(*_LEAST) or (bench.left_s > 0.25 * bench.budget_s and rounds < bench.pick(2000, 3)):

@@ -31,7 +31,7 @@ def run(bench: Bench) -> None:
 
 
 def engine_factory(bench: Bench) -> str:
-    """Which engine this run uses.
+    """Return which engine this run uses.
 
     Raises:
         Skip: vLLM is not installed, or does not import.
