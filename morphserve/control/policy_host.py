@@ -57,7 +57,7 @@ class PolicyHost:
         self._next.append(_Replacement(policy, note, setup))
 
     def consult(self, signals: Signals) -> None:
-        """Ask the policy, or its successor if there is one, and return the newest answer.
+        """Ask the policy, or its successor if there is one; `decision` is its answer.
 
         Raises:
             ValueError: the policy wants a level that there is not; or whatever the policy raises.

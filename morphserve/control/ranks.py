@@ -28,9 +28,9 @@ class Plan:
     there is to wait for, prepares within the commit, which may then fail: no layer has changed, but what was to be
     unmapped is.
 
-    On commit a rank does, in this order: copy `copies` and rewrite its cached block tables; unmap
-    when `num_kv_blocks` is below what it has mapped; switch the layers and free what they were; map
-    and zero when `num_kv_blocks` is above.
+    On commit a rank does, in this order: copy `copies` and rewrite its cached block tables; switch the layers; unmap
+    when `num_kv_blocks` is below what it has mapped; give back what the layers were; map and zero when it is above.
+    One that is `alone` unmaps before it prepares.
     """
 
     revision: int  # rises; a rank refuses one it has already passed

@@ -142,7 +142,7 @@ class _Replayer:
                     found.skipped += isinstance(line, Row)
                     raise LogError("nothing says what policy was asked: the start is missing")
                 case Header():
-                    self._seat(line)
+                    self._ask_from_now_on(line)
                 case Row():
                     self._ask(at, line)
                 case Mark(event="dropped"):
@@ -176,9 +176,9 @@ class _Replayer:
             raise LogError("a sample of decisions (decision_log_detail: changes): no policy can be asked again")
         if header.morphserve != __version__:
             notes.append(f"line {at}: written by morphserve {header.morphserve}, this is {__version__}")
-        self._seat(header)
+        self._ask_from_now_on(header)
 
-    def _seat(self, header: Header) -> None:
+    def _ask_from_now_on(self, header: Header) -> None:
         """Ask another policy from now on, which has seen nothing; the one of an open loop goes on."""
         if self._other is not None and self._policy is not None:
             return

@@ -33,8 +33,8 @@ class Phase(Enum):
 
     DRAINING: the tail is fenced, live blocks move below it. SHRINKING: the tail left the pool (or was
     never published: another rank had mapped less), its unmapping is on its way. PREPARING: ranks stage
-    the new layers; the only phase in which a rank may fail or be too late. COMMITTING: ranks switch; cannot
-    fail. ABORTING: ranks forget what they staged. REGROWING: blocks that were unmapped for nothing come back.
+    the new layers; the only phase in which one of several ranks may fail or be too late. COMMITTING: they switch;
+    cannot fail. ABORTING: ranks forget what they staged. REGROWING: blocks that were unmapped for nothing come back.
 
     A rank that decides alone prepares within its commit: from IDLE or SHRINKING it goes to COMMITTING at once, and
     from there, where it could not prepare, to REGROWING.

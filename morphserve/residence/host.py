@@ -9,6 +9,7 @@ from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager
 from itertools import groupby
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any, ClassVar
 
 import torch
@@ -44,6 +45,7 @@ class AtOnce(Executor):
         try:
             done.set_result(work(*args, **kwargs))
         except BaseException as e:
+            clear_frames(e.__traceback__)  # who asks for the result later must not hold half a layer's tensors
             done.set_exception(e)
         return done
 
@@ -201,7 +203,7 @@ class HostResidence:
         return None
 
     def open_cache(self, geometry: KVGeometry, num_blocks: int) -> ElasticCache:
-        """Return a cache with no block mapped: vLLM's warm-up may write anywhere in it, see `start_cache`."""
+        """Return a cache with no block mapped: vLLM's warm-up may write anywhere in it, see `RankKV.map`."""
         self._backing = HostBacking(geometry.size_bytes)
         return ElasticCache(self._backing, geometry, num_blocks=0)
 

@@ -131,4 +131,5 @@ class RankTransition:
         self.commit(True, num_kv_blocks, switched)
 
     def _submit(self, work: Callable[[], None]) -> None:
+        self._job = None  # what an earlier one raised goes first
         self._job = self._background.submit(work)

@@ -37,7 +37,7 @@ SHAPES = {
 }
 NORM = "post_attention_layernorm"
 BLOCK_BYTES = 256  # of one layer: four blocks a page
-QUANTUM = PAGE_BYTES // BLOCK_BYTES
+GRANULARITY = PAGE_BYTES // BLOCK_BYTES
 BASE_BLOCKS = 8
 MAX_BLOCKS = 64
 KERNELS = {"w8": "w8a16_aten", "fp8": "fp8a16"}
@@ -101,7 +101,7 @@ class DeviceWorld:
         self.swapper = LayerSwapper(self.slots, self.live, self.parts, tensors)
         geometry = KVGeometry.layer_outermost(NUM_LAYERS, BLOCK_BYTES, MAX_BLOCKS, PAGE_BYTES)
         self.backing = ArenaBacking(self.pool, geometry.size_bytes)
-        self.pool.create(BASE_BLOCKS // QUANTUM * NUM_LAYERS + spare_pages)
+        self.pool.create(BASE_BLOCKS // GRANULARITY * NUM_LAYERS + spare_pages)
         self.cache = ElasticCache(self.backing, geometry, BASE_BLOCKS)
         self.later = Later()
         self.rank = RankTransition(self.swapper, WorldKV(self.cache), self.later)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cpu.device_world import BASE_BLOCKS, NUM_LAYERS, PAGE_BYTES, QUANTUM, DeviceWorld
+from cpu.device_world import BASE_BLOCKS, GRANULARITY, NUM_LAYERS, PAGE_BYTES, DeviceWorld
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,7 +66,7 @@ def test_what_layers_free_becomes_blocks() -> None:
     world = DeviceWorld(spare_pages=staging)
     free, before = world.pool.num_free, world.swapper.resident_bytes
     freed = before // PAGE_BYTES // NUM_LAYERS - staging
-    grown = BASE_BLOCKS + freed // NUM_LAYERS * QUANTUM
+    grown = BASE_BLOCKS + freed // NUM_LAYERS * GRANULARITY
     assert grown > BASE_BLOCKS and freed < staging * NUM_LAYERS
     world.switch({0: "w8"}, grown)
     assert (before - world.swapper.resident_bytes) // PAGE_BYTES == freed
@@ -182,9 +182,9 @@ def test_nothing_is_done_before_the_device_has_done_it(monkeypatch: pytest.Monke
     world.rank.prepare({0: "w8"})
     world.later.run()
     assert not queued
-    world.rank.commit(True, BASE_BLOCKS + QUANTUM)
+    world.rank.commit(True, BASE_BLOCKS + GRANULARITY)
     world.later.run()
-    assert not queued and world.cache.num_mapped == BASE_BLOCKS + QUANTUM
+    assert not queued and world.cache.num_mapped == BASE_BLOCKS + GRANULARITY
 
 
 @pytest.mark.parametrize("call", range(48))
@@ -203,14 +203,14 @@ def test_any_call_of_the_driver_may_fail(call: int) -> None:
         world.check_books()  # a page of what came before the failure stayed where nobody looks for it
     else:
         formats = ["w8", BASE, "base/fp8"]
-        world.rank.commit(True, BASE_BLOCKS + QUANTUM)
+        world.rank.commit(True, BASE_BLOCKS + GRANULARITY)
         world.later.run()
     failed = world.allocator.num_calls > (world.allocator.fail_at or 0)
     world.allocator.fail_at = None
     world.check_forward(formats)
     mapped = sorted(world.allocator.mapped.values())
     assert sorted([*mapped, *world.pool._free]) == list(range(1, world.allocator.num_created + 1)), "a page is lost"
-    assert world.cache.num_mapped in (BASE_BLOCKS, BASE_BLOCKS + QUANTUM)
+    assert world.cache.num_mapped in (BASE_BLOCKS, BASE_BLOCKS + GRANULARITY)
     assert failed, "the failure never came: there are fewer calls than this"
     # What one failure left behind must not keep the next transition from working.
     world.rank.commit(False, BASE_BLOCKS)
@@ -251,7 +251,7 @@ def test_any_order_of_commands(steps: list[tuple[str, int, str, int]]) -> None:
         elif command == "abort":
             world.rank.abort()
         elif command == "grow" and not is_pending(world):
-            world.rank.commit(False, granularities * QUANTUM)
+            world.rank.commit(False, granularities * GRANULARITY)
         elif command == "background":
             world.later.run()
         world.check_forward(formats)

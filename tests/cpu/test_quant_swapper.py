@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 from quant_world import NUM_LAYERS, FakeKernel, World, swapper_of
 from torch import Tensor
 
-from morphserve.residence import HostResidence
+from morphserve.residence import AtOnce, HostResidence, RankTransition
 from quant_layers import (
     LinearImpl,
     LinearSlot,
@@ -93,6 +96,28 @@ def test_a_failure_at_any_linear_leaves_everything_as_it_was(world: World, fail_
     world.kernels["w8"].fail_at = -1
     world.switch(dict.fromkeys(range(NUM_LAYERS), "w8"))  # and the next attempt works
     assert set(world.swapper.formats().values()) == {"w8"}
+
+
+def test_a_failed_prepare_holds_no_memory(world: World) -> None:
+    """Guards: half a layer kept by the exception of a command, while blocks that were unmapped for it come back."""
+    kernel, read = world.kernels["w8"], []
+    build = kernel.build
+
+    def noting(tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearImpl:
+        read.extend(weakref.ref(tensor) for tensor in tensors.values())
+        return build(tensors, bias)
+
+    kernel.build = noting  # type: ignore[method-assign]
+    kernel.fail_at = 2
+    rank = RankTransition(world.swapper, SimpleNamespace(num_mapped=0), AtOnce())  # type: ignore[arg-type]
+    gc.disable()
+    try:
+        rank.prepare({0: "w8"})
+        assert read and not any(tensor() is not None for tensor in read)
+        with pytest.raises(MemoryError, match="at this linear"):
+            rank.outcome()
+    finally:
+        gc.enable()
 
 
 def test_a_failing_base_rebuild_and_a_damaged_file_leave_the_variant_running(world: World) -> None:

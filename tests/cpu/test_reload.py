@@ -375,7 +375,7 @@ def test_two_before_one_tick(tmp_path: Path) -> None:
     assert first.seen is None and second.seen is not None and rig.script.seen is None
 
 
-def test_tripped_controller_refuses() -> None:
+def test_failed_controller_refuses() -> None:
     """Guards: "ok" for a policy that nobody will ask."""
     rig = Rig()
     rig.script.error = RuntimeError("planted")

@@ -232,11 +232,14 @@ def test_on_cpu_settings_stay_as_they_are() -> None:
     assert for_this_device(MorphServeConfig(), of_layers(32)) == MorphServeConfig()
 
 
-def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a start on hardware that nobody has tried."""
-    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_type="xpu")
+@pytest.mark.parametrize(("device_type", "name"), [("xpu", "xpu"), ("cuda", "rocm"), ("cpu", "out of tree")])
+def test_other_devices_are_refused(device_type: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a start on hardware that nobody has tried, also where its platform borrows the type of another."""
+    platform = SimpleNamespace(
+        is_cpu=lambda: False, is_cuda=lambda: False, device_type=device_type, device_name=name
+    )  # fmt: skip
     monkeypatch.setattr("vllm.platforms.current_platform", platform)
-    with pytest.raises(ConfigError, match="'xpu'.*NVIDIA"):
+    with pytest.raises(ConfigError, match=f"'{name}'.*NVIDIA"):
         checks.check_platform()
 
 

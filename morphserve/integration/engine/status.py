@@ -42,7 +42,7 @@ class StatusPage:
         return {
             **controller,
             "engine": self._runtime.index,
-            "failed": controller["failed"],  # by an error of its own, or of what feeds it
+            "tripped": controller["failed"],  # `failed`, by its older name
             "mapped_kv_blocks": counters["num_blocks_mapped"],
             "transitions": counters["transitions"],
             "transition_seconds": counters["transition_seconds"],

@@ -12,10 +12,11 @@ from morphserve.version import UNPROVEN_CUDA
 
 
 def device_type() -> str:
-    """Return the type of the device that vLLM has found."""
-    from vllm.platforms import current_platform
+    """Return the type of the device that vLLM has found; of a platform that borrows a type, as ROCm does, its name."""
+    from vllm.platforms import current_platform as found
 
-    return str(current_platform.device_type)
+    borrowed = {"cuda": not found.is_cuda(), "cpu": not found.is_cpu()}
+    return str(found.device_name if borrowed.get(found.device_type) else found.device_type)
 
 
 def is_cuda() -> bool:

@@ -29,7 +29,7 @@ def check_fixed_kv(worker: WorkerBase, num_graph_sets: int) -> None:
     if not fixed or num_graph_sets < 2:  # one graph set: as in vLLM, the user's business
         return
     free, _ = torch.cuda.mem_get_info()
-    graphs = int(worker.model_runner.profile_cudagraph_memory())  # of all graph sets, see worker.py
+    graphs = int(worker.model_runner.profile_cudagraph_memory())  # of all graph sets, see worker/cuda/hooks.py
     if graphs and fixed + graphs > free:
         raise ConfigError(
             f"kv_cache_memory_bytes: {fixed:,} B, and CUDA graphs of {num_graph_sets} levels take some {graphs:,} B: "

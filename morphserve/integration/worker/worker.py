@@ -142,7 +142,7 @@ class MorphServeWorker:
         return _answer(self, plan, prepare)
 
     def morphserve_commit(self, plan: Plan) -> Reply:
-        """Copy, rewrite, unmap, switch, map: in this order memory never exceeds the ledger."""
+        """Carry a plan out, in the order that `Plan` says: so memory never exceeds the ledger."""
 
         def commit(transition: RankTransition) -> None:
             if plan.copies:

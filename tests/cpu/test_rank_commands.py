@@ -1,0 +1,70 @@
+"""What a rank answers, whatever a command does."""
+
+from __future__ import annotations
+
+import pytest
+
+from morphserve.control import Plan
+from morphserve.integration.worker.commands import Commands, Figures, KVUnknown
+
+pytestmark = pytest.mark.cpu
+
+
+class Rank:
+    """Maps blocks in the background, and is done when a test says so."""
+
+    def __init__(self) -> None:
+        self.num_mapped = 10
+        self.under_way = False
+
+    def figures(self) -> Figures:
+        return Figures(self.num_mapped, 700, 30)
+
+    def commit(self) -> bool:
+        self.under_way = True
+        return True
+
+    def outcome(self) -> bool:
+        pending = self.under_way
+        self.num_mapped, self.under_way = 20, False  # it ends the moment after it was asked
+        return pending
+
+
+def test_an_answer_that_is_not_pending_has_the_final_figures() -> None:
+    """Guards: a rank that is done between two questions of one answer, whose new blocks would never be published."""
+    rank, commands = Rank(), Commands()
+    plan = Plan(3, (), 20)
+    first = commands.answer(5, plan, rank.commit, rank.figures, final=True)
+    assert (first.rank, first.ok, first.pending, first.num_kv_blocks) == (5, True, True, 10)
+    again = commands.answer(5, plan, rank.outcome, rank.figures, again=True)
+    assert again.pending
+    rank.num_mapped = 10
+
+    def done_before_it_is_asked() -> bool:
+        rank.num_mapped = 20
+        return False
+
+    last = commands.answer(5, plan, done_before_it_is_asked, rank.figures, again=True)
+    assert not last.pending and last.num_kv_blocks == 20
+
+
+def test_a_plan_that_was_passed_is_refused() -> None:
+    """Guards: a late command that undoes a newer one. A question about it is no command."""
+    rank, commands = Rank(), Commands()
+    assert commands.answer(0, Plan(4, (), 20), rank.commit, rank.figures, final=True).ok
+    late = commands.answer(0, Plan(3, (), 5), rank.commit, rank.figures)
+    assert not late.ok and "r3 came after r4" in late.error and not late.pending
+    assert commands.answer(0, Plan(3, (), 5), rank.outcome, rank.figures, again=True).ok
+    assert commands.answer(0, Plan(0, (), 20), rank.commit, rank.figures, final=True).ok, "revision 0 stands outside"
+
+
+@pytest.mark.parametrize(("error", "kv_moved"), [(RuntimeError("no"), True), (KVUnknown("half"), False)])
+def test_a_failure_is_an_answer(error: Exception, kv_moved: bool) -> None:
+    """Guards: one rank's exception ends the engine, or copies that are half done pass for done."""
+
+    def fail() -> bool:
+        raise error
+
+    reply = Commands().answer(0, Plan(1, (), 5), fail, Rank().figures)
+    assert (reply.ok, reply.kv_moved, reply.pending) == (False, kv_moved, False)
+    assert reply.error == f"{type(error).__name__}: {error}"
