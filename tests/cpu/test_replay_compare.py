@@ -116,8 +116,8 @@ def test_runs_differ_in_the_plugin_alone(tmp_path: Path) -> None:
         assert command == f"{stock} --plugin morphserve --morphserve-config {config}"
 
 
-def test_static_anchors_change_only_the_policy(tmp_path: Path) -> None:
-    """Guards the anchors: a static run with another ladder or block limit proves nothing."""
+def test_static_baselines_change_only_the_policy(tmp_path: Path) -> None:
+    """Guards the baselines: a static run with another ladder or block limit proves nothing."""
     base = comparison(tmp_path, "morphserve").config
     assert base is not None
     morph, w8, w4 = (derived_config(base, n, tmp_path) for n in ("morphserve", "static_w8", "static_w4"))
@@ -274,7 +274,7 @@ def test_report_is_one_self_contained_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("anchor", "says"),
+    ("baseline", "says"),
     [
         (("static_w8", 0.1, 1, {"1": 100}, 0.004), True),  # as few violations, cheaper
         (("static_w8", 0.1, 1, {"1": 100}, 0.03), False),  # as few violations, dearer
@@ -283,9 +283,9 @@ def test_report_is_one_self_contained_page(tmp_path: Path) -> None:
         (("stock", 5.0, None, None, 0.0), False),
     ],
 )
-def test_report_says_when_a_static_anchor_dominates(anchor: tuple[Any, ...], says: bool) -> None:
+def test_report_says_when_a_static_baseline_dominates(baseline: tuple[Any, ...], says: bool) -> None:
     """Guards honesty: where no policy was needed, the report itself must say so."""
-    runs = [made_up("morphserve", 0.1, 0, {"0": 75, "1": 25}, 0.02), made_up(*anchor)]
+    runs = [made_up("morphserve", 0.1, 0, {"0": 75, "1": 25}, 0.02), made_up(*baseline)]
     notes = summarize(WORKLOAD, "w", Slo(), runs).notes
     assert any("dominates" in note for note in notes) is says
 

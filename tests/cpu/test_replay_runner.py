@@ -46,7 +46,7 @@ def test_every_run_is_kept_before_the_next_one_begins(tmp_path: Path) -> None:
         "command": "serve stock", "model": "tiny", "seed": 7,
     }  # fmt: skip
     assert "cores" in results[0].setup
-    assert backend.waits == [asked.measurement.restore_wait_s, 0.0], "an anchor never comes back to level 0"
+    assert backend.waits == [asked.measurement.restore_wait_s, 0.0], "a baseline never comes back to level 0"
     with pytest.raises(ReplayError, match="gone"):
         run_all(replace(asked, out=tmp_path / "again"), FakeBackend(tmp_path, dies_at=1), QUIET)
     assert (tmp_path / "again" / "stock" / "result.json").is_file()

@@ -134,7 +134,7 @@ def test_promises_hold_at_every_step(
 
 
 def test_a_static_run_is_at_its_level_before_the_first_request() -> None:
-    """Guards: an anchor that pays its way down in the middle of the workload."""
+    """Guards: a baseline that pays its way down in the middle of the workload."""
     done = run(config(kind="static", level="w4"), restore_wait_s=0.0)
     assert done.series[0].layers == {"w4": 30} and done.series[0].t_s == 0.0
     assert list(done.tokens_by_level) == [str(done.series[0].level)] and done.transitions == 0

@@ -5,8 +5,7 @@ What checks sources instead of the installed vLLM loads late: it needs griffe, w
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from morphserve.integration.seams.check import (
     SeamResult,
@@ -53,6 +52,7 @@ from morphserve.integration.seams.rows import (
     WORKER_START,
     Seam,
 )
+from morphserve.late import late
 
 if TYPE_CHECKING:
     from morphserve.integration.seams.source import check_sources, check_sources_version, sources_version
@@ -114,9 +114,4 @@ _LATE = {
     "check_sources_version": "source",
     "sources_version": "source",
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LATE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LATE[name]}"), name)
+__getattr__ = late(__name__, _LATE)

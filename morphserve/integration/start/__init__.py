@@ -6,8 +6,7 @@ it; the checks, which need torch and the mechanisms, load when one of them is as
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from morphserve.integration.start.settings import (
     CONFIG_FILE,
@@ -18,6 +17,7 @@ from morphserve.integration.start.settings import (
     read_settings,
     served_ladder,
 )
+from morphserve.late import late
 
 if TYPE_CHECKING:
     from morphserve.integration.start.checks import (
@@ -64,9 +64,4 @@ _LATE = {
     "nominal_ladder": "checks",
     "policy_setup": "checks",
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LATE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LATE[name]}"), name)
+__getattr__ = late(__name__, _LATE)

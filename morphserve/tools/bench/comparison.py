@@ -24,7 +24,7 @@ from policies import StepTimes, load_step_times
 log = logging.getLogger(__name__)
 
 STOCK, MORPHSERVE = "stock", "morphserve"
-STATIC = "static_"  # before the format that all layers of an anchor have
+STATIC = "static_"  # before the format that all layers of a baseline have
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")  # a directory is called by it
 
 
@@ -52,7 +52,7 @@ class Comparison:
     )
     # The static runs derive theirs from it.
     config: Path | None = option(
-        "MorphServe config of the morphserve run and the static anchors", default=None, type=Path, metavar="YAML"
+        "MorphServe config of the morphserve run and the static baselines", default=None, type=Path, metavar="YAML"
     )
     policies: tuple[tuple[str, Path], ...] = option(
         "one more MorphServe config, a run by that name in --compare; repeatable",
@@ -168,12 +168,12 @@ class Comparison:
 
 
 def static_format(name: str) -> str:
-    """Return the format of an anchor, by the name of its run; empty for other runs."""
+    """Return the format of a baseline, by the name of its run; empty for other runs."""
     return name.removeprefix(STATIC) if name.startswith(STATIC) else ""
 
 
 def derived_config(base: Path, name: str, directory: Path, promise: Slo | None = None) -> dict[str, Any]:
-    """Return the YAML of a run: as given, a static policy for the anchors, logs in the run's own directory.
+    """Return the YAML of a run: as given, a static policy for the baselines, logs in the run's own directory.
 
     Args:
         promise: what a policy of kind slo is to keep; None = what the YAML says.

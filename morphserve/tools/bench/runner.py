@@ -37,7 +37,7 @@ class Turn:
 
     @property
     def measurement(self) -> Measurement:
-        """What is sent, and how long it is watched: an anchor stays at its level, so nobody waits for level 0."""
+        """What is sent, and how long it is watched: a baseline stays at its level, so nobody waits for level 0."""
         what = self.comparison.measurement
         return replace(what, restore_wait_s=0.0) if static_format(self.name) else what
 

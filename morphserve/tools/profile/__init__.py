@@ -6,8 +6,9 @@ What is named here loads when it is asked for: commands of this room that neithe
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from morphserve.late import late
 
 if TYPE_CHECKING:
     from morphserve.tools.profile.effects import cost_of
@@ -43,9 +44,4 @@ _LATE = {
     "swap_order": "job",
     "token_windows": "text",
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LATE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LATE[name]}"), name)
+__getattr__ = late(__name__, _LATE)

@@ -91,7 +91,7 @@ def _document(report: Path, measured: Rows, by_speed: BySpeed) -> dict[str, Any]
             {"name": t.run, "violation_rate": t.violation_rate, "expected_kl_per_token": t.expected_kl_per_token}
             for t in totals(measured)
         ],
-        "dominated": [{"window": window, "by": anchor, "run": run} for window, anchor, run in dominated(measured)],
+        "dominated": [{"window": window, "by": baseline, "run": run} for window, baseline, run in dominated(measured)],
         "agreement": [
             {"window": a.window, "run": a.run, "figure": a.figure, "measured": a.measured, "simulated": a.simulated}
             for a in compare(measured, by_speed)

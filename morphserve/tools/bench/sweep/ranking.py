@@ -105,14 +105,14 @@ def dominated(rows: Rows) -> list[tuple[str, str, str]]:
         columns = by_repeat({key: repeats for key, repeats in rows.items() if key[0] == window})
         runs = [total.run for total in columns[0]]
         found += [
-            (window, anchor, run)
-            for anchor in runs
+            (window, baseline, run)
+            for baseline in runs
             for run in runs
-            if anchor.startswith(STATIC)
+            if baseline.startswith(STATIC)
             and not run.startswith(STATIC)
             and run != STOCK
-            and _mean_rate(columns, anchor) <= _mean_rate(columns, run) + _SAME_RATE
-            and _by_cost(columns, anchor, run) > 0
+            and _mean_rate(columns, baseline) <= _mean_rate(columns, run) + _SAME_RATE
+            and _by_cost(columns, baseline, run) > 0
         ]
     return found
 

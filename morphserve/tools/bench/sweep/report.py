@@ -118,8 +118,8 @@ def _by_window(measured: Rows, simulated: Rows) -> list[str]:
 
 def _dominated(rows: Rows) -> list[str]:
     lines = [
-        f"- On {window} {anchor} has no more violations than {run}, at less KL: morphing does not pay there."
-        for window, anchor, run in dominated(rows)
+        f"- On {window} {baseline} has no more violations than {run}, at less KL: morphing does not pay there."
+        for window, baseline, run in dominated(rows)
     ]
     return [*lines, ""] if lines else []
 
