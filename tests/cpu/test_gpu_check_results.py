@@ -80,5 +80,5 @@ def test_the_machine_is_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest
 def test_words_do_not_break_the_tables() -> None:
     """Guards: a reason with a bar or a line break in it that shifts every column."""
     text = render({"gpu": "a|b"}, [PartResult("t1", "arena", "failed", "two\nlines | a bar")], dry=False)
-    assert "| gpu | a\\|b |" in text and "| t1 | arena | failed |  | 0 | two lines \\| a bar |" in text
+    assert "| gpu | a\\|b |" in text and "| t1 | arena | failed | | 0 | two lines \\| a bar |" in text
     assert "DRY" not in text
