@@ -180,10 +180,11 @@ def _with_plugin(**options: Any) -> Any:
 
 
 def _accepted() -> str:
-    from morphserve.integration.start import for_this_device, read_settings
+    from morphserve.integration.start import for_this_device, read_settings, serving_residence
 
     found = _with_plugin()
-    want(found.parallel_config.worker_extension_cls.rpartition(".")[2], "MorphServeDeviceWorker")
+    want(found.parallel_config.worker_extension_cls.rpartition(".")[2], "MorphServeWorker")
+    want(serving_residence().__name__, "PagedResidence")
     settings = read_settings(found.additional_config)
     assert settings is not None
     steps = for_this_device(settings, found).ladder.steps or []
