@@ -31,8 +31,8 @@ class Controller:
         3. weights + KV + staging stay within the budget of every rank's ledger, also in mid-transition.
         4. A rank that fails to prepare, or does not in time, leaves the old level in force on all ranks, one
            WARNING and one count, and a back-off.
-        5. `tick` never raises: an error makes the controller fail, which finishes or undoes what is under
-           way and then leaves the engine at the level it has.
+        5. `tick` never raises: a controller that has failed finishes or undoes what is under way, and then
+           leaves the engine at the level it has.
     """
 
     def __init__(

@@ -77,7 +77,7 @@ class LayerState:
         """Return the bytes of `layers` by rank, in the formats they have."""
         return self.new_bytes(tuple((layer, self.formats[layer]) for layer, _ in layers))
 
-    def expose(self, target: int) -> None:
+    def begin_switch(self, target: int) -> None:
         """Note that layers of `target` may be in use from the next forward pass on."""
         self.is_between = self.is_between or target > self.current
 

@@ -202,7 +202,7 @@ class SwapRunner:
 
     def _send_commit(self, batch: SwapBatch, plan: Plan) -> None:
         batch.was_between = self.layer_state.is_between
-        self.layer_state.expose(batch.target)
+        self.layer_state.begin_switch(batch.target)
         self._sent(self.executor.commit(plan))
         self._move(Phase.COMMITTING)
 
