@@ -9,6 +9,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
+MORPHSERVE := $(PY) -m morphserve
 # url of PyTorch's CPU wheel index; needed only where the configured index has no CPU build of torch
 TORCH_INDEX ?=
 # cpu or cuda; empty = cuda when a device answers
@@ -23,7 +24,7 @@ export VENV TORCH_INDEX MORPHSERVE_EXTRA MORPHSERVE_CPU_TIER
 # empty = the demo model, obtained and converted once
 MODEL ?=
 CONFIG ?= policies/yaml/demo.yaml
-WORKLOAD ?= scripts/workloads/convD.jsonl
+WORKLOAD ?= convD
 OUT ?= reports/demo
 PORT ?= 8000
 # auto = float32 on a CPU without bf16 instructions, else the model's own
@@ -36,9 +37,8 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 SERVE_ARGS ?=
 
-runs := stock,morphserve$(if $(filter 1,$(FULL)),$(strip ,static_w8,static_w4))
 # A shell fragment that leaves the directory of the model in $$model.
-with_model = model="$(MODEL)"; model="$${model:-$$($(PY) scripts/demo_model.py | tail -n 1)}"
+with_model = model="$(MODEL)"; model="$${model:-$$($(MORPHSERVE) demo --get-model | tail -n 1)}"
 # files that hold tests marked cpu_tier: the others need not be imported for that
 tier_tests = $(shell grep -lr 'mark.cpu_tier' tests --include='test_*.py' | sort)
 run_tests = MORPHSERVE_DEMO_MODEL="$$model" $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -56,8 +56,8 @@ setup:
 	@$(PYTHON) scripts/bootstrap.py --quiet
 
 demo: setup
-	@$(with_model); $(PY) scripts/replay.py --workload $(WORKLOAD) --compare $(runs) \
-		--config $(CONFIG) --out $(OUT) --model "$$model" --dtype $(DTYPE) --enforce-eager $(if $(filter 0,$(FIT)),,--fit)
+	@$(MORPHSERVE) demo $(if $(MODEL),--model "$(MODEL)") --workload $(WORKLOAD) --config $(CONFIG) --out $(OUT) --dtype $(DTYPE) \
+		$(if $(filter 1,$(FULL)),--full) $(if $(filter 0,$(FIT)),--no-fit)
 
 test: lint
 	@$(with_model); $(run_tests) $(PYTEST_ARGS)

@@ -23,8 +23,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from commands import command_parser, fail, finish, say
-
 from morphserve.config import LadderConfig, MorphServeConfig
 from morphserve.control import (
     Controller,
@@ -41,6 +39,7 @@ from morphserve.control import (
     make_header,
     make_ledgers,
 )
+from morphserve.tools.command import command_parser, fail, finish, say
 from policies import EngineLimits, PolicySetup, ThresholdConfig
 
 EDGES_US = (2, 5, 10, 20, 50, 100, 200, 500, 1000)

@@ -15,9 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from commands import command_parser
-
-from morphserve.tools.bench import ClosedLoop, ServerOptions, compare_idle, run_command
+from morphserve.tools.bench import ClosedLoop, ServerOptions, compare_idle
+from morphserve.tools.command import command_parser, run_command
 from morphserve.tools.workload import load_encoder, read_corpus
 
 CORPUS = Path(__file__).resolve().parent / "corpus" / "wikitext2.txt"

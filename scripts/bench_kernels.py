@@ -23,8 +23,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from commands import command_parser, finish, say
 from torch import Tensor
+
+from morphserve.tools.command import command_parser, finish, say
 
 Linear = Callable[[Tensor], Tensor]
 

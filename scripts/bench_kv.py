@@ -17,9 +17,10 @@ import argparse
 import statistics
 import time
 
-from commands import engine_parser, finish, ms, say, start_engine
+from bench_engine import engine_parser, ms, start_engine
 
 from morphserve.integration.offline import LevelEngine
+from morphserve.tools.command import finish, say
 
 _PLAIN_STEPS = 12  # before and after each shrink
 

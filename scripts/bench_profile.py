@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from commands import command_parser, finish, say
+from morphserve.tools.command import command_parser, finish, say
 
 _VOCABULARY = 4096
 _SIZES = {"base": 16, "w8": 8, "w4": 5}

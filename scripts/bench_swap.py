@@ -17,9 +17,10 @@ import statistics
 import time
 from dataclasses import dataclass, field
 
-from commands import engine_parser, finish, ms, say, start_engine
+from bench_engine import engine_parser, ms, start_engine
 
 from morphserve.integration.offline import LevelEngine
+from morphserve.tools.command import finish, say
 
 _WARM_STEPS = 30
 _PLAIN_STEPS = 10  # before each swap

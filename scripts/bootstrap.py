@@ -23,15 +23,30 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from machine_checks import LOCKS, NEWEST, OLDEST, SetupError, check_disk, exclusive, find_python, run_quiet, say
-from pip_progress import GIB, explain_pip_failure, run_showing, size_on_disk
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # nothing is installed yet: what the set-up shares with the package is read from here
+
+from morphserve.setup import (  # noqa: E402
+    GIB,
+    LOCKS,
+    NEWEST,
+    OLDEST,
+    SetupError,
+    check_disk,
+    exclusive,
+    explain_pip_failure,
+    find_python,
+    run_quiet,
+    run_showing,
+    say,
+    size_on_disk,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from machine_checks import Runner
+    from morphserve.setup import Runner
 
-ROOT = Path(__file__).resolve().parent.parent
 # `du -sh .venv` says 3.7 GiB for a CPU; pip keeps its downloads besides, and needs room for them. CUDA's are larger.
 NEEDED_BYTES = {"cpu": 6 * GIB, "cuda": 16 * GIB}
 # What the first set-up costs: for a CPU by the sizes in setup.log and by `du -sh .venv`, for CUDA an estimate.

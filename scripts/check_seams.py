@@ -16,8 +16,6 @@ import json
 import sys
 from pathlib import Path
 
-from commands import command_parser, say
-
 from morphserve.errors import SeamError
 from morphserve.integration.seams import (
     CUDA_KERNEL_SEAMS,
@@ -29,6 +27,7 @@ from morphserve.integration.seams import (
     check_sources_version,
     sources_version,
 )
+from morphserve.tools.command import command_parser, say
 from morphserve.version import SUPPORTED_VLLM
 
 TABLES = {"all": SEAMS, "cuda": CUDA_SEAMS, "kernels": CUDA_KERNEL_SEAMS}

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from commands import command_parser, fail, finish, say
+from morphserve.tools.command import command_parser, fail, finish, say
 
 Orders = dict[str, list[list[int]]]  # name |-> one order a seed, layer ids
 

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import grimp
-from commands import command_parser, finish
+
+from morphserve.tools.command import command_parser, finish
 
 ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("morphserve", "quant_layers", "kv_resize", "policies")

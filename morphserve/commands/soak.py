@@ -11,7 +11,7 @@ for a long time. Here it keeps 16, so that what else grows is seen (ONEDNN_PRIMI
 Output columns: minutes, cycles, transitions, answers, published blocks' resident bytes off by (worst so far), other
 memory (MiB). Last stdout line: one JSON document.
 
-    python scripts/soak.py MODEL_DIR --minutes 30
+    morphserve soak MODEL_DIR --minutes 30
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ import os
 import random
 import statistics
 import time
-from pathlib import Path
-from typing import Any
-
-from commands import command_parser, fail, finish, say, start_engine
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from morphserve.errors import MorphServeError
-from morphserve.integration.offline import LevelEngine
+from morphserve.shipped import config_file
+from morphserve.tools.command import command_parser, fail, finish, say
+
+if TYPE_CHECKING:
+    from morphserve.integration.offline import LevelEngine
 
 _BURST = 40  # requests: more than level 0's blocks hold
 _IDLE_STEP_S = 0.05
@@ -93,21 +95,24 @@ class _Soak:
         }
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = command_parser(__doc__)
+def main(argv: Sequence[str] | None = None, prog: str = "morphserve soak") -> int:
+    """Send bursts until the time is over; returns the exit status."""
+    parser = command_parser(__doc__, prog)
     parser.add_argument("model")
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--config", type=Path, default=Path("policies/yaml/demo.yaml"))
+    parser.add_argument("--config", type=config_file, default=config_file("demo.yaml"), help="default: the demo's")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")  # read as torch is loaded, with the engine
 
     import yaml
 
+    from morphserve.integration.offline import LevelEngine
+
     settings = yaml.safe_load(args.config.read_text(encoding="utf-8"))
-    with start_engine(
+    with LevelEngine(
         args.model, None, additional_config={"morphserve": settings}, enforce_eager=True, num_gpu_blocks_override=49,
-        max_num_seqs=64,
+        max_num_seqs=64, block_size=32, max_model_len=512, disable_log_stats=True,
     ) as engine:  # fmt: skip
         soak = _Soak(engine, args.seed)
         shown = 0.0
@@ -115,14 +120,10 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 soak.cycle()
             except MorphServeError as error:
-                return fail("soak", error)
+                return fail(prog, error)
             if soak.minutes - shown > 1:
                 shown = soak.minutes
                 soak.show()
         document = soak.document()
     finish(document)
     return int(document["failed"])
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

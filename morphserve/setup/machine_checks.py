@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pip_progress import GIB
+from morphserve.setup.pip_progress import GIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -1,38 +1,24 @@
-"""What commands in this directory have in common: the docstring is the --help, the last line is one JSON document."""
+"""What the command lines have in common: --help is the docstring, the last line a JSON document, an error one line."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import logging
+import signal
 import sys
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
-if TYPE_CHECKING:
-    from morphserve.integration.offline import LevelEngine
+from morphserve.endings import one_line
+from morphserve.errors import MorphServeError
 
 
-def command_parser(doc: str | None) -> argparse.ArgumentParser:
+def command_parser(doc: str | None, prog: str | None = None) -> argparse.ArgumentParser:
     """Return a parser whose --help shows a command's docstring as it is written."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
-def engine_parser(doc: str | None, cycles: int) -> argparse.ArgumentParser:
-    """Return the parser of a command that does something to an engine of its own again and again, under load."""
-    parser = command_parser(doc)
-    parser.add_argument("model")
-    parser.add_argument("--cycles", type=int, default=cycles)
-    parser.add_argument("--concurrency", type=int, default=16)
-    parser.add_argument("--enforce-eager", action="store_true")
-    return parser
-
-
-def start_engine(model: str, settings: Mapping[str, Any] | None, **arguments: Any) -> LevelEngine:
-    """Start an engine of the shape that figures in the docs are of; settings and arguments are `LevelEngine`'s."""
-    from morphserve.integration.offline import LevelEngine
-
-    return LevelEngine(model, settings, block_size=32, max_model_len=512, disable_log_stats=True, **arguments)
+    return argparse.ArgumentParser(
+        prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def say(line: str) -> None:
@@ -53,6 +39,34 @@ def fail(name: str, error: object) -> int:
     return 1
 
 
-def ms(seconds: Iterable[float], digits: int = 2) -> float:
-    """Return the median in milliseconds."""
-    return round(1e3 * statistics.median(seconds), digits)
+def run_command(name: str, job: Callable[[], dict[str, Any]], when_interrupted: str) -> int:
+    """Do the job; its document is the last line on stdout.
+
+    Args:
+        name: of the command, before its messages.
+        when_interrupted: what became of its work, after Ctrl-C, SIGTERM or SIGHUP.
+
+    Returns:
+        The exit status: 1 after an error that the user can repair, 130 when interrupted.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for signum in (signal.SIGTERM, signal.SIGHUP):  # so that servers are stopped as on Ctrl-C
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup sets SIGHUP
+            signal.signal(signum, _terminated)
+    try:
+        document = job()
+    except MorphServeError as e:
+        sys.stderr.write(f"{name}: {one_line(str(e))}\n")
+        return 1
+    except OSError as e:  # of a file of the user's, or a full disk: the message names it
+        sys.stderr.write(f"{name}: {e}. Finished runs are kept; run again when that is repaired.\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{name}: interrupted; {when_interrupted}\n")
+        return 130
+    sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
+    return 0
+
+
+def _terminated(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt

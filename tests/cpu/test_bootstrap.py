@@ -13,11 +13,10 @@ from collections import namedtuple
 from pathlib import Path
 
 import bootstrap
-import machine_checks
 import pytest
 from bootstrap import Environment, choose_extra, set_up
-from machine_checks import SetupError, find_python
-from pip_progress import GIB, explain_pip_failure
+
+from morphserve.setup import GIB, SetupError, explain_pip_failure, find_python, machine_checks
 
 NO_NETWORK = """\
 WARNING: Retrying (Retry(total=0, connect=None, read=None)) after connection broken by 'NewConnectionError(

@@ -6,9 +6,10 @@ import json
 import zipfile
 from pathlib import Path
 
-import demo_model
 import pytest
-from machine_checks import SetupError
+
+from morphserve.commands import demo_model
+from morphserve.setup import SetupError
 
 CONTENT = b"the weights"
 

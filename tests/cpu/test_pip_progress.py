@@ -6,9 +6,10 @@ import os
 import sys
 from pathlib import Path
 
-import pip_progress
 import pytest
-from pip_progress import PipProgress, run_showing, size_on_disk
+
+from morphserve.setup import pip_progress
+from morphserve.setup.pip_progress import PipProgress, run_showing, size_on_disk
 
 LINES = """\
 Obtaining file:///src

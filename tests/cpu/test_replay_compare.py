@@ -21,7 +21,7 @@ from cpu import replay_fakes
 from cpu.replay_fakes import CORPUS, encode
 
 from morphserve.errors import ConfigError
-from morphserve.tools.bench import main, paired, run_command
+from morphserve.tools.bench import main, paired
 from morphserve.tools.bench.comparison import Comparison, derived_config
 from morphserve.tools.bench.load.client import ClientOptions
 from morphserve.tools.bench.load.measure import Measurement, measure
@@ -33,6 +33,7 @@ from morphserve.tools.bench.report.results import ROW_KEYS, RunResult
 from morphserve.tools.bench.report.summary import summarize
 from morphserve.tools.bench.runner import run_all
 from morphserve.tools.bench.servers import StartedServers
+from morphserve.tools.command import run_command
 from morphserve.tools.workload import ReplayError, Slo
 from morphserve.tools.workload.formats import TraceRequest
 from morphserve.tools.workload.outcome import Outcome, Replayed, Snapshot
@@ -194,7 +195,7 @@ def test_impossible_comparisons_are_refused_first(
 def test_a_comparison_is_checked_before_its_first_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards: what `Comparison.check` refuses, found out at the second server."""
     arguments = ["--workload", str(small_workload(tmp_path)), "--model", tokenizer(tmp_path), "--out", f"{tmp_path}/o"]
-    assert main("replay", small_corpus(tmp_path), [*arguments, "--compare", "stock,fp8", "--quiet"]) == 1
+    assert main([*arguments, "--corpus", small_corpus(tmp_path), "--compare", "stock,fp8", "--quiet"]) == 1
     assert "--compare stock,fp8: choose from stock, morphserve" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
@@ -312,10 +313,10 @@ def small_workload(tmp_path: Path) -> Path:
     return workload
 
 
-def small_corpus(tmp_path: Path) -> Path:
+def small_corpus(tmp_path: Path) -> str:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(CORPUS, encoding="utf-8")
-    return corpus
+    return str(corpus)
 
 
 def tokenizer(tmp_path: Path) -> str:
@@ -335,8 +336,8 @@ def test_command_line_ends_with_one_json_document(tmp_path: Path, capsys: pytest
     """Guards the interface that make demo reads: the last line on stdout is the document."""
     with serve(FAKE, tmp_path / "server.log") as server:
         code = main(
-            "replay", small_corpus(tmp_path),
-            ["--workload", str(small_workload(tmp_path)), "--url", server.url, "--name", "there", "--quiet",
+            ["--corpus", small_corpus(tmp_path), "--workload", str(small_workload(tmp_path)),
+             "--url", server.url, "--name", "there", "--quiet",
              "--out", f"{tmp_path}/o", "--tokenizer", tokenizer(tmp_path), "--slo-ttft-s", "60", "--slo-tpot-ms",
              "60000"],
         )  # fmt: skip
@@ -362,7 +363,7 @@ def test_times_that_are_none_are_refused_first(
     workload = tmp_path / "w.jsonl"
     workload.write_text('{"timestamp": 10, "input_length": 6, "output_length": 3}\n', encoding="utf-8")
     arguments = ["--workload", str(workload), "--url", "http://127.0.0.1:1", "--out", f"{tmp_path}/o"]
-    assert main("replay", tmp_path, [*arguments, "--tokenizer", "t", option, value]) == 1
+    assert main([*arguments, "--tokenizer", "t", option, value]) == 1
     assert f"{option} is {float(value):g}, must be a number" in capsys.readouterr().err
 
 
@@ -444,5 +445,5 @@ def test_a_full_disk_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_command_line_explains_a_bad_workload(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards against a traceback as the answer to a typo."""
-    assert main("replay", tmp_path, ["--workload", "none.jsonl", "--dry-run"]) == 1
+    assert main(["--workload", "none.jsonl", "--dry-run"]) == 1
     assert "none.jsonl" in capsys.readouterr().err

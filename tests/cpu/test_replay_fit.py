@@ -49,7 +49,6 @@ def test_every_machine_sees_a_burst_that_hurts_stock_and_that_morphing_holds(
 ) -> None:
     """Guards: a demo that shows nothing because the machine is too fast, or only failures because it is too slow."""
     code = main(
-        "replay", tmp_path,
         ["--workload", str(CONV.with_stem(workload)), "--simulate", "--fit", "--step-times", str(TIMES), "--quiet",
          "--sim-speed", str(speed), "--compare", "stock,morphserve", "--out", str(tmp_path / "out"),
          "--config", str(ROOT / "policies" / "yaml" / "demo.yaml")],
@@ -251,5 +250,5 @@ def test_times_without_sense_still_make_a_machine(steps: tuple[float, ...]) -> N
 def test_the_fit_is_of_servers_that_are_started_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards: --fit ignored, or a morphing server of somebody else's taken for stock."""
     arguments: list[Any] = ["--workload", str(CONV), "--url", "http://127.0.0.1:1", "--out", str(tmp_path / "o")]
-    assert main("replay", tmp_path, [*arguments, "--tokenizer", "t", "--fit"]) == 1
+    assert main([*arguments, "--tokenizer", "t", "--fit"]) == 1
     assert "Leave out --fit or --url." in capsys.readouterr().err

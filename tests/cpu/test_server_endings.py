@@ -98,7 +98,7 @@ def test_dead_engine_behind_a_living_api_process_is_no_result() -> None:
 def test_command_ends_with_one_line(error: str, line: str) -> None:
     """Guards: a command of ours ends with a stack, or with the last of several lines, which says little."""
     code = (
-        "from morphserve.errors import MorphServeError\nfrom morphserve.tools.bench import run_command\n"
+        "from morphserve.errors import MorphServeError\nfrom morphserve.tools.command import run_command\n"
         f"def job(): raise {error}\nraise SystemExit(run_command('name', job, 'stopped'))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -27,7 +27,7 @@ def step_times(tmp_path: Path) -> Path:
 
 def replay(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, dict[str, Any], str]:
     """Exit status, the document on stdout, and stderr."""
-    code = main("replay", Path("no corpus is read"), [str(arg) for arg in args])
+    code = main([str(arg) for arg in args])
     out, err = capsys.readouterr()
     return code, json.loads(out.splitlines()[-1]) if code == 0 else {}, err
 

@@ -135,14 +135,14 @@ def test_what_only_one_side_would_get_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
 ) -> None:
     """Guards: two different servers compared as measured and simulated."""
-    code = main("sweep", tmp_path, ["--window", "a.jsonl", "--out", str(tmp_path / "o"), "--model", "m", *arguments])
+    code = main(["--window", "a.jsonl", "--out", str(tmp_path / "o"), "--model", "m", *arguments])
     assert code == 1 and words in capsys.readouterr().err
 
 
 def test_servers_get_what_is_simulated(tmp_path: Path) -> None:
     """Guards: a simulated server with another batch than the real one."""
     words = ["--window", "w", "--step-times", "f", "--max-num-batched-tokens", "512", "--async-scheduling"]
-    args = build_parser("", tmp_path).parse_args([*words, "--max-num-queued-tokens", "0"])
+    args = build_parser("sweep").parse_args([*words, "--max-num-queued-tokens", "0"])
     asked = comparison_of(args, "w", WORKLOAD, with_text=False)
     given = ["--max-num-batched-tokens", "512", "--async-scheduling", "--max-num-queued-tokens", "0"]
     assert asked.server.arguments(0, ())[-5:] == given
@@ -210,9 +210,7 @@ def test_a_bad_config_is_refused_before_any_server_starts(tmp_path: Path, capsys
     """Guards: an hour of measuring that ends in a message."""
     CALIBRATION.save(tmp_path / "times.json")
     (tmp_path / "bad.yaml").write_text("policy: {kind: static, level: w2}\n")
-    root = Path(__file__).parents[2]
     code = main(
-        "sweep", root / "scripts" / "corpus" / "wikitext2.txt",
         ["--window", "a.jsonl:thinn=2", "--out", str(tmp_path / "out"), "--model", "nowhere"],
     )  # fmt: skip
     assert code == 1 and "unknown option 'thinn'" in capsys.readouterr().err
@@ -227,7 +225,7 @@ def test_many_windows_are_simulated_without_a_server(tmp_path: Path, capsys: pyt
     options = ["--config", str(root / "policies" / "yaml" / "demo.yaml"), "--compare", "stock,morphserve", "--quiet"]
     options += ["--simulate", "--step-times", str(tmp_path / "times.json"), "--out", str(tmp_path / "out")]
     options += [f"{window}:input_clip=8,120:output_clip=4,384" for window in windows]
-    assert main("sweep", tmp_path, [*options, "--repeats", "2", "--sim-noise", "0.1"]) == 0
+    assert main([*options, "--repeats", "2", "--sim-noise", "0.1"]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(document) == ["report", "runs", "dominated", "agreement"] and document["agreement"] == []
     assert [run["name"] for run in document["runs"]].count("morphserve") == 1

@@ -33,14 +33,14 @@ def arguments(files: dict[str, Path], out: Path, *more: str, held_out: bool = Tr
 
 def tune(capsys: pytest.CaptureFixture[str], argv: list[str]) -> tuple[dict[str, Any], str]:
     """Its JSON and its stderr."""
-    assert main("", Path("unused"), argv) == 0
+    assert main(argv) == 0
     output = capsys.readouterr()
     return json.loads(output.out.splitlines()[-1]), output.err
 
 
 def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
     """Its stderr; nothing else must have been said."""
-    assert main("", Path("unused"), argv) == 1
+    assert main(argv) == 1
     output = capsys.readouterr()
     assert output.out == "" and "Traceback" not in output.err
     return output.err
@@ -98,8 +98,8 @@ def test_the_command_of_a_report_makes_it_again(tmp_path: Path, capsys: pytest.C
         "--constraints", "0.5,50",
     )  # fmt: skip
     document, _ = tune(capsys, argv)
-    script, *words = shlex.split(document["made"]["command"])
-    assert script == "scripts/tune.py" and "--async-scheduling" in words
+    program, command, *words = shlex.split(document["made"]["command"])
+    assert (program, command) == ("morphserve", "tune") and "--async-scheduling" in words
     again, _ = tune(capsys, [*words, "--out", str(tmp_path / "b"), "--jobs", "1", "--quiet"])
     assert {**again, "report": None, "study": None} == {**document, "report": None, "study": None}
 
@@ -190,7 +190,7 @@ def test_interrupted(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         return simulate(*args, **options)
 
     monkeypatch.setattr("morphserve.tools.tune.evaluate.simulate", stopped)
-    assert main("", Path("unused"), arguments(files, out)) == 130
+    assert main(arguments(files, out)) == 130
     assert "run again to go on" in capsys.readouterr().err
     monkeypatch.undo()
     resumed, _ = tune(capsys, arguments(files, out))

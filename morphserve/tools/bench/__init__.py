@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from morphserve.tools.bench.cli import main
-from morphserve.tools.bench.command import run_command
 from morphserve.tools.bench.load.server import ServerOptions, serve
 from morphserve.tools.bench.paired import ClosedLoop, PairedResult, compare_idle
 from morphserve.tools.bench.report.tables import percent
@@ -15,6 +14,5 @@ __all__ = [
     "compare_idle",
     "main",
     "percent",
-    "run_command",
     "serve",
 ]

@@ -1,4 +1,31 @@
-"""Command line of `scripts/replay.py`."""
+"""How does a burst of real traffic fare on stock vLLM, on MorphServe and on static quantized servers?
+
+Replays a trace open-loop against each server in turn (started here, on the same machine with the same
+memory, or given with --url) and writes a report: summary.md, summary.json, report.html, timeline.png, and
+per run result.json (a superset of `vllm bench serve --save-result --save-detailed`), requests.csv,
+series.csv, server.log.
+
+With --fit a stock server is measured first, for less than a minute. Limits become the multiples of a lone request's
+times that 2 s and 150 ms are on a CPU with VNNI; the workload is thinned, or sent faster, until stock would have two in
+five requests late even if the machine were a fifth faster. What is given on the command line stays.
+
+The last line on stdout is one JSON document: {"workload", "slo": {"ttft_s", "tpot_s"}, "dtype", "fit", "runs":
+[{"name", "sent", "violation_rate", "ttft_violation_rate", "tpot_violation_rate", "ttft_p50_s", "ttft_p95_s",
+"tpot_p50_ms", "tpot_p99_ms", "output_tok_s", "duration_s", "preemptions", "tokens_by_level", "expected_kl_per_token",
+"transitions", "level_zero_after_s", "pause_max_ms"}, ...], "report"}; null where a run has no such figure.
+
+Example:
+    morphserve replay --workload convD --model MODEL_DIR \\
+        --compare stock,morphserve --config default.yaml --out reports/convD
+
+    # the same without servers, and one more config beside it
+    morphserve replay --workload convD --simulate --step-times times.json \\
+        --compare stock,morphserve,mine --config default.yaml --policy mine=mine.yaml --out reports/sim
+
+    # cut a workload of one's own out of the Azure trace
+    morphserve replay --workload AzureLLMInferenceTrace_conv.csv --window 221,72 --thin 4.75 \\
+        --input-scale 1/16 --input-clip 8,120 --output-clip 4,384 --save-workload mine.jsonl --dry-run
+"""
 
 from __future__ import annotations
 
@@ -13,7 +40,6 @@ from typing import Any
 from morphserve.errors import MorphServeError
 from morphserve.serve_dtype import AUTO, model_dtype, resolve_dtype
 from morphserve.tools.bench import simulated
-from morphserve.tools.bench.command import run_command
 from morphserve.tools.bench.comparison import Comparison
 from morphserve.tools.bench.fit import Given, fit
 from morphserve.tools.bench.fitted import run_fitted
@@ -27,6 +53,7 @@ from morphserve.tools.bench.report.results import RunResult
 from morphserve.tools.bench.report.summary import summarize
 from morphserve.tools.bench.runner import run_all
 from morphserve.tools.bench.servers import GivenServers, StartedServers
+from morphserve.tools.command import run_command
 from morphserve.tools.machine import describe_machine
 from morphserve.tools.options import read_options
 from morphserve.tools.workload import (
@@ -45,10 +72,10 @@ from morphserve.tools.workload import (
 from policies import BASE_FORMAT, load_step_times
 
 
-def main(description: str, corpus: Path, argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "morphserve replay", description: str | None = __doc__) -> int:
     """Run the command line; the last line on stdout is one JSON document."""
-    args = build_parser(description, corpus).parse_args(argv)
-    return run_command("replay", lambda: _replay(args), "servers stopped, finished runs are kept")
+    args = build_parser(description, prog).parse_args(argv)
+    return run_command(prog, lambda: _replay(args), "servers stopped, finished runs are kept")
 
 
 def _replay(args: argparse.Namespace) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from morphserve import cpu_tier
 from morphserve.config import load_config, parse_config, step_times_file
 from morphserve.control import ladder_formats
 from morphserve.serve_dtype import model_dtype
+from morphserve.shipped import config_file
 from morphserve.tools.bench.load.measure import Measurement
 from morphserve.tools.bench.load.server import ServerOptions
 from morphserve.tools.options import option
@@ -36,7 +37,7 @@ def _named_file(text: str) -> tuple[str, Path]:
     name, _, path = text.partition("=")
     if not name or not path:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=YAML")
-    return name, Path(path)
+    return name, config_file(path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +53,10 @@ class Comparison:
     )
     # The static runs derive theirs from it.
     config: Path | None = option(
-        "MorphServe config of the morphserve run and the static baselines", default=None, type=Path, metavar="YAML"
+        "MorphServe config of the morphserve run and the static baselines",
+        default=None,
+        type=config_file,
+        metavar="YAML",
     )
     policies: tuple[tuple[str, Path], ...] = option(
         "one more MorphServe config, a run by that name in --compare; repeatable",
@@ -116,7 +120,7 @@ class Comparison:
             times = step_times_file(config)
             if times is None:
                 raise ReplayError(
-                    f"{path}: policy slo needs `step_times` (scripts/calibrate.py makes them), or a profile with some."
+                    f"{path}: policy slo needs `step_times` (of `morphserve calibrate`), or a profile with some."
                 )
             try:
                 self._check_times(times, load_step_times(times))
@@ -129,7 +133,7 @@ class Comparison:
         if (times.dtype and dtype and times.dtype != dtype) or (times.tier and tier and times.tier != tier):
             log.warning(
                 "%s is of %s on tier %s, the servers run %s on tier %s: policy slo will predict other times than they "
-                "take until it has learnt. Run scripts/calibrate.py again.",
+                "take until it has learnt. Run `morphserve calibrate` again.",
                 path, times.dtype or "?", times.tier or "?", dtype or "?", tier or "?",
             )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Options of `scripts/replay.py`, and those of them that `scripts/sweep.py` has, too."""
+"""Options of `morphserve replay`, and those of them that `morphserve sweep` has, too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from morphserve.serve_dtype import add_dtype_option
+from morphserve.shipped import TEXT, text_file
 from morphserve.tools.bench import simulated
 from morphserve.tools.bench.comparison import Comparison
 from morphserve.tools.bench.load.client import ClientOptions
@@ -16,13 +17,13 @@ from morphserve.tools.options import add_options
 from morphserve.tools.workload import WorkloadSpec
 
 
-def build_parser(description: str, corpus: Path) -> argparse.ArgumentParser:
-    """Return the parser of all options; `corpus` is the default text for prompts."""
-    parser = make_parser(description)
+def build_parser(description: str | None, prog: str) -> argparse.ArgumentParser:
+    """Return the parser of all options."""
+    parser = make_parser(description, prog)
     group = parser.add_argument_group("workload")
     add_options(group, WorkloadSpec, skip=["seed"])
     group.add_argument("--save-workload", type=Path, metavar="FILE", help="write what is replayed as Mooncake JSONL")
-    prompt_options(group, corpus)
+    prompt_options(group)
     group = parser.add_argument_group("runs")
     run_options(group)
     _single_options(group)
@@ -31,16 +32,16 @@ def build_parser(description: str, corpus: Path) -> argparse.ArgumentParser:
     return parser
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
+def make_parser(description: str | None, prog: str) -> argparse.ArgumentParser:
     """Return a parser without options."""
     return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
 
 
-def prompt_options(group: Any, corpus: Path) -> None:
+def prompt_options(group: Any) -> None:
     """Add where the text of the requests comes from."""
-    group.add_argument("--corpus", type=Path, default=corpus, metavar="FILE", help="text that prompts are cut from")
+    group.add_argument("--corpus", type=text_file, default=TEXT, metavar="FILE", help="text that prompts are cut from")
     group.add_argument("--tokenizer", metavar="DIR", help="default: the model's")
     add_options(group, WorkloadSpec, only=["seed"])
 

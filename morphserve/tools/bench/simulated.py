@@ -25,7 +25,7 @@ class SimOptions:
     simulate: bool = option("start no server: vLLM's scheduler as a model, in virtual time", default=False)
     sim_speed: float = option("multiply all measured times: 1.1 is a machine 10 %% slower", default=1.0, metavar="F")
     step_times: Path | None = option(
-        "what scripts/calibrate.py measured of model and machine", default=None, type=Path, metavar="FILE"
+        "what `morphserve calibrate` measured of model and machine", default=None, type=Path, metavar="FILE"
     )
     sim_noise: float | None = option(
         "relative standard deviation of a step's time, by --seed and repeat; default: what the calibration could "
@@ -60,7 +60,7 @@ def check_options(args: argparse.Namespace) -> None:
             )
         return
     if args.step_times is None or args.out is None:
-        raise ReplayError("--simulate needs --step-times FILE (scripts/calibrate.py makes it) and --out DIR.")
+        raise ReplayError("--simulate needs --step-times FILE (`morphserve calibrate` makes it) and --out DIR.")
     if getattr(args, "url", None) is not None or args.serve_arg or args.token_ids:  # a sweep has no --url
         raise ReplayError("--simulate starts no server: leave out --url, --serve-arg and --token-ids.")
 

@@ -1,8 +1,21 @@
-"""The command line of scripts/gpu_check.py."""
+"""What of MorphServe's NVIDIA path holds on this machine? Nine parts, each in a process and a time of its own.
+
+t1 paged arena, t2 mapping beside decode, t3 copies beside decode, t4 pages recycled with checksums, t5 kernels
+against cuBLAS, t6 a small engine with a graph set per level, t7 the opaque linear under torch.compile, t8 stock vLLM,
+t9 vLLM with the plugin. The report, gpu_check.json and gpu_check.md, is written after each part: one that crashes,
+hangs or is killed takes nothing along. What no longer fits into --minutes is reported as "no time".
+
+Output columns: figure, unit, median, quartiles, p99, least to most, repeats; for each part ok, failed, skipped or no
+time, with the reason; for each criterion whether it holds. Exit code: 0 no part failed, 1 one has, 3 no NVIDIA device,
+4 none failed but there was no time for some. Last stdout line: one JSON document.
+
+    morphserve gpu-check --minutes 9 --out reports/gpu_check
+    morphserve gpu-check --only t1,t3
+    morphserve gpu-check --device cpu --dry-run      # tries the code paths without a GPU, measures nothing
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -14,6 +27,7 @@ from types import FrameType
 from typing import Any
 
 from morphserve.files import write_whole
+from morphserve.tools.command import command_parser
 from morphserve.tools.gpucheck.frame import Options, run_parts
 from morphserve.tools.gpucheck.machine import describe_host, missing_device
 from morphserve.tools.gpucheck.parts import Part, choose
@@ -23,9 +37,9 @@ from morphserve.tools.gpucheck.tables import DRY_BANNER, render, summary
 EXIT_OK, EXIT_FAILED, EXIT_NO_DEVICE, EXIT_NO_TIME = 0, 1, 3, 4  # argparse takes 2
 
 
-def main(argv: list[str] | None = None, description: str | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "morphserve gpu-check") -> int:
     """Return 0: no part failed. 1: one has. 3: no NVIDIA device. 4: none failed, but for some there was no time."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__, prog)
     parser.add_argument("--only", default="", help="parts with commas between, such as t1,t3; default all")
     parser.add_argument("--skip", default="", help="parts to leave out, such as t8,t9")
     parser.add_argument("--minutes", type=float, default=9.0, help="for the whole run")

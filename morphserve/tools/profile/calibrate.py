@@ -1,4 +1,20 @@
-"""Command line of scripts/calibrate.py: times the steps of an engine, format by format."""
+"""How long does an engine step take, at every level? A few minutes of timed steps, fitted to a model.
+
+Runs MODEL in an engine whose loop is in this process and whose worker has its own, as in a server. With all layers in
+each format of the config's ladder in turn it times steps with 1 to 64 sequences, short and long contexts, with and
+without a prefill among them. Fits, per format,
+
+    seconds = base + per_seq * sequences + per_prefill_token * tokens + per_context_token * KV tokens
+
+and measures what switching a layer takes, and what a server adds outside of the steps. Writes one JSON file: the
+`slo` policy predicts with it, `morphserve simulate` and `morphserve tune` run on it.
+
+Output columns: format, the four coefficients, root mean square of the relative error; then, per format, what a decode
+step takes over one in full precision of the same round, by sequences: median (least to most).
+Last stdout line: one JSON document.
+
+    morphserve calibrate MODEL_DIR --config demo.yaml --out step_times.json
+"""
 
 from __future__ import annotations
 
@@ -9,6 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +34,9 @@ from morphserve import cpu_tier
 from morphserve.config import MorphServeConfig, load_config
 from morphserve.errors import MorphServeError
 from morphserve.serve_dtype import add_dtype_option, resolve_dtype
+from morphserve.shipped import config_file
 from morphserve.tools.bench import ServerOptions, serve
+from morphserve.tools.command import command_parser, fail, finish
 from morphserve.tools.machine import describe_machine
 from morphserve.tools.profile.step_time_fit import fit_step_time
 from morphserve.tools.sim import Calibration
@@ -29,25 +48,21 @@ if TYPE_CHECKING:
 _LONE_TOKENS = 48  # of the prompts that a server is asked one by one
 
 
-def main(argv: list[str] | None = None, description: str = "How long does a step take?") -> int:
-    """See scripts/calibrate.py."""
-    args = _parser(description).parse_args(argv)
+def main(argv: Sequence[str] | None = None, prog: str = "morphserve calibrate") -> int:
+    """Time the steps and write the file; returns the exit status."""
+    args = _parser(prog).parse_args(argv)
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", args.cpu_bind)
     try:
         document = _calibrate(args)
     except (MorphServeError, ValueError) as e:
-        sys.stderr.write(f"calibrate: {e}\n")
-        return 1
-    sys.stdout.write(json.dumps(document) + "\n")
-    return 0
+        return fail(prog, e)
+    return finish(document)
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="calibrate", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = command_parser(__doc__, prog)
     parser.add_argument("model")
-    parser.add_argument("--config", type=Path, required=True, help="MorphServe YAML: whose formats are timed")
+    parser.add_argument("--config", type=config_file, required=True, help="MorphServe YAML: whose formats are timed")
     parser.add_argument("--out", type=Path, help="file to write; default: step_times.json in the config's profile")
     parser.add_argument("--rounds", type=int, default=3, help="times that each format is visited, interleaved")
     parser.add_argument("--block-size", type=int, default=32)

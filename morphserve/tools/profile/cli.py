@@ -12,24 +12,27 @@ per token), MiB freed, step time over level 0.
 Last stdout line: one JSON document {"profile", "ladder": [{"level", "expected_kl", "measured_kl", "bytes_freed",
 "step_time_factor", "layers"}], "order", "seconds"}.
 
-    python scripts/profile_layers.py MODEL --text wikitext2-valid.txt --out profiles/smollm2
+    morphserve profile MODEL --text wikitext2-valid.txt --out profiles/smollm2
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from commands import command_parser, fail, finish, say
+from morphserve.shipped import TEXT, text_file
+from morphserve.tools.command import command_parser, fail, finish, say
 
 if TYPE_CHECKING:
     from quant_layers import Profile
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = _parse(argv)
+def main(argv: Sequence[str] | None = None, prog: str = "morphserve profile") -> int:
+    """Profile, or go on with it, and print the ladder; returns the exit status."""
+    args = _parse(argv, prog)
     from morphserve.errors import MorphServeError
     from morphserve.tools.profile.inspect import ladder_table
     from quant_layers import QuantError
@@ -37,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         profile, seconds = _run(args)
     except (MorphServeError, QuantError, OSError) as error:
-        return fail("profile_layers", error)
+        return fail(prog, error)
     say(ladder_table(profile))
     if args.plot is not None:
         from morphserve.tools.profile.plots import plot_frontier
@@ -53,15 +56,16 @@ def main(argv: list[str] | None = None) -> int:
     )
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     from morphserve.control import DEFAULT_FORMATS
     from morphserve.serve_dtype import add_dtype_option
     from quant_layers import FORMATS
 
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, prog)
     parser.add_argument("model", help="directory or hub name")
-    parser.add_argument("--text", nargs="+", type=Path, required=True, help="calibration text, one domain each")
-    parser.add_argument("--eval-text", nargs="+", type=Path, help="what levels are measured on; default: other "
+    parser.add_argument("--text", nargs="+", type=text_file, default=[TEXT], help="calibration text, one domain each; "
+                        "better your own")  # fmt: skip
+    parser.add_argument("--eval-text", nargs="+", type=text_file, help="what levels are measured on; default: other "
                         "windows of the same text")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="directory of the profile; must not exist yet")
     parser.add_argument("--formats", nargs="+", default=list(DEFAULT_FORMATS), choices=list(FORMATS))
@@ -98,7 +102,3 @@ def _run(args: argparse.Namespace) -> tuple[Profile, float]:
             job, measure, tuple(args.eval_text or ()),
             lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
         )  # fmt: skip
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,11 +1,48 @@
-"""`python -m morphserve inspect PROFILE`: a profile as tables."""
+"""What is in a profile? How it was made, its ladder level by level, what single layers cost.
+
+Columns of the ladder: level, layers by format, those that have changed since the level before, expected and measured KL
+(nats per token), MiB freed, step time over level 0. With --json one document {"profile", "base", "made", "order",
+"ladder": [{"level", "expected_kl", "measured_kl", "bytes_freed", "step_time_factor", "layers"}]} instead.
+
+    morphserve inspect profiles/smollm2
+"""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from collections.abc import Sequence
 
+from morphserve.tools.command import command_parser, fail, finish
 from morphserve.tools.tables import text_table
-from quant_layers import Profile
+from quant_layers import Profile, ProfileError, read_profile
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "morphserve inspect") -> int:
+    """Print a profile; returns the exit status."""
+    parser = command_parser(__doc__, prog)
+    parser.add_argument("profile", help="directory that `morphserve profile` made")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    args = parser.parse_args(argv)
+    try:
+        profile = read_profile(args.profile)
+    except ProfileError as error:
+        return fail(prog, error)
+    if args.json:
+        return finish(document(profile))
+    sys.stdout.write(describe(profile))
+    return 0
+
+
+def document(profile: Profile) -> dict[str, object]:
+    """Return the same for a program."""
+    return {
+        "profile": str(profile.directory),
+        "base": profile.fingerprint,
+        "made": dict(profile.made),
+        "order": list(profile.order),
+        "ladder": [level.as_json(index) for index, level in enumerate(profile.ladder)],
+    }
 
 
 def describe(profile: Profile) -> str:

@@ -1,4 +1,14 @@
-"""Command line of scripts/measure_kl.py, which says what it is for; `measure_apart` runs it for others."""
+"""What does a format cost? Teacher-forced KL of every layer in it against full precision, in the serving kernels.
+
+Loads MODEL in vLLM with MorphServe, feeds windows of real text at full precision and with ALL layers in one format
+(or at every level of a profile's ladder), and compares the next-token distributions at every position.
+
+Output columns: format or level, kl (mean nats per token, KL(full precision || it)), top1 (share of equal argmax),
+ppl_base, ppl, and with --timed the time of a decode step over that of full precision.
+Last stdout line: one JSON document; its "expected_kl" goes under `ladder:` of the YAML.
+
+    morphserve measure-kl ~/.cache/morphserve/models/smollm2-135m-instruct --text wikitext2
+"""
 
 from __future__ import annotations
 
@@ -13,26 +23,26 @@ from typing import Any
 
 from morphserve.errors import MorphServeError, ProfilingError
 from morphserve.serve_dtype import add_dtype_option, resolve_dtype
+from morphserve.shipped import TEXT, text_file
+from morphserve.tools.command import command_parser, fail, finish
 
 Levels = Sequence[Mapping[int, str]]  # decoder layer id |-> format; the others are at full precision
 
 
-def main(argv: list[str] | None = None, description: str = "What does a format cost?") -> int:
-    """See scripts/measure_kl.py."""
-    args = _parser(description).parse_args(argv)
+def main(argv: Sequence[str] | None = None, prog: str = "morphserve measure-kl") -> int:
+    """Measure, and print a row for each format or level; returns the exit status."""
+    args = _parser(prog).parse_args(argv)
     try:
         document = _measure(args)
     except MorphServeError as error:
-        sys.stderr.write(f"measure_kl: {error}\n")
-        return 1
+        return fail(prog, error)
     for name, row in zip(document["expected_kl"], document["rows"], strict=True):
         timed = f"  step {row['step_time_factor']:.2f}" if args.timed else ""
         sys.stdout.write(
             f"{name}  kl {row['kl']:.4f}  top1 {row['top1']:.3f}  ppl_base {row['ppl_base']:.2f}  "
             f"ppl {row['ppl']:.2f}{timed}\n"
         )
-    sys.stdout.write(json.dumps(document) + "\n")
-    return 0
+    return finish(document)
 
 
 def measure_apart(model: str, levels: Levels, *arguments: object) -> dict[str, Any]:
@@ -60,19 +70,17 @@ def measure_apart(model: str, levels: Levels, *arguments: object) -> dict[str, A
     return document
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     from morphserve.control import DEFAULT_FORMATS
     from quant_layers import FORMATS
 
-    parser = argparse.ArgumentParser(
-        prog="measure_kl", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, prog)
     parser.add_argument("model")
-    parser.add_argument("--text", nargs="+", type=Path, required=True, help="text files, one domain each")
+    parser.add_argument("--text", nargs="+", type=text_file, default=[TEXT], help="text files, one domain each")
     parser.add_argument("--windows", type=int, default=5, help="windows per file")
     parser.add_argument("--offset", type=float, default=0.0, help="where in its share of the file a window starts")
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
-    parser.add_argument("--profile", help="directory made by scripts/profile_layers.py")
+    parser.add_argument("--profile", help="directory that `morphserve profile` made")
     parser.add_argument("--variant", action="append", default=[], metavar="FORMAT=CHECKPOINT",
                         help="where a format's layers come from")  # fmt: skip
     parser.add_argument("--kernel", action="append", default=[], metavar="FORMAT=NAME", help="which kernel runs it")
@@ -80,7 +88,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--levels", "--rungs", type=Path, help="JSON: a list of {layer: format}, to measure instead of formats"
     )
-    parser.add_argument("--predict-text", nargs="+", type=Path, help="measure on this text too, as `kl_predicted`")
+    parser.add_argument("--predict-text", nargs="+", type=text_file, help="measure on this text too, as `kl_predicted`")
     parser.add_argument("--predict-windows", type=int, help="of that text, per file; default: as many as --windows")
     parser.add_argument("--predict-offset", type=float, default=0.0, help="like --offset, for that text")
     parser.add_argument("--timed", action="store_true", help="also measure decode steps")

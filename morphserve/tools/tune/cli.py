@@ -1,4 +1,24 @@
-"""Command line of `scripts/tune.py`."""
+"""Which policy suits my traffic? Tunes one on simulated windows of one's own traces, in minutes, without a server.
+
+Searches the keys that --space names for few SLO violations at little quality cost (expected KL per token), scores what
+it finds on windows that it did not search on, and writes into --out: report.md, pareto.png, importance.png, trials.csv,
+one complete MorphServe YAML for each limit of --constraints (best_le_1pct.yaml: at most 1 % violations, least cost),
+and study.journal, an Optuna study. An interrupted study goes on where it stopped, and ends as if it never had; a study
+with other settings is refused. Everything is simulated from --step-times: measure what you choose with
+`morphserve replay`.
+
+Columns of trials.csv: trial, state, on_front, dev_violation_rate, dev_expected_kl_per_token, the same two held_out (of
+the front), dev_transitions, dev_preemptions, the two of each dev window, every key of the space, reason (of a refusal).
+
+The last line on stdout is one JSON document: {"made", "trials": {"total", "complete", "pruned"}, "anchors": [{"name",
+"dev", "held_out"}], "front": [{"trial", "dev", "held_out"}], "best": [{"max_violation_rate", "trial", "dev",
+"held_out", "values", "verdict", "file"}], "importance", "warnings", "report", "study"}.
+
+Example:
+    morphserve tune --config demo.yaml --step-times step_times.json \\
+        --dev convD --dev hybB:rate_scale=1.2 \\
+        --held-out hybA --trials 300 --seed 0 --out reports/tune
+"""
 
 from __future__ import annotations
 
@@ -14,7 +34,8 @@ from typing import Any
 
 from morphserve.config import MorphServeConfig, load_config
 from morphserve.profile_ladder import read_ladder
-from morphserve.tools.bench import run_command
+from morphserve.shipped import SEARCH_SPACE, config_file
+from morphserve.tools.command import run_command
 from morphserve.tools.options import add_options, read_options
 from morphserve.tools.sim import ServerSpec, SimServer, load_calibration
 from morphserve.tools.tune.errors import TuningError
@@ -25,22 +46,23 @@ from morphserve.tools.workload import Slo, Window, check_times
 STUDY_FILE = "study.journal"
 
 
-def build_parser(description: str, space: Path) -> argparse.ArgumentParser:
-    """Build the parser of all options; `space` is the default search space."""
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    """Build the parser of all options."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    _study_options(parser.add_argument_group("study"), space)
-    add_options(parser.add_argument_group("server (as of scripts/replay.py, simulated)"), ServerSpec)
+    _study_options(parser.add_argument_group("study"))
+    add_options(parser.add_argument_group("server (as of `morphserve replay`, simulated)"), ServerSpec)
     return parser
 
 
-def _study_options(group: Any, space: Path) -> None:
+def _study_options(group: Any) -> None:
     add = group.add_argument
     trace = "a trace and what to take of it: FILE[:window=START,LEN][:thin=K][:rate_scale=R][:input_scale=F]"
-    add("--config", type=Path, required=True, metavar="YAML", help="MorphServe config: the current policy")
-    add("--step-times", type=Path, required=True, metavar="FILE", help="what scripts/calibrate.py measured")
-    add("--space", type=Path, default=space, metavar="YAML", help="which keys may move; default: %(default)s")
+    add("--config", type=config_file, required=True, metavar="YAML", help="MorphServe config: the current policy")
+    add("--step-times", type=Path, required=True, metavar="FILE", help="what `morphserve calibrate` measured")
+    which = "which keys may move; default: %(default)s"
+    add("--space", type=config_file, default=SEARCH_SPACE, metavar="YAML", help=which)
     add(
         "--dev",
         action="append",
@@ -72,12 +94,12 @@ def _study_options(group: Any, space: Path) -> None:
     add("--quiet", action="store_true", help="no progress display")
 
 
-def main(description: str, space: Path, argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "morphserve tune") -> int:
     """Run the command line; the last line on stdout is one JSON document."""
-    parser = build_parser(description, space)
+    parser = build_parser(prog)
     args = parser.parse_args(argv)
     return run_command(
-        "tune", lambda: _tune(args, _command(args, parser)), "finished trials are kept, run again to go on"
+        prog, lambda: _tune(args, _command(args, parser)), "finished trials are kept, run again to go on"
     )
 
 
@@ -88,7 +110,7 @@ def _tune(args: argparse.Namespace, command: str) -> dict[str, Any]:
         import optuna  # noqa: F401
         import rich  # noqa: F401
     except ImportError as e:
-        raise TuningError(f"{e}. Install what tuning needs: pip install -e '.[tune]'.") from e
+        raise TuningError(f'{e}. Install what tuning needs: pip install "morphserve[tune]".') from e
     # Slow to import, and not needed to refuse bad input.
     from morphserve.tools.tune.study import StudyOptions, run_study
 
@@ -165,7 +187,7 @@ def _digest(*files: Path) -> str:
 
 def _command(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
     """Return the command that gives the same result again: without where it goes, and how many processes it takes."""
-    words = ["scripts/tune.py"]
+    words = [*parser.prog.split()]
     for name, value in vars(args).items():
         if name in ("out", "jobs", "quiet") or value == parser.get_default(name):
             continue

@@ -115,7 +115,7 @@ def _page(results: Results) -> str:
     complete, total = results.num_complete, len(results.trials)
     pruned = "".join(f"\n* pruned {n} times: {reason}" for reason, n in results.refusals.items())
     parts = [
-        "# Tuned policies\n\n**Simulated**, not measured: compare with `scripts/replay.py` before you rely on it.",
+        "# Tuned policies\n\n**Simulated**, not measured: compare with `morphserve replay` before you rely on it.",
         "".join(f"**Warning**: {warning}\n\n" for warning in results.warnings).strip(),
         f"{total} trials, {complete} complete, {total - complete} pruned (a server would refuse them).{pruned}",
         "## Windows\n\n" + _table(("window", "of", "requests", "from"), _window_rows(results)),

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from morphserve.shipped import workload_file
 from morphserve.tools.options import options_of
 from morphserve.tools.workload.errors import WorkloadError
 from morphserve.tools.workload.workload import Workload, WorkloadSpec, load_workload
@@ -68,7 +69,7 @@ def parse_window(text: str) -> WorkloadSpec:
             raise WorkloadError(f"window {text!r}: {name}={e}.") from e
         except ValueError as e:
             raise WorkloadError(f"window {text!r}: {name}={value!r} is not a whole number.") from e
-    return WorkloadSpec(Path(file).expanduser(), **fields)
+    return WorkloadSpec(workload_file(file), **fields)
 
 
 def _split(text: str) -> tuple[str, list[tuple[str, str]]]:
@@ -89,7 +90,7 @@ def _load(source: str, seen: dict[str, int]) -> Window:
 
 def _expand(text: str) -> list[str]:
     """Turn a YAML list of windows into command-line texts; anything else stays as it is."""
-    path = Path(text).expanduser()
+    path = workload_file(text)
     if path.suffix not in (".yaml", ".yml"):
         return [text]
     try:

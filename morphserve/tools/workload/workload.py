@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from morphserve.shipped import workload_file
 from morphserve.tools.options import number, option, pair
 from morphserve.tools.workload import synthetic
 from morphserve.tools.workload.errors import WorkloadError
@@ -31,7 +32,7 @@ class WorkloadSpec:
     path: Path = option(
         "Mooncake JSONL, or a CSV of Azure, BurstGPT or Vidur; " + synthetic.HELP,
         flag="--workload",
-        type=Path,
+        type=workload_file,
         metavar="FILE",
     )
     # Start and length. The cut is re-based to 0.

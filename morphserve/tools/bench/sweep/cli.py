@@ -1,4 +1,21 @@
-"""Command line of `scripts/sweep.py`."""
+"""Several policies on several windows, measured, and does the simulator say the same?
+
+All servers are started once and take turns: a window is replayed against each of them, then the next window, then the
+next repeat. Writes sweep.md and, per run, what `morphserve replay` writes (OUT/WINDOW/RUN.REPEAT/). Runs that are there
+already are not measured again: an interrupted sweep goes on, and more --repeats add to it. With --step-times every run
+is simulated too, on machines 0.9, 1.0 and 1.1 times as slow as calibrated, and compared.
+
+With --simulate nothing is measured: hundreds of runs in a minute, --repeats of them with another seed of the noise.
+
+Last stdout line: one JSON document.
+
+    morphserve sweep --model MODEL_DIR --config demo.yaml --policy slo=slo.yaml \\
+        --window convD --window hybB \\
+        --compare stock,morphserve,slo,static_w8 --step-times step_times.json --repeats 3 --out reports/sweep
+
+    morphserve sweep --simulate --step-times step_times.json --window windows.yaml \\
+        --config demo.yaml --compare stock,morphserve --repeats 3 --out reports/simulated
+"""
 
 from __future__ import annotations
 
@@ -11,7 +28,6 @@ from typing import Any
 
 from morphserve.tools.bench import simulated
 from morphserve.tools.bench.cli import comparison_of, settle_dtype
-from morphserve.tools.bench.command import run_command
 from morphserve.tools.bench.comparison import Comparison
 from morphserve.tools.bench.options import make_parser, prompt_options, run_options, server_options
 from morphserve.tools.bench.report.console import ConsoleProgress
@@ -21,31 +37,32 @@ from morphserve.tools.bench.sweep.agreement import SPEEDS, BySpeed, Rows, compar
 from morphserve.tools.bench.sweep.ranking import dominated, totals
 from morphserve.tools.bench.sweep.report import markdown
 from morphserve.tools.bench.sweep.runs import measure_all, simulate_all
+from morphserve.tools.command import run_command
 from morphserve.tools.workload import ReplayError, check_fits, read_windows
 
 
-def build_parser(description: str, corpus: Path) -> argparse.ArgumentParser:
-    """Return the parser of all options; `corpus` is the default text for prompts."""
-    parser = make_parser(description)
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    """Return the parser of all options."""
+    parser = make_parser(__doc__, prog)
     group = parser.add_argument_group("workloads")
     group.add_argument(
         "--window",
         action="append",
         required=True,
         metavar="WINDOW",
-        help="FILE[:window=START,LEN][:thin=K]..., or a YAML list of such, as of scripts/tune.py; repeatable",
+        help="FILE[:window=START,LEN][:thin=K]..., or a YAML list of such, as of `morphserve tune`; repeatable",
     )
-    prompt_options(group, corpus)
+    prompt_options(group)
     run_options(parser.add_argument_group("runs"))
     server_options(parser.add_argument_group("servers (the same for all runs; all are up at once)"))
     simulated.simulation_options(parser.add_argument_group("simulation; without --step-times there is none"))
     return parser
 
 
-def main(description: str, corpus: Path, argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "morphserve sweep") -> int:
     """Run the command line; the last line on stdout is one JSON document."""
-    args = build_parser(description, corpus).parse_args(argv)
-    return run_command("sweep", lambda: _sweep(args), "servers stopped, finished runs are kept: run again to go on")
+    args = build_parser(prog).parse_args(argv)
+    return run_command(prog, lambda: _sweep(args), "servers stopped, finished runs are kept: run again to go on")
 
 
 def _sweep(args: argparse.Namespace) -> dict[str, Any]:

