@@ -1,4 +1,4 @@
-"""The MorphServe YAML. Every field is documented here and in policies/yaml/default.yaml."""
+"""The MorphServe YAML. Every field is documented here and in the file that `morphserve init` writes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LadderStep(_Section):
     """A run of levels that put more and more layers into one format."""
 
     format: FormatName = Field(
-        description="w8 = W8A8 int8, w4 = 4 bit, group 64/32, fp8; `python -m morphserve check` lists all"
+        description="w8 = W8A8 int8, w4 = 4 bit, group 64/32, fp8; `morphserve check` lists all"
     )
     layers: int | Literal["all"] = Field("all", description="how many layers, in `order`")
     layers_per_level: int = Field(5, ge=1, description="layers one level adds to the one before")
@@ -113,10 +113,10 @@ class MorphServeConfig(_Section):
         default_factory=dict, description="by format: the kernel to use; else the first that passes its self-test"
     )
     profile: Path | None = Field(
-        None, description="directory that scripts/profile_layers.py made for this model; null = none"
+        None, description="directory that `morphserve profile` made for this model; null = none"
     )
     step_times: Path | None = Field(
-        None, description="file that scripts/calibrate.py made; null = the profile's, if it has one"
+        None, description="file that `morphserve calibrate` made; null = the profile's, if it has one"
     )
     cache_dir: Path = Field(
         Path("~/.cache/morphserve"), description="packed variants; built once, verified, then read"
@@ -187,7 +187,7 @@ def parse_config(raw: object, source: str = "morphserve config") -> MorphServeCo
         lines = problem_lines(e)
         raise ConfigError(
             f"{source}: {len(lines)} problem(s):\n" + "\n".join(lines)
-            + "\nEvery key and its bounds: policies/yaml/default.yaml."
+            + "\nEvery key and its bounds: `morphserve init` writes them."
         ) from e
 
 

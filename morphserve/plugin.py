@@ -61,7 +61,7 @@ def _add_cli_args(original: Callable[..., Any]) -> Any:
                 "--morphserve-config",
                 default=None,
                 metavar="FILE",
-                help="MorphServe YAML; without it the defaults of policies/yaml/default.yaml hold.",
+                help="MorphServe YAML; without it the defaults hold, which `morphserve init` writes out.",
             )
         return parser
 

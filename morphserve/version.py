@@ -6,6 +6,6 @@ __version__ = "0.1.0"
 SUPPORTED_VLLM = ">=0.32,<0.33"
 
 # With this set to 1, MorphServe starts on CUDA, and with the vLLM whose sources hold all it needs but which never ran.
-# Goes when scripts/gpu_check.py has passed on a GPU.
+# Goes when `morphserve gpu-check` has passed on a GPU.
 UNPROVEN_CUDA = "MORPHSERVE_UNPROVEN_CUDA"
 UNPROVEN_VLLM = ">=0.32,<0.34"

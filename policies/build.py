@@ -34,7 +34,7 @@ def build_policy(
         return ThresholdPolicy(config, ladder)
     if times is None or limits is None:
         raise ValueError(
-            "policy.kind slo predicts from measured step times, and there are none. Run scripts/calibrate.py and give "
-            "its file as `step_times`, or take kind threshold."
+            "policy.kind slo predicts from measured step times, and there are none. Run `morphserve calibrate` and "
+            "give its file as `step_times`, or take kind threshold."
         )
     return SloPolicy(config, ladder, times, limits)

@@ -1,4 +1,4 @@
-"""How long an engine step takes, by what is in it and by the format of the layers: fitted by `scripts/calibrate.py`."""
+"""How long an engine step takes, by what is in it and by the format of the layers: fitted by `morphserve calibrate`."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class StepTimes:
             if time is None:
                 raise ValueError(
                     f"step times of format {half!r} are not known, only those of {', '.join(self.formats)}. Run "
-                    "scripts/calibrate.py with the config whose ladder has it."
+                    "`morphserve calibrate` with the config whose ladder has it."
                 )
             own = (time.base_s, time.per_seq_s, time.per_prefill_token_s, time.per_context_token_s)
             total = [a + share * b for a, b in zip(total, own, strict=True)]
@@ -108,7 +108,7 @@ def load_step_times(path: Path) -> StepTimes:
     Raises:
         ValueError: unreadable, of another schema, or with figures that are no times.
     """
-    remedy = "Make it with scripts/calibrate.py."
+    remedy = "Make it with `morphserve calibrate`."
     try:
         raw = json.loads(path.expanduser().read_text(encoding="utf-8"))
     except OSError as e:
@@ -124,7 +124,7 @@ def parse_step_times(raw: object, source: str) -> StepTimes:
     Raises:
         ValueError: of another schema, or with figures that are no times; says `source`.
     """
-    remedy = "Make it with scripts/calibrate.py."
+    remedy = "Make it with `morphserve calibrate`."
     if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
         found = raw.get("schema") if isinstance(raw, dict) else type(raw).__name__
         raise ValueError(f"{source}: schema {found!r}, this version reads {SCHEMA}. {remedy}")

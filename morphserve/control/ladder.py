@@ -94,7 +94,7 @@ def build_ladder(
     if profile is not None and len(profile.order) != num_layers:
         raise ConfigError(
             f"the profile is of a model with {len(profile.order)} decoder layers, this one has {num_layers}. "
-            "Make it again with scripts/profile_layers.py, or leave out `profile`."
+            "Make it again with `morphserve profile`, or leave out `profile`."
         )
     known = _profile_levels(config, profile)
     if known:
@@ -127,7 +127,7 @@ def _profile_levels(config: LadderConfig, profile: ProfileLadder | None) -> tupl
     if config.steps == "profile" and (profile is None or len(profile.levels) < 2):
         raise ConfigError(
             "ladder.steps is 'profile', and there is no profile with a ladder. Set `profile` to a directory that "
-            "scripts/profile_layers.py made, or list the steps."
+            "`morphserve profile` made, or list the steps."
         )
     own = config.steps is None and config.order in (None, "profile")
     return profile.levels if profile is not None and (config.steps == "profile" or own) and profile.levels[1:] else ()
@@ -141,7 +141,7 @@ def _check_sizes(levels: Sequence[tuple[str, ...]], ranks: Sequence[RankBytes]) 
             if after > before:
                 raise ConfigError(
                     f"level {level} of the profile takes {after} B, level {level - 1} takes {before} B: it was made "
-                    "for other kernels. Make it again here with scripts/profile_layers.py, or list ladder.steps."
+                    "for other kernels. Make it again here with `morphserve profile`, or list ladder.steps."
                 )
 
 
@@ -203,7 +203,7 @@ def _swap_order(num_layers: int, order: str | list[int] | None, profile: Profile
     if order == "profile" and profile is None:
         raise ConfigError(
             "ladder.order is 'profile', and there is none. Set `profile` to a directory that "
-            "scripts/profile_layers.py made, or give ids or 'front_to_back'."
+            "`morphserve profile` made, or give ids or 'front_to_back'."
         )
     if order in (None, "profile") and profile is not None:
         return list(profile.order)

@@ -1,9 +1,9 @@
-"""`python -m morphserve replay-log FILE`: does a policy, asked the same again, answer the same?
+"""`morphserve replay-log FILE`: does a policy, asked the same again, answer the same?
 
 Reads a decision log of `decision_log_detail: all`, builds the policies from what it says, and feeds them the logged
 signals. No engine, no torch: it runs anywhere. With --policy another `policy:` section is asked the same. That is an
 open loop: the signals are those that the logged decisions led to, so it says where the two disagree, not what a server
-with that policy would have lived through (`scripts/replay.py` does).
+with that policy would have lived through (`morphserve replay` does).
 
 Exit status 0 when every decision agrees and nothing is missing, else 1. Last stdout line: one JSON document.
 """

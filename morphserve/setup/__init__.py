@@ -1,7 +1,7 @@
 """What a machine must have before anything runs: a Python, room on the disk, a vLLM that answers, a model to try.
 
-Standard library only, and written so that Pythons too old for the rest can say so: scripts/bootstrap.py runs it before
-anything is installed.
+Standard library only, and written so that Pythons too old for the rest can say so: the checkout's bootstrap.py runs it
+before anything is installed.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class SloPolicy:
         if config.quality_budget is not None and unknown:
             raise ValueError(
                 f"policy.quality_budget is in nats, and nobody has measured those of level {unknown[0]}. Set "
-                "ladder.expected_kl (scripts/measure_kl.py) or a profile, or leave the budget out."
+                "ladder.expected_kl (`morphserve measure-kl`) or a profile, or leave the budget out."
             )
         self._fallback = ThresholdPolicy(ThresholdConfig(kind="threshold", max_level=self.targets.max_level), ladder)
         self.distrusts = False

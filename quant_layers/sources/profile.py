@@ -20,7 +20,7 @@ from quant_layers.store.tensorfile import read_file, sha256_of, write_file
 SCHEMA = 2  # 1 had no ladder
 MANIFEST = "manifest.json"
 _SMOOTHING = "smoothing.safetensors"
-_REMEDY = "make it again with scripts/profile_layers.py"
+_REMEDY = "make it again with `morphserve profile`"
 
 LayerScales = Mapping[int, Mapping[str, Tensor]]  # decoder layer id |-> linear |-> fp32 [K]
 

@@ -127,11 +127,11 @@ def test_our_last_line_is_taken_as_it_is() -> None:
     log = (
         "(APIServer pid=5436) WARNING 11-23 14:53:02 [system_utils.py:255] Found ulimit of 20000\n"
         "morphserve: error: /tmp/bad.yaml: 1 problem(s):\n  policy: Input tag 'nonsense' does not match\n"
-        "Every key and its bounds: policies/yaml/default.yaml.\n"
+        "Every key and its bounds: `morphserve init` writes them.\n"
     )
     assert cause_in(log) == (
         "/tmp/bad.yaml: 1 problem(s): policy: Input tag 'nonsense' does not match. Every key and its bounds: "
-        "policies/yaml/default.yaml."
+        "`morphserve init` writes them."
     )
 
 

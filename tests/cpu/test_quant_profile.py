@@ -92,7 +92,7 @@ def damage(directory: Path, how: str) -> str:
 def test_damage_is_refused_with_a_remedy(written: Path, how: str) -> None:
     """Guards: a server that starts on half a profile."""
     words = damage(written, how)
-    with pytest.raises(ProfileError, match="profile_layers.py") as caught:
+    with pytest.raises(ProfileError, match="morphserve profile") as caught:
         read_profile(written)
     assert words in str(caught.value)
 

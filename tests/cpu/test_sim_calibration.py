@@ -52,7 +52,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, change: dict[str, Any], messa
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ConfigError, match=message) as error:
         load_calibration(path)
-    assert "scripts/calibrate.py" in str(error.value)
+    assert "morphserve calibrate" in str(error.value)
 
 
 def test_step_times_alone_are_no_calibration(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_accuracy_stays_within_eight_bits() -> None:
 
 def test_without_step_times_it_says_what_to_do() -> None:
     """Guards: a policy that predicts from nothing."""
-    with pytest.raises(ValueError, match="scripts/calibrate.py"):
+    with pytest.raises(ValueError, match="morphserve calibrate"):
         build_policy(SloConfig(kind="slo"), ladder(), None, LIMITS)
 
 

@@ -77,7 +77,7 @@ def test_a_level_is_the_mean_of_its_layers() -> None:
 
 def test_an_uncalibrated_format_says_what_to_do() -> None:
     """Guards: KeyError in a server's start-up."""
-    with pytest.raises(ValueError, match="'w4' are not known, only those of base, w8. Run scripts/calibrate.py"):
+    with pytest.raises(ValueError, match="'w4' are not known, only those of base, w8. Run `morphserve calibrate`"):
         TIMES.of_level(MorphLevel(1, ("w4",), 1, 2))
 
 
@@ -105,7 +105,7 @@ def test_nonsense_is_refused(tmp_path: Path, change: dict[str, object], message:
     (tmp_path / "times.json").write_text(json.dumps(TIMES.document() | change))
     with pytest.raises(ValueError, match=message) as caught:
         load_step_times(tmp_path / "times.json")
-    assert "scripts/calibrate.py" in str(caught.value)
+    assert "morphserve calibrate" in str(caught.value)
 
 
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_step_times_without_a_format_of_the_ladder(tmp_path: Path, capsys: pytes
     without = type(known)(StepTimes(formats, LayerMove(0.001, 0.001)), known.rank, known.num_layers, known.block_size)
     without.save(files["step_times.json"])
     message = refused(capsys, arguments(files, tmp_path / "out"))
-    assert "'w4'" in message and "scripts/calibrate.py" in message
+    assert "'w4'" in message and "morphserve calibrate" in message
 
 
 def test_a_ladder_without_quality_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,7 +168,7 @@ def test_a_space_without_a_single_policy(tmp_path: Path, capsys: pytest.CaptureF
         (["--max-model-len", "64"], "exceed max_model_len"),
         (["--num-blocks", "5"], "cannot hold one request"),
         (["--config", "gone.yaml"], "gone.yaml: No such file"),
-        (["--step-times", "gone.json"], "scripts/calibrate.py"),
+        (["--step-times", "gone.json"], "morphserve calibrate"),
         (["--held-out", "gone.jsonl"], "gone.jsonl: No such file"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What `python -m morphserve check` promises, an engine keeps; and what it refuses, an engine refuses.
+"""What `morphserve check` promises, an engine keeps; and what it refuses, an engine refuses.
 
 On the tier that this process runs on: with MORPHSERVE_CPU_TIER it is another one.
 """

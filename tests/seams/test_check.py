@@ -1,4 +1,4 @@
-"""`python -m morphserve check` says whether a server could start here, and why not, without a model."""
+"""`morphserve check` says whether a server could start here, and why not, without a model."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def test_config_without_the_plugin_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("ladderr: {}\n", ["morph.yaml", "ladderr", "policies/yaml/default.yaml"]),
+        ("ladderr: {}\n", ["morph.yaml", "ladderr", "morphserve init"]),
         ("transition: {max_pause_ms: -3}\n", ["transition.max_pause_ms", "greater than 0", "-3"]),
         ("policy: {kind: slow}\n", ["policy", "slow", "'static'", "'threshold'"]),
         ("policy: [\n", ["morph.yaml", "not valid YAML"]),
@@ -197,7 +197,7 @@ def test_active_with_the_plugin(models: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"ladderr": {}}, ["ladderr", "policies/yaml/default.yaml"]),
+        ({"ladderr": {}}, ["ladderr", "morphserve init"]),
         ({"transition": {"max_layers_per_step": 0}}, ["max_layers_per_step", "greater than or equal to 1"]),
         ({"ladder": {"order": [0, 99]}}, ["[99]", "layers 0 to 1", "Remove"]),
         ({"ladder": {"steps": [{"format": "w8", "layers": 7}]}}, ["is 7", "2 decoder layers", "Give 1 to 2"]),

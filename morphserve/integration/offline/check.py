@@ -1,4 +1,4 @@
-"""`python -m morphserve check`: can MorphServe run here, in which dtype and formats, and why not. Needs no model."""
+"""`morphserve check`: can MorphServe run here, in which dtype and formats, and why not. Needs no model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `python -m morphserve check` found: as text, and as a JSON document."""
+"""What `morphserve check` found: as text, and as a JSON document."""
 
 from __future__ import annotations
 

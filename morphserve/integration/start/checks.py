@@ -190,6 +190,6 @@ def _bits(fmt: str) -> int:
     if fmt not in FORMATS:  # the settings' own were checked before
         raise ConfigError(
             f"the profile's ladder has format {fmt!r}; known are {', '.join(FORMATS)}. Make it again with "
-            "scripts/profile_layers.py."
+            "`morphserve profile`."
         )
     return FORMATS[fmt].bits

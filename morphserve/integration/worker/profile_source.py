@@ -106,7 +106,7 @@ class Smoother(Plain):
         try:
             scaled, changed = apply_scales(weights, {n: m.weight.data for n, m in norms.items()}, offset, scales)
         except QuantError as e:
-            raise ConfigError(f"profile, layer {layer}: {e}. Make it again with scripts/profile_layers.py.") from e
+            raise ConfigError(f"profile, layer {layer}: {e}. Make it again with `morphserve profile`.") from e
         return super().pack(layer, kernel, scaled) | {name: {"weight": norm} for name, norm in changed.items()}
 
     def tensor_slots(self) -> dict[int, dict[str, TensorSlot]]:

@@ -80,7 +80,7 @@ def choose_kernels(config: MorphServeConfig, formats: Sequence[str], needs: Need
             choice.left_out[fmt] = str(e)
     if formats and not choice.kernels:
         raise ConfigError(
-            f"no format of the ladder can run here: {'; '.join(choice.left_out.values())}. `python -m morphserve "
+            f"no format of the ladder can run here: {'; '.join(choice.left_out.values())}. `morphserve "
             "check` says for which dtypes one can: serve with such a --dtype, or without --plugin morphserve."
         )
     return choice

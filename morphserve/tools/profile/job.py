@@ -72,7 +72,7 @@ def run_profile(
 
     Args:
         job: what to do.
-        measure: further arguments of scripts/measure_kl.py; None to leave measuring out.
+        measure: further arguments of `morphserve measure-kl`; None to leave measuring out.
         eval_text: what levels are measured on; empty = other windows of the calibration text.
         progress: hears how far it is.
 

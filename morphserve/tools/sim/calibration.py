@@ -1,4 +1,4 @@
-"""What a simulation needs of one machine and one model: the file that `scripts/calibrate.py` makes."""
+"""What a simulation needs of one machine and one model: the file that `morphserve calibrate` makes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from morphserve.files import write_whole
 from policies import BASE_FORMAT, StepTimes, load_step_times
 
 _KEY = "model_bytes"
-_REMEDY = "Make it with scripts/calibrate.py."
+_REMEDY = "Make it with `morphserve calibrate`."
 
 
 @dataclass(frozen=True, slots=True)

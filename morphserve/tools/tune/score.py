@@ -96,8 +96,8 @@ def score_of(simulated: Simulated, slo: Slo) -> Score:
         levels = ", ".join(level for level, count in simulated.tokens_by_level.items() if count)
         raise TuningError(
             f"tokens were generated at levels {levels}, and not all of these have a measured quality cost: there is "
-            "nothing to weigh violations against. Set ladder.expected_kl in --config (scripts/measure_kl.py), or take "
-            "a profile's ladder."
+            "nothing to weigh violations against. Set ladder.expected_kl in --config (`morphserve measure-kl`), or "
+            "take a profile's ladder."
         )
     return Score(
         requests=requests,

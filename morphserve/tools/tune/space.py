@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from morphserve.config import MorphServeConfig, parse_config, problem_lines
 from morphserve.errors import ConfigError
+from morphserve.shipped import SEARCH_SPACE
 from morphserve.tools.tune.config_keys import Key, resolve_key
 from morphserve.tools.tune.errors import TuningError
 
@@ -141,7 +142,7 @@ def _read(path: Path) -> SpaceFile:
         lines = problem_lines(e)
         raise TuningError(
             f"space {path}: {len(lines)} problem(s):\n" + "\n".join(lines)
-            + "\nA key has {low, high, log, step} or {choices}; see policies/yaml/space.yaml."
+            + f"\nA key has {{low, high, log, step}} or {{choices}}; see {SEARCH_SPACE}."
         ) from e
 
 

@@ -110,8 +110,9 @@ def _entry(path: Path, number: int, entry: object) -> str:
     if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
         raise WorkloadError(f"windows {path}: entry {number} is {entry!r}, needs a `file`.")
     file: str | Path = entry["file"]
-    if not entry["file"].startswith("synthetic:"):
-        file = path.parent / Path(file).expanduser()  # relative to the list, not to who reads it
+    beside = path.parent / Path(file).expanduser()
+    if not entry["file"].startswith("synthetic:") and (beside.exists() or not Path(file).is_file()):
+        file = beside  # of the list rather than of who reads it, who may have what a shipped list lacks
     options = [
         f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in entry.items()
