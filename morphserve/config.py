@@ -37,14 +37,29 @@ class LadderConfig(_Section):
     """The levels that exist."""
 
     order: Literal["profile", "front_to_back", "back_to_front"] | list[int] | None = Field(
-        None, description="swap order of decoder layers; null = the profile's, without one front to back"
+        None,
+        description="swap order of decoder layers; null = the profile's, without one from three quarters of the depth "
+        "outwards, the last layer last",
     )
     steps: Annotated[list[LadderStep], Field(min_length=1)] | Literal["profile"] | None = Field(
-        None, description="null = the profile's ladder, level by level; without one w8, then w4, what runs of them"
+        None,
+        description="null = the profile's ladder, level by level; without one 8 bits, then w4 as far as expected_kl "
+        "and quality allow, what runs of them here",
     )
     expected_kl: dict[str, float] = Field(
         default_factory=dict,
-        description="measured nats per token when ALL layers are in that format; enters the report",
+        description="measured nats per token when ALL layers are in that format",
+    )
+
+
+class QualityConfig(_Section):
+    """What a level may cost."""
+
+    max_kl_per_token: float | None = Field(
+        None,
+        gt=0,
+        description="levels with a higher expected KL, nats per token, are left out; null = 0.15 for the profile's and "
+        "the default ladder, no cap for steps that are listed",
     )
 
 
@@ -102,6 +117,7 @@ class MorphServeConfig(_Section):
 
     version: Literal[1] = 1
     ladder: LadderConfig = LadderConfig()
+    quality: QualityConfig = QualityConfig()
     kv: KVConfig = KVConfig()
     transition: TransitionConfig = TransitionConfig()
     policy: PolicyConfig = Field(default_factory=lambda: ThresholdConfig(kind="threshold"))

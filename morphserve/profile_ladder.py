@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from morphserve.config import MorphServeConfig
 from morphserve.control import ProfileLadder
+from morphserve.default_ladder import max_kl
 from morphserve.errors import ConfigError
 
 
 def read_ladder(config: MorphServeConfig) -> ProfileLadder | None:
-    """Read what the configured profile says about the ladder; None without a profile.
+    """Read what the configured profile says about the ladder, as far as it may cost; None without a profile.
 
     Raises:
         ConfigError: the profile is missing or damaged.
@@ -21,5 +22,9 @@ def read_ladder(config: MorphServeConfig) -> ProfileLadder | None:
         profile = read_profile(config.profile, with_scales=False)
     except ProfileError as e:
         raise ConfigError(str(e)) from e
-    levels = tuple(level.layers for level in profile.ladder)
-    return ProfileLadder(profile.order, levels, tuple(level.kl for level in profile.ladder))
+    cap = max_kl(config)
+    kept = [level for index, level in enumerate(profile.ladder) if index == 0 or level.kl <= cap]
+    left_out = tuple(level.kl for level in profile.ladder[1:] if level.kl > cap)
+    return ProfileLadder(
+        profile.order, tuple(level.layers for level in kept), tuple(level.kl for level in kept), left_out
+    )

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from policies.build import build_policy
 from policies.config import PolicyConfig, SloConfig, StaticConfig, ThresholdConfig
-from policies.levels import resolve_level
+from policies.levels import max_level_of, resolve_level
 from policies.setup import PolicySetup
 from policies.slo import SloPolicy
 from policies.static import StaticPolicy
 from policies.step_times import LayerMove, StepTime, StepTimes, load_step_times, parse_step_times
 from policies.threshold import ThresholdPolicy
-from policies.types import BASE_FORMAT, Cohort, Decision, EngineLimits, Ladder, MorphLevel, Policy, Signals, StepLoad
+from policies.types import (
+    BASE_FORMAT,
+    Cohort,
+    Decision,
+    EngineLimits,
+    Ladder,
+    MorphLevel,
+    Policy,
+    Signals,
+    StepLoad,
+    bits_of,
+)
 
 __all__ = [
     "BASE_FORMAT",
@@ -33,8 +44,10 @@ __all__ = [
     "StepTimes",
     "ThresholdConfig",
     "ThresholdPolicy",
+    "bits_of",
     "build_policy",
     "load_step_times",
+    "max_level_of",
     "parse_step_times",
     "resolve_level",
 ]

@@ -16,7 +16,7 @@ class StaticConfig(_Section):
 
     kind: Literal["static"]
     level: int | str = Field(
-        0, description="a level index, 'deepest', or a format: the first level with ALL layers in it"
+        0, description="an index, 'deepest', '8bit' and the like, or a format: the first level with ALL layers in it"
     )
 
 
@@ -43,7 +43,9 @@ class ThresholdConfig(_Section):
         None, ge=0, description="how long it must have stayed so: no queue, no preemption (hysteresis)"
     )
     max_level: int | str | None = Field(
-        None, description="never deeper than this: index, 'deepest', or a format name; null = mode's"
+        None,
+        description="never deeper than this: 8bit, 4bit and the like = no format of fewer bits; 'deepest', an index, "
+        "or a format's name; null = mode's",
     )
 
 
@@ -64,7 +66,9 @@ class SloConfig(_Section):
         None, ge=0, description="how long a shallower level must have been predicted to do before we restore to it"
     )
     max_level: int | str | None = Field(
-        None, description="never deeper than this: index, 'deepest', or a format name; null = mode's"
+        None,
+        description="never deeper than this: 8bit, 4bit and the like = no format of fewer bits; 'deepest', an index, "
+        "or a format's name; null = mode's",
     )
     transitions_per_minute: float = Field(
         20.0, gt=0, description="token bucket: that many changes of the level on average, a third of them at once"

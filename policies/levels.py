@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from policies.config import SloConfig, ThresholdConfig
-from policies.types import BASE_FORMAT, Ladder
+import re
 
-ACCURATE = frozenset({"w8", "fp8"})  # what mode accuracy may use: 8 bits cost every model little
+from policies.config import SloConfig, ThresholdConfig
+from policies.types import Ladder
+
+ACCURATE_BITS = 8  # what mode accuracy may use: 8 bits cost every model little
+_BITS = re.compile(r"([1-9][0-9]?)bit")
 
 
 def resolve_level(ladder: Ladder, spec: int | str) -> int:
@@ -13,7 +16,8 @@ def resolve_level(ladder: Ladder, spec: int | str) -> int:
 
     Args:
         ladder: all levels, `ladder[k].index == k`.
-        spec: an index, 'deepest', or a format: the first level with ALL layers in that format.
+        spec: an index; 'deepest'; '8bit', '4bit' and the like: the deepest level with no weight in a format of fewer
+            bits, whatever the formats are called here; or a format: the first level with ALL layers in that format.
 
     Raises:
         ValueError: no such level; the message lists the ones there are.
@@ -28,14 +32,21 @@ def resolve_level(ladder: Ladder, spec: int | str) -> int:
         )
     if spec == "deepest":
         return deepest
+    if bits := _BITS.fullmatch(spec):
+        return _deepest_of(ladder, int(bits[1]))
     for level in ladder:
         if all(fmt == spec for fmt in level.layer_formats):
             return level.index
     whole = sorted({lv.layer_formats[0] for lv in ladder if len(set(lv.layer_formats)) == 1})
     raise ValueError(
-        f"level {spec!r}: no level of the ladder has all layers in that format (it has {', '.join(whole)}). "
-        f"Give one of these, 'deepest', or an index from 0 to {deepest}."
+        f"level {spec!r}: the ladder has no level of that name. Give 8bit, 4bit, deepest, a format that all layers of "
+        f"a level are in ({', '.join(whole)}), or an index from 0 to {deepest}."
     )
+
+
+def _deepest_of(ladder: Ladder, bits: int) -> int:
+    """Return the deepest level whose formats all have so many bits; what is as it was loaded counts as enough."""
+    return max(level.index for level in ladder if level.min_bits is None or level.min_bits >= bits)
 
 
 def max_level_of(config: ThresholdConfig | SloConfig, ladder: Ladder) -> int:
@@ -46,7 +57,4 @@ def max_level_of(config: ThresholdConfig | SloConfig, ladder: Ladder) -> int:
     """
     if config.max_level is not None:
         return resolve_level(ladder, config.max_level)
-    if config.mode != "accuracy":
-        return len(ladder) - 1
-    allowed = ACCURATE | {BASE_FORMAT}
-    return max(level.index for level in ladder if allowed.issuperset(level.formats))
+    return _deepest_of(ladder, ACCURATE_BITS) if config.mode == "accuracy" else len(ladder) - 1

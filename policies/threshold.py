@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from policies.config import ThresholdConfig
 from policies.dwell import Dwell
-from policies.levels import ACCURATE, max_level_of
+from policies.levels import max_level_of
 from policies.types import BASE_FORMAT, Decision, Ladder, Signals
 
 _GROWTH_UNTIL_KNOWN = 1.5  # a request holds its prompt at first; until one has ended, expect it to grow so
@@ -43,19 +43,13 @@ def fill_in(config: ThresholdConfig, ladder: Ladder) -> Thresholds:
         ValueError: `max_level` is not on the ladder, or the thresholds would make the level swing.
     """
     degrade, delay, target, below, after = _PRESETS[config.mode]
-    max_level = max_level_of(config, ladder)
-    if max_level == 0 and config.max_level is None and len(ladder) > 1:
-        raise ValueError(
-            f"policy.mode accuracy uses no format but {' and '.join(sorted(ACCURATE))}, and the ladder has no w8 "
-            "step: it would never leave level 0. Add a w8 step, or set policy.max_level."
-        )
     filled = Thresholds(
         degrade_above=degrade if config.degrade_above is None else config.degrade_above,
         queue_delay_s=delay if config.queue_delay_s is None else config.queue_delay_s,
         target_usage=target if config.target_usage is None else config.target_usage,
         restore_below=below if config.restore_below is None else config.restore_below,
         restore_after_s=after if config.restore_after_s is None else config.restore_after_s,
-        max_level=max_level,
+        max_level=max_level_of(config, ladder),
     )
     for name in ("target_usage", "restore_below"):
         value = getattr(filled, name)

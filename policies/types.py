@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Protocol
 
 BASE_FORMAT = "base"  # a layer as it was loaded: the full-precision weights
+_LAST_DIGITS = re.compile(r"[0-9]+$")
+
+
+def bits_of(fmt: str) -> int:
+    """Return the bits of one weight in a format: every format's name ends in them, as its registry sees to.
+
+    Raises:
+        ValueError: no format has such a name.
+    """
+    found = _LAST_DIGITS.search(fmt)
+    if found is None:
+        raise ValueError(f"format {fmt!r} does not end in its bits, as w8 does. Name a format that there is.")
+    return int(found[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +40,11 @@ class MorphLevel:
     def formats(self) -> frozenset[str]:
         """Formats that any layer or half of a layer has."""
         return frozenset(half for fmt in self.layer_formats for half in fmt.split("/"))
+
+    @property
+    def min_bits(self) -> int | None:
+        """Fewest bits of any weight that is not as it was loaded; None where all are."""
+        return min((bits_of(fmt) for fmt in self.formats if fmt != BASE_FORMAT), default=None)
 
     def layers_by_format(self) -> dict[str, int]:
         """Return the number of decoder layers in each format."""

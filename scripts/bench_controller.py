@@ -23,7 +23,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from morphserve.config import LadderConfig, MorphServeConfig
+from morphserve.config import LadderConfig, LadderStep, MorphServeConfig
 from morphserve.control import (
     Controller,
     DecisionLog,
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
 def _drive(args: argparse.Namespace, log_file: Path) -> int:
     config = MorphServeConfig()
     ranks = [RankBytes(LAYER_BYTES, BLOCK_BYTES)] * 2
-    ladder = build_ladder(30, ranks, LadderConfig(), 49)
+    ladder = build_ladder(30, ranks, LadderConfig(steps=[LadderStep(format=fmt) for fmt in ("w8", "w4")]), 49)
     pool, monitor, now = Pool(49), Monitor(), [0.0]
     setup = PolicySetup(ThresholdConfig(kind="threshold"), None, EngineLimits(32, 64, 2048))
     log = None

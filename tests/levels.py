@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from morphserve.config import LadderConfig, LadderStep
 from policies import BASE_FORMAT, MorphLevel
+
+# All layers in 8 bits, then all in 4, front to back: for who asks about policies and bytes, not about the default.
+W8_THEN_W4 = LadderConfig(
+    order="front_to_back", steps=[LadderStep(format=fmt, optional=True) for fmt in ("w8", "w4")]
+)
 
 
 def swapped_layers(level: MorphLevel) -> tuple[int, ...]:

@@ -34,7 +34,6 @@ from morphserve.control.controller import Controller
 from morphserve.control.decision_log import DecisionLog, make_header
 from morphserve.control.health import Counters, Health
 from morphserve.control.ladder import (
-    DEFAULT_FORMATS,
     TIMED_BATCHES,
     LayerTimes,
     ProfileLadder,
@@ -51,6 +50,7 @@ from morphserve.control.reload import PolicyReloader, ReloadWatch
 from morphserve.control.replay_log import print_replay
 from morphserve.control.transition import Phase
 from morphserve.control.waiting import NO_LIMITS, RequestLimits, WaitingRequest
+from morphserve.default_ladder import DEFAULT_FORMATS
 
 __all__ = [
     "BlockPoolPort",

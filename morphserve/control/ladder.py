@@ -13,13 +13,9 @@ from typing import NoReturn
 import policies
 from morphserve.config import LadderConfig, LadderStep
 from morphserve.control.budget import RankBytes, balance, kv_granularity, paid_blocks, stage_of
+from morphserve.default_ladder import default_steps, inside_out
 from morphserve.errors import ConfigError
 from policies import BASE_FORMAT, Ladder, MorphLevel
-
-# What a ladder takes by itself: fast wherever MorphServe serves. No list of all formats: fp8 is slow on CPU, and a new
-# one is for who names it.
-DEFAULT_FORMATS = ("w8", "w4")
-_DEFAULT_STEPS = tuple(LadderStep(format=fmt, optional=True) for fmt in DEFAULT_FORMATS)
 
 TIMED_BATCHES = (1, 8, 32)  # sequences in a step: a lone request, a few, a burst
 
@@ -34,6 +30,12 @@ class ProfileLadder:
     order: tuple[int, ...]  # every decoder layer id, least harmful first
     levels: tuple[Mapping[int, str], ...]  # level 0 first: decoder layer id |-> format, full precision left out
     kl: tuple[float, ...]  # nats per token, one a level
+    left_out: tuple[float, ...] = ()  # those of levels that cost more than the settings allow
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether it is a profile with a ladder of its own, even if no level of it is allowed."""
+        return bool(self.levels[1:] or self.left_out)
 
 
 def ladder_formats(config: LadderConfig, profile: ProfileLadder | None = None) -> tuple[str, ...]:
@@ -119,18 +121,18 @@ def build_ladder(
 
 
 def _steps(config: LadderConfig) -> Sequence[LadderStep]:
-    return config.steps if isinstance(config.steps, list) else _DEFAULT_STEPS
+    return config.steps if isinstance(config.steps, list) else default_steps(config)
 
 
 def _profile_levels(config: LadderConfig, profile: ProfileLadder | None) -> tuple[Mapping[int, str], ...]:
     """Return the profile's own levels, empty where the section's steps count."""
-    if config.steps == "profile" and (profile is None or len(profile.levels) < 2):
+    if config.steps == "profile" and (profile is None or not profile.has_levels):
         raise ConfigError(
             "ladder.steps is 'profile', and there is no profile with a ladder. Set `profile` to a directory that "
             "`morphserve profile` made, or list the steps."
         )
     own = config.steps is None and config.order in (None, "profile")
-    return profile.levels if profile is not None and (config.steps == "profile" or own) and profile.levels[1:] else ()
+    return profile.levels if profile is not None and (config.steps == "profile" or own) and profile.has_levels else ()
 
 
 def _check_sizes(levels: Sequence[tuple[str, ...]], ranks: Sequence[RankBytes]) -> None:
@@ -187,7 +189,7 @@ def check_floor(base_num_blocks: int, max_model_len: int, block_size: int, neede
 
 
 def resolve_level(ladder: Ladder, spec: int | str) -> int:
-    """Return the index of the level that `spec` names: an index, 'deepest', or a format all layers are in.
+    """Return the index of the level that `spec` names, see `policies.resolve_level`.
 
     Raises:
         ConfigError: no such level.
@@ -207,7 +209,9 @@ def _swap_order(num_layers: int, order: str | list[int] | None, profile: Profile
         )
     if order in (None, "profile") and profile is not None:
         return list(profile.order)
-    if order is None or isinstance(order, str):
+    if order is None:
+        return inside_out(num_layers)
+    if isinstance(order, str):
         ids = list(range(num_layers))
         return ids[::-1] if order == "back_to_front" else ids
     unknown = sorted({layer for layer in order if not 0 <= layer < num_layers})

@@ -19,6 +19,7 @@ tests/cpu/test_quant_registry.py takes a toy format of 3 bits the whole way.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, ValuesView
 from types import MappingProxyType
 from typing import Protocol
@@ -99,11 +100,14 @@ def register(kernel: type[Kernel]) -> None:
     """Add a kernel behind those of its format, and its format where it is the first.
 
     Raises:
-        KernelError: its name is taken, or that of its format is, by another canonical form.
+        KernelError: its name is taken, or that of its format is, by another canonical form; or the format's name does
+            not end in its bits, by which policies, which know no kernels, tell formats apart.
     """
     canonical = kernel.canonical
     if not canonical.format or split_format(canonical.format)[0] != canonical.format:
         raise KernelError(f"format {canonical.format!r} of {canonical.__name__} must be a name without '/'; rename it")
+    if not re.search(rf"(?<![0-9]){canonical.bits}$", canonical.format):
+        raise KernelError(f"format {canonical.format!r} must end in its bits, {canonical.bits}, as w8 does; rename it")
     if kernel.name in _kernels or _formats.get(canonical.format, canonical) is not canonical:
         raise KernelError(
             f"kernel {kernel.name!r} or format {canonical.format!r} is registered already; give it another name"

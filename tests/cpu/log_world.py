@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 
 import pytest
+from levels import W8_THEN_W4
 
-from morphserve.config import LadderConfig
 from morphserve.control import DecisionLog, make_header
 from morphserve.control.budget import RankBytes
 from morphserve.control.decision_log import Row
@@ -29,7 +29,7 @@ from policies import (
     ThresholdConfig,
 )
 
-LADDER = build_ladder(6, [RankBytes({"base": [1000] * 6, "w8": [500] * 6, "w4": [300] * 6}, 100)], LadderConfig(), 20)
+LADDER = build_ladder(6, [RankBytes({"base": [1000] * 6, "w8": [500] * 6, "w4": [300] * 6}, 100)], W8_THEN_W4, 20)
 LIMITS = EngineLimits(32, 16, 2048)
 TIMES = StepTimes(
     {

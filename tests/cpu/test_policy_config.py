@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,22 +12,26 @@ from morphserve.control.budget import RankBytes
 from morphserve.control.ladder import build_ladder
 from policies import (
     Ladder,
+    MorphLevel,
     Signals,
     StaticConfig,
     StaticPolicy,
     ThresholdConfig,
     ThresholdPolicy,
     build_policy,
+    resolve_level,
 )
 from policies.threshold import fill_in
 
 pytestmark = pytest.mark.cpu
 
+IDLE = Signals(0.0, 0, 0, 20, 0, 0, 0, 0.0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 YAML = Path(__file__).parents[2] / "policies" / "yaml"
 
 
-def make_ladder(**fields: object) -> Ladder:
-    sizes = {"base": [100] * 6, "w8": [50] * 6, "w4": [30] * 6}
+def make_ladder(*formats: str, **fields: object) -> Ladder:
+    sizes = {"base": [100] * 6, "fp8": [50] * 6, "w8": [50] * 6, "w4": [30] * 6}
+    fields.setdefault("steps", [{"format": fmt} for fmt in formats or ("w8", "w4")])
     return build_ladder(6, [RankBytes(sizes, 10)], LadderConfig.model_validate(fields), 20)
 
 
@@ -38,7 +43,7 @@ def test_yaml_files_say_what_the_presets_are(mode: str) -> None:
     assert isinstance(config.policy, ThresholdConfig) and config.policy.mode == mode
     assert fill_in(config.policy, ladder) == fill_in(ThresholdConfig(kind="threshold", mode=mode), ladder)  # type: ignore[arg-type]
     bare = MorphServeConfig()
-    for section in ("ladder", "kv", "transition", "cache_dir", "decision_log"):
+    for section in ("ladder", "quality", "kv", "transition", "cache_dir", "decision_log"):
         assert getattr(config, section) == getattr(bare, section)
 
 
@@ -48,6 +53,7 @@ def test_default_yaml_names_every_key() -> None:
     sections = [
         MorphServeConfig,
         LadderConfig,
+        type(MorphServeConfig().quality),
         type(MorphServeConfig().kv),
         type(MorphServeConfig().transition),
     ]
@@ -81,20 +87,45 @@ def test_thresholds_that_cannot_work_are_refused(fields: dict[str, object], word
         build_policy(config, make_ladder())
 
 
-def test_accuracy_without_w8_is_refused() -> None:
-    """Guards: a server that silently never morphs."""
-    with pytest.raises(ValueError, match="no w8 step"):
-        build_policy(
-            ThresholdConfig(kind="threshold", mode="accuracy"), make_ladder(steps=[{"format": "w4"}])
-        )
+LADDERS = {"cpu": ("w8", "w4"), "gpu": ("fp8", "w4"), "w8 alone": ("w8",), "int8 base": ("w4",)}
+
+
+@pytest.mark.parametrize("on", LADDERS)
+def test_bits_mean_the_same_on_every_device(on: str) -> None:
+    """Guards: a file that serves on a CPU and is refused on a GPU, or allows there what it forbids here."""
+    ladder = make_ladder(*LADDERS[on])
+    eight = max(level.index for level in ladder if "w4" not in level.formats)
+    assert resolve_level(ladder, "8bit") == eight and (eight > 0) == (on != "int8 base")
+    assert resolve_level(ladder, "4bit") == resolve_level(ladder, "3bit") == len(ladder) - 1
+    assert resolve_level(ladder, "16bit") == resolve_level(ladder, "9bit") == 0
+    assert build_policy(StaticConfig(kind="static", level="8bit"), ladder).decide(IDLE).level == eight
+    for policy in (load_config(YAML / "accuracy.yaml").policy, ThresholdConfig(kind="threshold", mode="accuracy")):
+        assert isinstance(policy, ThresholdConfig)
+        assert fill_in(policy, ladder).max_level == eight
+        assert isinstance(build_policy(policy, ladder), ThresholdPolicy)
+
+
+def test_a_half_in_fewer_bits_counts() -> None:
+    """Guards: 8bit taken for a level whose MLPs have 4."""
+    formats = (("base", "base"), ("w8", "w8/base"), ("w8/w4", "w8"), ("w4", "w4"))
+    ladder = tuple(MorphLevel(index, row, 1, 1) for index, row in enumerate(formats))
+    assert resolve_level(ladder, "8bit") == 1
+
+
+@pytest.mark.parametrize("name", ["int8", "8 bit", "8bits", "0bit", "bit", "w4"])
+def test_an_unknown_level_is_refused_with_those_that_there_are(name: str) -> None:
+    """Guards: a misspelt level taken for some other, or refused without a word on what there is."""
+    with pytest.raises(ValueError, match=re.escape(f"level {name!r}")) as error:
+        resolve_level(make_ladder("w8"), name)
+    assert "8bit, 4bit, deepest" in str(error.value) and "(base, w8)" in str(error.value)
+    assert "0 to 2" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_static_never_moves() -> None:
     """Guards: a baseline that reacts to load."""
     policy = build_policy(StaticConfig(kind="static", level="w8"), make_ladder())
     assert isinstance(policy, StaticPolicy)
-    idle = Signals(0.0, 0, 0, 20, 0, 0, 0, 0.0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     busy = Signals(1.0, 0, 0, 20, 19, 9, 9, 9.0, 9, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0)
-    assert policy.decide(idle) == policy.decide(busy)
-    assert policy.decide(idle).level == 2
+    assert policy.decide(IDLE) == policy.decide(busy)
+    assert policy.decide(IDLE).level == 2
     assert isinstance(build_policy(ThresholdConfig(kind="threshold"), make_ladder()), ThresholdPolicy)

@@ -6,8 +6,9 @@ from collections import deque
 from dataclasses import dataclass
 
 import pytest
+from levels import W8_THEN_W4
 
-from morphserve.config import LadderConfig, MorphServeConfig
+from morphserve.config import MorphServeConfig
 from morphserve.control import Controller, EngineView, Phase, largest_batch_bytes, make_ledgers
 from morphserve.control.budget import RankBytes
 from morphserve.control.ladder import build_ladder
@@ -37,7 +38,7 @@ class Engine:
     def __init__(self, mode: str = "default", max_num_seqs: int = 64, morph: bool = True) -> None:
         config = MorphServeConfig(policy=ThresholdConfig(kind="threshold", mode=mode))  # type: ignore[arg-type]
         ranks = [RankBytes(SIZES, 105)] * 2
-        self.ladder = build_ladder(30, ranks, LadderConfig(), 49)
+        self.ladder = build_ladder(30, ranks, W8_THEN_W4, 49)
         ledgers = make_ledgers(self.ladder, ranks, [largest_batch_bytes(SIZES, 5)] * 2)
         self.pool = FakePool(49)
         self.executor = FakeExecutor(self.ladder, ranks, ledgers)

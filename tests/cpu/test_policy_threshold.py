@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels import W8_THEN_W4
 
-from morphserve.config import LadderConfig
 from morphserve.control.budget import RankBytes
 from morphserve.control.ladder import build_ladder
 from policies import Ladder, Signals, ThresholdConfig, ThresholdPolicy
@@ -16,7 +16,7 @@ from policies import Ladder, Signals, ThresholdConfig, ThresholdPolicy
 pytestmark = pytest.mark.cpu
 
 SIZES = {"base": [1000] * 30, "w8": [500] * 30, "w4": [300] * 30}
-LADDER = build_ladder(30, [RankBytes(SIZES, 105)], LadderConfig(), 49)  # 49, 72, ... 191 blocks (w8), ... 249 (w4)
+LADDER = build_ladder(30, [RankBytes(SIZES, 105)], W8_THEN_W4, 49)  # 49, 72, ... 191 blocks (w8), ... 249 (w4)
 QUIET = Signals(
     now_s=100.0, level=0, target_level=0, num_kv_blocks=49, used_kv_blocks=10, num_waiting=0, num_running=2,
     oldest_wait_s=0.0, preemptions=0, preemption_rate=0.0, arrival_rate=1.0, queue_delay_s=0.0, ttft_s=0.1,
@@ -113,7 +113,7 @@ def test_transition_under_way_is_not_escalated_by_what_it_cures() -> None:
 
 def test_deepest_useful_level_is_the_end() -> None:
     """Guards: levels that give no more blocks, chosen for their index."""
-    ladder = build_ladder(30, [RankBytes(SIZES, 105)], LadderConfig(), 49, 100)
+    ladder = build_ladder(30, [RankBytes(SIZES, 105)], W8_THEN_W4, 49, 100)
     policy = ThresholdPolicy(ThresholdConfig(kind="threshold"), ladder)
     decision = policy.decide(replace(QUIET, used_kv_blocks=48, num_running=9, num_waiting=60))
     assert ladder[decision.level].num_kv_blocks == 100 > ladder[decision.level - 1].num_kv_blocks

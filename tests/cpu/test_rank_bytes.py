@@ -112,7 +112,7 @@ def test_one_stage_keeps_its_order() -> None:
 def test_steps_take_the_stages_in_turn() -> None:
     """Guards: front to back over two stages, where the second frees nothing before the first has freed all."""
     ranks = pipeline({BASE_FORMAT: [100] * 6, "w8": [60] * 6}, 60, 3)
-    config = LadderConfig(steps=[LadderStep(format="w8", layers_per_level=2)])
+    config = LadderConfig(order="front_to_back", steps=[LadderStep(format="w8", layers_per_level=2)])
     ladder = build_ladder(6, ranks, config, 10)
     assert [swapped_layers(level) for level in ladder] == [(), (0, 3), (0, 1, 3, 4), (0, 1, 2, 3, 4, 5)]
     assert [level.num_kv_blocks for level in ladder] == [10, 11, 12, 14]

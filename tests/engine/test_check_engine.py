@@ -17,7 +17,7 @@ from engine import check_run
 from engine.rank_harness import make_model
 
 from morphserve import cpu_tier
-from morphserve.control.ladder import DEFAULT_FORMATS
+from morphserve.control import DEFAULT_FORMATS
 
 pytestmark = pytest.mark.cpu_tier
 

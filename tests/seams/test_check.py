@@ -18,7 +18,7 @@ import torch  # noqa: E402
 
 from morphserve import cpu_tier  # noqa: E402
 from morphserve.__main__ import main  # noqa: E402
-from morphserve.control.ladder import DEFAULT_FORMATS  # noqa: E402
+from morphserve.control import DEFAULT_FORMATS  # noqa: E402
 from morphserve.errors import ConfigError  # noqa: E402
 from morphserve.integration import start
 from morphserve.integration.offline import check, dtype_check

@@ -23,10 +23,10 @@ from morphserve.errors import ConfigError
 from morphserve.integration import seams
 from morphserve.integration.describe import RankDescription
 from morphserve.integration.engine.block_pool import blocks_of_one_request, check_supported
-from morphserve.integration.start import check_given_blocks, config_file, served_ladder
+from morphserve.integration.start import check_given_blocks, config_file, ladder_note, served_ladder
 from morphserve.integration.worker import check_kinds, geometry_of, granularity_of
 from morphserve.profile_ladder import read_ladder
-from policies import Ladder
+from policies import Ladder, max_level_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -159,6 +159,9 @@ class EngineRuntime:
         return make_ledgers(self.ladder, self.rank_bytes, staging)
 
     def _warn_of_left_out(self) -> None:
+        level, note = ladder_note(self.stated, self.vllm_config)
+        if note and self.index == 0:
+            logger.log(level, "morphserve: %s.", note)
         left_out = self.ranks[0].left_out
         if left_out and self.index == 0:
             logger.warning(
@@ -184,4 +187,16 @@ class EngineRuntime:
                 "stages in turn, a profile's own levels are taken as they were measured.",
                 level, least, most,
             )  # fmt: skip
+        self._warn_of_rest(ladder)
         return with_time_factors(ladder, [rank.layer_times for rank in self.ranks])
+
+    def _warn_of_rest(self, ladder: Ladder) -> None:
+        """Say so when the policy will never leave level 0, as below 8 bits alone with a maximum of 8bit."""
+        policy = self.config.policy
+        if policy.kind != "static" and ladder[1:] and max_level_of(policy, ladder) == 0:
+            asked = f"mode {policy.mode}" if policy.max_level is None else f"max_level {policy.max_level}"
+            formats = " and ".join(sorted(ladder[-1].formats))
+            logger.warning(
+                "morphserve: policy.%s allows level 0 alone of a ladder down to %s, so nothing will ever change. Set "
+                "policy.max_level to %s for more.", asked, formats, "deepest",
+            )  # fmt: skip

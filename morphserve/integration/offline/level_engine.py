@@ -77,7 +77,7 @@ class LevelEngine:
         """Ask for a level from the next step on, and return its index.
 
         Args:
-            level: an index, 'deepest', or a format: the first level with all layers in it.
+            level: an index, 'deepest', '8bit' and the like, or a format: the first level with all layers in it.
 
         Raises:
             ValueError: there is no such level.

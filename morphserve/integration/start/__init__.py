@@ -14,6 +14,7 @@ from morphserve.integration.start.settings import (
     config_file,
     for_this_device,
     is_active,
+    ladder_note,
     read_settings,
     served_ladder,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "for_this_device",
     "is_active",
     "is_cuda",
+    "ladder_note",
     "make_policy",
     "nominal_ladder",
     "policy_setup",

@@ -6,12 +6,16 @@ hash, and a changed threshold must not recompile the model.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from morphserve.config import LadderStep, MorphServeConfig, load_config, parse_config
+from morphserve.config import MorphServeConfig, load_config, parse_config
 from morphserve.control import without_formats
+from morphserve.default_ladder import Device, Settled, max_kl, settle
+from morphserve.profile_ladder import read_ladder
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -40,21 +44,48 @@ def read_settings(additional_config: Any) -> MorphServeConfig | None:
 
 
 def for_this_device(config: MorphServeConfig, vllm_config: VllmConfig) -> MorphServeConfig:
-    """Return the settings with the ladder that an empty `ladder.steps` means here.
+    """Return the settings with the ladder that they mean here, see `settle`."""
+    return _settle(config, vllm_config).config
 
-    Two levels a format, because each has CUDA graphs of its own, which cost memory and time at start; one where vLLM's
-    custom all-reduce has no room for the graphs of more.
+
+def ladder_note(config: MorphServeConfig, vllm_config: VllmConfig) -> tuple[int, str]:
+    """Return what a user should know of levels that he might expect and that are not there, and at which log level.
+
+    Args:
+        config: the settings as written.
+        vllm_config: vLLM's.
+
+    Returns:
+        A level of `logging`, and one line; an empty one where nothing is left out.
+    """
+    settled, profile = _settle(config, vllm_config), read_ladder(config)
+    if settled.note or profile is None or not profile.left_out or isinstance(settled.config.ladder.steps, list):
+        return (logging.WARNING if settled.is_warning else logging.INFO), settled.note
+    dearest, alone = max(profile.left_out), not profile.levels[1:]
+    note = (
+        f"{len(profile.left_out)} levels of the profile are left out, of {min(profile.left_out):.4g} to {dearest:.4g} "
+        f"nats per token: quality.max_kl_per_token is {max_kl(config):g}, raise it to have them"
+    )
+    only = "; level 0 is the only level, so nothing will ever change" if alone else ""
+    return (logging.WARNING if alone else logging.INFO), note + only
+
+
+def _settle(config: MorphServeConfig, vllm_config: VllmConfig) -> Settled:
+    """On a GPU two levels a format: each has CUDA graphs of its own, which cost memory and time at start.
+
+    One level where vLLM's custom all-reduce has no room for the graphs of more.
     """
     from morphserve.integration.start.device import default_formats
     from morphserve.integration.start.device_checks import has_room_for_graph_sets
 
-    ladder, formats = config.ladder, default_formats()
-    if not formats or ladder.steps is not None or config.profile is not None:
-        return config
-    parts = 2 if has_room_for_graph_sets(vllm_config, 1 + 2 * len(formats)) else 1
-    per_level = -(-vllm_config.model_config.get_total_num_hidden_layers() // parts)
-    steps = [LadderStep(format=fmt, layers_per_level=per_level, optional=True) for fmt in formats]
-    return config.model_copy(update={"ladder": ladder.model_copy(update={"steps": steps})})
+    model_config = vllm_config.model_config
+    num_layers, formats = model_config.get_total_num_hidden_layers(), default_formats()
+    device = Device(num_layers, base_bits=8 if model_config.quantization else 8 * model_config.dtype.itemsize)
+    if formats:
+        parts = 2 if has_room_for_graph_sets(vllm_config, 1 + 2 * len(formats)) else 1
+        device = replace(device, formats=formats, layers_per_level=-(-num_layers // parts))
+    profile = read_ladder(config)
+    return settle(config, device, profile is not None and profile.has_levels)
 
 
 def served_ladder(config: MorphServeConfig, left_out: Collection[str]) -> MorphServeConfig:

@@ -8,6 +8,7 @@ from typing import Any
 
 from morphserve.config import MorphServeConfig
 from morphserve.control import (
+    DEFAULT_FORMATS,
     TIMED_BATCHES,
     Controller,
     DecisionLog,
@@ -23,6 +24,7 @@ from morphserve.control import (
     optional_formats,
     without_formats,
 )
+from morphserve.default_ladder import Device, settle
 from morphserve.errors import ConfigError
 from morphserve.tools.sim.calibration import Calibration
 from morphserve.tools.sim.executor import SimExecutor
@@ -31,7 +33,7 @@ from morphserve.tools.sim.pool import SimPool
 from morphserve.tools.sim.request import Batch, SimRequest
 from morphserve.tools.sim.scheduler import SimScheduler
 from morphserve.tools.sim.server import SimServer
-from policies import EngineLimits, Ladder, PolicySetup, StepTime
+from policies import BASE_FORMAT, EngineLimits, Ladder, PolicySetup, StepTime, bits_of
 
 _MAX_WARM_UP_TICKS = 10_000
 
@@ -55,6 +57,8 @@ def plan_ladder(
         )
     check_floor(base, server.max_model_len, server.block_size)
     ranks = [calibration.rank_with(server.block_size)]
+    device = Device(calibration.num_layers, _formats_of(calibration))
+    config = settle(config, device, profile is not None and profile.has_levels).config
     left_out = optional_formats(config.ladder, profile) - calibration.times.formats.keys()
     section = without_formats(config.ladder, left_out)
     ladder = build_ladder(calibration.num_layers, ranks, section, base, config.kv.max_num_blocks, profile)
@@ -66,6 +70,13 @@ def plan_ladder(
         replace(level, time_factors=tuple((n, _factor(time, times[0], n)) for n in TIMED_BATCHES))
         for level, time in zip(ladder, times, strict=True)
     )
+
+
+def _formats_of(calibration: Calibration) -> list[str]:
+    """Return what the calibrated device's default ladder had: of formats with as many bits the usual one."""
+    known = sorted(calibration.times.formats.keys() - {BASE_FORMAT}, key=lambda fmt: fmt not in DEFAULT_FORMATS)
+    by_bits = {bits_of(fmt): fmt for fmt in reversed(known)}
+    return [by_bits[bits] for bits in sorted(by_bits, reverse=True)]
 
 
 def _factor(time: StepTime, base: StepTime, num_seqs: int) -> float:
