@@ -36,6 +36,8 @@ COMMANDS = (
     Command("sweep", "tools.bench.sweep.cli", "several policies on several windows", "replay"),
     Command("tune", "tools.tune.cli", "find the policy for one's own traffic, simulated", "tune"),
     Command("inspect", "tools.profile.inspect", "what is in a profile"),
+    Command("status", "tools.watch.status", "how a running server fares: level, blocks, late requests"),
+    Command("watch", "tools.watch.watch", "the same, live, until Ctrl-C", "ops"),
     Command("replay-log", "commands.replay_log", "ask a policy again what a decision log says it was asked"),
     Command("soak", "commands.soak", "bursts for half an hour: does anything add up"),
     Command("gpu-check", "tools.gpucheck.cli", "what of the NVIDIA path holds on this machine", "cuda"),

@@ -15,7 +15,7 @@ from morphserve.control.monitor import Monitor
 from morphserve.control.policy_host import PolicyHost
 from morphserve.control.ranks import BlockPoolPort, EngineView, ExecutorPort
 from morphserve.control.runner import SwapRunner
-from morphserve.control.transition import BatchEnd, Direction, Outcome, Phase, Transition
+from morphserve.control.transition import BatchEnd, Direction, Outcome, Phase, Transition, TransitionHistory
 from morphserve.errors import ConfigError
 from policies import Ladder, Policy, PolicySetup
 
@@ -83,6 +83,8 @@ class Controller:
         )
         self._policy_host = PolicyHost(policy, len(ladder), self.counters, log)
         self._transition: Transition | None = None
+        self._history = TransitionHistory()
+        self._driven_s = 0.0  # when the transition was last worked on
         self.health = Health.RUNNING
         self._backoff = BackOff(config.transition)
 
@@ -165,6 +167,7 @@ class Controller:
             "ranks": {
                 str(rank): asdict(figures) for rank, figures in sorted(self._runner.replies.ranks.items())
             },
+            "recent_transitions": self._history.as_json(self._clock()),
             "counters": {**asdict(self.counters), "transitions": transitions},
         }
 
@@ -219,7 +222,7 @@ class Controller:
 
     def _drive(self, now: float) -> None:
         """Finish the swap batch under way if its replies are in, and open the next one."""
-        runner = self._runner
+        runner, self._driven_s = self._runner, now
         runner.replies.pause_s = 0.0
         runner.replies.poll_copies()
         runner.replies.drop_late()
@@ -287,6 +290,7 @@ class Controller:
             reason=self._policy_host.decision.reason,
             started_s=now,
             blocks_before=self._pool.num_kv_blocks,
+            from_level=start,
         )
         logger.info(
             "morph r%d: level %d -> %d (%s)",
@@ -300,6 +304,7 @@ class Controller:
         t = self._transition
         assert t is not None
         self._transition = None
+        self._history.add(now, t, outcome, self.level, self._pool.num_kv_blocks, error)
         self.counters.count_transition(t.direction, outcome)
         self.counters.transition_seconds += now - t.started_s
         milliseconds = (now - t.started_s) * 1000
@@ -368,8 +373,9 @@ class Controller:
         logger.exception(
             "morph: %s failed; the engine stays at level %d, for good", self.phase.name, self.level
         )
-        if self._transition is not None:
-            self.counters.count_transition(self._transition.direction, "aborted")
+        if (t := self._transition) is not None:
+            self.counters.count_transition(t.direction, "aborted")
+            self._history.add(self._driven_s, t, "aborted", self.level, self._pool.num_kv_blocks, "it broke half-way")
             self._transition = None
         try:
             self._runner.wind_down()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Literal
+from typing import Any, Literal
 
 from morphserve.config import KVConfig
 from morphserve.control.ranks import BlockPoolPort, LayerFormats, Plan, ShrinkProgress
@@ -86,8 +87,39 @@ class Transition:
     reason: str
     started_s: float
     blocks_before: int
+    from_level: int = 0
     num_layers: int = 0  # layer switches committed so far
     last_format: str = ""
+
+
+class TransitionHistory:
+    """The transitions that ended last, so many and no more: a status says why the level is what it is."""
+
+    def __init__(self, size: int = 20) -> None:
+        self._ended: deque[tuple[float, dict[str, Any]]] = deque(maxlen=size)
+
+    def add(
+        self, now_s: float, transition: Transition, outcome: Outcome, to_level: int, num_kv_blocks: int, error: str = ""
+    ) -> None:
+        """Remember a transition that has ended at `to_level`, with so many blocks published."""
+        t = transition
+        row = {
+            "revision": t.revision,
+            "direction": t.direction,
+            "outcome": outcome,
+            "from_level": t.from_level,
+            "to_level": to_level,
+            "reason": t.reason,
+            "error": error,
+            "seconds": now_s - t.started_s,
+            "num_layers": t.num_layers,
+            "kv_blocks_gained": num_kv_blocks - t.blocks_before,
+        }
+        self._ended.append((now_s, row))
+
+    def as_json(self, now_s: float) -> list[dict[str, Any]]:
+        """Return them, the newest first, each with how long ago it ended."""
+        return [{**row, "ended_ago_s": max(now_s - ended_s, 0.0)} for ended_s, row in reversed(self._ended)]
 
 
 @dataclass(slots=True)

@@ -27,6 +27,7 @@ from morphserve.integration.engine.idle_ticker import IdleTicker
 from morphserve.integration.engine.provenance import Provenance
 from morphserve.integration.engine.publish import publish_base
 from morphserve.integration.engine.receipts import Receipts
+from morphserve.integration.engine.request_limits import promise_of
 from morphserve.integration.engine.runtime import EngineRuntime
 from morphserve.integration.engine.status import StatusPage
 from morphserve.integration.engine.traffic import Traffic
@@ -73,6 +74,7 @@ class Morph:
         self.pool.on_forced_preemption = lambda request: self.on_preemption(request, forced=True)
         self.executor = RpcExecutor(model_executor, len(runtime.ranks), runtime.in_background)
         self.setup = policy_setup(runtime.config, runtime.vllm_config)
+        self.traffic.late.policy = promise_of(self.setup.section)
         self.log = self._open_log()
         self.controller = self._make_controller()
         self._page = StatusPage(runtime, self.executor, self.worst_forward_bytes)
@@ -112,6 +114,7 @@ class Morph:
 
         def install(setup: PolicySetup, note: str) -> None:
             self.controller.replace_policy(make_policy(setup, runtime.ladder), note, setup)
+            self.traffic.late.policy = promise_of(setup.section)
 
         return ReloadWatch(
             PolicyReloader(
@@ -171,11 +174,15 @@ class Morph:
             self.controller.fail("hooks")  # logs the error under way
 
     def _tick(self) -> None:
-        view = EngineView(0, 0, 0.0) if self.health is Health.RESTING else self.traffic.view()
+        view = self._view()
         self.controller.tick(view)
         # Idle in mid-transition: ask for the next step at once instead of waiting to be woken.
         busy = view.num_running + view.num_waiting > 0
         self.wake_due = not busy and self.controller.in_transition and self._may_wake()
+
+    def _view(self) -> EngineView:
+        """Return the queues; empty ones once reading them has failed."""
+        return EngineView(0, 0, 0.0) if self.health is Health.RESTING else self.traffic.view()
 
     def _may_wake(self) -> bool:
         """Return whether the idle ticker may ask for a step; a paused engine was promised to be idle."""
@@ -247,7 +254,8 @@ class Morph:
     def status(self) -> dict[str, Any]:
         """Plain values for the status page and the metrics."""
         page = self._page.render(self.controller.status(), self.tick_times, self.tokens_by_level)
-        return {**page, "policy": asdict(self._watch.reloads)}
+        requests = {**asdict(self._view()), "late": self.traffic.late.as_json()}
+        return {**page, **requests, "policy": asdict(self._watch.reloads)}
 
     def reload(self, cause: str) -> Future[dict[str, Any]]:
         """Read the policy from the settings' file now; the answer comes from the thread that does."""

@@ -1,12 +1,17 @@
-"""A request's own promise: `morphserve_ttft_s`, `morphserve_tpot_s` in `vllm_xargs` (offline: `extra_args`)."""
+"""A request's own promise: `morphserve_ttft_s`, `morphserve_tpot_s` in `vllm_xargs` (offline: `extra_args`).
+
+And what came of promises, a request's own or the policy's, as far as the engine sees it.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from morphserve.control import NO_LIMITS, RequestLimits
+from policies import PolicyConfig
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -41,3 +46,64 @@ def _seconds(asked: dict[str, Any], name: str, request: Request) -> float | None
         asked.pop(name)  # said once
         return None
     return seconds
+
+
+class LateCount:
+    """The requests that have ended, and those among them that were late. Constant cost per event.
+
+    Times are the engine's: from the arrival that vLLM stamped to the step that made a token. The way to the client, and
+    requests that were refused at the door, are not in it. Judged is what was late by the time it ended, and what had a
+    token by then: how it ended says nothing, as vLLM aborts an answer at a stop string, too.
+    """
+
+    def __init__(self, policy: RequestLimits, num_recent: int = 100) -> None:
+        """Count from now on. `policy`: what everyone is promised; may be replaced at any time."""
+        self.policy = policy
+        self._first_token_s: dict[str, float] = {}  # live request |-> wall clock
+        self._num_ended = 0
+        self._num_judged = 0
+        self._late = {"ttft": 0, "tpot": 0, "any": 0}
+        self._recent: deque[bool] = deque(maxlen=num_recent)
+
+    def on_first_token(self, request: Request, wall_s: float) -> None:
+        """Note when a live request got its first token."""
+        self._first_token_s[request.request_id] = wall_s
+
+    def on_finish(self, request: Request, wall_s: float) -> None:
+        """Judge a request that ends."""
+        first_s = self._first_token_s.pop(request.request_id, wall_s)  # the first token may have been the last
+        self._num_ended += 1
+        own, policy = limits_of(request), self.policy
+        ttft_limit_s = policy.ttft_s if own.ttft_s is None else own.ttft_s
+        tpot_limit_s = policy.tpot_s if own.tpot_s is None else own.tpot_s
+        if ttft_limit_s is None and tpot_limit_s is None:
+            return
+        num_gaps = request.num_output_tokens - 1
+        late = {
+            "ttft": ttft_limit_s is not None and first_s - request.arrival_time > ttft_limit_s,
+            "tpot": tpot_limit_s is not None and num_gaps > 0 and (wall_s - first_s) / num_gaps > tpot_limit_s,
+        }
+        late["any"] = any(late.values())
+        if late["any"] or request.num_output_tokens > 0:
+            self._num_judged += 1
+            self._recent.append(late["any"])
+            for name, is_late in late.items():
+                self._late[name] += is_late
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the counts, and the limits of requests that bring none."""
+        return {
+            "ttft_s": self.policy.ttft_s,
+            "tpot_s": self.policy.tpot_s,
+            "num_ended": self._num_ended,
+            "num_judged": self._num_judged,
+            "num_late": self._late["any"],
+            "num_late_ttft": self._late["ttft"],
+            "num_late_tpot": self._late["tpot"],
+            "recent": {"num_judged": len(self._recent), "num_late": sum(self._recent)},
+        }
+
+
+def promise_of(section: PolicyConfig) -> RequestLimits:
+    """Return what a policy promises everyone: nothing, where its kind knows no limits."""
+    return RequestLimits(getattr(section, "ttft_s", None), getattr(section, "tpot_s", None))

@@ -7,6 +7,7 @@ from typing import Any
 from morphserve.integration.engine.executor import RpcExecutor
 from morphserve.integration.engine.histogram import TimeHistogram
 from morphserve.integration.engine.runtime import EngineRuntime
+from morphserve.version import __version__
 
 
 class StatusPage:
@@ -53,7 +54,22 @@ class StatusPage:
             "kv_block_bytes": self._runtime.kv_block_bytes,
             "worst_forward_bytes": self._worst_forward_bytes,
             "tokens_by_level": {str(level): tokens for level, tokens in enumerate(tokens_by_level)},
+            "quality": self._quality(tokens_by_level),
             "pause_ms": self._pauses_ms(counters["max_pause_s"]),
+            "version": __version__,
+        }
+
+    def _quality(self, tokens_by_level: list[int]) -> dict[str, Any]:
+        """Price the tokens so far at what their levels were measured to cost, and count those of other levels."""
+        costs = [0.0, *(level["expected_kl"] for level in self._ladder[1:])]
+        priced = [(tokens, cost) for tokens, cost in zip(tokens_by_level, costs, strict=True) if cost is not None]
+        num_priced, nats = sum(tokens for tokens, _ in priced), sum(tokens * cost for tokens, cost in priced)
+        return {
+            "tokens": sum(tokens_by_level),
+            "degraded_tokens": sum(tokens_by_level[1:]),
+            "unpriced_tokens": sum(tokens_by_level) - num_priced,
+            "expected_nats": nats,
+            "expected_kl_per_token": nats / num_priced if num_priced else None,
         }
 
     def _pauses_ms(self, max_pause_s: float) -> dict[str, Any]:

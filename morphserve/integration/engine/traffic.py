@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
-from morphserve.control import EngineView, Monitor, WaitingRequest
-from morphserve.integration.engine.request_limits import limits_of
+from morphserve.control import NO_LIMITS, EngineView, Monitor, WaitingRequest
+from morphserve.integration.engine.request_limits import LateCount, limits_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -26,6 +26,7 @@ class Traffic:
     def __init__(self, scheduler: Scheduler, monitor: Monitor) -> None:
         self._scheduler = scheduler
         self._monitor = monitor
+        self.late = LateCount(NO_LIMITS)
         self._awaiting_first_token: list[Any] = []
         self._last_preemption_wall_s = 0.0
 
@@ -85,6 +86,8 @@ class Traffic:
         for request in self._awaiting_first_token:
             if request.num_output_tokens > 0:
                 self._monitor.on_first_token(max(0.0, wall - request.arrival_time))
+                if not request.is_finished():
+                    self.late.on_first_token(request, wall)
             elif not request.is_finished():
                 still.append(request)
         self._awaiting_first_token = still
@@ -98,6 +101,7 @@ class Traffic:
         """Note a request that ends; its blocks are still its own."""
         num_blocks = sum(map(len, self._scheduler.kv_cache_manager.get_block_ids(request.request_id)))
         self._monitor.on_finish(num_blocks, time.monotonic(), request.request_id, request.num_output_tokens)
+        self.late.on_finish(request, time.time())
 
     def _waiting(self, request: Request) -> WaitingRequest:
         """Return a request as the queue sees it: by priority, where the scheduler goes by that."""

@@ -1,1 +1,1 @@
-"""The API-server process: metrics, the status page, reload, and the limit of its queue."""
+"""The API-server process: metrics, the status and its page, reload, and the limit of its queue."""

@@ -1,4 +1,6 @@
-"""`GET /morphserve/status` and the `morphserve:*` metrics on vLLM's own /metrics; reloads are in `reload_api.py`.
+"""`GET /morphserve/status` and the `morphserve:*` metrics on vLLM's own /metrics.
+
+Reloads are in `reload_api.py`, what a browser sees in `page.py`.
 
 The engine cores are asked twice a second; a scrape reads the last answers. Each data-parallel replica is an engine of
 its own, told by its index. vLLM's own cache_config_info label is fixed at start and goes stale after a resize:
@@ -21,6 +23,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from morphserve.integration.server.page import add_page
 from morphserve.integration.server.queue_limit import QueueLimit
 from morphserve.integration.server.reload_api import add_route, on_hangup
 
@@ -167,6 +170,7 @@ class MorphServeEndpoint:
             return answers[0] if len(answers) == 1 else {"engines": answers}
 
         add_route(router, self._reload)
+        add_page(router, self._ask)
         app.include_router(router)
 
     async def init_state(self, engine_client: EngineClient, state: Any, args: Any) -> None:

@@ -1,0 +1,114 @@
+"""The lines of an engine: each reads what it needs of the status, and says it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from morphserve.status_view.parts import Line, Tone
+from morphserve.status_view.words import counts, percent, words_of
+
+Status = Mapping[str, Any]
+
+_FEW_LATE = 0.01  # of the last requests; more of them are bad, not only worth a look
+
+
+def _level(s: Status) -> Line:
+    way = "" if s["target_level"] == s["level"] else f", on the way to {s['target_level']} ({s['phase']})"
+    tone: Tone = "warn" if s["exposure_level"] else "good"
+    return Line("Level", f"{s['exposure_level']} of {s['deepest_level']}{way}", s["reason"], tone)
+
+
+def _layers(s: Status) -> Line:
+    return Line("Layers", counts(s["layers_by_format"]))
+
+
+def _requests(s: Status) -> Line:
+    oldest = f", the oldest for {s['oldest_wait_s']:.1f} s" if s["num_waiting"] else ""
+    return Line("Requests", f"{s['num_running']:,} running, {s['num_waiting']:,} waiting{oldest}")
+
+
+def _late(s: Status) -> Line:
+    late, recent = s["late"], s["late"]["recent"]
+    limits = [f"a first token after {late['ttft_s']:g} s"] if late["ttft_s"] is not None else []
+    limits += [f"more than {1e3 * late['tpot_s']:g} ms per token"] if late["tpot_s"] is not None else []
+    note = f"{' or '.join(limits) or 'limits of their own'}, by the engine's clock; without the way to the client"
+    if not late["num_judged"]:
+        nobody = "no request has ended" if limits else f"nothing is promised by policy {s['policy']['kind']}"
+        return Line("Late", nobody, note if limits else "")
+    share = percent(late["num_late"], late["num_judged"])
+    text = f"{late['num_late']:,} of {late['num_judged']:,} ({share})"
+    tone: Tone = ""
+    if recent["num_late"]:
+        tone = "bad" if recent["num_late"] > _FEW_LATE * recent["num_judged"] else "warn"
+    return Line("Late", f"{text}, of the last {recent['num_judged']:,}: {recent['num_late']:,}", note, tone)
+
+
+def _quality(s: Status) -> Line:
+    quality = s["quality"]
+    if not quality["tokens"]:
+        return Line("Quality", "no token yet")
+    degraded = f"{percent(quality['degraded_tokens'], quality['tokens'])} of {quality['tokens']:,} tokens degraded"
+    kl = quality["expected_kl_per_token"]
+    text = degraded if kl is None else f"{kl:.4f} nats per token expected, {degraded}"
+    if quality["unpriced_tokens"]:
+        note = f"{quality['unpriced_tokens']:,} tokens come from levels whose cost nobody has measured"
+        return Line("Quality", text, note, "warn")
+    return Line("Quality", text, "KL to full precision, as measured for each level")
+
+
+def _tokens(s: Status) -> Line:
+    some = {f"level {level}": tokens for level, tokens in s["tokens_by_level"].items() if tokens}
+    return Line("Tokens", counts(some) or "none yet")
+
+
+def _pauses(s: Status) -> Line:
+    pauses = s["pause_ms"]
+    if pauses["max"] is None:
+        return Line("Pauses", "none yet")
+    typical = "" if pauses["p50"] is None else f"{pauses['p50']:.0f} ms median, "
+    return Line("Pauses", f"{typical}{pauses['max']:.0f} ms longest", "of commands between two steps")
+
+
+def _transitions(s: Status) -> Line:
+    done = {key.replace("_", "s "): count for key, count in s["transitions"].items()}
+    if not done:
+        return Line("Transitions", "none yet")
+    tone: Tone = "warn" if any("aborted" in key for key in done) else ""
+    return Line("Transitions", counts(done), f"{s['transition_seconds']:.1f} s altogether", tone)
+
+
+def _policy(s: Status) -> Line:
+    policy, predictions = s["policy"], s.get("predictions")
+    text = policy["kind"] if predictions is None else f"{policy['kind']}, predictions {words_of(predictions)}"
+    if policy["last_error"]:
+        return Line("Policy", text, f"the last edit was refused: {policy['last_error']}", "bad")
+    times = f", reloaded {policy['reloads']:,} times" if policy["reloads"] else ""
+    return Line("Policy", text, f"from {policy['source']}{times}")
+
+
+def _refusing(s: Status) -> Line | None:
+    limit = s["max_queued_tokens"]
+    return None if limit is None else Line("Door", f"refuses requests beyond {limit:,} queued tokens", tone="bad")
+
+
+def _errors(s: Status) -> Line:
+    if s["failed"]:
+        what = f"MorphServe gave up, the engine stays at level {s['level']}: restart the server"
+        return Line("Errors", counts(s["errors"]), what, "bad")
+    return Line("Errors", counts(s["errors"]), tone="warn") if s["errors"] else Line("Errors", "none")
+
+
+LINES: tuple[tuple[str, Callable[[Status], Line | None]], ...] = (
+    ("Level", _level),
+    ("Requests", _requests),
+    ("Late", _late),
+    ("Quality", _quality),
+    ("Tokens", _tokens),
+    ("Layers", _layers),
+    ("Pauses", _pauses),
+    ("Transitions", _transitions),
+    ("Policy", _policy),
+    ("Door", _refusing),
+    ("Errors", _errors),
+)

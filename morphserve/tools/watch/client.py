@@ -1,0 +1,79 @@
+"""The question to the server: its status page, or one sentence on why there is none."""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from typing import Any
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+_TIMEOUT_S = 5.0
+_SOMETHING_ELSE = "{} answers, but not with a status: is it vLLM's port? Name that with --url."
+_MAX_BYTES = 16 << 20  # a status is some kilobytes an engine
+
+
+class NoStatus(Exception):
+    """The server has no status to show: the sentence says what to do."""
+
+
+def add_url(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says which server."""
+    parser.add_argument("--url", type=server_url, default=DEFAULT_URL, help=f"of the server, by default {DEFAULT_URL}")
+
+
+def server_url(text: str) -> str:
+    """Read a server's address; without a scheme it is http.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    url = text if "://" in text else f"http://{text}"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port_is_one = parts.port is None or parts.port > 0
+    except ValueError:
+        port_is_one = False
+    if not port_is_one or parts.scheme not in ("http", "https") or not parts.hostname:
+        raise argparse.ArgumentTypeError(f"{text!r} is no address of a server; give one such as {DEFAULT_URL}")
+    return url.rstrip("/")
+
+
+def fetch_status(url: str) -> dict[str, Any]:
+    """Return what `GET /morphserve/status` answers.
+
+    Raises:
+        NoStatus: nobody answers, or somebody else than a server with the plugin.
+    """
+    try:
+        with urllib.request.urlopen(f"{url}/morphserve/status", timeout=_TIMEOUT_S) as answer:
+            document = json.loads(answer.read(_MAX_BYTES))
+    except urllib.error.HTTPError as e:
+        with e:
+            raise NoStatus(_refusal(url, e.code)) from e
+    except ValueError as e:
+        raise NoStatus(_SOMETHING_ELSE.format(url)) from e
+    except (OSError, http.client.HTTPException) as e:
+        reason = getattr(e, "reason", None) or e
+        cause = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+        raise NoStatus(f"no server answers at {url} ({cause}). Start it, or name another with --url.") from e
+    if not _is_status(document):
+        raise NoStatus(_SOMETHING_ELSE.format(url))
+    return dict(document)
+
+
+def _is_status(document: Any) -> bool:
+    """Return whether it looks like what one engine, or several, say of themselves."""
+    engines = document.get("engines", [document]) if isinstance(document, dict) else None
+    return isinstance(engines, list) and all(isinstance(each, dict) and "level" in each for each in engines)
+
+
+def _refusal(url: str, code: int) -> str:
+    if code in (404, 503):
+        return f"{url} serves without MorphServe (HTTP {code}). Start it with `vllm serve MODEL --plugin morphserve`."
+    if code in (401, 403):
+        return f"{url} does not show its status to everybody (HTTP {code}). Ask from where it does."
+    return f"{url} answers with HTTP {code} instead of a status. Its log says why."
