@@ -1,0 +1,148 @@
+"""What may README claim? Measures it here, of this tree, and writes it between the marks in README.md.
+
+First `morphserve demo`, whose headline README opens with; then stock vLLM, MorphServe as the demo configures it and W8
+for good on windows of real traffic: all servers up, taking turns, compiled (`morphserve sweep`, which goes on where it
+was interrupted). Half an hour a repeat on two cores: nothing else may run. The tree must be committed, because the
+figures name it.
+
+Columns of the table: window; then for each server, medians over repeats [least, most]: violations, P95 TTFT (s), and
+for those that quantize KL (nats per token).
+Last stdout line: one JSON document {"commit", "cpu", "headline", "windows"}.
+
+    python scripts/readme_figures.py --repeats 3
+    python scripts/readme_figures.py --window convD --window hybB --repeats 1 --out reports/short
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from morphserve.tools.command import command_parser, fail, finish
+from morphserve.tools.machine import describe_machine
+from morphserve.tools.tables import markdown_table
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKS = ("<!-- figures: scripts/readme_figures.py writes what follows -->", "<!-- figures end -->")
+WINDOWS = ("hybB", "convD", "convE", "hybA", "conv593", "hybC")
+RUNS = {"stock": "stock vLLM", "morphserve": "MorphServe", "static_w8": "W8 for good"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command_parser(__doc__)
+    parser.add_argument("--window", action="append", help=f"default: {', '.join(WINDOWS)}")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("reports/readme"))
+    args = parser.parse_args(argv)
+    if changed := _git("status", "--porcelain", "--", ".", ":!README.md"):
+        return fail("readme_figures", f"changes are not committed, and figures name a commit:\n{changed}")
+    windows = args.window or list(WINDOWS)
+    try:
+        demo = _demo(args.out / "demo")
+        _morphserve(
+            "sweep", "--model", _morphserve("demo", "--get-model"), "--config", "demo", "--compare", ",".join(RUNS),
+            "--repeats", str(args.repeats), "--out", str(args.out / "sweep"), *_each("--window", windows),
+        )  # fmt: skip
+    except subprocess.CalledProcessError as e:
+        return fail("readme_figures", f"{' '.join(e.cmd[:4])} ... ended with {e.returncode}; see above")
+    rows = {(w, run): _results(args.out / "sweep" / w, run) for w in windows for run in RUNS}
+    commit = _git("rev-parse", "--short", "HEAD")
+    what = {"commit": commit, "cpu": describe_machine()["cpu"], "headline": headline(demo)}
+    readme = ROOT / "README.md"
+    readme.write_text(put(readme.read_text(encoding="utf-8"), section(what, windows, rows)), encoding="utf-8")
+    return finish(what | {"windows": windows})
+
+
+def put(text: str, figures: str) -> str:
+    """Return the text with what stands between the marks replaced.
+
+    Raises:
+        ValueError: a mark is missing.
+    """
+    before, begin, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not begin or not end:
+        raise ValueError(f"README.md lacks the marks {MARKS[0]!r} and {MARKS[1]!r}. Put them where figures go.")
+    return f"{before}{begin}\n\n{figures}\n\n{end}{after}"
+
+
+def headline(demo: dict[str, Any]) -> str:
+    """Say in one sentence what the demo measured."""
+    stock, morph = demo["runs"][:2]
+    slo = demo["slo"]
+    return (
+        f"`make demo` (limits fitted to this machine: TTFT {slo['ttft_s']:.2g} s, TPOT {slo['tpot_s'] * 1e3:.0f} ms): "
+        f"{stock['violation_rate']:.0%} of stock vLLM's requests late, P95 TTFT {stock['ttft_p95_s']:.1f} s; with "
+        f"MorphServe {morph['violation_rate']:.1%}, {morph['ttft_p95_s']:.2f} s, at an expected "
+        f"{morph['expected_kl_per_token']:.4f} nats per token."
+    )
+
+
+def section(what: dict[str, Any], windows: Sequence[str], rows: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
+    """Return what goes between the marks."""
+    repeats = max(len(found) for found in rows.values())
+    head = ["window", *(f"{name}: late, P95 TTFT{'' if run == 'stock' else ', KL'}" for run, name in RUNS.items())]
+    table = markdown_table(head, [[w, *(cell(rows[w, run], run) for run in RUNS)] for w in windows])
+    spread = f"medians of {repeats} interleaved repeats [least, most]" if repeats > 1 else "one run each"
+    return "\n".join([
+        what["headline"],
+        "",
+        f"`python scripts/readme_figures.py --repeats {repeats}`, {what['cpu']}, commit {what['commit']}; {spread}. A "
+        "window is 72 s, and one or two bursts.",
+        "",
+        *table,
+    ])  # fmt: skip
+
+
+def cell(rows: Sequence[dict[str, Any]], run: str) -> str:
+    """Return a server's figures on one window."""
+    shown = [("violation_rate", "{:.1%}"), ("ttft_p95_s", "{:.2f} s")]
+    if run != "stock":
+        shown.append(("expected_kl_per_token", "{:.4f}"))
+    return ", ".join(_spread([row[key] for row in rows], form) for key, form in shown)
+
+
+def _spread(values: Sequence[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    low, middle, high = (form.format(value) for value in (min(known), statistics.median(known), max(known)))
+    return middle if low == high else f"{middle} [{low}, {high}]"
+
+
+def _demo(out: Path) -> dict[str, Any]:
+    """Return the demo's last line, of an earlier call if there is one."""
+    file = out / "last_line.json"
+    if not file.is_file():
+        line = _morphserve("demo", "--out", str(out))
+        file.write_text(line, encoding="utf-8")
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def _results(directory: Path, run: str) -> list[dict[str, Any]]:
+    files = sorted(directory.glob(f"{run}.*/result.json"))
+    return [json.loads(file.read_text(encoding="utf-8"))["figures"] for file in files]
+
+
+def _each(flag: str, values: Sequence[str]) -> list[str]:
+    return [word for value in values for word in (flag, value)]
+
+
+def _morphserve(*words: str) -> str:
+    """Run a command; returns its last line on stdout."""
+    done = subprocess.run([sys.executable, "-m", "morphserve", *words], stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.strip().splitlines()[-1]
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

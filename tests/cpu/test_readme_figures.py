@@ -1,0 +1,35 @@
+"""README's figures: where they go, and what a cell says."""
+
+from __future__ import annotations
+
+import pytest
+import readme_figures as figures
+
+_ROW = {"violation_rate": 0.0, "ttft_p95_s": 0.1, "expected_kl_per_token": 0.004}
+
+
+def test_only_what_stands_between_the_marks_is_replaced() -> None:
+    """Guards: figures written twice, or over README's own words."""
+    text = "\n".join(["before", figures.MARKS[0], "old", figures.MARKS[1], "after"])
+    once = figures.put(text, "new")
+    assert "old" not in once and once.startswith("before\n") and once.endswith("\nafter")
+    assert figures.put(once, "new") == once
+
+
+@pytest.mark.parametrize("mark", figures.MARKS)
+def test_a_readme_without_a_mark_is_refused(mark: str) -> None:
+    """Guards: half an hour of measuring that ends in a README cut off at the first mark."""
+    with pytest.raises(ValueError, match="lacks the marks"):
+        figures.put("\n".join(figures.MARKS).replace(mark, ""), "new")
+
+
+def test_the_readme_has_the_marks() -> None:
+    """Guards: a README rewritten without the place where its figures go."""
+    figures.put((figures.ROOT / "README.md").read_text(encoding="utf-8"), "new")
+
+
+def test_a_cell_shows_the_median_and_the_spread() -> None:
+    """Guards: a best run shown for all; a quality cost claimed of a server that quantizes nothing."""
+    rows = [_ROW, _ROW | {"ttft_p95_s": 0.3}, _ROW | {"ttft_p95_s": 0.2}]
+    assert figures.cell(rows, "morphserve") == "0.0%, 0.20 s [0.10 s, 0.30 s], 0.0040"
+    assert figures.cell([_ROW], "stock") == "0.0%, 0.10 s"
