@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve calibrate") 
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", args.cpu_bind)
     try:
         document = _calibrate(args)
-    except (MorphServeError, ValueError) as e:
+    except (MorphServeError, ValueError, OSError) as e:
         return fail(prog, e)
     return finish(document)
 
