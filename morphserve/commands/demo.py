@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve demo") -> in
             model = str(obtain(cache_directory(), full=args.verify))
         except SetupError as e:
             return fail(prog, e)
+        except OSError as e:
+            return fail(prog, f"{e}. Set MORPHSERVE_CACHE to a directory that can be written to.")
     if args.get_model:
         say(model)
         return 0

@@ -31,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(command: Command, words: Sequence[str]) -> int:
     """Load the command's module and let it read its words."""
+    from morphserve.setup import complete_vllm
+
+    if said := complete_vllm():
+        sys.stderr.write(f"{command.prog}: {said}\n")
     try:
         status: int = importlib.import_module(f"morphserve.{command.module}").main(words, command.prog)
     except ModuleNotFoundError as e:

@@ -16,6 +16,7 @@ memory (MiB). Last stdout line: one JSON document.
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import statistics
@@ -23,6 +24,9 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
+from morphserve.config import load_config
 from morphserve.errors import MorphServeError
 from morphserve.shipped import config_file
 from morphserve.tools.command import command_parser, fail, finish, say
@@ -104,9 +108,21 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve soak") -> in
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")  # read as torch is loaded, with the engine
+    try:
+        load_config(args.config)  # before the engine takes its time
+        document = _run(args)
+    except MorphServeError as error:
+        return fail(prog, error)
+    finish(document)
+    return int(document["failed"])
 
-    import yaml
 
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the bursts have shown.
+
+    Raises:
+        MorphServeError: level 0 is not reached any more.
+    """
     from morphserve.integration.offline import LevelEngine
 
     settings = yaml.safe_load(args.config.read_text(encoding="utf-8"))
@@ -117,13 +133,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve soak") -> in
         soak = _Soak(engine, args.seed)
         shown = 0.0
         while soak.minutes < args.minutes or len(soak.other_mib) < _LEAST_CYCLES:
-            try:
-                soak.cycle()
-            except MorphServeError as error:
-                return fail(prog, error)
+            soak.cycle()
             if soak.minutes - shown > 1:
                 shown = soak.minutes
                 soak.show()
-        document = soak.document()
-    finish(document)
-    return int(document["failed"])
+        return soak.document()

@@ -20,6 +20,7 @@ from morphserve.setup.machine_checks import (
     say,
 )
 from morphserve.setup.pip_progress import GIB, explain_pip_failure, run_showing, size_on_disk
+from morphserve.setup.vllm_metadata import complete_vllm, is_stand_in, provide_vllm_metadata
 
 if TYPE_CHECKING:
     from morphserve.setup.machine_checks import Runner
@@ -32,9 +33,12 @@ __all__ = [
     "Runner",
     "SetupError",
     "check_disk",
+    "complete_vllm",
     "exclusive",
     "explain_pip_failure",
     "find_python",
+    "is_stand_in",
+    "provide_vllm_metadata",
     "run_quiet",
     "run_showing",
     "say",

@@ -34,8 +34,8 @@ def finish(document: Any) -> int:
 
 
 def fail(name: str, error: object) -> int:
-    """Say on stderr what the user can repair, and return a command's exit status."""
-    sys.stderr.write(f"{name}: {error}\n")
+    """Say on stderr, in one line, what the user can repair, and return a command's exit status."""
+    sys.stderr.write(f"{name}: {one_line(str(error))}\n")
     return 1
 
 

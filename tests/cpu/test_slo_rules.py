@@ -95,7 +95,7 @@ def test_tokens_of_a_transition_are_paid_for() -> None:
 def test_a_budget_needs_levels_whose_cost_is_known() -> None:
     """Guards: level numbers taken for nats, which empty the budget in a second."""
     unknown = tuple(replace(level, expected_kl=None) if level.index == 2 else level for level in LADDER)
-    with pytest.raises(ValueError, match=r"level 2.*measure_kl.py"):
+    with pytest.raises(ValueError, match=r"level 2.*morphserve measure-kl"):
         SloPolicy(SloConfig(kind="slo", quality_budget=100.0), unknown, CALIBRATION.times, LIMITS)
     SloPolicy(SloConfig(kind="slo"), unknown, CALIBRATION.times, LIMITS)
 

@@ -9,6 +9,9 @@ With --fit a stock server is measured first, for less than a minute. Limits beco
 times that 2 s and 150 ms are on a CPU with VNNI; the workload is thinned, or sent faster, until stock would have two in
 five requests late even if the machine were a fifth faster. What is given on the command line stays.
 
+What is shipped goes by its bare name, where no such file exists: the windows convD, convE, conv593 (conversation), hybA,
+hybB, hybC (bursts), code557 (code) of --workload; default, demo, accuracy, performance, slo of --config and --policy.
+
 The last line on stdout is one JSON document: {"workload", "slo": {"ttft_s", "tpot_s"}, "dtype", "fit", "runs":
 [{"name", "sent", "violation_rate", "ttft_violation_rate", "tpot_violation_rate", "ttft_p50_s", "ttft_p95_s",
 "tpot_p50_ms", "tpot_p99_ms", "output_tok_s", "duration_s", "preemptions", "tokens_by_level", "expected_kl_per_token",
@@ -16,11 +19,11 @@ The last line on stdout is one JSON document: {"workload", "slo": {"ttft_s", "tp
 
 Example:
     morphserve replay --workload convD --model MODEL_DIR \\
-        --compare stock,morphserve --config default.yaml --out reports/convD
+        --compare stock,morphserve --config default --out reports/convD
 
     # the same without servers, and one more config beside it
     morphserve replay --workload convD --simulate --step-times times.json \\
-        --compare stock,morphserve,mine --config default.yaml --policy mine=mine.yaml --out reports/sim
+        --compare stock,morphserve,mine --config default --policy mine=mine.yaml --out reports/sim
 
     # cut a workload of one's own out of the Azure trace
     morphserve replay --workload AzureLLMInferenceTrace_conv.csv --window 221,72 --thin 4.75 \\

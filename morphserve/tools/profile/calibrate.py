@@ -13,7 +13,7 @@ Output columns: format, the four coefficients, root mean square of the relative 
 step takes over one in full precision of the same round, by sequences: median (least to most).
 Last stdout line: one JSON document.
 
-    morphserve calibrate MODEL_DIR --config demo.yaml --out step_times.json
+    morphserve calibrate MODEL_DIR --config demo --out step_times.json
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve calibrate") 
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", args.cpu_bind)
     try:
         document = _calibrate(args)
-    except (MorphServeError, ValueError) as e:
+    except (MorphServeError, ValueError, OSError) as e:
         return fail(prog, e)
     return finish(document)
 

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve measure-kl")
     args = _parser(prog).parse_args(argv)
     try:
         document = _measure(args)
-    except MorphServeError as error:
+    except (MorphServeError, OSError) as error:
         return fail(prog, error)
     for name, row in zip(document["expected_kl"], document["rows"], strict=True):
         timed = f"  step {row['step_time_factor']:.2f}" if args.timed else ""

@@ -24,14 +24,14 @@ def main(job: dict[str, Any]) -> int:
     start = time.perf_counter()
     if not torch.cuda.is_available():
         _do_without_pinned_memory()
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    group_size = _group_size(model, job["group_sizes"])
     try:
+        model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(job["model"])
         rows = [row for file in job["text"] for row in _windows(tokenizer, Path(file), job["samples"], job["length"])]
-    except ValueError as error:
-        sys.stderr.write(f"{job['prog']}: {error}\n")
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"{job['prog']}: {' '.join(str(error).split())}\n")
         return 1
+    group_size = _group_size(model, job["group_sizes"])
     weights = QuantizationArgs(
         num_bits=4, type="int", strategy="group", group_size=group_size, symmetric=job["method"] == "gptq"
     )

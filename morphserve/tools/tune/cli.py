@@ -15,7 +15,7 @@ The last line on stdout is one JSON document: {"made", "trials": {"total", "comp
 "held_out", "values", "verdict", "file"}], "importance", "warnings", "report", "study"}.
 
 Example:
-    morphserve tune --config demo.yaml --step-times step_times.json \\
+    morphserve tune --config demo --step-times step_times.json \\
         --dev convD --dev hybB:rate_scale=1.2 \\
         --held-out hybA --trials 300 --seed 0 --out reports/tune
 """

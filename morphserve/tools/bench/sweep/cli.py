@@ -9,12 +9,12 @@ With --simulate nothing is measured: hundreds of runs in a minute, --repeats of 
 
 Last stdout line: one JSON document.
 
-    morphserve sweep --model MODEL_DIR --config demo.yaml --policy slo=slo.yaml \\
+    morphserve sweep --model MODEL_DIR --config demo --policy slo=slo.yaml \\
         --window convD --window hybB \\
         --compare stock,morphserve,slo,static_w8 --step-times step_times.json --repeats 3 --out reports/sweep
 
     morphserve sweep --simulate --step-times step_times.json --window windows.yaml \\
-        --config demo.yaml --compare stock,morphserve --repeats 3 --out reports/simulated
+        --config demo --compare stock,morphserve --repeats 3 --out reports/simulated
 """
 
 from __future__ import annotations
