@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,6 +15,9 @@ from policies import PolicyConfig, ThresholdConfig
 
 # Which formats there are, the kernels say, and these need torch: `check_formats` asks later. "/" joins two halves.
 FormatName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
+
+
+_MAX_WORDS = 500  # characters of a message about what somebody has sent
 
 
 class _Section(BaseModel):
@@ -205,6 +209,35 @@ def parse_config(raw: object, source: str = "morphserve config") -> MorphServeCo
             f"{source}: {len(lines)} problem(s):\n" + "\n".join(lines)
             + "\nEvery key and its bounds: `morphserve init` writes them."
         ) from e
+
+
+def parse_policy(text: str, source: str) -> PolicyConfig:
+    """Check a `policy:` section alone, in JSON or YAML that anybody may have sent.
+
+    Raises:
+        ConfigError: in one line, whatever the text is.
+    """
+    try:
+        raw = _plain_values(text)
+        if not isinstance(raw, dict) or set(raw) != {"policy"}:
+            found = ", ".join(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
+            raise ConfigError(f"top level is {found or 'empty'}, must be `policy` alone: the rest needs a restart")
+        return MorphServeConfig.model_validate(raw).policy
+    except ValidationError as e:
+        why = "; ".join(line.strip() for line in problem_lines(e))
+    except (ConfigError, yaml.YAMLError, ValueError, RecursionError) as e:
+        why = str(e)
+    raise ConfigError(f"{source}: {' '.join(why.split())[:_MAX_WORDS]}")
+
+
+def _plain_values(text: str) -> object:
+    """Load JSON or YAML. No aliases, of which a short text makes a value too long to be written into a message."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ConfigError("YAML aliases (*name) are not taken here. Write the value out.") from None
+        return yaml.safe_load(text)
 
 
 def problem_lines(error: ValidationError) -> list[str]:

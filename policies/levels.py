@@ -39,8 +39,8 @@ def resolve_level(ladder: Ladder, spec: int | str) -> int:
             return level.index
     whole = sorted({lv.layer_formats[0] for lv in ladder if len(set(lv.layer_formats)) == 1})
     raise ValueError(
-        f"level {spec!r}: the ladder has no level of that name. Give 8bit, 4bit, deepest, a format that all layers of "
-        f"a level are in ({', '.join(whole)}), or an index from 0 to {deepest}."
+        f"level {spec[:40]!r}: the ladder has no level of that name. Give 8bit, 4bit, deepest, a format that all "
+        f"layers of a level are in ({', '.join(whole)}), or an index from 0 to {deepest}."
     )
 
 

@@ -1,4 +1,4 @@
-"""A new `policy:` section from the edited YAML, while the server runs.
+"""A new `policy:` section from the edited YAML, or as it was sent to a server without one, while the server runs.
 
 A thread looks at the file once a second, in an engine of its own process as well as in-process; the step path never
 does. What it finds is read, checked and built there; the controller starts to ask the new policy at its next tick. Only
@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from morphserve.config import MorphServeConfig, load_config, step_times_file
+from morphserve.config import MorphServeConfig, load_config, parse_policy, step_times_file
 from morphserve.errors import ConfigError, MorphServeError
 from policies import PolicySetup
 
@@ -102,10 +102,20 @@ class PolicyReloader:
         if not is_first or loaded != self._setup:
             self._take(loaded, f"{self._file} has changed")
 
-    def reload(self, cause: str) -> dict[str, Any]:
-        """Take the file as it is now. Never raises."""
-        self._seen = self._done = self._stamp()
-        self._take(self._load(), cause)
+    def reload(self, cause: str, sent: str = "") -> dict[str, Any]:
+        """Take the file as it is now; without a file, what was sent. Never raises.
+
+        Args:
+            cause: who asks, in words.
+            sent: a `policy:` section in JSON or YAML; empty = none.
+        """
+        if self._file is None:
+            self._take(self._parse(sent), cause)
+        elif sent:
+            self._refuse(f"the settings are in {self._file}: edit the file, and POST without a body", cause)
+        else:
+            self._seen = self._done = self._stamp()
+            self._take(self._load(), cause)
         return self.answer()
 
     def answer(self) -> dict[str, Any]:
@@ -142,6 +152,13 @@ class PolicyReloader:
         except Exception as e:
             return ConfigError(_message(e))
 
+    def _parse(self, sent: str) -> PolicySetup | ConfigError:
+        """Return the setup that was sent, or why not."""
+        try:
+            return self._setup_of(self._running.model_copy(update={"policy": parse_policy(sent, "body")}))
+        except Exception as e:
+            return ConfigError(_message(e))
+
     def _take(self, loaded: PolicySetup | ConfigError, cause: str) -> None:
         if isinstance(loaded, ConfigError):
             self._refuse(str(loaded), cause)
@@ -172,27 +189,30 @@ class ReloadWatch:
     def __init__(self, reloader: PolicyReloader, interval_s: float = WATCH_INTERVAL_S) -> None:
         self._reloader = reloader
         self._interval_s = interval_s
-        self._asked: Queue[tuple[str, Future[dict[str, Any]]] | None] = Queue()
-        self._is_closed = not reloader.has_file
-        self._has_failed = False
+        self._asked: Queue[tuple[str, str, Future[dict[str, Any]]] | None] = Queue()
+        self._is_closed = self._has_thread = self._has_failed = False
         if reloader.has_file:
-            threading.Thread(target=self._loop, name="morphserve-reload", daemon=True).start()
+            self._start()
 
     @property
     def reloads(self) -> Reloads:
         """The reloads so far."""
         return self._reloader.reloads
 
-    def ask(self, cause: str) -> Future[dict[str, Any]]:
-        """Have the file read now; the thread completes the future."""
+    def ask(self, cause: str, sent: str = "") -> Future[dict[str, Any]]:
+        """Have the file read now, or what was sent (see `PolicyReloader.reload`); the thread completes the future."""
         future: Future[dict[str, Any]] = Future()
-        if self._is_closed:
-            why = "the engine is shutting down" if self._reloader.has_file else (
-                "the settings came without a file (additional_config, or no --morphserve-config): there is none to read"
-            )  # fmt: skip
+        why = "the engine is shutting down" if self._is_closed else ""
+        if not (why or sent or self._reloader.has_file):
+            why = (
+                "the settings came without a file (additional_config, or no --morphserve-config): there is none to "
+                "read. POST /morphserve/reload with a `policy:` section in the body, JSON or YAML"
+            )
+        if why:
             future.set_result({**self._reloader.answer(), "ok": False, "outcome": "refused", "error": why})
         else:
-            self._asked.put((cause, future))
+            self._start()
+            self._asked.put((cause, sent, future))
         return future
 
     def close(self) -> None:
@@ -200,20 +220,26 @@ class ReloadWatch:
         self._is_closed = True
         self._asked.put(None)
 
+    def _start(self) -> None:
+        """Start the thread: at once where there is a file, else when somebody sends a policy first."""
+        if not self._has_thread:
+            self._has_thread = True
+            threading.Thread(target=self._loop, name="morphserve-reload", daemon=True).start()
+
     def _loop(self) -> None:
         while not self._is_closed:
             try:
-                asked = self._asked.get(timeout=self._interval_s)
+                asked = self._asked.get(timeout=self._interval_s if self._reloader.has_file else None)
             except Empty:
                 asked = None
             if asked is None:
                 self._look()
                 continue
-            cause, future = asked
-            future.set_result(self._reloader.reload(cause))
+            cause, sent, future = asked
+            future.set_result(self._reloader.reload(cause, sent))
 
     def _look(self) -> None:
-        if self._is_closed:
+        if self._is_closed or not self._reloader.has_file:
             return
         try:
             self._reloader.look()

@@ -278,6 +278,81 @@ def test_settings_without_a_file() -> None:
     watch.close()
 
 
+class Counter:
+    """A server without a file, and what it has handed over."""
+
+    def __init__(self) -> None:
+        self.taken: list[PolicySetup] = []
+        config, ladder = parse_config({"ladder": {"order": "back_to_front"}}), Rig().ladder
+
+        def install(setup: PolicySetup, note: str) -> None:
+            try:
+                setup.build(ladder)
+            except ValueError as e:
+                raise ConfigError(f"policy: {e}") from e
+            self.taken.append(setup)
+
+        self.reloader = PolicyReloader(None, config, setup_of(config), setup_of=setup_of, install=install)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        '{"policy": {"kind": "static", "level": "8bit"}}',
+        '{\n\t"policy": {"kind": "static",\n\t"level": "8bit"}}',
+        "policy: {kind: static, level: 8bit} # at night\n",
+    ],
+)
+def test_a_policy_that_is_sent_is_taken(sent: str) -> None:
+    """Guards: defaults that need a restart to change; JSON as editors write it, which is no YAML for its tabs."""
+    desk = Counter()
+    watch = ReloadWatch(desk.reloader)
+    answer = watch.ask("POST", sent).result(30)
+    assert answer == {"ok": True, "outcome": "ok", "error": None, "policy": {"kind": "static", "level": "8bit"}}
+    assert watch.ask("POST", sent).result(30)["outcome"] == "unchanged" and len(desk.taken) == 1
+    watch.close()
+    for thread in threading.enumerate():
+        if thread.name == "morphserve-reload":
+            thread.join(30)
+            assert not thread.is_alive()
+    assert watch.ask("late", sent).result(0)["error"] == "the engine is shutting down"
+
+
+@pytest.mark.parametrize(
+    ("sent", "words"),
+    [
+        ("policy: {kind: threshold, degrade_above: 7}", "degrade_above.*less than or equal to 1"),
+        ("policy: {kind: threshold, max_level: int8}", "'int8'.*8bit, 4bit"),
+        ("policy: {kind: fast}", "kind"),
+        ("policy: {kind: slo}\nkv: {max_preemptions: 1}", "policy, kv, must be `policy` alone"),
+        ("- policy", "top level is list"),
+        ("# nothing", "top level is NoneType"),
+        ("{}", "top level is empty"),
+        ("policy: [", "expected the node content"),
+        ("policy: !!python/object/apply:os.system [true]", "could not determine a constructor"),
+        ("[" * 20_000, "recursion|nested"),
+        ('{"policy": ' + '{"a":' * 20_000, "recursion|flow mapping"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\npolicy: {kind: *b}", "aliases"),
+        ('{"policy": {"kind": "static", "level": "' + "x" * 60_000 + '"}}', "level 'xxx"),
+    ],
+)  # fmt: skip
+def test_a_bad_policy_that_is_sent_changes_nothing(sent: str, words: str) -> None:
+    """Guards: an engine that a POST ends or keeps busy; a page of YAML's complaints in place of one line."""
+    desk = Counter()
+    answer = desk.reloader.reload("POST", sent)
+    assert not answer["ok"] and answer["outcome"] == "refused" and desk.taken == []
+    assert re.search(words, answer["error"]) and "\n" not in answer["error"], answer["error"][:600]
+    assert len(answer["error"]) < 700 and answer["policy"]["kind"] == "threshold"
+    assert desk.reloader.reloads.refused == 1
+
+
+def test_a_file_is_not_overruled(tmp_path: Path) -> None:
+    """Guards: a policy from two places, of which the next look at the file would undo one."""
+    desk = Desk(tmp_path)
+    answer = desk.reloader.reload("POST", "policy: {kind: static}")
+    assert not answer["ok"] and f"the settings are in {desk.file}" in answer["error"] and desk.taken == []
+
+
 # ---- the controller
 
 

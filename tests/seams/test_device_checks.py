@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,19 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from morphserve.config import LadderConfig, LadderStep, MorphServeConfig
+from morphserve.config import LadderConfig, LadderStep, MorphServeConfig, parse_config
 from morphserve.control.budget import RankBytes
 from morphserve.control.ladder import build_ladder
 from morphserve.errors import ConfigError
 from morphserve.integration.start import checks
 from morphserve.integration.start.device_checks import check_device, check_graph_buffers
-from morphserve.integration.start.settings import for_this_device
+from morphserve.integration.start.settings import for_this_device, ladder_note
 from morphserve.integration.worker.block_tables import rewrite_block_tables
 from morphserve.integration.worker.kv import geometry_of, granularity_of
 from morphserve.integration.worker.layers import RankLayers
+from morphserve.profile_ladder import read_ladder
 from morphserve.residence import HostResidence, PagedResidence, numbered, residence_of
 from morphserve.version import UNPROVEN_CUDA
-from quant_layers import Kernel, KernelError, KernelReport, choose
+from quant_layers import Kernel, KernelError, KernelReport, ProfileLevel, choose, write_profile
 from tests.stand_in_ops import stand_in_operators
 
 pytestmark = pytest.mark.seams
@@ -179,8 +181,13 @@ class Platform:
 
 def of_layers(num_layers: int, **parallel: Any) -> Any:
     engine = captured(**{"tensor_parallel_size": 1, **parallel})
-    engine.model_config = SimpleNamespace(get_total_num_hidden_layers=lambda: num_layers)
+    engine.model_config = SimpleNamespace(
+        get_total_num_hidden_layers=lambda: num_layers, quantization=None, dtype=torch.bfloat16
+    )
     return engine
+
+
+MEASURED = MorphServeConfig(ladder=LadderConfig(expected_kl={"w4": 0.1}))
 
 
 def test_a_default_ladder_has_room_for_its_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +195,7 @@ def test_a_default_ladder_has_room_for_its_graphs(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("vllm.platforms.current_platform", Platform(90))
     for num_layers, num_levels in ((32, 5), (80, 3)):
         engine = of_layers(num_layers, tensor_parallel_size=4)
-        steps = for_this_device(MorphServeConfig(), engine).ladder.steps
+        steps = for_this_device(MEASURED, engine).ladder.steps
         assert isinstance(steps, list)
         assert [step.layers_per_level for step in steps] == [2 * num_layers // (num_levels - 1)] * 2
         check_graph_buffers(engine, ladder_of(num_levels, num_layers))
@@ -218,7 +225,9 @@ def test_an_empty_ladder_is_what_the_gpu_multiplies(
     monkeypatch.setenv(UNPROVEN_CUDA, "1")
     checks.check_platform()
     for num_layers in (2, 31, 80):
-        steps = for_this_device(MorphServeConfig(), of_layers(num_layers)).ladder.steps
+        unmeasured = for_this_device(MorphServeConfig(), of_layers(num_layers)).ladder.steps or []
+        assert [step.format for step in unmeasured if step != "profile"] == [fmt for fmt in formats if fmt != "w4"]
+        steps = for_this_device(MEASURED, of_layers(num_layers)).ladder.steps
         assert isinstance(steps, list) and [step.format for step in steps] == formats
         sizes = {fmt: [size] * num_layers for fmt, size in (("base", 160), ("fp8", 80), ("w8", 80), ("w4", 44))}
         ladder = build_ladder(num_layers, [RankBytes(sizes, 10)], LadderConfig(steps=steps), 20)
@@ -227,9 +236,43 @@ def test_an_empty_ladder_is_what_the_gpu_multiplies(
     assert for_this_device(written, of_layers(32)) == written
 
 
-def test_on_cpu_settings_stay_as_they_are() -> None:
-    """Guards: a ladder for GPUs on a CPU."""
-    assert for_this_device(MorphServeConfig(), of_layers(32)) == MorphServeConfig()
+@pytest.mark.parametrize(
+    ("base", "formats"),
+    [
+        ({}, ["w8"]),
+        ({"dtype": torch.float32}, ["w8"]),
+        ({"dtype": torch.float16}, ["w8"]),
+        ({"quantization": "compressed-tensors"}, []),
+    ],
+)
+def test_on_cpu_the_ladder_follows_the_base(base: dict[str, Any], formats: list[str]) -> None:
+    """Guards: a ladder for GPUs on a CPU; a default that stops the start of a model of 8 bits; a server that will never
+    morph, in silence; W4 of which somebody has said what it costs, left out."""
+    engine = of_layers(32)
+    vars(engine.model_config).update(base)
+    for config, more in ((MorphServeConfig(), []), (MEASURED, ["w4"])):
+        steps = for_this_device(config, engine).ladder.steps
+        assert isinstance(steps, list)
+        assert [(step.format, step.layers_per_level) for step in steps] == [(fmt, 5) for fmt in [*formats, *more]]
+        level, note = ladder_note(config, engine)
+        assert bool(note) == (not more)
+        assert (level == logging.WARNING) == ("level 0 is the only level" in note) == (not formats and not more)
+
+
+@pytest.mark.parametrize(("cap", "kept", "level"), [(None, 2, logging.INFO), (0.001, 0, logging.WARNING)])
+def test_a_profile_that_is_cut_is_told_of(cap: float | None, kept: int, level: int, tmp_path: Path) -> None:
+    """Guards: levels that a profile has and the server lacks, without a word; a format packed for nothing."""
+    levels = [ProfileLevel({i: "w8" for i in range(n)}, kl, None, n) for n, kl in enumerate((0.0, 0.01, 0.02))]
+    levels.append(ProfileLevel({0: "w4", 1: "w4"}, 0.3, None, 3))
+    write_profile(tmp_path / "profile", "norms", {}, levels, [0, 1], {}, {})
+    config = parse_config({"profile": str(tmp_path / "profile"), "quality": {"max_kl_per_token": cap}})
+    assert for_this_device(config, of_layers(2)) == config, "its levels are those of the profile"
+    profile = read_ladder(config)
+    assert profile is not None and len(profile.levels) == 1 + kept
+    found, note = ladder_note(config, of_layers(2))
+    assert found == level and f"{3 - kept} levels of the profile are left out" in note and "0.3 nats per token" in note
+    whole = config.model_copy(update={"quality": parse_config({"quality": {"max_kl_per_token": 1}}).quality})
+    assert ladder_note(whole, of_layers(2)) == (logging.INFO, "")
 
 
 @pytest.mark.parametrize(("device_type", "name"), [("xpu", "xpu"), ("cuda", "rocm"), ("cpu", "out of tree")])
@@ -389,7 +432,7 @@ def test_a_default_ladder_on_a_gpu_does_without_what_no_kernel_runs(monkeypatch:
             layers.capture(torch.nn.Module())
         return layers
 
-    layers = capture(for_this_device(MorphServeConfig(), of_layers(2)))
+    layers = capture(for_this_device(MEASURED, of_layers(2)))
     assert list(layers.kernels) == ["w4"] and list(layers._left_out) == ["fp8"]
     assert layers._levels() == [("base", "base"), ("w4", "base"), ("w4", "w4")] and layers.num_graph_sets == 3
     with pytest.raises(ConfigError, match="no kernel can run fp8 .* Take that format out of ladder.steps"):

@@ -32,9 +32,10 @@ def answer(index: int, error: str | None = None) -> dict[str, Any]:
     return {"ok": error is None, "outcome": outcome, "error": error, "policy": SECTION, "engine": index}
 
 
-def client_of(answers: list[Any], endpoint: MorphServeEndpoint) -> TestClient:
-    async def call(method: str, cause: str) -> list[Any]:
+def client_of(answers: list[Any], endpoint: MorphServeEndpoint, sent: list[str] | None = None) -> TestClient:
+    async def call(method: str, cause: str, text: str) -> list[Any]:
         assert (method, cause) == ("morphserve_reload", "POST /morphserve/reload")
+        (sent if sent is not None else []).append(text)
         return answers
 
     app = FastAPI()
@@ -53,6 +54,38 @@ def test_post_says_what_came_of_it() -> None:
     assert [each["ok"] for each in half.json()["engines"]] == [True, False]
     assert client_of([None], MorphServeEndpoint()).post("/morphserve/reload").status_code == 503
     assert client_of([answer(0)], MorphServeEndpoint()).get("/morphserve/reload").status_code == 405
+
+
+POLICY = b'{"policy": {"kind": "static"}}'
+
+
+def test_a_body_reaches_the_engines_whole_or_not_at_all() -> None:
+    """Guards: a policy that is cut, or that nobody gets; a body that fills the memory of the API server."""
+    sent: list[str] = []
+    client = client_of([answer(0)], MorphServeEndpoint(), sent)
+    for body in (POLICY, b" \n", b""):
+        assert client.post("/morphserve/reload", content=body).status_code == 200
+    assert sent == [POLICY.decode(), "", ""]
+    most = reload_api._MAX_BODY_BYTES
+    for body, status in ((b"x" * (most + 1), 413), ((b"x" * 1024 for _ in range(most)), 413), (b"\xff", 422)):
+        done = client.post("/morphserve/reload", content=body)
+        assert done.status_code == status and "\n" not in done.json()["detail"]
+    assert len(sent) == 3
+
+
+@pytest.mark.parametrize("given", [["first", "second"], None])
+def test_a_policy_needs_the_key_that_requests_need(given: list[str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a policy from anybody who reaches the port of a server whose requests need a key."""
+    monkeypatch.setenv("VLLM_API_KEY", "second")
+    sent: list[str] = []
+    endpoint = MorphServeEndpoint()
+    client = client_of([answer(0)], endpoint, sent)
+    asyncio.run(endpoint.init_state(None, None, SimpleNamespace(api_key=given)))  # type: ignore[arg-type]
+    for headers in ({}, {"Authorization": "Bearer third"}, {"Authorization": "Basic second"}):
+        assert client.post("/morphserve/reload", content=POLICY, headers=headers).status_code == 401
+    assert client.post("/morphserve/reload").status_code == 200, "the file is the operator's own"
+    assert client.post("/morphserve/reload", content=POLICY, headers={"Authorization": "Bearer second"}).is_success
+    assert sent == ["", POLICY.decode()]
 
 
 # ---- SIGHUP
@@ -135,7 +168,7 @@ def test_vllm_sends_the_answer_when_it_is_there() -> None:
     """Guards: an engine that reads the file between two steps; a future that vLLM sends as a value, or never."""
     asked: Future[dict[str, Any]] = Future()
     morph = object.__new__(Morph)
-    morph._watch = SimpleNamespace(ask=lambda cause: asked)  # type: ignore[assignment]
+    morph._watch = SimpleNamespace(ask=lambda cause, sent: asked)  # type: ignore[assignment]
     morph.runtime = SimpleNamespace(index=1)  # type: ignore[assignment]
     core = SimpleNamespace(scheduler=SimpleNamespace(morph=morph))
     sent: list[Any] = []

@@ -257,9 +257,10 @@ class Morph:
         requests = {**asdict(self._view()), "late": self.traffic.late.as_json()}
         return {**page, **requests, "policy": asdict(self._watch.reloads)}
 
-    def reload(self, cause: str) -> Future[dict[str, Any]]:
-        """Read the policy from the settings' file now; the answer comes from the thread that does."""
+    def reload(self, cause: str, sent: str = "") -> Future[dict[str, Any]]:
+        """Read the policy from the settings' file now, or what was sent; the answer comes from the thread that does."""
         answer: Future[dict[str, Any]] = Future()
         index = self.runtime.index
-        self._watch.ask(cause).add_done_callback(lambda done: answer.set_result({**done.result(), "engine": index}))
+        asked = self._watch.ask(cause, sent)
+        asked.add_done_callback(lambda done: answer.set_result({**done.result(), "engine": index}))
         return answer

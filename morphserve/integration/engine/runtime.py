@@ -23,7 +23,7 @@ from morphserve.errors import ConfigError
 from morphserve.integration import seams
 from morphserve.integration.describe import RankDescription
 from morphserve.integration.engine.block_pool import blocks_of_one_request, check_supported
-from morphserve.integration.start import check_given_blocks, config_file, ladder_note, served_ladder
+from morphserve.integration.start import check_given_blocks, config_file, served_ladder
 from morphserve.integration.worker import check_kinds, geometry_of, granularity_of
 from morphserve.profile_ladder import read_ladder
 from policies import Ladder, max_level_of
@@ -159,9 +159,6 @@ class EngineRuntime:
         return make_ledgers(self.ladder, self.rank_bytes, staging)
 
     def _warn_of_left_out(self) -> None:
-        level, note = ladder_note(self.stated, self.vllm_config)
-        if note and self.index == 0:
-            logger.log(level, "morphserve: %s.", note)
         left_out = self.ranks[0].left_out
         if left_out and self.index == 0:
             logger.warning(

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 from morphserve.integration import ending, seams
 from morphserve.integration.engine.hooks import Morph
 from morphserve.integration.engine.runtime import EngineRuntime
-from morphserve.integration.start import for_this_device, read_settings
+from morphserve.integration.start import for_this_device, ladder_note, read_settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+logger = logging.getLogger("vllm.morphserve")
 
 _RUNTIMES: dict[int, EngineRuntime] = {}  # id(vllm_config) |-> runtime, between planning and attach
 
@@ -40,7 +42,11 @@ def _initialize_kv_caches(original: Callable[..., Any]) -> Any:
     def initialize_kv_caches(self: Any, vllm_config: VllmConfig) -> Any:
         config = read_settings(vllm_config.additional_config)
         if config is not None:
-            _RUNTIMES[id(vllm_config)] = EngineRuntime(self, vllm_config, for_this_device(config, vllm_config), config)
+            runtime = EngineRuntime(self, vllm_config, for_this_device(config, vllm_config), config)
+            _RUNTIMES[id(vllm_config)] = runtime
+            level, note = ladder_note(config, vllm_config)
+            if note and runtime.index == 0:
+                logger.log(level, "morphserve: %s.", note)
         return original(self, vllm_config)
 
     return initialize_kv_caches
@@ -75,7 +81,7 @@ def _status(self: Any) -> dict[str, Any] | None:
     return None if morph is None else morph.status()
 
 
-def _reload(self: Any, cause: str) -> Future[dict[str, Any]] | None:
+def _reload(self: Any, cause: str, sent: str = "") -> Future[dict[str, Any]] | None:
     """Read the settings anew: a utility method of EngineCore; vLLM answers when the thread that reads the file has."""
     morph = getattr(self.scheduler, "morph", None)
-    return None if morph is None else morph.reload(cause)
+    return None if morph is None else morph.reload(cause, sent)

@@ -150,6 +150,7 @@ class MorphServeEndpoint:
         self._client: Any = None
         self._queue_limit = QueueLimit(None)
         self._task: asyncio.Task[None] | None = None
+        self._keys: list[str] = []  # one of which who sends a policy must show, as for vLLM's own API
 
     def attach_router(self, app: FastAPI) -> None:
         router = APIRouter(prefix="/morphserve")
@@ -169,12 +170,14 @@ class MorphServeEndpoint:
                     raise HTTPException(404, f"no engine {engine} behind this API server")
             return answers[0] if len(answers) == 1 else {"engines": answers}
 
-        add_route(router, self._reload)
+        add_route(router, self._reload, lambda: self._keys)
         add_page(router, self._ask)
         app.include_router(router)
 
     async def init_state(self, engine_client: EngineClient, state: Any, args: Any) -> None:
         self._client = engine_client
+        given = getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
+        self._keys = [key for key in given if key]
         if engine_client is None:
             return
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
@@ -192,9 +195,9 @@ class MorphServeEndpoint:
         """Return the status of every engine behind this API server."""
         return await self._call("morphserve_status")
 
-    async def _reload(self, cause: str) -> list[_Status]:
-        """Have every engine read its settings anew, and return what came of it in each."""
-        return await self._call("morphserve_reload", cause)
+    async def _reload(self, cause: str, sent: str = "") -> list[_Status]:
+        """Have every engine read its settings anew, or a policy that was sent; return what came of it in each."""
+        return await self._call("morphserve_reload", cause, sent)
 
     async def _call(self, method: str, *args: str) -> list[dict[str, Any]]:
         core = getattr(self._client, "engine_core", None)

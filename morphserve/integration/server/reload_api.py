@@ -1,38 +1,82 @@
-"""SIGHUP and `POST /morphserve/reload`: the engines read the policy from their YAML now, not within two seconds."""
+"""SIGHUP and `POST /morphserve/reload`: the engines read the policy from their YAML now, not within two seconds.
+
+Engines without a YAML take it from the body of the POST. Who may send one may slow the server down or make it refuse
+requests, so where vLLM asks for an API key, a body needs it too.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import signal
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from hmac import compare_digest
+from typing import Any, Protocol
 
-from fastapi import APIRouter, HTTPException
+from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse
 
 logger = logging.getLogger("vllm.morphserve")
 
-Ask = Callable[[str], Awaitable[list[dict[str, Any]]]]  # from the cause to each engine's answer
+
+class Ask(Protocol):
+    """From the cause, and what was sent, to each engine's answer."""
+
+    def __call__(self, cause: str, sent: str = "") -> Awaitable[list[dict[str, Any]]]: ...
+
+
+_MAX_BODY_BYTES = 65_536
 _TIMEOUT_S = 60.0  # an engine answers between two steps, and one of a dead engine never
 
 _tasks: set[asyncio.Task[None]] = set()  # the loop itself keeps none alive
 
 
-def add_route(router: APIRouter, ask: Ask) -> None:
-    """Add `POST /reload`: 200, or 422 when an engine has refused the file; the body says why."""
+def add_route(router: APIRouter, ask: Ask, keys: Callable[[], Sequence[str]]) -> None:
+    """Add `POST /reload`: 200, or 422 when an engine has refused the policy; the answer says why.
+
+    Args:
+        router: of /morphserve.
+        ask: the engines.
+        keys: gives those of which a request with a body must show one; none = it need not.
+    """
 
     @router.post("/reload")
-    async def reload() -> JSONResponse:
-        """Take the `policy:` section from the YAML as it is now, in all engines: {ok, error, policy}."""
+    async def reload(request: Request) -> JSONResponse:
+        """Take the `policy:` section from the YAML as it is now, in all engines: {ok, error, policy}.
+
+        A server that was started without a YAML takes it from the body, in JSON or YAML: {"policy": {"kind": ...}}
+        """
+        sent = await _text_of(request, keys())
         try:
-            answers = await asyncio.wait_for(ask("POST /morphserve/reload"), _TIMEOUT_S)
+            answers = await asyncio.wait_for(ask("POST /morphserve/reload", sent), _TIMEOUT_S)
         except TimeoutError as e:
             raise HTTPException(504, f"an engine has not answered for {_TIMEOUT_S:.0f} s") from e
         if not answers:
             raise HTTPException(503, "the engine runs without MorphServe")
         answer = combine(answers)
         return JSONResponse(answer, 200 if answer["ok"] else 422)
+
+
+async def _text_of(request: Request, keys: Sequence[str]) -> str:
+    """Return the body of a request that may have one.
+
+    Raises:
+        HTTPException: too long, no text, or from somebody without a key.
+    """
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _MAX_BODY_BYTES:
+            raise HTTPException(413, f"the body has more than {_MAX_BODY_BYTES:,} bytes. Send `policy:` alone")
+    try:
+        text = body.decode()
+    except UnicodeDecodeError as e:
+        raise HTTPException(422, f"the body is not UTF-8 text ({e.reason} at byte {e.start})") from e
+    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+    is_known = scheme.lower() == "bearer" and any(compare_digest(key.encode(), known.encode()) for known in keys)
+    if text.strip() and keys and not is_known:
+        raise HTTPException(401, "a policy in the body needs the server's API key. Send Authorization: Bearer KEY")
+    return text if text.strip() else ""
 
 
 def combine(answers: list[dict[str, Any]]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def ladder_note(config: MorphServeConfig, vllm_config: VllmConfig) -> tuple[int,
 
 
 def _settle(config: MorphServeConfig, vllm_config: VllmConfig) -> Settled:
-    """On a GPU two levels a format: each has CUDA graphs of its own, which cost memory and time at start.
+    """Settle the ladder; on a GPU two levels a format: each has CUDA graphs, which cost memory and time at start.
 
     One level where vLLM's custom all-reduce has no room for the graphs of more.
     """
