@@ -3,9 +3,9 @@
 __version__ = "0.1.0"
 
 # The one statement of the supported range. The seam check, the README and the packaging tests read it.
-SUPPORTED_VLLM = ">=0.32,<0.33"
+SUPPORTED_VLLM = ">=0.32,<0.34"
 
-# With this set to 1, MorphServe starts on CUDA, and with the vLLM whose sources hold all it needs but which never ran.
-# Goes when `morphserve gpu-check` has passed on a GPU.
+# With this set to 1, MorphServe starts on CUDA. Goes when `morphserve gpu-check` has passed on a GPU.
 UNPROVEN_CUDA = "MORPHSERVE_UNPROVEN_CUDA"
-UNPROVEN_VLLM = ">=0.32,<0.34"
+# With this set to 1, MorphServe starts on a vLLM outside of the range that has all it touches.
+UNPROVEN_VLLM = "MORPHSERVE_UNPROVEN_VLLM"

@@ -334,7 +334,9 @@ def stub(root: Path, version: str) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("version", "ok"), [("0.32.1", True), ("0.32.0+cu130", True), ("0.33.0", False)])
+@pytest.mark.parametrize(
+    ("version", "ok"), [("0.32.1", True), ("0.33.0+cu130", True), ("0.31.0", False), ("0.34.0rc1", False)]
+)
 def test_the_version_is_read(tmp_path: Path, version: str, ok: bool) -> None:
     """Guards: rows of a vLLM outside of the supported range pass for a promise."""
     result = seam_source.check_sources_version(SourceTree(stub(tmp_path, version)))

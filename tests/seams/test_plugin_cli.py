@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import logging
 import os
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, EntryPoints
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import vllm
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -34,6 +36,7 @@ from morphserve.plugin import (
     register,
 )
 from morphserve.residence import HostResidence
+from morphserve.version import UNPROVEN_VLLM
 
 SIZES = dict(
     hidden_size=64,
@@ -329,11 +332,23 @@ def test_a_broken_seam_stops_the_start(
     assert "FAIL moved" in capsys.readouterr().out
 
 
-def test_a_foreign_version_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: an untested vLLM is patched because its names happen to match."""
+def test_a_foreign_version_stops_the_start(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards: an untested vLLM is patched because its names happen to match; one that is to be tried all the same, and
+    then starts without a word, or with one at each engine (tests/cpu/test_seam_version.py has the rest)."""
     monkeypatch.setattr(check, "SUPPORTED_VLLM", ">=0.1,<0.2")
+    monkeypatch.delenv(UNPROVEN_VLLM, raising=False)
     with pytest.raises(SeamError, match=r"version .*supported >=0.1,<0.2"):
         seams.require_all()
+    monkeypatch.setenv(UNPROVEN_VLLM, "1")
+    check._warn_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    for _ in range(2):
+        engine_args(models["llama"], {}).create_engine_config()
+    # vLLM's logging may hand a record to several handlers: one warning is one record.
+    (warned,) = {id(r): r for r in caplog.records if UNPROVEN_VLLM in r.getMessage()}.values()
+    assert warned.levelno == logging.WARNING and vllm.__version__ in warned.getMessage()
 
 
 @pytest.fixture

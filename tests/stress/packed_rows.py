@@ -23,7 +23,7 @@ from unittest.mock import patch
 from morphserve.errors import MorphServeError
 from morphserve.integration import seams
 from morphserve.integration.seams import CUDA_KERNEL_SEAMS, CUDA_SEAMS
-from morphserve.version import SUPPORTED_VLLM, UNPROVEN_CUDA
+from morphserve.version import SUPPORTED_VLLM, UNPROVEN_CUDA, UNPROVEN_VLLM
 
 # Of a Llama-8B without options; docs/gpu.md claims the same.
 EXPECTED = {
@@ -98,7 +98,7 @@ def _flashinfer() -> str:
 
 
 def live_seams() -> None:
-    with patch.dict(os.environ, {UNPROVEN_CUDA: "1"}):  # this version is one to be tried, not one that is supported
+    with patch.dict(os.environ, {UNPROVEN_VLLM: "1"}):  # it may be one to be tried, not one that is supported
         row("seam version", lambda: _told(seams.check_version()))
     for table in (seams.SEAMS, CUDA_SEAMS, CUDA_KERNEL_SEAMS):
         for seam in table:

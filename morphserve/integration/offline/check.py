@@ -43,8 +43,8 @@ def examine(dtype: str = AUTO) -> Machine:
         problems.append(f"vLLM is not installed; install vLLM {SUPPORTED_VLLM}")
     except (ImportError, ConfigError) as e:  # a vLLM that cannot be imported, or a device that is not served
         problems.append(str(e))
-    if broken := sum(not row.ok for row in rows):
-        problems.append(f"{broken} of {len(rows)} seams do not hold; install vLLM {SUPPORTED_VLLM}")
+    if broken := [row for row in rows if not row.ok]:
+        problems.append(f"{len(broken)} of {len(rows)} seams do not hold. {seams.remedy(broken)}.")
     tested_on = device if device == "cuda" else "cpu"
     tier, best, on_cpu = cpu_tier.machine_tier(), DTYPES[0], False
     if device == "cpu" and tier is not None:  # else the platform was refused, or it is a GPU that counts

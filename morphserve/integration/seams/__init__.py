@@ -12,6 +12,7 @@ from morphserve.integration.seams.check import (
     check_all,
     check_seam,
     check_version,
+    remedy,
     require_all,
     resolve,
 )
@@ -55,6 +56,7 @@ from morphserve.integration.seams.rows import (
 from morphserve.late import late
 
 if TYPE_CHECKING:
+    from morphserve.integration.seams.moved import Move, compare
     from morphserve.integration.seams.source import check_sources, check_sources_version, sources_version
     from morphserve.integration.seams.tree import SourceTree
 
@@ -84,6 +86,7 @@ __all__ = [
     "POOL_CACHE_PARTIAL",
     "POOL_FREE",
     "POOL_HIT",
+    "Move",
     "Patch",
     "SEAMS",
     "Seam",
@@ -99,8 +102,10 @@ __all__ = [
     "check_sources",
     "check_sources_version",
     "check_version",
+    "compare",
     "patches",
     "put",
+    "remedy",
     "require_all",
     "resolve",
     "sources_version",
@@ -109,9 +114,11 @@ __all__ = [
 ]
 
 _LATE = {
+    "Move": "moved",
     "SourceTree": "tree",
     "check_sources": "source",
     "check_sources_version": "source",
+    "compare": "moved",
     "sources_version": "source",
 }
 __getattr__ = late(__name__, _LATE)

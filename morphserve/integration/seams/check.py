@@ -6,8 +6,10 @@ All rows hold or the start fails with one message (never half installed).
 from __future__ import annotations
 
 import dis
+import functools
 import importlib
 import inspect
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ from packaging.version import Version
 
 from morphserve.errors import SeamError
 from morphserve.integration.seams.rows import SEAMS, Seam
-from morphserve.version import SUPPORTED_VLLM, UNPROVEN_CUDA, UNPROVEN_VLLM
+from morphserve.version import SUPPORTED_VLLM, UNPROVEN_VLLM
+
+logger = logging.getLogger("vllm.morphserve")
 
 ORIGINAL = "_morphserve_original"  # of a wrapper of ours: what it calls
 
@@ -84,14 +88,20 @@ def check_seam(seam: Seam) -> SeamResult:
 
 
 def check_version() -> SeamResult:
-    """Check that the installed vLLM is inside the supported range."""
+    """Check that the installed vLLM is inside the supported range, or that a user wants to try it all the same."""
     import vllm
 
-    supported = UNPROVEN_VLLM if os.environ.get(UNPROVEN_CUDA) == "1" else SUPPORTED_VLLM
+    result = judge_version(vllm.__version__, "installed")
+    if result.ok or os.environ.get(UNPROVEN_VLLM) != "1":
+        return result
+    return SeamResult(result.seam, True, f"{result.detail}; tried because of {UNPROVEN_VLLM}=1")
+
+
+def judge_version(have: str | None, where: str) -> SeamResult:
+    """Return whether a version, or None for one that is not known, is inside the supported range."""
     seam = Seam("version", "vllm:__version__", (), f"tested range {SUPPORTED_VLLM}")
-    have = Version(Version(vllm.__version__).base_version)
-    ok = SpecifierSet(supported).contains(have, prereleases=True)
-    return SeamResult(seam, ok, f"installed {vllm.__version__}, supported {supported}")
+    ok = have is not None and SpecifierSet(SUPPORTED_VLLM).contains(Version(have).base_version, prereleases=True)
+    return SeamResult(seam, ok, f"{where} {have or 'no version'}, supported {SUPPORTED_VLLM}")
 
 
 def check_all() -> list[SeamResult]:
@@ -108,10 +118,25 @@ def require_all(more: Sequence[Seam] = ()) -> None:
     Raises:
         SeamError: one message that names every row that does not hold.
     """
-    broken = [r for r in (*check_all(), *map(check_seam, more)) if not r.ok]
-    if broken:
+    version, *rows = *check_all(), *map(check_seam, more)
+    if broken := [r for r in (version, *rows) if not r.ok]:
         lines = "\n".join(f"  {r.seam.name} ({r.seam.target}): {r.detail}" for r in broken)
         raise SeamError(
-            f"MorphServe cannot run on this vLLM: {len(broken)} of {len(SEAMS) + len(more) + 1} seams do not hold:\n"
-            f"{lines}\nInstall vllm{SUPPORTED_VLLM}, or start without --plugin morphserve."
+            f"MorphServe cannot run on this vLLM: {len(broken)} of {len(rows) + 1} seams do not hold:\n"
+            f"{lines}\n{remedy(broken)}, or start without --plugin morphserve."
         )
+    if UNPROVEN_VLLM in version.detail:
+        _warn_once(version.detail)
+
+
+def remedy(broken: Sequence[SeamResult]) -> str:
+    """Return what helps against rows that do not hold: the beginning of a sentence."""
+    install = f"Install vllm{SUPPORTED_VLLM}"
+    if [r.seam.name for r in broken] != ["version"]:
+        return install
+    return f"{install}, set {UNPROVEN_VLLM}=1 to try this version, in which all else holds"
+
+
+@functools.cache
+def _warn_once(detail: str) -> None:
+    logger.warning("morphserve: vLLM %s; no test has run with it", detail)

@@ -11,13 +11,10 @@ import ast
 from collections.abc import Iterable
 
 import griffe
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
 
-from morphserve.integration.seams.check import SeamResult
+from morphserve.integration.seams.check import SeamResult, judge_version
 from morphserve.integration.seams.rows import Seam
 from morphserve.integration.seams.tree import SourceTree, Symbol, node_of
-from morphserve.version import SUPPORTED_VLLM
 
 _CONSTRUCTORS = ("__init__", "__post_init__")
 _MAKE_CONSTRUCTORS = ("dataclass", "config")  # decorators, by the end of their name; the second is vLLM's own
@@ -26,7 +23,7 @@ _FIELD_BASES = ("NamedTuple", "Struct", "BaseModel")  # whose subclasses are bui
 
 def check_seam(seam: Seam, tree: SourceTree) -> SeamResult:
     """Find the target in the sources and compare its parameters and attributes."""
-    found = _resolve(seam.target, tree)
+    found = locate(seam.target, tree)
     if isinstance(found, str):
         return SeamResult(seam, False, found)
     may, must, unread = attributes(found, tree)
@@ -52,10 +49,7 @@ def check_sources(rows: Iterable[Seam], tree: SourceTree) -> list[SeamResult]:
 
 def check_sources_version(tree: SourceTree) -> SeamResult:
     """Check that the vLLM of these sources is inside the supported range."""
-    have = sources_version(tree)
-    seam = Seam("version", "vllm:__version__", (), f"tested range {SUPPORTED_VLLM}")
-    ok = have is not None and SpecifierSet(SUPPORTED_VLLM).contains(Version(have).base_version, prereleases=True)
-    return SeamResult(seam, ok, f"sources of {have or 'no version'}, supported {SUPPORTED_VLLM}")
+    return judge_version(sources_version(tree), "sources of")
 
 
 def sources_version(tree: SourceTree) -> str | None:
@@ -165,7 +159,7 @@ def _either(paths: list[list[ast.stmt]], me: str) -> tuple[set[str], set[str]]:
     return set[str]().union(*(some for some, _ in ends)), set.intersection(*arrive) if arrive else set()
 
 
-def _resolve(target: str, tree: SourceTree) -> Symbol | str:
+def locate(target: str, tree: SourceTree) -> Symbol | str:
     """Return what "module:a.b" stands for, or what of it is gone."""
     name, _, path = target.partition(":")
     if (module := tree.module(name)) is None:
