@@ -113,10 +113,15 @@ class MorphServeConfig(_Section):
         default_factory=dict, description="by format: the kernel to use; else the first that passes its self-test"
     )
     profile: Path | None = Field(
-        None, description="directory that scripts/profile_layers.py made for this model; null = none"
+        None, description="directory of a profile of this model; null = see `prepared`"
     )
     step_times: Path | None = Field(
-        None, description="file that scripts/calibrate.py made; null = the profile's, if it has one"
+        None, description="file of a calibration; null = the profile's, if it has one, else see `prepared`"
+    )
+    prepared: bool = Field(
+        True,
+        description="where no profile or step times are named, use what `morphserve prepare` has stored of this very "
+        "model, machine, dtype and topology, or what comes with the package; false = only what is named here",
     )
     cache_dir: Path = Field(
         Path("~/.cache/morphserve"), description="packed variants; built once, verified, then read"

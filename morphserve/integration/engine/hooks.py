@@ -30,7 +30,7 @@ from morphserve.integration.engine.receipts import Receipts
 from morphserve.integration.engine.runtime import EngineRuntime
 from morphserve.integration.engine.status import StatusPage
 from morphserve.integration.engine.traffic import Traffic
-from morphserve.integration.start import make_policy, policy_setup
+from morphserve.integration.start import for_this_device, make_policy, policy_setup
 from policies import PolicySetup
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Morph:
                 runtime.config_file,
                 runtime.stated,
                 self.setup,
-                setup_of=lambda config: policy_setup(config, runtime.vllm_config),
+                setup_of=lambda config: policy_setup(for_this_device(config, runtime.vllm_config), runtime.vllm_config),
                 install=install,
             )
         )

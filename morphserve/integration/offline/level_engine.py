@@ -34,8 +34,8 @@ class LevelEngine:
 
         Args:
             model: directory or hub name.
-            settings: of MorphServe; without a `policy` in them, levels change on request alone. None = what
-                `arguments` say, so stock vLLM where they do not say anything either.
+            settings: of MorphServe; without a `policy` in them, levels change on request alone, and what was prepared
+                is looked for where they say so. None = what `arguments` say, so stock vLLM where they do not either.
             in_process: the engine core in this process; else levels cannot be set, and nothing but `generate` works.
             arguments: of `vllm.LLM`.
         """
@@ -44,7 +44,8 @@ class LevelEngine:
         from vllm import LLM
 
         if settings is not None:
-            arguments["additional_config"] = {"morphserve": {"policy": {"kind": "static", "level": 0}, **settings}}
+            own = {"policy": {"kind": "static", "level": 0}, "prepared": False, **settings}
+            arguments["additional_config"] = {"morphserve": own}
         self.llm: Any = LLM(model=model, **arguments)
         self.engine = self.llm.llm_engine
         self.core = getattr(self.engine.engine_core, "engine_core", None)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from morphserve.integration.start.settings import (
     CONFIG_FILE,
+    FOUND,
     KEY,
     config_file,
     for_this_device,
@@ -29,10 +30,14 @@ if TYPE_CHECKING:
     from morphserve.integration.start.device import check_platform, device_type, is_cuda, serving_residence
     from morphserve.integration.start.device_budget import check_fixed_kv, check_given_blocks
     from morphserve.integration.start.device_checks import check_device
+    from morphserve.integration.start.prepared import Prepared, attach_prepared
 
 __all__ = [
     "CONFIG_FILE",
+    "FOUND",
     "KEY",
+    "Prepared",
+    "attach_prepared",
     "check_device",
     "check_engine",
     "check_fixed_kv",
@@ -52,6 +57,8 @@ __all__ = [
 ]
 
 _LATE = {
+    "Prepared": "prepared",
+    "attach_prepared": "prepared",
     "check_device": "device_checks",
     "check_engine": "checks",
     "check_fixed_kv": "device_budget",

@@ -16,8 +16,11 @@ from morphserve.control import without_formats
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from morphserve.integration.start.prepared import Prepared
+
 KEY = "morphserve"
 CONFIG_FILE = "config_file"
+FOUND = "morphserve_prepared"  # attribute of VllmConfig, none of its fields: what prepared.py has found for the engine
 
 
 def is_active(additional_config: Any) -> bool:
@@ -40,7 +43,7 @@ def read_settings(additional_config: Any) -> MorphServeConfig | None:
 
 
 def for_this_device(config: MorphServeConfig, vllm_config: VllmConfig) -> MorphServeConfig:
-    """Return the settings with the ladder that an empty `ladder.steps` means here.
+    """Return the settings with what was prepared, and the ladder that an empty `ladder.steps` means here.
 
     Two levels a format, because each has CUDA graphs of its own, which cost memory and time at start; one where vLLM's
     custom all-reduce has no room for the graphs of more.
@@ -48,6 +51,7 @@ def for_this_device(config: MorphServeConfig, vllm_config: VllmConfig) -> MorphS
     from morphserve.integration.start.device import default_formats
     from morphserve.integration.start.device_checks import has_room_for_graph_sets
 
+    config = with_found(config, getattr(vllm_config, FOUND, None))
     ladder, formats = config.ladder, default_formats()
     if not formats or ladder.steps is not None or config.profile is not None:
         return config
@@ -55,6 +59,18 @@ def for_this_device(config: MorphServeConfig, vllm_config: VllmConfig) -> MorphS
     per_level = -(-vllm_config.model_config.get_total_num_hidden_layers() // parts)
     steps = [LadderStep(format=fmt, layers_per_level=per_level, optional=True) for fmt in formats]
     return config.model_copy(update={"ladder": ladder.model_copy(update={"steps": steps})})
+
+
+def with_found(config: MorphServeConfig, found: Prepared | None) -> MorphServeConfig:
+    """Return the settings with what was found for them where they name nothing."""
+    if found is None:
+        return config
+    update: dict[str, Any] = {}
+    if config.profile is None and found.profile is not None:
+        update |= {"profile": found.profile, "variants": {**found.variants, **config.variants}}
+    if config.step_times is None and found.step_times is not None:
+        update["step_times"] = found.step_times
+    return config.model_copy(update=update) if update else config
 
 
 def served_ladder(config: MorphServeConfig, left_out: Collection[str]) -> MorphServeConfig:
