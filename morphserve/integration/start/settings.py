@@ -16,7 +16,7 @@ from morphserve.control import without_formats
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from morphserve.integration.start.prepared import Prepared
+    from morphserve.prepared import Prepared
 
 KEY = "morphserve"
 CONFIG_FILE = "config_file"
@@ -51,7 +51,8 @@ def for_this_device(config: MorphServeConfig, vllm_config: VllmConfig) -> MorphS
     from morphserve.integration.start.device import default_formats
     from morphserve.integration.start.device_checks import has_room_for_graph_sets
 
-    config = with_found(config, getattr(vllm_config, FOUND, None))
+    found: Prepared | None = getattr(vllm_config, FOUND, None)
+    config = config if found is None else found.fill(config)
     ladder, formats = config.ladder, default_formats()
     if not formats or ladder.steps is not None or config.profile is not None:
         return config
@@ -59,18 +60,6 @@ def for_this_device(config: MorphServeConfig, vllm_config: VllmConfig) -> MorphS
     per_level = -(-vllm_config.model_config.get_total_num_hidden_layers() // parts)
     steps = [LadderStep(format=fmt, layers_per_level=per_level, optional=True) for fmt in formats]
     return config.model_copy(update={"ladder": ladder.model_copy(update={"steps": steps})})
-
-
-def with_found(config: MorphServeConfig, found: Prepared | None) -> MorphServeConfig:
-    """Return the settings with what was found for them where they name nothing."""
-    if found is None:
-        return config
-    update: dict[str, Any] = {}
-    if config.profile is None and found.profile is not None:
-        update |= {"profile": found.profile, "variants": {**found.variants, **config.variants}}
-    if config.step_times is None and found.step_times is not None:
-        update["step_times"] = found.step_times
-    return config.model_copy(update=update) if update else config
 
 
 def served_ladder(config: MorphServeConfig, left_out: Collection[str]) -> MorphServeConfig:

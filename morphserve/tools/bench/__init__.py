@@ -6,6 +6,7 @@ from morphserve.tools.bench.cli import main
 from morphserve.tools.bench.command import run_command
 from morphserve.tools.bench.load.server import ServerOptions, serve
 from morphserve.tools.bench.paired import ClosedLoop, PairedResult, compare_idle
+from morphserve.tools.bench.prepared import with_prepared
 from morphserve.tools.bench.report.tables import percent
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "percent",
     "run_command",
     "serve",
+    "with_prepared",
 ]
