@@ -137,11 +137,12 @@ class LevelEngine:
             MorphServeError: it failed; then nothing has changed.
         """
         plan = Plan(0, tuple(layers.items()), num_kv_blocks, copies)  # 0 stands outside of every transition
-        executor = self.morph.executor
-        for send in (executor.prepare, executor.commit) if layers else (executor.commit,):
-            ticket = send(plan)
-            while (replies := ticket.poll()) is None:
+        # Waited for: what is sent without waiting is answered to the next step, and none may come.
+        for command in ("morphserve_prepare", "morphserve_commit") if layers else ("morphserve_commit",):
+            replies = self.engine.collective_rpc(command, args=(plan,))
+            while any(reply.pending for reply in replies):
                 time.sleep(0)  # a rank that works beside its steps is not done yet
+                replies = self.engine.collective_rpc("morphserve_progress", args=(plan,))
             if errors := [reply.error for reply in replies if not reply.ok]:
                 raise MorphServeError("; ".join(errors))
 
