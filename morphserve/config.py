@@ -133,10 +133,15 @@ class MorphServeConfig(_Section):
         default_factory=dict, description="by format: the kernel to use; else the first that passes its self-test"
     )
     profile: Path | None = Field(
-        None, description="directory that `morphserve profile` made for this model; null = none"
+        None, description="directory that `morphserve profile` made for this model; null = see `prepared`"
     )
     step_times: Path | None = Field(
-        None, description="file that `morphserve calibrate` made; null = the profile's, if it has one"
+        None, description="file that `morphserve calibrate` made; null = the profile's, if any, else see `prepared`"
+    )
+    prepared: bool = Field(
+        True,
+        description="where no profile or step times are named, use what `morphserve prepare` has stored of this very "
+        "model, machine, dtype and topology, or what comes with the package; false = only what is named here",
     )
     cache_dir: Path = Field(
         Path("~/.cache/morphserve"), description="packed variants; built once, verified, then read"

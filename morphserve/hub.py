@@ -31,3 +31,21 @@ def find_files(source: str, what: str) -> Path:
         raise ConfigError(
             f"{what}: {source!r} is neither a directory nor a hub repository that can be had ({e}). Give either."
         ) from e
+
+
+def local_files(source: str, revision: str | None = None) -> Path | None:
+    """Return the directory of a model whose files are on this machine already; None = they are not.
+
+    Args:
+        source: directory or hub name.
+        revision: of the hub's.
+    """
+    directory = Path(source).expanduser()
+    if directory.is_dir():
+        return directory
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(source, revision=revision, allow_patterns=_FILES, local_files_only=True))
+    except Exception:  # whatever the hub's client makes of the name, the cache or a missing client: nothing is here
+        return None

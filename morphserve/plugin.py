@@ -110,8 +110,9 @@ def _create_engine_config(original: Callable[..., Any]) -> Any:
             ending.arm(_is_cli())
             _activate(self)
             config = original(self, *args, **kwargs)
-            from morphserve.integration.start import check_engine
+            from morphserve.integration.start import attach_prepared, check_engine
 
+            attach_prepared(config)
             check_engine(config)
         except MorphServeError as e:
             # On the command line one clear line beats a traceback of vLLM's start-up.

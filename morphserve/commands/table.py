@@ -27,6 +27,7 @@ COMMANDS = (
     Command("demo", "commands.demo", "stock vLLM, then MorphServe, on a burst fitted to this machine", "replay"),
     Command("check", "commands.check", "can MorphServe run here, in which dtype and formats"),
     Command("init", "commands.init", "write a config with every key and its default"),
+    Command("prepare", "tools.prepare.cli", "measure a model once, kept where its servers find it", "profile"),
     Command("calibrate", "tools.profile.calibrate", "how long a step takes here, at every level", "replay"),
     Command("profile", "tools.profile.cli", "which layers to swap first, and what each level costs", "profile"),
     Command("quantize", "tools.quantize.cli", "make a 4-bit checkpoint, with AWQ or GPTQ"),

@@ -81,6 +81,7 @@ def engine(
     if cache is not None:
         merged = {
             "cache_dir": str(cache),
+            "prepared": False,  # levels are those that a test gives, whatever comes with the package
             # Sizes of swap batches must not depend on how fast this machine is today: runs are compared token by token.
             "transition": {"max_layers_per_step": 5, "max_pause_ms": 1e6},
             "kv": {"drain_timeout_s": 600.0},

@@ -31,7 +31,7 @@ from morphserve.integration.engine.request_limits import promise_of
 from morphserve.integration.engine.runtime import EngineRuntime
 from morphserve.integration.engine.status import StatusPage
 from morphserve.integration.engine.traffic import Traffic
-from morphserve.integration.start import make_policy, policy_setup
+from morphserve.integration.start import for_this_device, make_policy, policy_setup
 from policies import PolicySetup
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Morph:
                 runtime.config_file,
                 runtime.stated,
                 self.setup,
-                setup_of=lambda config: policy_setup(config, runtime.vllm_config),
+                setup_of=lambda config: policy_setup(for_this_device(config, runtime.vllm_config), runtime.vllm_config),
                 install=install,
             )
         )

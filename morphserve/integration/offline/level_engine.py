@@ -34,8 +34,8 @@ class LevelEngine:
 
         Args:
             model: directory or hub name.
-            settings: of MorphServe; without a `policy` in them, levels change on request alone. None = what
-                `arguments` say, so stock vLLM where they do not say anything either.
+            settings: of MorphServe; without a `policy` in them, levels change on request alone, and what was prepared
+                is looked for where they say so. None = what `arguments` say, so stock vLLM where they do not either.
             in_process: the engine core in this process; else levels cannot be set, and nothing but `generate` works.
             arguments: of `vllm.LLM`.
         """
@@ -44,7 +44,8 @@ class LevelEngine:
         from vllm import LLM
 
         if settings is not None:
-            arguments["additional_config"] = {"morphserve": {"policy": {"kind": "static", "level": 0}, **settings}}
+            own = {"policy": {"kind": "static", "level": 0}, "prepared": False, **settings}
+            arguments["additional_config"] = {"morphserve": own}
         self.llm: Any = LLM(model=model, **arguments)
         self.engine = self.llm.llm_engine
         self.core = getattr(self.engine.engine_core, "engine_core", None)
@@ -136,11 +137,12 @@ class LevelEngine:
             MorphServeError: it failed; then nothing has changed.
         """
         plan = Plan(0, tuple(layers.items()), num_kv_blocks, copies)  # 0 stands outside of every transition
-        executor = self.morph.executor
-        for send in (executor.prepare, executor.commit) if layers else (executor.commit,):
-            ticket = send(plan)
-            while (replies := ticket.poll()) is None:
+        # Waited for: what is sent without waiting is answered to the next step, and none may come.
+        for command in ("morphserve_prepare", "morphserve_commit") if layers else ("morphserve_commit",):
+            replies = self.engine.collective_rpc(command, args=(plan,))
+            while any(reply.pending for reply in replies):
                 time.sleep(0)  # a rank that works beside its steps is not done yet
+                replies = self.engine.collective_rpc("morphserve_progress", args=(plan,))
             if errors := [reply.error for reply in replies if not reply.ok]:
                 raise MorphServeError("; ".join(errors))
 

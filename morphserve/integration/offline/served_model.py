@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
-import torch
-
-from morphserve.integration import seams
 from morphserve.integration.describe import RankDescription
+from morphserve.integration.offline import logit_meter
 from morphserve.integration.offline.level_engine import LevelEngine, greedy
 from policies import BASE_FORMAT
 
@@ -23,11 +23,11 @@ _REPEATS = 3  # of a pair of step times: this machine may be busy with something
 
 
 class ServedModel(LevelEngine):
-    """An engine whose layers are put into formats past its controller."""
+    """An engine whose layers are put into formats past its controller, on each of its ranks."""
 
     def __init__(
         self, model: str, length: int, settings: Mapping[str, Any], *, enforce_eager: bool = True,
-        dtype: str | None = None,
+        dtype: str | None = None, **arguments: Any,
     ) -> None:  # fmt: skip
         """Start it at full precision.
 
@@ -35,21 +35,28 @@ class ServedModel(LevelEngine):
             model: directory or hub name.
             length: tokens of the longest text.
             settings: of MorphServe; says which formats there are.
+            enforce_eager: not compiled.
             dtype: of the engine; None = the model's own.
+            arguments: others of `vllm.LLM`.
         """
         super().__init__(
             model, settings, dtype=dtype or "auto", enforce_eager=enforce_eager, max_model_len=length + 32,
             max_num_batched_tokens=max(2048, length + 32), max_num_seqs=_BATCH, enable_prefix_caching=False,
-            disable_log_stats=True,
+            disable_log_stats=True, **arguments,
         )  # fmt: skip
         self.description: RankDescription = self.morph.runtime.ranks[0]
-        self._rows: list[torch.Tensor] = []
-        seams.wrap(seams.LOGITS, self._record_logits, on=self.worker.model_runner.model)
+        self._on_ranks(logit_meter.install, _BATCH + 1)
 
     @property
     def num_layers(self) -> int:
         """Decoder layers."""
         return len(self.description.layer_bytes[BASE_FORMAT])
+
+    @property
+    def layer_bytes(self) -> dict[str, list[int]]:
+        """Bytes of each layer by format, on the rank of its stage that holds most."""
+        ranks = [rank.layer_bytes for rank in self.morph.runtime.ranks]
+        return {fmt: list(map(max, *(rank[fmt] for rank in ranks), [0] * self.num_layers)) for fmt in ranks[0]}
 
     @property
     def tokenizer(self) -> Any:
@@ -61,23 +68,21 @@ class ServedModel(LevelEngine):
         wanted = {layer: layers.get(layer, BASE_FORMAT) for layer in range(self.num_layers)}
         self.carry_out(wanted, self.morph.pool.num_kv_blocks)
 
-    def log_probabilities(self, ids: Sequence[int]) -> torch.Tensor:
-        """Return those of every next token of a text, teacher-forced: fp32 [len(ids) - 1, vocabulary]."""
-        self._rows.clear()
+    def compare(self, ids: Sequence[int], is_base: bool) -> dict[str, float]:
+        """Return what a text's next tokens are, teacher-forced; see `logit_meter.take`."""
+        self._on_ranks(logit_meter.clear)
         self.llm.generate([{"prompt_token_ids": list(ids)}], greedy(1, prompt_logprobs=1), use_tqdm=False)
-        rows = torch.cat(self._rows)[: len(ids) - 1]
-        self._rows.clear()
-        return rows
+        return next(sums for sums in self._on_ranks(logit_meter.take, list(ids), is_base) if sums is not None)
 
     def step_time_s(self) -> float:
         """Return the median time of a decode step with 16 requests."""
         for i in range(_BATCH):
             self.add([5 + i] * 32, _STEPS + 1)
-        times = []
+        ends = []
         while self.engine.has_unfinished_requests():
-            times.append(self.timed_step())
-        self._rows.clear()
-        return statistics.median(times[1:])  # the first step is the prefill
+            if self.step():  # with pipeline stages a call may only send a step
+                ends.append(time.perf_counter())
+        return statistics.median(after - before for before, after in pairwise(ends))
 
     def step_time_factor(self, layers: Mapping[int, str]) -> float:
         """Return a decode step's time over full precision's: the median of interleaved repeats."""
@@ -89,25 +94,22 @@ class ServedModel(LevelEngine):
             ratios.append(self.step_time_s() / base)
         return statistics.median(ratios)
 
-    def _record_logits(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def compute_logits(hidden: Any, *args: Any, **kwargs: Any) -> Any:
-            logits = original(hidden, *args, **kwargs)
-            if logits is not None and len(logits) > _BATCH:  # a prompt; fewer are sampled tokens'
-                self._rows.append(logits.float().log_softmax(-1))
-            return logits
-
-        return compute_logits
+    def _on_ranks(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        found: list[Any] = self.engine.collective_rpc(function, args=args)
+        return found
 
 
 def measure_levels(
-    model: ServedModel, levels: Sequence[Mapping[int, str]], texts: Sequence[Sequence[int]], timed: bool = False
-) -> list[dict[str, float]]:
+    model: ServedModel, levels: Sequence[Mapping[int, str]], texts: Sequence[Sequence[int]], timed: bool = False,
+    on_level: Callable[[], Any] = lambda: None,
+) -> list[dict[str, float]]:  # fmt: skip
     """Return KL against full precision, perplexity and equal argmax of each level, means over all tokens of all texts.
 
     Args:
         levels: decoder layer id |-> format.
         texts: token ids.
         timed: also `step_time_factor`, each level beside full precision.
+        on_level: called when one is done for one text.
 
     Returns:
         One row a level with `kl` (nats), `top1`, `ppl`, `ppl_base`, and `step_time_factor` when timed.
@@ -116,15 +118,12 @@ def measure_levels(
     base_nll = 0.0
     for ids in texts:
         model.put({})
-        base = model.log_probabilities(ids)
-        target = torch.tensor(ids[1:]).unsqueeze(1)
-        base_nll -= float(base.gather(1, target).sum())
+        base_nll += model.compare(ids, is_base=True)["nll"]
         for level, row in zip(levels, sums, strict=True):
             model.put(level)
-            other = model.log_probabilities(ids)
-            row["kl"] += float((base.exp() * (base - other)).sum())
-            row["top1"] += float((base.argmax(-1) == other.argmax(-1)).sum())
-            row["nll"] -= float(other.gather(1, target).sum())
+            for key, value in model.compare(ids, is_base=False).items():
+                row[key] += value
+            on_level()
     positions = sum(len(ids) - 1 for ids in texts)
     found = []
     for level, row in zip(levels, sums, strict=True):

@@ -7,20 +7,22 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from morphserve.config import MorphServeConfig
+from morphserve.config import LadderConfig, LadderStep, MorphServeConfig
 from morphserve.control import RankBytes, ladder_formats, optional_formats
 from morphserve.integration import seams
 from morphserve.integration.offline.level_engine import LevelEngine
+from morphserve.integration.start import FOUND, default_formats
+from morphserve.prepared import Place
 from morphserve.profile_ladder import read_ladder
 from policies import BASE_FORMAT, LayerMove, StepLoad
 from quant_layers import FORMATS
 
-_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _MAX_LONG_SEQS = 32  # more sequences are timed with short contexts only: KV for them would be half a server's
+_LONG_TOKENS = 1024  # of a long context: what it costs is linear in them
 _DECODE_STEPS = 8
 _WARM_STEPS = 2
 _PATIENCE_S = 600.0  # of a move, which takes a step of two requests for every few layers
-_PREFILLS = (16, 48, 128, 320)
+_PREFILLS = (16, 48, 128, 320, 1024, 2048, 4096, 8192)
 
 
 class TimedEngine(LevelEngine):
@@ -30,8 +32,9 @@ class TimedEngine(LevelEngine):
     """
 
     def __init__(
-        self, model: str, config: MorphServeConfig, *, block_size: int, max_model_len: int, **arguments: Any
-    ) -> None:
+        self, model: str, config: MorphServeConfig, *, block_size: int, max_model_len: int, max_num_seqs: int,
+        **arguments: Any,
+    ) -> None:  # fmt: skip
         """Start it at level 0.
 
         Args:
@@ -39,27 +42,33 @@ class TimedEngine(LevelEngine):
             config: whose formats are timed.
             block_size: tokens of a KV block.
             max_model_len: tokens of the longest request.
+            max_num_seqs: of the largest step that is timed.
             arguments: others of `vllm.LLM`.
         """
         formats, steps = _one_level_each(config)
-        settings = config.model_dump(mode="json", exclude={"policy", "decision_log", "kv"})
+        self._batches = _batches(max_num_seqs)
+        settings = config.model_dump(mode="json", exclude={"policy", "decision_log", "kv", "prepared"})
         longest = max_model_len - 2 * _DECODE_STEPS - 16
-        self._lengths = (16, max(longest // 2, 16))
-        blocks = _MAX_LONG_SEQS * -(-(self._lengths[-1] + 2 * _DECODE_STEPS + 8) // block_size) + 2
+        self._lengths = (16, max(min(longest // 2, _LONG_TOKENS), 16))
+        of_long = -(-(self._lengths[-1] + 2 * _DECODE_STEPS + 8) // block_size)
+        of_short = -(-(self._lengths[0] + 2 * _DECODE_STEPS + 8) // block_size)
+        blocks = max(min(max_num_seqs, _MAX_LONG_SEQS) * of_long, max_num_seqs * of_short) + 2
         super().__init__(
             model,
             {**settings, "ladder": {"steps": steps}},
             block_size=block_size,
             num_gpu_blocks_override=max(blocks, -(-max_model_len // block_size) + 1),
             max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
             enable_prefix_caching=False,
             disable_log_stats=True,
             # As a server has it: while the worker computes, the engine's process polls for its answer. On cores that
             # share a unit that costs nearly half of the speed (two vCPUs of one core: 65 ms a step of 16, 32 without).
-            distributed_executor_backend="mp",
-            **arguments,
+            **{**arguments, "distributed_executor_backend": "mp"},
         )
-        self.dtype = str(self.engine.model_config.dtype).removeprefix("torch.")
+        self.place: Place = getattr(self.engine.vllm_config, FOUND).place
+        budget = self.engine.vllm_config.scheduler_config.max_num_batched_tokens
+        self._prefills = [tokens for tokens in _PREFILLS if tokens < min(longest, budget - 8)]
         served = self.morph.runtime.ranks[0].kernels
         self.formats = (BASE_FORMAT, *(fmt for fmt in formats if fmt in served))  # level by level
         self.steps: dict[str, list[StepLoad]] = {fmt: [] for fmt in self.formats}
@@ -73,7 +82,7 @@ class TimedEngine(LevelEngine):
         def timed_step() -> Any:
             start = time.perf_counter()
             result = step()
-            self._seconds = time.perf_counter() - start
+            self._seconds += time.perf_counter() - start
             return result
 
         return timed_step
@@ -99,7 +108,7 @@ class TimedEngine(LevelEngine):
     def visit(self) -> None:
         """Time steps of all kinds at the level that the engine is at."""
         fmt = self.formats[self._level]
-        for batch in _BATCHES:
+        for batch in self._batches:
             for length in self._lengths[: 1 if batch > _MAX_LONG_SEQS else None]:
                 self._add(batch, length, _DECODE_STEPS + _WARM_STEPS)
                 self._record(fmt, _DECODE_STEPS)
@@ -107,18 +116,17 @@ class TimedEngine(LevelEngine):
                 self._decodes.setdefault((fmt, batch), []).append(statistics.median(decodes))
                 self.abort_all()
         for beside in (1, 8):
-            self._add(beside, 64, 4 * len(_PREFILLS) + 8)
+            self._add(beside, min(64, self._lengths[-1]), 4 * len(self._prefills) + 8)
             self._record(None, 2)
-            for tokens in _PREFILLS:
-                if tokens < self._lengths[-1] * 2:
-                    self._add(1, tokens, 3)
-                    self._record(fmt, 3)
+            for tokens in self._prefills:
+                self._add(1, tokens, 3)
+                self._record(fmt, 3)
             self.abort_all()
 
     def ratios(self, fmt: str) -> dict[int, tuple[float, float, float]]:
         """Sequences |-> what a decode step takes over one in full precision of the same round: median, least, most."""
         found = {}
-        for batch in _BATCHES:
+        for batch in self._batches:
             pairs = zip(self._decodes[fmt, batch], self._decodes[BASE_FORMAT, batch], strict=True)
             of_rounds = [here / base for here, base in pairs]
             found[batch] = (statistics.median(of_rounds), min(of_rounds), max(of_rounds))
@@ -126,7 +134,9 @@ class TimedEngine(LevelEngine):
 
     def _record(self, fmt: str | None, count: int) -> None:
         for _ in range(count):
-            self.step()
+            self._seconds = 0.0
+            while self.num_requests and not self.step():
+                pass  # with pipeline stages a call may only send a step
             step = self.morph.monitor.last_step
             if fmt is not None and step is not None:
                 self.steps[fmt].append(
@@ -142,14 +152,25 @@ class TimedEngine(LevelEngine):
         return LayerMove(*(statistics.median(self._moves[way] or [0.0]) for way in ("degrade", "restore")))
 
     def layer_bytes(self) -> RankBytes:
-        """Return what the layers of the first rank weigh, in the formats that are timed."""
-        rank = self.morph.runtime.rank_bytes[0]
-        return RankBytes({fmt: tuple(rank.layers[fmt]) for fmt in self.formats}, rank.kv_block_bytes)
+        """Return what the layers weigh in the formats that are timed, all stages as one rank, of the largest slices."""
+        ranks = self.morph.runtime.rank_bytes
+        layers = {fmt: tuple(map(max, *(rank.layers[fmt] for rank in (*ranks, ranks[0])))) for fmt in self.formats}
+        num_stages = self.engine.vllm_config.parallel_config.pipeline_parallel_size
+        of_stages = [ranks[i * len(ranks) // num_stages].kv_block_bytes for i in range(num_stages)]
+        return RankBytes(layers, sum(of_stages))
+
+
+def _batches(max_num_seqs: int) -> tuple[int, ...]:
+    """Return 1, 2, 4 and so on, up to the largest step that a server makes."""
+    return (*(2**i for i in range(max_num_seqs.bit_length()) if 2**i < max_num_seqs), max_num_seqs)
 
 
 def _one_level_each(config: MorphServeConfig) -> tuple[list[str], list[dict[str, Any]]]:
     """Return the formats of the config's ladder, widest first, and the steps of a ladder with one level for each."""
     profile = read_ladder(config)
+    if profile is None and config.ladder.steps is None and (here := default_formats()):
+        ladder = LadderConfig(steps=[LadderStep(format=fmt, optional=True) for fmt in here])
+        config = config.model_copy(update={"ladder": ladder})
     halves = dict.fromkeys(half for fmt in ladder_formats(config.ladder, profile) for half in fmt.split("/"))
     formats = sorted((half for half in halves if half != BASE_FORMAT), key=lambda fmt: -FORMATS[fmt].bits)
     optional = optional_formats(config.ladder, profile)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from morphserve.integration.start.settings import (
     CONFIG_FILE,
+    FOUND,
     KEY,
     config_file,
     for_this_device,
@@ -27,19 +28,29 @@ if TYPE_CHECKING:
         nominal_ladder,
         policy_setup,
     )
-    from morphserve.integration.start.device import check_platform, device_type, is_cuda, serving_residence
+    from morphserve.integration.start.device import (
+        check_platform,
+        default_formats,
+        device_type,
+        is_cuda,
+        serving_residence,
+    )
     from morphserve.integration.start.device_budget import check_fixed_kv, check_given_blocks
     from morphserve.integration.start.device_checks import check_device
+    from morphserve.integration.start.prepared import attach_prepared
 
 __all__ = [
     "CONFIG_FILE",
+    "FOUND",
     "KEY",
+    "attach_prepared",
     "check_device",
     "check_engine",
     "check_fixed_kv",
     "check_given_blocks",
     "check_platform",
     "config_file",
+    "default_formats",
     "device_type",
     "for_this_device",
     "is_active",
@@ -54,11 +65,13 @@ __all__ = [
 ]
 
 _LATE = {
+    "attach_prepared": "prepared",
     "check_device": "device_checks",
     "check_engine": "checks",
     "check_fixed_kv": "device_budget",
     "check_given_blocks": "device_budget",
     "check_platform": "device",
+    "default_formats": "device",
     "device_type": "device",
     "is_cuda": "device",
     "serving_residence": "device",

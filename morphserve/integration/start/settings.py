@@ -20,8 +20,11 @@ from morphserve.profile_ladder import read_ladder
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from morphserve.prepared import Prepared
+
 KEY = "morphserve"
 CONFIG_FILE = "config_file"
+FOUND = "morphserve_prepared"  # attribute of VllmConfig, none of its fields: what prepared.py has found for the engine
 
 
 def is_active(additional_config: Any) -> bool:
@@ -44,8 +47,14 @@ def read_settings(additional_config: Any) -> MorphServeConfig | None:
 
 
 def for_this_device(config: MorphServeConfig, vllm_config: VllmConfig) -> MorphServeConfig:
-    """Return the settings with the ladder that they mean here, see `settle`."""
-    return _settle(config, vllm_config).config
+    """Return the settings with what was prepared, and the ladder that they mean here, see `settle`."""
+    return _settle(with_prepared(config, vllm_config), vllm_config).config
+
+
+def with_prepared(config: MorphServeConfig, vllm_config: VllmConfig) -> MorphServeConfig:
+    """Return the settings with the profile and the step times that were found for this engine, if any were."""
+    found: Prepared | None = getattr(vllm_config, FOUND, None)
+    return config if found is None else found.fill(config)
 
 
 def ladder_note(config: MorphServeConfig, vllm_config: VllmConfig) -> tuple[int, str]:
@@ -58,6 +67,7 @@ def ladder_note(config: MorphServeConfig, vllm_config: VllmConfig) -> tuple[int,
     Returns:
         A level of `logging`, and one line; an empty one where nothing is left out.
     """
+    config = with_prepared(config, vllm_config)
     settled, profile = _settle(config, vllm_config), read_ladder(config)
     if settled.note or profile is None or not profile.left_out or isinstance(settled.config.ladder.steps, list):
         return (logging.WARNING if settled.is_warning else logging.INFO), settled.note
@@ -71,9 +81,10 @@ def ladder_note(config: MorphServeConfig, vllm_config: VllmConfig) -> tuple[int,
 
 
 def _settle(config: MorphServeConfig, vllm_config: VllmConfig) -> Settled:
-    """Settle the ladder; on a GPU two levels a format: each has CUDA graphs, which cost memory and time at start.
+    """Write down the ladder's steps; on a GPU two levels a format.
 
-    One level where vLLM's custom all-reduce has no room for the graphs of more.
+    Each level has CUDA graphs there, which cost memory and time at start. One level
+    where vLLM's custom all-reduce has no room for the graphs of more.
     """
     from morphserve.integration.start.device import default_formats
     from morphserve.integration.start.device_checks import has_room_for_graph_sets

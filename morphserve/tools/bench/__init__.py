@@ -5,6 +5,7 @@ from __future__ import annotations
 from morphserve.tools.bench.cli import main
 from morphserve.tools.bench.load.server import ServerOptions, serve
 from morphserve.tools.bench.paired import ClosedLoop, PairedResult, compare_idle
+from morphserve.tools.bench.prepared import with_prepared
 from morphserve.tools.bench.report.tables import percent
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "main",
     "percent",
     "serve",
+    "with_prepared",
 ]

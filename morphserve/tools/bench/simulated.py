@@ -7,10 +7,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from morphserve.config import load_config
+from morphserve.config import MorphServeConfig, load_config
 from morphserve.profile_ladder import read_ladder
+from morphserve.serve_dtype import AUTO, resolve_dtype
 from morphserve.tools.bench.load.measure import Measurement
 from morphserve.tools.bench.load.server import LEFT_TO_VLLM
+from morphserve.tools.bench.prepared import stored_times, with_prepared
 from morphserve.tools.bench.report.results import Observed
 from morphserve.tools.bench.runner import Turn
 from morphserve.tools.options import add_options, as_flag, given, option
@@ -59,8 +61,14 @@ def check_options(args: argparse.Namespace) -> None:
                 "through --serve-arg."
             )
         return
+    if args.step_times is None and args.model:
+        cache_dir = (MorphServeConfig() if args.config is None else load_config(args.config)).cache_dir
+        dtype = resolve_dtype(args.dtype or AUTO, args.model)
+        args.step_times = stored_times(cache_dir, args.model, dtype, args.enforce_eager)
     if args.step_times is None or args.out is None:
-        raise ReplayError("--simulate needs --step-times FILE (`morphserve calibrate` makes it) and --out DIR.")
+        raise ReplayError(
+            "--simulate needs --step-times FILE, or a --model that `morphserve prepare` has timed here, and --out DIR."
+        )
     if getattr(args, "url", None) is not None or args.serve_arg or args.token_ids:  # a sweep has no --url
         raise ReplayError("--simulate starts no server: leave out --url, --serve-arg and --token-ids.")
 
@@ -94,7 +102,7 @@ class SimulatedEngine:
     def run(self, turn: Turn) -> Observed:
         """Simulate the server of this run."""
         file = turn.comparison.write_config(turn.name, turn.directory)
-        config = None if file is None else load_config(file)
+        config = None if file is None else with_prepared(load_config(file), self.calibration)
         profile = None if config is None else read_ladder(config)
         what, seed = turn.measurement, self.seed + turn.repeat - 1
         server = sim_server(turn.comparison.server, what, self.step_noise)

@@ -26,18 +26,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from morphserve import cpu_tier
 from morphserve.config import MorphServeConfig, load_config
 from morphserve.errors import MorphServeError
+from morphserve.hub import local_files
+from morphserve.prepared import weights_fingerprint
 from morphserve.serve_dtype import add_dtype_option, resolve_dtype
 from morphserve.shipped import config_file
 from morphserve.tools.bench import ServerOptions, serve
 from morphserve.tools.command import command_parser, fail, finish
-from morphserve.tools.machine import describe_machine
+from morphserve.tools.profile.apart import add_parallel_options, counter, parallel_arguments
 from morphserve.tools.profile.step_time_fit import fit_step_time
 from morphserve.tools.sim import Calibration
 from policies import BASE_FORMAT, StepTimes
@@ -62,13 +63,17 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve calibrate") 
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = command_parser(__doc__, prog)
     parser.add_argument("model")
-    parser.add_argument("--config", type=config_file, required=True, help="MorphServe YAML: whose formats are timed")
+    parser.add_argument(
+        "--config", type=config_file, help="MorphServe YAML: whose formats are timed; default: all defaults"
+    )
     parser.add_argument("--out", type=Path, help="file to write; default: step_times.json in the config's profile")
     parser.add_argument("--rounds", type=int, default=3, help="times that each format is visited, interleaved")
     parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--max-model-len", type=int, default=512)
-    parser.add_argument("--max-num-seqs", type=int, default=64)
+    parser.add_argument("--max-num-seqs", type=int, default=64, help="of the largest step that is timed")
+    parser.add_argument("--max-num-batched-tokens", type=int, help="prompts are timed up to that; default: vLLM's own")
     parser.add_argument("--enforce-eager", action="store_true", help="as the server that the figures are for")
+    add_parallel_options(parser)
     add_dtype_option(parser)
     parser.add_argument("--cpu-bind", default="0", metavar="CORES", help="cores of the engine")
     parser.add_argument(
@@ -78,7 +83,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
-    config = load_config(args.config)
+    config = MorphServeConfig() if args.config is None else load_config(args.config)
     out = args.out or (config.profile / "step_times.json" if config.profile else None)
     if out is None:
         raise MorphServeError("--out FILE is needed: the config has no profile that the figures could go into.")
@@ -96,6 +101,7 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     move = calibration.times.move
     return {
         "out": str(out),
+        "place": asdict(engine.place),
         "residuals": calibration.times.residuals,
         "offset_ms": round(1e3 * calibration.times.offset_s, 2),
         "move_ms": [round(1e3 * s, 3) for s in (move.degrade_s, move.restore_s)],
@@ -111,14 +117,18 @@ def _timed(args: argparse.Namespace, config: MorphServeConfig) -> TimedEngine:
     """Return an engine that has timed its steps in all formats, and is closed."""
     from morphserve.integration.offline.timed_engine import TimedEngine  # loads torch: after the variables are set
 
+    more = {} if args.max_num_batched_tokens is None else {"max_num_batched_tokens": args.max_num_batched_tokens}
     with TimedEngine(
         str(args.model), config, block_size=args.block_size, max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs, dtype=args.dtype or "auto", enforce_eager=args.enforce_eager,
+        **parallel_arguments(args), **more,
     ) as engine:  # fmt: skip
+        count = counter(args.rounds * len(engine.formats))
         for _ in range(args.rounds):
             for level in range(len(engine.formats)):
                 engine.go_to(level)
                 engine.visit()
+                count()
         engine.go_to(0)
     return engine
 
@@ -131,12 +141,14 @@ def _fitted(args: argparse.Namespace, engine: TimedEngine) -> Calibration:
         move=engine.move(),
         residuals={fmt: round(error, 4) for fmt, (_, error) in fits.items()},
         model=str(args.model),
-        machine=str(describe_machine().get("cpu", "")),
-        dtype=engine.dtype,
-        tier=cpu_tier.tier() or "",
+        machine=engine.place.device,
+        dtype=engine.place.dtype,
+        tier=engine.place.tier,
     )
     layers = engine.layer_bytes()
-    return Calibration(times, layers, len(layers.layers[BASE_FORMAT]), args.block_size)
+    directory = local_files(args.model)
+    weights = None if directory is None else weights_fingerprint(directory)
+    return Calibration(times, layers, len(layers.layers[BASE_FORMAT]), args.block_size, weights or "")
 
 
 def _show(engine: TimedEngine, times: StepTimes, ratios: dict[str, dict[int, tuple[float, float, float]]]) -> None:
@@ -162,6 +174,7 @@ def _as_served(args: argparse.Namespace, calibration: Calibration) -> Calibratio
         dtype=args.dtype,
         enforce_eager=args.enforce_eager,
         cpu_bind=args.cpu_bind,
+        extra_args=("-tp", str(args.tensor_parallel_size), "-pp", str(args.pipeline_parallel_size)),
     )
     with tempfile.TemporaryDirectory() as folder, serve(options, Path(folder) / "server.log") as server:
         ttfts_s = [_lone_ttft_s(server.url, number) for number in range(12)][2:]
@@ -185,3 +198,7 @@ def _lone_ttft_s(url: str, number: int) -> float:
     with urllib.request.urlopen(request, timeout=60) as response:
         arrivals = [time.perf_counter() - start for line in response if line.startswith(b"data: {")]
     return arrivals[0]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import transformers
 
 from morphserve.errors import ProfilingError
 from morphserve.hub import find_files
+from morphserve.prepared import weights_fingerprint
+from morphserve.tools.profile.apart import Progress
 from morphserve.tools.profile.effects import LayerEffects, backward_sweep, cost_of, forward_sweep
 from morphserve.tools.profile.measure import measure_apart
 from morphserve.tools.profile.model import StreamedModel
@@ -43,7 +45,6 @@ from quant_layers import (
 )
 
 _BETWEEN = 0.5  # of a window's share of the text: where profiling did not look
-Progress = Callable[[str, int, int], Any]  # what, done, of how many
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class ProfileJob:
     moves_per_level: int
     seed: int
     halves: bool = False  # attention and MLP one by one
+    sources: tuple[tuple[str, str], ...] = ()  # (format, how its checkpoint was made): what levels are measured with
 
 
 def run_profile(
@@ -105,8 +107,8 @@ def run_profile(
         with tempfile.TemporaryDirectory(dir=workspace.directory) as scratch:
             predicted = Path(scratch) / "predicted"
             write_profile(predicted, fingerprint, values, ladder, order, made, figures)
-            progress("measuring levels", 0, 1)
-            ladder = _measured(job, predicted, ladder, measure, eval_text)
+            ladder, how = _measured(job, predicted, ladder, measure, eval_text, progress)
+            made |= how
     seconds = round(time.perf_counter() - start, 1)
     write_profile(job.out, fingerprint, values, ladder, order, made, figures | {"seconds": seconds})
     workspace.remove()
@@ -183,9 +185,10 @@ def _changed(format: str, change: Change) -> str:
 
 
 def _measured(
-    job: ProfileJob, predicted: Path, ladder: Sequence[ProfileLevel], arguments: Sequence[str], texts: Sequence[Path]
-) -> list[ProfileLevel]:
-    """Return the ladder with what its levels cost where they are served.
+    job: ProfileJob, predicted: Path, ladder: Sequence[ProfileLevel], arguments: Sequence[str], texts: Sequence[Path],
+    progress: Progress,
+) -> tuple[list[ProfileLevel], dict[str, Any]]:  # fmt: skip
+    """Return the ladder with what its levels cost where they are served, and in what that was measured.
 
     What is expected of a level is then its KL on the calibration text, in windows between those that chose the scales
     (these would flatter it) and twice as many (one window's KL varies by 10 to 20 %): the prices that made the ladder
@@ -197,6 +200,7 @@ def _measured(
             job.model, [level.layers for level in ladder[1:]], "--profile", predicted, "--timed",
             "--windows", job.windows, "--length", job.length, *arguments, "--text", *(texts or job.text), *offset,
             "--predict-text", *job.text, "--predict-windows", 2 * job.windows, "--predict-offset", _BETWEEN,
+            progress=progress,
         )  # fmt: skip
     except ProfilingError as error:
         raise ProfilingError(f"{error} Start again with --no-measure to keep the prediction alone.") from error
@@ -205,12 +209,16 @@ def _measured(
     for level, row in zip(ladder[1:], document["rows"], strict=True):
         freed = sum(sizes[BASE][layer] - sizes[fmt][layer] for layer, fmt in level.layers.items())
         found.append(ProfileLevel(level.layers, row["kl_predicted"], row["kl"], freed, row["step_time_factor"]))
-    return found
+    return found, {key: document[key] for key in ("dtype", "tier", "kernels", "int8_activations")}
 
 
 def _provenance(job: ProfileJob, directory: Path) -> dict[str, Any]:
     return {
         "model": directory.name,
+        "weights": weights_fingerprint(directory),
+        "formats": list(job.formats),
+        "sources": dict(job.sources),
+        "when": time.strftime("%Y-%m-%d", time.gmtime()),
         "morphserve": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from morphserve.errors import MorphServeError, ProfilingError
+from morphserve import cpu_tier
+from morphserve.errors import MorphServeError
 from morphserve.serve_dtype import add_dtype_option, resolve_dtype
 from morphserve.shipped import TEXT, text_file
 from morphserve.tools.command import command_parser, fail, finish
+from morphserve.tools.profile.apart import Progress, add_parallel_options, counter, parallel_arguments, run_apart
 
 Levels = Sequence[Mapping[int, str]]  # decoder layer id |-> format; the others are at full precision
 
@@ -45,13 +46,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve measure-kl")
     return finish(document)
 
 
-def measure_apart(model: str, levels: Levels, *arguments: object) -> dict[str, Any]:
+def measure_apart(
+    model: str, levels: Levels, *arguments: object, progress: Progress = lambda *_: None
+) -> dict[str, Any]:
     """Run this command in a process of its own, as vLLM binds and fills the one that it is in.
 
     Args:
         model: directory or hub name.
         levels: what is measured.
         arguments: further words of the command line.
+        progress: hears how far it is.
 
     Returns:
         The command's JSON document; its `rows` are in the order of the levels.
@@ -63,11 +67,7 @@ def measure_apart(model: str, levels: Levels, *arguments: object) -> dict[str, A
         file = Path(scratch) / "levels.json"
         file.write_text(json.dumps([dict(level) for level in levels]), encoding="utf-8")
         command = [sys.executable, "-m", __name__, model, "--levels", file, *arguments]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True)
-    if done.returncode:
-        raise ProfilingError(f"the levels could not be measured (vLLM said: {done.stderr.strip()[-500:]}).")
-    document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return document
+        return run_apart([*map(str, command)], "the levels could not be measured", "measuring levels", progress)
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -93,33 +93,45 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--predict-offset", type=float, default=0.0, help="like --offset, for that text")
     parser.add_argument("--timed", action="store_true", help="also measure decode steps")
     parser.add_argument("--compiled", action="store_true", help="as a server runs by default")
+    parser.add_argument("--cache-dir", type=Path, help="of the packed layers; default: the settings' own")
+    add_parallel_options(parser)
     add_dtype_option(parser)
     return parser
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
     from morphserve.integration.offline.served_model import ServedModel, measure_levels
+    from morphserve.integration.start import device_type
     from morphserve.tools.profile.text import token_windows
 
     dtype = resolve_dtype(args.dtype, args.model)
     levels = _read_levels(args.levels)
     formats = list(dict.fromkeys(fmt for level in levels for fmt in level.values()) or dict.fromkeys(args.formats))
     settings = _settings(args, formats)
-    with ServedModel(args.model, args.length, settings, enforce_eager=not args.compiled, dtype=dtype) as model:
+    with ServedModel(
+        args.model, args.length, settings, enforce_eager=not args.compiled, dtype=dtype, **parallel_arguments(args)
+    ) as model:
         names = [f"level {index}" for index in range(len(levels))] or formats
         levels = levels or [dict.fromkeys(range(model.num_layers), fmt) for fmt in formats]
         texts = token_windows(model.tokenizer, args.text, args.windows, args.length, args.offset).tolist()
-        rows = measure_levels(model, levels, texts, args.timed)
+        predict: list[list[int]] = []
         if args.predict_text is not None:
             count = args.predict_windows or args.windows
-            predict = token_windows(model.tokenizer, args.predict_text, count, args.length, args.predict_offset)
-            for row, predicted in zip(rows, measure_levels(model, levels, predict.tolist()), strict=True):
+            found = token_windows(model.tokenizer, args.predict_text, count, args.length, args.predict_offset)
+            predict = found.tolist()
+        on_level = counter(len(levels) * (len(texts) + len(predict)))
+        rows = measure_levels(model, levels, texts, args.timed, on_level)
+        if predict:
+            for row, predicted in zip(rows, measure_levels(model, levels, predict, on_level=on_level), strict=True):
                 row["kl_predicted"] = predicted["kl"]
     return {
         "positions": len(texts) * (args.length - 1),
         "expected_kl": {name: round(row["kl"], 4) for name, row in zip(names, rows, strict=True)},
+        "dtype": str(model.engine.model_config.dtype).removeprefix("torch."),
+        "tier": cpu_tier.tier() if device_type() == "cpu" else "",
         "kernels": model.description.kernels,
-        "layer_bytes": model.description.layer_bytes,
+        "int8_activations": _round_to_8_bits(model.description.kernels),
+        "layer_bytes": model.layer_bytes,
         "rows": rows,
     }
 
@@ -130,9 +142,17 @@ def _read_levels(file: Path | None) -> list[dict[int, str]]:
     return [{int(layer): fmt for layer, fmt in level.items()} for level in json.loads(file.read_text())]
 
 
+def _round_to_8_bits(kernels: Mapping[str, str]) -> bool:
+    """Return whether all of them round activations to 8 bits: then no other kernel of a CPU loses more."""
+    from quant_layers import CANDIDATES
+
+    return all(kernel.quantizes_activations for kernel in CANDIDATES if kernel.name in kernels.values())
+
+
 def _settings(args: argparse.Namespace, formats: Sequence[str]) -> dict[str, Any]:
     of_profile = args.profile is not None and args.levels is not None
-    return {
+    own = {} if args.cache_dir is None else {"cache_dir": str(args.cache_dir)}
+    return own | {
         "ladder": {"steps": "profile"} if of_profile else {"steps": [{"format": fmt} for fmt in formats]},
         "profile": args.profile,
         "variants": dict(pair.split("=", 1) for pair in args.variant),

@@ -14,6 +14,7 @@ from morphserve.files import write_whole
 from policies import BASE_FORMAT, StepTimes, load_step_times
 
 _KEY = "model_bytes"
+_WEIGHTS = "weights"
 _REMEDY = "Make it with `morphserve calibrate`."
 
 
@@ -25,6 +26,7 @@ class Calibration:
     rank: RankBytes  # all layers on one rank
     num_layers: int
     block_size: int  # tokens of a KV block of `rank.kv_block_bytes`
+    weights: str = ""  # of the model, see `morphserve.prepared`; empty = not known
 
     def __post_init__(self) -> None:
         problems = [
@@ -63,7 +65,8 @@ class Calibration:
             "kv_block_bytes": self.rank.kv_block_bytes,
             "block_size": self.block_size,
         }
-        write_whole(path, json.dumps({**self.times.document(), _KEY: model_bytes}, indent=2) + "\n")
+        document = {**self.times.document(), _WEIGHTS: self.weights, _KEY: model_bytes}
+        write_whole(path, json.dumps(document, indent=2) + "\n")
 
 
 def load_calibration(path: Path) -> Calibration:
@@ -84,7 +87,8 @@ def load_calibration(path: Path) -> Calibration:
         sizes = raw[_KEY]
         layers = {str(fmt): list(figures) for fmt, figures in sizes["layers"].items()}
         num_layers = len(layers.get(BASE_FORMAT, ()))
-        return Calibration(times, RankBytes(layers, sizes["kv_block_bytes"]), num_layers, sizes["block_size"])
+        rank = RankBytes(layers, sizes["kv_block_bytes"])
+        return Calibration(times, rank, num_layers, sizes["block_size"], str(raw.get(_WEIGHTS, "")))
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         what = f"key {e.args[0]!r} is missing" if isinstance(e, KeyError) else e
         raise ConfigError(f"step times {path}: {what}. {_REMEDY}") from e

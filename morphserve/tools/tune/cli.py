@@ -35,6 +35,7 @@ from typing import Any
 from morphserve.config import MorphServeConfig, load_config
 from morphserve.profile_ladder import read_ladder
 from morphserve.shipped import SEARCH_SPACE, config_file
+from morphserve.tools.bench import with_prepared
 from morphserve.tools.command import run_command
 from morphserve.tools.options import add_options, read_options
 from morphserve.tools.sim import ServerSpec, SimServer, load_calibration
@@ -144,7 +145,8 @@ def _inputs(args: argparse.Namespace) -> tuple[MorphServeConfig, Space, World]:
     server = read_options(SimServer, args, restore_wait_s=0.0)  # no tokens come then: nothing that is scored
     slo = Slo(args.slo_ttft_s, args.slo_tpot_ms / 1000.0)
     calibration = load_calibration(args.step_times)
-    return config, space, World((*dev, *held_out), len(dev), server, calibration, slo, read_ladder(config))
+    profile = read_ladder(with_prepared(config, calibration))
+    return config, space, World((*dev, *held_out), len(dev), server, calibration, slo, profile)
 
 
 def _settings(args: argparse.Namespace, config: MorphServeConfig, space: Space, world: World) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""At start: what was prepared for this very model, served as it will be served here. Never another's.
+
+Asked once an engine, where its config is made; what was found travels with the config, beside all that vLLM hashes for
+its compile cache. So all processes of the engine agree, also when somebody prepares meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from morphserve.config import MorphServeConfig
+from morphserve.control import DEFAULT_FORMATS
+from morphserve.hub import local_files
+from morphserve.integration.start.device import default_formats, is_cuda
+from morphserve.integration.start.settings import FOUND, read_settings
+from morphserve.prepared import (
+    Findings,
+    Place,
+    Prepared,
+    Store,
+    find_prepared,
+    this_machine,
+    vllm_version,
+    weights_fingerprint,
+)
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.morphserve")
+
+_READABLE = ("auto", "safetensors", "hf")  # load formats with which the files are the weights
+
+
+def attach_prepared(vllm_config: VllmConfig) -> None:
+    """Look up what was prepared, say what was found, and leave it with the config.
+
+    Raises:
+        ConfigError: the settings, or MORPHSERVE_CPU_TIER, cannot be read.
+    """
+    config = read_settings(vllm_config.additional_config)
+    if config is None:
+        return
+    found = Prepared(place_of(vllm_config))
+    if config.prepared:
+        findings = Findings()
+        try:
+            found = _find(config, vllm_config, found.place, findings)
+        except Exception as e:  # whatever somebody has made of the cache: the server is to start
+            findings.not_used.append(f"the cache directory ({type(e).__name__}: {e})")
+        findings.say(logger, vllm_config.model_config.model)
+    setattr(vllm_config, FOUND, found)
+
+
+def place_of(vllm_config: VllmConfig) -> Place:
+    """Return where, and how, an engine serves. Before a worker has bound this process to cores."""
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    device = {"device": current_platform.get_device_name(), "tier": "", "cores": ""} if is_cuda() else this_machine()
+    parallel = vllm_config.parallel_config
+    return Place(
+        **device,
+        dtype=str(vllm_config.model_config.dtype).removeprefix("torch."),
+        tensor_parallel=parallel.tensor_parallel_size,
+        pipeline_parallel=parallel.pipeline_parallel_size,
+        compiled=vllm_config.compilation_config.mode != CompilationMode.NONE,
+        vllm=vllm_version(),
+    )
+
+
+def _find(config: MorphServeConfig, vllm_config: VllmConfig, place: Place, findings: Findings) -> Prepared:
+    model = vllm_config.model_config
+    is_read = str(vllm_config.load_config.load_format) in _READABLE
+    directory = local_files(model.model, model.revision) if is_read else None
+    weights = None if directory is None else weights_fingerprint(directory)
+    if weights is None:
+        return Prepared(place)
+    return find_prepared(
+        config,
+        Store(config.cache_dir, weights),
+        place,
+        default_formats() or DEFAULT_FORMATS,
+        model.get_total_num_hidden_layers(),
+        findings,
+        with_profile=model.quantization is None and vllm_config.lora_config is None,
+    )

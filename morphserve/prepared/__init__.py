@@ -1,0 +1,32 @@
+"""What `morphserve prepare` has measured, kept by what it was measured of: found at start, and never another's.
+
+`weights` names a model by its tensors, `place` names where and how it is served, `entries` says what of the two an
+entry must share with who asks, `store` keeps entries in the cache directory, beside those that come with the package,
+and `lookup` chooses.
+"""
+
+from __future__ import annotations
+
+from morphserve.prepared.entries import ProfileKey, StoredProfile, StoredTimes, TimesKey
+from morphserve.prepared.lookup import Findings, Prepared, find_prepared, find_profile, find_times
+from morphserve.prepared.place import Place, this_machine, vllm_version
+from morphserve.prepared.store import SHIPPED, Store
+from morphserve.prepared.weights import weights_fingerprint
+
+__all__ = [
+    "SHIPPED",
+    "Findings",
+    "Place",
+    "Prepared",
+    "ProfileKey",
+    "Store",
+    "StoredProfile",
+    "StoredTimes",
+    "TimesKey",
+    "find_prepared",
+    "find_profile",
+    "find_times",
+    "this_machine",
+    "vllm_version",
+    "weights_fingerprint",
+]

@@ -1,0 +1,67 @@
+"""What was prepared for a model, for those who simulate it: what they simulate is then what serves."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from morphserve.config import MorphServeConfig
+from morphserve.control import DEFAULT_FORMATS
+from morphserve.hub import local_files
+from morphserve.prepared import (
+    Findings,
+    Place,
+    Store,
+    find_prepared,
+    find_times,
+    this_machine,
+    vllm_version,
+    weights_fingerprint,
+)
+from morphserve.serve_dtype import model_dtype
+from morphserve.tools.sim import Calibration
+from policies import BASE_FORMAT
+
+log = logging.getLogger(__name__)
+
+
+def with_prepared(config: MorphServeConfig, calibration: Calibration) -> MorphServeConfig:
+    """Return the settings with the profile that a server would find, of the model that was calibrated.
+
+    Step times stay those that the simulation was given, and a profile with a format that they lack is left out.
+    """
+    if not config.prepared or not calibration.weights or config.profile is not None:
+        return config
+    times = calibration.times
+    place = Place(times.machine, times.tier, "", times.dtype, 1, 1, compiled=True, vllm="")
+    store = Store(config.cache_dir, calibration.weights)
+    config_of = config.model_copy(update={"step_times": Path()})  # not asked for
+    findings = Findings()
+    found = find_prepared(config_of, store, place, DEFAULT_FORMATS, calibration.num_layers, findings)
+    if found.profile is None or {BASE_FORMAT, *DEFAULT_FORMATS} - times.formats.keys():
+        return config
+    log.info("simulated with %s", " and ".join(findings.used))
+    return found.fill(config)
+
+
+def stored_times(cache_dir: Path, model: str, dtype: str | None, enforce_eager: bool) -> Path | None:
+    """Return the step times that `morphserve prepare` has taken of a model on this machine, of a lone rank.
+
+    Args:
+        cache_dir: of the settings.
+        model: directory or hub name.
+        dtype: of the server; None = the model's own.
+        enforce_eager: not compiled.
+    """
+    directory = local_files(model)
+    weights = None if directory is None else weights_fingerprint(directory)
+    if weights is None:
+        return None
+    own = dtype or model_dtype(str(directory)) or ""
+    place = Place(**this_machine(), dtype=own, tensor_parallel=1, pipeline_parallel=1, compiled=not enforce_eager,
+                  vllm=vllm_version())  # fmt: skip
+    findings = Findings()
+    found = find_times(Store(cache_dir, weights), place, findings)
+    for why in findings.not_used:
+        log.warning("not used: %s", why)
+    return None if found is None else found.file

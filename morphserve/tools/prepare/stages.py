@@ -1,0 +1,200 @@
+"""The parts of a preparation, each skipped where the store has what it would make."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from morphserve.errors import ProfilingError
+from morphserve.files import write_whole
+from morphserve.prepared import Place, ProfileKey, Store, StoredProfile
+from morphserve.tools.prepare.assets import calibration_text, quantize_command
+from morphserve.tools.prepare.request import Request
+from morphserve.tools.profile.apart import Progress, run_apart
+
+_LENGTH = 512  # tokens of a window
+_DRAWS = 2  # answers drawn a token
+_MOVES = 5  # changes from level to level, at least
+_MAX_LEVELS = 15
+_BLOCK_SIZE = 32
+
+
+class Preparation:
+    """One run of `morphserve prepare`.
+
+    Attributes:
+        said: what there is to say in the end, in lines.
+    """
+
+    def __init__(self, request: Request, store: Store, cache_dir: Path, progress: Progress) -> None:
+        self._request = request
+        self._store = store
+        self._cache_dir = cache_dir
+        self._progress = progress
+        self.said: list[str] = []
+
+    def run(self, text: Sequence[Path] | None, windows: int, w4: str | None, with_times: bool) -> dict[str, Any]:
+        """Make what is missing, and return what is where.
+
+        Args:
+            text: calibration text; None = what comes along.
+            windows: of each file.
+            w4: how a checkpoint of 4 bits is made; None = levels of 4 bits are rounded to nearest.
+            with_times: step times, too.
+
+        Raises:
+            MorphServeError: a part of it cannot be made; what was finished is kept.
+        """
+        start_s = time.monotonic()
+        texts = tuple(file.resolve() for file in text or (calibration_text(),))
+        for file in texts:
+            if not file.is_file():
+                raise ProfilingError(f"--text {file}: there is no such file. Give text files.")
+        self._check_store()
+        place, formats, in_pages = self._served()
+        sources = {"w4": w4} if w4 is not None and "w4" in formats else {}
+        key = ProfileKey(tuple(formats), place.dtype, place.tier, sources)
+        profile, times = self._profile(key), self._times(place) if with_times else None
+        missing = [what for what, found in (("profile", profile), ("times", times)) if found is None]
+        if not with_times and "times" in missing:
+            missing.remove("times")
+        if missing:
+            self._check_disk(windows * len(texts), bool(sources))
+        if profile is None:
+            checkpoints = {fmt: self._checkpoint(fmt, how, texts) for fmt, how in sources.items()}
+            profile = self._make_profile(key, texts, windows, checkpoints, in_pages)
+        if with_times and times is None:
+            times = self._make_times(profile)
+        took = f"in {time.monotonic() - start_s:.0f} s" if missing else "already"
+        self.said.append(f"prepared {took}: {self._request.model}, served in {place.dtype}")
+        self.said += _lines_of(profile, times)
+        self.said.append(" ".join(["serve it with: vllm serve", self._request.model, *self._request.server_words,
+                                   "--plugin morphserve"]))  # fmt: skip
+        return {
+            "model": self._request.model,
+            "weights": self._store.weights,
+            "place": asdict(place),
+            "profile": str(profile),
+            "step_times": None if times is None else str(times),
+            "made": missing,
+            "seconds": round(time.monotonic() - start_s, 1),
+        }
+
+    # -- what is there
+
+    def _profile(self, key: ProfileKey) -> Path | None:
+        fitting: list[StoredProfile] = [each for each in self._store.profiles() if each.key == key]
+        return fitting[-1].directory if fitting else None
+
+    def _times(self, place: Place) -> Path | None:
+        return next((each.file for each in self._store.times() if each.place == place), None)
+
+    def _check_store(self) -> None:
+        try:
+            self._store.directory.mkdir(parents=True, exist_ok=True)
+            if not os.access(self._store.directory, os.W_OK):
+                raise PermissionError(13, "Permission denied")
+        except OSError as e:
+            raise ProfilingError(
+                f"{self._store.directory}: {e.strerror}. Give a --cache-dir that can be written, and the server's "
+                "settings the same `cache_dir`."
+            ) from e
+
+    def _check_disk(self, num_windows: int, with_checkpoint: bool) -> None:
+        model = Path(self._request.model)
+        weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        rows = num_windows * _LENGTH * int(config.get("hidden_size", 0)) * 4
+        states = rows * (int(config.get("num_hidden_layers", 0)) + 1 + 2 * _DRAWS)
+        needed = states + 2 * weights + (weights // 2 if with_checkpoint else 0)  # as packed, level 0 and all formats
+        free = shutil.disk_usage(self._store.directory).free
+        if needed > free:
+            raise ProfilingError(
+                f"{self._store.directory} has {free / 2**30:.1f} GiB free, preparing this model takes up to "
+                f"{needed / 2**30:.1f} GiB. Free some, give fewer --windows, or a --cache-dir on a larger disk."
+            )
+
+    def _served(self) -> tuple[Place, list[str], bool]:
+        """Return where the server will be, and with what: asked of vLLM once, and remembered."""
+        r, file = self._request, self._store.directory / f"served-{self._request.name}.json"
+        try:
+            document = json.loads(file.read_text(encoding="utf-8"))
+            return Place(**document["place"]), document["formats"], document["in_pages"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        self._progress("asking vLLM", 0, 0)
+        words = ["--model", r.model, "--dtype", r.dtype, *r.parallel_words, "--max-model-len", str(r.max_model_len)]
+        words += ["--enforce-eager"] if r.enforce_eager else []
+        command = [sys.executable, "-m", "morphserve.integration.offline.served", *words]
+        document = run_apart(command, f"{r.model} cannot be served so", "asking vLLM", self._progress)
+        write_whole(file, json.dumps(document))
+        return Place(**document["place"]), document["formats"], document["in_pages"]
+
+    # -- what is made
+
+    def _checkpoint(self, fmt: str, how: str, texts: Sequence[Path]) -> Path:
+        """Return a checkpoint of the model in `fmt`, quantized with calibration."""
+        out = self._store.directory / f"{fmt}-{how}"
+        if not out.is_dir():
+            what = f"quantizing with {how.upper()}"
+            self._progress(what, 0, 0)
+            command = [*quantize_command(), self._request.model, "--method", how, "--out", str(out), "--text"]
+            run_apart([*command, *map(str, texts)], f"no {fmt} checkpoint could be made", what, self._progress)
+        return out
+
+    def _make_profile(
+        self, key: ProfileKey, texts: tuple[Path, ...], windows: int, checkpoints: dict[str, Path], in_pages: bool
+    ) -> Path:
+        from morphserve.tools.profile import ProfileJob, run_profile
+
+        r = self._request
+        num_layers = int(json.loads((Path(r.model) / "config.json").read_text())["num_hidden_layers"])
+        of_all = num_layers * len(key.formats)
+        # On a GPU a level has CUDA graphs of its own, which cost memory and time at start: two a format.
+        moves = -(-num_layers // 2) if in_pages else max(_MOVES, -(-of_all // _MAX_LEVELS))
+        job = ProfileJob(
+            r.model, texts, self._store.profile_at(key), key.formats, windows, _LENGTH, _DRAWS, moves, seed=0,
+            sources=tuple(key.sources.items()),
+        )  # fmt: skip
+        words = ["--dtype", r.dtype, *r.parallel_words, "--cache-dir", str(self._cache_dir)]
+        words += [] if r.enforce_eager else ["--compiled"]
+        words += [word for fmt, path in checkpoints.items() for word in ("--variant", f"{fmt}={path}")]
+        run_profile(job, words, (), self._progress)
+        return job.out
+
+    def _make_times(self, profile: Path) -> Path:
+        r = self._request
+        with tempfile.TemporaryDirectory() as scratch:
+            out, config = Path(scratch) / "step_times.json", Path(scratch) / "config.yaml"
+            config.write_text(f"cache_dir: {self._cache_dir}\nprofile: {profile}\n", encoding="utf-8")
+            command = [sys.executable, "-m", "morphserve.tools.profile.calibrate", r.model, "--out", str(out)]
+            command += ["--config", str(config), "--dtype", r.dtype, *r.parallel_words]
+            command += ["--cpu-bind", os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")]
+            command += ["--max-model-len", str(r.max_model_len), "--max-num-seqs", str(r.max_num_seqs)]
+            command += ["--block-size", str(_BLOCK_SIZE)] + (["--enforce-eager"] if r.enforce_eager else [])
+            if r.max_num_batched_tokens is not None:
+                command += ["--max-num-batched-tokens", str(r.max_num_batched_tokens)]
+            self._progress("timing steps", 0, 0)
+            done = run_apart(command, "steps could not be timed", "timing steps", self._progress)
+            document = json.loads(out.read_text(encoding="utf-8"))
+        return self._store.keep_times(document, Place(**done["place"]), time.strftime("%Y-%m-%d", time.gmtime()))
+
+
+def _lines_of(profile: Path, times: Path | None) -> list[str]:
+    from quant_layers import read_profile
+
+    found = read_profile(profile, with_scales=False)
+    lines = [f"profile {profile}, {len(found.ladder) - 1} levels"]
+    for fmt in found.formats:
+        for level in found.ladder:
+            if set(level.layers.values()) == {fmt} and len(level.layers) == found.num_layers:
+                lines.append(f"  all layers in {fmt}: {level.kl:.4f} nats per token")
+    return lines + ([] if times is None else [f"step times {times}"])

@@ -1,0 +1,80 @@
+"""Commands of this room that run an engine, in a process of their own: its ranks, how far it is, what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from morphserve.endings import cause_in
+from morphserve.errors import ProfilingError
+
+Progress = Callable[[str, int, int], Any]  # what, done, of how many
+_MARK = "progress"
+
+
+def add_parallel_options(parser: argparse.ArgumentParser) -> None:
+    """Add the ranks of the engine."""
+    for flags in (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp")):
+        parser.add_argument(*flags, type=int, default=1, metavar="N", help="as the server has it")
+
+
+def parallel_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Return arguments of `vllm.LLM`."""
+    found = {key: getattr(args, key) for key in ("tensor_parallel_size", "pipeline_parallel_size")}
+    return found | ({"distributed_executor_backend": "mp"} if max(found.values()) > 1 else {})
+
+
+def counter(total: int) -> Callable[[], None]:
+    """Return what says on stdout, each time that it is called, how many of `total` are done."""
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        sys.stdout.write(f"{_MARK} {done} {total}\n")
+        sys.stdout.flush()
+
+    return count
+
+
+def run_apart(command: Sequence[str], failed: str, what: str, progress: Progress) -> dict[str, Any]:
+    """Run a command, pass on how far it says it is, and return the JSON document of its last line.
+
+    Args:
+        command: its words.
+        failed: what did not work, in words.
+        what: it does, for `progress`.
+        progress: hears of it.
+
+    Raises:
+        ProfilingError: it failed, with the cause.
+    """
+    last = ""
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                words = line.split()
+                if len(words) == 3 and words[0] == _MARK:
+                    progress(what, int(words[1]), int(words[2]))
+                elif line.startswith("{"):
+                    last = line
+        except BaseException:
+            process.terminate()  # vLLM ends its own processes then
+            raise
+        code = process.wait()
+        errors.seek(0)
+        said = errors.read()
+    if code:
+        cause = cause_in(said) or said.strip()[-500:] or f"exit code {code}"
+        raise ProfilingError(f"{failed} (vLLM said: {cause}).")
+    document: dict[str, Any] = json.loads(last)
+    return document
