@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from morphserve.errors import ConfigError
 from policies import PolicyConfig, ThresholdConfig
 
-# Which formats there are, the kernels say, and these need torch: `check_formats` asks later. "/" joins two halves.
-FormatName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
+# Which formats there are, the kernels say, and these need torch: `check_formats` asks later. All end in their bits; "/"
+# joins two halves.
+FormatName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*[0-9]$")]
 
 
 _MAX_WORDS = 500  # characters of a message about what somebody has sent

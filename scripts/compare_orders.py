@@ -1,7 +1,8 @@
 """Does the order in which layers are swapped matter, and which one is best? KL of the first n layers of each order.
 
 Calibrates our order and the paper's (LIS) on --text with several seeds (other windows, other draws), then measures
-all orders in the kernels that serve the format, on --eval-text. `block` is a run of layers in the model's middle.
+all orders in the kernels that serve the format, on --eval-text. `inside out` is what a ladder takes without a profile,
+`block` a run of layers in the model's middle. With --seeds 0 nothing is calibrated: the orders that anybody knows.
 
 Output columns: order, then for each n the KL against full precision (mean nats per token) and its standard
 deviation over seeds where an order has any.
@@ -26,6 +27,8 @@ Orders = dict[str, list[list[int]]]  # name |-> one order a seed, layer ids
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
+    if args.seeds and not args.text:
+        return fail("compare_orders", ValueError("--text is missing: give calibration text, or --seeds 0"))
     from morphserve.errors import MorphServeError
     from quant_layers import QuantError
 
@@ -48,7 +51,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
     parser = command_parser(__doc__)
     parser.add_argument("model", help="directory or hub name")
-    parser.add_argument("--text", nargs="+", type=Path, required=True, help="calibration text")
+    parser.add_argument("--text", nargs="+", type=Path, default=[], help="calibration text; not with --seeds 0")
     parser.add_argument("--eval-text", nargs="+", type=Path, required=True)
     parser.add_argument("--format", default="w4", choices=list(FORMATS))
     parser.add_argument("--counts", nargs="+", type=int, default=[1, 2, 4, 8, 15])
@@ -63,6 +66,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _orders(args: argparse.Namespace) -> Orders:
     import transformers
 
+    from morphserve.default_ladder import inside_out
     from morphserve.hub import find_files
     from morphserve.tools import profile
     from quant_layers import BASE, greedy
@@ -83,21 +87,23 @@ def _orders(args: argparse.Namespace) -> Orders:
         if not args.no_lis:
             papers.append(profile.lis_order(model, windows[:1, :256], args.format))
         sys.stderr.write(f"seed {seed}: ours {ours[-1]}\n")
-    return {
+    orders = {
         "ours": ours,
-        **({} if args.no_lis else {"LIS": papers}),
+        "LIS": papers,
         "front to back": [list(range(depth))],
         "back to front": [list(range(depth))[::-1]],
+        "inside out": [inside_out(depth)],
         "random": [random.Random(seed).sample(range(depth), depth) for seed in range(args.seeds)],
         "ours reversed": [order[::-1] for order in ours],
     }
+    return {name: rows for name, rows in orders.items() if rows}
 
 
 def _measure(args: argparse.Namespace, orders: Orders) -> dict[str, dict[str, list[float]]]:
     """KL of the first n layers of every order, each set of layers measured once."""
     from morphserve.tools.profile import measure_apart
 
-    depth = len(orders["ours"][0])
+    depth = len(orders["front to back"][0])
     chosen = {name: [[frozenset(order[:n]) for order in rows] for n in args.counts] for name, rows in orders.items()}
     chosen["block"] = [[frozenset(range((depth - n) // 2, (depth - n) // 2 + n))] for n in args.counts]
     sets = list(dict.fromkeys(layers for by_count in chosen.values() for row in by_count for layers in row))

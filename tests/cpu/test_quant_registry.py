@@ -124,6 +124,10 @@ def test_a_registered_format_is_known_everywhere_and_then_nowhere() -> None:
     halves = type("Halves", (W3Planes,), {"canonical": type("Q", (QuantW3,), {"format": "w8/w4"})})
     with pytest.raises(KernelError, match="without '/'"):
         register(halves)
+    for name in ("tiny", "w4", "w13", "q3_"):
+        other = type("Named", (W3Planes,), {"name": "named", "canonical": type("Q", (QuantW3,), {"format": name})})
+        with pytest.raises(KernelError, match=f"format '{name}' must end in its bits, 3"):
+            register(other)
 
 
 @pytest.mark.usefixtures("w3")

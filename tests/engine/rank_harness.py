@@ -26,7 +26,7 @@ PARALLEL = {
     "max_num_batched_tokens": 1024,  # all prompts of a round in one step; see BATCH_TOKENS
 }
 CONFIG = {
-    "ladder": {"steps": [{"format": fmt, "layers_per_level": 2} for fmt in ("w8", "w4")]},
+    "ladder": {"order": "front_to_back", "steps": [{"format": fmt, "layers_per_level": 2} for fmt in ("w8", "w4")]},
     # Runs are compared token by token: nothing may depend on how fast this machine is today.
     "transition": {"max_layers_per_step": 2, "max_pause_ms": 1e6, "backoff_s": 600.0},
     "kv": {"drain_timeout_s": 600.0},

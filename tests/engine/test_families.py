@@ -68,7 +68,7 @@ def test_halves_of_layers_are_swapped(tmp_path: Path, variant_cache: Path) -> No
         name.removeprefix("model.layers."): t for name, t in tensors.items() if ".layers." in name and "norm" in name
     }
     attention = ProfileLevel(dict.fromkeys(range(NUM_LAYERS), "w4/base"), 0.1)
-    mlp = ProfileLevel({**attention.layers, 0: "w4/w8", 1: "w4"}, 0.2)
+    mlp = ProfileLevel({**attention.layers, 0: "w4/w8", 1: "w4"}, 0.12)
     ladder = (ProfileLevel({}, 0.0), attention, mlp)
     write_profile(tmp_path / "profile", base_fingerprint(norms), {}, ladder, range(NUM_LAYERS), {}, {})
     config = {"profile": str(tmp_path / "profile")}

@@ -58,7 +58,8 @@ def test_a_served_ladder_is_the_profiles(
 ) -> None:
     """Guards: a profile that is loaded and not followed."""
     out, document = profiled
-    with engine(short_model, variant_cache, {"profile": str(out)}, enable_prefix_caching=False) as llm:
+    config = {"profile": str(out), "quality": {"max_kl_per_token": 100}}
+    with engine(short_model, variant_cache, config, enable_prefix_caching=False) as llm:
         ladder = morph_of(llm).runtime.ladder
         for level, row in zip(ladder, document["ladder"], strict=True):
             assert {str(i): f for i, f in enumerate(level.layer_formats) if f != "base"} == row["layers"]

@@ -19,8 +19,10 @@ from morphserve.integration.describe import RankDescription  # noqa: E402
 from morphserve.integration.engine.runtime import EngineRuntime  # noqa: E402
 from morphserve.integration.worker import sources  # noqa: E402
 from morphserve.integration.worker.sources import Choice, Needs, choose_kernels  # noqa: E402
+from policies import MorphLevel  # noqa: E402
 from quant_layers import KernelError  # noqa: E402
 
+MEASURED = {"ladder": {"expected_kl": {"w4": 0.1}}}
 OPTIONAL = {"ladder": {"steps": [{"format": fmt, "optional": True} for fmt in ("w8", "w4")]}}
 
 
@@ -34,7 +36,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], failing: s
     return choose_kernels(parse_config(settings), ["w8", "w4"], Needs(torch.float32))
 
 
-@pytest.mark.parametrize("settings", [{}, OPTIONAL])
+@pytest.mark.parametrize("settings", [MEASURED, OPTIONAL])
 @pytest.mark.parametrize("missing", ["w8", "w4"])
 def test_a_ladder_that_nobody_wrote_down_does_without(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], missing: str
@@ -64,7 +66,7 @@ def test_what_the_user_names_is_refused(monkeypatch: pytest.MonkeyPatch, named: 
 def test_a_ladder_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a server that can never leave level 0, or an empty list of steps deep inside of a worker."""
     with pytest.raises(ConfigError, match="no format .* run w8; no kernel can run w4. .*check.* such a --dtype"):
-        choose(monkeypatch, {}, {"w8", "w4"})
+        choose(monkeypatch, MEASURED, {"w8", "w4"})
 
 
 def runtime(index: int, left_out: dict[str, str]) -> EngineRuntime:
@@ -102,3 +104,26 @@ def test_one_warning_says_what_the_ladder_does_without(monkeypatch: pytest.Monke
     for each in runtimes:
         assert isinstance(each.config.ladder.steps, list)
         assert [step.format for step in each.config.ladder.steps] == ["w8"] and each.stated.ladder.steps is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ({"kind": "threshold", "max_level": "8bit"}, "max_level 8bit allows level 0 alone of a ladder down to w4"),
+        ({"kind": "slo", "mode": "accuracy"}, "mode accuracy allows level 0 alone of a ladder down to w4"),
+        ({"kind": "threshold"}, ""),
+        ({"kind": "static", "level": 0}, ""),
+    ],
+)
+def test_a_policy_that_stays_at_level_0_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, policy: dict[str, Any], words: str
+) -> None:
+    """Guards: a server that silently never morphs, because the only smaller format has fewer bits than is allowed."""
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("vllm.morphserve"), "warning", lambda text, *args: said.append(text % args))
+    engine = runtime(0, {})
+    engine.config = parse_config({"policy": policy})
+    levels = (MorphLevel(0, ("base",), 2, 1), MorphLevel(1, ("w4",), 1, 2))
+    engine._warn_of_rest(levels)
+    engine._warn_of_rest(levels[:1])
+    assert len(said) == bool(words) and words in "".join(said)

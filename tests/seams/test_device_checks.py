@@ -199,6 +199,8 @@ def test_a_default_ladder_has_room_for_its_graphs(monkeypatch: pytest.MonkeyPatc
         assert isinstance(steps, list)
         assert [step.layers_per_level for step in steps] == [2 * num_layers // (num_levels - 1)] * 2
         check_graph_buffers(engine, ladder_of(num_levels, num_layers))
+        (step,) = for_this_device(MorphServeConfig(), engine).ladder.steps or ()
+        assert not isinstance(step, str) and step.layers_per_level == num_layers // 2, "one format alone has the room"
 
 
 @pytest.mark.parametrize("value", ["0", "false"])

@@ -188,7 +188,7 @@ def _accepted() -> str:
     settings = read_settings(found.additional_config)
     assert settings is not None
     steps = for_this_device(settings, found).ladder.steps or []
-    return "ladder " + want([step.format for step in steps], ["fp8", "w4"])
+    return "ladder " + want([step.format for step in steps], ["fp8"])
 
 
 def _same_configuration() -> str:

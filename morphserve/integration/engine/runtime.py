@@ -192,8 +192,7 @@ class EngineRuntime:
         policy = self.config.policy
         if policy.kind != "static" and ladder[1:] and max_level_of(policy, ladder) == 0:
             asked = f"mode {policy.mode}" if policy.max_level is None else f"max_level {policy.max_level}"
-            formats = " and ".join(sorted(ladder[-1].formats))
             logger.warning(
                 "morphserve: policy.%s allows level 0 alone of a ladder down to %s, so nothing will ever change. Set "
-                "policy.max_level to %s for more.", asked, formats, "deepest",
+                "policy.max_level to deepest for more.", asked, " and ".join(sorted(ladder[-1].formats)),
             )  # fmt: skip

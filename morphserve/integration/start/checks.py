@@ -32,15 +32,15 @@ def check_engine(vllm_config: VllmConfig) -> None:
     if config is None:
         return
     check_platform()
-    config = for_this_device(config, vllm_config)
     check_formats(config, FORMATS)
     _check_model(vllm_config)
     _check_features(vllm_config)
+    _check_lora(config, vllm_config)
+    config = for_this_device(config, vllm_config)
     in_pages = serving_residence().in_pages
     if in_pages:
         check_device(vllm_config)
     _check_speculation(vllm_config)
-    _check_lora(config, vllm_config)
     _check_ladder(config, vllm_config)
     if in_pages:
         check_graph_buffers(vllm_config, [level.layer_formats for level in nominal_ladder(config, vllm_config)])

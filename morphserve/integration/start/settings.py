@@ -92,11 +92,14 @@ def _settle(config: MorphServeConfig, vllm_config: VllmConfig) -> Settled:
     model_config = vllm_config.model_config
     num_layers, formats = model_config.get_total_num_hidden_layers(), default_formats()
     device = Device(num_layers, base_bits=8 if model_config.quantization else 8 * model_config.dtype.itemsize)
-    if formats:
-        parts = 2 if has_room_for_graph_sets(vllm_config, 1 + 2 * len(formats)) else 1
-        device = replace(device, formats=formats, layers_per_level=-(-num_layers // parts))
     profile = read_ladder(config)
-    return settle(config, device, profile is not None and profile.has_levels)
+    levels_are_known = profile is not None and profile.has_levels
+    if formats:
+        device = replace(device, formats=formats, layers_per_level=num_layers)
+        num_steps = len(settle(config, device, levels_are_known).config.ladder.steps or ())
+        if has_room_for_graph_sets(vllm_config, 1 + 2 * num_steps):
+            device = replace(device, layers_per_level=-(-num_layers // 2))
+    return settle(config, device, levels_are_known)
 
 
 def served_ladder(config: MorphServeConfig, left_out: Collection[str]) -> MorphServeConfig:
