@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,15 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", os.environ.get("VLLM_PLUGINS", ""))
     monkeypatch.delenv("VLLM_PLUGINS")
     register()
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """caplog, also for vLLM's logger, which passes nothing on to the root."""
+    logger = logging.getLogger("vllm")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture
@@ -64,7 +74,7 @@ def served(config: Any, settings: dict[str, Any] | None = None) -> tuple[Path | 
 
 
 def test_what_was_prepared_is_used_in_every_process(
-    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model: Path, tmp_path: Path, logged: pytest.LogCaptureFixture
 ) -> None:
     """Guards: what was prepared is not used; an engine core or a worker that finds something else than the process
     that looked, or when somebody prepares meanwhile; a compiled model that is compiled anew for it."""
@@ -73,12 +83,12 @@ def test_what_was_prepared_is_used_in_every_process(
     assert served(before) == (None, None)
     profile, times, _ = prepare(model, cache, before)
     assert served(before) == (None, None), "what comes later is for the next start"
-    with caplog.at_level(logging.INFO, "vllm.morphserve"):
+    with logged.at_level(logging.INFO, "vllm.morphserve"):
         after = start(model, cache)
     for config in (after, copy.deepcopy(after), pickle.loads(pickle.dumps(after))):
         assert served(config) == (profile, times)
     assert after.compute_hash() == before.compute_hash()
-    (said,) = [record for record in caplog.records if record.name == "vllm.morphserve" and "prepared" in record.message]
+    (said,) = [record for record in logged.records if record.name == "vllm.morphserve"]
     assert said.levelname == "INFO" and str(profile) in said.message and str(times) in said.message
 
 
@@ -88,15 +98,15 @@ def test_what_was_prepared_is_used_in_every_process(
     ids=["dtype", "ranks", "eager"],
 )
 def test_step_times_of_another_way_to_serve_are_not(
-    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, more: dict[str, Any]
+    model: Path, tmp_path: Path, logged: pytest.LogCaptureFixture, more: dict[str, Any]
 ) -> None:
     """Guards: predictions from another dtype, topology or way to compile; and nobody told what to do."""
     cache = tmp_path / "cache"
     prepare(model, cache, start(model, cache))
-    with caplog.at_level(logging.INFO, "vllm.morphserve"):
+    with logged.at_level(logging.INFO, "vllm.morphserve"):
         other = start(model, cache, **more)
     assert served(other)[1] is None
-    (warning,) = [r.message for r in caplog.records if r.levelname == "WARNING" and "not used" in r.message]
+    (warning,) = [r.message for r in logged.records if r.levelname == "WARNING" and "not used" in r.message]
     assert "instead of" in warning and f"`morphserve prepare {model}`" in warning
 
 
@@ -113,7 +123,7 @@ def test_what_the_settings_say_goes_first(model: Path, tmp_path: Path, settings:
 
 @pytest.mark.parametrize("harm", ["profile", "times", "other weights", "a file", "dummy weights"])
 def test_damage_and_other_weights_never_stop_a_start(
-    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: str
+    model: Path, tmp_path: Path, logged: pytest.LogCaptureFixture, harm: str
 ) -> None:
     """Guards: a server that does not start, or uses what it cannot trust, for a cache that is only there to help."""
     cache, more = tmp_path / "cache", {}
@@ -132,8 +142,8 @@ def test_damage_and_other_weights_never_stop_a_start(
         cache.write_text("")
     else:
         more = {"load_format": "dummy"}
-    with caplog.at_level(logging.INFO, "vllm.morphserve"):
+    with logged.at_level(logging.INFO, "vllm.morphserve"):
         assert served(start(model, cache, **more)) == (None, None)
-    warnings = [r.message for r in caplog.records if r.levelname == "WARNING" and "not used" in r.message]
+    warnings = [r.message for r in logged.records if r.levelname == "WARNING" and "not used" in r.message]
     assert len(warnings) == (1 if harm in ("profile", "times") else 0)
     assert not warnings or str(store.directory) in warnings[0]
