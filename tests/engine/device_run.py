@@ -90,3 +90,16 @@ def test_two_ranks_work_beside_their_steps(tiny_llama: Path, tmp_path: Path, two
             assert all(a[1] != b[1] for a, b in zip(one, other, strict=True))
         assert llm.llm_engine.collective_rpc("morphserve_memory") == pages
         assert not morph_of(llm).controller.status()["failed"]
+
+
+def test_levels_are_measured_in_pages(short_model: Path, variant_cache: Path) -> None:
+    """Guards: figures of a host's worker for what a device serves; an answer that is still pending taken for one."""
+    from morphserve.integration.offline.served_model import ServedModel, measure_levels
+
+    settings = {"cache_dir": str(variant_cache), "ladder": {"steps": [{"format": "w8"}, {"format": "w4"}]}}
+    with ServedModel(str(short_model), 64, settings, num_gpu_blocks_override=49, block_size=32) as model:
+        assert model.morph.executor.in_background
+        ids = model.tokenizer.encode(PROMPTS[0] * 8)[:64]
+        layers = range(model.num_layers)
+        base, w8, w4 = measure_levels(model, [{}, dict.fromkeys(layers, "w8"), dict.fromkeys(layers, "w4")], [ids])
+        assert base["kl"] == 0.0 and 0 < w8["kl"] < w4["kl"]

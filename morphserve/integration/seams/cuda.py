@@ -21,7 +21,7 @@ _OPS = "vllm._custom_ops"
 
 CUDA_SEAMS: tuple[Seam, ...] = (
     Seam("cuda_platform", "vllm.platforms.interface:Platform", (), "which backing, and what an empty ladder means",
-         ("has_device_capability", "device_type", "device_name", "is_cpu")),
+         ("has_device_capability", "device_type", "device_name", "get_device_name", "is_cpu")),
     # Layers: theirs are moved, and vLLM's own offloading would move them too.
     Seam("offload_config", "vllm.config:VllmConfig", (), "vLLM's own offloading moves the same layers: refused",
          ("offload_config",)),

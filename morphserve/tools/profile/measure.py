@@ -26,6 +26,7 @@ from morphserve.serve_dtype import add_dtype_option, resolve_dtype
 from morphserve.shipped import TEXT, text_file
 from morphserve.tools.command import command_parser, fail, finish
 from morphserve.tools.profile.apart import Progress, add_parallel_options, counter, parallel_arguments, run_apart
+from policies import BASE_FORMAT
 
 Levels = Sequence[Mapping[int, str]]  # decoder layer id |-> format; the others are at full precision
 
@@ -149,11 +150,18 @@ def _round_to_8_bits(kernels: Mapping[str, str]) -> bool:
     return all(kernel.quantizes_activations for kernel in CANDIDATES if kernel.name in kernels.values())
 
 
+def _narrow_last(fmt: str) -> int:
+    from quant_layers import FORMATS
+
+    return -FORMATS[fmt].bits
+
+
 def _settings(args: argparse.Namespace, formats: Sequence[str]) -> dict[str, Any]:
-    of_profile = args.profile is not None and args.levels is not None
+    halves = dict.fromkeys(half for fmt in formats for half in fmt.split("/") if half != BASE_FORMAT)
+    of_halves = any("/" in fmt for fmt in formats)  # of which layers only a profile's levels can be
     own = {} if args.cache_dir is None else {"cache_dir": str(args.cache_dir)}
     return own | {
-        "ladder": {"steps": "profile"} if of_profile else {"steps": [{"format": fmt} for fmt in formats]},
+        "ladder": {"steps": "profile" if of_halves else [{"format": f} for f in sorted(halves, key=_narrow_last)]},
         "profile": args.profile,
         "variants": dict(pair.split("=", 1) for pair in args.variant),
         "kernels": dict(pair.split("=", 1) for pair in args.kernel),

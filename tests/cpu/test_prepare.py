@@ -1,0 +1,177 @@
+"""`morphserve prepare`: each part is made once, kept where a server finds it, and gone on with after a kill."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cpu.prepared_world import PLACE, TIMES, keep_profile, make_model
+
+from morphserve.errors import ProfilingError
+from morphserve.prepared import ProfileKey, Store, weights_fingerprint
+from morphserve.tools.prepare import main, stages
+
+pytestmark = pytest.mark.cpu
+
+
+class Machine:
+    """Stands for the processes that ask vLLM, quantize, measure and time; remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.commands: list[list[str]] = []
+        self.job: Any = None
+        self.dies_at = ""
+
+    def run_apart(self, command: Sequence[str], failed: str, what: str, progress: Any) -> dict[str, Any]:
+        self._begin(what, list(command))
+        progress(what, 1, 2)
+        if "asking" in what:
+            return {"place": asdict(PLACE), "formats": ["w8", "w4"], "in_pages": False}
+        out = Path(command[command.index("--out") + 1])
+        if "quantizing" in what:
+            out.mkdir()
+            return {"checkpoint": str(out)}
+        out.write_text(json.dumps(TIMES.document()))
+        return {"place": asdict(PLACE)}
+
+    def run_profile(self, job: Any, measure: Sequence[str], texts: Sequence[Path], progress: Any) -> None:
+        self._begin("profile", list(measure))
+        self.job = job
+        store = Store(job.out.parents[2], weights_fingerprint(Path(job.model)) or "")
+        keep_profile(store, ProfileKey(job.formats, PLACE.dtype, PLACE.tier, dict(job.sources)))
+
+    def _begin(self, what: str, command: list[str]) -> None:
+        if self.dies_at and self.dies_at in what:
+            raise KeyboardInterrupt
+        self.asked.append(what)
+        self.commands.append(command)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    from morphserve.tools import profile
+
+    found = Machine()
+    monkeypatch.setattr(stages, "run_apart", found.run_apart)
+    monkeypatch.setattr(profile, "run_profile", found.run_profile, raising=False)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")  # put back when a test is over, --cpu-bind sets it
+    return found
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "model")
+
+
+def prepare(model: Path, *words: str) -> int:
+    return main([str(model), "--dtype", "bfloat16", "--cache-dir", str(model.parent / "cache"), "--json", *words])
+
+
+def last(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return found
+
+
+def test_all_parts_are_made_once(model: Path, machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: a second call that measures for minutes what is there, or entries that no server finds."""
+    assert prepare(model) == 0
+    document = last(capsys)
+    assert machine.asked == ["asking vLLM", "profile", "timing steps"] and document["made"] == ["profile", "times"]
+    assert machine.job.out == Path(document["profile"]) and Path(document["step_times"]).is_file()
+    store = Store(model.parent / "cache", document["weights"])
+    (profile,), (times,) = store.profiles(), store.times()
+    assert str(profile.directory) == document["profile"] and times.place == PLACE and store.problems == []
+    assert prepare(model) == 0
+    out = capsys.readouterr().out
+    assert len(machine.asked) == 3 and "prepared already" in out and json.loads(out.splitlines()[-1])["made"] == []
+
+
+@pytest.mark.parametrize("part", ["asking", "profile", "timing"])
+def test_a_killed_run_goes_on(
+    model: Path, machine: Machine, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    """Guards: finished parts that are lost with the one that was not."""
+    machine.dies_at = part
+    assert prepare(model) == 1
+    assert "the same command goes on from there" in capsys.readouterr().err
+    machine.dies_at = ""
+    assert prepare(model) == 0
+    assert machine.asked == ["asking vLLM", "profile", "timing steps"], "each once in both runs"
+
+
+def test_the_server_that_is_meant_is_the_one_that_is_measured(model: Path, machine: Machine) -> None:
+    """Guards: step times and levels of one rank, of a compiled engine or of smaller steps than the server's."""
+    words = ("-tp", "2", "--enforce-eager", "--max-num-seqs", "128", "--max-num-batched-tokens", "512")
+    assert prepare(model, *words, "--cpu-bind", "0|1") == 0
+    asking, measuring, timing = (" ".join(command) for command in machine.commands)
+    for command in (asking, measuring, timing):
+        assert "--dtype bfloat16" in command and "-tp 2 -pp 1" in command
+    assert "--enforce-eager" in asking and "--enforce-eager" in timing and "--compiled" not in measuring
+    assert "--max-num-seqs 128" in timing and "--max-num-batched-tokens 512" in timing and "--cpu-bind 0|1" in timing
+    machine.commands.clear()
+    assert prepare(model) == 0
+    assert "--enforce-eager" not in " ".join(machine.commands[0])
+
+
+def test_a_checkpoint_is_made_measured_and_kept_with_the_profile(model: Path, machine: Machine) -> None:
+    """Guards: levels that were measured with other 4 bits than are served; minutes of quantizing done twice."""
+    machine.dies_at = "profile"
+    assert prepare(model, "--with-w4", "awq") == 1
+    machine.dies_at = ""
+    assert prepare(model, "--with-w4", "awq") == 0
+    assert machine.asked == ["asking vLLM", "quantizing with AWQ", "profile", "timing steps"]
+    (profile,) = Store(model.parent / "cache", weights_fingerprint(model) or "").profiles()
+    assert f"--variant w4={profile.variants['w4']}" in " ".join(machine.commands[2])
+    assert Path(profile.variants["w4"]).is_dir()
+
+
+def test_step_times_may_be_left_out(model: Path, machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: minutes of timing that nobody asked for."""
+    assert prepare(model, "--without-times") == 0
+    assert machine.asked == ["asking vLLM", "profile"] and last(capsys)["step_times"] is None
+
+
+@pytest.mark.parametrize("what", ["disk", "text", "weights", "cache", "model"])
+def test_what_cannot_be_is_refused_in_one_line(
+    model: Path, machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Guards: minutes of work that end for want of room; a traceback for a wrong name."""
+    words: tuple[str, ...] = ()
+    said = {"disk": "GiB free", "text": "no such file", "weights": "Fetch the model again", "cache": "can be written",
+            "model": "neither a directory nor a hub"}[what]  # fmt: skip
+    if what == "disk":
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
+    elif what == "text":
+        words = ("--text", "/no/such/text")
+    elif what == "weights":
+        (model / "model-0.safetensors").unlink()
+    elif what == "cache":
+        (model.parent / "cache").write_text("")
+    else:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        model = model.parent / "no such model"
+    assert prepare(model, *words) == 1
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.err.count("\n") <= 2 and "Traceback" not in captured.err
+    assert "profile" not in machine.asked and captured.out == ""
+
+
+def test_a_part_that_fails_says_why(
+    model: Path, machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: an engine's stack instead of a line, or a preparation that counts as done."""
+
+    def refuse(*args: Any) -> None:
+        raise ProfilingError("the levels could not be measured (vLLM said: no room).")
+
+    monkeypatch.setattr("morphserve.tools.profile.run_profile", refuse)
+    assert prepare(model) == 1
+    assert "no room" in capsys.readouterr().err

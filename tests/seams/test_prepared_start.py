@@ -1,0 +1,149 @@
+"""At start an engine finds what was prepared for it, in the config that all of its processes get."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cpu.prepared_world import keep_profile, keep_times, make_model, store_of
+from vllm.engine.arg_utils import EngineArgs
+
+from morphserve.config import parse_config
+from morphserve.integration.start import FOUND, for_this_device, read_settings
+from morphserve.plugin import register
+from morphserve.prepared import ProfileKey, Store
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 256,
+    "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registered, as vLLM does it; VLLM_PLUGINS is put back after each test."""
+    monkeypatch.setenv("VLLM_PLUGINS", os.environ.get("VLLM_PLUGINS", ""))
+    monkeypatch.delenv("VLLM_PLUGINS")
+    register()
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """caplog, also for vLLM's logger, which passes nothing on to the root."""
+    logger = logging.getLogger("vllm")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    directory = make_model(tmp_path / "model")
+    (directory / "config.json").write_text(json.dumps(LLAMA))
+    return directory
+
+
+def start(model: Path, cache: Path, settings: dict[str, Any] | None = None, **more: Any) -> Any:
+    """The config of an engine, as far as it comes without weights."""
+    additional = {"morphserve": {"cache_dir": str(cache), "policy": {"kind": "static", "level": 0}, **(settings or {})}}
+    arguments = {"dtype": "bfloat16", "skip_tokenizer_init": True, "max_model_len": 128} | more
+    return EngineArgs(model=str(model), additional_config=additional, **arguments).create_engine_config()
+
+
+def prepare(model: Path, cache: Path, config: Any) -> tuple[Path, Path, Store]:
+    """Put a profile and step times there, for an engine with that config."""
+    store, place = store_of(model, cache), getattr(config, FOUND).place
+    profile = keep_profile(store, ProfileKey(("w8", "w4"), place.dtype, place.tier))
+    return profile, keep_times(store, place), store
+
+
+def served(config: Any, settings: dict[str, Any] | None = None) -> tuple[Path | None, Path | None]:
+    """The profile and the step times that such an engine uses."""
+    stated = read_settings(config.additional_config) if settings is None else parse_config(settings)
+    assert stated is not None
+    filled = for_this_device(stated, config)
+    return filled.profile, filled.step_times
+
+
+def test_what_was_prepared_is_used_in_every_process(
+    model: Path, tmp_path: Path, logged: pytest.LogCaptureFixture
+) -> None:
+    """Guards: what was prepared is not used; an engine core or a worker that finds something else than the process
+    that looked, or when somebody prepares meanwhile; a compiled model that is compiled anew for it."""
+    cache = tmp_path / "cache"
+    before = start(model, cache)
+    assert served(before) == (None, None)
+    profile, times, _ = prepare(model, cache, before)
+    assert served(before) == (None, None), "what comes later is for the next start"
+    with logged.at_level(logging.INFO, "vllm.morphserve"):
+        after = start(model, cache)
+    for config in (after, copy.deepcopy(after), pickle.loads(pickle.dumps(after))):
+        assert served(config) == (profile, times)
+    assert after.compute_hash() == before.compute_hash()
+    (said,) = [record for record in logged.records if record.name == "vllm.morphserve"]
+    assert said.levelname == "INFO" and str(profile) in said.message and str(times) in said.message
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"dtype": "float32"}, {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}, {"enforce_eager": True}],
+    ids=["dtype", "ranks", "eager"],
+)
+def test_step_times_of_another_way_to_serve_are_not(
+    model: Path, tmp_path: Path, logged: pytest.LogCaptureFixture, more: dict[str, Any]
+) -> None:
+    """Guards: predictions from another dtype, topology or way to compile; and nobody told what to do."""
+    cache = tmp_path / "cache"
+    prepare(model, cache, start(model, cache))
+    with logged.at_level(logging.INFO, "vllm.morphserve"):
+        other = start(model, cache, **more)
+    assert served(other)[1] is None
+    (warning,) = [r.message for r in logged.records if r.levelname == "WARNING" and "not used" in r.message]
+    assert "instead of" in warning and f"`morphserve prepare {model}`" in warning
+
+
+@pytest.mark.parametrize("settings", [{"prepared": False}, {"profile": "/mine", "step_times": "/times.json"}])
+def test_what_the_settings_say_goes_first(model: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Guards: a user's own profile replaced behind his back, or no way to do without."""
+    cache = tmp_path / "cache"
+    config = start(model, cache)
+    prepare(model, cache, config)
+    again = start(model, cache, {"prepared": settings.get("prepared", True)})
+    named = tuple(Path(path) if path else None for path in (settings.get("profile"), settings.get("step_times")))
+    assert served(again, settings) == named
+
+
+@pytest.mark.parametrize("harm", ["profile", "times", "other weights", "a file", "dummy weights"])
+def test_damage_and_other_weights_never_stop_a_start(
+    model: Path, tmp_path: Path, logged: pytest.LogCaptureFixture, harm: str
+) -> None:
+    """Guards: a server that does not start, or uses what it cannot trust, for a cache that is only there to help."""
+    cache, more = tmp_path / "cache", {}
+    profile, times, store = prepare(model, cache, start(model, cache))
+    if harm == "profile":
+        (profile / "manifest.json").write_text("{")
+        times.unlink()
+    elif harm == "times":
+        times.write_text("{")
+        (profile / "manifest.json").unlink()
+    elif harm == "other weights":
+        make_model(tmp_path / "other", seed=1)
+        (tmp_path / "other" / "model-0.safetensors").replace(model / "model-0.safetensors")
+    elif harm == "a file":
+        cache = tmp_path / "no_directory"
+        cache.write_text("")
+    else:
+        more = {"load_format": "dummy"}
+    with logged.at_level(logging.INFO, "vllm.morphserve"):
+        assert served(start(model, cache, **more)) == (None, None)
+    warnings = [r.message for r in logged.records if r.levelname == "WARNING" and "not used" in r.message]
+    assert len(warnings) == (1 if harm in ("profile", "times") else 0)
+    assert not warnings or str(store.directory) in warnings[0]
