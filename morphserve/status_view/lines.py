@@ -16,7 +16,8 @@ _FEW_LATE = 0.01  # of the last requests; more of them are bad, not only worth a
 def _level(s: Status) -> Line:
     level, target = s["exposure_level"], s["target_level"]
     goal = "there" if target == level else f"to {target}"
-    way = f", on the way {goal} ({s['phase']})" if is_moving(s) else ""
+    phase = "" if s["phase"] == "idle" else f" ({s['phase']})"  # idle: between two swap batches
+    way = f", on the way {goal}{phase}" if is_moving(s) else ""
     return Line("Level", f"{level} of {s['deepest_level']}{way}", s["reason"], "warn" if level else "good")
 
 
@@ -47,7 +48,8 @@ def _late(s: Status) -> Line:
     tone: Tone = ""
     if recent["num_late"]:
         tone = "bad" if recent["num_late"] > _FEW_LATE * recent["num_judged"] else "warn"
-    return Line("Late", f"{text}, of the last {recent['num_judged']:,}: {recent['num_late']:,}", note, tone)
+    lately = f"; lately {recent['num_late']:,} of {recent['num_judged']:,}" if recent["num_judged"] else ""
+    return Line("Late", text + lately, note, tone)
 
 
 def _quality(s: Status) -> Line:

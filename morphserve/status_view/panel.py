@@ -86,7 +86,8 @@ def _changes(s: Status) -> tuple[Change, ...]:
 
 def _summary(s: Status) -> str:
     late, kl = s["late"]["recent"], s["quality"]["expected_kl_per_token"]
-    way = f" -> {s['target_level']}" if is_moving(s) else ""
+    goal = "there" if s["target_level"] == s["exposure_level"] else s["target_level"]
+    way = f" -> {goal}" if is_moving(s) else ""
     parts = [
         f"level {s['exposure_level']}{way} of {s['deepest_level']}",
         f"kv {s['used_kv_blocks']:,}/{s['num_kv_blocks']:,}",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +197,7 @@ def drawn(document: dict[str, Any], width: int, error: str = "") -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "width"), [("calm", 100), ("burst", 120), ("burst", 50), ("restored", 100)]
+    ("name", "width"), [("calm", 100), ("moving", 80), ("burst", 120), ("burst", 50), ("restored", 100)]
 )
 def test_the_screen(name: str, width: int) -> None:
     """Guards: figures that are cut off or run into each other, on a wide terminal or a narrow one."""
@@ -215,9 +218,7 @@ def test_what_a_terminal_obeys_is_not_passed_on(capsys: pytest.CaptureFixture[st
     """Guards: an error or a reason with escape codes, or with rich's own marks, that the terminal carries out."""
     evil = "a\x1b[2J[bold]b[/bold]\nc\x07"
     document = {**recorded("burst"), "reason": evil, "errors": {evil: 1}}
-    document["recent_transitions"] = [{**document["recent_transitions"][0], "reason": evil}] if document[
-        "recent_transitions"
-    ] else []
+    document["recent_transitions"] = [{**document["recent_transitions"][0], "reason": evil}]
     shown = drawn(document, 120)
     assert "\x1b" not in shown and "\x07" not in shown and "a [2J[bold]b[/bold] c " in shown
     LineView(clock=lambda: "").show(panels(document), "", 0.0)
@@ -235,6 +236,29 @@ def test_the_screen_is_taken_and_given_back() -> None:
         assert console.is_alt_screen
     assert not console.is_alt_screen
     console.file.close()
+
+
+def test_ctrl_c_on_a_terminal() -> None:
+    """Guards: a live view that no key ends, or that leaves the terminal in its screen and without a cursor."""
+    code = "from morphserve.tools.watch import watch_main; raise SystemExit(watch_main())"
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"}
+    with answering(json.dumps(recorded("burst")).encode()) as url, open(ours, "rb", buffering=0) as screen:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, "--url", url], cwd=ROOT, env=environment,
+            stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        )  # fmt: skip
+        os.close(theirs)
+        seen = b""
+        while b"Ctrl-C ends the view" not in seen:
+            seen += screen.read(4096)
+        process.send_signal(signal.SIGINT)
+        with suppress(OSError):  # what reading the last of a closed terminal gives
+            while more := screen.read(4096):
+                seen += more
+        assert process.wait(60) == 0
+    assert b"Traceback" not in seen and b"\x1b[?1049h" in seen
+    assert seen.rindex(b"\x1b[?1049l") > seen.rindex(b"engine 0") and b"\x1b[?25h" in seen
 
 
 def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:

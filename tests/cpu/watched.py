@@ -10,12 +10,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-# Recorded with `morphserve status --json` from servers of the demo model under kind slo.
+# Recorded with `morphserve status --json` from a server of the demo model, kind slo, in an overload that it loses; but for
+# the name of its settings' file.
 RECORDED = Path(__file__).parent / "status_documents"
 
 
 def recorded(name: str) -> dict[str, Any]:
-    """`calm`, `burst` (on the way to a level), or `restored`."""
+    """`calm`, `moving` (between two levels), `burst`, or `restored`."""
     return dict(json.loads((RECORDED / f"{name}.json").read_text(encoding="utf-8")))
 
 

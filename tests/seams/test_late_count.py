@@ -22,7 +22,7 @@ def request(name: str = "a", tokens: int = 11, **own: float) -> Any:
 
 
 def told(count: LateCount) -> tuple[int, int, int, int]:
-    found = count.as_json()
+    found = count.as_json(110.0)
     return found["num_judged"], found["num_late"], found["num_late_ttft"], found["num_late_tpot"]
 
 
@@ -58,7 +58,7 @@ def test_a_policy_without_limits_judges_nobody() -> None:
     assert promise_of(SloConfig(kind="slo", ttft_s=3.0, tpot_s=0.2)) == RequestLimits(3.0, 0.2)
     count = LateCount(promise_of(ThresholdConfig(kind="threshold")))
     count.on_finish(request(), 999.0)
-    assert told(count) == (0, 0, 0, 0) and count.as_json()["num_ended"] == 1
+    assert told(count) == (0, 0, 0, 0) and count.as_json(110.0)["num_ended"] == 1
     count.policy = PROMISE  # another policy while it runs
     count.on_finish(request(), 999.0)
     assert told(count) == (1, 1, 1, 0)
@@ -76,10 +76,12 @@ def test_an_answer_of_one_token_and_one_that_never_came() -> None:
 
 
 def test_only_the_last_are_recent_and_nothing_is_kept() -> None:
-    """Guards: an overload of last week in the share of now, or a book of requests that grows with uptime."""
+    """Guards: an overload of this morning in the share of now, or a book of requests that grows with uptime."""
     count = LateCount(PROMISE, num_recent=10)
     for i in range(30):
         count.on_first_token(request(str(i)), 103.0 if i < 25 else 101.0)
         count.on_finish(request(str(i)), 103.5 if i < 25 else 101.5)
-    assert count.as_json()["recent"] == {"num_judged": 10, "num_late": 5}
+    assert count.as_json(110.0)["recent"] == {"num_judged": 10, "num_late": 5}
+    assert count.as_json(399.0)["recent"]["num_judged"] == 10
+    assert count.as_json(403.6)["recent"] == {"num_judged": 0, "num_late": 0}  # 300 s after the last
     assert not count._first_token_s
