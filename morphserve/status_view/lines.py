@@ -14,9 +14,16 @@ _FEW_LATE = 0.01  # of the last requests; more of them are bad, not only worth a
 
 
 def _level(s: Status) -> Line:
-    way = "" if s["target_level"] == s["level"] else f", on the way to {s['target_level']} ({s['phase']})"
-    tone: Tone = "warn" if s["exposure_level"] else "good"
-    return Line("Level", f"{s['exposure_level']} of {s['deepest_level']}{way}", s["reason"], tone)
+    level, target = s["exposure_level"], s["target_level"]
+    goal = "there" if target == level else f"to {target}"
+    phase = "" if s["phase"] == "idle" else f" ({s['phase']})"  # idle: between two swap batches
+    way = f", on the way {goal}{phase}" if is_moving(s) else ""
+    return Line("Level", f"{level} of {s['deepest_level']}{way}", s["reason"], "warn" if level else "good")
+
+
+def is_moving(s: Status) -> bool:
+    """Return whether layers or blocks are between two levels."""
+    return not s["level"] == s["target_level"] == s["exposure_level"]
 
 
 def _layers(s: Status) -> Line:
@@ -30,9 +37,9 @@ def _requests(s: Status) -> Line:
 
 def _late(s: Status) -> Line:
     late, recent = s["late"], s["late"]["recent"]
-    limits = [f"a first token after {late['ttft_s']:g} s"] if late["ttft_s"] is not None else []
-    limits += [f"more than {1e3 * late['tpot_s']:g} ms per token"] if late["tpot_s"] is not None else []
-    note = f"{' or '.join(limits) or 'limits of their own'}, by the engine's clock; without the way to the client"
+    limits = [f"first token after {late['ttft_s']:g} s"] if late["ttft_s"] is not None else []
+    limits += [f"over {1e3 * late['tpot_s']:g} ms per token"] if late["tpot_s"] is not None else []
+    note = f"{' or '.join(limits) or 'limits of their own'}; by the engine's clock, without the way to the client"
     if not late["num_judged"]:
         nobody = "no request has ended" if limits else f"nothing is promised by policy {s['policy']['kind']}"
         return Line("Late", nobody, note if limits else "")
@@ -41,7 +48,8 @@ def _late(s: Status) -> Line:
     tone: Tone = ""
     if recent["num_late"]:
         tone = "bad" if recent["num_late"] > _FEW_LATE * recent["num_judged"] else "warn"
-    return Line("Late", f"{text}, of the last {recent['num_judged']:,}: {recent['num_late']:,}", note, tone)
+    lately = f"; lately {recent['num_late']:,} of {recent['num_judged']:,}" if recent["num_judged"] else ""
+    return Line("Late", text + lately, note, tone)
 
 
 def _quality(s: Status) -> Line:
@@ -58,7 +66,7 @@ def _quality(s: Status) -> Line:
 
 
 def _tokens(s: Status) -> Line:
-    some = {f"level {level}": tokens for level, tokens in s["tokens_by_level"].items() if tokens}
+    some = {f"at level {level}": tokens for level, tokens in s["tokens_by_level"].items() if tokens}
     return Line("Tokens", counts(some) or "none yet")
 
 
@@ -67,11 +75,11 @@ def _pauses(s: Status) -> Line:
     if pauses["max"] is None:
         return Line("Pauses", "none yet")
     typical = "" if pauses["p50"] is None else f"{pauses['p50']:.0f} ms median, "
-    return Line("Pauses", f"{typical}{pauses['max']:.0f} ms longest", "of commands between two steps")
+    return Line("Pauses", f"{typical}{pauses['max']:.0f} ms longest", "of a command, between two steps")
 
 
 def _transitions(s: Status) -> Line:
-    done = {key.replace("_", "s "): count for key, count in s["transitions"].items()}
+    done = {key.replace("_", " "): count for key, count in s["transitions"].items()}
     if not done:
         return Line("Transitions", "none yet")
     tone: Tone = "warn" if any("aborted" in key for key in done) else ""

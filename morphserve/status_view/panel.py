@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from morphserve.status_view.lines import LINES, Status
+from morphserve.status_view.lines import LINES, Status, is_moving
 from morphserve.status_view.parts import Bar, Change, LevelRow, Line, Panel, Tone
 from morphserve.status_view.words import counts, duration
 
@@ -86,7 +86,8 @@ def _changes(s: Status) -> tuple[Change, ...]:
 
 def _summary(s: Status) -> str:
     late, kl = s["late"]["recent"], s["quality"]["expected_kl_per_token"]
-    way = "" if s["target_level"] == s["level"] else f" -> {s['target_level']}"
+    goal = "there" if s["target_level"] == s["exposure_level"] else s["target_level"]
+    way = f" -> {goal}" if is_moving(s) else ""
     parts = [
         f"level {s['exposure_level']}{way} of {s['deepest_level']}",
         f"kv {s['used_kv_blocks']:,}/{s['num_kv_blocks']:,}",

@@ -15,7 +15,7 @@ def duration(seconds: float) -> str:
 
 
 def counts(numbers: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in numbers.items())
+    return ", ".join(f"{count:,} {name}" for name, count in numbers.items())
 
 
 def words_of(value: Any) -> str:

@@ -313,3 +313,36 @@ def test_single_rank_switches_in_one_command() -> None:
     commands = {command for command, plan in rig.executor.sent if plan.layer_formats}
     assert commands == {"alone"}
     assert rig.executor.ranks[0].formats == ["base"] * 8
+
+
+def test_the_last_transitions_are_told_and_no_more() -> None:
+    """Guards: a status that cannot say why the level is what it is, or a list that grows with uptime."""
+    rig = Rig()
+    rig.go_to(2)
+    blocks = rig.pool.num_kv_blocks
+    rig.go_to(0)
+    restore, degrade = rig.controller.status()["recent_transitions"]
+    assert (degrade["from_level"], degrade["to_level"], degrade["outcome"]) == (0, 2, "committed")
+    assert (restore["from_level"], restore["to_level"], restore["direction"]) == (2, 0, "restore")
+    assert degrade["kv_blocks_gained"] == blocks - BASE_BLOCKS == -restore["kv_blocks_gained"] > 0
+    assert degrade["reason"] == "script wants 2" and 0 < degrade["seconds"] < degrade["ended_ago_s"]
+    rig.now_s += 100
+    assert rig.controller.status()["recent_transitions"][0]["ended_ago_s"] == pytest.approx(
+        100 + restore["ended_ago_s"]
+    )
+    for _ in range(15):
+        rig.go_to(1)
+        rig.go_to(0)
+    told = rig.controller.status()["recent_transitions"]
+    assert len(told) == 20 and [row["to_level"] for row in told[:4]] == [0, 1, 0, 1]
+
+
+def test_an_aborted_transition_is_told_with_its_error() -> None:
+    """Guards: the list shows what went well, and an operator looks for the rest in the log."""
+    rig = Rig()
+    rig.executor.fail = lambda command, plan, rank: "no memory" if command == "prepare" else ""
+    rig.script.level = 1
+    rig.step(10)
+    (row,) = rig.controller.status()["recent_transitions"]
+    assert (row["outcome"], row["from_level"], row["to_level"], row["num_layers"]) == ("aborted", 0, 0, 0)
+    assert "no memory" in row["error"]

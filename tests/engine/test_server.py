@@ -22,6 +22,7 @@ from engine.harness import BATCH_TOKENS
 from prometheus_client.parser import text_string_to_metric_families
 
 from morphserve.cpu_tier import best_dtype
+from morphserve.status_view import UNTOLD
 
 START_TIMEOUT_S = 300
 EXIT_TIMEOUT_S = 120
@@ -144,6 +145,17 @@ def test_status_and_metrics_agree(demo_model: Path, variant_cache: Path, tmp_pat
         assert metrics["transitions_total", "degrade"] == status["transitions"]["degrade_committed"] == 1
         assert metrics["memory_bytes", "staging_bytes"] == 0 < metrics["memory_bytes", "weights_bytes"]
         assert answer["kv_transfer_params"] is None
+        (change,) = status["recent_transitions"]
+        assert (change["from_level"], change["to_level"], change["outcome"]) == (0, 6, "committed")
+        assert status["num_running"] == status["num_waiting"] == 0
+        assert status["late"]["num_ended"] == 1 and status["late"]["num_judged"] == 0, "static promises nothing"
+        limited = {**body, "vllm_xargs": {"morphserve_ttft_s": 1e-6, "morphserve_tpot_s": 1e6}}
+        server.get("/v1/completions", limited)
+        late = server.status()["late"]
+        assert (late["num_judged"], late["num_late"], late["num_late_ttft"], late["num_late_tpot"]) == (1, 1, 1, 0)
+        (shown,) = json.loads(server.get("/morphserve/view"))["panels"]
+        assert UNTOLD not in {shown["summary"], *(line["text"] for line in shown["lines"] + shown["bars"])}
+        assert "<title>MorphServe</title>" in server.get("/morphserve")
         asked = json.loads(server.get("/v1/completions", {**body, "vllm_xargs": {"morphserve_precision": "full"}}))
         receipt = asked["kv_transfer_params"]["morphserve"]
         assert receipt["demanded"] == "full" and not receipt["full_precision"]  # the level is 6, and it says so

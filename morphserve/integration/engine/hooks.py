@@ -254,7 +254,7 @@ class Morph:
     def status(self) -> dict[str, Any]:
         """Plain values for the status page and the metrics."""
         page = self._page.render(self.controller.status(), self.tick_times, self.tokens_by_level)
-        requests = {**asdict(self._view()), "late": self.traffic.late.as_json()}
+        requests = {**asdict(self._view()), "late": self.traffic.late.as_json(time.time())}
         return {**page, **requests, "policy": asdict(self._watch.reloads)}
 
     def reload(self, cause: str, sent: str = "") -> Future[dict[str, Any]]:

@@ -20,6 +20,7 @@ logger = logging.getLogger("vllm.morphserve")
 
 TTFT_ARG = "morphserve_ttft_s"
 TPOT_ARG = "morphserve_tpot_s"
+_RECENT_S = 300.0  # an hour after a burst it is no longer what the server does now
 
 
 def limits_of(request: Request) -> RequestLimits:
@@ -63,7 +64,7 @@ class LateCount:
         self._num_ended = 0
         self._num_judged = 0
         self._late = {"ttft": 0, "tpot": 0, "any": 0}
-        self._recent: deque[bool] = deque(maxlen=num_recent)
+        self._recent: deque[tuple[float, bool]] = deque(maxlen=num_recent)  # when each was judged, and how
 
     def on_first_token(self, request: Request, wall_s: float) -> None:
         """Note when a live request got its first token."""
@@ -86,12 +87,13 @@ class LateCount:
         late["any"] = any(late.values())
         if late["any"] or request.num_output_tokens > 0:
             self._num_judged += 1
-            self._recent.append(late["any"])
+            self._recent.append((wall_s, late["any"]))
             for name, is_late in late.items():
                 self._late[name] += is_late
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self, wall_s: float) -> dict[str, Any]:
         """Return the counts, and the limits of requests that bring none."""
+        recent = [late for when_s, late in self._recent if when_s > wall_s - _RECENT_S]
         return {
             "ttft_s": self.policy.ttft_s,
             "tpot_s": self.policy.tpot_s,
@@ -100,7 +102,7 @@ class LateCount:
             "num_late": self._late["any"],
             "num_late_ttft": self._late["ttft"],
             "num_late_tpot": self._late["tpot"],
-            "recent": {"num_judged": len(self._recent), "num_late": sum(self._recent)},
+            "recent": {"num_judged": len(recent), "num_late": sum(recent)},
         }
 
 

@@ -73,16 +73,16 @@ def _figures(panel: Panel, width: int) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for bar in panel.bars:
-        table.add_row(bar.label, _bar(bar, width))
+        table.add_row(bar.label, Text(bar.text))
+        table.add_row("", _bar(bar, width))
     for line in panel.lines:
         table.add_row(line.label, _said(line, width))
     return table
 
 
-def _bar(bar: Bar, width: int) -> RenderableType:
-    style = _STYLES[bar.tone] or "green"
-    progress = ProgressBar(100, 100 * bar.share, min(40, width - 20), complete_style=style, finished_style=style)
-    return Group(progress, Text(bar.text))
+def _bar(bar: Bar, width: int) -> ProgressBar:
+    style = _STYLES[bar.tone]
+    return ProgressBar(100, 100 * bar.share, max(min(40, width - 20), 8), complete_style=style, finished_style=style)
 
 
 def _said(line: Line, width: int) -> Text:

@@ -1,0 +1,56 @@
+"""Statuses as real servers told them, and a server that tells what a test wants."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+# Recorded with `morphserve status --json` from a server of the demo model, kind slo, in an overload that it loses; but
+# for the name of its settings' file.
+RECORDED = Path(__file__).parent / "status_documents"
+
+
+def recorded(name: str) -> dict[str, Any]:
+    """`calm`, `moving` (between two levels), `burst`, or `restored`."""
+    return dict(json.loads((RECORDED / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def replicas() -> dict[str, Any]:
+    """Two engines behind one server."""
+    return {"engines": [recorded("calm"), {**recorded("burst"), "engine": 1}]}
+
+
+@contextmanager
+def answering(body: bytes, code: int = 200) -> Iterator[str]:
+    """The address of a server that gives this answer to everything."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: Any) -> None:
+            return None
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def nobody() -> str:
+    """The address of a server that has just ended."""
+    with answering(b"") as url:
+        return url

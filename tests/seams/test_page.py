@@ -1,0 +1,214 @@
+"""The page at /morphserve: what it is served with, what it reads, and what it shows in a browser."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import uvicorn
+from cpu.watched import recorded, replicas
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse
+from fastapi.testclient import TestClient
+
+from morphserve.integration.server.metrics import MorphServeEndpoint
+from morphserve.integration.server.page import PAGE, policy_of
+from morphserve.status_view import Bar, Change, LevelRow, Line, Panel, panels
+
+HTML = PAGE.read_text(encoding="utf-8")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt install chromium)")
+
+Answer = Callable[[], list[Any]]
+
+
+def app_of(answer: Answer) -> FastAPI:
+    """An API server whose engines answer so."""
+
+    async def call(method: str) -> list[Any]:
+        assert method == "morphserve_status"
+        return answer()
+
+    endpoint, app = MorphServeEndpoint(), FastAPI()
+    endpoint._client = SimpleNamespace(engine_core=SimpleNamespace(call_utility_all_async=call))
+    endpoint.attach_router(app)
+    return app
+
+
+# ---- without a browser
+
+
+@pytest.mark.parametrize("path", ["/morphserve", "/morphserve/"])
+def test_the_page_is_served_with_its_type_and_nothing_else_may_run(path: str) -> None:
+    """Guards: a download instead of a page, a redirect that a proxy breaks, or a script from elsewhere."""
+    answer = TestClient(app_of(list), follow_redirects=False).get(path)
+    assert answer.status_code == 200 and answer.headers["content-type"] == "text/html; charset=utf-8"
+    policy = answer.headers["content-security-policy"]
+    assert policy == policy_of(HTML) and "default-src 'none'" in policy and "unsafe" not in policy
+    assert answer.headers["x-content-type-options"] == "nosniff" and answer.text == HTML
+
+
+def test_the_page_asks_and_never_tells() -> None:
+    """Guards: a view that changes something, or one that is there for those who may only POST."""
+    client = TestClient(app_of(lambda: [recorded("calm")]))
+    for path in ("/morphserve", "/morphserve/view"):
+        assert client.post(path).status_code == 405 == client.delete(path).status_code
+    assert not re.search(r"method\s*:|<form|XMLHttpRequest|sendBeacon", HTML)
+
+
+def test_nothing_of_the_page_comes_from_elsewhere_or_becomes_markup() -> None:
+    """Guards: a font or a script of somebody else's server, or a reason from a log that is run as markup."""
+    assert not re.search(r"https?:|//[a-z]|@import|\bsrc=|<link", HTML.replace("// Whatever", ""))
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|\bon[a-z]+=", HTML)
+
+
+def test_the_view_is_the_terminals() -> None:
+    """Guards: a page that shows other figures than `morphserve watch`."""
+    client = TestClient(app_of(lambda: list(replicas()["engines"])))
+    shown = client.get("/morphserve/view").json()["panels"]
+    assert [panel["title"] for panel in shown] == ["engine 0", "engine 1"]
+    for told, panel in zip(shown, panels(replicas()), strict=True):
+        assert told["summary"] == panel.summary and len(told["changes"]) == len(panel.changes)
+        assert [line["text"] for line in told["lines"]] == [line.text for line in panel.lines]
+    assert TestClient(app_of(lambda: [None])).get("/morphserve/view").status_code == 503
+
+
+def test_every_field_that_the_page_reads_is_there() -> None:
+    """Guards: a field that has another name since, and is shown as `undefined`."""
+    script = HTML.partition("<script>")[2]
+    parts = {"panel": Panel, "line": Line, "bar": Bar, "l": LevelRow, "c": Change}
+    read = {name: set(re.findall(rf"\b{name}\.(\w+)", script)) for name in parts}
+    for name, part in parts.items():
+        assert read[name] and read[name] <= {field.name for field in fields(part)}, (name, read[name])
+    unread = {name: {field.name for field in fields(part)} - read[name] for name, part in parts.items()}
+    assert unread == {"panel": {"summary"}, "line": set(), "bar": set(), "l": set(), "c": {"revision"}}
+
+
+# ---- in a browser
+
+
+@contextmanager
+def served(app: Any) -> Iterator[str]:
+    """The address of a server of this application."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
+    thread.start()
+    try:
+        while not (server.started and server.servers):
+            thread.join(0.01)
+            assert thread.is_alive()
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def dom(url: str, profile: Path, virtual_ms: int = 2500, *more: str) -> str:
+    """What a browser makes of a page after so much time, in which the clock stands while it waits for an answer."""
+    assert CHROMIUM is not None
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    command += [f"--user-data-dir={profile}", f"--virtual-time-budget={virtual_ms}", "--dump-dom", *more, url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.partition("<body")[2].partition("<script>")[0]
+
+
+def text_of(markup: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", markup))
+
+
+@in_a_browser
+@pytest.mark.parametrize("path", ["/morphserve", "/morphserve/"])
+def test_a_browser_shows_all_engines(path: str, tmp_path: Path) -> None:
+    """Guards: a page that its own headers, or a mistake in its script, keep empty."""
+    with served(app_of(lambda: list(replicas()["engines"]))) as url:
+        shown = dom(url + path, tmp_path)
+    words = text_of(shown)
+    assert "live, as of" in words and shown.count("<section") == 2 and "undefined" not in words
+    for panel in panels(replicas()):
+        for line in panel.lines:
+            assert text_of(line.text.replace(">", "&gt;")) in words, line
+    # An element for each level and each transition, two heads a panel.
+    rows = sum(len(panel.levels) + len(panel.changes) for panel in panels(replicas()))
+    heads = sum(bool(panel.levels) + bool(panel.changes) for panel in panels(replicas()))
+    assert shown.count("<tr") == rows + heads and shown.count("<progress") == 2
+
+
+@in_a_browser
+def test_a_page_under_a_root_path(tmp_path: Path) -> None:
+    """Guards: behind a proxy that adds a prefix the page asks its root."""
+    outside = FastAPI()
+    outside.mount("/models/a", app_of(lambda: [recorded("burst")]))
+    with served(outside) as url:
+        words = text_of(dom(f"{url}/models/a/morphserve", tmp_path))
+    assert "live, as of" in words and "KV blocks" in words
+
+
+@in_a_browser
+def test_what_the_server_says_is_text(tmp_path: Path) -> None:
+    """Guards: a reason, an error or a file's name becomes an element, or a script that runs."""
+    evil = "<img src=x onerror=document.title='caught'><script>1</script>"
+    status = {**recorded("burst"), "reason": evil, "errors": {evil: 1}, "phase": evil}
+    status["recent_transitions"] = [{**recorded("restored")["recent_transitions"][0], "reason": evil, "outcome": evil}]
+    with served(app_of(lambda: [status])) as url:
+        shown = dom(f"{url}/morphserve", tmp_path)
+    assert "<img" not in shown and shown.count("&lt;img src=x") >= 3
+
+
+@in_a_browser
+def test_a_server_that_goes_away_is_said(tmp_path: Path) -> None:
+    """Guards: old figures that look live after the engine has died."""
+    asked: list[int] = []
+
+    def answer() -> list[Any]:
+        asked.append(1)
+        return [recorded("burst")] if len(asked) == 1 else [None]
+
+    with served(app_of(answer)) as url:
+        words = text_of(dom(f"{url}/morphserve", tmp_path, 4500))
+    assert len(asked) >= 2, "it asks again"
+    assert "No answer from the server: the engine runs without MorphServe, or is gone. What follows is of" in words
+    assert "KV blocks" in words
+
+
+# What stands before the page's own script, and how often it may ask in ten seconds.
+SEEN = "let seen = true; Object.defineProperty(document, 'hidden', {get: () => !seen});"
+TURN = "seen = !seen; document.dispatchEvent(new Event('visibilitychange'));"
+
+
+@in_a_browser
+@pytest.mark.parametrize(
+    ("before", "fewest", "most"),
+    [
+        (SEEN, 6, 11),
+        (f"{SEEN} seen = false;", 0, 0),
+        (f"{SEEN} setTimeout(() => {{ {TURN} }}, 1500);", 1, 3),
+        (f"{SEEN} seen = false; setTimeout(() => {{ {TURN} }}, 8500);", 1, 3),
+    ],
+    ids=["seen", "hidden", "hidden later", "seen again"],
+)
+def test_a_page_that_nobody_sees_asks_nothing(before: str, fewest: int, most: int, tmp_path: Path) -> None:
+    """Guards: a forgotten tab that asks the engine once a second for days; one that stays old when it is seen again."""
+    asked: list[int] = []
+
+    def answer() -> list[Any]:
+        asked.append(1)
+        return [recorded("calm")]
+
+    app = app_of(answer)
+    page = HTML.replace("<script>", f"<script>{before}</script><script>", 1)
+    app.add_api_route("/other/morphserve", lambda: HTMLResponse(page))  # without the headers that allow one script
+    app.mount("/other", app_of(answer))
+    with served(app) as url:
+        dom(f"{url}/other/morphserve", tmp_path, 10_000)
+    assert fewest <= len(asked) <= most
