@@ -14,8 +14,9 @@ import another_vllm
 import pytest
 from another_vllm import AnotherVllm, wanted_version
 from bootstrap import Environment
-from machine_checks import SetupError
 from pip_progress import GIB
+
+from morphserve.setup import SetupError
 
 VERSION = "0.33.0"
 PROJECT = Path(__file__).parents[2]
