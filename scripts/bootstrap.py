@@ -34,7 +34,9 @@ from morphserve.setup import (  # noqa: E402
     LOCKS,
     NEWEST,
     OLDEST,
+    OPTIONAL_PACKAGES,
     SetupError,
+    broken_packages,
     check_disk,
     exclusive,
     explain_pip_failure,
@@ -61,9 +63,6 @@ COST = {
 }
 UPDATE_BYTES = GIB  # vLLM is there already: only small packages may change
 TMP_BYTES = 2 * GIB  # pip unpacks wheels in the temporary directory
-# What vLLM's wheel asks for and serving text does not need. Next to a CPU build of torch an index
-# often offers CUDA builds only, and transformers dies on import of a broken one.
-OPTIONAL_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 STAMP = "morphserve.stamp"
 LOG = "setup.log"
 # Python runs this line at the start of every process, workers included: the only moment before torch is imported.
@@ -240,13 +239,8 @@ class Environment:
             SetupError: one is broken and cannot be removed.
         """
         removed = []
-        for name in OPTIONAL_PACKAGES:
-            if self.dist_info(name) is None:
-                continue
-            code, output = self.run([str(self.python), "-c", f"import {name}"])
-            if code == 0:
-                continue
-            reason = (output.strip().splitlines() or ["no message"])[-1][:200]
+        installed = [name for name in OPTIONAL_PACKAGES if self.dist_info(name) is not None]
+        for name, reason in broken_packages(str(self.python), self.run, installed).items():
             code, output = self.run([str(self.python), "-m", "pip", "uninstall", "--yes", "--quiet", name])
             if code != 0:
                 raise SetupError(

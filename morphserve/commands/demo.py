@@ -14,6 +14,7 @@ With --get-model nothing is served: the last stdout line is the model's director
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -24,34 +25,39 @@ from morphserve.tools.command import command_parser, fail, say
 
 def main(argv: Sequence[str] | None = None, prog: str = "morphserve demo") -> int:
     """Obtain the model and replay; returns the exit status."""
+    parser = _parser(prog)
+    args, words = parser.parse_known_args(argv)
+    if args.get_model and words:
+        parser.error(f"unrecognized arguments: {' '.join(words)}")
+    try:
+        model = args.model or str(obtain(cache_directory(), full=args.verify))
+    except SetupError as e:
+        return fail(prog, e)
+    except OSError as e:
+        return fail(prog, f"{e}. Set MORPHSERVE_CACHE to a directory that can be written to.")
+    if args.get_model:
+        say(model)
+        return 0
+    from morphserve.tools import bench  # what it needs is not needed for the model alone
+
+    status = bench.main([*_replay_words(model, args), *words], prog)
+    if status == 0:
+        sys.stderr.write(f"Serve it: vllm serve {model} --plugin morphserve\n")
+    return status
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = command_parser(__doc__, prog)
     parser.add_argument("--model", metavar="DIR", help="serve this model instead of the demo's")
     parser.add_argument("--full", action="store_true", help="add servers that are in W8 and in W4 for good")
     parser.add_argument("--no-fit", action="store_true", help="the burst and the limits as they are in the file")
     parser.add_argument("--get-model", action="store_true", help="obtain the model and print its directory, no more")
     parser.add_argument("--verify", action="store_true", help="compare the model's full hashes, not its sizes")
-    args, words = parser.parse_known_args(argv)
-    if args.get_model and words:
-        parser.error(f"unrecognized arguments: {' '.join(words)}")
-    model = args.model
-    if model is None:
-        try:
-            model = str(obtain(cache_directory(), full=args.verify))
-        except SetupError as e:
-            return fail(prog, e)
-        except OSError as e:
-            return fail(prog, f"{e}. Set MORPHSERVE_CACHE to a directory that can be written to.")
-    if args.get_model:
-        say(model)
-        return 0
-    from morphserve.tools.bench import main as replay
+    return parser
 
+
+def _replay_words(model: str, args: argparse.Namespace) -> list[str]:
+    """Return the demo as a command line of `morphserve replay`; what is given after it goes before."""
     runs = "stock,morphserve,static_w8,static_w4" if args.full else "stock,morphserve"
-    status = replay(
-        ["--workload", "convD", "--compare", runs, "--config", "demo", "--out", "reports/demo", "--model", model,
-         "--enforce-eager", *([] if args.no_fit else ["--fit"]), *words],
-        prog,
-    )  # fmt: skip
-    if status == 0:
-        sys.stderr.write(f"Serve it: vllm serve {model} --plugin morphserve\n")
-    return status
+    words = ["--workload", "convD", "--compare", runs, "--config", "demo", "--out", "reports/demo", "--model", model]
+    return [*words, "--enforce-eager", *([] if args.no_fit else ["--fit"])]

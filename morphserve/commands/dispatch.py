@@ -54,12 +54,12 @@ def _remedy(command: Command, error: ModuleNotFoundError) -> str:
     """
     package = (error.name or "").partition(".")[0]
     if package in ("torch", "vllm"):
-        extra = "cpu]\", or with an NVIDIA GPU pip install \"morphserve[cuda"
+        what = '"morphserve[cpu]", or "morphserve[cuda]" where an NVIDIA GPU is'
     elif command.extra and package not in _OURS:
-        extra = command.extra
+        what = f'"morphserve[{command.extra}]"'
     else:
         raise error
-    return f'{package} is not installed. Install what this command needs: pip install "morphserve[{extra}]"'
+    return f"{package} is not installed. Install what this command needs: pip install {what}"
 
 
 def _parser() -> argparse.ArgumentParser:

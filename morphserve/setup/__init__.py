@@ -20,7 +20,13 @@ from morphserve.setup.machine_checks import (
     say,
 )
 from morphserve.setup.pip_progress import GIB, explain_pip_failure, run_showing, size_on_disk
-from morphserve.setup.vllm_metadata import complete_vllm, is_stand_in, provide_vllm_metadata
+from morphserve.setup.vllm_install import (
+    OPTIONAL_PACKAGES,
+    broken_packages,
+    complete_vllm,
+    is_stand_in,
+    provide_vllm_metadata,
+)
 
 if TYPE_CHECKING:
     from morphserve.setup.machine_checks import Runner
@@ -30,8 +36,10 @@ __all__ = [
     "LOCKS",
     "NEWEST",
     "OLDEST",
+    "OPTIONAL_PACKAGES",
     "Runner",
     "SetupError",
+    "broken_packages",
     "check_disk",
     "complete_vllm",
     "exclusive",

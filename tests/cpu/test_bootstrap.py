@@ -485,6 +485,14 @@ def test_the_first_command_names_a_vllm_that_pip_installed(tmp_path: Path, monke
     assert complete_vllm() is None
 
 
+def test_the_first_command_says_what_vllm_would_die_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: `vllm serve` ends in a traceback about a package that nobody has asked for."""
+    pip_installed(tmp_path, monkeypatch)
+    (tmp_path / "torchvision-0.28.0.dist-info").mkdir()
+    said = str(complete_vllm(lambda command: (1, BROKEN_IMPORT)))
+    assert "torchvision::nms does not exist" in said and said.endswith("-m pip uninstall torchvision")
+
+
 def test_a_vllm_that_cannot_be_named_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a traceback for a user who may not write where packages are."""
 
@@ -492,7 +500,7 @@ def test_a_vllm_that_cannot_be_named_is_said_in_a_line(tmp_path: Path, monkeypat
         raise PermissionError(13, "Permission denied", str(tmp_path))
 
     pip_installed(tmp_path, monkeypatch)
-    monkeypatch.setattr("morphserve.setup.vllm_metadata.tempfile.mkdtemp", refused)
+    monkeypatch.setattr("morphserve.setup.vllm_install.tempfile.mkdtemp", refused)
     said = str(complete_vllm())
     assert "Permission denied" in said and "as who may write there" in said and "\n" not in said
 

@@ -105,8 +105,8 @@ def module_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> C
     ("package", "remedy"),
     [
         ("optuna", 'optuna is not installed. Install what this command needs: pip install "morphserve[tune]"'),
-        ("vllm", 'vllm is not installed. Install what this command needs: pip install "morphserve[cpu]", or with an '
-         'NVIDIA GPU pip install "morphserve[cuda]"'),
+        ("vllm", 'vllm is not installed. Install what this command needs: pip install "morphserve[cpu]", or '
+         '"morphserve[cuda]" where an NVIDIA GPU is'),
     ],
 )  # fmt: skip
 def test_what_is_not_installed_has_the_name_of_its_extra(

@@ -27,7 +27,11 @@ from morphserve.version import __version__
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("morphserve", "policies", "quant_layers", "kv_resize")
 OF_THE_PROJECT = ("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "MANIFEST.in", *PACKAGES)
-CONSOLE_SCRIPT = "import sys\nfrom vllm.entrypoints.cli.main import main\nsys.exit(main())\n"  # as pip writes it
+CONSOLE_SCRIPT = """import sys
+from vllm.entrypoints.cli.main import main
+if __name__ == "__main__":
+    sys.exit(main())
+"""  # as pip writes it
 
 
 @dataclass(frozen=True, slots=True)

