@@ -82,7 +82,7 @@ def test_a_strict_cap_leaves_level_0_and_says_so() -> None:
 
 @pytest.mark.parametrize("section", [{"kind": "threshold"}, {"kind": "threshold", "mode": "accuracy"}, {"kind": "slo"}])
 def test_level_0_alone_can_be_served(section: dict[str, str]) -> None:
-    """Guards: a start that fails where there is nothing to swap, or a policy that asks for a level that is not there."""
+    """Guards: a start that fails where there is nothing to swap, or a policy that asks for a level that is not."""
     sizes = {"base": [160] * 30}
     ladder = build_ladder(30, [RankBytes(sizes, 10)], settled(Device(30, base_bits=8)).config.ladder, 20)
     ledgers = make_ledgers(ladder, [RankBytes(sizes, 10)], [largest_batch_bytes(sizes, 5)])

@@ -79,7 +79,7 @@ def test_level_0_is_stock_and_comes_back(tiny_llama: Path, tmp_path: Path, kind:
 def test_without_a_measured_w4_it_serves_at_level_0(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards: a model of 8 bits that does not start unless somebody writes a ladder; W4 that nobody asked for; silence."""
+    """Guards: a model of 8 bits that does not start unless somebody writes a ladder; W4 unasked for; silence."""
     model = write_checkpoint(tiny_llama, tmp_path / "ct_int8", "ct_int8", 0)
     expected = stock_later(model, [PROMPTS[:4]], 16, **PLAIN)
     said: list[tuple[int, str]] = []
