@@ -138,7 +138,7 @@ def _note(
         parts.append(f"{how} of {device.num_layers} is what quality.max_kl_per_token {cap:g} allows, raise it for more")
     if unknown:
         parts.append(
-            f"no {' and no '.join(dict.fromkeys(unknown))}: nobody has measured what that costs this model. "
-            "`morphserve prepare MODEL` does; or give its figure as ladder.expected_kl"
+            f"the ladder has no {' and no '.join(dict.fromkeys(unknown))}: nobody has measured what that costs this "
+            "model. `morphserve prepare MODEL` does; or give its figure as ladder.expected_kl"
         )
     return "; ".join(parts)

@@ -287,8 +287,11 @@ def largest_batch_bytes(layers: LayerBytes, max_layers_per_step: int) -> int:
     """Return the staging reserve of a rank: what one swap batch takes beyond the budget of the level it leaves.
 
     For a layer that is the smaller of its two formats' sizes, so at most the second largest of all: a
-    restore stages the largest, but the KV it gave back first has paid the difference.
+    restore stages the largest, but the KV it gave back first has paid the difference. Nothing where there is one
+    format: then no layer ever changes.
     """
+    if len(layers) < 2:
+        return 0
     second = sorted((sorted(sizes)[-2] for sizes in zip(*layers.values(), strict=True)), reverse=True)
     return sum(second[:max_layers_per_step])
 

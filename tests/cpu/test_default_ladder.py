@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from morphserve.config import MorphServeConfig, load_config, parse_config
-from morphserve.control.budget import RankBytes
+from morphserve.control.budget import RankBytes, largest_batch_bytes, make_ledgers
 from morphserve.control.ladder import ProfileLadder, build_ladder, ladder_formats
 from morphserve.default_ladder import Device, Settled, inside_out, max_kl, settle
 from morphserve.profile_ladder import read_ladder
-from policies import Ladder
+from policies import EngineLimits, Ladder, LayerMove, PolicySetup, Signals, StepTime, StepTimes
 from quant_layers import ProfileLevel, write_profile
 
 pytestmark = pytest.mark.cpu
@@ -78,6 +78,20 @@ def test_a_strict_cap_leaves_level_0_and_says_so() -> None:
     found = settled(ladder={"expected_kl": {"w8": 0.9}}, quality={"max_kl_per_token": 0.01})
     assert steps_of(found) == [] and found.is_warning and "w8 on 0 layers of 30" in found.note
     assert len(ladder_of(found.config)) == 1
+
+
+@pytest.mark.parametrize("section", [{"kind": "threshold"}, {"kind": "threshold", "mode": "accuracy"}, {"kind": "slo"}])
+def test_level_0_alone_can_be_served(section: dict[str, str]) -> None:
+    """Guards: a start that fails where there is nothing to swap, or a policy that asks for a level that is not."""
+    sizes = {"base": [160] * 30}
+    ladder = build_ladder(30, [RankBytes(sizes, 10)], settled(Device(30, base_bits=8)).config.ladder, 20)
+    ledgers = make_ledgers(ladder, [RankBytes(sizes, 10)], [largest_batch_bytes(sizes, 5)])
+    assert (len(ladder), ledgers[0].budget_bytes) == (1, 160 * 30 + 20 * 10)
+    times = StepTimes({"base": StepTime(0.012, 0.0004, 0.00025, 1.2e-6)}, LayerMove(0.001, 0.002))
+    policy = PolicySetup(parse_config({"policy": section}).policy, times, EngineLimits(32, 16, 2048)).build(ladder)
+    for second in range(9):
+        busy = Signals(float(second), 0, 0, 20, 19, 9, 9, 9.0, second, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0)
+        assert policy.decide(busy).level == 0
 
 
 def test_listed_steps_are_the_users_own() -> None:

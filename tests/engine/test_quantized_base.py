@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,24 @@ def test_level_0_is_stock_and_comes_back(tiny_llama: Path, tmp_path: Path, kind:
     assert quarter < 0.67 * full  # small rows: scales and biases weigh more than in a real model
     assert swapped != base
     assert restored == base == expected.result()[0]
+
+
+def test_without_a_measured_w4_it_serves_at_level_0(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a model of 8 bits that does not start unless somebody writes a ladder; W4 unasked for; silence."""
+    model = write_checkpoint(tiny_llama, tmp_path / "ct_int8", "ct_int8", 0)
+    expected = stock_later(model, [PROMPTS[:4]], 16, **PLAIN)
+    said: list[tuple[int, str]] = []
+    logger = logging.getLogger("vllm.morphserve")
+    monkeypatch.setattr(logger, "log", lambda level, text, *args: said.append((level, text % args)))
+    unwritten = {"ladder": {}, "policy": {"kind": "threshold", "max_level": "8bit"}}
+    with engine(model, tmp_path / "variants", unwritten, **PLAIN) as llm:
+        assert len(morph_of(llm).runtime.ladder) == 1
+        assert generate(llm, PROMPTS[:4], 16) == expected.result()[0]
+        assert not morph_of(llm).status()["errors"] and not morph_of(llm).controller.failed
+    ((level, text),) = said
+    assert level == logging.WARNING and "level 0 is the only level" in text and "morphserve prepare" in text
 
 
 @needs_two_cores

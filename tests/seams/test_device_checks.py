@@ -359,7 +359,7 @@ def test_a_stage_counts_the_graph_sets_of_its_own_layers() -> None:
     aside for levels that look the same from it."""
     layers = object.__new__(RankLayers)
     steps = [LadderStep(format="w8", layers_per_level=2), LadderStep(format="w4", layers_per_level=4)]
-    layers._config = MorphServeConfig(ladder=LadderConfig(steps=steps))
+    layers._config = MorphServeConfig(ladder=LadderConfig(order="front_to_back", steps=steps))
     layers._vllm_config = of_layers(4)
     layers.linears = {0: {}, 1: {}, 2: {}, 3: {}}
     assert layers.num_graph_sets == 4

@@ -79,8 +79,8 @@ def test_a_policy_needs_the_key_that_requests_need(given: list[str] | None, monk
     monkeypatch.setenv("VLLM_API_KEY", "second")
     sent: list[str] = []
     endpoint = MorphServeEndpoint()
-    client = client_of([answer(0)], endpoint, sent)
     asyncio.run(endpoint.init_state(None, None, SimpleNamespace(api_key=given)))  # type: ignore[arg-type]
+    client = client_of([answer(0)], endpoint, sent)
     for headers in ({}, {"Authorization": "Bearer third"}, {"Authorization": "Basic second"}):
         assert client.post("/morphserve/reload", content=POLICY, headers=headers).status_code == 401
     assert client.post("/morphserve/reload").status_code == 200, "the file is the operator's own"
