@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-# Recorded with `morphserve status --json` from a server of the demo model, kind slo, in an overload that it loses; but for
-# the name of its settings' file.
+# Recorded with `morphserve status --json` from a server of the demo model, kind slo, in an overload that it loses; but
+# for the name of its settings' file.
 RECORDED = Path(__file__).parent / "status_documents"
 
 
