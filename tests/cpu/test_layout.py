@@ -167,6 +167,7 @@ def test_the_picture_of_the_rooms_is_of_today(tmp_path: Path) -> None:
         ("morphserve.tools.profile.measure", "torch"),
         ("morphserve.tools.profile.calibrate", "torch"),
         ("morphserve.tools.profile.inspect", "transformers accelerate"),
+        ("morphserve.tools.watch", "rich aiohttp numpy torch"),
     ],
 )
 def test_a_door_loads_no_more_than_is_asked_for(module: str, without: str) -> None:

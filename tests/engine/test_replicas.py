@@ -66,6 +66,8 @@ def test_replicas_morph_independently(
         idle, busy = engines(server)
         assert busy["level"] == 0 and not idle["transitions"]
         assert (idle["num_kv_blocks"], busy["num_kv_blocks"]) == (49, 49)
+        shown = json.loads(server.get("/morphserve/view"))["panels"]
+        assert [(panel["title"], len(panel["changes"])) for panel in shown] == [("engine 0", 0), ("engine 1", 2)]
         # The gauges are polled: only when both transitions are in them are they of the state seen above.
         server.wait_for("fresh metrics", lambda: by_engine(server, "transitions_total") == {"1": 2})
         assert by_engine(server, "tokens_total") == {"0": 0, "1": 800}

@@ -7,10 +7,11 @@ import re
 import shutil
 import subprocess
 import threading
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,8 +27,7 @@ from morphserve.integration.server.page import PAGE, policy_of
 from morphserve.status_view import Bar, Change, LevelRow, Line, Panel, panels
 
 HTML = PAGE.read_text(encoding="utf-8")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt install chromium)")
+Browse = Callable[..., str]
 
 Answer = Callable[[], list[Any]]
 
@@ -94,6 +94,13 @@ def test_every_field_that_the_page_reads_is_there() -> None:
     assert unread == {"panel": {"summary"}, "line": set(), "bar": set(), "l": set(), "c": {"revision"}}
 
 
+def test_the_page_travels_in_the_wheel() -> None:
+    """Guards: a server from a package without its page, which ends while it starts."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["morphserve"]
+    assert any(PurePath(f"integration/server/{PAGE.name}").match(pattern) for pattern in patterns)
+
+
 # ---- in a browser
 
 
@@ -113,26 +120,48 @@ def served(app: Any) -> Iterator[str]:
         thread.join()
 
 
-def dom(url: str, profile: Path, virtual_ms: int = 2500, *more: str) -> str:
-    """What a browser makes of a page after so much time, in which the clock stands while it waits for an answer."""
-    assert CHROMIUM is not None
-    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    command += [f"--user-data-dir={profile}", f"--virtual-time-budget={virtual_ms}", "--dump-dom", *more, url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.partition("<body")[2].partition("<script>")[0]
+@pytest.fixture(scope="module")
+def run_chromium(tmp_path_factory: pytest.TempPathFactory) -> Browse:
+    """Chromium without a window, where there is one that starts: from an address to what it makes of the page."""
+    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
+    if not found:
+        pytest.skip("no Chromium is installed (Debian: apt install chromium)")
+    profile = tmp_path_factory.mktemp("profile")
+
+    def run(url: str, virtual_ms: int) -> str:
+        command = [found[0], "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        command += [f"--user-data-dir={profile}", f"--virtual-time-budget={virtual_ms}", "--dump-dom", url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        if done.returncode != 0 or "<body" not in done.stdout:
+            pytest.fail(f"{found[0]} ended with {done.returncode}: {done.stderr[-1000:]}")
+        return done.stdout
+
+    try:
+        run("about:blank", 100)
+    except (pytest.fail.Exception, subprocess.TimeoutExpired) as e:
+        pytest.skip(f"Chromium does not start here: {str(e)[-300:]}")
+    return run
+
+
+@pytest.fixture
+def dom(run_chromium: Browse) -> Browse:
+    """The page's body after so much time, in which the browser's clock stands while it waits for an answer."""
+
+    def body(url: str, virtual_ms: int = 2500) -> str:
+        return run_chromium(url, virtual_ms).partition("<body")[2].partition("<script>")[0]
+
+    return body
 
 
 def text_of(markup: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", markup))
 
 
-@in_a_browser
 @pytest.mark.parametrize("path", ["/morphserve", "/morphserve/"])
-def test_a_browser_shows_all_engines(path: str, tmp_path: Path) -> None:
+def test_a_browser_shows_all_engines(path: str, dom: Browse) -> None:
     """Guards: a page that its own headers, or a mistake in its script, keep empty."""
     with served(app_of(lambda: list(replicas()["engines"]))) as url:
-        shown = dom(url + path, tmp_path)
+        shown = dom(url + path)
     words = text_of(shown)
     assert "live, as of" in words and shown.count("<section") == 2 and "undefined" not in words
     for panel in panels(replicas()):
@@ -144,29 +173,26 @@ def test_a_browser_shows_all_engines(path: str, tmp_path: Path) -> None:
     assert shown.count("<tr") == rows + heads and shown.count("<progress") == 2
 
 
-@in_a_browser
-def test_a_page_under_a_root_path(tmp_path: Path) -> None:
+def test_a_page_under_a_root_path(dom: Browse) -> None:
     """Guards: behind a proxy that adds a prefix the page asks its root."""
     outside = FastAPI()
     outside.mount("/models/a", app_of(lambda: [recorded("burst")]))
     with served(outside) as url:
-        words = text_of(dom(f"{url}/models/a/morphserve", tmp_path))
+        words = text_of(dom(f"{url}/models/a/morphserve"))
     assert "live, as of" in words and "KV blocks" in words
 
 
-@in_a_browser
-def test_what_the_server_says_is_text(tmp_path: Path) -> None:
+def test_what_the_server_says_is_text(dom: Browse) -> None:
     """Guards: a reason, an error or a file's name becomes an element, or a script that runs."""
     evil = "<img src=x onerror=document.title='caught'><script>1</script>"
     status = {**recorded("burst"), "reason": evil, "errors": {evil: 1}, "phase": evil}
     status["recent_transitions"] = [{**recorded("restored")["recent_transitions"][0], "reason": evil, "outcome": evil}]
     with served(app_of(lambda: [status])) as url:
-        shown = dom(f"{url}/morphserve", tmp_path)
+        shown = dom(f"{url}/morphserve")
     assert "<img" not in shown and shown.count("&lt;img src=x") >= 3
 
 
-@in_a_browser
-def test_a_server_that_goes_away_is_said(tmp_path: Path) -> None:
+def test_a_server_that_goes_away_is_said(dom: Browse) -> None:
     """Guards: old figures that look live after the engine has died."""
     asked: list[int] = []
 
@@ -175,7 +201,7 @@ def test_a_server_that_goes_away_is_said(tmp_path: Path) -> None:
         return [recorded("burst")] if len(asked) == 1 else [None]
 
     with served(app_of(answer)) as url:
-        words = text_of(dom(f"{url}/morphserve", tmp_path, 4500))
+        words = text_of(dom(f"{url}/morphserve", 4500))
     assert len(asked) >= 2, "it asks again"
     assert "No answer from the server: the engine runs without MorphServe, or is gone. What follows is of" in words
     assert "KV blocks" in words
@@ -186,7 +212,6 @@ SEEN = "let seen = true; Object.defineProperty(document, 'hidden', {get: () => !
 TURN = "seen = !seen; document.dispatchEvent(new Event('visibilitychange'));"
 
 
-@in_a_browser
 @pytest.mark.parametrize(
     ("before", "fewest", "most"),
     [
@@ -197,7 +222,7 @@ TURN = "seen = !seen; document.dispatchEvent(new Event('visibilitychange'));"
     ],
     ids=["seen", "hidden", "hidden later", "seen again"],
 )
-def test_a_page_that_nobody_sees_asks_nothing(before: str, fewest: int, most: int, tmp_path: Path) -> None:
+def test_a_page_that_nobody_sees_asks_nothing(before: str, fewest: int, most: int, dom: Browse) -> None:
     """Guards: a forgotten tab that asks the engine once a second for days; one that stays old when it is seen again."""
     asked: list[int] = []
 
@@ -210,5 +235,5 @@ def test_a_page_that_nobody_sees_asks_nothing(before: str, fewest: int, most: in
     app.add_api_route("/other/morphserve", lambda: HTMLResponse(page))  # without the headers that allow one script
     app.mount("/other", app_of(answer))
     with served(app) as url:
-        dom(f"{url}/other/morphserve", tmp_path, 10_000)
+        dom(f"{url}/other/morphserve", 10_000)
     assert fewest <= len(asked) <= most
