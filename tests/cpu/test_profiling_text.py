@@ -63,8 +63,8 @@ def test_a_command_of_its_own_says_how_far_it_is_and_why_it_ended() -> None:
     def run(code: str) -> dict[str, Any]:
         return run_apart([sys.executable, "-c", code], "it failed", "it", lambda *words: seen.append(words))
 
-    lines = "'a log line', 'progress 1 2', 'progress 2 2', '{\\"rows\\": []}', 'INFO: the end'"
-    assert run(f"print({lines}, sep=chr(10))") == {"rows": []}
+    lines = ("a log line", "progress 1 2", "progress 2 2", '{"rows": []}', "INFO: the end")
+    assert run(f"print(*{lines!r}, sep=chr(10))") == {"rows": []}
     assert seen == [("it", 1, 2), ("it", 2, 2)]
     with pytest.raises(ProfilingError, match=r"it failed[^.]*no room for the KV cache"):
         run("import sys; print('many lines'); sys.exit('no room for the KV cache')")
