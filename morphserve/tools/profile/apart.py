@@ -19,7 +19,7 @@ _MARK = "progress"
 _LOG_LINES = 1000
 
 
-def add_parallel_options(parser: argparse.ArgumentParser) -> None:
+def add_parallel_options(parser: Any) -> None:
     """Add the ranks of the engine."""
     for flags in (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp")):
         parser.add_argument(*flags, type=int, default=1, metavar="N", help="as the server has it")
