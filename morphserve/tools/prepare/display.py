@@ -33,7 +33,7 @@ def show_progress(stream: TextIO) -> Iterator[Progress]:
             if what not in tasks:
                 for earlier in tasks.values():
                     bars.stop_task(earlier)
-                tasks[what] = bars.add_task(what)
+                tasks[what] = bars.add_task(what, total=None)
             bars.update(tasks[what], completed=done, total=total or None)
 
         yield show
