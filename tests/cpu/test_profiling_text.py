@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 
 from morphserve.errors import ProfilingError
 from morphserve.tools.profile import measure, measure_apart, token_windows
+from morphserve.tools.profile.apart import run_apart
 from quant_layers import ProfileLevel
 
 pytestmark = pytest.mark.cpu
@@ -40,23 +41,33 @@ def test_meetings_are_read_as_text(tmp_path: Path) -> None:
 
 
 def test_levels_are_measured_by_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a word that the command does not know, or its last words lost, at the end of an hour of profiling."""
+    """Guards: a word that the command does not know, at the end of an hour of profiling."""
     asked: list[Any] = []
-    answer = subprocess.CompletedProcess([], 0, 'a log line\n{"rows": [{"kl": 0.5}]}\n', "")
 
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], *_: Any) -> dict[str, Any]:
         args = measure._parser("").parse_args(command[3:])
         asked.append((command[1:3], args.model, measure._read_levels(args.levels), args.text, args.windows, args.timed))
-        return answer
+        return {"rows": [{"kl": 0.5}]}
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(measure, "run_apart", run)
     document = measure_apart("here", [{2: "w8"}, {}], "--text", Path("a.txt"), "--windows", 4, "--timed")
     assert document["rows"] == [{"kl": 0.5}]
     module = ["-m", "morphserve.tools.profile.measure"]
     assert asked == [(module, "here", [{2: "w8"}, {}], [Path("a.txt")], 4, True)]
-    answer.returncode, answer.stderr = 3, "many lines\nno room for the KV cache\n"
-    with pytest.raises(ProfilingError, match=r"could not be measured[^.]*no room for the KV cache"):
-        measure_apart("here", [{}], "--text", "a.txt")
+
+
+def test_a_command_of_its_own_says_how_far_it_is_and_why_it_ended() -> None:
+    """Guards: minutes without a word; the document, or the reason of a failure, lost among what vLLM logs."""
+    seen: list[tuple[str, int, int]] = []
+
+    def run(code: str) -> dict[str, Any]:
+        return run_apart([sys.executable, "-c", code], "it failed", "it", lambda *words: seen.append(words))
+
+    lines = ("a log line", "progress 1 2", "progress 2 2", '{"rows": []}', "INFO: the end")
+    assert run(f"print(*{lines!r}, sep=chr(10))") == {"rows": []}
+    assert seen == [("it", 1, 2), ("it", 2, 2)]
+    with pytest.raises(ProfilingError, match=r"it failed[^.]*no room for the KV cache"):
+        run("import sys; print('many lines'); sys.exit('no room for the KV cache')")
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:

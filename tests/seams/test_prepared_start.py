@@ -147,3 +147,15 @@ def test_damage_and_other_weights_never_stop_a_start(
     warnings = [r.message for r in logged.records if r.levelname == "WARNING" and "not used" in r.message]
     assert len(warnings) == (1 if harm in ("profile", "times") else 0)
     assert not warnings or str(store.directory) in warnings[0]
+
+
+def test_settings_that_a_profile_does_not_fit_are_served_without_it(
+    model: Path, tmp_path: Path, logged: pytest.LogCaptureFixture
+) -> None:
+    """Guards: a server that started until its model was prepared: its ladder has no level that the settings name."""
+    cache = tmp_path / "cache"
+    policy = {"policy": {"kind": "static", "level": "w4"}}
+    prepare(model, cache, start(model, cache, policy))
+    assert served(start(model, cache, policy)) == (None, None)
+    (warning,) = [r.message for r in logged.records if r.levelname == "WARNING" and "not used" in r.message]
+    assert "these settings do not fit" in warning

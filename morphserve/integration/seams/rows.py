@@ -39,8 +39,8 @@ SEAMS: tuple[Seam, ...] = (
     Seam("config", "vllm.config:VllmConfig", (), "what was asked for, and what we must refuse",
          ("additional_config", "model_config", "cache_config", "parallel_config", "scheduler_config", "lora_config",
           "kv_transfer_config", "speculative_config", "compilation_config", "load_config")),
-    Seam("config_load", "vllm.config:LoadConfig", (), "whether the model's files are what it will be: what was "
-         "prepared is found by them", ("load_format",)),
+    Seam("config_load", "vllm.config:LoadConfig", (), "whether the files are the weights: what was prepared "
+         "is found by them", ("load_format",)),
     Seam("config_model", "vllm.config:ModelConfig", (), "dense decoders only",
          ("model", "runner_type", "is_hybrid", "is_attention_free", "is_moe", "use_mla", "is_encoder_decoder",
           "is_multimodal_model", "quantization", "enable_sleep_mode", "max_model_len",

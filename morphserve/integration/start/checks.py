@@ -37,13 +37,10 @@ def check_engine(vllm_config: VllmConfig) -> None:
     _check_features(vllm_config)
     _check_lora(config, vllm_config)
     config = for_this_device(config, vllm_config)
-    in_pages = serving_residence().in_pages
-    if in_pages:
+    if serving_residence().in_pages:
         check_device(vllm_config)
     _check_speculation(vllm_config)
-    _check_ladder(config, vllm_config)
-    if in_pages:
-        check_graph_buffers(vllm_config, [level.layer_formats for level in nominal_ladder(config, vllm_config)])
+    check_levels(config, vllm_config)
     if config.kv.base_num_blocks is not None:
         check_floor(
             config.kv.base_num_blocks,
@@ -171,6 +168,17 @@ def nominal_ladder(config: MorphServeConfig, vllm_config: VllmConfig) -> Ladder:
     formats = dict.fromkeys((BASE_FORMAT, *FORMATS, *ladder_formats(config.ladder, profile)))
     nominal = {fmt: [_nominal_bytes(fmt)] * num_layers for fmt in formats}
     return build_ladder(num_layers, [RankBytes(nominal, 1024)], config.ladder, 64, profile=profile)
+
+
+def check_levels(config: MorphServeConfig, vllm_config: VllmConfig) -> None:
+    """Refuse settings whose levels cannot be.
+
+    Raises:
+        ConfigError: they, or those that the policy names, do not exist; or there are too many for the device.
+    """
+    _check_ladder(config, vllm_config)
+    if serving_residence().in_pages:
+        check_graph_buffers(vllm_config, [level.layer_formats for level in nominal_ladder(config, vllm_config)])
 
 
 def _check_ladder(config: MorphServeConfig, vllm_config: VllmConfig) -> None:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from morphserve.config import MorphServeConfig
 from morphserve.control import DEFAULT_FORMATS
+from morphserve.errors import ConfigError
 from morphserve.hub import local_files
 from morphserve.integration.start.device import default_formats, is_cuda
-from morphserve.integration.start.settings import FOUND, read_settings
+from morphserve.integration.start.settings import FOUND, for_this_device, read_settings
 from morphserve.prepared import (
     Findings,
     Place,
@@ -49,8 +50,24 @@ def attach_prepared(vllm_config: VllmConfig) -> None:
             found = _find(config, vllm_config, found.place, findings)
         except Exception as e:  # whatever somebody has made of the cache: the server is to start
             findings.not_used.append(f"the cache directory ({type(e).__name__}: {e})")
+        if found.profile is not None or found.step_times is not None:
+            found = _if_it_fits(found, config, vllm_config, findings)
         findings.say(logger, vllm_config.model_config.model)
     setattr(vllm_config, FOUND, found)
+
+
+def _if_it_fits(found: Prepared, config: MorphServeConfig, vllm_config: VllmConfig, findings: Findings) -> Prepared:
+    """Return what was found, or nothing of it where these settings cannot be served with it: a level that they name."""
+    from morphserve.integration.start.checks import check_levels  # torch: only where something was found
+
+    setattr(vllm_config, FOUND, found)
+    try:
+        check_levels(for_this_device(config, vllm_config), vllm_config)
+    except ConfigError as e:
+        findings.not_used.append(f"{' and '.join(findings.used)} (with which these settings do not fit: {e})")
+        findings.used.clear()
+        return Prepared(found.place)
+    return found
 
 
 def place_of(vllm_config: VllmConfig) -> Place:

@@ -20,20 +20,20 @@ def show_progress(stream: TextIO) -> Iterator[Progress]:
         return
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bars
     except ImportError:
         yield _Lines(stream)
         return
     columns = TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Bars(*columns, console=Console(file=stream)) as bars:
-        tasks = {}
+        tasks: dict[str, TaskID] = {}
 
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 for earlier in tasks.values():
                     bars.stop_task(earlier)
-                tasks[what] = bars.add_task(what)
+                tasks[what] = bars.add_task(what, total=None)
             bars.update(tasks[what], completed=done, total=total or None)
 
         yield show

@@ -22,7 +22,7 @@ from morphserve.tools.profile.apart import Progress, run_apart
 
 _LENGTH = 512  # tokens of a window
 _DRAWS = 2  # answers drawn a token
-_MOVES = 5  # changes from level to level, at least
+_MOVES = 5  # changes from level to level, in a model of some thirty layers
 _MAX_LEVELS = 15
 _BLOCK_SIZE = 32
 
@@ -159,7 +159,8 @@ class Preparation:
         num_layers = int(json.loads((Path(r.model) / "config.json").read_text())["num_hidden_layers"])
         of_all = num_layers * len(key.formats)
         # On a GPU a level has CUDA graphs of its own, which cost memory and time at start: two a format.
-        moves = -(-num_layers // 2) if in_pages else max(_MOVES, -(-of_all // _MAX_LEVELS))
+        moves = max(-(-of_all // _MAX_LEVELS), min(_MOVES, -(-num_layers // 6)))
+        moves = -(-num_layers // 2) if in_pages else moves
         job = ProfileJob(
             r.model, texts, self._store.profile_at(key), key.formats, windows, _LENGTH, _DRAWS, moves, seed=0,
             sources=tuple(key.sources.items()),

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,9 +16,10 @@ from morphserve.errors import ProfilingError
 
 Progress = Callable[[str, int, int], Any]  # what, done, of how many
 _MARK = "progress"
+_LOG_LINES = 1000
 
 
-def add_parallel_options(parser: argparse.ArgumentParser) -> None:
+def add_parallel_options(parser: Any) -> None:
     """Add the ranks of the engine."""
     for flags in (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp")):
         parser.add_argument(*flags, type=int, default=1, metavar="N", help="as the server has it")
@@ -54,7 +56,7 @@ def run_apart(command: Sequence[str], failed: str, what: str, progress: Progress
     Raises:
         ProfilingError: it failed, with the cause.
     """
-    last = ""
+    last, log = "", deque[str](maxlen=_LOG_LINES)  # vLLM logs to stdout, and its stacks go to stderr
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
@@ -67,6 +69,8 @@ def run_apart(command: Sequence[str], failed: str, what: str, progress: Progress
                     progress(what, int(words[1]), int(words[2]))
                 elif line.startswith("{"):
                     last = line
+                else:
+                    log.append(line)
         except BaseException:
             process.terminate()  # vLLM ends its own processes then
             raise
@@ -74,7 +78,7 @@ def run_apart(command: Sequence[str], failed: str, what: str, progress: Progress
         errors.seek(0)
         said = errors.read()
     if code:
-        cause = cause_in(said) or said.strip()[-500:] or f"exit code {code}"
+        cause = cause_in("".join(log) + said) or said.strip()[-500:] or f"exit code {code}"
         raise ProfilingError(f"{failed} (vLLM said: {cause}).")
     document: dict[str, Any] = json.loads(last)
     return document
