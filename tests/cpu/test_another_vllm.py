@@ -14,9 +14,8 @@ import another_vllm
 import pytest
 from another_vllm import AnotherVllm, wanted_version
 from bootstrap import Environment
-from pip_progress import GIB
 
-from morphserve.setup import SetupError
+from morphserve.setup import GIB, SetupError
 
 VERSION = "0.33.0"
 PROJECT = Path(__file__).parents[2]

@@ -166,7 +166,7 @@ def _settings(args: argparse.Namespace, formats: Sequence[str]) -> dict[str, Any
         "variants": dict(pair.split("=", 1) for pair in args.variant),
         "kernels": dict(pair.split("=", 1) for pair in args.kernel),
         # What is dear is measured too: who serves the profile cuts it.
-        **({"quality": {"max_kl_per_token": 1e6}} if of_profile else {}),
+        **({"quality": {"max_kl_per_token": 1e6}} if of_halves else {}),
     }
 
 
