@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from morphserve.errors import ConfigError
-from policies import PolicyConfig, ThresholdConfig
+from policies import PolicyConfig, SloConfig
 
 # Which formats there are, the kernels say, and these need torch: `check_formats` asks later. "/" joins two halves.
 FormatName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
@@ -104,7 +104,7 @@ class MorphServeConfig(_Section):
     ladder: LadderConfig = LadderConfig()
     kv: KVConfig = KVConfig()
     transition: TransitionConfig = TransitionConfig()
-    policy: PolicyConfig = Field(default_factory=lambda: ThresholdConfig(kind="threshold"))
+    policy: PolicyConfig = Field(default_factory=lambda: SloConfig(kind="slo"))
     variants: dict[FormatName, str] = Field(
         default_factory=dict,
         description="by format: directory or hub name of a GPTQ, AWQ or compressed-tensors checkpoint of this model",
@@ -116,7 +116,7 @@ class MorphServeConfig(_Section):
         None, description="directory that scripts/profile_layers.py made for this model; null = none"
     )
     step_times: Path | None = Field(
-        None, description="file that scripts/calibrate.py made; null = the profile's, if it has one"
+        None, description="file that scripts/calibrate.py made; null = the profile's, else learned while serving"
     )
     cache_dir: Path = Field(
         Path("~/.cache/morphserve"), description="packed variants; built once, verified, then read"

@@ -10,7 +10,18 @@ from policies.slo import SloPolicy
 from policies.static import StaticPolicy
 from policies.step_times import LayerMove, StepTime, StepTimes, load_step_times, parse_step_times
 from policies.threshold import ThresholdPolicy
-from policies.types import BASE_FORMAT, Cohort, Decision, EngineLimits, Ladder, MorphLevel, Policy, Signals, StepLoad
+from policies.types import (
+    BASE_FORMAT,
+    Cohort,
+    Decision,
+    EngineLimits,
+    Ladder,
+    MorphLevel,
+    Policy,
+    Predictions,
+    Signals,
+    StepLoad,
+)
 
 __all__ = [
     "BASE_FORMAT",
@@ -23,6 +34,7 @@ __all__ = [
     "Policy",
     "PolicyConfig",
     "PolicySetup",
+    "Predictions",
     "Signals",
     "SloConfig",
     "SloPolicy",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from morphserve.control.decision_log import DecisionLog
 from morphserve.control.health import Counters
-from policies import Decision, Policy, PolicySetup, Signals
+from policies import Decision, Policy, PolicySetup, Predictions, Signals
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,11 @@ class PolicyHost:
     def has_successor(self) -> bool:
         """Whether another policy waits for the next tick."""
         return bool(self._next)
+
+    @property
+    def predictions(self) -> Predictions | None:
+        """What the policy's predictions are made of; None = it makes none."""
+        return self._policy.predictions
 
     def replace(self, policy: Policy, note: str, setup: PolicySetup) -> None:
         """Ask `policy` from the next tick on. Any thread may call; of two before one tick the later counts.

@@ -9,11 +9,12 @@ from policies.dwell import Dwell
 from policies.levels import max_level_of
 from policies.slo.correction import Correction
 from policies.slo.forecast import ArrivalForecast
+from policies.slo.level_times import CalibratedTimes, LearnedTimes, LevelTimes
 from policies.slo.limits import QualityBudget, TokenBucket
 from policies.slo.predictor import Load, Prediction, Predictor, Typical
 from policies.step_times import StepTimes
 from policies.threshold import ThresholdPolicy
-from policies.types import Decision, EngineLimits, Ladder, Signals, StepLoad
+from policies.types import Decision, EngineLimits, Ladder, Predictions, Signals, StepLoad
 
 _LAYERS_PER_STEP = 4  # switched between two steps, about: transition.max_layers_per_step and the pause allow so many
 _THINK_S = 0.05  # predictions are made anew this often at most; a preemption cannot wait
@@ -78,8 +79,11 @@ class SloPolicy:
     3. When predictions have been wrong, thresholds decide until they are right again. So they do in a brief overload.
     """
 
-    def __init__(self, config: SloConfig, ladder: Ladder, times: StepTimes, limits: EngineLimits) -> None:
+    def __init__(self, config: SloConfig, ladder: Ladder, times: StepTimes | None, limits: EngineLimits) -> None:
         """Fix targets and predictions.
+
+        Args:
+            times: as calibration measured them; None = learned from the engine's steps, thresholds decide until then.
 
         Raises:
             ValueError: `max_level` is not on the ladder, a format of the ladder was never calibrated, or a quality
@@ -88,13 +92,14 @@ class SloPolicy:
         self.targets = fill_in(config, ladder)
         self._config = config
         self._ladder = ladder[: self.targets.max_level + 1]
-        by_level = times.of_ladder(ladder)
+        self._times: LevelTimes = (
+            LearnedTimes(ladder) if times is None else CalibratedTimes(times.of_ladder(ladder), times.move)
+        )
         self._usable = [level.num_kv_blocks - 1 for level in ladder]
         self._costs = [_cost(level.expected_kl, level.index, ladder) for level in ladder]
-        self._move = times.move
-        self._predictor = Predictor(self._usable, by_level, limits)
+        self._predictor = Predictor(self._usable, self._times, limits)
         self._limits = limits
-        self.correction = Correction(by_level, config.ttft_s)
+        self.correction = Correction(self._times, config.ttft_s)
         self._forecast = ArrivalForecast()
         self._bucket = TokenBucket(config.transitions_per_minute)
         self.budget = QualityBudget(config.quality_budget)
@@ -105,13 +110,22 @@ class SloPolicy:
                 "ladder.expected_kl (scripts/measure_kl.py) or a profile, or leave the budget out."
             )
         self._fallback = ThresholdPolicy(ThresholdConfig(kind="threshold", max_level=self.targets.max_level), ladder)
-        self.distrusts = False
+        self.distrusts = not self._times.is_settled
         self.dwell = Dwell(self.targets.dwell_s)
         self._fits_since: list[float | None] = [None] * len(self._ladder)
         self._thought_s = float("-inf")
         self._preemptions = 0
         self._max_queued_tokens: int | None = None
         self._last = Decision(0, "start at full precision")
+
+    @property
+    def predictions(self) -> Predictions:
+        """Whether predictions are calibrated or learned, and whether they are trusted."""
+        if not self._times.is_settled:
+            return "learning"
+        if self.distrusts:
+            return "distrusted"
+        return "calibrated" if isinstance(self._times, CalibratedTimes) else "learned"
 
     def decide(self, signals: Signals) -> Decision:
         """Return the level to serve at now. Cost: levels times cohorts, at most every `_THINK_S`."""
@@ -299,7 +313,8 @@ class SloPolicy:
         """Return how long the way from the committed level takes."""
         here = self._ladder[min(s.level, len(self._ladder) - 1)].layer_formats
         layers = sum(a != b for a, b in zip(here, self._ladder[level].layer_formats, strict=True))
-        own_s = layers * (self._move.degrade_s if level > s.level else self._move.restore_s)
+        move = self._times.move
+        own_s = layers * (move.degrade_s if level > s.level else move.restore_s)
         return own_s + layers / _LAYERS_PER_STEP * s.step_s
 
     def _charge(self, s: Signals, step: StepLoad | None) -> None:
@@ -314,7 +329,7 @@ class SloPolicy:
 
     def _weigh_trust(self) -> None:
         sigma = max(self.correction.sigma, self.correction.step_sigma)
-        self.distrusts = sigma > (_TRUST_AGAIN if self.distrusts else _LOST_TRUST)
+        self.distrusts = not self._times.is_settled or sigma > (_TRUST_AGAIN if self.distrusts else _LOST_TRUST)
 
     def _go(self, s: Signals, level: int, reason: str) -> Decision:
         if self._last.level != level:

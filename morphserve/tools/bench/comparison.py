@@ -115,9 +115,7 @@ class Comparison:
         if config.policy.kind == "slo" and not fmt and not is_simulated:
             times = step_times_file(config)
             if times is None:
-                raise ReplayError(
-                    f"{path}: policy slo needs `step_times` (scripts/calibrate.py makes them), or a profile with some."
-                )
+                return
             try:
                 self._check_times(times, load_step_times(times))
             except ValueError as e:
