@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from policies.build import build_policy
+from policies.build import build_policy, succeed
 from policies.config import PolicyConfig, SloConfig, StaticConfig, ThresholdConfig
 from policies.levels import resolve_level
 from policies.setup import PolicySetup
@@ -49,4 +49,5 @@ __all__ = [
     "load_step_times",
     "parse_step_times",
     "resolve_level",
+    "succeed",
 ]

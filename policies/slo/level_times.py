@@ -4,38 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import exp, log
+from statistics import median
 from typing import Protocol
 
+from policies.slo.moves import LearnedMoves
+from policies.slo.ridge import NonNegativeRidge
 from policies.step_times import LayerMove, StepTime
-from policies.types import Ladder, MorphLevel, StepLoad
+from policies.types import Ladder, MorphLevel, Signals, StepLoad
 
 # What a step of level 0 is made of, as shares of the step of a lone sequence: what no format changes (Python, sampling,
-# the head), the decoder layers' linears; for each sequence both again; a prompt token in the linears; a token of KV. Between what a small model shows on two CPU cores (.05 a sequence, 3e-4 a token of KV) and a large one on a GPU
-# (.003, 5e-6): steps correct all six within seconds, and until then thresholds decide.
+# the head), the decoder layers' linears; for each sequence both again; a prompt token in the linears; a token of KV.
+# Between a small model on two CPU cores (.05 a sequence, 3e-4 a token of KV) and a large one on a GPU (.003, 5e-6).
 _PRIOR = (0.3, 0.7, 0.005, 0.01, 0.015, 4e-5)
-_UNIT_S = 0.02  # a lone sequence's step, until the first has been seen
-_STEPS_TO_SETTLE = 32  # and so many steps until predictions are made
-_MEMORY_S = 300.0  # time constant of what is learned, in seconds of measured steps
-_PRIOR_STEPS = 0.5  # that the prior counts as, in each of its parts
-_LEAST = 0.05  # of a part's prior: none vanishes
-_OUTLIER = 2.0  # a step so many times off its prediction is a stall of the machine
-_REFIT_STEPS = 500  # at least so often; earlier each time that the steps have doubled
-_SWEEPS = 60
-_COPY_BYTES_PER_S = 1.7e9  # of a layer that degrades; one that restores is read anew, at half of it
+_UNIT_S = 0.02  # a lone sequence's step, until the first steps have been seen
+_FIRST_STEPS = 32  # until predictions are made: a second or so, and few stalls among them
+_FIRST_SPREAD = 10.0  # one of them that is further off the prior than that, by their median, is a stall
+_STALL = 2.0  # so much does a later step count that took longer; less, too
+_PRIOR_STEPS = 0.01  # that each part of the prior counts as: steps scatter by a tenth, it by the whole
+_LEAST = 0.02  # of a part's prior: none vanishes, so that all times stay above 0
+_MEMORY_S = 3600.0  # time constant, in seconds of steps; what changes faster is the correction's
+_REFIT_STEPS = 16
 
 
 class LevelTimes(Protocol):
     """Step times by level, and the time that a layer takes to switch."""
 
-    move: LayerMove
+    @property
+    def move(self) -> LayerMove:
+        """Seconds of a layer that switches."""
+        ...
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether predictions may be made of them."""
+        ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, level: int) -> StepTime: ...
 
-    @property
-    def is_settled(self) -> bool:
-        """Whether predictions may be made of them."""
+    def watch(self, s: Signals) -> None:
+        """Take in how far a transition is."""
         ...
 
     def learn(self, step: StepLoad) -> float:
@@ -44,7 +53,7 @@ class LevelTimes(Protocol):
 
 
 class CalibratedTimes:
-    """What calibration measured: it stands."""
+    """What calibration measured: it stands, and what is left is the correction's."""
 
     is_settled = True
 
@@ -58,8 +67,11 @@ class CalibratedTimes:
     def __getitem__(self, level: int) -> StepTime:
         return self._times[level]
 
+    def watch(self, s: Signals) -> None:
+        """Leave the moves alone."""
+
     def learn(self, step: StepLoad) -> float:
-        """Leave the calibration alone: what is left is the correction's."""
+        """Leave the times alone."""
         return 0.0
 
 
@@ -67,85 +79,95 @@ class LearnedTimes:
     """Times that start from a prior shape and are fitted to the engine's own steps.
 
     A step is a sum of six parts, of which the level changes three: by the time factors of the decoder layers' linears,
-    which every server measures at start. So steps of level 0 teach the times of all levels. The parts are fitted by
-    non-negative ridge regression of relative errors toward the prior, whose scale is the steps' mean.
+    which every server measures at start. So steps of level 0 teach the times of all levels. The parts are fitted to
+    steps in units of what was predicted for them, by non-negative ridge regression toward the prior.
     """
 
     def __init__(self, ladder: Ladder) -> None:
-        layers = len(ladder[0].layer_formats)
-        copy_s = ladder[0].weight_bytes / layers / _COPY_BYTES_PER_S
-        self.move = LayerMove(copy_s, 2 * copy_s)
+        """Start from the prior."""
         self._parts = [_parts_of(level) for level in ladder]
-        size = range(len(_PRIOR))
-        self._products = [[0.0 for _ in size] for _ in size]  # of the parts' shares of their step, summed over steps
-        self._shares = [0.0 for _ in size]
-        self._scale_log = log(_UNIT_S)
-        self._weight = 0.0
-        self._steps = 0
-        self._refit_at = 1
-        self._fitted = [1.0 for _ in size]  # each part over its prior, in units of the scale
-        self._times = self._of_levels()
+        self._moves = LearnedMoves(ladder)
+        self._fit = NonNegativeRidge(len(_PRIOR), _PRIOR_STEPS, _LEAST)
+        self._first: list[StepLoad] | None = []  # None: they were enough
+        self._until_refit = _REFIT_STEPS
+        self._unit_s = _UNIT_S
+        self._fitted = [1.0 for _ in _PRIOR]  # each part over its prior
+        self._known: list[StepTime | None] = [None for _ in ladder]  # by level, as far as anybody has asked
 
     def __len__(self) -> int:
-        return len(self._times)
+        return len(self._parts)
 
     def __getitem__(self, level: int) -> StepTime:
-        return self._times[level]
+        time = self._known[level]
+        if time is None:
+            figures = zip(self._parts[level], self._fitted, strict=True)
+            fixed, linears, seq, seq_linears, prefill, context = (
+                self._unit_s * part * fitted for part, fitted in figures
+            )
+            time = self._known[level] = StepTime(fixed + linears, seq + seq_linears, prefill, context)
+        return time
+
+    @property
+    def move(self) -> LayerMove:
+        """Seconds of a layer that switches."""
+        return self._moves.move
 
     @property
     def is_settled(self) -> bool:
         """Whether enough steps have been seen for a prediction."""
-        return self._steps >= _STEPS_TO_SETTLE
+        return self._first is None
+
+    def watch(self, s: Signals) -> None:
+        """Follow the transition under way."""
+        self._moves.watch(s)
 
     def learn(self, step: StepLoad) -> float:
         """Take in one step, and fit anew when it is time."""
-        before = self._predict(step)
-        seconds = step.seconds
-        if self.is_settled:
-            seconds = min(max(seconds, before / _OUTLIER), before * _OUTLIER)
-        self._add(step, seconds)
-        if self._steps < self._refit_at:
+        if self._first is not None:
+            self._first.append(step)
+            if len(self._first) == _FIRST_STEPS:
+                self._begin(self._first)
+                self._first = None
             return 0.0
-        self._refit_at = min(2 * self._steps, self._steps + _REFIT_STEPS)
-        self._fit()
-        return log(self._predict(step) / before)
+        predicted = self._predict(step)
+        self._add(step, predicted, min(max(step.seconds / predicted, 1 / _STALL), _STALL))
+        self._until_refit -= 1
+        if self._until_refit:
+            return 0.0
+        self._refit()
+        return log(self._predict(step) / predicted)
+
+    def take_over(self, other: LearnedTimes) -> None:
+        """Go on with what another one has learned, unless it is of another ladder."""
+        if other._parts != self._parts:
+            return
+        self._fit, self._moves, self._first = other._fit, other._moves, other._first
+        self._unit_s, self._fitted, self._until_refit = other._unit_s, other._fitted, other._until_refit
+        self._known = [None for _ in self._parts]
+
+    def _begin(self, steps: list[StepLoad]) -> None:
+        """Take the unit from the first steps together, and leave out those that say something else."""
+        ratios = [step.seconds / self._predict(step) for step in steps]
+        usual = median(ratios)
+        self._unit_s *= usual
+        for step, ratio in zip(steps, ratios, strict=True):
+            if usual / _FIRST_SPREAD < ratio < usual * _FIRST_SPREAD:
+                self._add(step, step.seconds * usual / ratio, ratio / usual)
+        self._refit()
 
     def _predict(self, step: StepLoad) -> float:
-        return self._times[step.level].seconds(step.num_seqs, step.prefill_tokens, step.context_tokens)
+        return self[step.level].seconds(step.num_seqs, step.prefill_tokens, step.context_tokens)
 
-    def _add(self, step: StepLoad, seconds: float) -> None:
+    def _add(self, step: StepLoad, predicted: float, over_predicted: float) -> None:
         counts = (1, 1, step.num_seqs, step.num_seqs, step.prefill_tokens, step.context_tokens)
-        shares = [part * count / seconds for part, count in zip(self._parts[step.level], counts, strict=True)]
-        keep = exp(-step.seconds / _MEMORY_S)
-        self._steps += 1
-        self._weight = self._weight * keep + 1.0
-        self._scale_log -= (log(sum(shares)) + self._scale_log) / self._weight
-        for row, own in zip(self._products, shares, strict=True):
-            for column, other in enumerate(shares):
-                row[column] = row[column] * keep + own * other
-        self._shares = [kept * keep + own for kept, own in zip(self._shares, shares, strict=True)]
+        unit = self._unit_s / predicted
+        row = [unit * part * count for part, count in zip(self._parts[step.level], counts, strict=True)]
+        self._fit.add(row, over_predicted, exp(-step.seconds / _MEMORY_S))
 
-    def _fit(self) -> None:
-        """Solve for the parts by projected Gauss-Seidel, from where they were."""
-        scale = exp(self._scale_log)
-        fitted, size = self._fitted, range(len(_PRIOR))
-        for _ in range(_SWEEPS):
-            for i in size:
-                row = self._products[i]
-                others = sum(row[j] * fitted[j] for j in size) - row[i] * fitted[i]
-                wanted = scale * self._shares[i] - scale * scale * others + _PRIOR_STEPS
-                fitted[i] = max(wanted / (scale * scale * row[i] + _PRIOR_STEPS), _LEAST)
-        self._times = self._of_levels()
-
-    def _of_levels(self) -> list[StepTime]:
-        scale = exp(self._scale_log)
-        times = []
-        for parts in self._parts:
-            fixed, linears, seq, seq_linears, prefill, context = (
-                scale * part * fitted for part, fitted in zip(parts, self._fitted, strict=True)
-            )
-            times.append(StepTime(fixed + linears, seq + seq_linears, prefill, context))
-        return times
+    def _refit(self) -> None:
+        self._until_refit = _REFIT_STEPS
+        self._fitted = self._fit.solve()
+        self._known = [None for _ in self._parts]
 
 
 def _parts_of(level: MorphLevel) -> tuple[float, ...]:

@@ -11,12 +11,12 @@ from policies.slo.correction import Correction
 from policies.slo.forecast import ArrivalForecast
 from policies.slo.level_times import CalibratedTimes, LearnedTimes, LevelTimes
 from policies.slo.limits import QualityBudget, TokenBucket
+from policies.slo.moves import LAYERS_PER_STEP, layers_between
 from policies.slo.predictor import Load, Prediction, Predictor, Typical
 from policies.step_times import StepTimes
 from policies.threshold import ThresholdPolicy
 from policies.types import Decision, EngineLimits, Ladder, Predictions, Signals, StepLoad
 
-_LAYERS_PER_STEP = 4  # switched between two steps, about: transition.max_layers_per_step and the pause allow so many
 _THINK_S = 0.05  # predictions are made anew this often at most; a preemption cannot wait
 _WORTH_REQUESTS = 0.5  # a round trip must save so many
 _WORTH_IF_DEAREST = 3.0  # and so many more for the whole cost of the deepest level
@@ -127,11 +127,17 @@ class SloPolicy:
             return "distrusted"
         return "calibrated" if isinstance(self._times, CalibratedTimes) else "learned"
 
+    def take_over(self, last: SloPolicy) -> None:
+        """Go on with the step times that another policy has learned, if both learn them: a new section, no new machine."""
+        if isinstance(self._times, LearnedTimes) and isinstance(last._times, LearnedTimes):
+            self._times.take_over(last._times)
+
     def decide(self, signals: Signals) -> Decision:
         """Return the level to serve at now. Cost: levels times cohorts, at most every `_THINK_S`."""
         s = signals
         self._forecast.update(s.now_s, s.num_arrivals)
         self._charge(s, self.correction.learn(s))
+        self._times.watch(s)
         preempted, self._preemptions = s.preemptions > self._preemptions, s.preemptions
         if s.now_s - self._thought_s < _THINK_S and not preempted:
             return self._last
@@ -142,7 +148,7 @@ class SloPolicy:
         heading = min(s.target_level, len(self._ladder) - 1)
         load = self._load(s, 1.0)
         here = self._predictor.predict(heading, load, self._delay_s(s, heading))
-        if s.waiting and not s.waiting[-1].has_token:
+        if self._times.is_settled and s.waiting and not s.waiting[-1].has_token:
             self.correction.watch(s.waiting[-1], s.now_s + here.last_wait_s)  # trust can come back, too
         self.dwell.decay(s.now_s)
         if self.budget.exhausted:
@@ -311,11 +317,10 @@ class SloPolicy:
 
     def _delay_s(self, s: Signals, level: int) -> float:
         """Return how long the way from the committed level takes."""
-        here = self._ladder[min(s.level, len(self._ladder) - 1)].layer_formats
-        layers = sum(a != b for a, b in zip(here, self._ladder[level].layer_formats, strict=True))
+        layers = layers_between(self._ladder, min(s.level, len(self._ladder) - 1), level)
         move = self._times.move
         own_s = layers * (move.degrade_s if level > s.level else move.restore_s)
-        return own_s + layers / _LAYERS_PER_STEP * s.step_s
+        return own_s + layers / LAYERS_PER_STEP * s.step_s
 
     def _charge(self, s: Signals, step: StepLoad | None) -> None:
         """Charge the last step's tokens at their level's cost; those of a transition at the deeper one's."""
