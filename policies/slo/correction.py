@@ -59,10 +59,9 @@ class Correction:
         return step
 
     def _learn_step(self, step: StepLoad) -> None:
-        shift = self._times.learn(step)
+        self._times.learn(step)
         if not self._times.is_settled:
             return
-        self._move_mean(-shift)
         predicted = self._times[step.level].seconds(step.num_seqs, step.prefill_tokens, step.context_tokens)
         error = min(max(log(step.seconds / predicted), -2.0), 2.0)  # a stall of the machine is one step, not a trend
         keep = exp(-step.seconds / _TAU_S)
@@ -70,11 +69,6 @@ class Correction:
         share = step.seconds / self._weight
         self._mean += share * (error - self._mean)
         self._square += share * (error * error - self._square)
-
-    def _move_mean(self, by: float) -> None:
-        """Follow predictions that have changed: what they now say, the factor no longer has to."""
-        self._square += (self._mean + by) ** 2 - self._mean**2
-        self._mean += by
 
     def watch(self, cohort: Cohort, served_at_s: float) -> None:
         """Remember one prediction to be judged: unless one is pending."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import exp, log
+from math import exp
 from statistics import median
 from typing import Protocol
 
@@ -17,7 +17,8 @@ from policies.types import Ladder, MorphLevel, Signals, StepLoad
 # Between a small model on two CPU cores (.05 a sequence, 3e-4 a token of KV) and a large one on a GPU (.003, 5e-6).
 _PRIOR = (0.3, 0.7, 0.005, 0.01, 0.015, 4e-5)
 _UNIT_S = 0.02  # a lone sequence's step, until the first steps have been seen
-_FIRST_STEPS = 32  # until predictions are made: a second or so, and few stalls among them
+_FIRST_STEPS = 32  # until predictions are made: a stall or two among them change little
+_FEW_STEPS, _FEW_STEPS_S = 8, 2.0  # or so many, where they take so long together: a promise does not wait for 32
 _FIRST_SPREAD = 10.0  # one of them that is further off the prior than that, by their median, is a stall
 _STALL = 2.0  # so much does a later step count that took longer; less, too
 _PRIOR_STEPS = 0.01  # that each part of the prior counts as: steps scatter by a tenth, it by the whole
@@ -47,8 +48,8 @@ class LevelTimes(Protocol):
         """Take in how far a transition is."""
         ...
 
-    def learn(self, step: StepLoad) -> float:
-        """Take in one step; return by how much the logarithm of its prediction has changed."""
+    def learn(self, step: StepLoad) -> None:
+        """Take in one step."""
         ...
 
 
@@ -70,9 +71,8 @@ class CalibratedTimes:
     def watch(self, s: Signals) -> None:
         """Leave the moves alone."""
 
-    def learn(self, step: StepLoad) -> float:
+    def learn(self, step: StepLoad) -> None:
         """Leave the times alone."""
-        return 0.0
 
 
 class LearnedTimes:
@@ -121,21 +121,19 @@ class LearnedTimes:
         """Follow the transition under way."""
         self._moves.watch(s)
 
-    def learn(self, step: StepLoad) -> float:
+    def learn(self, step: StepLoad) -> None:
         """Take in one step, and fit anew when it is time."""
         if self._first is not None:
             self._first.append(step)
-            if len(self._first) == _FIRST_STEPS:
+            if _are_enough(self._first):
                 self._begin(self._first)
                 self._first = None
-            return 0.0
+            return
         predicted = self._predict(step)
         self._add(step, predicted, min(max(step.seconds / predicted, 1 / _STALL), _STALL))
         self._until_refit -= 1
-        if self._until_refit:
-            return 0.0
-        self._refit()
-        return log(self._predict(step) / predicted)
+        if not self._until_refit:
+            self._refit()
 
     def take_over(self, other: LearnedTimes) -> None:
         """Go on with what another one has learned, unless it is of another ladder."""
@@ -168,6 +166,11 @@ class LearnedTimes:
         self._until_refit = _REFIT_STEPS
         self._fitted = self._fit.solve()
         self._known = [None for _ in self._parts]
+
+
+def _are_enough(steps: list[StepLoad]) -> bool:
+    few = len(steps) >= _FEW_STEPS and sum(step.seconds for step in steps) >= _FEW_STEPS_S
+    return few or len(steps) >= _FIRST_STEPS
 
 
 def _parts_of(level: MorphLevel) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ LAYERS_PER_STEP = 4  # switched between two steps, about: transition.max_layers_
 # Until one was seen: a layer that degrades is copied by one core, one that restores is read anew, at half of that. Too
 # long on a device that stages beside its steps: then a level is entered a little early.
 _COPY_BYTES_PER_S = 1.7e9
-_MEMORY = 8  # transitions that a new one is weighed against, at most
+_MEMORY = 8  # transitions that a new one is one of, at most
 _ROOM = 4.0  # a transition that took so many times longer waited for something else
 _LEAST_S = 1e-5
 
@@ -58,4 +58,4 @@ class LearnedMoves:
         own_s = max(seconds / layers - s.step_s / LAYERS_PER_STEP, _LEAST_S)  # beside the steps between its swap batches
         self._seen[name] = min(self._seen[name] + 1, _MEMORY)
         ratio = min(max(own_s / known, 1 / _ROOM), _ROOM)
-        self.move = replace(self.move, **{name: known * ratio ** (1 / (self._seen[name] + 1))})
+        self.move = replace(self.move, **{name: known * ratio ** (1 / self._seen[name])})
