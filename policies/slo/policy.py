@@ -131,6 +131,7 @@ class SloPolicy:
         """Go on with the step times that another policy has learned, if both learn them: a new section, no new machine."""
         if isinstance(self._times, LearnedTimes) and isinstance(last._times, LearnedTimes):
             self._times.take_over(last._times)
+            self.distrusts = not self._times.is_settled
 
     def decide(self, signals: Signals) -> Decision:
         """Return the level to serve at now. Cost: levels times cohorts, at most every `_THINK_S`."""

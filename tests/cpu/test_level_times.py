@@ -182,16 +182,6 @@ def test_same_steps_same_times() -> None:
     assert [first[level] for level in range(3)] == [second[level] for level in range(3)]
 
 
-def test_the_change_of_a_prediction_is_told() -> None:
-    """Guards: a correction that still holds what the fit has learned meanwhile, and so counts it twice."""
-    learned = LearnedTimes(LADDER)
-    for step in timed(ENGINES["laptop"], loads(300)):
-        before = true_s(learned, step) if learned.is_settled else 0.0
-        shift = learned.learn(step)
-        if before:
-            assert true_s(learned, step) == pytest.approx(before * 2.718281828459045**shift, rel=1e-9)
-
-
 def test_what_was_learned_is_taken_over() -> None:
     """Guards: a reload after which thresholds decide; times of another ladder's levels."""
     old, new, other = taught(timed(ENGINES["laptop"], loads(500))), LearnedTimes(LADDER), LearnedTimes(PLAIN)
