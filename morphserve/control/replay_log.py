@@ -180,7 +180,10 @@ class _Replayer:
         self._ask_from_now_on(header)
 
     def _ask_from_now_on(self, header: Header) -> None:
-        """Ask another policy from now on, which knows the step times that the last one learned; of an open loop, that."""
+        """Ask another policy from now on; the one of an open loop goes on.
+
+        It knows what the controller tells a new one: the step times that the last one learned, and nothing else.
+        """
         if self._other is not None and self._policy is not None:
             return
         last, last_setup, is_first = self._policy, self._setup, header.event == "start"

@@ -55,7 +55,7 @@ class LearnedMoves:
             return
         name = "degrade_s" if s.level > start else "restore_s"
         known = max(getattr(self.move, name), _LEAST_S)
-        own_s = max(seconds / layers - s.step_s / LAYERS_PER_STEP, _LEAST_S)  # beside the steps between its swap batches
+        own_s = max(seconds / layers - s.step_s / LAYERS_PER_STEP, _LEAST_S)  # beside the steps between swap batches
         self._seen[name] = min(self._seen[name] + 1, _MEMORY)
         ratio = min(max(own_s / known, 1 / _ROOM), _ROOM)
         self.move = replace(self.move, **{name: known * ratio ** (1 / self._seen[name])})

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from policies.config import SloConfig, ThresholdConfig
 from policies.dwell import Dwell
-from policies.levels import max_level_of
 from policies.slo.correction import Correction
 from policies.slo.forecast import ArrivalForecast
 from policies.slo.level_times import CalibratedTimes, LearnedTimes, LevelTimes
 from policies.slo.limits import QualityBudget, TokenBucket
 from policies.slo.moves import LAYERS_PER_STEP, layers_between
 from policies.slo.predictor import Load, Prediction, Predictor, Typical
+from policies.slo.targets import fill_in
 from policies.step_times import StepTimes
 from policies.threshold import ThresholdPolicy
 from policies.types import Decision, EngineLimits, Ladder, Predictions, Signals, StepLoad
@@ -37,38 +37,6 @@ _TRUST_AGAIN = 0.6
 _REFUSE_SHARE = 0.3  # of requests late at the best level: from there on new ones are refused,
 _ACCEPT_SHARE = 0.1  # until so few are,
 _QUEUE_SHARE = 0.5  # and those who wait are to be served within that share of the promised time
-
-
-@dataclass(frozen=True, slots=True)
-class SloTargets:
-    """SloConfig with every field filled in."""
-
-    target: float
-    horizon_s: float
-    dwell_s: float
-    max_level: int
-
-
-_PRESETS: dict[str, tuple[float, float, float]] = {  # target, horizon_s, dwell_s
-    "accuracy": (0.05, 2.0, 0.5),
-    "default": (0.01, 3.0, 1.0),
-    "performance": (0.002, 6.0, 3.0),
-}
-
-
-def fill_in(config: SloConfig, ladder: Ladder) -> SloTargets:
-    """Fill in what the user left out from the mode's presets.
-
-    Raises:
-        ValueError: `max_level` is not on the ladder.
-    """
-    target, horizon_s, dwell_s = _PRESETS[config.mode]
-    return SloTargets(
-        target if config.target is None else config.target,
-        horizon_s if config.horizon_s is None else config.horizon_s,
-        dwell_s if config.dwell_s is None else config.dwell_s,
-        max_level_of(config, ladder),
-    )
 
 
 class SloPolicy:
@@ -128,7 +96,7 @@ class SloPolicy:
         return "calibrated" if isinstance(self._times, CalibratedTimes) else "learned"
 
     def take_over(self, last: SloPolicy) -> None:
-        """Go on with the step times that another policy has learned, if both learn them: a new section, no new machine."""
+        """Go on with the step times that another policy has learned, if both learn them."""
         if isinstance(self._times, LearnedTimes) and isinstance(last._times, LearnedTimes):
             self._times.take_over(last._times)
             self.distrusts = not self._times.is_settled

@@ -42,7 +42,8 @@ TIMES = StepTimes(
 THRESHOLD = PolicySetup(ThresholdConfig(kind="threshold", restore_after_s=0.3), None, LIMITS)
 SLO = PolicySetup(SloConfig(kind="slo", ttft_s=0.5), TIMES, LIMITS)
 LEARNED = PolicySetup(SloConfig(kind="slo", ttft_s=0.5), None, LIMITS)
-SETUPS = {"threshold": THRESHOLD, "slo": SLO, "learned": LEARNED, "static": PolicySetup(StaticConfig(kind="static", level="w8"))}
+STATIC = PolicySetup(StaticConfig(kind="static", level="w8"))
+SETUPS = {"threshold": THRESHOLD, "slo": SLO, "learned": LEARNED, "static": STATIC}
 
 
 def load(seed: int, count: int) -> list[Signals]:

@@ -19,7 +19,7 @@ from policies import (
     ThresholdPolicy,
     build_policy,
 )
-from policies.slo.policy import fill_in as slo_targets
+from policies.slo.targets import fill_in as slo_targets
 from policies.threshold import fill_in
 
 pytestmark = pytest.mark.cpu

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cpu.log_world import LADDER, SETUPS, SLO, THRESHOLD, TIMES, ask, assert_problem, load, patient, write
+from cpu.log_world import LADDER, SETUPS, SLO, THRESHOLD, TIMES, ask, load, patient, write
 
 from morphserve.__main__ import main
 from morphserve.config import parse_config

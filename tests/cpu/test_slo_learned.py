@@ -37,20 +37,23 @@ class Engine:
     promise: Slo
 
 
-def _engine(base: StepTime, w8: StepTime, w4: StepTime, move: LayerMove, pace: float, light: float, promise: Slo) -> Engine:
-    times = StepTimes({"base": base, "w8": w8, "w4": w4}, move)
-    return Engine(replace(CALIBRATION, times=times), pace, light, promise)
+def _machine(base: StepTime, w8: StepTime, w4: StepTime, move: LayerMove) -> Calibration:
+    return replace(CALIBRATION, times=StepTimes({"base": base, "w8": w8, "w4": w4}, move))
 
 
 ENGINES = {
     "usual": Engine(CALIBRATION, 1.0, 1.2, Slo()),
-    "gpu": _engine(
-        StepTime(0.008, 2e-5, 1e-5, 2e-8), StepTime(0.0055, 1.6e-5, 7e-6, 2e-8), StepTime(0.0045, 3e-5, 1.2e-5, 2e-8),
-        LayerMove(2e-4, 3e-4), 8.0, 2.4, Slo(2.0, 0.05),
+    "gpu": Engine(
+        _machine(
+            StepTime(0.008, 2e-5, 1e-5, 2e-8), StepTime(0.0055, 1.6e-5, 7e-6, 2e-8),
+            StepTime(0.0045, 3e-5, 1.2e-5, 2e-8), LayerMove(2e-4, 3e-4),
+        ), 8.0, 2.4, Slo(2.0, 0.05),
     ),
-    "laptop": _engine(
-        StepTime(0.12, 0.006, 0.008, 6e-6), StepTime(0.07, 0.005, 0.006, 6e-6), StepTime(0.06, 0.008, 0.007, 6e-6),
-        LayerMove(0.02, 0.05), 0.11, 0.13, Slo(8.0, 0.6),
+    "laptop": Engine(
+        _machine(
+            StepTime(0.12, 0.006, 0.008, 6e-6), StepTime(0.07, 0.005, 0.006, 6e-6), StepTime(0.06, 0.008, 0.007, 6e-6),
+            LayerMove(0.02, 0.05),
+        ), 0.11, 0.13, Slo(8.0, 0.6),
     ),
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from morphserve.tools.workload.metrics import Slo
 from morphserve.tools.workload.timeline import level_zero_after_s
 from morphserve.tools.workload.workload import Workload
 from policies import EngineLimits, Ladder, SloConfig, SloPolicy, StepTime, build_policy
-from policies.slo.policy import fill_in
+from policies.slo.targets import fill_in
 from tests.cpu.sim_world import CALIBRATION, SERVER, config, workload
 
 LIMITS = EngineLimits(32, 64, 2048)

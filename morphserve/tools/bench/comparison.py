@@ -112,10 +112,8 @@ class Comparison:
                     f"--compare {name}: the ladder of {path} has no format {fmt!r}, only {', '.join(known)}. Take one "
                     "of these, or add it to ladder.steps."
                 )
-        if config.policy.kind == "slo" and not fmt and not is_simulated:
-            times = step_times_file(config)
-            if times is None:
-                return
+        predicts = config.policy.kind == "slo" and not fmt and not is_simulated
+        if predicts and (times := step_times_file(config)) is not None:
             try:
                 self._check_times(times, load_step_times(times))
             except ValueError as e:
