@@ -164,8 +164,8 @@ def test_a_quiet_hour_forgets_no_burst() -> None:
 
 def test_another_machine_is_learned_in_the_end() -> None:
     """Guards: a server that was moved and predicts its first machine for ever."""
-    before, after = ENGINES["prior"], engine(tuple(3 * part for part in PRIOR_S))
-    learned = taught([*timed(before, loads(3000)), *timed(after, loads(60_000))])
+    before, after = (engine(tuple(times * part for part in PRIOR_S)) for times in (10, 30))
+    learned = taught([*timed(before, loads(6000)), *timed(after, loads(18_000))])
     assert worst(learned, after, 0) < 0.15
 
 
@@ -248,7 +248,8 @@ def test_a_way_that_turned_teaches_nothing() -> None:
     """Guards: half a transition, or one that waited for a drain, taken for the time of its layers."""
     moves = LearnedMoves(LADDER)
     guess = moves.move
-    for now_s, level, target in ((1, 0, 0), (2, 0, 2), (9, 0, 1), (30, 1, 1), (31, 1, 0), (60, 1, 1)):
+    ways = ((1, 0, 0), (2, 0, 2), (9, 0, 1), (30, 0, 2), (60, 2, 2), (61, 2, 0), (90, 2, 2))
+    for now_s, level, target in ways:
         moves.watch(replace(QUIET, now_s=float(now_s), level=level, target_level=target))
     assert moves.move == guess
     transition(moves, 1, 0, 1000.0)

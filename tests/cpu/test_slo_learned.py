@@ -18,8 +18,8 @@ from morphserve.control.replay_log import replay
 from morphserve.tools.sim import Calibration, Simulated, simulate
 from morphserve.tools.workload.metrics import Slo
 from morphserve.tools.workload.workload import Workload
-from policies import LayerMove, Signals, SloConfig, SloPolicy, StepLoad, StepTime, StepTimes, succeed
-from tests.cpu.test_slo_parts import PACKED, QUIET
+from policies import Cohort, LayerMove, Signals, SloConfig, SloPolicy, StepLoad, StepTime, StepTimes, succeed
+from tests.cpu.test_slo_parts import QUIET
 from tests.fakes import Rig
 
 pytestmark = pytest.mark.cpu
@@ -159,8 +159,9 @@ def test_no_wait_is_judged_that_the_prior_predicted() -> None:
     policy = learner()
     before = policy.correction.sigma
     for number in range(20):
-        waits = replace(PACKED, now_s=100.0 + 5 * number)
-        policy.decide(waits)
+        now_s = 100.0 + 5 * number
+        cohort = Cohort(1, 64, now_s, now_s)
+        policy.decide(replace(QUIET, now_s=now_s, num_running=1, used_kv_blocks=2, num_waiting=1, waiting=(cohort,)))
         policy.decide(replace(QUIET, now_s=102.0 + 5 * number))
     assert policy.predictions == "learning" and policy.correction.sigma == before
 
@@ -177,7 +178,9 @@ def test_a_change_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
         rig.monitor.on_step(rig.now_s, 1, 1, 0, 100, 0)
     said = [record.getMessage() for record in caplog.records if "predictions" in record.getMessage()]
     assert [line.split(":")[1].split()[-1] for line in said] == ["learning", "learned"], said
-    assert rig.controller.status()["predictions"] == "learned"
+    rig.controller.replace_policy(LEARNED.build(rig.ladder), "edited", LEARNED)
+    rig.step()
+    assert rig.controller.status()["predictions"] == "learned" and rig.controller.level == 0
 
 
 # ---- another policy, and a log of both
