@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from morphserve.errors import ConfigError
-from policies import PolicyConfig, ThresholdConfig
+from policies import PolicyConfig, SloConfig
 
 # Which formats there are, the kernels say, and these need torch: `check_formats` asks later. All end in their bits; "/"
 # joins two halves.
@@ -125,7 +125,7 @@ class MorphServeConfig(_Section):
     quality: QualityConfig = QualityConfig()
     kv: KVConfig = KVConfig()
     transition: TransitionConfig = TransitionConfig()
-    policy: PolicyConfig = Field(default_factory=lambda: ThresholdConfig(kind="threshold"))
+    policy: PolicyConfig = Field(default_factory=lambda: SloConfig(kind="slo"))
     variants: dict[FormatName, str] = Field(
         default_factory=dict,
         description="by format: directory or hub name of a GPTQ, AWQ or compressed-tensors checkpoint of this model",
@@ -137,12 +137,13 @@ class MorphServeConfig(_Section):
         None, description="directory that `morphserve profile` made for this model; null = see `prepared`"
     )
     step_times: Path | None = Field(
-        None, description="file that `morphserve calibrate` made; null = the profile's, if any, else see `prepared`"
+        None, description="file that `morphserve calibrate` made; null = the profile's, else see `prepared`"
     )
     prepared: bool = Field(
         True,
         description="where no profile or step times are named, use what `morphserve prepare` has stored of this very "
-        "model, machine, dtype and topology, or what comes with the package; false = only what is named here",
+        "model, machine, dtype and topology, or what comes with the package, and learn what step times are missing "
+        "from the engine's own steps; false = only what is named here",
     )
     cache_dir: Path = Field(
         Path("~/.cache/morphserve"), description="packed variants; built once, verified, then read"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from policies.build import build_policy
+from policies.build import build_policy, succeed
 from policies.config import PolicyConfig, SloConfig, StaticConfig, ThresholdConfig
 from policies.levels import max_level_of, resolve_level
 from policies.setup import PolicySetup
@@ -18,6 +18,7 @@ from policies.types import (
     Ladder,
     MorphLevel,
     Policy,
+    Predictions,
     Signals,
     StepLoad,
     bits_of,
@@ -34,6 +35,7 @@ __all__ = [
     "Policy",
     "PolicyConfig",
     "PolicySetup",
+    "Predictions",
     "Signals",
     "SloConfig",
     "SloPolicy",
@@ -50,4 +52,5 @@ __all__ = [
     "max_level_of",
     "parse_step_times",
     "resolve_level",
+    "succeed",
 ]

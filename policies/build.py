@@ -21,7 +21,7 @@ def build_policy(
     Args:
         config: the section.
         ladder: all levels.
-        times: what calibration measured; `slo` needs it.
+        times: what calibration measured; None = `slo` learns from the engine's own steps.
         limits: of the engine; `slo` needs them.
 
     Raises:
@@ -32,9 +32,12 @@ def build_policy(
         return StaticPolicy(config, ladder)
     if isinstance(config, ThresholdConfig):
         return ThresholdPolicy(config, ladder)
-    if times is None or limits is None:
-        raise ValueError(
-            "policy.kind slo predicts from measured step times, and there are none. Run `morphserve calibrate` and "
-            "give its file as `step_times`, or take kind threshold."
-        )
+    if limits is None:
+        raise ValueError("policy.kind slo needs the engine's limits. Hand them over, or take kind threshold.")
     return SloPolicy(config, ladder, times, limits)
+
+
+def succeed(policy: Policy, last: Policy) -> None:
+    """Let a policy that has seen nothing know what the one in office before it has learned of the machine."""
+    if isinstance(policy, SloPolicy) and isinstance(last, SloPolicy):
+        policy.take_over(last)

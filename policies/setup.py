@@ -18,6 +18,11 @@ class PolicySetup:
     times: StepTimes | None = None  # None where the kind does not predict: then their file may change as it likes
     limits: EngineLimits | None = None
 
+    @property
+    def learns_times(self) -> bool:
+        """Whether the policy learns step times, which its successor takes over."""
+        return self.section.kind == "slo" and self.times is None
+
     def build(self, ladder: Ladder) -> Policy:
         """Build a policy that has seen nothing yet.
 

@@ -10,6 +10,8 @@ from policies.types import Decision, Ladder, Signals
 class StaticPolicy:
     """A policy that goes to one level at start and stays there, whatever the load does."""
 
+    predictions = None
+
     def __init__(self, config: StaticConfig, ladder: Ladder) -> None:
         """Resolve the level once.
 

@@ -92,6 +92,8 @@ class ThresholdPolicy:
     stays at the deepest level above it that is not slower with as many sequences as run now.
     """
 
+    predictions = None
+
     def __init__(self, config: ThresholdConfig, ladder: Ladder) -> None:
         """Fix the thresholds and the ladder.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 BASE_FORMAT = "base"  # a layer as it was loaded: the full-precision weights
 _LAST_DIGITS = re.compile(r"[0-9]+$")
@@ -135,7 +135,17 @@ class Decision:
     is_final: bool = field(default=False, compare=False)
 
 
+# Step times as calibrated; learned from the engine's own steps, or from too few of them as yet; either, but wrong of
+# late. While learning and while distrusted, thresholds decide.
+Predictions = Literal["calibrated", "learning", "learned", "distrusted"]
+
+
 class Policy(Protocol):
     """One pure question. Same signals in the same order, same answers, live or replayed."""
+
+    @property
+    def predictions(self) -> Predictions | None:
+        """What its predictions are made of; None = it makes none."""
+        ...
 
     def decide(self, signals: Signals) -> Decision: ...

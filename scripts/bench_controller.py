@@ -1,7 +1,7 @@
 """What does the controller cost per engine step, and does that grow with uptime? No engine, no clock but one.
 
-Drives the real controller, monitor and threshold policy through simulated steps of a load that comes and goes, with
-ranks that answer at the next step, and times every tick.
+Drives the real controller, monitor and policy through simulated steps of a load that comes and goes, with ranks that
+answer at the next step, and times every tick. Kind slo learns its step times unless --step-times has them.
 
 With --decision-log the decisions are written too. Pace the steps then, as an engine's are: else the writer has to keep
 up with steps of 10 us. Compare with `--decision-log off` at the same pace: a core that has rested is slower. --gzip
@@ -40,7 +40,7 @@ from morphserve.control import (
     make_ledgers,
 )
 from morphserve.tools.command import command_parser, fail, finish, say
-from policies import EngineLimits, PolicySetup, ThresholdConfig
+from policies import EngineLimits, PolicySetup, SloConfig, ThresholdConfig, load_step_times
 
 EDGES_US = (2, 5, 10, 20, 50, 100, 200, 500, 1000)
 LAYER_BYTES = {"base": [7_077_888] * 30, "w8": [3_585_000] * 30, "w4": [2_270_000] * 30}
@@ -99,6 +99,8 @@ class Executor:
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__)
     parser.add_argument("--steps", type=int, default=100_000)
+    parser.add_argument("--kind", choices=["threshold", "slo"], default="threshold", help="of the policy")
+    parser.add_argument("--step-times", type=Path, metavar="FILE", help="of kind slo, as calibrated")
     parser.add_argument("--decision-log", choices=["off", "changes", "all"], default="off")
     parser.add_argument("--gzip", action="store_true", help="compress the decision log")
     parser.add_argument("--pace-ms", type=float, default=0.0, help="wait so long after each step")
@@ -112,7 +114,9 @@ def _drive(args: argparse.Namespace, log_file: Path) -> int:
     ranks = [RankBytes(LAYER_BYTES, BLOCK_BYTES)] * 2
     ladder = build_ladder(30, ranks, LadderConfig(steps=[LadderStep(format=fmt) for fmt in ("w8", "w4")]), 49)
     pool, monitor, now = Pool(49), Monitor(), [0.0]
-    setup = PolicySetup(ThresholdConfig(kind="threshold"), None, EngineLimits(32, 64, 2048))
+    section = SloConfig(kind="slo") if args.kind == "slo" else ThresholdConfig(kind="threshold")
+    times = None if args.step_times is None else load_step_times(args.step_times)
+    setup = PolicySetup(section, times, EngineLimits(32, 64, 2048))
     log = None
     if args.decision_log != "off":
         log = DecisionLog(log_file, make_header(setup, ladder, detail=args.decision_log))
@@ -151,6 +155,7 @@ def _drive(args: argparse.Namespace, log_file: Path) -> int:
     if controller.failed:
         return fail("bench_controller", "the controller failed")
     more = {
+        "kind": args.kind,
         "decision_log": args.decision_log,
         "gzip": args.gzip,
         "writer_us_per_step": round(1e6 * cpu_s / args.steps, 2),
@@ -175,6 +180,7 @@ def _report(took_us: list[float], num_transitions: int, more: dict[str, object])
         "transitions": num_transitions,
         "p50_us": round(statistics.median(took_us), 2),
         "p99_us": round(statistics.quantiles(took_us, n=100)[98], 2),
+        "p999_us": round(statistics.quantiles(took_us, n=1000)[998], 2),
         "first_tenth_p50_us": round(first, 2),
         "last_tenth_p50_us": round(last, 2),
         "histogram": dict(zip(labels, counts, strict=True)),

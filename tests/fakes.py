@@ -223,6 +223,8 @@ class FakeExecutor(RankRules[FakeRank]):
 class ScriptedPolicy:
     """Wants the level it is told to want; raises what it is told to raise."""
 
+    predictions = None
+
     def __init__(self) -> None:
         self.level = 0
         self.error: Exception | None = None

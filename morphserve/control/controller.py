@@ -155,6 +155,7 @@ class Controller:
             "deepest_level": len(self._ladder) - 1,
             "wanted_level": self._policy_host.decision.level,
             "reason": self._policy_host.decision.reason,
+            "predictions": self._policy_host.predictions,
             "phase": self.phase.name.lower(),
             "revision": self._runner.revision,
             "failed": self.failed,

@@ -8,9 +8,16 @@ from dataclasses import dataclass
 
 from morphserve.control.decision_log import DecisionLog
 from morphserve.control.health import Counters
-from policies import Decision, Policy, PolicySetup, Signals
+from policies import Decision, Policy, PolicySetup, Predictions, Signals, succeed
 
 logger = logging.getLogger(__name__)
+
+_MEANS: dict[Predictions, str] = {
+    "calibrated": "step times as measured by calibration decide",
+    "learning": "too few steps have been seen as yet, thresholds decide",
+    "learned": "step times as learned from this engine's own steps decide",
+    "distrusted": "they have been wrong of late, thresholds decide until they are right again",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +46,18 @@ class PolicyHost:
         self._num_levels = num_levels
         self._counters = counters
         self._log = log
+        self._predictions: Predictions | None = None  # last said
         self._next: deque[_Replacement] = deque(maxlen=1)  # put in by any thread, taken by the next tick
 
     @property
     def has_successor(self) -> bool:
         """Whether another policy waits for the next tick."""
         return bool(self._next)
+
+    @property
+    def predictions(self) -> Predictions | None:
+        """What the policy's predictions are made of; None = it makes none."""
+        return self._policy.predictions
 
     def replace(self, policy: Policy, note: str, setup: PolicySetup) -> None:
         """Ask `policy` from the next tick on. Any thread may call; of two before one tick the later counts.
@@ -70,6 +83,7 @@ class PolicyHost:
                 f"policy wants level {decision.level} ({decision.reason}), the ladder has 0 to {self._num_levels - 1}"
             )
         self.decision = decision
+        self._note_predictions()
         if self._log is not None:
             try:
                 self._log.record(signals, decision)
@@ -78,8 +92,17 @@ class PolicyHost:
                 logger.warning("morph: decision log failed, no further decisions are written", exc_info=True)
                 self._log = None
 
+    def _note_predictions(self) -> None:
+        predictions = self._policy.predictions
+        if predictions == self._predictions:
+            return
+        self._predictions = predictions
+        if predictions is not None:
+            logger.info("morph: predictions are %s: %s", predictions, _MEANS[predictions])
+
     def _hand_over(self, level: int) -> None:
         new = self._next.popleft()
+        succeed(new.policy, self._policy)
         self._policy = new.policy
         logger.info("morph: another policy at level %d (%s)", level, new.note)
         if self._log is not None:

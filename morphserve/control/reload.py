@@ -6,7 +6,7 @@ does. What it finds is read, checked and built there; the controller starts to a
 the server started with is refused as a whole. A refused file changes nothing.
 
 A new policy has seen nothing yet: dwell times, forecasts, the token bucket and the quality budget of kind slo start
-anew. The level, and the transition under way, are the engine's and stay.
+anew. The level and the transition under way are the engine's and stay; so do the step times that kind slo has learned.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from morphserve.config import MorphServeConfig, load_config, step_times_file
 from morphserve.control.decision_log import SCHEMA, Header, Line, Mark, Row
 from morphserve.errors import ConfigError
 from morphserve.version import __version__
-from policies import Decision, Policy, PolicySetup, StepLoad, load_step_times
+from policies import Decision, Policy, PolicySetup, StepLoad, load_step_times, succeed
 
 LINE: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="event")])
 # Where a gzip member starts, of Python or gzip(1): 44 fixed bits, so no other bytes of a log will look like it.
@@ -126,6 +126,7 @@ class _Replayer:
         self._other = other  # asked in the place of the logged policy
         self._header: Header | None = None  # None = nothing can be used until a log starts
         self._policy: Policy | None = None  # None = nobody knows what it has seen, until another one starts
+        self._setup: PolicySetup | None = None  # of the last one
         self._seq = 0  # of the last row
         self._step: StepLoad | None = None  # the newest
 
@@ -179,15 +180,23 @@ class _Replayer:
         self._ask_from_now_on(header)
 
     def _ask_from_now_on(self, header: Header) -> None:
-        """Ask another policy from now on, which has seen nothing; the one of an open loop goes on."""
+        """Ask another policy from now on; the one of an open loop goes on.
+
+        It knows what the controller tells a new one: the step times that the last one learned, and nothing else.
+        """
         if self._other is not None and self._policy is not None:
             return
+        last, last_setup, is_first = self._policy, self._setup, header.event == "start"
         try:
-            setup = _in_place_of(header.setup, self._other)
+            self._setup = setup = _in_place_of(header.setup, self._other)
             self._policy = setup.build(header.ladder)
         except ValueError as e:
             raise LogError(f"the policy cannot be built: {e}") from e
         self.found.policies.append(_name(setup))
+        if last is not None and not is_first:
+            succeed(self._policy, last)
+        elif not is_first and last_setup is not None and last_setup.learns_times and setup.learns_times:
+            self._policy = None  # what it took over was learned from rows that are missing
 
     def _ask(self, at: int, row: Row) -> None:
         self._seq += 1

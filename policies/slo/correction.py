@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import exp, log, sqrt
 
-from policies.step_times import StepTime
+from policies.slo.level_times import LevelTimes
 from policies.types import Cohort, Signals, StepLoad
 
 _TAU_S = 5.0  # time constant of factor and error, in seconds of measured steps
-_PRIOR_S = 1.0  # seconds of steps that the calibration counts as
+_PRIOR_S = 1.0  # seconds of steps that the step times count as
 _PRIOR_SIGMA = 0.15  # its relative error until seen
 _WAIT_SIGMA = 0.30  # relative error of predicted waits until seen
 _WAIT_WEIGHT = 0.1  # of the newest
@@ -17,9 +16,9 @@ _SOFT_SHARE = 0.25  # of the promised wait: an error that is small against it ma
 
 
 class Correction:
-    """A running estimate of how far the calibration is off on this machine: it learns from each step."""
+    """A running estimate of how far the step times are off at the moment: it learns from each step."""
 
-    def __init__(self, times: Sequence[StepTime], ttft_s: float) -> None:
+    def __init__(self, times: LevelTimes, ttft_s: float) -> None:
         self._times = times
         self._soft_s = _SOFT_SHARE * ttft_s
         self._weight = _PRIOR_S
@@ -60,6 +59,9 @@ class Correction:
         return step
 
     def _learn_step(self, step: StepLoad) -> None:
+        self._times.learn(step)
+        if not self._times.is_settled:
+            return
         predicted = self._times[step.level].seconds(step.num_seqs, step.prefill_tokens, step.context_tokens)
         error = min(max(log(step.seconds / predicted), -2.0), 2.0)  # a stall of the machine is one step, not a trend
         keep = exp(-step.seconds / _TAU_S)

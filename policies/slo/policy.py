@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from policies.config import SloConfig, ThresholdConfig
 from policies.dwell import Dwell
-from policies.levels import max_level_of
 from policies.slo.correction import Correction
 from policies.slo.forecast import ArrivalForecast
+from policies.slo.level_times import CalibratedTimes, LearnedTimes, LevelTimes
 from policies.slo.limits import QualityBudget, TokenBucket
+from policies.slo.moves import LAYERS_PER_STEP, layers_between
 from policies.slo.predictor import Load, Prediction, Predictor, Typical
+from policies.slo.targets import fill_in
 from policies.step_times import StepTimes
 from policies.threshold import ThresholdPolicy
-from policies.types import Decision, EngineLimits, Ladder, Signals, StepLoad
+from policies.types import Decision, EngineLimits, Ladder, Predictions, Signals, StepLoad
 
-_LAYERS_PER_STEP = 4  # switched between two steps, about: transition.max_layers_per_step and the pause allow so many
 _THINK_S = 0.05  # predictions are made anew this often at most; a preemption cannot wait
 _WORTH_REQUESTS = 0.5  # a round trip must save so many
 _WORTH_IF_DEAREST = 3.0  # and so many more for the whole cost of the deepest level
@@ -38,38 +39,6 @@ _ACCEPT_SHARE = 0.1  # until so few are,
 _QUEUE_SHARE = 0.5  # and those who wait are to be served within that share of the promised time
 
 
-@dataclass(frozen=True, slots=True)
-class SloTargets:
-    """SloConfig with every field filled in."""
-
-    target: float
-    horizon_s: float
-    dwell_s: float
-    max_level: int
-
-
-_PRESETS: dict[str, tuple[float, float, float]] = {  # target, horizon_s, dwell_s
-    "accuracy": (0.05, 2.0, 0.5),
-    "default": (0.01, 3.0, 1.0),
-    "performance": (0.002, 6.0, 3.0),
-}
-
-
-def fill_in(config: SloConfig, ladder: Ladder) -> SloTargets:
-    """Fill in what the user left out from the mode's presets.
-
-    Raises:
-        ValueError: `max_level` is not on the ladder.
-    """
-    target, horizon_s, dwell_s = _PRESETS[config.mode]
-    return SloTargets(
-        target if config.target is None else config.target,
-        horizon_s if config.horizon_s is None else config.horizon_s,
-        dwell_s if config.dwell_s is None else config.dwell_s,
-        max_level_of(config, ladder),
-    )
-
-
 class SloPolicy:
     """A policy that predicts: deeper when that saves requests, shallower when that would have done for a dwell.
 
@@ -78,8 +47,11 @@ class SloPolicy:
     3. When predictions have been wrong, thresholds decide until they are right again. So they do in a brief overload.
     """
 
-    def __init__(self, config: SloConfig, ladder: Ladder, times: StepTimes, limits: EngineLimits) -> None:
+    def __init__(self, config: SloConfig, ladder: Ladder, times: StepTimes | None, limits: EngineLimits) -> None:
         """Fix targets and predictions.
+
+        Args:
+            times: as calibration measured them; None = learned from the engine's steps, thresholds decide until then.
 
         Raises:
             ValueError: `max_level` is not on the ladder, a format of the ladder was never calibrated, or a quality
@@ -88,13 +60,14 @@ class SloPolicy:
         self.targets = fill_in(config, ladder)
         self._config = config
         self._ladder = ladder[: self.targets.max_level + 1]
-        by_level = times.of_ladder(ladder)
+        self._times: LevelTimes = (
+            LearnedTimes(ladder) if times is None else CalibratedTimes(times.of_ladder(ladder), times.move)
+        )
         self._usable = [level.num_kv_blocks - 1 for level in ladder]
         self._costs = [_cost(level.expected_kl, level.index, ladder) for level in ladder]
-        self._move = times.move
-        self._predictor = Predictor(self._usable, by_level, limits)
+        self._predictor = Predictor(self._usable, self._times, limits)
         self._limits = limits
-        self.correction = Correction(by_level, config.ttft_s)
+        self.correction = Correction(self._times, config.ttft_s)
         self._forecast = ArrivalForecast()
         self._bucket = TokenBucket(config.transitions_per_minute)
         self.budget = QualityBudget(config.quality_budget)
@@ -105,7 +78,7 @@ class SloPolicy:
                 "ladder.expected_kl (`morphserve measure-kl`) or a profile, or leave the budget out."
             )
         self._fallback = ThresholdPolicy(ThresholdConfig(kind="threshold", max_level=self.targets.max_level), ladder)
-        self.distrusts = False
+        self.distrusts = not self._times.is_settled
         self.dwell = Dwell(self.targets.dwell_s)
         self._fits_since: list[float | None] = [None] * len(self._ladder)
         self._thought_s = float("-inf")
@@ -113,11 +86,27 @@ class SloPolicy:
         self._max_queued_tokens: int | None = None
         self._last = Decision(0, "start at full precision")
 
+    @property
+    def predictions(self) -> Predictions:
+        """Whether predictions are calibrated or learned, and whether they are trusted."""
+        if not self._times.is_settled:
+            return "learning"
+        if self.distrusts:
+            return "distrusted"
+        return "calibrated" if isinstance(self._times, CalibratedTimes) else "learned"
+
+    def take_over(self, last: SloPolicy) -> None:
+        """Go on with the step times that another policy has learned, if both learn them."""
+        if isinstance(self._times, LearnedTimes) and isinstance(last._times, LearnedTimes):
+            self._times.take_over(last._times)
+            self.distrusts = not self._times.is_settled
+
     def decide(self, signals: Signals) -> Decision:
         """Return the level to serve at now. Cost: levels times cohorts, at most every `_THINK_S`."""
         s = signals
         self._forecast.update(s.now_s, s.num_arrivals)
         self._charge(s, self.correction.learn(s))
+        self._times.watch(s)
         preempted, self._preemptions = s.preemptions > self._preemptions, s.preemptions
         if s.now_s - self._thought_s < _THINK_S and not preempted:
             return self._last
@@ -128,7 +117,7 @@ class SloPolicy:
         heading = min(s.target_level, len(self._ladder) - 1)
         load = self._load(s, 1.0)
         here = self._predictor.predict(heading, load, self._delay_s(s, heading))
-        if s.waiting and not s.waiting[-1].has_token:
+        if self._times.is_settled and s.waiting and not s.waiting[-1].has_token:
             self.correction.watch(s.waiting[-1], s.now_s + here.last_wait_s)  # trust can come back, too
         self.dwell.decay(s.now_s)
         if self.budget.exhausted:
@@ -297,10 +286,10 @@ class SloPolicy:
 
     def _delay_s(self, s: Signals, level: int) -> float:
         """Return how long the way from the committed level takes."""
-        here = self._ladder[min(s.level, len(self._ladder) - 1)].layer_formats
-        layers = sum(a != b for a, b in zip(here, self._ladder[level].layer_formats, strict=True))
-        own_s = layers * (self._move.degrade_s if level > s.level else self._move.restore_s)
-        return own_s + layers / _LAYERS_PER_STEP * s.step_s
+        layers = layers_between(self._ladder, min(s.level, len(self._ladder) - 1), level)
+        move = self._times.move
+        own_s = layers * (move.degrade_s if level > s.level else move.restore_s)
+        return own_s + layers / LAYERS_PER_STEP * s.step_s
 
     def _charge(self, s: Signals, step: StepLoad | None) -> None:
         """Charge the last step's tokens at their level's cost; those of a transition at the deeper one's."""
@@ -314,7 +303,7 @@ class SloPolicy:
 
     def _weigh_trust(self) -> None:
         sigma = max(self.correction.sigma, self.correction.step_sigma)
-        self.distrusts = sigma > (_TRUST_AGAIN if self.distrusts else _LOST_TRUST)
+        self.distrusts = not self._times.is_settled or sigma > (_TRUST_AGAIN if self.distrusts else _LOST_TRUST)
 
     def _go(self, s: Signals, level: int, reason: str) -> Decision:
         if self._last.level != level:

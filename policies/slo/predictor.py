@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import erfc, log, sqrt
 
-from policies.step_times import StepTime
+from policies.slo.level_times import LevelTimes
 from policies.types import Cohort, EngineLimits, Signals
 
 _UNKNOWN_OUTPUT_TOKENS = 128.0  # until a request has ended
@@ -80,7 +80,7 @@ class Load:
 class Predictor:
     """Predictions for all levels of one ladder on one machine."""
 
-    def __init__(self, usable_blocks: Sequence[int], times: Sequence[StepTime], limits: EngineLimits) -> None:
+    def __init__(self, usable_blocks: Sequence[int], times: LevelTimes, limits: EngineLimits) -> None:
         self._usable = usable_blocks
         self._times = times
         self._limits = limits

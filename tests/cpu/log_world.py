@@ -41,7 +41,9 @@ TIMES = StepTimes(
 )
 THRESHOLD = PolicySetup(ThresholdConfig(kind="threshold", restore_after_s=0.3), None, LIMITS)
 SLO = PolicySetup(SloConfig(kind="slo", ttft_s=0.5), TIMES, LIMITS)
-SETUPS = {"threshold": THRESHOLD, "slo": SLO, "static": PolicySetup(StaticConfig(kind="static", level="w8"))}
+LEARNED = PolicySetup(SloConfig(kind="slo", ttft_s=0.5), None, LIMITS)
+STATIC = PolicySetup(StaticConfig(kind="static", level="w8"))
+SETUPS = {"threshold": THRESHOLD, "slo": SLO, "learned": LEARNED, "static": STATIC}
 
 
 def load(seed: int, count: int) -> list[Signals]:

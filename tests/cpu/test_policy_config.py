@@ -14,6 +14,7 @@ from policies import (
     Ladder,
     MorphLevel,
     Signals,
+    SloConfig,
     StaticConfig,
     StaticPolicy,
     ThresholdConfig,
@@ -21,6 +22,7 @@ from policies import (
     build_policy,
     resolve_level,
 )
+from policies.slo.targets import fill_in as slo_targets
 from policies.threshold import fill_in
 
 pytestmark = pytest.mark.cpu
@@ -40,8 +42,8 @@ def test_yaml_files_say_what_the_presets_are(mode: str) -> None:
     """Guards: an annotated default that is not the default."""
     config = load_config(YAML / f"{mode}.yaml")
     ladder = make_ladder()
-    assert isinstance(config.policy, ThresholdConfig) and config.policy.mode == mode
-    assert fill_in(config.policy, ladder) == fill_in(ThresholdConfig(kind="threshold", mode=mode), ladder)  # type: ignore[arg-type]
+    assert isinstance(config.policy, SloConfig) and config.policy.mode == mode
+    assert slo_targets(config.policy, ladder) == slo_targets(SloConfig(kind="slo", mode=mode), ladder)  # type: ignore[arg-type]
     bare = MorphServeConfig()
     for section in ("ladder", "quality", "kv", "transition", "cache_dir", "decision_log"):
         assert getattr(config, section) == getattr(bare, section)
@@ -57,9 +59,22 @@ def test_default_yaml_names_every_key() -> None:
         type(MorphServeConfig().kv),
         type(MorphServeConfig().transition),
     ]
-    for model in (*sections, ThresholdConfig):
+    for model in (*sections, SloConfig):
         for name in model.model_fields:
             assert f"{name}:" in text, f"{model.__name__}.{name}"
+    text = (YAML / "threshold.yaml").read_text()
+    assert all(f"{name}:" in text for name in ThresholdConfig.model_fields)
+
+
+def test_annotated_values_are_the_defaults() -> None:
+    """Guards: a file that says another default than the one that holds."""
+    ladder = make_ladder()
+    policy, thresholds = (load_config(YAML / f"{name}.yaml").policy for name in ("default", "threshold"))
+    assert isinstance(policy, SloConfig) and isinstance(thresholds, ThresholdConfig)
+    bare = SloConfig(kind="slo")
+    filled = {name: None for name in ("target", "horizon_s", "dwell_s", "max_level")}
+    assert policy.model_copy(update=filled) == bare and slo_targets(policy, ladder) == slo_targets(bare, ladder)
+    assert fill_in(thresholds, ladder) == fill_in(ThresholdConfig(kind="threshold"), ladder)
 
 
 def test_modes_stop_where_they_say() -> None:

@@ -173,7 +173,7 @@ def test_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
         (EDITED + "cache_dir: /elsewhere\ndecision_log_detail: all\n", "cache_dir, decision_log_detail. Only"),
         (EDITED + "step_times: other.json\n", "step_times. Only"),
         ("kv: {max_preemptions: 2}\npolicy: {kind: static, level: 77}\n", "policy: level 77 is not on the ladder"),
-        ("kv: {max_preemptions: 2}\npolicy: {kind: slo}\n", "there are none. Run `morphserve calibrate`"),
+        ("kv: {max_preemptions: 2}\npolicy: {kind: slo, quality_budget: 9}\n", "nobody has measured those of level"),
         ("kv: {max_preemptions: 2}\npolicy: {kind: threshold, degrade_above: 7}\n", "degrade_above.*less than or"),
         ("kv: {max_preemptions: 2}\npolicy: {kind: threshold, restore_below: 0.9}\n", "restore_below 0.9 is above"),
         ("policy: [", "not valid YAML"),

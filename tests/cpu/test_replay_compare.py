@@ -173,7 +173,6 @@ def test_repeats_are_interleaved_and_folded(tmp_path: Path) -> None:
         (("stock", "morphserve"), None, ReplayError),
         (("stock", "morphserve"), "polcy: {}", ConfigError),
         (("stock", "static_w9"), "kv: {}", ReplayError),
-        (("stock", "morphserve"), "policy: {kind: slo}", ReplayError),
         (("stock", "morphserve"), "policy: {kind: slo}\nstep_times: /none.json", ReplayError),
     ],
 )

@@ -37,7 +37,7 @@ def test_runs_side_by_side_make_a_report(
 ) -> None:
     """Guards: a simulation that needs a model, lacks a run, or is taken for a measurement."""
     careful = tmp_path / "careful.yaml"
-    careful.write_text(DEMO.read_text() + "  dwell_s: 5\n")
+    careful.write_text(DEMO.read_text() + "  dwell_s: 4\n")
     code, document, err = replay(
         capsys, "--workload", ROOT / "scripts" / "workloads" / "hybB.jsonl", "--simulate", "--step-times", step_times,
         "--compare", "stock,morphserve,static_w8,careful", "--config", DEMO, "--policy", f"careful={careful}",
@@ -50,7 +50,7 @@ def test_runs_side_by_side_make_a_report(
     page = Path(document["report"]).read_text(encoding="utf-8")
     assert '<p class="headline">Simulated: SLO violations' in page
     assert "simulated, no server was started" in page and "How it was simulated" in page
-    assert "load average" not in page and "dwell_s: 5" in page
+    assert "load average" not in page and "dwell_s: 4" in page
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["headline"].startswith("Simulated: ")
     result = json.loads((tmp_path / "out" / "careful" / "result.json").read_text())

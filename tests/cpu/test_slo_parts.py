@@ -7,13 +7,20 @@ from dataclasses import replace
 
 import pytest
 
-from policies import Cohort, EngineLimits, Signals, StepLoad, StepTime
+from policies import Cohort, EngineLimits, LayerMove, Signals, StepLoad, StepTime
 from policies.slo.correction import Correction
 from policies.slo.forecast import ArrivalForecast
+from policies.slo.level_times import CalibratedTimes
 from policies.slo.limits import QualityBudget, TokenBucket
 from policies.slo.predictor import Load, Predictor, Typical
 
-TIMES = (StepTime(0.012, 4e-4, 2.5e-4, 1.2e-6), StepTime(0.007, 3e-4, 1.5e-4, 1.2e-6))
+
+def times(*levels: StepTime) -> CalibratedTimes:
+    """Each level's, as calibrated."""
+    return CalibratedTimes(levels, LayerMove(0.004, 0.008))
+
+
+TIMES = times(StepTime(0.012, 4e-4, 2.5e-4, 1.2e-6), StepTime(0.007, 3e-4, 1.5e-4, 1.2e-6))
 LIMITS = EngineLimits(block_size=32, max_num_seqs=64, max_num_batched_tokens=2048)
 QUIET = Signals(
     now_s=100.0, level=0, target_level=0, num_kv_blocks=49, used_kv_blocks=0, num_waiting=0, num_running=0,
@@ -195,6 +202,6 @@ def test_a_slow_level_pays_for_those_it_would_lose() -> None:
     """Guards: requests that only a slow level cannot save counted as lost anyway, which makes it look good."""
     late_soon = replace(PACKED, step_s=0.02, waiting=(Cohort(12, 768, 98.1, 98.2),))
     slow = StepTime(5.0, 0.01, 0.001, 0.0)
-    assert Predictor((150,), (slow,), LIMITS).predict(0, load(late_soon), 0.0).requests == pytest.approx(12 + 10)
+    assert Predictor((150,), times(slow), LIMITS).predict(0, load(late_soon), 0.0).requests == pytest.approx(12 + 10)
     preempted = replace(late_soon, tpot_s=0.05, waiting=(Cohort(12, 768, 98.1, 98.2, has_token=True),))
-    assert Predictor((150,), (slow,), LIMITS).predict(0, load(preempted), 0.0).requests == pytest.approx(12 + 10)
+    assert Predictor((150,), times(slow), LIMITS).predict(0, load(preempted), 0.0).requests == pytest.approx(12 + 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from morphserve.tools.workload.metrics import Slo
 from morphserve.tools.workload.timeline import level_zero_after_s
 from morphserve.tools.workload.workload import Workload
 from policies import EngineLimits, Ladder, SloConfig, SloPolicy, StepTime, build_policy
-from policies.slo.policy import fill_in
+from policies.slo.targets import fill_in
 from tests.cpu.sim_world import CALIBRATION, SERVER, config, workload
 
 LIMITS = EngineLimits(32, 64, 2048)
@@ -41,7 +42,9 @@ def bursts(count: int, gap_s: float, seed: int, rate: float = 9.0, seconds: floa
 
 
 def run(load: Workload, policy: dict[str, Any] | None, server: SimServer = SERVER, **kwargs: Any) -> Simulated:
-    return simulate(load, server, None if policy is None else config(**policy), CALIBRATION, **kwargs)
+    """Where the policy predicts, from calibrated step times: test_slo_learned.py has those that are learned."""
+    known = None if policy is None else config(**policy).model_copy(update={"step_times": Path("times.json")})
+    return simulate(load, server, known, CALIBRATION, **kwargs)
 
 
 def violations(result: Simulated) -> float:
@@ -169,10 +172,10 @@ def test_accuracy_stays_within_eight_bits() -> None:
     assert ladder()[targets.max_level].formats <= {"base", "w8"}
 
 
-def test_without_step_times_it_says_what_to_do() -> None:
-    """Guards: a policy that predicts from nothing."""
-    with pytest.raises(ValueError, match="morphserve calibrate"):
-        build_policy(SloConfig(kind="slo"), ladder(), None, LIMITS)
+def test_without_limits_it_says_what_to_do() -> None:
+    """Guards: an AttributeError in the first burst."""
+    with pytest.raises(ValueError, match="kind threshold"):
+        build_policy(SloConfig(kind="slo"), ladder(), CALIBRATION.times, None)
 
 
 def test_lost_trust_hands_over_to_thresholds_and_comes_back() -> None:

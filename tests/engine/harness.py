@@ -50,6 +50,8 @@ BATCH_TOKENS = 2048
 class ScriptPolicy:
     """Level by number of the decision: {0: 0, 5: 3} means level 3 from the sixth step on."""
 
+    predictions = None
+
     def __init__(self, script: dict[int, int]) -> None:
         self.script = dict(script)
         self.level = 0

@@ -27,6 +27,7 @@ def status(engine: int, level: int) -> dict[str, Any]:
         "used_kv_blocks": level,
         "layers_by_format": {"w8": level} if level else {"base": 6},
         "ledger": {"budget_bytes": 1000, "weights_bytes": 900 - level},
+        "predictions": "learned" if level else None,
         "pause_ms": {"count": level, "p50": None, "max": 2.5 if level else None},
         "failed": bool(level),
         "transitions": {"degrade_committed": level} if level else {},
@@ -62,6 +63,11 @@ def test_engines_are_told_apart() -> None:
     assert found["morphserve:controller_seconds_count", "engine=0"] == 3
     assert found["morphserve:policy_reloads_total", "engine=1", "outcome=ok"] == 3
     assert found["morphserve:policy_reloads_total", "engine=1", "outcome=refused"] == 6
+    states = {labels: value for labels, value in found.items() if labels[0] == "morphserve:predictions"}
+    assert [labels for labels, value in states.items() if value] == [
+        ("morphserve:predictions", "engine=1", "state=learned")
+    ]
+    assert len(states) == 8
     assert samples([]) == {}
 
 

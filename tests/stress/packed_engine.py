@@ -48,6 +48,8 @@ def _digest(parameter: Any) -> str:
 class Script:
     """A policy: the level by number of the decision."""
 
+    predictions = None
+
     def __init__(self, script: dict[int, int]) -> None:
         self._script, self._level, self._count = dict(script), 0, 0
 

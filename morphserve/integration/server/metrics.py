@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from fastapi import APIRouter, HTTPException
 from prometheus_client import REGISTRY
@@ -26,6 +26,7 @@ from prometheus_client.registry import Collector
 from morphserve.integration.server.page import add_page
 from morphserve.integration.server.queue_limit import QueueLimit
 from morphserve.integration.server.reload_api import add_route, on_hangup
+from policies import Predictions
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -95,6 +96,10 @@ def _transitions(s: _Status) -> list[_Row]:
     return [(tuple(key.split("_", 1)), count) for key, count in s["transitions"].items()]
 
 
+def _predictions(s: _Status) -> list[_Row]:
+    return [((state,), float(s["predictions"] == state)) for state in get_args(Predictions)]
+
+
 def _reloads(s: _Status) -> list[_Row]:
     return [(("ok",), s["policy"]["reloads"]), (("refused",), s["policy"]["refused"])]
 
@@ -124,6 +129,13 @@ _FAMILIES: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, 
         "1 when MorphServe gave up and the server goes on without it.",
         (),
         lambda s: [((), float(bool(s["failed"])))],
+    ),
+    (
+        GaugeMetricFamily,
+        "predictions",
+        "1 for what kind slo predicts from; while learning or distrusted, thresholds decide.",
+        ("state",),
+        _predictions,
     ),
     (
         CounterMetricFamily,

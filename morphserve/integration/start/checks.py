@@ -53,7 +53,7 @@ def policy_setup(config: MorphServeConfig, vllm_config: VllmConfig) -> PolicySet
     """Return what the policy is made of, beside the ladder.
 
     Raises:
-        ConfigError: the step times it needs cannot be read. Policies do not know our errors.
+        ConfigError: step times that there are cannot be read. Policies do not know our errors.
     """
     limits = EngineLimits(
         vllm_config.cache_config.block_size,
@@ -72,7 +72,7 @@ def make_policy(setup: PolicySetup, ladder: Ladder) -> Policy:
     """Build the policy that the `policy:` section asks for.
 
     Raises:
-        ConfigError: the section does not fit the ladder, or there are no step times and it needs them.
+        ConfigError: the section does not fit the ladder.
     """
     try:
         return setup.build(ladder)

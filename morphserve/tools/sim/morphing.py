@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from morphserve.config import MorphServeConfig
+from morphserve.config import MorphServeConfig, step_times_file
 from morphserve.control import (
     DEFAULT_FORMATS,
     TIMED_BATCHES,
@@ -104,7 +104,8 @@ class Morphing:
         """
         rank = calibration.rank_with(server.block_size)
         limits = EngineLimits(server.block_size, server.max_num_seqs, server.max_num_batched_tokens)
-        setup = PolicySetup(config.policy, calibration.times, limits)
+        known = step_times_file(config) is not None  # a server without such a file learns its times, so does this one
+        setup = PolicySetup(config.policy, calibration.times if known else None, limits)
         try:
             policy = setup.build(ladder)
         except ValueError as e:

@@ -1,0 +1,61 @@
+"""How long it takes to switch a layer, as the engine's own transitions have shown."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from policies.step_times import LayerMove
+from policies.types import Ladder, Signals
+
+LAYERS_PER_STEP = 4  # switched between two steps, about: transition.max_layers_per_step and the pause allow so many
+
+# Until one was seen: a layer that degrades is copied by one core, one that restores is read anew, at half of that. Too
+# long on a device that stages beside its steps: then a level is entered a little early.
+_COPY_BYTES_PER_S = 1.7e9
+_MEMORY = 8  # transitions that a new one is one of, at most
+_ROOM = 4.0  # a transition that took so many times longer waited for something else
+_LEAST_S = 1e-5
+
+
+def layers_between(ladder: Ladder, start: int, end: int) -> int:
+    """Return how many layers have another format at one level than at the other."""
+    formats = zip(ladder[start].layer_formats, ladder[end].layer_formats, strict=True)
+    return sum(a != b for a, b in formats)
+
+
+class LearnedMoves:
+    """The time of a layer by direction: a guess by its bytes, corrected by each transition that came through."""
+
+    def __init__(self, ladder: Ladder) -> None:
+        """Guess."""
+        copy_s = ladder[0].weight_bytes / len(ladder[0].layer_formats) / _COPY_BYTES_PER_S
+        self.move = LayerMove(copy_s, 2 * copy_s)
+        self._ladder = ladder
+        self._seen = {"degrade_s": 0, "restore_s": 0}
+        self._last_s = 0.0  # of the tick before
+        self._way: tuple[float, int, int] | None = None  # a transition under way: since when, from and to which level
+
+    def watch(self, s: Signals) -> None:
+        """Follow the transition under way, if there is one, and learn from its end."""
+        if s.target_level != s.level:
+            if self._way is None:
+                self._way = (self._last_s, s.level, s.target_level)
+            elif self._way[2] != s.target_level:
+                self._way = (s.now_s, -1, s.target_level)  # it has turned: nobody knows how far it was
+        elif self._way is not None:
+            started_s, start, end = self._way
+            self._way = None
+            if start >= 0 and s.level == end:
+                self._learn(s, start, s.now_s - started_s)
+        self._last_s = s.now_s
+
+    def _learn(self, s: Signals, start: int, seconds: float) -> None:
+        layers = layers_between(self._ladder, start, s.level)
+        if not layers:
+            return
+        name = "degrade_s" if s.level > start else "restore_s"
+        known = max(getattr(self.move, name), _LEAST_S)
+        own_s = max(seconds / layers - s.step_s / LAYERS_PER_STEP, _LEAST_S)  # beside the steps between swap batches
+        self._seen[name] = min(self._seen[name] + 1, _MEMORY)
+        ratio = min(max(own_s / known, 1 / _ROOM), _ROOM)
+        self.move = replace(self.move, **{name: known * ratio ** (1 / self._seen[name])})

@@ -1,0 +1,41 @@
+"""The settings of kind slo with what the user left out filled in from the mode's presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from policies.config import SloConfig
+from policies.levels import max_level_of
+from policies.types import Ladder
+
+
+@dataclass(frozen=True, slots=True)
+class SloTargets:
+    """SloConfig with every field filled in."""
+
+    target: float
+    horizon_s: float
+    dwell_s: float
+    max_level: int
+
+
+_PRESETS: dict[str, tuple[float, float, float]] = {  # target, horizon_s, dwell_s
+    "accuracy": (0.05, 2.0, 0.5),
+    "default": (0.01, 3.0, 1.0),
+    "performance": (0.002, 6.0, 3.0),
+}
+
+
+def fill_in(config: SloConfig, ladder: Ladder) -> SloTargets:
+    """Fill in what the user left out from the mode's presets.
+
+    Raises:
+        ValueError: `max_level` is not on the ladder.
+    """
+    target, horizon_s, dwell_s = _PRESETS[config.mode]
+    return SloTargets(
+        target if config.target is None else config.target,
+        horizon_s if config.horizon_s is None else config.horizon_s,
+        dwell_s if config.dwell_s is None else config.dwell_s,
+        max_level_of(config, ladder),
+    )
