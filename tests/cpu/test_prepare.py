@@ -99,7 +99,7 @@ def test_a_killed_run_goes_on(
 ) -> None:
     """Guards: finished parts that are lost with the one that was not."""
     machine.dies_at = part
-    assert prepare(model) == 1
+    assert prepare(model) == 130
     assert "the same command goes on from there" in capsys.readouterr().err
     machine.dies_at = ""
     assert prepare(model) == 0
@@ -123,7 +123,7 @@ def test_the_server_that_is_meant_is_the_one_that_is_measured(model: Path, machi
 def test_a_checkpoint_is_made_measured_and_kept_with_the_profile(model: Path, machine: Machine) -> None:
     """Guards: levels that were measured with other 4 bits than are served; minutes of quantizing done twice."""
     machine.dies_at = "profile"
-    assert prepare(model, "--with-w4", "awq") == 1
+    assert prepare(model, "--with-w4", "awq") == 130
     machine.dies_at = ""
     assert prepare(model, "--with-w4", "awq") == 0
     assert machine.asked == ["asking vLLM", "quantizing with AWQ", "profile", "timing steps"]

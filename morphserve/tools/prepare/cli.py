@@ -1,9 +1,18 @@
-"""Command line of `morphserve prepare`."""
+"""Measure, once, what MODEL loses and how fast it is at each level, in the engine that will serve it.
+
+Profiles its layers on text (which to swap first, into what, and the input scales with which 8 bits lose least),
+measures the levels that follow in the kernels that serve them, and times engine steps. Each finished part is kept,
+named by what it was measured of, and a server that is started with the same options finds it by itself. A run that was
+killed goes on where it was.
+
+    morphserve prepare MODEL
+    vllm serve MODEL --plugin morphserve
+    morphserve prepare MODEL -tp 2 --dtype float16 --enforce-eager      # with options of the server
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,22 +21,10 @@ from typing import Any
 
 from morphserve.errors import MorphServeError, ProfilingError
 from morphserve.serve_dtype import AUTO, add_dtype_option, resolve_dtype
+from morphserve.tools.command import command_parser, fail, finish
 from morphserve.tools.profile.apart import add_parallel_options
 
 _BIND = "VLLM_CPU_OMP_THREADS_BIND"
-_DESCRIPTION = """Measure, once, what MODEL loses and how fast it is at each level, in the engine that will serve it.
-
-Profiles its layers on text (which to swap first, into what, and the input scales with which 8 bits lose least),
-measures the levels that follow in the kernels that serve them, and times engine steps. Each finished part is kept,
-named by what it was measured of, and a server that is started with the same options finds it by itself. A run that was
-killed goes on where it was.
-"""
-_EXAMPLE = """example:
-  morphserve prepare MODEL
-  vllm serve MODEL --plugin morphserve
-
-With options of the server: morphserve prepare MODEL -tp 2 --dtype float16 --enforce-eager
-"""
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "morphserve prepare") -> int:
@@ -38,20 +35,15 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve prepare") ->
     try:
         document = _prepare(args)
     except KeyboardInterrupt:
-        sys.stderr.write(f"{prog}: interrupted. What was finished is kept: the same command goes on from there.\n")
-        return 1
+        fail(prog, "interrupted. What was finished is kept: the same command goes on from there.")
+        return 130
     except (MorphServeError, OSError, ValueError) as e:
-        sys.stderr.write(f"{prog}: {' '.join(str(e).split())}\n")
-        return 1
-    if args.json:
-        sys.stdout.write(json.dumps(document) + "\n")
-    return 0
+        return fail(prog, " ".join(str(e).split()))
+    return finish(document) if args.json else 0
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=_DESCRIPTION, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, prog)
     parser.add_argument("model", help="directory or hub name")
     server = parser.add_argument_group("as the server will be started")
     add_dtype_option(server)

@@ -1,27 +1,25 @@
 """What a running server is doing now: level and ladder, KV blocks, queue, late requests, quality spent, transitions.
 
 Ends with 0 when the server has told its status, with 1 when there is none.
+
+    morphserve status --url http://127.0.0.1:8000 --json | jq .level
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 
 from morphserve.status_view import panels
+from morphserve.tools.command import command_parser
 from morphserve.tools.watch.client import NoStatus, add_url, fetch_status
 from morphserve.tools.watch.text import as_text
-
-_EXAMPLE = "example:\n  morphserve status --url http://127.0.0.1:8000 --json | jq .level"
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "morphserve status") -> int:
     """Print a server's status once."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, prog)
     add_url(parser)
     parser.add_argument("--json", action="store_true", help="print the document of GET /morphserve/status, on one line")
     args = parser.parse_args(argv)

@@ -2,11 +2,12 @@
 
 On a terminal it fills the screen; into a pipe or a file it writes a line an interval, and one for each transition.
 Ctrl-C ends it: with 0, or with 1 where the server does not answer by then. A server that goes away is waited for.
+
+    morphserve watch --url http://127.0.0.1:8000 --interval 0.5
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -14,11 +15,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from morphserve.status_view import Panel, panels
+from morphserve.tools.command import command_parser
 from morphserve.tools.options import number
 from morphserve.tools.watch.client import NoStatus, add_url, fetch_status
 from morphserve.tools.watch.text import one_liners, plain
-
-_EXAMPLE = "example:\n  morphserve watch --url http://127.0.0.1:8000 --interval 0.5"
 
 Fetch = Callable[[str], dict[str, Any]]
 
@@ -100,9 +100,7 @@ def watch(url: str, interval_s: float, view: View, fetch: Fetch = fetch_status) 
 
 def main(argv: Sequence[str] | None = None, prog: str = "morphserve watch") -> int:
     """Watch a server until Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, prog)
     add_url(parser)
     parser.add_argument("--interval", type=number, default=1.0, metavar="S", help="seconds between two looks")
     args = parser.parse_args(argv)
