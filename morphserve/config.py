@@ -116,7 +116,7 @@ class MorphServeConfig(_Section):
         None, description="directory that scripts/profile_layers.py made for this model; null = none"
     )
     step_times: Path | None = Field(
-        None, description="file that scripts/calibrate.py made; null = the profile's, else learned while serving"
+        None, description="file that `morphserve calibrate` made; null = the profile's, else learned while serving"
     )
     cache_dir: Path = Field(
         Path("~/.cache/morphserve"), description="packed variants; built once, verified, then read"
