@@ -78,7 +78,7 @@ class SloPolicy:
                 "ladder.expected_kl (`morphserve measure-kl`) or a profile, or leave the budget out."
             )
         self._fallback = ThresholdPolicy(ThresholdConfig(kind="threshold", max_level=self.targets.max_level), ladder)
-        self.distrusts = not self._times.is_settled
+        self.distrusts = False
         self.dwell = Dwell(self.targets.dwell_s)
         self._fits_since: list[float | None] = [None] * len(self._ladder)
         self._thought_s = float("-inf")
@@ -99,7 +99,6 @@ class SloPolicy:
         """Go on with the step times that another policy has learned, if both learn them."""
         if isinstance(self._times, LearnedTimes) and isinstance(last._times, LearnedTimes):
             self._times.take_over(last._times)
-            self.distrusts = not self._times.is_settled
 
     def decide(self, signals: Signals) -> Decision:
         """Return the level to serve at now. Cost: levels times cohorts, at most every `_THINK_S`."""
@@ -122,7 +121,7 @@ class SloPolicy:
         self.dwell.decay(s.now_s)
         if self.budget.exhausted:
             decision = self._spent(s, heading, load)
-        elif self.distrusts:
+        elif self.distrusts or not self._times.is_settled:
             self._max_queued_tokens = None  # nobody is refused on a prediction that was wrong
             decision = self._follow(s, heading, by_threshold)
         else:
@@ -303,7 +302,7 @@ class SloPolicy:
 
     def _weigh_trust(self) -> None:
         sigma = max(self.correction.sigma, self.correction.step_sigma)
-        self.distrusts = not self._times.is_settled or sigma > (_TRUST_AGAIN if self.distrusts else _LOST_TRUST)
+        self.distrusts = sigma > (_TRUST_AGAIN if self.distrusts else _LOST_TRUST)
 
     def _go(self, s: Signals, level: int, reason: str) -> Decision:
         if self._last.level != level:

@@ -18,7 +18,7 @@ from morphserve.control.replay_log import replay
 from morphserve.tools.sim import Calibration, Simulated, simulate
 from morphserve.tools.workload.metrics import Slo
 from morphserve.tools.workload.workload import Workload
-from policies import Cohort, LayerMove, Signals, SloConfig, SloPolicy, StepLoad, StepTime, StepTimes, succeed
+from policies import Cohort, LayerMove, SloConfig, SloPolicy, StepLoad, StepTime, StepTimes, succeed
 from tests.cpu.test_slo_parts import QUIET
 from tests.fakes import Rig
 
@@ -127,18 +127,22 @@ def learner() -> SloPolicy:
     return policy
 
 
-def steps(policy: SloPolicy, count: int, start: int = 0, signals: Signals = QUIET) -> None:
+def steps(policy: SloPolicy, count: int, start: int = 0, every_s: float = 1.0) -> None:
+    """So many; after each it says that it is learning, or one thing else."""
+    said = []
     for number in range(start, start + count):
         step = StepLoad(0.02, 2, 0, 300, 0)
-        policy.decide(replace(signals, now_s=100.0 + number, last_step=step))
+        policy.decide(replace(QUIET, now_s=100.0 + every_s * number, last_step=step))
+        said.append(policy.predictions)
+    assert len(set(said) - {"learning"}) <= 1 and said == sorted(said, key=lambda word: word != "learning")
 
 
 def test_it_says_what_it_predicts_from() -> None:
     """Guards: a status that says learned before anything was, or trusts what has been wrong."""
     policy = learner()
-    assert policy.predictions == "learning" and policy.distrusts
-    steps(policy, 40)
-    assert policy.predictions == "learned" and not policy.distrusts
+    assert policy.predictions == "learning"
+    steps(policy, 40, every_s=0.02)
+    assert policy.predictions == "learned"
     policy.correction._wait_square = 2.0
     steps(policy, 1, 40)
     assert policy.predictions == "distrusted"
