@@ -113,6 +113,7 @@ def test_one_warning_says_what_the_ladder_does_without(monkeypatch: pytest.Monke
         ({"kind": "slo", "mode": "accuracy"}, "mode accuracy allows level 0 alone of a ladder down to w4"),
         ({"kind": "threshold"}, ""),
         ({"kind": "static", "level": 0}, ""),
+        ({"kind": "threshold", "max_level": "w8"}, ""),
     ],
 )
 def test_a_policy_that_stays_at_level_0_is_told_of(

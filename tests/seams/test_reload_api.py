@@ -88,6 +88,15 @@ def test_a_policy_needs_the_key_that_requests_need(given: list[str] | None, monk
     assert sent == ["", POLICY.decode()]
 
 
+@pytest.mark.parametrize(("origin", "status"), [("http://elsewhere", 403), ("null", 403), ("http://testserver", 200)])
+def test_another_sites_page_cannot_set_the_policy(origin: str, status: int) -> None:
+    """Guards: a page that an operator has open, which posts to his server on localhost."""
+    sent: list[str] = []
+    client = client_of([answer(0)], MorphServeEndpoint(), sent)
+    done = client.post("/morphserve/reload", content=POLICY, headers={"Origin": origin})
+    assert done.status_code == status and len(sent) == (status == 200)
+
+
 # ---- SIGHUP
 
 

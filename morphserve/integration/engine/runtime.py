@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,9 +191,12 @@ class EngineRuntime:
     def _warn_of_rest(self, ladder: Ladder) -> None:
         """Say so when the policy will never leave level 0, as below 8 bits alone with a maximum of 8bit."""
         policy = self.config.policy
-        if policy.kind != "static" and ladder[1:] and max_level_of(policy, ladder) == 0:
-            asked = f"mode {policy.mode}" if policy.max_level is None else f"max_level {policy.max_level}"
-            logger.warning(
-                "morphserve: policy.%s allows level 0 alone of a ladder down to %s, so nothing will ever change. Set "
-                "policy.max_level to deepest for more.", asked, " and ".join(sorted(ladder[-1].formats)),
-            )  # fmt: skip
+        if policy.kind == "static" or not ladder[1:]:
+            return
+        with suppress(ValueError):  # an unknown level is refused when the policy is built
+            if max_level_of(policy, ladder) == 0:
+                asked = f"mode {policy.mode}" if policy.max_level is None else f"max_level {policy.max_level}"
+                logger.warning(
+                    "morphserve: policy.%s allows level 0 alone of a ladder down to %s, so nothing will ever change. Set "
+                    "policy.max_level to deepest for more.", asked, " and ".join(sorted(ladder[-1].formats)),
+                )  # fmt: skip

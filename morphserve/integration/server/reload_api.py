@@ -12,6 +12,7 @@ import signal
 from collections.abc import Awaitable, Callable, Sequence
 from hmac import compare_digest
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse
@@ -61,7 +62,7 @@ async def _text_of(request: Request, keys: Sequence[str]) -> str:
     """Return the body of a request that may have one.
 
     Raises:
-        HTTPException: too long, no text, or from somebody without a key.
+        HTTPException: too long, no text, from somebody without a key, or from another site's page.
     """
     body = b""
     async for chunk in request.stream():
@@ -72,11 +73,16 @@ async def _text_of(request: Request, keys: Sequence[str]) -> str:
         text = body.decode()
     except UnicodeDecodeError as e:
         raise HTTPException(422, f"the body is not UTF-8 text ({e.reason} at byte {e.start})") from e
+    if not text.strip():
+        return ""
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     is_known = scheme.lower() == "bearer" and any(compare_digest(key.encode(), known.encode()) for known in keys)
-    if text.strip() and keys and not is_known:
+    if keys and not is_known:
         raise HTTPException(401, "a policy in the body needs the server's API key. Send Authorization: Bearer KEY")
-    return text if text.strip() else ""
+    origin = request.headers.get("Origin")  # browsers say whose page sends; nobody else does
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("Host"):
+        raise HTTPException(403, f"a page of {origin[:80]} may not set this server's policy. Send it from a shell")
+    return text
 
 
 def combine(answers: list[dict[str, Any]]) -> dict[str, Any]:
