@@ -34,6 +34,9 @@ NEEDED_BYTES = GIB  # the wheel has 0.3 GiB, and is deleted; 0.1 GiB stay
 # In the wheel, and of no use without a GPU: libraries and the sources of kernels.
 _LEFT_OUT = frozenset({".so", ".h", ".hpp", ".cuh", ".cu", ".inl", ".jpg"})
 _LEFT_OUT_FILES = frozenset({"vllm/vllm-rs"})
+# How a command of Python begins, or where the path is too long or has blanks; and how ours do, whatever the path.
+_BEGINS = re.compile(rb"\A#!(?:/[^\n]*/python[\d.]*\n|/bin/sh\n'''exec' [^\n]*python[^\n]*\n' '''\n)")
+_BEGIN = "#!/bin/sh\n'''exec' \"{}\" \"$0\" \"$@\"\n' '''\n"
 _PATH_FILE = "morphserve-first-venv.pth"
 _PROBE = (
     "import importlib.metadata as m, vllm; from vllm.platforms import current_platform as p; p.import_kernels(); "
@@ -176,13 +179,14 @@ class AnotherVllm:
             own = self.own.venv / "bin" / command.name
             if not command.is_file() or command.is_symlink() or command.name.lower().startswith(("activate", "python")):
                 continue
-            content = command.read_bytes()
             own.unlink(missing_ok=True)
-            if content.startswith(b"#!") and str(self.first.python.parent).encode() in content.partition(b"\n")[0]:
-                own.write_bytes(f"#!{self.own.python}\n".encode() + content.partition(b"\n")[2])
-                own.chmod(0o755)
-            else:
+            content = command.read_bytes()
+            begin = _BEGINS.match(content)
+            if begin is None:  # no Python
                 own.symlink_to(command)
+                continue
+            own.write_bytes(_BEGIN.format(self.own.python).encode() + content[begin.end() :])
+            own.chmod(0o755)
 
     def _verify(self) -> None:
         code, output = self.own.run([str(self.own.python), "-c", _PROBE])

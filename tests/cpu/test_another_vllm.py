@@ -40,8 +40,9 @@ class FakeMachine:
         self.wheel: dict[str, str] | None = WHEEL  # None: the index has no such version
         self.dies_at = ""  # a word of the command at which the machine goes down
         self.imports = True
-        self.first = Environment(tmp_path / ".venv", "cpu", self)
-        self.own = Environment(tmp_path / ".venv-0.33.0", "cpu", self)
+        place = tmp_path / "a project"  # with a blank, which the first line of a command cannot have
+        self.first = Environment(place / ".venv", "cpu", self)
+        self.own = Environment(place / ".venv-0.33.0", "cpu", self)
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(self.first.venv)], check=True)
         site = self.first.site_packages
         assert site is not None
@@ -56,8 +57,10 @@ class FakeMachine:
             (info / "INSTALLER").write_text("morphserve-bootstrap" if "+" in name else "pip")
         (site / "other.py").write_text("there = True\n")
         (site / "project.pth").write_text("import sys; sys.project_is_there = True\n")
-        (self.first.venv / "bin" / "tool").write_text(f"#!{self.first.python}\nimport sys; print(sys.prefix)\n")
-        (self.first.venv / "bin" / "tool").chmod(0o755)
+        begin = f"#!/bin/sh\n'''exec' \"{self.first.python}\" \"$0\" \"$@\"\n' '''\n"  # as pip writes it
+        for name, line in (("tool", f"#!{self.first.python}\n"), ("other-tool", begin)):
+            (self.first.venv / "bin" / name).write_text(f"{line}import sys; print(sys.prefix, *sys.argv[1:])\n")
+            (self.first.venv / "bin" / name).chmod(0o755)
         (self.first.venv / "bin" / "ruff").write_bytes(b"\x7fELF")
 
     def ran(self, word: str) -> list[list[str]]:
@@ -108,11 +111,13 @@ def test_the_environment_adds_to_the_first_one(machine: FakeMachine) -> None:
     assert {path.relative_to(site / "vllm").as_posix() for path in (site / "vllm").rglob("*") if path.is_file()} == {
         "__init__.py", "v1/core.py", "py.typed", "chat.jinja", "_C.abi3.so"
     } | {path.relative_to(site / "vllm").as_posix() for path in (site / "vllm").rglob("*.pyc")}  # fmt: skip
-    tool = subprocess.run([machine.own.venv / "bin" / "tool"], capture_output=True, text=True, check=True)
-    assert tool.stdout.strip() == str(machine.own.venv)
+    for name in ("tool", "other-tool"):
+        command = [machine.own.venv / "bin" / name, "a b"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == f"{machine.own.venv} a b"
     assert (machine.own.venv / "bin" / "ruff").read_bytes() == b"\x7fELF"
     assert not machine.own.venv.joinpath("download").exists()
-    assert not (machine.first.venv / "bin" / "tool").read_text().startswith(f"#!{machine.own.python}\n")
+    assert (machine.first.venv / "bin" / "tool").read_text().startswith(f"#!{machine.first.python}\n")
 
 
 def test_of_the_wheels_requirements_only_what_serving_needs_is_installed(machine: FakeMachine) -> None:

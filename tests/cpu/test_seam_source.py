@@ -21,6 +21,7 @@ from morphserve.integration.seams.check import SeamResult
 from morphserve.integration.seams.rows import Seam
 from morphserve.integration.seams.tree import SourceTree
 
+ROOT = Path(__file__).parents[2]
 _NUMBERS = itertools.count()
 FILES = {
     "__init__.py": """
@@ -353,6 +354,18 @@ def test_the_script_loads_no_vllm(tmp_path: Path) -> None:
     assert done.returncode == 1 and not found["ok"] and found["vllm"] == "0.32.0", done.stderr
     assert [row["name"] for row in found["seams"] if row["holds"]] == ["version"]
     assert found["num_rows"] == len(found["seams"]) == 1 + sum(map(len, check_seams.TABLES.values()))
+
+
+def test_each_supported_version_that_is_here_has_all_rows() -> None:
+    """Guards: a row, or a parameter in it, that one of two supported versions does not have."""
+    sites = [file.parents[1] for file in sorted(ROOT.glob(".venv-*/lib/python3.*/site-packages/vllm/__init__.py"))]
+    trees = [tree for tree in map(SourceTree, sites) if seam_source.check_sources_version(tree).ok]
+    if not trees:
+        pytest.skip("no environment with another vLLM is here: make setup VLLM=0.33.0")
+    for tree in trees:
+        results = [r for rows in check_seams.TABLES.values() for r in seam_source.check_sources(rows, tree)]
+        broken = [(r.seam.name, r.detail) for r in results if not r.ok]
+        assert broken == [], seam_source.sources_version(tree)
 
 
 def test_a_new_parameter_without_a_default_is_noted(world: World) -> None:
