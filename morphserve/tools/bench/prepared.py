@@ -61,8 +61,8 @@ def stored_times(
     if weights is None:
         return None
     own = dtype or model_dtype(str(directory)) or ""
-    place = Place(**this_machine(cpu_bind), dtype=own, tensor_parallel=1, pipeline_parallel=1, compiled=not enforce_eager,
-                  vllm=vllm_version())  # fmt: skip
+    place = Place(**this_machine(cpu_bind), dtype=own, tensor_parallel=1, pipeline_parallel=1,
+                  compiled=not enforce_eager, vllm=vllm_version())  # fmt: skip
     findings = Findings()
     found = find_times(Store(cache_dir, weights), place, findings)
     for why in findings.not_used:
