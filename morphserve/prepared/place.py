@@ -36,18 +36,22 @@ class Place:
         return [f"{key} {theirs[key]} instead of {value}" for key, value in mine.items() if theirs[key] != value]
 
 
-def this_machine() -> dict[str, str]:
-    """Return `device`, `tier` and `cores` of a `Place` on this CPU.
+def this_machine(bound: str | None = None) -> dict[str, str]:
+    """Return `device`, `tier` and `cores` of a `Place` on this CPU; `bound` as of `bound_cores`.
 
     Raises:
         ConfigError: MORPHSERVE_CPU_TIER names no tier of this machine.
     """
-    return {"device": cpu_tier.cpu_name(), "tier": cpu_tier.tier() or "", "cores": bound_cores()}
+    return {"device": cpu_tier.cpu_name(), "tier": cpu_tier.tier() or "", "cores": bound_cores(bound)}
 
 
-def bound_cores() -> str:
-    """Return how many cores each rank is bound to, as vLLM will read it: '1', '2|2', or 'auto of 8'."""
-    bound = os.environ.get(_BIND) or "auto"
+def bound_cores(bound: str | None = None) -> str:
+    """Return how many cores each rank is bound to, as vLLM reads it: '1', '2|2', or 'auto of 8'.
+
+    Args:
+        bound: what VLLM_CPU_OMP_THREADS_BIND will be; None = what it is.
+    """
+    bound = bound or os.environ.get(_BIND) or "auto"
     try:
         return "|".join(str(len(set(_ids(rank)))) for rank in bound.split("|"))
     except ValueError:  # auto, nobind

@@ -44,7 +44,9 @@ def with_prepared(config: MorphServeConfig, calibration: Calibration) -> MorphSe
     return found.fill(config)
 
 
-def stored_times(cache_dir: Path, model: str, dtype: str | None, enforce_eager: bool) -> Path | None:
+def stored_times(
+    cache_dir: Path, model: str, dtype: str | None, *, enforce_eager: bool, cpu_bind: str | None = None
+) -> Path | None:
     """Return the step times that `morphserve prepare` has taken of a model on this machine, of a lone rank.
 
     Args:
@@ -52,14 +54,15 @@ def stored_times(cache_dir: Path, model: str, dtype: str | None, enforce_eager: 
         model: directory or hub name.
         dtype: of the server; None = the model's own.
         enforce_eager: not compiled.
+        cpu_bind: cores of the engine; None = as this process's environment says.
     """
     directory = local_files(model)
     weights = None if directory is None else weights_fingerprint(directory)
     if weights is None:
         return None
     own = dtype or model_dtype(str(directory)) or ""
-    place = Place(**this_machine(), dtype=own, tensor_parallel=1, pipeline_parallel=1, compiled=not enforce_eager,
-                  vllm=vllm_version())  # fmt: skip
+    place = Place(**this_machine(cpu_bind), dtype=own, tensor_parallel=1, pipeline_parallel=1,
+                  compiled=not enforce_eager, vllm=vllm_version())  # fmt: skip
     findings = Findings()
     found = find_times(Store(cache_dir, weights), place, findings)
     for why in findings.not_used:

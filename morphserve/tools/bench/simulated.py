@@ -64,7 +64,9 @@ def check_options(args: argparse.Namespace) -> None:
     if args.step_times is None and args.model:
         cache_dir = (MorphServeConfig() if args.config is None else load_config(args.config)).cache_dir
         dtype = resolve_dtype(args.dtype or AUTO, args.model)
-        args.step_times = stored_times(cache_dir, args.model, dtype, args.enforce_eager)
+        args.step_times = stored_times(
+            cache_dir, args.model, dtype, enforce_eager=args.enforce_eager, cpu_bind=args.cpu_bind
+        )
     if args.step_times is None or args.out is None:
         raise ReplayError(
             "--simulate needs --step-times FILE, or a --model that `morphserve prepare` has timed here, and --out DIR."
