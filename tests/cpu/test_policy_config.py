@@ -114,10 +114,10 @@ def test_bits_mean_the_same_on_every_device(on: str) -> None:
     assert resolve_level(ladder, "4bit") == resolve_level(ladder, "3bit") == len(ladder) - 1
     assert resolve_level(ladder, "16bit") == resolve_level(ladder, "9bit") == 0
     assert build_policy(StaticConfig(kind="static", level="8bit"), ladder).decide(IDLE).level == eight
-    for policy in (load_config(YAML / "accuracy.yaml").policy, ThresholdConfig(kind="threshold", mode="accuracy")):
-        assert isinstance(policy, ThresholdConfig)
-        assert fill_in(policy, ladder).max_level == eight
-        assert isinstance(build_policy(policy, ladder), ThresholdPolicy)
+    assert fill_in(ThresholdConfig(kind="threshold", mode="accuracy"), ladder).max_level == eight
+    for policy in (load_config(YAML / "accuracy.yaml").policy, SloConfig(kind="slo", mode="accuracy")):
+        assert isinstance(policy, SloConfig)
+        assert slo_targets(policy, ladder).max_level == eight
 
 
 def test_a_half_in_fewer_bits_counts() -> None:

@@ -342,7 +342,7 @@ def test_a_bad_policy_that_is_sent_changes_nothing(sent: str, words: str) -> Non
     answer = desk.reloader.reload("POST", sent)
     assert not answer["ok"] and answer["outcome"] == "refused" and desk.taken == []
     assert re.search(words, answer["error"]) and "\n" not in answer["error"], answer["error"][:600]
-    assert len(answer["error"]) < 700 and answer["policy"]["kind"] == "threshold"
+    assert len(answer["error"]) < 700 and answer["policy"]["kind"] == "slo"
     assert desk.reloader.reloads.refused == 1
 
 
