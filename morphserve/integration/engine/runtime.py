@@ -197,6 +197,6 @@ class EngineRuntime:
             if max_level_of(policy, ladder) == 0:
                 asked = f"mode {policy.mode}" if policy.max_level is None else f"max_level {policy.max_level}"
                 logger.warning(
-                    "morphserve: policy.%s allows level 0 alone of a ladder down to %s, so nothing will ever change. Set "
-                    "policy.max_level to deepest for more.", asked, " and ".join(sorted(ladder[-1].formats)),
+                    "morphserve: policy.%s allows level 0 alone of a ladder down to %s, so nothing will ever change. "
+                    "Set policy.max_level to deepest for more.", asked, " and ".join(sorted(ladder[-1].formats)),
                 )  # fmt: skip
