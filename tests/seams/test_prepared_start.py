@@ -37,8 +37,8 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """caplog, also for vLLM's logger, which passes nothing on to the root."""
-    logger = logging.getLogger("vllm")
+    """caplog, also for our logger: vLLM's passes nothing on to the root, and loses its handlers at a first start."""
+    logger = logging.getLogger("vllm.morphserve")
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)

@@ -45,6 +45,8 @@ class ServedModel(LevelEngine):
             disable_log_stats=True, **arguments,
         )  # fmt: skip
         self.description: RankDescription = self.morph.runtime.ranks[0]
+        self._formats: dict[int, str] = {}  # decoder layer id |-> what it is in now; level 0 where nothing is said
+        self._num_kv_blocks = self.morph.pool.num_kv_blocks
         self._on_ranks(logit_meter.install, _BATCH + 1)
 
     @property
@@ -66,7 +68,11 @@ class ServedModel(LevelEngine):
     def put(self, layers: Mapping[int, str]) -> None:
         """Put these layers in these formats, all others in full precision."""
         wanted = {layer: layers.get(layer, BASE_FORMAT) for layer in range(self.num_layers)}
-        self.carry_out(wanted, self.morph.pool.num_kv_blocks)
+        changed = [layer for layer, fmt in wanted.items() if self._formats.get(layer, BASE_FORMAT) != fmt]
+        most = self.morph.runtime.stated.transition.layers_per_step  # that a rank has memory to stage
+        for start in range(0, len(changed), most):
+            self.carry_out({layer: wanted[layer] for layer in changed[start : start + most]}, self._num_kv_blocks)
+        self._formats = wanted
 
     def compare(self, ids: Sequence[int], is_base: bool) -> dict[str, float]:
         """Return what a text's next tokens are, teacher-forced; see `logit_meter.take`."""

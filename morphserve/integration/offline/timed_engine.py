@@ -77,6 +77,21 @@ class TimedEngine(LevelEngine):
         self._level = 0
         self._seconds = 0.0
         seams.wrap(seams.ENGINE_CORE, self._timed, on=self.core, name="step_fn")
+        self._sent: tuple[int, int, int] | None = None
+        if self.place.pipeline_parallel > 1:
+            self._note_what_is_sent()
+
+    def _note_what_is_sent(self) -> None:
+        """Keep what was in a step ourselves: between two of one batch, vLLM makes an empty one that fills the pipeline,
+        and so the monitor knows the time of none."""
+        monitor = self.morph.monitor
+        on_step = monitor.on_step
+
+        def noting(now: float, num_decodes: int, num_seqs: int, prefill: int, context: int, level: int | None) -> None:
+            self._sent = num_seqs, prefill, context
+            on_step(now, num_decodes, num_seqs, prefill, context, level)
+
+        monitor.on_step = noting
 
     def _timed(self, step: Callable[[], Any]) -> Callable[[], Any]:
         def timed_step() -> Any:
@@ -134,14 +149,13 @@ class TimedEngine(LevelEngine):
 
     def _record(self, fmt: str | None, count: int) -> None:
         for _ in range(count):
-            self._seconds = 0.0
+            self._seconds, self._sent = 0.0, None
             while self.num_requests and not self.step():
                 pass  # with pipeline stages a call may only send a step
-            step = self.morph.monitor.last_step
-            if fmt is not None and step is not None:
-                self.steps[fmt].append(
-                    StepLoad(self._seconds, step.num_seqs, step.prefill_tokens, step.context_tokens, self._level)
-                )
+            if (last := self.morph.monitor.last_step) is not None:
+                self._sent = last.num_seqs, last.prefill_tokens, last.context_tokens
+            if fmt is not None and self._sent is not None:
+                self.steps[fmt].append(StepLoad(self._seconds, *self._sent, self._level))
 
     def _add(self, count: int, num_tokens: int, max_tokens: int) -> None:
         for _ in range(count):
