@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,10 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """caplog, also for our logger: vLLM's passes nothing on to the root, and loses its handlers at a first start."""
-    logger = logging.getLogger("vllm.morphserve")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
+def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """caplog, which our lines reach past vLLM's logger: that is configured anew at a first start."""
+    monkeypatch.setattr("morphserve.integration.start.prepared.logger", logging.getLogger("test.prepared"))
+    return caplog
 
 
 @pytest.fixture
@@ -83,12 +80,12 @@ def test_what_was_prepared_is_used_in_every_process(
     assert served(before) == (None, None)
     profile, times, _ = prepare(model, cache, before)
     assert served(before) == (None, None), "what comes later is for the next start"
-    with logged.at_level(logging.INFO, "vllm.morphserve"):
+    with logged.at_level(logging.INFO, "test.prepared"):
         after = start(model, cache)
     for config in (after, copy.deepcopy(after), pickle.loads(pickle.dumps(after))):
         assert served(config) == (profile, times)
     assert after.compute_hash() == before.compute_hash()
-    (said,) = [record for record in logged.records if record.name == "vllm.morphserve"]
+    (said,) = [record for record in logged.records if record.name == "test.prepared"]
     assert said.levelname == "INFO" and str(profile) in said.message and str(times) in said.message
 
 
@@ -103,7 +100,7 @@ def test_step_times_of_another_way_to_serve_are_not(
     """Guards: predictions from another dtype, topology or way to compile; and nobody told what to do."""
     cache = tmp_path / "cache"
     prepare(model, cache, start(model, cache))
-    with logged.at_level(logging.INFO, "vllm.morphserve"):
+    with logged.at_level(logging.INFO, "test.prepared"):
         other = start(model, cache, **more)
     assert served(other)[1] is None
     (warning,) = [r.message for r in logged.records if r.levelname == "WARNING" and "not used" in r.message]
@@ -142,7 +139,7 @@ def test_damage_and_other_weights_never_stop_a_start(
         cache.write_text("")
     else:
         more = {"load_format": "dummy"}
-    with logged.at_level(logging.INFO, "vllm.morphserve"):
+    with logged.at_level(logging.INFO, "test.prepared"):
         assert served(start(model, cache, **more)) == (None, None)
     warnings = [r.message for r in logged.records if r.levelname == "WARNING" and "not used" in r.message]
     assert len(warnings) == (1 if harm in ("profile", "times") else 0)
