@@ -47,6 +47,8 @@ def test_replicas_morph_independently(
 ) -> None:
     """Guards: one replica's load moves another's level, or their figures are mixed."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the tests' own binding is for one engine
+    # vLLM 0.33 gives each replica a NUMA node of its own, unless this is set at all (docs/vllm.md).
+    monkeypatch.setenv("VLLM_CPU_SIM_MULTI_NUMA", "0")
     log = tmp_path / "decisions.jsonl.gz"
     settings = {"cache_dir": str(variant_cache), "policy": POLICY, "decision_log": str(log)}
     with serve(short_model, tmp_path, settings, "--data-parallel-size", "2", "--api-server-count", "1") as server:
