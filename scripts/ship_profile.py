@@ -15,7 +15,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from commands import command_parser, fail, finish
+from morphserve.tools.command import command_parser, fail, finish
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -205,9 +205,9 @@ def test_active_with_the_plugin(models: dict[str, str]) -> None:
         ({"ladder": {"order": [0, 99]}}, ["[99]", "layers 0 to 1", "Remove"]),
         ({"ladder": {"steps": [{"format": "w8", "layers": 7}]}}, ["is 7", "2 decoder layers", "Give 1 to 2"]),
         ({"ladder": {"steps": [{"format": "w4"}, {"format": "w8"}]}}, ["frees nothing", "wide to narrow"]),
-        ({"policy": {"kind": "static", "level": 99}}, ["level 99", "0 to 2", "Give one of these"]),
-        ({"policy": {"kind": "static", "level": "w2"}}, ["'w2'", "w4, w8", "Give one of these"]),
-        ({"policy": {"kind": "threshold", "max_level": 99}}, ["level 99", "0 to 2", "Give one of these"]),
+        ({"policy": {"kind": "static", "level": 99}}, ["level 99", "0 to 1", "Give one of these"]),
+        ({"policy": {"kind": "static", "level": "w2"}}, ["'w2'", "8bit, 4bit", "(base, w8)"]),
+        ({"policy": {"kind": "threshold", "max_level": 99}}, ["level 99", "0 to 1", "Give one of these"]),
         ({"kv": {"base_num_blocks": 8}}, ["8 blocks", "needs 9 blocks", "Raise kv.base_num_blocks"]),
     ],
 )

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,14 @@ def test_step_times_of_another_way_to_serve_are_not(
     assert "instead of" in warning and f"`morphserve prepare {model}`" in warning
 
 
-@pytest.mark.parametrize("settings", [{"prepared": False}, {"profile": "/mine", "step_times": "/times.json"}])
+@pytest.mark.parametrize("settings", [{"prepared": False}, {"profile": "mine", "step_times": "times.json"}])
 def test_what_the_settings_say_goes_first(model: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     """Guards: a user's own profile replaced behind his back, or no way to do without."""
     cache = tmp_path / "cache"
     config = start(model, cache)
-    prepare(model, cache, config)
+    profile, _, _ = prepare(model, cache, config)
+    shutil.copytree(profile, tmp_path / "mine")
+    settings = {key: str(tmp_path / value) if value else value for key, value in settings.items()}
     again = start(model, cache, {"prepared": settings.get("prepared", True)})
     named = tuple(Path(path) if path else None for path in (settings.get("profile"), settings.get("step_times")))
     assert served(again, settings) == named
@@ -151,7 +154,7 @@ def test_settings_that_a_profile_does_not_fit_are_served_without_it(
 ) -> None:
     """Guards: a server that started until its model was prepared: its ladder has no level that the settings name."""
     cache = tmp_path / "cache"
-    policy = {"policy": {"kind": "static", "level": "w4"}}
+    policy = {"policy": {"kind": "static", "level": "w4"}, "ladder": {"expected_kl": {"w4": 0.1}}}
     prepare(model, cache, start(model, cache, policy))
     assert served(start(model, cache, policy)) == (None, None)
     (warning,) = [r.message for r in logged.records if r.levelname == "WARNING" and "not used" in r.message]

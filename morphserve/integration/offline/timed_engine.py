@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from morphserve.config import LadderConfig, LadderStep, MorphServeConfig
-from morphserve.control import RankBytes, ladder_formats, optional_formats
+from morphserve.control import DEFAULT_FORMATS, RankBytes, ladder_formats, optional_formats
 from morphserve.integration import seams
 from morphserve.integration.offline.level_engine import LevelEngine
 from morphserve.integration.start import FOUND, default_formats
@@ -182,7 +182,8 @@ def _batches(max_num_seqs: int) -> tuple[int, ...]:
 def _one_level_each(config: MorphServeConfig) -> tuple[list[str], list[dict[str, Any]]]:
     """Return the formats of the config's ladder, widest first, and the steps of a ladder with one level for each."""
     profile = read_ladder(config)
-    if profile is None and config.ladder.steps is None and (here := default_formats()):
+    if profile is None and config.ladder.steps is None:  # of all, because what has no figure yet may get one
+        here = default_formats() or DEFAULT_FORMATS
         ladder = LadderConfig(steps=[LadderStep(format=fmt, optional=True) for fmt in here])
         config = config.model_copy(update={"ladder": ladder})
     halves = dict.fromkeys(half for fmt in ladder_formats(config.ladder, profile) for half in fmt.split("/"))

@@ -21,6 +21,7 @@ from typing import Any
 
 from morphserve.errors import MorphServeError, ProfilingError
 from morphserve.serve_dtype import AUTO, add_dtype_option, resolve_dtype
+from morphserve.shipped import text_file
 from morphserve.tools.command import command_parser, fail, finish
 from morphserve.tools.profile.apart import add_parallel_options
 
@@ -53,7 +54,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     server.add_argument("--max-num-seqs", type=int, default=64, metavar="N", help="largest step that is timed")
     server.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="default: vLLM's own")
     server.add_argument("--cpu-bind", metavar="CORES", help=f"cores of each rank; default: {_BIND}, else vLLM's choice")
-    parser.add_argument("--text", nargs="+", type=Path, help="calibration text, one file a domain; default: a part of "
+    parser.add_argument("--text", nargs="+", type=text_file, help="calibration text, one file a domain; default: a part of "
                         "WikiText-2 that comes along")  # fmt: skip
     parser.add_argument("--windows", type=int, default=6, help="windows of 512 tokens per file")
     parser.add_argument("--with-w4", choices=["awq", "gptq"], help="also quantize it to 4 bits with calibration, for "

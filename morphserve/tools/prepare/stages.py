@@ -16,7 +16,7 @@ from typing import Any
 from morphserve.errors import ProfilingError
 from morphserve.files import write_whole
 from morphserve.prepared import Place, ProfileKey, Store, StoredProfile
-from morphserve.tools.prepare.assets import calibration_text, quantize_command
+from morphserve.shipped import TEXT
 from morphserve.tools.prepare.request import Request
 from morphserve.tools.profile.apart import Progress, run_apart
 
@@ -54,7 +54,7 @@ class Preparation:
             MorphServeError: a part of it cannot be made; what was finished is kept.
         """
         start_s = time.monotonic()
-        texts = tuple(file.resolve() for file in text or (calibration_text(),))
+        texts = tuple(file.resolve() for file in text or (TEXT,))
         for file in texts:
             if not file.is_file():
                 raise ProfilingError(f"--text {file}: there is no such file. Give text files.")
@@ -146,8 +146,9 @@ class Preparation:
         if not out.is_dir():
             what = f"quantizing with {how.upper()}"
             self._progress(what, 0, 0)
-            command = [*quantize_command(), self._request.model, "--method", how, "--out", str(out), "--text"]
-            run_apart([*command, *map(str, texts)], f"no {fmt} checkpoint could be made", what, self._progress)
+            command = [sys.executable, "-m", "morphserve", "quantize", self._request.model, "--method", how]
+            command += ["--out", str(out), "--text", *map(str, texts)]
+            run_apart(command, f"no {fmt} checkpoint could be made", what, self._progress)
         return out
 
     def _make_profile(
