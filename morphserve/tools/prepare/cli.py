@@ -54,8 +54,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     server.add_argument("--max-num-seqs", type=int, default=64, metavar="N", help="largest step that is timed")
     server.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="default: vLLM's own")
     server.add_argument("--cpu-bind", metavar="CORES", help=f"cores of each rank; default: {_BIND}, else vLLM's choice")
-    parser.add_argument("--text", nargs="+", type=text_file, help="calibration text, one file a domain; default: a part of "
-                        "WikiText-2 that comes along")  # fmt: skip
+    parser.add_argument("--text", nargs="+", type=text_file, help="calibration text, one file a domain; default: a "
+                        "part of WikiText-2 that comes along")  # fmt: skip
     parser.add_argument("--windows", type=int, default=6, help="windows of 512 tokens per file")
     parser.add_argument("--with-w4", choices=["awq", "gptq"], help="also quantize it to 4 bits with calibration, for "
                         "the levels of 4 bits")  # fmt: skip
