@@ -65,12 +65,13 @@ def test_a_body_reaches_the_engines_whole_or_not_at_all() -> None:
     client = client_of([answer(0)], MorphServeEndpoint(), sent)
     for body in (POLICY, b" \n", b""):
         assert client.post("/morphserve/reload", content=body).status_code == 200
-    assert sent == [POLICY.decode(), "", ""]
+    assert client.post("/morphserve/reload", json={}).status_code == 200
+    assert sent == [POLICY.decode(), "", "", ""]
     most = reload_api._MAX_BODY_BYTES
     for body, status in ((b"x" * (most + 1), 413), ((b"x" * 1024 for _ in range(most)), 413), (b"\xff", 422)):
         done = client.post("/morphserve/reload", content=body)
         assert done.status_code == status and "\n" not in done.json()["detail"]
-    assert len(sent) == 3
+    assert len(sent) == 4
 
 
 @pytest.mark.parametrize("given", [["first", "second"], None])

@@ -27,6 +27,7 @@ class Ask(Protocol):
 
 
 _MAX_BODY_BYTES = 65_536
+_NOTHING = ("", "{}")  # what clients send that always send JSON, too
 _TIMEOUT_S = 60.0  # an engine answers between two steps, and one of a dead engine never
 
 _tasks: set[asyncio.Task[None]] = set()  # the loop itself keeps none alive
@@ -73,7 +74,7 @@ async def _text_of(request: Request, keys: Sequence[str]) -> str:
         text = body.decode()
     except UnicodeDecodeError as e:
         raise HTTPException(422, f"the body is not UTF-8 text ({e.reason} at byte {e.start})") from e
-    if not text.strip():
+    if text.strip() in _NOTHING:
         return ""
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     is_known = scheme.lower() == "bearer" and any(compare_digest(key.encode(), known.encode()) for known in keys)
