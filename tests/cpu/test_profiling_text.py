@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from morphserve.errors import ProfilingError
+from morphserve.tools.apart import run_apart
 from morphserve.tools.profile import measure, measure_apart, token_windows
-from morphserve.tools.profile.apart import run_apart
 from quant_layers import ProfileLevel
 
 pytestmark = pytest.mark.cpu

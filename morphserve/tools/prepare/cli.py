@@ -22,8 +22,8 @@ from typing import Any
 from morphserve.errors import MorphServeError, ProfilingError
 from morphserve.serve_dtype import AUTO, add_dtype_option, resolve_dtype
 from morphserve.shipped import text_file
+from morphserve.tools.apart import add_parallel_options
 from morphserve.tools.command import command_parser, fail, finish
-from morphserve.tools.profile.apart import add_parallel_options
 
 _BIND = "VLLM_CPU_OMP_THREADS_BIND"
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import TextIO
 
-from morphserve.tools.profile.apart import Progress
+from morphserve.tools.apart import Progress
 
 _LINE_INTERVAL_S = 30.0
 

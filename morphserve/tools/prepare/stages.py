@@ -17,8 +17,8 @@ from morphserve.errors import ProfilingError
 from morphserve.files import write_whole
 from morphserve.prepared import Place, ProfileKey, Store, StoredProfile
 from morphserve.shipped import TEXT
+from morphserve.tools.apart import Progress, run_apart
 from morphserve.tools.prepare.request import Request
-from morphserve.tools.profile.apart import Progress, run_apart
 
 _LENGTH = 512  # tokens of a window
 _DRAWS = 2  # answers drawn a token

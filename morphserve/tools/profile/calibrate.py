@@ -36,9 +36,9 @@ from morphserve.hub import local_files
 from morphserve.prepared import weights_fingerprint
 from morphserve.serve_dtype import add_dtype_option, resolve_dtype
 from morphserve.shipped import config_file
+from morphserve.tools.apart import add_parallel_options, counter, parallel_arguments
 from morphserve.tools.bench import ServerOptions, serve
 from morphserve.tools.command import command_parser, fail, finish
-from morphserve.tools.profile.apart import add_parallel_options, counter, parallel_arguments
 from morphserve.tools.profile.step_time_fit import fit_step_time
 from morphserve.tools.sim import Calibration
 from policies import BASE_FORMAT, StepTimes

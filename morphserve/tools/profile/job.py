@@ -15,7 +15,7 @@ import transformers
 from morphserve.errors import ProfilingError
 from morphserve.hub import find_files
 from morphserve.prepared import weights_fingerprint
-from morphserve.tools.profile.apart import Progress
+from morphserve.tools.apart import Progress
 from morphserve.tools.profile.effects import LayerEffects, backward_sweep, cost_of, forward_sweep
 from morphserve.tools.profile.measure import measure_apart
 from morphserve.tools.profile.model import StreamedModel

@@ -24,8 +24,8 @@ from morphserve import cpu_tier
 from morphserve.errors import MorphServeError
 from morphserve.serve_dtype import add_dtype_option, resolve_dtype
 from morphserve.shipped import TEXT, text_file
+from morphserve.tools.apart import Progress, add_parallel_options, counter, parallel_arguments, run_apart
 from morphserve.tools.command import command_parser, fail, finish
-from morphserve.tools.profile.apart import Progress, add_parallel_options, counter, parallel_arguments, run_apart
 from policies import BASE_FORMAT
 
 Levels = Sequence[Mapping[int, str]]  # decoder layer id |-> format; the others are at full precision

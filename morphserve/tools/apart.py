@@ -1,4 +1,4 @@
-"""Commands of this room that run an engine, in a process of their own: its ranks, how far it is, what came of it."""
+"""Commands that run an engine, in a process of their own: its ranks, how far it is, what came of it."""
 
 from __future__ import annotations
 
