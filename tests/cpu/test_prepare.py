@@ -16,6 +16,7 @@ from cpu.prepared_world import PLACE, TIMES, keep_profile, make_model
 from morphserve.errors import ProfilingError
 from morphserve.prepared import ProfileKey, Store, weights_fingerprint
 from morphserve.tools.prepare import main, stages
+from quant_layers import QuantError
 
 pytestmark = pytest.mark.cpu
 
@@ -132,6 +133,20 @@ def test_a_checkpoint_is_made_measured_and_kept_with_the_profile(model: Path, ma
     assert Path(profile.variants["w4"]).is_dir()
 
 
+def test_a_damaged_profile_is_made_again(
+    model: Path, machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: a server that sends its user to a command which then trips over what is damaged."""
+    assert prepare(model) == 0
+    profile = Path(last(capsys)["profile"])
+    (profile / "manifest.json").write_text("{}")
+    assert prepare(model) == 0
+    assert last(capsys)["made"] == ["profile"]
+    assert [each.directory for each in Store(model.parent / "cache", weights_fingerprint(model) or "").profiles()] == [
+        profile
+    ]
+
+
 def test_step_times_may_be_left_out(model: Path, machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards: minutes of timing that nobody asked for."""
     assert prepare(model, "--without-times") == 0
@@ -169,9 +184,11 @@ def test_a_part_that_fails_says_why(
 ) -> None:
     """Guards: an engine's stack instead of a line, or a preparation that counts as done."""
 
-    def refuse(*args: Any) -> None:
-        raise ProfilingError("the levels could not be measured (vLLM said: no room).")
+    for error in (ProfilingError("the levels could not be measured (vLLM said: no room)."), QuantError("no room")):
 
-    monkeypatch.setattr("morphserve.tools.profile.run_profile", refuse)
-    assert prepare(model) == 1
-    assert "no room" in capsys.readouterr().err
+        def refuse(*args: Any, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr("morphserve.tools.profile.run_profile", refuse)
+        assert prepare(model) == 1
+        assert "no room" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from typing import Any
 
 from morphserve.errors import ProfilingError
 from morphserve.files import write_whole
-from morphserve.prepared import Place, ProfileKey, Store, StoredProfile
+from morphserve.prepared import Place, ProfileKey, Store, StoredProfile, moment
 from morphserve.shipped import TEXT
 from morphserve.tools.apart import Progress, run_apart
 from morphserve.tools.prepare.request import Request
@@ -169,6 +169,8 @@ class Preparation:
         words = ["--dtype", r.dtype, *r.parallel_words, "--cache-dir", str(self._cache_dir)]
         words += [] if r.enforce_eager else ["--compiled"]
         words += [word for fmt, path in checkpoints.items() for word in ("--variant", f"{fmt}={path}")]
+        if job.out.exists():
+            shutil.rmtree(job.out)  # damaged: else it would have been found
         run_profile(job, words, (), self._progress)
         return job.out
 
@@ -187,7 +189,7 @@ class Preparation:
             self._progress("timing steps", 0, 0)
             done = run_apart(command, "steps could not be timed", "timing steps", self._progress)
             document = json.loads(out.read_text(encoding="utf-8"))
-        return self._store.keep_times(document, Place(**done["place"]), time.strftime("%Y-%m-%d", time.gmtime()))
+        return self._store.keep_times(document, Place(**done["place"]), moment())
 
 
 def _lines_of(profile: Path, times: Path | None) -> list[str]:
