@@ -46,7 +46,8 @@ class Machine:
         self._begin("profile", list(measure))
         self.job = job
         store = Store(job.out.parents[2], weights_fingerprint(Path(job.model)) or "")
-        keep_profile(store, ProfileKey(job.formats, PLACE.dtype, PLACE.tier, dict(job.sources)))
+        key = ProfileKey(job.formats, PLACE.dtype, PLACE.tier, dict(job.sources))
+        keep_profile(store, key, text=[file.name for file in job.text])
 
     def _begin(self, what: str, command: list[str]) -> None:
         if self.dies_at and self.dies_at in what:
@@ -145,6 +146,19 @@ def test_a_damaged_profile_is_made_again(
     assert [each.directory for each in Store(model.parent / "cache", weights_fingerprint(model) or "").profiles()] == [
         profile
     ]
+
+
+def test_a_profile_of_another_text_is_named(
+    model: Path, machine: Machine, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Guards: somebody's own text, given after the profile was made, that counts for nothing and nobody says so."""
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "theirs.txt").write_text("theirs")
+    assert prepare(model, "--text", str(tmp_path / "mine.txt")) == 0
+    for words, said in (("mine.txt", False), ("theirs.txt", True)):
+        capsys.readouterr()
+        assert prepare(model, "--text", str(tmp_path / words)) == 0
+        assert ("was made of mine.txt, and stays" in capsys.readouterr().out) is said
 
 
 def test_step_times_may_be_left_out(model: Path, machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:

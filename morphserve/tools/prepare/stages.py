@@ -62,7 +62,7 @@ class Preparation:
         place, formats, in_pages = self._served()
         sources = {"w4": w4} if w4 is not None and "w4" in formats else {}
         key = ProfileKey(tuple(formats), place.dtype, place.tier, sources)
-        profile, times = self._profile(key), self._times(place) if with_times else None
+        profile, times = self._profile(key, texts), self._times(place) if with_times else None
         missing = [what for what, found in (("profile", profile), ("times", times)) if found is None]
         if not with_times and "times" in missing:
             missing.remove("times")
@@ -90,9 +90,17 @@ class Preparation:
 
     # -- what is there
 
-    def _profile(self, key: ProfileKey) -> Path | None:
-        fitting: list[StoredProfile] = [each for each in self._store.profiles() if each.key == key]
-        return fitting[-1].directory if fitting else None
+    def _profile(self, key: ProfileKey, texts: Sequence[Path]) -> Path | None:
+        found: StoredProfile | None = next((each for each in self._store.profiles() if each.key == key), None)
+        if found is None:
+            return None
+        wanted = [file.name for file in texts]
+        if (text := found.made.get("text", wanted)) != wanted:
+            self.said.append(
+                f"the profile that is there was made of {', '.join(text)}, and stays. One of {', '.join(wanted)} makes "
+                "`morphserve profile`; name it as `profile` in the settings"
+            )
+        return found.directory
 
     def _times(self, place: Place) -> Path | None:
         return next((each.file for each in self._store.times() if each.place == place), None)
