@@ -83,5 +83,7 @@ serve: setup
 		$$dtype --plugin morphserve --morphserve-config $(CONFIG) \
 		--block-size 32 --num-gpu-blocks-override 49 --max-model-len 512 --max-num-seqs 64 $(SERVE_ARGS)
 
+# a directory that begins with the same name, and that no set-up of ours has made, is somebody else's
+clean: others = $(patsubst %/morphserve.stamp,%,$(wildcard $(VENV)-*/morphserve.stamp))
 clean:
-	rm -rf $(VENV) $(VENV)-* .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build *.egg-info $(OUT)
+	rm -rf $(VENV) $(others) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build *.egg-info $(OUT)

@@ -142,8 +142,7 @@ class MorphServeConfig(_Section):
     prepared: bool = Field(
         True,
         description="where no profile or step times are named, use what `morphserve prepare` has stored of this very "
-        "model, machine, dtype and topology, or what comes with the package, and learn what step times are missing "
-        "from the engine's own steps; false = only what is named here",
+        "model, machine, dtype and topology, or what comes with the package; false = only what is named here",
     )
     cache_dir: Path = Field(
         Path("~/.cache/morphserve"), description="packed variants; built once, verified, then read"

@@ -41,6 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if changed := _git("status", "--porcelain", "--", ".", ":!README.md"):
         return fail("readme_figures", f"changes are not committed, and figures name a commit:\n{changed}")
+    commit = _git("rev-parse", "--short", "HEAD")
+    if (begun := begun_at(args.out, commit)) != commit:
+        why = f"{args.out} has runs of commit {begun}, this is {commit}. Give another --out, or delete it."
+        return fail("readme_figures", why)
     windows = args.window or list(WINDOWS)
     try:
         demo = _demo(args.out / "demo")
@@ -51,11 +55,19 @@ def main(argv: list[str] | None = None) -> int:
     except subprocess.CalledProcessError as e:
         return fail("readme_figures", f"{' '.join(e.cmd[:4])} ... ended with {e.returncode}; see above")
     rows = {(w, run): _results(args.out / "sweep" / w, run) for w in windows for run in RUNS}
-    commit = _git("rev-parse", "--short", "HEAD")
     what = {"commit": commit, "cpu": describe_machine()["cpu"], "headline": headline(demo)}
     readme = ROOT / "README.md"
     readme.write_text(put(readme.read_text(encoding="utf-8"), section(what, windows, rows)), encoding="utf-8")
     return finish(what | {"windows": windows})
+
+
+def begun_at(out: Path, commit: str) -> str:
+    """Return the commit of the runs that are in `out` already; where there are none, this one from now on."""
+    note = out / "commit"
+    if not note.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        note.write_text(commit, encoding="utf-8")
+    return note.read_text(encoding="utf-8")
 
 
 def put(text: str, figures: str) -> str:

@@ -77,7 +77,7 @@ def write_manifest(model: Path) -> None:
     if missing:
         raise SetupError(
             f"converting {MEMBER} wrote no {', '.join(missing)}. The installed transformers cannot read this "
-            "GGUF file completely: delete .venv and run `make setup` to get the tested versions."
+            f"GGUF file completely: install the version that vLLM asks for. {_other_model()}"
         )
     files = {
         file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}
@@ -122,7 +122,7 @@ def download(directory: Path, run: Runner, log: Path) -> Path:
 
 
 def _other_model() -> str:
-    return "Run again, or serve a model of your own: make MODEL=/path/to/model ..."
+    return "Run again, or take a model of your own: morphserve demo --model DIR."
 
 
 def convert(gguf: Path, model: Path) -> None:

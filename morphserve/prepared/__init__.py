@@ -10,7 +10,7 @@ from __future__ import annotations
 from morphserve.prepared.entries import ProfileKey, StoredProfile, StoredTimes, TimesKey
 from morphserve.prepared.lookup import Findings, Prepared, find_prepared, find_profile, find_times
 from morphserve.prepared.place import Place, this_machine, vllm_version
-from morphserve.prepared.store import SHIPPED, Store
+from morphserve.prepared.store import SHIPPED, Store, moment
 from morphserve.prepared.weights import weights_fingerprint
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "find_prepared",
     "find_profile",
     "find_times",
+    "moment",
     "this_machine",
     "vllm_version",
     "weights_fingerprint",

@@ -41,7 +41,7 @@ class StoredProfile:
 
     @property
     def when(self) -> str:
-        """The day on which it was made."""
+        """The moment at which it was made."""
         return str(self.made.get("when", "?"))
 
     @property

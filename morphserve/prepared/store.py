@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -120,6 +121,11 @@ def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
     """Return a document with the hash of all else in it."""
     rest = {key: value for key, value in document.items() if key != _SHA}
     return {**rest, _SHA: hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
+def moment() -> str:
+    """Return when an entry is made: to the second, because several may be made on one day, and the last one counts."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
 
 
 def newest(found: Sequence[Entry]) -> Entry | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from morphserve.status_view.parts import Line, Tone
-from morphserve.status_view.words import counts, percent, words_of
+from morphserve.status_view.words import counts, percent
 
 Status = Mapping[str, Any]
 
@@ -88,7 +88,7 @@ def _transitions(s: Status) -> Line:
 
 def _policy(s: Status) -> Line:
     policy, predictions = s["policy"], s.get("predictions")
-    text = policy["kind"] if predictions is None else f"{policy['kind']}, predictions {words_of(predictions)}"
+    text = policy["kind"] if predictions is None else f"{policy['kind']}, predictions {predictions}"
     if policy["last_error"]:
         return Line("Policy", text, f"the last edit was refused: {policy['last_error']}", "bad")
     times = f", reloaded {policy['reloads']:,} times" if policy["reloads"] else ""

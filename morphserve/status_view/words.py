@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 
 def duration(seconds: float) -> str:
@@ -16,12 +15,6 @@ def duration(seconds: float) -> str:
 
 def counts(numbers: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in numbers.items())
-
-
-def words_of(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {each}" for name, each in value.items())
-    return str(value)
 
 
 def percent(part: float, whole: float) -> str:

@@ -32,16 +32,16 @@ class LearnedMoves:
         self.move = LayerMove(copy_s, 2 * copy_s)
         self._ladder = ladder
         self._seen = {"degrade_s": 0, "restore_s": 0}
-        self._last_s = 0.0  # of the tick before
+        self._last_s: float | None = None  # of the tick before
         self._way: tuple[float, int, int] | None = None  # a transition under way: since when, from and to which level
 
     def watch(self, s: Signals) -> None:
         """Follow the transition under way, if there is one, and learn from its end."""
         if s.target_level != s.level:
-            if self._way is None:
+            if self._way is None and self._last_s is not None:
                 self._way = (self._last_s, s.level, s.target_level)
-            elif self._way[2] != s.target_level:
-                self._way = (s.now_s, -1, s.target_level)  # it has turned: nobody knows how far it was
+            elif self._way is None or self._way[2] != s.target_level:
+                self._way = (s.now_s, -1, s.target_level)  # met half-way, or it has turned: nobody knows how far it was
         elif self._way is not None:
             started_s, start, end = self._way
             self._way = None

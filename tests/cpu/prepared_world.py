@@ -46,13 +46,15 @@ def store_of(model: Path, cache: Path, shipped: Path = Path("/nowhere")) -> Stor
     return Store(cache, weights, shipped)
 
 
-def keep_profile(store: Store, key: ProfileKey = KEY, *, int8: bool = True, when: str = "2026-01-02") -> Path:
+def keep_profile(
+    store: Store, key: ProfileKey = KEY, *, int8: bool = True, when: str = "2026-01-02", **more: object
+) -> Path:
     """Put a profile there as `morphserve prepare` does."""
     directory = store.profile_at(key)
     directory.parent.mkdir(parents=True, exist_ok=True)
     said = {
         "weights": store.weights, "formats": list(key.formats), "dtype": key.dtype, "tier": key.tier,
-        "sources": dict(key.sources), "int8_activations": int8, "when": when,
+        "sources": dict(key.sources), "int8_activations": int8, "when": when, **more,
     }  # fmt: skip
     ladder = (ProfileLevel({}, 0.0), ProfileLevel({1: "w8"}, 0.01), ProfileLevel({0: "w8", 1: "w8"}, 0.02))
     scales = {0: {"mlp.down_proj": torch.ones(192)}}

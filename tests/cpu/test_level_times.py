@@ -254,3 +254,12 @@ def test_a_way_that_turned_teaches_nothing() -> None:
     assert moves.move == guess
     transition(moves, 1, 0, 1000.0)
     assert moves.move.restore_s <= 4.01 * guess.restore_s
+
+
+def test_a_way_that_was_met_half_way_teaches_nothing() -> None:
+    """Guards: a server's whole uptime taken for the time of a transition during which the policy was replaced."""
+    moves = LearnedMoves(LADDER)
+    guess = moves.move
+    for now_s, level in ((5000.0, 0), (5001.0, 1)):
+        moves.watch(replace(QUIET, now_s=now_s, level=level, target_level=1))
+    assert moves.move == guess

@@ -62,6 +62,7 @@ def test_default_yaml_names_every_key() -> None:
     for model in (*sections, SloConfig):
         for name in model.model_fields:
             assert f"{name}:" in text, f"{model.__name__}.{name}"
+    assert all(f"{name}:" in text for name in ThresholdConfig.model_fields), "`init` writes this file alone"
     text = (YAML / "threshold.yaml").read_text()
     assert all(f"{name}:" in text for name in ThresholdConfig.model_fields)
 

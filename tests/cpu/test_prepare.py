@@ -16,6 +16,7 @@ from cpu.prepared_world import PLACE, TIMES, keep_profile, make_model
 from morphserve.errors import ProfilingError
 from morphserve.prepared import ProfileKey, Store, weights_fingerprint
 from morphserve.tools.prepare import main, stages
+from quant_layers import QuantError
 
 pytestmark = pytest.mark.cpu
 
@@ -45,7 +46,8 @@ class Machine:
         self._begin("profile", list(measure))
         self.job = job
         store = Store(job.out.parents[2], weights_fingerprint(Path(job.model)) or "")
-        keep_profile(store, ProfileKey(job.formats, PLACE.dtype, PLACE.tier, dict(job.sources)))
+        key = ProfileKey(job.formats, PLACE.dtype, PLACE.tier, dict(job.sources))
+        keep_profile(store, key, text=[file.name for file in job.text])
 
     def _begin(self, what: str, command: list[str]) -> None:
         if self.dies_at and self.dies_at in what:
@@ -132,6 +134,33 @@ def test_a_checkpoint_is_made_measured_and_kept_with_the_profile(model: Path, ma
     assert Path(profile.variants["w4"]).is_dir()
 
 
+def test_a_damaged_profile_is_made_again(
+    model: Path, machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: a server that sends its user to a command which then trips over what is damaged."""
+    assert prepare(model) == 0
+    profile = Path(last(capsys)["profile"])
+    (profile / "manifest.json").write_text("{}")
+    assert prepare(model) == 0
+    assert last(capsys)["made"] == ["profile"]
+    assert [each.directory for each in Store(model.parent / "cache", weights_fingerprint(model) or "").profiles()] == [
+        profile
+    ]
+
+
+def test_a_profile_of_another_text_is_named(
+    model: Path, machine: Machine, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Guards: somebody's own text, given after the profile was made, that counts for nothing and nobody says so."""
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "theirs.txt").write_text("theirs")
+    assert prepare(model, "--text", str(tmp_path / "mine.txt")) == 0
+    for words, said in (("mine.txt", False), ("theirs.txt", True)):
+        capsys.readouterr()
+        assert prepare(model, "--text", str(tmp_path / words)) == 0
+        assert ("was made of mine.txt, and stays" in capsys.readouterr().out) is said
+
+
 def test_step_times_may_be_left_out(model: Path, machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards: minutes of timing that nobody asked for."""
     assert prepare(model, "--without-times") == 0
@@ -169,9 +198,11 @@ def test_a_part_that_fails_says_why(
 ) -> None:
     """Guards: an engine's stack instead of a line, or a preparation that counts as done."""
 
-    def refuse(*args: Any) -> None:
-        raise ProfilingError("the levels could not be measured (vLLM said: no room).")
+    for error in (ProfilingError("the levels could not be measured (vLLM said: no room)."), QuantError("no room")):
 
-    monkeypatch.setattr("morphserve.tools.profile.run_profile", refuse)
-    assert prepare(model) == 1
-    assert "no room" in capsys.readouterr().err
+        def refuse(*args: Any, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr("morphserve.tools.profile.run_profile", refuse)
+        assert prepare(model) == 1
+        assert "no room" in capsys.readouterr().err

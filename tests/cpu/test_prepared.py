@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,16 @@ import pytest
 from cpu.prepared_world import KEY, NUM_LAYERS, PLACE, keep_profile, keep_times, make_model, store_of
 from safetensors.torch import load_file, save_file
 
-from morphserve.prepared import SHIPPED, Findings, ProfileKey, Store, find_profile, find_times, weights_fingerprint
+from morphserve.prepared import (
+    SHIPPED,
+    Findings,
+    ProfileKey,
+    Store,
+    find_profile,
+    find_times,
+    moment,
+    weights_fingerprint,
+)
 from morphserve.prepared.place import bound_cores
 from policies import load_step_times
 from quant_layers import read_profile
@@ -137,6 +147,17 @@ def test_what_was_measured_here_goes_before_what_comes_along(model: Path, store:
     assert profile_of(both, here)[0] == exact
     own = keep_profile(both)
     assert profile_of(both)[0] == own
+
+
+def test_of_two_that_were_made_on_one_day_the_later_counts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: levels in a calibrated W4, asked for an hour after those without, that no server takes."""
+    sources: tuple[dict[str, str], ...] = ({}, {"w4": "awq"}, {"w4": "gptq"})
+    for second, how in enumerate(sources):
+        for name in how.values():
+            (store.directory / f"w4-{name}").mkdir(parents=True, exist_ok=True)
+        monkeypatch.setattr(time, "gmtime", lambda at=second: time.struct_time((2026, 3, 1, 12, 0, at, 6, 60, 0)))
+        kept = keep_profile(store, replace(KEY, sources=how), when=moment())
+        assert profile_of(store)[0] == kept
 
 
 def test_a_profile_with_a_checkpoint_brings_it_along(store: Store) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import readme_figures as figures
 
@@ -26,6 +28,12 @@ def test_a_readme_without_a_mark_is_refused(mark: str) -> None:
 def test_the_readme_has_the_marks() -> None:
     """Guards: a README rewritten without the place where its figures go."""
     figures.put((figures.ROOT / "README.md").read_text(encoding="utf-8"), "new")
+
+
+def test_runs_of_another_commit_are_told_apart(tmp_path: Path) -> None:
+    """Guards: an interrupted run that goes on in a later tree, whose figures are said to be of that one."""
+    assert figures.begun_at(tmp_path / "reports", "abc") == "abc"
+    assert figures.begun_at(tmp_path / "reports", "def") == "abc"
 
 
 def test_a_cell_shows_the_median_and_the_spread() -> None:

@@ -8,11 +8,12 @@ import logging
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cpu.prepared_world import keep_profile, keep_times, make_model, store_of
+from cpu.prepared_world import TIMES, keep_profile, keep_times, make_model, store_of
 from vllm.engine.arg_utils import EngineArgs
 
 from morphserve.config import parse_config
@@ -159,3 +160,24 @@ def test_settings_that_a_profile_does_not_fit_are_served_without_it(
     assert served(start(model, cache, policy)) == (None, None)
     (warning,) = [r.message for r in logged.records if r.levelname == "WARNING" and "not used" in r.message]
     assert "these settings do not fit" in warning
+
+
+@pytest.mark.parametrize(
+    ("taken", "said"),
+    [
+        ({"machine": "Another CPU"}, "machine Another CPU instead of"),
+        ({"dtype": "float32"}, "dtype float32 instead of"),
+        ({}, ""),
+    ],
+    ids=["machine", "dtype", "nobody knows"],
+)
+def test_named_step_times_of_elsewhere_are_served_with_a_warning(
+    model: Path, tmp_path: Path, logged: pytest.LogCaptureFixture, taken: dict[str, str], said: str
+) -> None:
+    """Guards: a calibration that was copied from another machine, and predicts from there without a word."""
+    file = tmp_path / "times.json"
+    file.write_text(json.dumps(replace(TIMES, **taken).document()))
+    settings = {"step_times": str(file), "policy": {"kind": "slo"}}
+    assert served(start(model, tmp_path / "cache", settings))[1] == file
+    warnings = [r.message for r in logged.records if r.levelname == "WARNING" and r.name == "test.prepared"]
+    assert len(warnings) == bool(said) and all(said in each and str(file) in each for each in warnings)

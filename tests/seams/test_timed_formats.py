@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from morphserve.config import parse_config
+from morphserve.default_ladder import Device, settle
 from morphserve.integration.offline import timed_engine
 
 
@@ -27,6 +28,16 @@ def test_the_formats_that_a_server_has_are_timed(
     monkeypatch.setattr(timed_engine, "default_formats", lambda: of_device)
     formats, steps = timed_engine._one_level_each(parse_config({"ladder": ladder}))
     assert formats == timed == [step["format"] for step in steps]
+
+
+def test_a_cap_on_quality_cuts_nothing_that_is_timed() -> None:
+    """Guards: a calibration without w4, or of half of the layers in it, where the settings cap what levels may cost."""
+    quality = {"max_kl_per_token": 0.05}
+    config = parse_config({"quality": quality, "ladder": {"expected_kl": {"w4": 0.3}}})
+    settings = timed_engine._settings(config, timed_engine._one_level_each(config)[1])
+    settled = settle(parse_config(settings), Device(30), levels_are_known=False).config
+    assert isinstance(settled.ladder.steps, list)
+    assert [(step.format, step.layers) for step in settled.ladder.steps] == [("w8", "all"), ("w4", "all")]
 
 
 @pytest.mark.parametrize(

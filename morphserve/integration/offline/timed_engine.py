@@ -47,7 +47,6 @@ class TimedEngine(LevelEngine):
         """
         formats, steps = _one_level_each(config)
         self._batches = _batches(max_num_seqs)
-        settings = config.model_dump(mode="json", exclude={"policy", "decision_log", "kv", "prepared"})
         longest = max_model_len - 2 * _DECODE_STEPS - 16
         self._lengths = (16, max(min(longest // 2, _LONG_TOKENS), 16))
         of_long = -(-(self._lengths[-1] + 2 * _DECODE_STEPS + 8) // block_size)
@@ -55,7 +54,7 @@ class TimedEngine(LevelEngine):
         blocks = max(min(max_num_seqs, _MAX_LONG_SEQS) * of_long, max_num_seqs * of_short) + 2
         super().__init__(
             model,
-            {**settings, "ladder": {"steps": steps}},
+            _settings(config, steps),
             block_size=block_size,
             num_gpu_blocks_override=max(blocks, -(-max_model_len // block_size) + 1),
             max_model_len=max_model_len,
@@ -177,6 +176,12 @@ class TimedEngine(LevelEngine):
 def _batches(max_num_seqs: int) -> tuple[int, ...]:
     """Return 1, 2, 4 and so on, up to the largest step that a server makes."""
     return (*(2**i for i in range(max_num_seqs.bit_length()) if 2**i < max_num_seqs), max_num_seqs)
+
+
+def _settings(config: MorphServeConfig, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the engine's settings: the config's, but for what would cut or move its levels."""
+    own = config.model_dump(mode="json", exclude={"policy", "decision_log", "kv", "prepared", "quality"})
+    return {**own, "ladder": {"steps": steps}}
 
 
 def _one_level_each(config: MorphServeConfig) -> tuple[list[str], list[dict[str, Any]]]:

@@ -7,9 +7,10 @@ its compile cache. So all processes of the engine agree, also when somebody prep
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from morphserve.config import MorphServeConfig
+from morphserve.config import MorphServeConfig, step_times_file
 from morphserve.control import DEFAULT_FORMATS
 from morphserve.errors import ConfigError
 from morphserve.hub import local_files
@@ -25,6 +26,7 @@ from morphserve.prepared import (
     vllm_version,
     weights_fingerprint,
 )
+from policies import load_step_times
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -54,6 +56,7 @@ def attach_prepared(vllm_config: VllmConfig) -> None:
             found = _if_it_fits(found, config, vllm_config, findings)
         findings.say(logger, vllm_config.model_config.model)
     setattr(vllm_config, FOUND, found)
+    _warn_of_other_times(config, found.place)
 
 
 def _if_it_fits(found: Prepared, config: MorphServeConfig, vllm_config: VllmConfig, findings: Findings) -> Prepared:
@@ -68,6 +71,23 @@ def _if_it_fits(found: Prepared, config: MorphServeConfig, vllm_config: VllmConf
         findings.used.clear()
         return Prepared(found.place)
     return found
+
+
+def _warn_of_other_times(config: MorphServeConfig, place: Place) -> None:
+    """Say so when the settings name step times of another machine, dtype or tier, which nobody has looked up."""
+    file = step_times_file(config)
+    if file is None or config.policy.kind != "slo":
+        return
+    with suppress(ValueError):  # unreadable ones are refused where the policy is built
+        times = load_step_times(file)
+        here = {"machine": place.device, "dtype": place.dtype, "tier": place.tier}
+        own = {key: known for key in here if (known := getattr(times, key))}
+        if other := [f"{key} {known} instead of {here[key]}" for key, known in own.items() if known != here[key]]:
+            logger.warning(
+                "morphserve: the step times %s are of %s: predictions are wrong until the engine's own steps have "
+                "corrected them. `morphserve calibrate` makes them here; without any they are learned.",
+                file, ", ".join(other),
+            )  # fmt: skip
 
 
 def place_of(vllm_config: VllmConfig) -> Place:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from morphserve.config import MorphServeConfig
 from morphserve.errors import MorphServeError, ProfilingError
 from morphserve.serve_dtype import AUTO, add_dtype_option, resolve_dtype
 from morphserve.shipped import text_file
@@ -33,13 +34,15 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve prepare") ->
     args = _parser(prog).parse_args(argv)
     if args.cpu_bind is not None:
         os.environ[_BIND] = args.cpu_bind
+    from quant_layers import QuantError
+
     try:
         document = _prepare(args)
     except KeyboardInterrupt:
         fail(prog, "interrupted. What was finished is kept: the same command goes on from there.")
         return 130
-    except (MorphServeError, OSError, ValueError) as e:
-        return fail(prog, " ".join(str(e).split()))
+    except (MorphServeError, QuantError, OSError, ValueError) as e:
+        return fail(prog, e)
     return finish(document) if args.json else 0
 
 
@@ -61,7 +64,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
                         "the levels of 4 bits")  # fmt: skip
     parser.add_argument("--without-times", action="store_true", help="leave step times out: a server learns them from "
                         "its own steps")  # fmt: skip
-    parser.add_argument("--cache-dir", type=Path, default=Path("~/.cache/morphserve"), metavar="DIR",
+    parser.add_argument("--cache-dir", type=Path, default=MorphServeConfig().cache_dir, metavar="DIR",
                         help="`cache_dir` of the server's settings")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="last line: one JSON document of what is where")
     return parser

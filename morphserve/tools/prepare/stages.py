@@ -15,7 +15,7 @@ from typing import Any
 
 from morphserve.errors import ProfilingError
 from morphserve.files import write_whole
-from morphserve.prepared import Place, ProfileKey, Store, StoredProfile
+from morphserve.prepared import Place, ProfileKey, Store, StoredProfile, moment
 from morphserve.shipped import TEXT
 from morphserve.tools.apart import Progress, run_apart
 from morphserve.tools.prepare.request import Request
@@ -62,7 +62,7 @@ class Preparation:
         place, formats, in_pages = self._served()
         sources = {"w4": w4} if w4 is not None and "w4" in formats else {}
         key = ProfileKey(tuple(formats), place.dtype, place.tier, sources)
-        profile, times = self._profile(key), self._times(place) if with_times else None
+        profile, times = self._profile(key, texts), self._times(place) if with_times else None
         missing = [what for what, found in (("profile", profile), ("times", times)) if found is None]
         if not with_times and "times" in missing:
             missing.remove("times")
@@ -90,9 +90,17 @@ class Preparation:
 
     # -- what is there
 
-    def _profile(self, key: ProfileKey) -> Path | None:
-        fitting: list[StoredProfile] = [each for each in self._store.profiles() if each.key == key]
-        return fitting[-1].directory if fitting else None
+    def _profile(self, key: ProfileKey, texts: Sequence[Path]) -> Path | None:
+        found: StoredProfile | None = next((each for each in self._store.profiles() if each.key == key), None)
+        if found is None:
+            return None
+        wanted = [file.name for file in texts]
+        if (text := found.made.get("text", wanted)) != wanted:
+            self.said.append(
+                f"the profile that is there was made of {', '.join(text)}, and stays. One of {', '.join(wanted)} makes "
+                "`morphserve profile`; name it as `profile` in the settings"
+            )
+        return found.directory
 
     def _times(self, place: Place) -> Path | None:
         return next((each.file for each in self._store.times() if each.place == place), None)
@@ -169,6 +177,8 @@ class Preparation:
         words = ["--dtype", r.dtype, *r.parallel_words, "--cache-dir", str(self._cache_dir)]
         words += [] if r.enforce_eager else ["--compiled"]
         words += [word for fmt, path in checkpoints.items() for word in ("--variant", f"{fmt}={path}")]
+        if job.out.exists():
+            shutil.rmtree(job.out)  # damaged: else it would have been found
         run_profile(job, words, (), self._progress)
         return job.out
 
@@ -187,7 +197,7 @@ class Preparation:
             self._progress("timing steps", 0, 0)
             done = run_apart(command, "steps could not be timed", "timing steps", self._progress)
             document = json.loads(out.read_text(encoding="utf-8"))
-        return self._store.keep_times(document, Place(**done["place"]), time.strftime("%Y-%m-%d", time.gmtime()))
+        return self._store.keep_times(document, Place(**done["place"]), moment())
 
 
 def _lines_of(profile: Path, times: Path | None) -> list[str]:

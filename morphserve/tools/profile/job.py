@@ -14,7 +14,7 @@ import transformers
 
 from morphserve.errors import ProfilingError
 from morphserve.hub import find_files
-from morphserve.prepared import weights_fingerprint
+from morphserve.prepared import moment, weights_fingerprint
 from morphserve.tools.apart import Progress
 from morphserve.tools.profile.effects import LayerEffects, backward_sweep, cost_of, forward_sweep
 from morphserve.tools.profile.measure import measure_apart
@@ -218,7 +218,7 @@ def _provenance(job: ProfileJob, directory: Path) -> dict[str, Any]:
         "weights": weights_fingerprint(directory),
         "formats": list(job.formats),
         "sources": dict(job.sources),
-        "when": time.strftime("%Y-%m-%d", time.gmtime()),
+        "when": moment(),
         "morphserve": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

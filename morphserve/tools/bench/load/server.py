@@ -134,7 +134,7 @@ def serve(
             )  # fmt: skip
         except OSError as e:
             raise ReplayError(
-                f"{args[0]}: {e.strerror}. Install vLLM into this Python's environment (make setup)."
+                f"{args[0]}: {e.strerror}. Install vLLM beside this Python: pip install \"morphserve[cpu]\"."
             ) from e
         try:
             url = f"http://127.0.0.1:{port}"
