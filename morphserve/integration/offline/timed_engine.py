@@ -66,6 +66,8 @@ class TimedEngine(LevelEngine):
             **{**arguments, "distributed_executor_backend": "mp"},
         )
         self.place: Place = getattr(self.engine.vllm_config, FOUND).place
+        vocabulary = range(self.engine.vllm_config.model_config.get_vocab_size())
+        self._tokens = vocabulary[100:1100] or vocabulary  # no token of those that steer, where there are others
         budget = self.engine.vllm_config.scheduler_config.max_num_batched_tokens
         self._prefills = [tokens for tokens in _PREFILLS if tokens < min(longest, budget - 8)]
         served = self.morph.runtime.ranks[0].kernels
@@ -158,7 +160,8 @@ class TimedEngine(LevelEngine):
 
     def _add(self, count: int, num_tokens: int, max_tokens: int) -> None:
         for _ in range(count):
-            self.add([100 + (self.num_added * 31 + i) % 1000 for i in range(num_tokens)], max_tokens)
+            first, ids = self.num_added * 31, self._tokens
+            self.add([ids[(first + i) % len(ids)] for i in range(num_tokens)], max_tokens)
 
     def move(self) -> LayerMove:
         """Median seconds per layer, each way."""
