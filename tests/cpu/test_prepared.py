@@ -14,11 +14,13 @@ import pytest
 from cpu.prepared_world import KEY, NUM_LAYERS, PLACE, keep_profile, keep_times, make_model, store_of
 from safetensors.torch import load_file, save_file
 
+from morphserve.config import MorphServeConfig
 from morphserve.prepared import (
     SHIPPED,
     Findings,
     ProfileKey,
     Store,
+    find_prepared,
     find_profile,
     find_times,
     moment,
@@ -107,9 +109,17 @@ def test_a_profile_of_this_model_is_found(store: Store) -> None:
 def test_a_profile_of_another_model_is_never_found(store: Store, tmp_path: Path) -> None:
     """Guards: a directory that was renamed, or copied beside another model's, is believed."""
     keep_profile(store)
+    keep_times(store)
     other = store_of(make_model(tmp_path / "other", seed=1), tmp_path / "cache")
     shutil.copytree(store.directory, other.directory)
-    assert profile_of(other)[0] is None
+    assert profile_of(other)[0] is None and find_times(other, PLACE, Findings()) is None and other.problems == []
+
+
+def test_a_profile_of_more_or_fewer_layers_is_not_used(store: Store) -> None:
+    """Guards: a model that is served with a part of its layers does not start for its whole profile."""
+    kept, findings = keep_profile(store), Findings()
+    assert find_profile(store, KEY, NUM_LAYERS - 1, {}, findings) is None
+    assert f"{kept} (2 layers instead of 1)" in findings.not_used[0]
 
 
 @pytest.mark.parametrize(
@@ -191,6 +201,15 @@ def test_step_times_are_those_of_the_place(store: Store) -> None:
         assert find_times(store, replace(PLACE, **change), findings) is None
         (key,) = change
         assert f"{key} {getattr(PLACE, key)} instead of {change[key]}" in findings.not_used[0]
+
+
+def test_step_times_that_lack_a_format_of_the_ladder_are_not_used(store: Store) -> None:
+    """Guards: a policy that is to predict a level whose steps nobody has timed, so a server that does not start."""
+    kept = keep_times(store)
+    for formats, expected, words in ((("w8", "w4"), kept, ""), (("fp8", "w4"), None, "(none of fp8)")):
+        findings = Findings()
+        found = find_prepared(MorphServeConfig(), store, PLACE, formats, NUM_LAYERS, findings)
+        assert found.step_times == expected and words in "".join(findings.not_used)
 
 
 # -- damage

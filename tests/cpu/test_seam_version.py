@@ -53,10 +53,14 @@ def test_a_supported_version_needs_no_word(
 def test_another_version_is_refused_by_name(
     installed: Callable[[str], None], version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards: an untested vLLM is patched because its names happen to match, or because a GPU is to be tried; a refusal
-    that does not say which it is, what is supported and how to try it."""
+    """Guards: an untested vLLM is patched because its names happen to match, or because a GPU is to be tried, or with
+    the switch off; a refusal that does not say which it is, what is supported and how to try it."""
     installed(version)
     monkeypatch.setenv(UNPROVEN_CUDA, "1")
+    for off in ("", "0"):
+        monkeypatch.setenv(UNPROVEN_VLLM, off)
+        assert not check_version().ok
+    monkeypatch.delenv(UNPROVEN_VLLM)
     with pytest.raises(SeamError) as refused:
         require_all()
     for part in (f"installed {version}, supported {SUPPORTED_VLLM}", f"Install vllm{SUPPORTED_VLLM}"):

@@ -14,12 +14,13 @@ pytest.importorskip("vllm._custom_ops")
 import torch  # noqa: E402
 
 from morphserve.config import parse_config  # noqa: E402
+from morphserve.control import RankBytes  # noqa: E402
 from morphserve.errors import ConfigError  # noqa: E402
 from morphserve.integration.describe import RankDescription  # noqa: E402
+from morphserve.integration.engine import wiring  # noqa: E402
 from morphserve.integration.engine.runtime import EngineRuntime  # noqa: E402
 from morphserve.integration.worker import sources  # noqa: E402
 from morphserve.integration.worker.sources import Choice, Needs, choose_kernels  # noqa: E402
-from policies import MorphLevel  # noqa: E402
 from quant_layers import KernelError  # noqa: E402
 
 MEASURED = {"ladder": {"expected_kl": {"w4": 0.1}}}
@@ -106,6 +107,21 @@ def test_one_warning_says_what_the_ladder_does_without(monkeypatch: pytest.Monke
         assert [step.format for step in each.config.ladder.steps] == ["w8"] and each.stated.ladder.steps is None
 
 
+def test_the_engine_says_what_its_ladder_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a note that is written and never said; one of each replica."""
+    said: list[tuple[int, str]] = []
+    log = logging.getLogger("vllm.morphserve")
+    monkeypatch.setattr(log, "log", lambda level, text, *args: said.append((level, text % args)))
+    monkeypatch.setattr(wiring, "_RUNTIMES", {})
+    monkeypatch.setattr(wiring, "for_this_device", lambda config, vllm_config: config)
+    monkeypatch.setattr(wiring, "ladder_note", lambda config, vllm_config: (logging.WARNING, "level 0 alone"))
+    for index in range(2):
+        monkeypatch.setattr(wiring, "EngineRuntime", lambda *_, index=index: SimpleNamespace(index=index))
+        start = wiring._initialize_kv_caches(lambda core, vllm_config: None)
+        start(None, SimpleNamespace(additional_config={"morphserve": {}}))
+    assert said == [(logging.WARNING, "morphserve: level 0 alone.")]
+
+
 @pytest.mark.parametrize(
     ("policy", "words"),
     [
@@ -123,8 +139,11 @@ def test_a_policy_that_stays_at_level_0_is_told_of(
     said: list[str] = []
     monkeypatch.setattr(logging.getLogger("vllm.morphserve"), "warning", lambda text, *args: said.append(text % args))
     engine = runtime(0, {})
-    engine.config = parse_config({"policy": policy})
-    levels = (MorphLevel(0, ("base",), 2, 1), MorphLevel(1, ("w4",), 1, 2))
-    engine._warn_of_rest(levels)
-    engine._warn_of_rest(levels[:1])
+    engine.vllm_config.model_config = SimpleNamespace(get_total_num_hidden_layers=lambda: 2)  # type: ignore[assignment]
+    engine.rank_bytes, engine.base_num_blocks = [RankBytes({"base": [100] * 2, "w8": [60] * 2, "w4": [40] * 2}, 10)], 9
+    engine.config = parse_config({"policy": policy, "ladder": {"steps": [{"format": "w4"}]}})
+    assert len(engine._ladder()) == 2
+    nothing = engine.config.ladder.model_copy(update={"steps": []})  # level 0 alone, whatever the policy allows
+    engine.config = engine.config.model_copy(update={"ladder": nothing})
+    assert len(engine._ladder()) == 1
     assert len(said) == bool(words) and words in "".join(said)

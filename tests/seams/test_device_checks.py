@@ -23,7 +23,7 @@ from morphserve.integration.worker.kv import geometry_of, granularity_of
 from morphserve.integration.worker.layers import RankLayers
 from morphserve.profile_ladder import read_ladder
 from morphserve.residence import HostResidence, PagedResidence, numbered, residence_of
-from morphserve.version import UNPROVEN_CUDA
+from morphserve.version import UNPROVEN_CUDA, UNPROVEN_VLLM
 from quant_layers import Kernel, KernelError, KernelReport, ProfileLevel, choose, write_profile
 from tests.stand_in_ops import stand_in_operators
 
@@ -221,11 +221,6 @@ def test_an_empty_ladder_is_what_the_gpu_multiplies(
     """Guards: formats that no kernel runs there; a level, and so a set of CUDA graphs, for every other layer; steps
     that a user wrote, lost."""
     monkeypatch.setattr("vllm.platforms.current_platform", Platform(capability))
-    monkeypatch.delenv(UNPROVEN_CUDA, raising=False)
-    with pytest.raises(ConfigError, match="MORPHSERVE_UNPROVEN_CUDA=1 to try it"):
-        checks.check_platform()
-    monkeypatch.setenv(UNPROVEN_CUDA, "1")
-    checks.check_platform()
     for num_layers in (2, 31, 80):
         unmeasured = for_this_device(MorphServeConfig(), of_layers(num_layers)).ladder.steps or []
         assert [step.format for step in unmeasured if step != "profile"] == [fmt for fmt in formats if fmt != "w4"]
@@ -236,6 +231,21 @@ def test_an_empty_ladder_is_what_the_gpu_multiplies(
         assert len(ladder) == 1 + 2 * len(formats)
     written = MorphServeConfig(ladder=LadderConfig(steps=[LadderStep(format="w4")]))
     assert for_this_device(written, of_layers(32)) == written
+
+
+def test_a_gpu_is_for_who_asks_to_try_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: an unproven device in production, because nobody looked, because the switch is off, or because another
+    vLLM is to be tried."""
+    monkeypatch.setattr("vllm.platforms.current_platform", Platform(90))
+    monkeypatch.setenv(UNPROVEN_VLLM, "1")
+    monkeypatch.delenv(UNPROVEN_CUDA, raising=False)
+    for off in (None, "", "0"):
+        if off is not None:
+            monkeypatch.setenv(UNPROVEN_CUDA, off)
+        with pytest.raises(ConfigError, match="MORPHSERVE_UNPROVEN_CUDA=1 to try it"):
+            checks.check_platform()
+    monkeypatch.setenv(UNPROVEN_CUDA, "1")
+    checks.check_platform()
 
 
 @pytest.mark.parametrize(
@@ -273,6 +283,7 @@ def test_a_profile_that_is_cut_is_told_of(cap: float | None, kept: int, level: i
     assert profile is not None and len(profile.levels) == 1 + kept
     found, note = ladder_note(config, of_layers(2))
     assert found == level and f"{3 - kept} levels of the profile are left out" in note and "0.3 nats per token" in note
+    assert ("level 0 is the only level" in note) == (not kept)
     whole = config.model_copy(update={"quality": parse_config({"quality": {"max_kl_per_token": 1}}).quality})
     assert ladder_note(whole, of_layers(2)) == (logging.INFO, "")
 

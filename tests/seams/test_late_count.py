@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from morphserve.config import parse_config
 from morphserve.control import NO_LIMITS, RequestLimits
+from morphserve.integration.engine import hooks
 from morphserve.integration.engine.request_limits import LateCount, promise_of
 from policies import SloConfig, ThresholdConfig
+from tests.fakes import Rig
 
 PROMISE = RequestLimits(ttft_s=2.0, tpot_s=0.1)
 
@@ -62,6 +66,40 @@ def test_a_policy_without_limits_judges_nobody() -> None:
     count.policy = PROMISE  # another policy while it runs
     count.on_finish(request(), 999.0)
     assert told(count) == (1, 1, 1, 0)
+
+
+@pytest.fixture
+def morph(monkeypatch: pytest.MonkeyPatch) -> Iterator[hooks.Morph]:
+    """The hooks of an engine without a settings' file, around a controller, with nothing of vLLM's behind them."""
+    for name in ("publish_base", "VllmBlockPool", "Provenance", "Receipts", "RpcExecutor", "StatusPage"):
+        monkeypatch.setattr(hooks, name, lambda *args: SimpleNamespace())
+    monkeypatch.setattr(hooks, "for_this_device", lambda config, vllm_config: config)
+    rig, config = Rig(), parse_config({"policy": {"kind": "slo", "ttft_s": 4.0, "tpot_s": 0.4}})
+    monkeypatch.setattr(hooks.Morph, "_make_controller", lambda self: rig.controller)
+    limits = {"block_size": 16, "max_num_seqs": 32, "max_num_batched_tokens": 2048}
+    vllm_config = SimpleNamespace(cache_config=SimpleNamespace(**limits), scheduler_config=SimpleNamespace(**limits))
+    engine_core = SimpleNamespace(model_executor=SimpleNamespace(collective_rpc=None))
+    runtime: Any = SimpleNamespace(
+        index=0, config=config, stated=config, config_file=None, vllm_config=vllm_config, ladder=rig.ladder,
+        decision_log=None, engine_core=engine_core, base_num_blocks=20, ranks=[], in_background=None,
+    )  # fmt: skip
+    scheduler: Any = SimpleNamespace(kv_cache_manager=None, cache_config=vllm_config.cache_config)
+    made = hooks.Morph(scheduler, runtime)
+    yield made
+    made.close()
+
+
+def test_the_promise_is_that_of_the_policy_that_is_asked(morph: hooks.Morph) -> None:
+    """Guards: requests judged by the limits of a policy that is no longer asked, or that was refused; by none from the
+    start."""
+    assert morph.traffic.late.policy == RequestLimits(4.0, 0.4)
+    for sent, is_taken, promise in (
+        ("{kind: slo, ttft_s: 3.0, tpot_s: 0.2}", True, RequestLimits(3.0, 0.2)),
+        ("{kind: slo, ttft_s: 9.0, max_level: w3}", False, RequestLimits(3.0, 0.2)),
+        ("{kind: threshold}", True, NO_LIMITS),
+    ):
+        answer = morph.reload("POST", f"policy: {sent}").result(30)
+        assert (answer["ok"], morph.traffic.late.policy) == (is_taken, promise), answer["error"]
 
 
 def test_an_answer_of_one_token_and_one_that_never_came() -> None:

@@ -17,7 +17,7 @@ from cpu.prepared_world import TIMES, keep_profile, keep_times, make_model, stor
 from vllm.engine.arg_utils import EngineArgs
 
 from morphserve.config import parse_config
-from morphserve.integration.start import FOUND, for_this_device, read_settings
+from morphserve.integration.start import FOUND, for_this_device, ladder_note, read_settings
 from morphserve.plugin import register
 from morphserve.prepared import ProfileKey, Store
 
@@ -107,6 +107,41 @@ def test_step_times_of_another_way_to_serve_are_not(
     assert served(other)[1] is None
     (warning,) = [r.message for r in logged.records if r.levelname == "WARNING" and "not used" in r.message]
     assert "instead of" in warning and f"`morphserve prepare {model}`" in warning
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer"),
+    [("this_machine", {"device": "another CPU", "tier": "bf16", "cores": "64"}), ("vllm_version", "0.31.0")],
+)
+def test_step_times_of_another_machine_are_not(
+    model: Path, tmp_path: Path, asked: str, answer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: predictions from the machine, or the vLLM, on which a cache directory that came along was filled."""
+    cache = tmp_path / "cache"
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(f"morphserve.integration.start.prepared.{asked}", lambda: answer)
+        _, times, _ = prepare(model, cache, start(model, cache))
+        assert served(start(model, cache))[1] == times
+    assert served(start(model, cache))[1] is None
+
+
+def test_levels_of_what_was_prepared_that_cost_too_much_are_told_of(model: Path, tmp_path: Path) -> None:
+    """Guards: levels that were prepared and are not served, without a word, as the settings name no profile."""
+    cache = tmp_path / "cache"
+    prepare(model, cache, start(model, cache))
+    config = start(model, cache, {"quality": {"max_kl_per_token": 0.015}})
+    stated = read_settings(config.additional_config)
+    assert stated is not None and stated.profile is None
+    assert ladder_note(stated, config)[1].startswith("1 levels of the profile are left out")
+
+
+def test_adapters_are_served_without_a_prepared_profile(model: Path, tmp_path: Path) -> None:
+    """Guards: norms that a profile has smoothed under adapters that were trained on the model's own; a profile that is
+    named is refused there."""
+    cache = tmp_path / "cache"
+    profile, _, _ = prepare(model, cache, start(model, cache))
+    assert served(start(model, cache))[0] == profile
+    assert served(start(model, cache, enable_lora=True))[0] is None
 
 
 @pytest.mark.parametrize("settings", [{"prepared": False}, {"profile": "mine", "step_times": "times.json"}])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import uvloop
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.testclient import TestClient
 from vllm.v1.engine import UtilityOutput
 from vllm.v1.engine.core import EngineCoreProc
@@ -27,19 +27,28 @@ from morphserve.integration.start.settings import config_file
 SECTION = {"kind": "static", "level": 0}
 
 
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's own key is asked for."""
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+
+
 def answer(index: int, error: str | None = None) -> dict[str, Any]:
     outcome = "ok" if error is None else "refused"
     return {"ok": error is None, "outcome": outcome, "error": error, "policy": SECTION, "engine": index}
 
 
-def client_of(answers: list[Any], endpoint: MorphServeEndpoint, sent: list[str] | None = None) -> TestClient:
+def client_of(
+    answers: list[Any], endpoint: MorphServeEndpoint, sent: list[str] | None = None, keys: list[str] | None = None
+) -> TestClient:
     async def call(method: str, cause: str, text: str) -> list[Any]:
         assert (method, cause) == ("morphserve_reload", "POST /morphserve/reload")
         (sent if sent is not None else []).append(text)
         return answers
 
     app = FastAPI()
-    endpoint.attach_router(app)
+    endpoint.attach_router(app)  # before the arguments are there, as in vLLM
+    asyncio.run(endpoint.init_state(None, None, SimpleNamespace(api_key=keys)))  # type: ignore[arg-type]
     endpoint._client = SimpleNamespace(engine_core=SimpleNamespace(call_utility_all_async=call))
     return TestClient(app)
 
@@ -63,38 +72,57 @@ def test_a_body_reaches_the_engines_whole_or_not_at_all() -> None:
     """Guards: a policy that is cut, or that nobody gets; a body that fills the memory of the API server."""
     sent: list[str] = []
     client = client_of([answer(0)], MorphServeEndpoint(), sent)
-    for body in (POLICY, b" \n", b""):
+    longest = POLICY.ljust(65_536)
+    for body in (POLICY, b" \n", b"", longest):
         assert client.post("/morphserve/reload", content=body).status_code == 200
     assert client.post("/morphserve/reload", json={}).status_code == 200
-    assert sent == [POLICY.decode(), "", "", ""]
-    most = reload_api._MAX_BODY_BYTES
-    for body, status in ((b"x" * (most + 1), 413), ((b"x" * 1024 for _ in range(most)), 413), (b"\xff", 422)):
+    assert sent == [POLICY.decode(), "", "", longest.decode(), ""]
+    for body, status in ((longest + b" ", 413), ((b"x" * 1024 for _ in range(65)), 413), (b"\xff", 422)):
         done = client.post("/morphserve/reload", content=body)
         assert done.status_code == status and "\n" not in done.json()["detail"]
-    assert len(sent) == 4
+    assert len(sent) == 5
 
 
-@pytest.mark.parametrize("given", [["first", "second"], None])
-def test_a_policy_needs_the_key_that_requests_need(given: list[str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a policy from anybody who reaches the port of a server whose requests need a key."""
-    monkeypatch.setenv("VLLM_API_KEY", "second")
+def test_a_body_without_an_end_is_not_read_for_ever() -> None:
+    """Guards: a limit that is looked at once all is there, when the memory of the API server is full."""
+    received: list[int] = []
+
+    async def receive() -> dict[str, Any]:
+        received.append(1024)
+        return {"type": "http.request", "body": b"x" * 1024, "more_body": len(received) < 1000}
+
+    with pytest.raises(HTTPException, match="413"):
+        asyncio.run(reload_api._text_of(Request({"type": "http"}, receive), ()))
+    assert sum(received) == 65_536 + 1024
+
+
+@pytest.mark.parametrize(("given", "key", "other"), [(["first", "second"], "second", "env"), (None, "env", "second")])
+def test_a_policy_needs_the_key_that_requests_need(
+    given: list[str] | None, key: str, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a policy from anybody who reaches the port of a server whose requests need a key; one that the operator
+    cannot send, as --api-key, which vLLM takes before the environment's, is not known here."""
+    monkeypatch.setenv("VLLM_API_KEY", "env")
     sent: list[str] = []
-    endpoint = MorphServeEndpoint()
-    asyncio.run(endpoint.init_state(None, None, SimpleNamespace(api_key=given)))  # type: ignore[arg-type]
-    client = client_of([answer(0)], endpoint, sent)
-    for headers in ({}, {"Authorization": "Bearer third"}, {"Authorization": "Basic second"}):
+    client = client_of([answer(0)], MorphServeEndpoint(), sent, given)
+    for headers in ({}, {"Authorization": f"Bearer {other}"}, {"Authorization": f"Basic {key}"}):
         assert client.post("/morphserve/reload", content=POLICY, headers=headers).status_code == 401
     assert client.post("/morphserve/reload").status_code == 200, "the file is the operator's own"
-    assert client.post("/morphserve/reload", content=POLICY, headers={"Authorization": "Bearer second"}).is_success
+    assert client.post("/morphserve/reload", content=POLICY, headers={"Authorization": f"Bearer {key}"}).is_success
     assert sent == ["", POLICY.decode()]
 
 
-@pytest.mark.parametrize(("origin", "status"), [("http://elsewhere", 403), ("null", 403), ("http://testserver", 200)])
-def test_another_sites_page_cannot_set_the_policy(origin: str, status: int) -> None:
-    """Guards: a page that an operator has open, which posts to his server on localhost."""
+@pytest.mark.parametrize("keys", [None, ["key"]])
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [("http://elsewhere", 403), ("http://testserver:81", 403), ("null", 403), ("http://testserver", 200)],
+)
+def test_another_sites_page_cannot_set_the_policy(origin: str, status: int, keys: list[str] | None) -> None:
+    """Guards: a page that an operator has open, which posts to his server on localhost; one of another port there."""
     sent: list[str] = []
-    client = client_of([answer(0)], MorphServeEndpoint(), sent)
-    done = client.post("/morphserve/reload", content=POLICY, headers={"Origin": origin})
+    client = client_of([answer(0)], MorphServeEndpoint(), sent, keys)
+    headers = {"Origin": origin, "Authorization": "Bearer key"}
+    done = client.post("/morphserve/reload", content=POLICY, headers=headers)
     assert done.status_code == status and len(sent) == (status == 200)
 
 
@@ -175,16 +203,20 @@ def test_no_handler_outside_of_the_main_thread(hangup: None) -> None:
 
 
 def test_vllm_sends_the_answer_when_it_is_there() -> None:
-    """Guards: an engine that reads the file between two steps; a future that vLLM sends as a value, or never."""
+    """Guards: an engine that reads the file between two steps; a future that vLLM sends as a value, or never; a policy
+    that is sent, and lost on the way."""
     asked: Future[dict[str, Any]] = Future()
     morph = object.__new__(Morph)
-    morph._watch = SimpleNamespace(ask=lambda cause, sent: asked)  # type: ignore[assignment]
+    heard: list[tuple[str, str]] = []
+    morph._watch = SimpleNamespace(  # type: ignore[assignment]
+        ask=lambda cause, sent: heard.append((cause, sent)) or asked  # type: ignore[func-returns-value]
+    )
     morph.runtime = SimpleNamespace(index=1)  # type: ignore[assignment]
     core = SimpleNamespace(scheduler=SimpleNamespace(morph=morph))
     sent: list[Any] = []
     name, output = "morphserve_reload", UtilityOutput(5)
-    EngineCoreProc._invoke_utility_method(name, lambda: engine._reload(core, "SIGHUP"), output, sent.append)
-    assert sent == []
+    EngineCoreProc._invoke_utility_method(name, lambda: engine._reload(core, "POST", "policy"), output, sent.append)
+    assert sent == [] and heard == [("POST", "policy")]
     asked.set_result({"ok": True})
     assert sent == [output] and output.failure_message is None
     assert output.result.result == {"ok": True, "engine": 1}

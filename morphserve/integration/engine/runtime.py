@@ -191,7 +191,7 @@ class EngineRuntime:
     def _warn_of_rest(self, ladder: Ladder) -> None:
         """Say so when the policy will never leave level 0, as below 8 bits alone with a maximum of 8bit."""
         policy = self.config.policy
-        if policy.kind == "static" or not ladder[1:]:
+        if policy.kind == "static" or not ladder[1:] or self.index > 0:
             return
         with suppress(ValueError):  # an unknown level is refused when the policy is built
             if max_level_of(policy, ladder) == 0:
