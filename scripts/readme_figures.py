@@ -100,11 +100,12 @@ def section(what: dict[str, Any], windows: Sequence[str], rows: dict[tuple[str, 
     repeats = max(len(found) for found in rows.values())
     head = ["window", *(f"{name}: late, P95 TTFT{'' if run == 'stock' else ', KL'}" for run, name in RUNS.items())]
     table = markdown_table(head, [[w, *(cell(rows[w, run], run) for run in RUNS)] for w in windows])
+    chosen = "" if tuple(windows) == WINDOWS else "".join(f"--window {window} " for window in windows)
     spread = f"medians of {repeats} interleaved repeats [least, most]" if repeats > 1 else "one run each"
     return "\n".join([
         what["headline"],
         "",
-        f"`python scripts/readme_figures.py --repeats {repeats}`, {what['cpu']}, commit {what['commit']}; {spread}. A "
+        f"`python scripts/readme_figures.py {chosen}--repeats {repeats}`, {what['cpu']}, commit {what['commit']}; {spread}. A "
         "window is 72 s, and one or two bursts.",
         "",
         *table,
