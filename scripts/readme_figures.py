@@ -105,7 +105,8 @@ def section(what: dict[str, Any], windows: Sequence[str], rows: dict[tuple[str, 
     return "\n".join([
         what["headline"],
         "",
-        f"`python scripts/readme_figures.py {chosen}--repeats {repeats}`, {what['cpu']}, commit {what['commit']}; {spread}. A "
+        f"`python scripts/readme_figures.py {chosen}--repeats {repeats}`, {what['cpu']}, "
+        f"commit {what['commit']}; {spread}. A "
         "window is 72 s, and one or two bursts.",
         "",
         *table,
