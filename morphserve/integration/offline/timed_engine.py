@@ -175,7 +175,7 @@ def _formats_over(model: str, dtype: str) -> tuple[str, ...]:
     """Return the formats of a default ladder over the model's own weights, which may have 8 bits."""
     from vllm.engine.arg_utils import EngineArgs
 
-    return formats_over(EngineArgs(model=model, dtype=dtype).create_model_config())
+    return formats_over(EngineArgs(model=model, dtype=dtype).create_engine_config().model_config)
 
 
 def _one_level_each(config: MorphServeConfig, default: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:

@@ -55,8 +55,8 @@ def check_platform() -> None:
         )
     if is_cuda() and os.environ.get(UNPROVEN_CUDA) != "1":
         raise ConfigError(
-            "device 'cuda': MorphServe has not been proven on a GPU yet, and this is one. `morphserve gpu-check` tries "
-            f"what it needs; set {UNPROVEN_CUDA}=1 to serve with it, or start without --plugin morphserve."
+            "device 'cuda': MorphServe has not been proven on a GPU yet; `morphserve gpu-check` tries what it needs of "
+            f"one. Set {UNPROVEN_CUDA}=1 to try it, or start without --plugin morphserve."
         )
 
 
