@@ -60,7 +60,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("config_parallel", "vllm.config:ParallelConfig", (), "ranks of one host; which replica this is; API servers",
          ("distributed_executor_backend", "world_size", "data_parallel_size", "data_parallel_backend",
           "data_parallel_index", "tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel",
-          "decode_context_parallel_size", "prefill_context_parallel_size", "_api_process_count")),
+          "decode_context_parallel_size", "prefill_context_parallel_size", "_api_process_count", "nnodes")),
     Seam("config_scheduler", "vllm.config:SchedulerConfig", (), "watermark; which scheduler is subclassed",
          ("async_scheduling", "watermark")),
     DOOR_LIMIT := Seam("door_limit", "vllm.config:SchedulerConfig", (), "asked at every request: how a policy sheds",
