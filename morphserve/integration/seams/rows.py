@@ -76,6 +76,8 @@ SEAMS: tuple[Seam, ...] = (
          ("unready_proc_handles",), "says that a worker failed, not why"),
     ENGINE_START := Seam("engine_start", "vllm.v1.engine.utils:wait_for_engine_startup", (),
          "says that the engine failed, not why"),
+    ENDPOINT_PLUGINS := Seam("endpoint_plugins", "vllm.plugins:load_endpoint_plugins", (),
+         "loads our routes without naming plugins that nobody named"),
     Seam("worker_end", "vllm.v1.executor.multiproc_executor:WorkerProc.worker_main", (),
          "logs the exception that ends a worker; found by the function's name in the log record"),
     Seam("engine_end", "vllm.v1.engine.core:EngineCoreProc.run_engine_core", (),
