@@ -18,7 +18,7 @@ from typing import Any
 
 from morphserve.errors import MorphServeError
 from morphserve.integration import ending, seams
-from morphserve.integration.start import CONFIG_FILE, KEY, is_active, read_settings
+from morphserve.integration.start import CONFIG_FILE, KEY, ignore_hangups, is_active, read_settings
 
 logger = logging.getLogger("vllm.morphserve")
 
@@ -105,17 +105,19 @@ def _settings_from_cli(args: argparse.Namespace) -> None:
 
 def _create_engine_config(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
-    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def create_engine_config(self: Any, usage_context: Any = None, *args: Any, **kwargs: Any) -> Any:
         if not is_active(self.additional_config):
-            return original(self, *args, **kwargs)
+            return original(self, usage_context, *args, **kwargs)
         try:
             ending.arm(_is_cli())
             _activate(self)
-            config = original(self, *args, **kwargs)
+            config = original(self, usage_context, *args, **kwargs)
             from morphserve.integration.start import attach_prepared, check_engine
 
             attach_prepared(config)
             check_engine(config)
+            if _is_of_server(usage_context):
+                ignore_hangups()
         except MorphServeError as e:
             # On the command line one clear line beats a traceback of vLLM's start-up.
             if _is_cli():
@@ -201,6 +203,12 @@ def _load_endpoint_plugins(original: Callable[..., Any]) -> Any:
                 os.environ[_ALLOW_LIST] = before
 
     return load_endpoint_plugins
+
+
+def _is_of_server(usage_context: Any) -> bool:
+    from vllm.usage.usage_lib import UsageContext
+
+    return usage_context is UsageContext.OPENAI_API_SERVER
 
 
 def _is_cli() -> bool:
