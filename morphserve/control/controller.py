@@ -129,17 +129,21 @@ class Controller:
 
     @property
     def wants_wakeup(self) -> bool:
-        """Whether an idle engine must still call `tick`, or it would stay where it is."""
+        """Whether an idle engine must call `tick` now, or it would stay where it is. Any thread may ask."""
         if self.health is Health.DEAD:
             return False
         if self._runner.phase is not Phase.IDLE:
             return True
         if self.failed:
             return False
-        if self._policy_host.has_successor or self._policy_host.decision.level != self.level:
+        if self._policy_host.has_successor:
             return True
         # vLLM's workers poll without a pause for a second after each step: a wake-up a second is a busy core.
-        return self.effective_level > 0 and not self._policy_host.decision.is_final
+        target = self._layer_state.next_target(self._policy_host.decision.level)
+        if target is None:
+            return self.effective_level > 0 and not self._policy_host.decision.is_final
+        direction = self._layer_state.direction(target)
+        return self._backoff.would_allow(self._clock(), direction, self._pool.num_used_blocks)
 
     def status(self) -> dict[str, Any]:
         """Return everything an operator may ask, ready for JSON."""

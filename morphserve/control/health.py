@@ -72,6 +72,11 @@ class BackOff:
         """Return whether an attempt may start now."""
         return now_s >= self._not_before_s.get(direction, now_s)
 
+    def would_allow(self, now_s: float, direction: Direction, num_used_blocks: int) -> bool:
+        """Return whether an attempt might start now, if `see_room` were told of these blocks. Changes nothing."""
+        has_room = direction == "restore" and num_used_blocks < self._full_at
+        return has_room or self.allows(now_s, direction)
+
     def failed(self, now_s: float, direction: Direction) -> float:
         """Return how long nothing starts in `direction`, in seconds."""
         wait_s = self._next_wait_s.get(direction, self._first_s)

@@ -73,7 +73,7 @@ def test_adapters_are_refused_beside_layers_that_change_norms(given: dict[str, A
 def check_features(kv_transfer_config: Any = None, enable_sleep_mode: bool = False) -> None:
     parallel = SimpleNamespace(
         distributed_executor_backend="uni", world_size=1, pipeline_parallel_size=1, data_parallel_size=1,
-        data_parallel_backend="mp", enable_expert_parallel=False,
+        data_parallel_backend="mp", enable_expert_parallel=False, nnodes=1,
     )  # fmt: skip
     model = SimpleNamespace(enable_sleep_mode=enable_sleep_mode)
     _check_features(
