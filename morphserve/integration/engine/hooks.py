@@ -20,6 +20,7 @@ from morphserve.control import (
     ReloadWatch,
     make_header,
 )
+from morphserve.errors import EngineLostError
 from morphserve.integration.engine.block_pool import VllmBlockPool
 from morphserve.integration.engine.executor import RpcExecutor
 from morphserve.integration.engine.histogram import TimeHistogram
@@ -52,7 +53,10 @@ class _StepInFlight:
 
 
 class Morph:
-    """What the scheduler calls. Nothing in here may raise: an exception would kill the engine."""
+    """What the scheduler calls. Nothing in here may raise: an exception would kill the engine.
+
+    But for one that is meant to: what ranks hold is unknown, and no token may come of it (`EngineLostError`).
+    """
 
     def __init__(self, scheduler: Scheduler, runtime: EngineRuntime) -> None:
         self._scheduler = scheduler
@@ -137,12 +141,19 @@ class Morph:
         else:
             self._guard(self._tick)
         self.tick_times.add(time.perf_counter() - start)
+        self._end_if_lost()
 
     def after_schedule(self, output: SchedulerOutput) -> None:
         self._guard(self._after_schedule, output)
 
     def before_update(self, output: SchedulerOutput) -> None:
-        """Note the level `output` was made at: requests that end while vLLM reads it end there."""
+        """Note the level `output` was made at: requests that end while vLLM reads it end there.
+
+        Raises:
+            EngineLostError: it was made by ranks of which one had failed to do what cannot fail.
+        """
+        self.controller.look_back()
+        self._end_if_lost()
         step = self._in_flight.get(id(output))
         self._level_of_outputs = self._level_of_outputs if step is None else step.level
 
@@ -156,7 +167,7 @@ class Morph:
         self._guard(self._on_arrival, request)
 
     def on_preemption(self, request: Request, forced: bool = False) -> None:
-        self._guard(self.traffic.on_preemption, request, forced)
+        self._guard(self.traffic.on_preemption, request, forced or self.pool.is_discarding)
 
     def on_finish(self, request: Request) -> None:
         self._guard(self._on_finish, request)
@@ -172,6 +183,13 @@ class Morph:
             # what is under way, and the server goes on at the level it then has.
             self.health = self.health.to(Health.RESTING)
             self.controller.fail("hooks")  # logs the error under way
+
+    def _end_if_lost(self) -> None:
+        if lost := self.controller.lost:
+            raise EngineLostError(
+                f"{lost}. Ranks may hold other weights or KV blocks than each other, so the engine ends instead of "
+                "serving from them. Start it again, or have a supervisor do it; the log above says which rank failed."
+            )
 
     def _tick(self) -> None:
         view = self._view()
