@@ -123,6 +123,7 @@ class VllmBlockPool:
         self._tail: dict[int, KVCacheBlock] = {}  # id >= _limit, not fenced: live, or cached and free
         self._vacant: list[KVCacheBlock] = []  # id < _limit, empty, out of the free queue: where the tail goes
         self.on_forced_preemption: Callable[[Any], None] = lambda request: None
+        self._hook_error: Exception | None = None  # of ours, within a call of vLLM's; the next call of ours raises it
         self.is_discarding = False  # what vLLM preempts now is not for want of memory
 
     @property
@@ -205,6 +206,9 @@ class VllmBlockPool:
             IllegalTransition: No shrink is in progress.
         """
         limit = self._require_shrink("advance_shrink")
+        if (error := self._hook_error) is not None:
+            self._hook_error = None
+            raise error
         self._balance()
         room = min(max_copies, len(self._vacant))
         moving: list[KVCacheBlock] = []
@@ -405,8 +409,11 @@ class VllmBlockPool:
     ) -> None:
         blocks = list(ordered_blocks)
         original(blocks, *args, **kwargs)
-        for block in blocks:
-            if block.block_id in self._tail and _is_empty(block):
-                self._fence(block)
-        if self._limit is not None:
-            self._balance()
+        try:
+            for block in blocks:
+                if block.block_id in self._tail and _is_empty(block):
+                    self._fence(block)
+            if self._limit is not None:
+                self._balance()
+        except Exception as e:  # not vLLM's affair: whoever drives the shrink hears of it
+            self._hook_error = self._hook_error or e

@@ -72,6 +72,7 @@ class Morph:
         self.pool = VllmBlockPool(scheduler)
         self.worst_forward_bytes = publish_base(self.pool, model_executor.collective_rpc, runtime.base_num_blocks)
         self.provenance = Provenance(scheduler.kv_cache_manager, runtime.config.kv.prefix_reuse)
+        self.provenance.on_error = lambda: self.controller.counters.count_error("provenance")
         self.receipts = Receipts(self.provenance, scheduler.cache_config.block_size)
         self.monitor = Monitor()
         self.traffic = Traffic(scheduler, self.monitor)

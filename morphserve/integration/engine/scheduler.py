@@ -55,8 +55,10 @@ class _MorphScheduler:
         return super().has_requests() or self.morph.wake_due  # type: ignore[misc]
 
     def shutdown(self) -> None:
-        self.morph.close()
-        super().shutdown()  # type: ignore[misc]
+        try:
+            self.morph.close()
+        finally:
+            super().shutdown()  # type: ignore[misc]
 
 
 class MorphScheduler(_MorphScheduler, Scheduler):
