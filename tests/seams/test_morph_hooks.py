@@ -58,6 +58,7 @@ def make_morph(**parts: Any) -> Any:
         "pool": SimpleNamespace(num_used_blocks=0, is_discarding=False),
         "_level_of_outputs": 0,
         "_heap_used": False,
+        "_between_turns": set(),
         **parts,
     }
     morph.traffic = Traffic(morph._scheduler, morph.monitor)
@@ -71,7 +72,7 @@ OUTPUT = SimpleNamespace(
     scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set()),
 )
 MODEL_OUTPUT = SimpleNamespace(sampled_token_ids=[[1]])
-REQUEST = SimpleNamespace(request_id="asked", num_tokens=3, num_output_tokens=1, priority=0)
+REQUEST = SimpleNamespace(request_id="asked", num_tokens=3, num_computed_tokens=0, num_output_tokens=1, priority=0)
 HOOKS: dict[str, tuple[Any, ...]] = {
     "before_schedule": (),
     "after_schedule": (OUTPUT,),
@@ -79,6 +80,8 @@ HOOKS: dict[str, tuple[Any, ...]] = {
     "on_arrival": (REQUEST,),
     "on_preemption": (REQUEST,),
     "on_finish": (REQUEST,),
+    "on_turn_end": (REQUEST,),
+    "on_turn": (REQUEST,),
 }
 
 

@@ -66,6 +66,7 @@ class Morph:
         self.tokens_by_level = [0] * len(runtime.ladder)
         self._in_flight: dict[int, _StepInFlight] = {}  # by id(scheduler output)
         self._level_of_outputs = 0  # of those that vLLM reads now, or read last
+        self._between_turns: set[str] = set()  # sessions that wait for their next input
         self._heap_used = False  # a transition has been since the ranks last gave free heap back
         self.tick_times = TimeHistogram()
         model_executor = runtime.engine_core.model_executor
@@ -170,6 +171,14 @@ class Morph:
     def on_preemption(self, request: Request, forced: bool = False) -> None:
         self._guard(self.traffic.on_preemption, request, forced or self.pool.is_discarding)
 
+    def on_turn_end(self, request: Request) -> None:
+        """Take in that a session's turn has stopped: to all but its KV, the end of a request."""
+        self._guard(self._on_turn_end, request)
+
+    def on_turn(self, request: Request) -> None:
+        """Take in that a session goes on with more input."""
+        self._guard(self._on_turn, request)
+
     def on_finish(self, request: Request) -> None:
         self._guard(self._on_finish, request)
         self.provenance.forget(request.request_id)
@@ -240,7 +249,21 @@ class Morph:
         self.traffic.on_arrival(request)
         self.receipts.on_arrival(request)
 
+    def _on_turn_end(self, request: Request) -> None:
+        self._between_turns.add(request.request_id)
+        self.traffic.on_turn_end(request)
+        self.receipts.on_turn_end(request, self._level_of_outputs)
+
+    def _on_turn(self, request: Request) -> None:
+        self._between_turns.discard(request.request_id)
+        self.traffic.on_arrival(request)
+        self.receipts.on_turn(request)
+
     def _on_finish(self, request: Request) -> None:
+        if request.request_id in self._between_turns:  # of its last turn all is told
+            self._between_turns.discard(request.request_id)
+            self.receipts.forget(request.request_id)
+            return
         self.traffic.on_finish(request)
         self.receipts.on_finish(request, self._level_of_outputs)
 
