@@ -24,12 +24,14 @@ def engine(mode: CompilationMode = CompilationMode.DYNAMO_TRACE_ONCE, **parallel
         "pipeline_parallel_size": 1,
         "enable_expert_parallel": False,
         "nnodes": 1,
+        "enable_fault_tolerance": False,
     }
     return SimpleNamespace(
         parallel_config=SimpleNamespace(**(fields | parallel)),
         compilation_config=SimpleNamespace(mode=mode),
         model_config=SimpleNamespace(enable_sleep_mode=False),
         kv_transfer_config=None,
+        weight_transfer_config=None,
         lora_config=None,
         speculative_config=None,
     )

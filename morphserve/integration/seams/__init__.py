@@ -26,7 +26,6 @@ from morphserve.integration.seams.cuda import (
     KV_ALLOC_V2,
     WORKER_MEMORY,
     WORKER_WARM,
-    WORKER_WEIGHTS,
 )
 from morphserve.integration.seams.patch import Patch, patches, put, undo, wrap
 from morphserve.integration.seams.rows import (
@@ -38,6 +37,7 @@ from morphserve.integration.seams.rows import (
     ENGINE_CONFIG,
     ENGINE_CORE,
     ENGINE_HANDLE,
+    ENGINE_RPC,
     ENGINE_START,
     ENGINE_UTILITIES,
     KV_ALLOC,
@@ -52,6 +52,7 @@ from morphserve.integration.seams.rows import (
     SEAMS,
     WEIGHTS_LOADED,
     WORKER_START,
+    WORKER_WEIGHTS,
     Seam,
 )
 from morphserve.late import late
@@ -74,6 +75,7 @@ __all__ = [
     "ENGINE_CONFIG",
     "ENGINE_CORE",
     "ENGINE_HANDLE",
+    "ENGINE_RPC",
     "ENGINE_START",
     "ENGINE_UTILITIES",
     "GRAPH_MEMORY_V1",
