@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -201,6 +203,29 @@ def test_map_beyond_available_memory_is_an_error(monkeypatch: pytest.MonkeyPatch
         cache.map(8)
     cache.map(7)
     assert cache.num_mapped == 7
+
+
+_KEPT = """
+import errno, mmap
+from kv_resize import BackingError, HostBacking
+backing = HostBacking(4 * mmap.PAGESIZE)
+backing.populate([(0, backing.page_bytes)])
+backing._advise = lambda *_: errno.EINVAL
+for refused in (lambda: backing.release([(0, backing.page_bytes)]), lambda: backing.copy_rows(0, 8, [(0, 1 << 40)])):
+    try:
+        refused()
+    except BackingError as e:
+        print(e)
+"""
+
+
+def test_checks_of_memory_survive_an_optimized_python() -> None:
+    """Guards: under `python -O` a release that released nothing, whose blocks come back with another request's KV, and
+    a memmove past the buffer."""
+    done = subprocess.run([sys.executable, "-O", "-c", _KEPT], capture_output=True, text=True, check=True)
+    kept, outside = done.stdout.splitlines()
+    assert "EINVAL" in kept and "mlockall" in kept
+    assert f"row {1 << 40}" in outside
 
 
 def test_kernel_without_populate_keeps_live_bytes() -> None:
