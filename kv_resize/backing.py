@@ -94,7 +94,7 @@ class HostBacking:
         except OSError as e:
             raise BackingError(
                 f"cannot reserve {self._mapped_bytes:,} B of address space: {e.strerror}. Lower the maximum "
-                "number of KV blocks, or raise the limit (ulimit -v, vm.overcommit_memory)."
+                "number of KV blocks, or raise the limit (ulimit -v, ulimit -d, vm.overcommit_memory)."
             ) from e
         if not huge_pages:
             self._advise(_MADV_NOHUGEPAGE, 0, self._mapped_bytes)
@@ -119,7 +119,8 @@ class HostBacking:
             shared = f" on each of {self.num_sharers} ranks" if self.num_sharers > 1 else ""
             raise BackingError(
                 f"no memory for {wanted:,} B of KV cache{shared}: {available:,} B are available, "
-                f"{self.keep_free_bytes:,} B are kept free for a worst-case forward pass."
+                f"{self.keep_free_bytes:,} B are kept free for a worst-case forward pass.",
+                available_bytes=max(available - self.keep_free_bytes, 0) // self.num_sharers,
             )
         for start, end in ranges:
             if self._can_populate:

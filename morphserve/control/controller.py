@@ -227,6 +227,8 @@ class Controller:
         runner.replies.pause_s = 0.0
         runner.replies.poll_copies()
         runner.replies.drop_late()
+        if self._transition is None and not runner.grow_again(now, may_start=not self.failed):
+            return
         if runner.phase is not Phase.IDLE and not self._advance(now):
             return
         target = self._next_target(now)
