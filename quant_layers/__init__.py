@@ -15,6 +15,7 @@ from quant_layers.kernels.machete import W4A16Machete
 from quant_layers.kernels.marlin import W4A16Marlin, W8A16Marlin
 from quant_layers.kernels.registry import CANDIDATES, FORMATS, Kernel, register
 from quant_layers.kernels.selftest import KernelReport, by_preference, check_kernel, choose, probe
+from quant_layers.likeness import FirstLook, HalfLayer
 from quant_layers.private import private_directory
 from quant_layers.sources.checkpoint import Checkpoint, ImportedLayer, tensor_files
 from quant_layers.sources.profile import Profile, ProfileLevel, base_fingerprint, read_profile, write_profile
@@ -55,6 +56,7 @@ __all__ = [
     "choose_scale",
     "digest",
     "F8A8Cutlass",
+    "FirstLook",
     "Fold",
     "folds_of",
     "format_of",
@@ -62,6 +64,7 @@ __all__ = [
     "greedy",
     "Half",
     "half_of",
+    "HalfLayer",
     "HALVES",
     "ImportedLayer",
     "join_format",

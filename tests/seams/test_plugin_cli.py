@@ -22,7 +22,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from morphserve.__main__ import main
 from morphserve.config import parse_config
-from morphserve.errors import ConfigError, SeamError, StoreError
+from morphserve.errors import ConfigError, SeamError
 from morphserve.integration import seams
 from morphserve.integration.seams import check
 from morphserve.integration.worker import layers as rank_layers
@@ -37,6 +37,7 @@ from morphserve.plugin import (
 )
 from morphserve.residence import HostResidence
 from morphserve.version import UNPROVEN_VLLM
+from quant_layers import VariantStore
 
 SIZES = dict(
     hidden_size=64,
@@ -267,19 +268,43 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return capture
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "changed"])
-def test_damaged_variants_stop_the_start(stored: Any, damage: str) -> None:
-    """Guards: a damaged variant is found when a burst needs it, or served."""
-    file = stored()[0]
-    assert stored()[0] == file  # undamaged, it is used as it is
-    content = file.read_bytes()
-    if damage == "missing":
-        file.unlink()
-    else:
-        file.write_bytes(content[:-10] if damage == "truncated" else content[:-10] + bytes(10))
-    with pytest.raises(StoreError) as refused:
-        stored()
-    assert str(file) in str(refused.value) and "delete" in str(refused.value)
+@pytest.mark.parametrize("damage", ["missing", "truncated", "changed", "header"])
+def test_damaged_files_are_made_again_at_the_start(stored: Any, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Guards: a damaged layer found when a burst needs it, or served, or one that keeps a server from starting although
+    all that it is made of is there."""
+    files = stored()
+    whole = {file: file.read_bytes() for file in files}
+    assert stored() == files and not _warnings(caplog)  # undamaged, they are used as they are
+    for file, content in whole.items():
+        if damage == "missing":
+            file.unlink()
+        elif damage == "header":
+            file.write_bytes(bytes(20) + content[20:])
+        else:
+            file.write_bytes(content[:-10] if damage == "truncated" else content[:-10] + bytes(10))
+    stored()
+    assert {file: file.read_bytes() for file in files} == whole
+    (said,) = _warnings(caplog)
+    assert "files of 2 layers are made again" in said and str(files[0]) in said
+
+
+def test_a_base_that_is_not_what_was_loaded_is_made_again(stored: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Guards: a file that is whole by its manifest, of other tensors than those that serve: the first restore would end
+    "level 0 is stock"."""
+    base = next(file for file in stored() if ".base." in file.name)
+    mine, directory = base.read_bytes(), base.parent
+    fingerprint = json.loads((directory / "manifest.json").read_text())["fingerprint"]
+    other = torch.zeros(128, 64, dtype=torch.bfloat16)
+    VariantStore.open(directory, fingerprint).write(0, "base", {"proj": {"weight": other}})
+    assert not base.exists()
+    stored()
+    assert base.read_bytes() == mine
+    (said,) = _warnings(caplog)
+    assert "layer 0 'base': proj/weight is not what was loaded" in said
+
+
+def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_a_shape_that_the_first_kernels_refuse_goes_to_one_behind_them(
