@@ -260,12 +260,12 @@ class Controller:
         """Go as far as the answers allow; True when no swap batch is under way."""
         runner, self._driven_s = self._runner, now
         runner.replies.drop_late()
-        if runner.phase is not Phase.IDLE:
+        if self._transition is not None and runner.phase is not Phase.IDLE:
             return self._advance(now)
         if failed := runner.take_copies():  # of a drain that was given up
             self.counters.count_error("kv_unknown")
             logger.warning("morph: %s", failed)
-        return True
+        return self._transition is not None or runner.grow_again(now, may_start=not self.failed)
 
     def _advance(self, now: float) -> bool:
         """Let the swap batch go on; True when it has ended."""
