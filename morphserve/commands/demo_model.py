@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from morphserve.setup import GIB, SetupError, check_disk, exclusive, explain_pip_failure, run_quiet
+from morphserve.user_input import user_path
 
 if TYPE_CHECKING:
     from morphserve.setup import Runner
@@ -144,7 +145,7 @@ def convert(gguf: Path, model: Path) -> None:
 
 def cache_directory() -> Path:
     """Return where the model is kept: MORPHSERVE_CACHE, or the user's own cache."""
-    return Path(os.environ.get("MORPHSERVE_CACHE") or "~/.cache/morphserve").expanduser().absolute()
+    return user_path(os.environ.get("MORPHSERVE_CACHE") or "~/.cache/morphserve").absolute()
 
 
 def obtain(cache: Path, full: bool, run: Runner = run_quiet, converter: Converter = convert) -> Path:
