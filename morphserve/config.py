@@ -7,8 +7,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
+from morphserve.cache import cache_root
 from morphserve.errors import ConfigError
 from morphserve.user_input import parse_yaml, read_yaml, user_path
 from policies import PolicyConfig, SloConfig
@@ -152,8 +153,10 @@ class MorphServeConfig(_Section):
         description="where no profile or step times are named, use what `morphserve prepare` has stored of this very "
         "model, machine, dtype and topology, or what comes with the package; false = only what is named here",
     )
-    cache_dir: UserPath = Field(
-        Path("~/.cache/morphserve"), description="packed variants; built once, verified, then read"
+    cache_dir: Annotated[UserPath, BeforeValidator(lambda given: cache_root() if given is None else given)] = Field(
+        default_factory=cache_root,
+        description="packed variants, built once, verified, then read; and what was prepared. null = MORPHSERVE_CACHE "
+        "of the environment, else ~/.cache/morphserve",
     )
     decision_log: UserPath | None = Field(
         None,

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from morphserve.setup import GIB, SetupError, check_disk, exclusive, explain_pip_failure, run_quiet
-from morphserve.user_input import user_path
 
 if TYPE_CHECKING:
     from morphserve.setup import Runner
@@ -141,11 +140,6 @@ def convert(gguf: Path, model: Path) -> None:
     )
     weights.save_pretrained(model)
     AutoTokenizer.from_pretrained(gguf.parent, **kwargs).save_pretrained(model)
-
-
-def cache_directory() -> Path:
-    """Return where the model is kept: MORPHSERVE_CACHE, or the user's own cache."""
-    return user_path(os.environ.get("MORPHSERVE_CACHE") or "~/.cache/morphserve").absolute()
 
 
 def obtain(cache: Path, full: bool, run: Runner = run_quiet, converter: Converter = convert) -> Path:

@@ -105,8 +105,11 @@ def test_a_home_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a container whose user has no home ends in a traceback."""
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory")))
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.delenv("MORPHSERVE_CACHE", raising=False)
     with pytest.raises(ConfigError, match="or set HOME"):
         user_path("~/.cache")
+    with pytest.raises(ConfigError, match="Set MORPHSERVE_CACHE to a directory"):
+        parse_config({})
 
 
 def test_a_key_twice_in_json_is_refused() -> None:

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from morphserve.cache import cache_root
 from morphserve.errors import ConfigError
 from morphserve.shipped import TEXT, text_file
 from morphserve.tools.checks import at_least, check_directory, check_texts
@@ -26,7 +27,7 @@ from morphserve.user_input import user_path
 
 PACKAGES = ("llmcompressor==0.14.0.1", "accelerate>=1.0")
 GROUP_SIZES = (128, 64, 32)
-ENVIRONMENT = Path("~/.cache/morphserve/quantize-env")
+ENVIRONMENT = "quantize-env"  # in the cache directory
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "morphserve quantize") -> int:
@@ -61,7 +62,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--grid", type=at_least(1), default=10, help="AWQ: scalings tried for each norm; time grows "
                         "with it")  # fmt: skip
     parser.add_argument("--length", type=at_least(2), default=512, help="tokens per window")
-    parser.add_argument("--environment", type=Path, default=ENVIRONMENT, help="where llm-compressor is installed")
+    parser.add_argument("--environment", type=Path, default=cache_root() / ENVIRONMENT, metavar="DIR",
+                        help="where llm-compressor is installed; default: %(default)s")  # fmt: skip
     return parser
 
 
