@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from morphserve.errors import ConfigError
 from policies import PolicyConfig, SloConfig
@@ -144,6 +144,11 @@ class MorphServeConfig(_Section):
         description="where no profile or step times are named, use what `morphserve prepare` has stored of this very "
         "model, machine, dtype and topology, or what comes with the package; false = only what is named here",
     )
+    prepare: Literal["when_idle"] | None = Field(
+        None,
+        description="when_idle = a server without a profile, on a CPU, makes it in a child process while it has no "
+        "requests; null = `morphserve prepare` alone does",
+    )
     cache_dir: Path = Field(
         Path("~/.cache/morphserve"), description="packed variants; built once, verified, then read"
     )
@@ -155,6 +160,14 @@ class MorphServeConfig(_Section):
         "changes",
         description="changes = new levels, else one row a second; all = all that the policy was asked, to be replayed",
     )
+
+    @model_validator(mode="after")
+    def _prepares_what_it_uses(self) -> Self:
+        if self.prepare is not None and not self.prepared:
+            raise ValueError(
+                f"prepare: {self.prepare} makes what `prepared: false` never looks for. Leave one of the two out."
+            )
+        return self
 
 
 def check_formats(config: MorphServeConfig, known: Collection[str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from cpu.prepared_world import PLACE, TIMES, keep_profile, make_model
 
 from morphserve.errors import ProfilingError
-from morphserve.prepared import ProfileKey, Store, weights_fingerprint
+from morphserve.prepared import TAKEN, ProfileKey, Store, take_model, weights_fingerprint
 from morphserve.tools.prepare import main, stages
 from quant_layers import QuantError
 
@@ -165,6 +165,16 @@ def test_step_times_may_be_left_out(model: Path, machine: Machine, capsys: pytes
     """Guards: minutes of timing that nobody asked for."""
     assert prepare(model, "--without-times") == 0
     assert machine.asked == ["asking vLLM", "profile"] and last(capsys)["step_times"] is None
+
+
+def test_two_at_once_are_refused(model: Path, machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: a run by hand that mixes its layers into those of an idle server's child."""
+    store = Store(model.parent / "cache", weights_fingerprint(model) or "")
+    store.directory.mkdir(parents=True)
+    with take_model(store.directory):
+        assert prepare(model) == TAKEN
+    assert "another process prepares this model" in capsys.readouterr().err and machine.asked == []
+    assert prepare(model) == 0
 
 
 @pytest.mark.parametrize("what", ["disk", "text", "weights", "cache", "model"])

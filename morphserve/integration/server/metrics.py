@@ -26,6 +26,7 @@ from prometheus_client.registry import Collector
 from morphserve.integration.server.page import add_page
 from morphserve.integration.server.queue_limit import QueueLimit
 from morphserve.integration.server.reload_api import add_route, on_hangup
+from morphserve.integration.server.spare_time import SpareTime
 from policies import Predictions
 
 if TYPE_CHECKING:
@@ -161,7 +162,8 @@ class MorphServeEndpoint:
         self._collector = StatusCollector()
         self._client: Any = None
         self._queue_limit = QueueLimit(None)
-        self._task: asyncio.Task[None] | None = None
+        self._spare_time: SpareTime | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._keys: list[str] = []  # one of which who sends a policy must show, as for vLLM's own API
 
     def attach_router(self, app: FastAPI) -> None:
@@ -200,12 +202,14 @@ class MorphServeEndpoint:
         with contextlib.suppress(ValueError):  # a second app in this process: already registered
             REGISTRY.register(self._collector)
         self._queue_limit = QueueLimit(engine_client)
-        self._task = asyncio.create_task(self._poll())
+        self._spare_time = SpareTime(engine_client)
+        self._tasks = [asyncio.create_task(run()) for run in (self._poll, self._spare_time.run)]
         on_hangup(self._reload)
 
     async def _ask(self) -> list[_Status]:
-        """Return the status of every engine behind this API server."""
-        return await self._call("morphserve_status")
+        """Return the status of every engine behind this API server, with what it does itself."""
+        own = {"prepare": None if self._spare_time is None else self._spare_time.as_json()}
+        return [status | own for status in await self._call("morphserve_status")]
 
     async def _reload(self, cause: str, sent: str = "") -> list[_Status]:
         """Have every engine read its settings anew, or a policy that was sent; return what came of it in each."""
@@ -225,6 +229,8 @@ class MorphServeEndpoint:
                 statuses = await self._ask()
                 self._collector.statuses = statuses
                 self._queue_limit.apply([status["max_queued_tokens"] for status in statuses])
+                if self._spare_time is not None:
+                    self._spare_time.look(statuses)
                 warned = False
             except asyncio.CancelledError:
                 raise

@@ -37,12 +37,14 @@ if TYPE_CHECKING:
     )
     from morphserve.integration.start.device_budget import check_fixed_kv, check_given_blocks
     from morphserve.integration.start.device_checks import check_device
+    from morphserve.integration.start.idle_work import IdleWork, idle_work
     from morphserve.integration.start.prepared import attach_prepared
 
 __all__ = [
     "CONFIG_FILE",
     "FOUND",
     "KEY",
+    "IdleWork",
     "attach_prepared",
     "check_device",
     "check_engine",
@@ -53,6 +55,7 @@ __all__ = [
     "default_formats",
     "device_type",
     "for_this_device",
+    "idle_work",
     "is_active",
     "is_cuda",
     "ladder_note",
@@ -65,6 +68,7 @@ __all__ = [
 ]
 
 _LATE = {
+    "IdleWork": "idle_work",
     "attach_prepared": "prepared",
     "check_device": "device_checks",
     "check_engine": "checks",
@@ -73,6 +77,7 @@ _LATE = {
     "check_platform": "device",
     "default_formats": "device",
     "device_type": "device",
+    "idle_work": "idle_work",
     "is_cuda": "device",
     "serving_residence": "device",
     "make_policy": "checks",

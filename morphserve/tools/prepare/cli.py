@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve prepare") ->
     args = _parser(prog).parse_args(argv)
     if args.cpu_bind is not None:
         os.environ[_BIND] = args.cpu_bind
+    from morphserve.prepared import TAKEN, TakenError
     from quant_layers import QuantError
 
     try:
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve prepare") ->
     except KeyboardInterrupt:
         fail(prog, "interrupted. What was finished is kept: the same command goes on from there.")
         return 130
+    except TakenError as e:
+        fail(prog, e)
+        return TAKEN
     except (MorphServeError, QuantError, OSError, ValueError) as e:
         return fail(prog, e)
     return finish(document) if args.json else 0
