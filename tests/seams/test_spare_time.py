@@ -57,8 +57,9 @@ def test_the_child_prepares_for_this_very_server(
 ) -> None:
     """Guards: a profile of another dtype, of other ranks or into another directory; an option that `morphserve prepare`
     does not have; a child that writes into files of the server, or wants all of the server's KV cache beside it."""
-    for name, value in (("MORPHSERVE_ENDING_FILE", "f"), ("PROMETHEUS_MULTIPROC_DIR", "d"), ("HOME_OF_MINE", "h")):
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MORPHSERVE_ENDING_FILE", str(tmp_path / "end"))
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setenv("HOME_OF_MINE", "h")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "40")
     cache = tmp_path / "cache"
     work = work_of(start(model, cache, WHEN_IDLE, dtype="float32", enforce_eager=True))
@@ -90,7 +91,7 @@ def test_where_it_cannot_be_it_says_so(
     """Guards: an operator who waits for ever for a profile that this server can never make."""
     config = start(model, tmp_path / "cache", WHEN_IDLE, **({"load_format": "dummy"} if what == "dummy" else {}))
     if what == "gpu":
-        monkeypatch.setattr("morphserve.integration.start.idle_work.is_cuda", lambda: True)
+        monkeypatch.setattr("morphserve.integration.start.idle.is_cuda", lambda: True)
     elif what == "gone":
         (model / "model-0.safetensors").unlink()
     elif what == "doors":
@@ -158,7 +159,7 @@ def test_who_is_served_is_seen(spare: Any) -> None:
     spare.look([status(), status()])
     spare.look([status(), status()])
     assert ticks(spare) == [False]
-    for busy in (status(running=1), status(waiting=1), status(tokens=5)):
+    for busy in (status(running=1), status(waiting=1), status(tokens=6)):
         spare.look([status(), busy])
         assert ticks(spare) == [True]
         spare.look([status(tokens=5), status()])
@@ -179,7 +180,7 @@ def test_it_ends_with_the_server_and_after_an_error(spare: Any, caplog: pytest.L
     monkeypatch.setattr(spare_time, "logger", logging.getLogger("test.spare_time"))
     spare._preparation.error = RuntimeError("broken")
     ticks(spare, 2)
-    assert spare._preparation.num_closed == 2 and "goes on without it" in caplog.text
+    assert spare._preparation.num_closed > 1 and "goes on without it" in caplog.text
 
 
 def test_the_status_says_what_it_is_at(spare: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,7 +162,7 @@ class MorphServeEndpoint:
         self._collector = StatusCollector()
         self._client: Any = None
         self._queue_limit = QueueLimit(None)
-        self._spare_time: SpareTime | None = None
+        self._spare_time = SpareTime(None)
         self._tasks: list[asyncio.Task[None]] = []
         self._keys: list[str] = []  # one of which who sends a policy must show, as for vLLM's own API
 
@@ -208,7 +208,7 @@ class MorphServeEndpoint:
 
     async def _ask(self) -> list[_Status]:
         """Return the status of every engine behind this API server, with what it does itself."""
-        own = {"prepare": None if self._spare_time is None else self._spare_time.as_json()}
+        own = {"prepare": self._spare_time.as_json()}
         return [status | own for status in await self._call("morphserve_status")]
 
     async def _reload(self, cause: str, sent: str = "") -> list[_Status]:
@@ -229,13 +229,13 @@ class MorphServeEndpoint:
                 statuses = await self._ask()
                 self._collector.statuses = statuses
                 self._queue_limit.apply([status["max_queued_tokens"] for status in statuses])
-                if self._spare_time is not None:
-                    self._spare_time.look(statuses)
+                self._spare_time.look(statuses)
                 warned = False
             except asyncio.CancelledError:
                 raise
             except Exception as e:  # the engine may be starting, stopping or dead; the metrics go quiet
                 self._collector.statuses = []
+                self._spare_time.look([])
                 if not warned:
                     logger.warning("morphserve: no status from the engine (%s)", e)
                 warned = True

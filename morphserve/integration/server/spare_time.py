@@ -26,14 +26,14 @@ _INTERVAL_S = 0.05  # between two looks: so long, at most, a request shares the 
 class SpareTime:
     """Watches for requests, and lets the model be prepared while there are none."""
 
-    def __init__(self, engine_client: EngineClient) -> None:
-        """Find out whether there is anything to do."""
-        self._client = engine_client
+    def __init__(self, engine_client: EngineClient | None) -> None:
+        """Find out whether there is anything to do; without a client there is nothing."""
+        self._client: Any = engine_client
         self._num_tokens: int | None = None
         self._is_busy = True  # until the engines have said otherwise
         self._preparation: WhenIdle | None = None
-        self._work = work = _find_work(engine_client.vllm_config)
-        if work is None:
+        self._work = work = None if engine_client is None else _find_work(engine_client.vllm_config)
+        if engine_client is None or work is None:
             return
         if work.command:
             model = engine_client.vllm_config.model_config.model
@@ -69,6 +69,7 @@ class SpareTime:
                 await asyncio.sleep(_INTERVAL_S)
         except Exception:
             logger.exception("morphserve: prepare: when_idle gives up; the server goes on without it")
+            await asyncio.to_thread(preparation.close)  # requests do not wait for it
         finally:
             preparation.close()
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     )
     from morphserve.integration.start.device_budget import check_fixed_kv, check_given_blocks
     from morphserve.integration.start.device_checks import check_device
-    from morphserve.integration.start.idle_work import IdleWork, idle_work
+    from morphserve.integration.start.idle import IdleWork, idle_work
     from morphserve.integration.start.prepared import attach_prepared
 
 __all__ = [
@@ -68,7 +68,7 @@ __all__ = [
 ]
 
 _LATE = {
-    "IdleWork": "idle_work",
+    "IdleWork": "idle",
     "attach_prepared": "prepared",
     "check_device": "device_checks",
     "check_engine": "checks",
@@ -77,7 +77,7 @@ _LATE = {
     "check_platform": "device",
     "default_formats": "device",
     "device_type": "device",
-    "idle_work": "idle_work",
+    "idle_work": "idle",
     "is_cuda": "device",
     "serving_residence": "device",
     "make_policy": "checks",
