@@ -158,7 +158,7 @@ class WhenIdle:
         return {
             "state": self.phase.value,
             "part": self._part(),
-            "error": self.error,
+            "note": self.error,
             "begins_in_s": round(max(next_s, 0.0), 1) if waits else None,
         }
 

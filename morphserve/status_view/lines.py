@@ -102,7 +102,7 @@ def _prepare(s: Status) -> Line | None:
     wait = prepare["begins_in_s"]
     more = prepare["part"] or ("" if wait is None else f"in {duration(wait)} without a request")
     tone: Tone = "warn" if prepare["state"] in ("failed", "off") else ""
-    return Line("Prepare", ", ".join(part for part in (prepare["state"], more) if part), prepare["error"], tone)
+    return Line("Prepare", ", ".join(part for part in (prepare["state"], more) if part), prepare["note"], tone)
 
 
 def _refusing(s: Status) -> Line | None:

@@ -93,7 +93,7 @@ def test_begins_only_after_minutes_without_a_request(world: World) -> None:
     world.request()
     world.quiet(QUIET_S - 1)
     assert not world.children and world.idle.phase is Phase.IDLE
-    assert world.idle.as_json() == {"state": "idle", "part": "", "error": "", "begins_in_s": 1.0}
+    assert world.idle.as_json() == {"state": "idle", "part": "", "note": "", "begins_in_s": 1.0}
     world.quiet(1)
     assert len(world.children) == 1 and world.idle.phase is Phase.RUNNING
     world.quiet(10 * QUIET_S)
@@ -201,6 +201,13 @@ def test_the_child_ends_with_the_server(world: World, is_stopping: bool) -> None
     assert len(world.children) == 1
 
 
+def test_nothing_begins_once_the_server_ends(world: World) -> None:
+    """Guards: a child that is started by the last tick of a server, and outlives it."""
+    world.idle.close()
+    world.quiet(QUIET_S)
+    assert not world.children
+
+
 def test_illegal_moves_are_refused() -> None:
     """Guards: a table that allows all."""
     with pytest.raises(IllegalTransition, match="DONE -> RUNNING"):
@@ -242,7 +249,7 @@ def shell(tmp_path: Path) -> Callable[[str], tuple[Background, int]]:
 
 def test_all_that_the_command_started_ends_with_it(shell: Callable[[str], tuple[Background, int]]) -> None:
     """Guards: the engine that the command started computes on beside the request that stopped it."""
-    child, grandchild = shell("sleep 600 & echo $! > $FIFO; echo said; wait")
+    child, grandchild = shell("echo said; sleep 600 & echo $! > $FIFO; wait")
     assert child.poll() is None and is_alive(grandchild) and os.getpgid(grandchild) == child.pid
     assert child.said() == ["said"]
     child.end_now()

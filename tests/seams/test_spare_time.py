@@ -189,7 +189,7 @@ def test_the_status_says_what_it_is_at(spare: Any, monkeypatch: pytest.MonkeyPat
     client = spare._client
     for work, state in ((IdleWork(why_not="there"), "done"), (IdleWork(why_not="a GPU", is_missing=True), "off")):
         monkeypatch.setattr(spare_time, "idle_work", lambda config, work=work: work)
-        assert SpareTime(client).as_json() == {"state": state, "part": "", "error": work.why_not, "begins_in_s": None}
+        assert SpareTime(client).as_json() == {"state": state, "part": "", "note": work.why_not, "begins_in_s": None}
     monkeypatch.setattr(spare_time, "idle_work", lambda config: None)
     assert SpareTime(client).as_json() is None
 

@@ -55,7 +55,7 @@ class SpareTime:
             return None
         if self._preparation is None:
             state = "off" if self._work.is_missing else "done"
-            return {"state": state, "part": "", "error": self._work.why_not, "begins_in_s": None}
+            return {"state": state, "part": "", "note": self._work.why_not, "begins_in_s": None}
         return self._preparation.as_json()
 
     async def run(self) -> None:
