@@ -105,7 +105,7 @@ class TransitionConfig(_Section):
         30.0,
         gt=0,
         description="a swap batch that a rank has not prepared this long after it was asked is given up on all ranks; "
-        "the steps ahead of it count, so stay above three of the longest",
+        "the steps ahead of it count, so stay above three of the longest; half of it is for reading files",
     )
     backoff_s: float = Field(5.0, ge=0, description="no new transition this long after a failure")
     backoff_max_s: float = Field(

@@ -133,17 +133,21 @@ class Controller:
 
     @property
     def wants_wakeup(self) -> bool:
-        """Whether an idle engine must still call `tick`, or it would stay where it is."""
+        """Whether an idle engine must call `tick` now, or it would stay where it is. Any thread may ask."""
         if self.health in _ENDED:
             return False
         if self._runner.phase is not Phase.IDLE:
             return True
         if self.failed:
             return False
-        if self._policy_host.has_successor or self._policy_host.decision.level != self.level:
+        if self._policy_host.has_successor:
             return True
         # vLLM's workers poll without a pause for a second after each step: a wake-up a second is a busy core.
-        return self.effective_level > 0 and not self._policy_host.decision.is_final
+        target = self._layer_state.next_target(self._policy_host.decision.level)
+        if target is None:
+            return self.effective_level > 0 and not self._policy_host.decision.is_final
+        direction = self._layer_state.direction(target)
+        return self._backoff.would_allow(self._clock(), direction, self._pool.num_used_blocks)
 
     def status(self) -> dict[str, Any]:
         """Return everything an operator may ask, ready for JSON."""
@@ -253,12 +257,12 @@ class Controller:
         """Go as far as the answers allow; True when no swap batch is under way."""
         runner, self._driven_s = self._runner, now
         runner.replies.drop_late()
-        if runner.phase is not Phase.IDLE:
+        if self._transition is not None and runner.phase is not Phase.IDLE:
             return self._advance(now)
         if failed := runner.take_copies():  # of a drain that was given up
             self.counters.count_error("kv_unknown")
             logger.warning("morph: %s", failed)
-        return True
+        return self._transition is not None or runner.grow_again(now, may_start=not self.failed)
 
     def _advance(self, now: float) -> bool:
         """Let the swap batch go on; True when it has ended."""

@@ -77,6 +77,11 @@ class BackOff:
         """Return whether an attempt may start now."""
         return now_s >= self._not_before_s.get(direction, now_s)
 
+    def would_allow(self, now_s: float, direction: Direction, num_used_blocks: int) -> bool:
+        """Return whether an attempt might start now, if `see_room` were told of these blocks. Changes nothing."""
+        has_room = direction == "restore" and num_used_blocks < self._full_at
+        return has_room or self.allows(now_s, direction)
+
     def failed(self, now_s: float, direction: Direction) -> float:
         """Return how long nothing starts in `direction`, in seconds."""
         wait_s = self._next_wait_s.get(direction, self._first_s)
@@ -109,6 +114,29 @@ class BackOff:
         until_s = max(until_s, self._not_before_s.get(direction, until_s))
         self._not_before_s[direction] = until_s
         return until_s
+
+
+@dataclass(slots=True)
+class Retry:
+    """When to ask again for what was not to be had: each wait is twice as long as the one before, up to a limit."""
+
+    first_s: float
+    longest_s: float
+    _wait_s: float = 0.0
+    _next_s: float = 0.0
+
+    def reset(self) -> None:
+        """Begin anew with the next question."""
+        self._wait_s = 0.0
+
+    def is_due(self, now_s: float) -> bool:
+        """Return whether to ask now; the first wait begins with the first call."""
+        if self._wait_s and now_s < self._next_s:
+            return False
+        due = self._wait_s > 0
+        self._wait_s = min(2 * self._wait_s, self.longest_s) if due else self.first_s
+        self._next_s = now_s + self._wait_s
+        return due
 
 
 @dataclass(slots=True)

@@ -49,8 +49,9 @@ def test_a_wait_for_room_ends_with_room() -> None:
     """Guards: an engine whose requests have left stays quantized until a back-off is over, or tries without room."""
     rig = full_and_waiting()
     rig.step(5)
-    assert rig.controller.phase is Phase.IDLE
+    assert rig.controller.phase is Phase.IDLE and not rig.controller.wants_wakeup
     rig.pool.finish(1)
+    assert rig.controller.wants_wakeup, "idle from here on"
     rig.step(40)  # 2 s, and 5 s are a back-off
     assert rig.controller.level == 0
 
@@ -173,6 +174,35 @@ def test_what_keeps_failing_waits_longer_and_success_forgives() -> None:
         attempts(rig, 6.0)
         assert rig.controller.level == 0
         rig.go_to(1)
+
+
+def wake_ups(rig: Rig, seconds: float) -> int:
+    """How often an idle engine is woken over so many seconds: it makes no other steps."""
+    until_s, num_woken = rig.now_s + seconds, 0
+    while rig.now_s < until_s:
+        rig.now_s += 0.1
+        if rig.controller.wants_wakeup:
+            num_woken += 1
+            rig.step(seconds=0.0)
+        while rig.controller.in_transition:  # as the hooks ask for the next step at once
+            rig.step(seconds=0.001)
+    return num_woken
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize(("start", "target"), [(3, 0), (0, 3)])
+def test_an_idle_engine_is_woken_for_attempts_and_no_more(num_ranks: int, start: int, target: int) -> None:
+    """Guards: a damaged file keeps a core of an idle server busy for ever, ten wake-ups a second; or nobody tries
+    again, and it stays where it is once the file is whole."""
+    rig = Rig(num_ranks=num_ranks)
+    rig.go_to(start)
+    rig.executor.fail = lambda command, plan, r: "no file" if command in ("prepare", "alone") else ""
+    rig.script.level = target
+    rig.step()
+    assert wake_ups(rig, 600.0) <= 15  # attempts after 5, 10, 20, 40 seconds, and then one a minute
+    assert rig.controller.counters.errors["prepare"] >= 12 and rig.controller.level == start
+    rig.executor.fail = lambda command, plan, r: ""
+    assert wake_ups(rig, 61.0) and rig.controller.level == target
 
 
 def test_a_failing_restore_does_not_keep_from_degrading() -> None:

@@ -140,6 +140,11 @@ def _check_features(vllm_config: VllmConfig) -> None:
             "--data-parallel-backend",
         ),
         (v.parallel_config.enable_expert_parallel, "expert parallel", "--enable-expert-parallel"),
+        (
+            v.parallel_config.nnodes > 1,
+            f"ranks on {v.parallel_config.nnodes} hosts are not proven, on 1 they are",
+            "--nnodes",
+        ),
     ):
         if bad:
             raise ConfigError(f"not supported together with MorphServe: {what}. Leave out {remedy}.")
