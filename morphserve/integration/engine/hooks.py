@@ -27,12 +27,11 @@ from morphserve.integration.engine.idle_ticker import IdleTicker
 from morphserve.integration.engine.provenance import Provenance
 from morphserve.integration.engine.publish import publish_base
 from morphserve.integration.engine.receipts import Receipts
-from morphserve.integration.engine.request_limits import promise_of
 from morphserve.integration.engine.runtime import EngineRuntime
 from morphserve.integration.engine.status import StatusPage
 from morphserve.integration.engine.traffic import Traffic
 from morphserve.integration.start import for_this_device, make_policy, policy_setup
-from policies import PolicySetup
+from policies import PolicySetup, promise_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -74,7 +73,7 @@ class Morph:
         self.pool.on_forced_preemption = lambda request: self.on_preemption(request, forced=True)
         self.executor = RpcExecutor(model_executor, len(runtime.ranks), runtime.in_background)
         self.setup = policy_setup(runtime.config, runtime.vllm_config)
-        self.traffic.late.policy = promise_of(self.setup.section)
+        self.traffic.late.promise = promise_of(self.setup.section)
         self.log = self._open_log()
         self.controller = self._make_controller()
         self._page = StatusPage(runtime, self.executor, self.worst_forward_bytes)
@@ -114,7 +113,7 @@ class Morph:
 
         def install(setup: PolicySetup, note: str) -> None:
             self.controller.replace_policy(make_policy(setup, runtime.ladder), note, setup)
-            self.traffic.late.policy = promise_of(setup.section)
+            self.traffic.late.promise = promise_of(setup.section)
 
         return ReloadWatch(
             PolicyReloader(
