@@ -47,11 +47,10 @@ def make_morph(**parts: Any) -> Any:
         "wake_due": False,
         "tokens_by_level": [0],
         "controller": CountingController(),
-        "provenance": SimpleNamespace(forget=lambda request_id: None, set_level=lambda level: None),
+        "provenance": SimpleNamespace(forget=lambda request_id: None, set_level=lambda level: None, sweep=lambda: None),
         "tick_times": SimpleNamespace(add=lambda seconds: None),
         "_in_flight": {},
         "pool": SimpleNamespace(num_used_blocks=0),
-        "_level_of_outputs": 0,
         "_heap_used": False,
         **parts,
     }
@@ -70,6 +69,7 @@ REQUEST = SimpleNamespace(request_id="asked", num_tokens=3, num_output_tokens=1,
 HOOKS: dict[str, tuple[Any, ...]] = {
     "before_schedule": (),
     "after_schedule": (OUTPUT,),
+    "before_update": (OUTPUT,),
     "after_update": (OUTPUT, MODEL_OUTPUT, {0: SimpleNamespace(outputs=[])}),
     "on_arrival": (REQUEST,),
     "on_preemption": (REQUEST,),
@@ -80,7 +80,7 @@ HOOKS: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize("hook", HOOKS)
 def test_an_exception_in_a_hook_fails_and_stays_inside(hook: str) -> None:
     """Guards: an exception of ours ends vLLM's engine loop, is lost in silence, or is met again at every step."""
-    morph = make_morph()
+    morph = make_morph(_in_flight={id(OUTPUT): SimpleNamespace(level=0, settled=False, used_blocks=0)})
     for _ in range(3):
         getattr(morph, hook)(*HOOKS[hook])
     assert morph.health is Health.RESTING

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.interface import PauseState
@@ -60,7 +61,6 @@ class Morph:
         self.health = Health.RUNNING  # of what feeds the controller, which has its own
         self.tokens_by_level = [0] * len(runtime.ladder)
         self._in_flight: dict[int, _StepInFlight] = {}  # by id(scheduler output)
-        self._level_of_outputs = 0  # of those that vLLM reads now, or read last
         self._heap_used = False  # a transition has been since the ranks last gave free heap back
         self.tick_times = TimeHistogram()
         model_executor = runtime.engine_core.model_executor
@@ -141,9 +141,7 @@ class Morph:
         self._guard(self._after_schedule, output)
 
     def before_update(self, output: SchedulerOutput) -> None:
-        """Note the level `output` was made at: requests that end while vLLM reads it end there."""
-        step = self._in_flight.get(id(output))
-        self._level_of_outputs = self._level_of_outputs if step is None else step.level
+        self._guard(self._before_update, output)
 
     def after_update(
         self, output: SchedulerOutput, model_output: ModelRunnerOutput, made: Mapping[int, EngineCoreOutputs]
@@ -191,15 +189,21 @@ class Morph:
         controller = self.controller
         level = controller.effective_level
         self._in_flight[id(output)] = _StepInFlight(level, not controller.in_transition, self.pool.num_used_blocks)
-        self.receipts.on_scheduled(output.num_scheduled_tokens, level)
-        self.traffic.on_scheduled(output.scheduled_new_reqs, output.scheduled_cached_reqs.resumed_req_ids)
+        new, resumed = output.scheduled_new_reqs, output.scheduled_cached_reqs.resumed_req_ids
+        self.receipts.on_scheduled(output.num_scheduled_tokens, level, chain((data.req_id for data in new), resumed))
+        self.traffic.on_scheduled(new, resumed)
+        self.provenance.sweep()
+
+    def _before_update(self, output: SchedulerOutput) -> None:
+        """Note the level `output` was made at: requests that end while vLLM reads it end there."""
+        if (step := self._in_flight.get(id(output))) is not None:
+            self.receipts.before_outputs(step.level)
 
     def _after_update(self, output: SchedulerOutput, model_output: ModelRunnerOutput) -> None:
         step = self._in_flight.pop(id(output), None) or _StepInFlight(self.controller.effective_level)
         level = step.level
         num_tokens = sum(map(len, model_output.sampled_token_ids or ()))
         self.tokens_by_level[level] += num_tokens
-        self.receipts.on_sampled(level)
         self.traffic.on_step(num_tokens, output, step.used_blocks, level if step.settled else None)
         if self._heap_used:
             self._trim_when_idle()
@@ -222,7 +226,7 @@ class Morph:
 
     def _on_finish(self, request: Request) -> None:
         self.traffic.on_finish(request)
-        self.receipts.on_finish(request, self._level_of_outputs)
+        self.receipts.on_finish(request)
 
     def _on_level(self, level: int) -> None:
         """Tell who must know that the next forward pass runs at `level`."""

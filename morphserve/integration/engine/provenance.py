@@ -7,6 +7,7 @@ the span of its context: the levels its tokens were computed at, and those of th
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 PrefixReuse = Literal["any", "not_worse", "exact"]
-_PRUNE_AT = 4096  # remembered blocks before the first look for stale ones
+_SWEPT_PER_STEP = 64  # remembered blocks, at level 0: 0.1 ms of a step
+_LOOKED_AT = 2  # remembered blocks for each new one: so there are never many stale ones
 
 
 class Span(NamedTuple):
@@ -48,13 +50,13 @@ class Provenance:
 
     * `any`: always;
     * `not_worse`: if nothing in it comes from a level deeper than k. At level 0 blocks of other levels are dropped
-      from the cache, so that they do not keep room that clean ones could use;
+      from the cache, a few in each step, so that they do not keep room that clean ones could use;
     * `exact`: if everything in it comes from level k.
 
     A request that demands full precision reuses level 0's blocks only, whatever the rule.
 
-    Between two `schedule()` calls the scheduler hook says `set_level` before the first step at another level, and
-    `forget` when a request ends. The rest is seen by call-through wrappers on this pool and its manager.
+    Between two `schedule()` calls the scheduler hook says `set_level` before the first step at another level, `sweep`,
+    and `forget` when a request ends. The rest is seen by call-through wrappers on this pool and its manager.
     Cost: O(1) per call of vLLM's that is wrapped, a few comparisons when nothing degraded is left.
     """
 
@@ -69,8 +71,7 @@ class Provenance:
         self._reused: dict[str, dict[int, int]] = {}  # request id |-> deepest level |-> degraded blocks it has taken
         self._demanding: set[str] = set()  # request ids that take level 0's blocks only
         # By identity: a block may be renamed meanwhile, and KVCacheBlock is not hashable. Absent = clean.
-        self._written: dict[int, tuple[KVCacheBlock, Span]] = {}
-        self._prune_at = _PRUNE_AT
+        self._written: OrderedDict[int, tuple[KVCacheBlock, Span]] = OrderedDict()
         self._asking: str | None = None  # the request whose lookup is under way
         for row, owner, wrapper in (
             (seams.POOL_CACHE, self._pool, self._cache_full_blocks),
@@ -108,13 +109,16 @@ class Provenance:
     def set_level(self, level: int) -> None:
         """Set the level of the next step."""
         self._level = level
-        if level > 0 or self.rule != "not_worse":
+
+    def sweep(self) -> None:
+        """Drop a few blocks that nobody may reuse any more from the cache. Call it once a step."""
+        if self._level > 0 or self.rule != "not_worse":
             return
-        for block, _ in self._written.values():
+        for _ in range(min(len(self._written), _SWEPT_PER_STEP)):
+            _, (block, _) = self._written.popitem(last=False)
             # Without a hash it was evicted, perhaps fenced and forgotten: its id may be another's now.
             if block.block_hash is not None:
                 self._pool._maybe_evict_cached_block(block)
-        self._written.clear()
 
     # ---- looking into the cache ----
 
@@ -205,13 +209,14 @@ class Provenance:
             self._written.pop(id(block), None)  # it was another level's, was evicted, and is new now
             return
         self._written[id(block)] = (block, span)
-        if len(self._written) > self._prune_at:
-            self._prune()
+        for _ in range(_LOOKED_AT):
+            self._look_at_oldest()
 
-    def _prune(self) -> None:
-        """Forget blocks that have lost their hash. Doubling the mark keeps it O(1) per remembered block."""
-        self._written = {key: known for key, known in self._written.items() if known[0].block_hash is not None}
-        self._prune_at = max(_PRUNE_AT, 2 * len(self._written))
+    def _look_at_oldest(self) -> None:
+        """Forget the block that was not looked at for longest, if it has lost its hash."""
+        key, known = self._written.popitem(last=False)
+        if known[0].block_hash is not None:
+            self._written[key] = known
 
     def _cache_full_blocks(
         self,

@@ -27,25 +27,49 @@ FULL = "full"
 
 @dataclass(slots=True)
 class _Draft:
-    """Counts of a live request. Levels are the effective levels of the steps."""
+    """Counts of a live request. Levels are the effective levels of the steps.
+
+    What a request has computed and got is counted when the level changes, and when it ends: between two changes all of
+    it is of one level.
+    """
 
     request: Any
     demands_full: bool
     error: str = ""
     num_preemptions: int = -1  # at which this life of the request began; -1 = it has not begun
-    num_output_tokens: int = 0
+    num_computed_tokens: int = 0  # that are counted
+    num_output_tokens: int = 0  # likewise
     reused: dict[int, int] = field(default_factory=dict)  # deepest level |-> tokens taken from the prefix cache
     computed: dict[int, int] = field(default_factory=dict)  # level |-> tokens whose KV was computed
     output: dict[int, int] = field(default_factory=dict)  # level |-> tokens sampled
 
+    def count_computed(self, level: int, num_ahead: int = 0) -> None:
+        """Count what was computed at `level` since the last time; not the last `num_ahead` tokens."""
+        new = self.request.num_computed_tokens - num_ahead - self.num_computed_tokens
+        if new > 0:  # a preempted request has lost what it had
+            self.computed[level] = self.computed.get(level, 0) + new
+            self.num_computed_tokens += new
+
+    def count_output(self, level: int) -> None:
+        """Count what was sampled at `level` since the last time."""
+        if new := self.request.num_output_tokens - self.num_output_tokens:
+            self.output[level] = self.output.get(level, 0) + new
+            self.num_output_tokens += new
+
 
 class Receipts:
-    """Of the requests that asked for one; the others cost nothing."""
+    """Of the requests that asked for one; the others cost nothing.
+
+    A step costs what is new in it. Only where the level changes those that have begun are walked through.
+    """
 
     def __init__(self, provenance: Provenance, block_size: int) -> None:
         self._provenance = provenance
         self._block_size = block_size
         self._drafts: dict[str, _Draft] = {}
+        self._begun: dict[str, _Draft] = {}  # those that have been scheduled, preempted ones too
+        self._level = 0  # of the step that was scheduled last
+        self._level_of_outputs = 0  # of the step whose tokens came last
         self._sealed: dict[str, dict[str, Any]] = {}  # ended in the step whose outputs are being made
 
     def on_arrival(self, request: Request) -> None:
@@ -63,29 +87,38 @@ class Receipts:
             logger.warning("morphserve: request %s: %s", request.request_id, draft.error)
         self._drafts[request.request_id] = draft
 
-    def on_scheduled(self, num_scheduled_tokens: dict[str, int], level: int) -> None:
-        """Count tokens that a step at `level` will compute."""
-        for request_id, draft in self._drafts.items():
-            count = num_scheduled_tokens.get(request_id, 0)
-            if count == 0:
-                continue
-            if draft.num_preemptions != draft.request.num_preemptions:  # begins, or begins again
-                draft.num_preemptions = draft.request.num_preemptions
-                draft.computed.clear()
-                draft.reused = self._reused(draft.request, count)
-            draft.computed[level] = draft.computed.get(level, 0) + count
+    def on_scheduled(self, num_scheduled_tokens: dict[str, int], level: int, started: Iterable[str]) -> None:
+        """Take in a step at `level`.
 
-    def on_sampled(self, level: int) -> None:
-        """Count outputs of a step at `level` that have reached their requests."""
-        for draft in self._drafts.values():
-            self._count_output(draft, level)
+        Args:
+            num_scheduled_tokens: by request, which vLLM has counted as computed already.
+            level: it will run at.
+            started: requests that begin in it, or begin again after a preemption.
+        """
+        if level != self._level:
+            for request_id, draft in self._begun.items():
+                draft.count_computed(self._level, num_scheduled_tokens.get(request_id, 0))
+            self._level = level
+        if self._drafts:
+            for request_id in started:
+                if (draft := self._drafts.get(request_id)) is not None:
+                    self._begin(draft, num_scheduled_tokens.get(request_id, 0))
 
-    def on_finish(self, request: Request, level: int) -> None:
-        """Close a request's receipt, in a step at `level` or at an abort; its blocks are still there."""
+    def before_outputs(self, level: int) -> None:
+        """Take in that the tokens of a step at `level` are about to reach their requests."""
+        if level != self._level_of_outputs:
+            for draft in self._begun.values():
+                draft.count_output(self._level_of_outputs)
+            self._level_of_outputs = level
+
+    def on_finish(self, request: Request) -> None:
+        """Close a request's receipt; its blocks are still there."""
         draft = self._drafts.pop(request.request_id, None)
         if draft is None:
             return
-        self._count_output(draft, level)
+        if self._begun.pop(request.request_id, None) is not None:
+            draft.count_computed(self._level)
+            draft.count_output(self._level_of_outputs)
         deepest = max((*draft.reused, *draft.computed, *draft.output), default=0)
         self._sealed[request.request_id] = {
             "demanded": FULL if draft.demands_full else "any",
@@ -108,20 +141,24 @@ class Receipts:
                 output.kv_transfer_params = {**(output.kv_transfer_params or {}), "morphserve": receipt}
         self._sealed.clear()  # what was aborted has nobody to tell
 
-    def _reused(self, request: Request, count: int) -> dict[int, int]:
-        """Tokens taken from the prefix cache: `count` of those that vLLM calls computed are only scheduled yet."""
+    def _begin(self, draft: _Draft, count: int) -> None:
+        request = draft.request
+        if draft.num_preemptions == request.num_preemptions:
+            return
+        draft.num_preemptions = request.num_preemptions
+        draft.num_computed_tokens = request.num_computed_tokens - count
+        draft.computed.clear()
+        draft.reused = self._reused(request, draft.num_computed_tokens)
+        self._begun[request.request_id] = draft
+
+    def _reused(self, request: Request, num_known: int) -> dict[int, int]:
+        """Return, by level, the tokens that come from the prefix cache, `num_known` altogether."""
         found = {
             level: blocks * self._block_size for level, blocks in self._provenance.reused(request.request_id).items()
         }
-        if clean := request.num_computed_tokens - count - sum(found.values()):
+        if clean := num_known - sum(found.values()):
             found[0] = found.get(0, 0) + clean
         return found
-
-    @staticmethod
-    def _count_output(draft: _Draft, level: int) -> None:
-        if new := draft.request.num_output_tokens - draft.num_output_tokens:
-            draft.output[level] = draft.output.get(level, 0) + new
-            draft.num_output_tokens += new
 
 
 def _by_level(counts: dict[int, int]) -> dict[str, int]:
