@@ -218,8 +218,8 @@ class World:
             hash_block_size=BLOCK,
         )
 
-    def add(self, request_id: str, prompt: list[int], num_tokens: int) -> None:
-        params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+    def add(self, request_id: str, prompt: list[int], num_tokens: int, **asked: Any) -> None:
+        params = SamplingParams(max_tokens=num_tokens, ignore_eos=True, extra_args=asked or None)
         params.update_from_generation_config({}, 0)
         request = Request(request_id, list(prompt), params, None, block_hasher=_HASHER)
         self.scheduler.add_request(request)
@@ -246,6 +246,10 @@ class World:
         for outputs in made.values():
             for one in outputs.outputs:
                 self.tokens[one.request_id] += one.new_token_ids
+                self.on_output(oldest, one)
+
+    def on_output(self, step: Any, output: Any) -> None:
+        """What a step gave one request; for a test to look at."""
 
     def check(self, output: Any) -> None:
         """No block that some rank has yet to map leaves the scheduler: rule 1."""

@@ -72,6 +72,7 @@ HOOKS: dict[str, tuple[Any, ...]] = {
     "before_update": (OUTPUT,),
     "after_update": (OUTPUT, MODEL_OUTPUT, {0: SimpleNamespace(outputs=[])}),
     "on_arrival": (REQUEST,),
+    "before_preemption": (REQUEST,),
     "on_preemption": (REQUEST,),
     "on_finish": (REQUEST,),
 }

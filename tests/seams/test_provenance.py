@@ -337,6 +337,17 @@ def test_a_receipt_says_what_the_answer_depends_on() -> None:
     }
 
 
+def test_levels_by_token_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: tokens told in another order than they came; a receipt that grows with each change of the level."""
+    for most, expected in ((1000, [[1, 2], [0, 1], [2, 2]]), (2, [[1, 2], [2, 3]])):
+        monkeypatch.setattr("morphserve.integration.engine.receipts._MAX_RUNS", most)
+        kv = KVModel("any")
+        receipts = Receipts(kv.provenance, BLOCK)
+        receipt = served(kv, receipts, asking("r", PROMPT, **{RECEIPT_ARG: "tokens"}), [1, 1, 0, 2, 2])
+        assert receipt is not None and receipt["token_levels"] == expected
+        assert receipt["output_tokens"] == {"0": 1, "1": 2, "2": 2}
+
+
 def test_a_receipt_proves_full_precision() -> None:
     """Guards against a demand that is ignored, and against a proof that does not look at the cache."""
     kv = KVModel("any")

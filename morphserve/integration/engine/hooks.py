@@ -70,6 +70,7 @@ class Morph:
         self.receipts = Receipts(self.provenance, scheduler.cache_config.block_size)
         self.monitor = Monitor()
         self.traffic = Traffic(scheduler, self.monitor)
+        self.pool.before_forced_preemption = self.before_preemption
         self.pool.on_forced_preemption = lambda request: self.on_preemption(request, forced=True)
         self.executor = RpcExecutor(model_executor, len(runtime.ranks), runtime.in_background)
         self.setup = policy_setup(runtime.config, runtime.vllm_config)
@@ -152,6 +153,9 @@ class Morph:
     def on_arrival(self, request: Request) -> None:
         self._guard(self._on_arrival, request)
 
+    def before_preemption(self, request: Request) -> None:
+        self._guard(self._before_preemption, request)
+
     def on_preemption(self, request: Request, forced: bool = False) -> None:
         self._guard(self.traffic.on_preemption, request, forced)
 
@@ -219,6 +223,9 @@ class Morph:
 
     def _attach_receipts(self, made: Mapping[int, EngineCoreOutputs]) -> None:
         self.receipts.attach(output for outputs in made.values() for output in outputs.outputs)
+
+    def _before_preemption(self, request: Request) -> None:
+        self.receipts.before_preemption(request)
 
     def _on_arrival(self, request: Request) -> None:
         self.traffic.on_arrival(request)

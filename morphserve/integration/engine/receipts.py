@@ -1,9 +1,10 @@
 """What a request's answer depends on, told with the answer: a receipt.
 
-A request asks with vLLM's `vllm_xargs` (offline: `SamplingParams.extra_args`): `morphserve_receipt: 1`, or
-`morphserve_precision: "full"`, which also keeps KV that quantized layers wrote out of its context as far as it comes
-from the prefix cache. The receipt comes back in the field `kv_transfer_params` of the last output, under "morphserve":
-the only field that vLLM hands from the scheduler to the client untouched.
+A request asks with vLLM's `vllm_xargs` (offline: `SamplingParams.extra_args`): `morphserve_receipt: 1`, or `"tokens"`
+to be told the level of each token too; or `morphserve_precision: "full"`, which also keeps KV that quantized layers
+wrote out of its context as far as it comes from the prefix cache. The receipt comes back in the field
+`kv_transfer_params` of the last output, under "morphserve": the only field that vLLM hands from the scheduler to the
+client untouched. From there the API server puts it into streams and headers, too (server/receipt_door.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ logger = logging.getLogger("vllm.morphserve")
 RECEIPT_ARG = "morphserve_receipt"
 PRECISION_ARG = "morphserve_precision"
 FULL = "full"
+TOKENS = "tokens"
+_MAX_RUNS = 1000  # of tokens at one level that a receipt tells apart: a level lives for many steps
 
 
 @dataclass(slots=True)
@@ -35,6 +38,7 @@ class _Draft:
 
     request: Any
     demands_full: bool
+    tells_tokens: bool
     error: str = ""
     num_preemptions: int = -1  # at which this life of the request began; -1 = it has not begun
     num_computed_tokens: int = 0  # that are counted
@@ -42,6 +46,7 @@ class _Draft:
     reused: dict[int, int] = field(default_factory=dict)  # deepest level |-> tokens taken from the prefix cache
     computed: dict[int, int] = field(default_factory=dict)  # level |-> tokens whose KV was computed
     output: dict[int, int] = field(default_factory=dict)  # level |-> tokens sampled
+    runs: list[list[int]] = field(default_factory=list)  # the same in order: level, tokens
 
     def count_computed(self, level: int, num_ahead: int = 0) -> None:
         """Count what was computed at `level` since the last time; not the last `num_ahead` tokens."""
@@ -55,6 +60,14 @@ class _Draft:
         if new := self.request.num_output_tokens - self.num_output_tokens:
             self.output[level] = self.output.get(level, 0) + new
             self.num_output_tokens += new
+            self._run(level, new)
+
+    def _run(self, level: int, new: int) -> None:
+        """Append to the run, or begin another; beyond what a receipt holds the last one takes all, at its deepest."""
+        if self.runs and (self.runs[-1][0] == level or len(self.runs) == _MAX_RUNS):
+            self.runs[-1] = [max(self.runs[-1][0], level), self.runs[-1][1] + new]
+        else:
+            self.runs.append([level, new])
 
 
 class Receipts:
@@ -79,7 +92,7 @@ class Receipts:
         if not asked or not (asked.get(RECEIPT_ARG) or PRECISION_ARG in asked):
             return
         precision = asked.get(PRECISION_ARG)
-        draft = _Draft(request, precision == FULL)
+        draft = _Draft(request, precision == FULL, asked.get(RECEIPT_ARG) == TOKENS)
         if draft.demands_full:
             self._provenance.demand_full_precision(request.request_id)
         elif precision is not None:
@@ -111,6 +124,11 @@ class Receipts:
                 draft.count_output(self._level_of_outputs)
             self._level_of_outputs = level
 
+    def before_preemption(self, request: Request) -> None:
+        """Take in that a request is about to lose what it has computed; a token under way may yet be its last."""
+        if (draft := self._begun.get(request.request_id)) is not None:
+            draft.count_computed(self._level)
+
     def on_finish(self, request: Request) -> None:
         """Close a request's receipt; its blocks are still there."""
         draft = self._drafts.pop(request.request_id, None)
@@ -128,6 +146,7 @@ class Receipts:
             "output_tokens": _by_level(draft.output),
             "deepest_level": deepest,
             "full_precision": deepest == 0,
+            **({"token_levels": draft.runs} if draft.tells_tokens else {}),
             **({"error": draft.error} if draft.error else {}),
         }
 

@@ -23,8 +23,10 @@ from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from morphserve.integration import seams
 from morphserve.integration.server.page import add_page
 from morphserve.integration.server.queue_limit import QueueLimit
+from morphserve.integration.server.receipt_door import ReceiptDoor, note_receipts
 from morphserve.integration.server.reload_api import add_route, on_hangup
 from policies import Predictions
 
@@ -185,6 +187,7 @@ class MorphServeEndpoint:
         add_route(router, self._reload, lambda: self._keys)
         add_page(router, self._ask)
         app.include_router(router)
+        app.add_middleware(ReceiptDoor)
 
     async def init_state(self, engine_client: EngineClient, state: Any, args: Any) -> None:
         self._client = engine_client
@@ -200,6 +203,8 @@ class MorphServeEndpoint:
         with contextlib.suppress(ValueError):  # a second app in this process: already registered
             REGISTRY.register(self._collector)
         self._queue_limit = QueueLimit(engine_client)
+        if hasattr(engine_client, "generate"):
+            seams.wrap(seams.CLIENT_GENERATE, note_receipts, on=engine_client)
         self._task = asyncio.create_task(self._poll())
         on_hangup(self._reload)
 
