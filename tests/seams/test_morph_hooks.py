@@ -10,7 +10,7 @@ import pytest
 
 from morphserve.control import Health
 from morphserve.integration.engine.hooks import Morph
-from morphserve.integration.engine.traffic import Traffic
+from morphserve.integration.engine.traffic import StepInFlight, Traffic
 
 
 class Broken:
@@ -81,7 +81,7 @@ HOOKS: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize("hook", HOOKS)
 def test_an_exception_in_a_hook_fails_and_stays_inside(hook: str) -> None:
     """Guards: an exception of ours ends vLLM's engine loop, is lost in silence, or is met again at every step."""
-    morph = make_morph(_in_flight={id(OUTPUT): SimpleNamespace(level=0, settled=False, used_blocks=0)})
+    morph = make_morph(_in_flight={id(OUTPUT): StepInFlight(0)})
     for _ in range(3):
         getattr(morph, hook)(*HOOKS[hook])
     assert morph.health is Health.RESTING

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from morphserve.integration.engine.publish import publish_base
 from morphserve.integration.engine.receipts import Receipts
 from morphserve.integration.engine.runtime import EngineRuntime
 from morphserve.integration.engine.status import StatusPage
-from morphserve.integration.engine.traffic import Traffic
+from morphserve.integration.engine.traffic import StepInFlight, Traffic
 from morphserve.integration.start import for_this_device, make_policy, policy_setup
 from policies import PolicySetup, promise_of
 
@@ -42,15 +42,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-@dataclass(frozen=True, slots=True)
-class _StepInFlight:
-    """The engine as it was when a step was scheduled."""
-
-    level: int  # effective level
-    settled: bool = False  # no transition took a part of its time
-    used_blocks: int = 0
-
-
 class Morph:
     """What the scheduler calls. Nothing in here may raise: an exception would kill the engine."""
 
@@ -60,7 +51,7 @@ class Morph:
         self.wake_due = False
         self.health = Health.RUNNING  # of what feeds the controller, which has its own
         self.tokens_by_level = [0] * len(runtime.ladder)
-        self._in_flight: dict[int, _StepInFlight] = {}  # by id(scheduler output)
+        self._in_flight: dict[int, StepInFlight] = {}  # by id(scheduler output)
         self._heap_used = False  # a transition has been since the ranks last gave free heap back
         self.tick_times = TimeHistogram()
         model_executor = runtime.engine_core.model_executor
@@ -192,7 +183,8 @@ class Morph:
     def _after_schedule(self, output: SchedulerOutput) -> None:
         controller = self.controller
         level = controller.effective_level
-        self._in_flight[id(output)] = _StepInFlight(level, not controller.in_transition, self.pool.num_used_blocks)
+        settled, used_blocks, ahead = not controller.in_transition, self.pool.num_used_blocks, self._in_flight.values()
+        self._in_flight[id(output)] = self.traffic.on_sent(output, level, settled, used_blocks, ahead)
         new, resumed = output.scheduled_new_reqs, output.scheduled_cached_reqs.resumed_req_ids
         self.receipts.on_scheduled(output.num_scheduled_tokens, level, chain((data.req_id for data in new), resumed))
         self.traffic.on_scheduled(new, resumed)
@@ -204,11 +196,11 @@ class Morph:
             self.receipts.before_outputs(step.level)
 
     def _after_update(self, output: SchedulerOutput, model_output: ModelRunnerOutput) -> None:
-        step = self._in_flight.pop(id(output), None) or _StepInFlight(self.controller.effective_level)
+        step = self._in_flight.pop(id(output), None) or StepInFlight(self.controller.effective_level)
         level = step.level
         num_tokens = sum(map(len, model_output.sampled_token_ids or ()))
         self.tokens_by_level[level] += num_tokens
-        self.traffic.on_step(num_tokens, output, step.used_blocks, level if step.settled else None)
+        self.traffic.on_step(num_tokens, step, self._in_flight.values())
         if self._heap_used:
             self._trim_when_idle()
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
 from morphserve.control import EngineView, Monitor, WaitingRequest
@@ -16,6 +19,27 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """A step that was sent, and the engine as it was then.
+
+    Attributes:
+        level: effective level.
+        settled: neither a transition nor another step's prompt took a part of its time.
+        used_blocks: that live requests held.
+        num_tokens: scheduled; 0 = vLLM's filler between two steps of one batch, or after the last request.
+        num_seqs: scheduled.
+        since_s: when what it waited for had ended; None = the step that is read before it.
+    """
+
+    level: int
+    settled: bool = False
+    used_blocks: int = 0
+    num_tokens: int = 0
+    num_seqs: int = 0
+    since_s: float | None = None
 
 
 class Traffic:
@@ -63,23 +87,47 @@ class Traffic:
             request = self._scheduler.requests.get(request_id)
             self._monitor.on_resumed(request_id, None if request is None else limits_of(request).tpot_s)
 
-    def on_step(self, num_tokens: int, output: SchedulerOutput, used_blocks: int, level: int | None) -> None:
-        """Note that requests have got the tokens of a step, so many of them.
+    def on_sent(
+        self, output: SchedulerOutput, level: int, settled: bool, used_blocks: int, ahead: Collection[StepInFlight]
+    ) -> StepInFlight:
+        """Return a step that is sent now.
+
+        Steps of pipeline stages have no request in common: one waits for its own requests' last step, and a part of
+        the stages is busy with the others meanwhile. Under async scheduling each waits for the one before.
 
         Args:
             output: vLLM's SchedulerOutput of the step.
-            used_blocks: that live requests held when it was scheduled.
-            level: all of its layers ran at, None while they were changing.
+            level: effective level.
+            settled: no transition is under way.
+            used_blocks: that live requests hold.
+            ahead: sent before and not read yet, a few at most.
         """
-        if not output.total_num_scheduled_tokens:
-            # vLLM makes such a step after the last request has ended; the next one may be long in coming.
-            self._monitor.on_idle()
+        since_s, last_s = None, self._monitor.last_end_s
+        if not isinstance(self._scheduler, AsyncScheduler):
+            since_s = -inf if last_s is None else last_s
+            settled = settled and all(step.num_tokens <= step.num_seqs for step in ahead)
+        num_tokens, num_seqs = output.total_num_scheduled_tokens, len(output.num_scheduled_tokens)
+        return StepInFlight(level, settled, used_blocks, num_tokens, num_seqs, since_s)
+
+    def on_step(self, num_tokens: int, step: StepInFlight, ahead: Collection[StepInFlight]) -> None:
+        """Note that requests have got the tokens of a step, so many of them.
+
+        Args:
+            num_tokens: sampled.
+            step: that has been read.
+            ahead: others that were sent and not read yet.
+        """
+        if not step.num_tokens:
+            if not any(other.num_tokens for other in ahead):
+                # vLLM makes such a step after the last request has ended; the next one may be long in coming.
+                self._monitor.on_idle()
             return
-        num_seqs, block_size = len(output.num_scheduled_tokens), self._scheduler.block_size
-        context = max(used_blocks * block_size - num_seqs * block_size // 2, 0)  # half of each last block is empty
+        block_size, num_seqs = self._scheduler.block_size, step.num_seqs
+        context = max(step.used_blocks * block_size - num_seqs * block_size // 2, 0)  # half of last blocks is empty
         self._monitor.on_step(
-            time.monotonic(), num_tokens, num_seqs, output.total_num_scheduled_tokens - num_seqs, context, level
-        )
+            time.monotonic(), num_tokens, num_seqs, step.num_tokens - num_seqs, context,
+            step.level if step.settled else None, step.since_s,
+        )  # fmt: skip
         if not self._awaiting_first_token:
             return
         wall = time.time()
