@@ -5,6 +5,7 @@ from __future__ import annotations
 from policies.build import build_policy, succeed
 from policies.config import PolicyConfig, SloConfig, StaticConfig, ThresholdConfig
 from policies.levels import max_level_of, resolve_level
+from policies.promise import Promise, promise_of
 from policies.setup import PolicySetup
 from policies.slo import SloPolicy
 from policies.static import StaticPolicy
@@ -17,6 +18,7 @@ from policies.types import (
     EngineLimits,
     Ladder,
     MorphLevel,
+    OwnLimit,
     Policy,
     Predictions,
     Signals,
@@ -32,10 +34,12 @@ __all__ = [
     "Ladder",
     "LayerMove",
     "MorphLevel",
+    "OwnLimit",
     "Policy",
     "PolicyConfig",
     "PolicySetup",
     "Predictions",
+    "Promise",
     "Signals",
     "SloConfig",
     "SloPolicy",
@@ -51,6 +55,7 @@ __all__ = [
     "load_step_times",
     "max_level_of",
     "parse_step_times",
+    "promise_of",
     "resolve_level",
     "succeed",
 ]

@@ -20,9 +20,11 @@ from fastapi import APIRouter, HTTPException
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from morphserve.integration import seams
 from morphserve.integration.server.page import add_page
 from morphserve.integration.server.poll import SILENT_AFTER_S, StatusPoll
 from morphserve.integration.server.queue_limit import QueueLimit
+from morphserve.integration.server.receipt_door import ReceiptDoor, note_receipts
 from morphserve.integration.server.reload_api import add_route, on_hangup
 from morphserve.integration.server.scrape import add_behind_shared, add_to_own
 from morphserve.integration.server.spare_time import SpareTime
@@ -201,6 +203,7 @@ class MorphServeEndpoint:
         add_page(router, self._poll.latest)
         app.include_router(router)
         add_behind_shared(app, self._collector)
+        app.add_middleware(ReceiptDoor)
 
     async def init_state(self, engine_client: EngineClient, state: Any, args: Any) -> None:
         self._client = engine_client
@@ -211,6 +214,8 @@ class MorphServeEndpoint:
         add_to_own(self._collector)
         limit = QueueLimit(engine_client)
         self._spare_time = spare_time = SpareTime(engine_client)
+        if hasattr(engine_client, "generate"):
+            seams.wrap(seams.CLIENT_GENERATE, note_receipts, on=engine_client)
 
         def tell(statuses: list[_Status]) -> None:
             limit.apply(_queue_limits(statuses))

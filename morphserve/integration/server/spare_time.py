@@ -44,6 +44,8 @@ class SpareTime:
 
     def look(self, statuses: Sequence[dict[str, Any]]) -> None:
         """Take in what the engines have said of themselves, twice a second."""
+        if self._preparation is None:
+            return
         num_tokens = sum(status["quality"]["tokens"] for status in statuses)
         has_requests = any(status["num_running"] + status["num_waiting"] for status in statuses)
         self._is_busy = not statuses or has_requests or num_tokens != self._num_tokens
