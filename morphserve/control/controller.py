@@ -83,9 +83,7 @@ class Controller:
         self._last_effective_level = 0  # that `on_level` was told
         self._runner = SwapRunner(ladder, ranks, pool, executor, ledgers, config)
         self._layer_state = self._runner.layer_state
-        self.counters = Counters(
-            num_blocks_published=pool.num_kv_blocks, num_blocks_mapped=pool.num_kv_blocks
-        )
+        self.counters = Counters(num_blocks_published=pool.num_kv_blocks, num_blocks_mapped=pool.num_kv_blocks)
         self._policy_host = PolicyHost(policy, len(ladder), self.counters, log)
         self._transition: Transition | None = None
         self._history = TransitionHistory()
@@ -155,13 +153,14 @@ class Controller:
         """Return everything an operator may ask, ready for JSON."""
         transitions = {f"{d}_{outcome}": n for (d, outcome), n in self.counters.transitions.items()}
         ledgers = self._ledgers.snapshots()
+        decision = self._policy_host.decision
         return {
             "level": self.level,
             "target_level": self.target_level,
             "exposure_level": self.effective_level,
             "deepest_level": len(self._ladder) - 1,
-            "wanted_level": self._policy_host.decision.level,
-            "reason": self._policy_host.decision.reason,
+            "wanted_level": decision.level,
+            "reason": decision.reason,
             "predictions": self._policy_host.predictions,
             "phase": self.phase.name.lower(),
             "revision": self._runner.revision,
@@ -172,9 +171,7 @@ class Controller:
             "used_kv_blocks": self._pool.num_used_blocks,
             "ledger": ledgers[self._ledgers.tightest],
             "ledgers": ledgers,
-            "ranks": {
-                str(rank): asdict(figures) for rank, figures in sorted(self._runner.replies.ranks.items())
-            },
+            "ranks": {str(rank): asdict(held) for rank, held in sorted(self._runner.replies.ranks.items())},
             "recent_transitions": self._history.as_json(self._clock()),
             "counters": {**asdict(self.counters), "transitions": transitions},
         }

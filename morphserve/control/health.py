@@ -152,6 +152,7 @@ class Counters:
     num_blocks_mapped: int = 0  # fewest of any rank, as last reported
     short_grows: int = 0  # a rank mapped fewer blocks than asked
     forced_preemptions: int = 0  # requests that a shrink without room has preempted
+    decisions_dropped: int = 0  # that the decision log should have, and has not
     errors: dict[str, int] = field(default_factory=dict)  # by place
 
     def count_transition(self, direction: Direction, outcome: Outcome) -> None:

@@ -152,7 +152,7 @@ def read_file(
         if not wanted(linear):
             continue
         file.seek(start + entry["data_offsets"][0])
-        tensor = _read_tensor(path, file, key, entry)
+        tensor = _read_tensor(path, file, entry)
         if digests.get(key) not in (None, tensor_digest(tensor)):
             raise _damaged(path, f"{key} has changed since it was verified")
         tensors.setdefault(linear, {})[name] = tensor
@@ -167,22 +167,33 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, dict[
     try:
         header = json.loads(_read_exactly(path, file, length))
         header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        end = max((_checked(key, entry) for key, entry in header.items()), default=0)
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, f"its header cannot be read ({error})") from error
     if start + end != size:
         raise _damaged(path, f"its header describes {start + end} bytes, the file has {size}")
     return header, start
 
 
-def _read_tensor(path: Path, file: BinaryIO, key: str, entry: dict[str, Any]) -> Tensor:
+def _checked(key: str, entry: dict[str, Any]) -> int:
+    """Return where the tensor's bytes end; before any room is made for it, or for what it claims to be.
+
+    Raises:
+        ValueError, KeyError, TypeError: the entry is none.
+    """
     first, last = entry["data_offsets"]
-    dtype = _DTYPES.get(entry["dtype"])
-    if dtype is None:
-        raise _damaged(path, f"{key} has unknown dtype {entry['dtype']!r}")
-    tensor = _fresh(entry["shape"], dtype)
-    if tensor.nbytes != last - first:
-        raise _damaged(path, f"{key} needs {tensor.nbytes} bytes, its range has {last - first}")
+    if not all(type(number) is int and number >= 0 for number in (first, last, *entry["shape"])):
+        raise ValueError(f"{key} has shape {entry['shape']} and bytes {first} to {last}, must be whole numbers from 0")
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"{key} has unknown dtype {entry['dtype']!r}")
+    size = math.prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize
+    if size != last - first:
+        raise ValueError(f"{key} needs {size} bytes, its range has {last - first}")
+    return last
+
+
+def _read_tensor(path: Path, file: BinaryIO, entry: dict[str, Any]) -> Tensor:
+    tensor = _fresh(entry["shape"], _DTYPES[entry["dtype"]])
     _fill(path, file, raw_bytes(tensor))
     return tensor
 

@@ -153,6 +153,13 @@ _FAMILIES: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, 
     (CounterMetricFamily, "tokens", "Generated tokens by morph level.", ("level",), _by("tokens_by_level")),
     (CounterMetricFamily, "transition_seconds", "Time spent in transitions.", (), _one("transition_seconds")),
     (CounterMetricFamily, "policy_reloads", "Policies taken from an edited file.", ("outcome",), _reloads),
+    (
+        CounterMetricFamily,
+        "decisions_dropped",
+        "Decisions that the decision log has not: its disk was too slow, or full.",
+        (),
+        _one("decisions_dropped"),
+    ),
     (CounterMetricFamily, "errors", "Errors by the part they came from.", ("where",), _by("errors")),
 )
 
