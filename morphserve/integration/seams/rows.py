@@ -131,6 +131,8 @@ SEAMS: tuple[Seam, ...] = (
          ("hidden_states",), "what a level costs is measured on the logits of every token"),
     Seam("utility_call", "vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async", ("method",),
          "status and metrics are asked for between two steps"),
+    Seam("open_requests", "vllm.v1.engine.async_llm:AsyncLLM.get_num_unfinished_requests", (),
+         "what prepares beside a server stops at a request"),
     Seam("kv_manager", "vllm.v1.core.kv_cache_manager:KVCacheManager", (), "sizes follow the published blocks",
          ("block_pool", "max_model_len", "watermark_blocks", "get_block_ids")),
     Seam("kv_config", f"{_SPEC}:KVCacheConfig", (), "how many blocks, laid out how",
