@@ -151,6 +151,24 @@ def test_an_engine_that_has_never_answered_has_no_figures(said: list[str]) -> No
     asyncio.run(serve())
 
 
+@pytest.mark.parametrize("num_turns", range(1, 9))
+def test_a_poll_ends_when_it_is_cancelled(said: list[str], num_turns: int) -> None:
+    """Guards: a server that does not end, because the poll has missed its cancellation as an answer came in."""
+
+    async def serve() -> None:
+        engine = Engine()
+        asked = StatusPoll(lambda: engine.call_utility_all_async("morphserve_status"))
+        task = asyncio.create_task(asked.run(lambda statuses: None))
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert task.cancelled()
+
+    asyncio.run(serve())
+
+
 def test_a_dead_engine_is_told_once(said: list[str]) -> None:
     """Guards: a poll that ends with the first error, or that writes a line twice a second until the server ends."""
 
