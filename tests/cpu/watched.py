@@ -26,11 +26,13 @@ def replicas() -> dict[str, Any]:
 
 
 @contextmanager
-def answering(body: bytes, code: int = 200) -> Iterator[str]:
-    """The address of a server that gives this answer to everything."""
+def answering(body: bytes, code: int = 200, heard: list[Any] | None = None) -> Iterator[str]:
+    """The address of a server that gives this answer to everything; `heard` gets the headers of each question."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if heard is not None:
+                heard.append(self.headers)
             self.send_response(code)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
-from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from seams.asked import client_of, endpoint_of
 
-from morphserve.integration.server.metrics import MorphServeEndpoint, StatusCollector
+from morphserve.integration.server.metrics import StatusCollector
 
 pytestmark = pytest.mark.seams
 
@@ -34,7 +32,7 @@ def status(engine: int, level: int) -> dict[str, Any]:
         "tokens_by_level": {"0": 5, "1": level},
         "transition_seconds": 0.5 * level,
         "errors": {"prepare": level} if level else {},
-        "policy": {"kind": "threshold", "reloads": level, "refused": 2 * level},
+        "policy": {"kind": "threshold", "source": "a", "reloads": level, "refused": 2 * level, "last_error": None},
         "controller_time": {"edges_s": [0.001], "counts": [3, level], "sum_s": 0.1},
     }
 
@@ -73,16 +71,8 @@ def test_engines_are_told_apart() -> None:
 
 @pytest.mark.parametrize("num_engines", [0, 1, 2])
 def test_status_of_each_engine(num_engines: int) -> None:
-    """Guards: the page of one replica shown for all, an order that changes, or another page for a single engine."""
-
-    async def answer(method: str) -> list[Any]:
-        assert method == "morphserve_status"
-        return [status(i, i) for i in reversed(range(num_engines))] or [None]
-
-    endpoint, app = MorphServeEndpoint(), FastAPI()
-    endpoint.attach_router(app)
-    endpoint._client = SimpleNamespace(engine_core=SimpleNamespace(call_utility_all_async=answer))
-    client = TestClient(app)
+    """Guards: the page of one replica shown for all, or another page for a single engine."""
+    client = client_of(endpoint_of(statuses=[status(i, i) for i in range(num_engines)]))
     page = client.get("/morphserve/status")
     if num_engines == 0:
         assert page.status_code == 503
@@ -92,4 +82,13 @@ def test_status_of_each_engine(num_engines: int) -> None:
     last = num_engines - 1
     assert client.get(f"/morphserve/status?engine={last}").json()["engine"] == last
     assert client.get(f"/morphserve/status?engine={num_engines}").status_code == 404
-    assert len(asyncio.run(endpoint._ask())) == num_engines
+
+
+def test_engines_answer_in_their_order() -> None:
+    """Guards: an order that changes from poll to poll; an engine without the plugin among the others."""
+
+    async def answer(method: str) -> list[Any]:
+        assert method == "morphserve_status"
+        return [status(1, 1), None, status(0, 0)]
+
+    assert [found["engine"] for found in asyncio.run(endpoint_of(answer)._ask())] == [0, 1]

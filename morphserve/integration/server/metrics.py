@@ -1,10 +1,10 @@
-"""`GET /morphserve/status` and the `morphserve:*` metrics on vLLM's own /metrics.
+"""The `morphserve:*` metrics on vLLM's own /metrics, and the plugin that adds our routes.
 
-Reloads are in `reload_api.py`, what a browser sees in `page.py`.
+The status is in `status_api.py`, reloads in `reload_api.py`, what a browser sees in `page.py`, who may in `access.py`.
 
-The engine cores are asked twice a second; a scrape reads the last answers. Each data-parallel replica is an engine of
-its own, told by its index. vLLM's own cache_config_info label is fixed at start and goes stale after a resize:
-`morphserve:kv_blocks` is the one to watch.
+The engine cores are asked twice a second; scrapes and questions read the last answers. Each data-parallel replica is an
+engine of its own, told by its index. vLLM's own cache_config_info label is fixed at start and goes stale after a
+resize: `morphserve:kv_blocks` is the one to watch.
 """
 
 from __future__ import annotations
@@ -13,19 +13,24 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, get_args
 
-from fastapi import APIRouter, HTTPException
+from fastapi import APIRouter
 from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from morphserve.config import MorphServeConfig
+from morphserve.integration.server.access import Access
 from morphserve.integration.server.page import add_page
 from morphserve.integration.server.queue_limit import QueueLimit
 from morphserve.integration.server.reload_api import add_route, on_hangup
+from morphserve.integration.server.status_api import LastStatuses, add_status
+from morphserve.integration.start import read_settings
 from policies import Predictions
 
 if TYPE_CHECKING:
@@ -158,40 +163,27 @@ class MorphServeEndpoint:
     required_tasks = ("generate",)
 
     def __init__(self) -> None:
+        self._last = LastStatuses()
+        self._access = Access()
         self._collector = StatusCollector()
         self._client: Any = None
         self._queue_limit = QueueLimit(None)
         self._task: asyncio.Task[None] | None = None
-        self._keys: list[str] = []  # one of which who sends a policy must show, as for vLLM's own API
 
     def attach_router(self, app: FastAPI) -> None:
+        """Add the routes; who may use them is known once `init_state` has read the settings, and until then nobody."""
         router = APIRouter(prefix="/morphserve")
-
-        @router.get("/status")
-        async def status(engine: int | None = None) -> dict[str, Any]:
-            """Level, capacity, ladder and counters of an engine, read between two of its steps.
-
-            Of several engines (data parallel) `engine` names one; without it they are all under `engines`.
-            """
-            answers = await self._ask()
-            if not answers:
-                raise HTTPException(503, "the engine runs without MorphServe")
-            if engine is not None:
-                answers = [answer for answer in answers if answer["engine"] == engine]
-                if not answers:
-                    raise HTTPException(404, f"no engine {engine} behind this API server")
-            return answers[0] if len(answers) == 1 else {"engines": answers}
-
-        add_route(router, self._reload, lambda: self._keys)
-        add_page(router, self._ask)
+        add_status(router, self._last, lambda: self._access)
+        add_route(router, self._reload, lambda: self._access)
+        add_page(router, self._last, lambda: self._access)
         app.include_router(router)
 
     async def init_state(self, engine_client: EngineClient, state: Any, args: Any) -> None:
         self._client = engine_client
-        given = getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
-        self._keys = [key for key in given if key]
         if engine_client is None:
             return
+        settings = read_settings(engine_client.vllm_config.additional_config) or MorphServeConfig()
+        self._access = Access.of(settings.admin)
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             logger.warning(
                 "morphserve: several API servers share one registry of files, which cannot hold morphserve:* "
@@ -221,8 +213,10 @@ class MorphServeEndpoint:
     async def _poll(self) -> None:
         warned = False
         while True:
+            asked_s = time.monotonic()
             try:
                 statuses = await self._ask()
+                self._last.put(statuses, asked_s)
                 self._collector.statuses = statuses
                 self._queue_limit.apply([status["max_queued_tokens"] for status in statuses])
                 warned = False
@@ -230,6 +224,7 @@ class MorphServeEndpoint:
                 raise
             except Exception as e:  # the engine may be starting, stopping or dead; the metrics go quiet
                 self._collector.statuses = []
+                self._last.put([], asked_s)
                 if not warned:
                     logger.warning("morphserve: no status from the engine (%s)", e)
                 warned = True

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from morphserve.config import MorphServeConfig, check_formats, step_times_file
 from morphserve.control import RankBytes, build_ladder, check_floor, ladder_formats
 from morphserve.errors import ConfigError
+from morphserve.files import read_token
 from morphserve.integration.start.device import check_platform, device_type, serving_residence
 from morphserve.integration.start.device_checks import check_device, check_graph_buffers
 from morphserve.integration.start.settings import for_this_device, read_settings
@@ -33,6 +34,9 @@ def check_engine(vllm_config: VllmConfig) -> None:
         return
     check_platform()
     check_formats(config, FORMATS)
+    for file in (config.admin.token_file, config.admin.read_token_file):
+        if file is not None:
+            read_token(file)  # which the API server does once weights are loaded
     _check_model(vllm_config)
     _check_features(vllm_config)
     _check_lora(config, vllm_config)

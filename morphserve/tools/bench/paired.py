@@ -14,6 +14,7 @@ from typing import Any
 
 import aiohttp
 
+from morphserve.tools.bench.load.scrape import fetch_status
 from morphserve.tools.bench.load.server import ServerOptions, serve
 from morphserve.tools.workload import ReplayError
 
@@ -104,6 +105,8 @@ def compare_idle(
                 found[name].append(loop.requests * loop.output_tokens / seconds)
             on_pair(pair, found["plugin"][-1] / found["stock"][-1])
         status = asyncio.run(_status(urls["plugin"]))
+    if status is None:
+        raise ReplayError(f"{urls['plugin']} does not show its status. Set MORPHSERVE_TOKEN_FILE if it wants a token.")
     if degraded := sum(n for level, n in status["tokens_by_level"].items() if level != "0"):
         raise ReplayError(f"{degraded} tokens were served above level 0: this is no idle run. Raise --num-blocks.")
     return PairedResult(tuple(found["stock"]), tuple(found["plugin"])), status
@@ -134,6 +137,6 @@ async def _closed_loop(url: str, model: str, loop: ClosedLoop) -> float:
         return time.perf_counter() - start
 
 
-async def _status(url: str) -> dict[str, Any]:
-    async with aiohttp.ClientSession() as session, session.get(f"{url}/morphserve/status") as answer:
-        return dict(await answer.json())
+async def _status(url: str) -> dict[str, Any] | None:
+    async with aiohttp.ClientSession() as session:
+        return await fetch_status(session, url)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from morphserve.tools.watch.client import token_headers
 from morphserve.tools.watch.status import main as status_main
 from morphserve.tools.watch.watch import main as watch_main
 
-__all__ = ["status_main", "watch_main"]
+__all__ = ["status_main", "token_headers", "watch_main"]

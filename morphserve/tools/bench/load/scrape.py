@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
+from morphserve.tools.watch import token_headers
 from morphserve.tools.workload import Snapshot
 
 
@@ -117,12 +118,17 @@ class Poller:
 
 
 async def fetch_status(session: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:
-    """Return MorphServe's /morphserve/status, or None where there is none."""
+    """Return MorphServe's /morphserve/status as it is from now on, or None where there is none."""
+    begin = time.perf_counter()
     try:
-        async with asyncio.timeout(10), session.get(f"{url}/morphserve/status") as response:
-            if response.status != 200:
-                return None
-            status = await response.json()
+        async with asyncio.timeout(10):
+            while True:
+                async with session.get(f"{url}/morphserve/status", headers=token_headers()) as response:
+                    status = await response.json() if response.status == 200 else None
+                if not isinstance(status, dict):
+                    return None
+                if status.get("age_s", 0.0) <= time.perf_counter() - begin:  # it is of a poll that we waited for
+                    return status
+                await asyncio.sleep(0.1)
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
         return None
-    return status if isinstance(status, dict) else None
