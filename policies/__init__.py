@@ -5,6 +5,7 @@ from __future__ import annotations
 from policies.build import build_policy, succeed
 from policies.config import PolicyConfig, SloConfig, StaticConfig, ThresholdConfig
 from policies.levels import max_level_of, resolve_level
+from policies.orders import ask
 from policies.setup import PolicySetup
 from policies.slo import SloPolicy
 from policies.static import StaticPolicy
@@ -17,6 +18,8 @@ from policies.types import (
     EngineLimits,
     Ladder,
     MorphLevel,
+    Order,
+    OrderKind,
     Policy,
     Predictions,
     Signals,
@@ -32,6 +35,8 @@ __all__ = [
     "Ladder",
     "LayerMove",
     "MorphLevel",
+    "Order",
+    "OrderKind",
     "Policy",
     "PolicyConfig",
     "PolicySetup",
@@ -46,6 +51,7 @@ __all__ = [
     "StepTimes",
     "ThresholdConfig",
     "ThresholdPolicy",
+    "ask",
     "bits_of",
     "build_policy",
     "load_step_times",

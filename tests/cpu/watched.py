@@ -17,7 +17,8 @@ RECORDED = Path(__file__).parent / "status_documents"
 
 def recorded(name: str) -> dict[str, Any]:
     """`calm`, `moving` (between two levels), `burst`, or `restored`."""
-    return dict(json.loads((RECORDED / f"{name}.json").read_text(encoding="utf-8")))
+    document = dict(json.loads((RECORDED / f"{name}.json").read_text(encoding="utf-8")))
+    return {"orders": {"revision": 1, "order": None}, **document}  # recorded before there were any
 
 
 def replicas() -> dict[str, Any]:

@@ -17,6 +17,9 @@ import yaml
 from engine.test_server import Server, serve
 
 from morphserve.control.replay_log import replay
+from morphserve.tools.admin.drain import main as drain_main
+from morphserve.tools.admin.pin import main as pin_main
+from morphserve.tools.admin.resume import main as resume_main
 
 FULL = {"kind": "static", "level": 0}
 W8 = {"kind": "static", "level": "w8"}
@@ -136,6 +139,34 @@ def test_only_who_shows_its_token_reloads(edited: Edited) -> None:
             server.status()
     finally:
         server.token = token
+
+
+def test_an_operator_pins_and_drains_a_server(edited: Edited, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: an order that an idle server takes with the next request; a drained server that lets requests in, or
+    whose door stays shut; a server that the policy does not get back."""
+    server = edited.server
+    options = ["--url", f"http://127.0.0.1:{server.port}", "--token-file", str(edited.directory / "token")]
+    body = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 12, "ignore_eos": True}
+    assert server.status()["level"] == 0
+    assert pin_main(["w8", "--for", "600", "--cause", "a test of orders", *options]) == 0
+    server.wait_for("level 6 without a request", lambda: server.status()["level"] == 6)
+    assert json.loads(server.get("/v1/completions", body))["usage"]["completion_tokens"] == 12
+    server.wait_for("fresh metrics", lambda: server.metrics().get(("order", "pin")) == 1)
+    assert server.metrics()["orders_total", "pin"] == 1
+    assert edited.said("order 1: pin level 6, for 600 s (a test of orders)") == 1
+    assert pin_main(["99", "--for", "600", *options]) == 1
+    assert "not on the ladder" in capsys.readouterr().err
+
+    assert drain_main(options) == 0
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        server.get("/v1/completions", body)
+    server.wait_for("level 0 without a request", lambda: server.status()["exposure_level"] == 0)
+    state = json.loads(server.get("/morphserve/admin/state"))
+    assert [engine["drained"] for engine in state["engines"]] == [True]
+    assert resume_main(options) == 0
+    assert json.loads(server.get("/v1/completions", body))["usage"]["completion_tokens"] == 12
+    page = server.status()
+    assert page["orders"]["order"] is None and page["level"] == 0 and not page["failed"] and not page["errors"]
 
 
 def test_policy_is_replaced_in_mid_burst(edited: Edited) -> None:

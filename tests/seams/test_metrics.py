@@ -33,6 +33,9 @@ def status(engine: int, level: int) -> dict[str, Any]:
         "transition_seconds": 0.5 * level,
         "errors": {"prepare": level} if level else {},
         "policy": {"kind": "threshold", "source": "a", "reloads": level, "refused": 2 * level, "last_error": None},
+        "recent_transitions": [],
+        "orders": {"revision": 1, "order": {"kind": "pin", "level": 1} if level else None},
+        "counters": {"orders": {"pin_taken": level} if level else {}},
         "controller_time": {"edges_s": [0.001], "counts": [3, level], "sum_s": 0.1},
     }
 
@@ -66,6 +69,9 @@ def test_engines_are_told_apart() -> None:
         ("morphserve:predictions", "engine=1", "state=learned")
     ]
     assert len(states) == 8
+    assert [found["morphserve:order", f"engine={engine}", "kind=pin"] for engine in (0, 1)] == [0, 1]
+    assert found["morphserve:order", "engine=1", "kind=drain"] == 0
+    assert found["morphserve:orders_total", "engine=1", "kind=pin", "outcome=taken"] == 3
     assert samples([]) == {}
 
 
@@ -91,4 +97,4 @@ def test_engines_answer_in_their_order() -> None:
         assert method == "morphserve_status"
         return [status(1, 1), None, status(0, 0)]
 
-    assert [found["engine"] for found in asyncio.run(endpoint_of(answer)._ask())] == [0, 1]
+    assert [found["engine"] for found in asyncio.run(endpoint_of(answer).call("morphserve_status"))] == [0, 1]

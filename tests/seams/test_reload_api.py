@@ -23,6 +23,7 @@ from morphserve.integration.engine import wiring as engine
 from morphserve.integration.engine.hooks import Morph
 from morphserve.integration.server import reload_api
 from morphserve.integration.server.access import Access
+from morphserve.integration.server.body import text_of
 from morphserve.integration.server.reload_api import on_hangup
 from morphserve.integration.start.settings import config_file
 
@@ -110,20 +111,20 @@ def test_a_body_without_an_end_is_not_read_for_ever() -> None:
         return {"type": "http.request", "body": b"x" * 1024, "more_body": len(received) < 1000}
 
     with pytest.raises(HTTPException, match="413"):
-        asyncio.run(reload_api._text_of(Request({"type": "http"}, receive)))
+        asyncio.run(text_of(Request({"type": "http"}, receive), 65_536))
     assert sum(received) == 65_536 + 1024
 
 
 def test_a_body_that_does_not_come_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: who sends a byte a minute is the one reload under way, and nobody else's comes through."""
-    monkeypatch.setattr(reload_api, "_BODY_TIMEOUT_S", 0.0)
+    monkeypatch.setattr("morphserve.integration.server.body._TIMEOUT_S", 0.0)
 
     async def receive() -> dict[str, Any]:
         await asyncio.Event().wait()
         raise AssertionError
 
     with pytest.raises(HTTPException, match="408"):
-        asyncio.run(reload_api._text_of(Request({"type": "http"}, receive)))
+        asyncio.run(text_of(Request({"type": "http"}, receive), 65_536))
 
 
 # ---- SIGHUP

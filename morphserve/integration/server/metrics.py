@@ -1,6 +1,7 @@
 """The `morphserve:*` metrics on vLLM's own /metrics, and the plugin that adds our routes.
 
-The status is in `status_api.py`, reloads in `reload_api.py`, what a browser sees in `page.py`, who may in `access.py`.
+The status is in `status_api.py`, reloads in `reload_api.py`, orders of an operator in `admin_api.py`, what a browser
+sees in `page.py`, who may in `access.py`.
 
 The engine cores are asked twice a second; scrapes and questions read the last answers. Each data-parallel replica is an
 engine of its own, told by its index. vLLM's own cache_config_info label is fixed at start and goes stale after a
@@ -26,12 +27,13 @@ from prometheus_client.registry import Collector
 
 from morphserve.config import MorphServeConfig
 from morphserve.integration.server.access import Access
+from morphserve.integration.server.admin_api import add_admin
 from morphserve.integration.server.page import add_page
 from morphserve.integration.server.queue_limit import QueueLimit
 from morphserve.integration.server.reload_api import add_route, on_hangup
 from morphserve.integration.server.status_api import LastStatuses, add_status
 from morphserve.integration.start import read_settings
-from policies import Predictions
+from policies import OrderKind, Predictions
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -105,6 +107,15 @@ def _predictions(s: _Status) -> list[_Row]:
     return [((state,), float(s["predictions"] == state)) for state in get_args(Predictions)]
 
 
+def _order(s: _Status) -> list[_Row]:
+    order = s["orders"]["order"]
+    return [((kind,), float(order is not None and order["kind"] == kind)) for kind in get_args(OrderKind)]
+
+
+def _orders(s: _Status) -> list[_Row]:
+    return [(tuple(key.split("_", 1)), count) for key, count in s["counters"]["orders"].items()]
+
+
 def _reloads(s: _Status) -> list[_Row]:
     return [(("ok",), s["policy"]["reloads"]), (("refused",), s["policy"]["refused"])]
 
@@ -152,6 +163,8 @@ _FAMILIES: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, 
     (CounterMetricFamily, "tokens", "Generated tokens by morph level.", ("level",), _by("tokens_by_level")),
     (CounterMetricFamily, "transition_seconds", "Time spent in transitions.", (), _one("transition_seconds")),
     (CounterMetricFamily, "policy_reloads", "Policies taken from an edited file.", ("outcome",), _reloads),
+    (GaugeMetricFamily, "order", "1 for what an operator has ordered and is in force.", ("kind",), _order),
+    (CounterMetricFamily, "orders", "Orders of operators, and their ends.", ("kind", "outcome"), _orders),
     (CounterMetricFamily, "errors", "Errors by the part they came from.", ("where",), _by("errors")),
 )
 
@@ -175,6 +188,7 @@ class MorphServeEndpoint:
         router = APIRouter(prefix="/morphserve")
         add_status(router, self._last, lambda: self._access)
         add_route(router, self._reload, lambda: self._access)
+        add_admin(router, self._last, self, lambda: self._access)
         add_page(router, self._last, lambda: self._access)
         app.include_router(router)
 
@@ -195,15 +209,21 @@ class MorphServeEndpoint:
         self._task = asyncio.create_task(self._poll())
         on_hangup(self._reload)
 
-    async def _ask(self) -> list[_Status]:
-        """Return the status of every engine behind this API server."""
-        return await self._call("morphserve_status")
+    async def look(self) -> list[_Status]:
+        """Ask every engine behind this API server for its status: what is shown from now on."""
+        asked_s = time.monotonic()
+        statuses = await self.call("morphserve_status")
+        self._last.put(statuses, asked_s)
+        self._collector.statuses = statuses
+        self._queue_limit.apply([status["max_queued_tokens"] for status in statuses])
+        return statuses
 
     async def _reload(self, cause: str, sent: str = "") -> list[_Status]:
         """Have every engine read its settings anew, or a policy that was sent; return what came of it in each."""
-        return await self._call("morphserve_reload", cause, sent)
+        return await self.call("morphserve_reload", cause, sent)
 
-    async def _call(self, method: str, *args: str) -> list[dict[str, Any]]:
+    async def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        """Call a utility method of every engine; the answers are in the order of the engines."""
         core = getattr(self._client, "engine_core", None)
         if core is None:
             return []
@@ -213,18 +233,14 @@ class MorphServeEndpoint:
     async def _poll(self) -> None:
         warned = False
         while True:
-            asked_s = time.monotonic()
             try:
-                statuses = await self._ask()
-                self._last.put(statuses, asked_s)
-                self._collector.statuses = statuses
-                self._queue_limit.apply([status["max_queued_tokens"] for status in statuses])
+                await self.look()
                 warned = False
             except asyncio.CancelledError:
                 raise
             except Exception as e:  # the engine may be starting, stopping or dead; the metrics go quiet
                 self._collector.statuses = []
-                self._last.put([], asked_s)
+                self._last.put([], time.monotonic())
                 if not warned:
                     logger.warning("morphserve: no status from the engine (%s)", e)
                 warned = True

@@ -15,6 +15,7 @@ from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse
 
 from morphserve.integration.server.access import Access
+from morphserve.integration.server.body import busy, text_of
 
 logger = logging.getLogger("vllm.morphserve")
 
@@ -28,7 +29,6 @@ class Ask(Protocol):
 _MAX_BODY_BYTES = 65_536
 _NOTHING = ("", "{}")  # what clients send that always send JSON, too
 _TIMEOUT_S = 60.0  # an engine answers between two steps, and one of a dead engine never
-_BODY_TIMEOUT_S = 10.0  # of whoever sends it a byte at a time
 
 _tasks: set[asyncio.Task[None]] = set()  # the loop itself keeps none alive
 
@@ -45,11 +45,12 @@ def add_route(router: APIRouter, ask: Ask, access: Callable[[], Access]) -> None
         """
         access().check_change(request)
         if is_busy.locked():  # before a byte of the body is read
-            raise _busy()
+            raise busy("reload")
         async with is_busy:
-            answer = await _reload_all(await _text_of(request))
+            sent = await text_of(request, _MAX_BODY_BYTES)
+            answer = await _reload_all("" if sent.strip() in _NOTHING else sent)
         if answer["outcome"] == "busy":  # one that SIGHUP or another API server has asked for
-            raise _busy()
+            raise busy("reload")
         return JSONResponse(answer, 200 if answer["ok"] else 422)
 
     async def _reload_all(sent: str) -> dict[str, Any]:
@@ -60,32 +61,6 @@ def add_route(router: APIRouter, ask: Ask, access: Callable[[], Access]) -> None
         if not answers:
             raise HTTPException(503, "the engine runs without MorphServe")
         return combine(answers)
-
-
-async def _text_of(request: Request) -> str:
-    """Return the body of a request that may have one.
-
-    Raises:
-        HTTPException: too long, or no text.
-    """
-    body = b""
-    try:
-        async with asyncio.timeout(_BODY_TIMEOUT_S):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > _MAX_BODY_BYTES:
-                    raise HTTPException(413, f"the body has more than {_MAX_BODY_BYTES:,} bytes. Send `policy:` alone")
-    except TimeoutError as e:
-        raise HTTPException(408, f"the body has not come within {_BODY_TIMEOUT_S:.0f} s") from e
-    try:
-        text = body.decode()
-    except UnicodeDecodeError as e:
-        raise HTTPException(422, f"the body is not UTF-8 text ({e.reason} at byte {e.start})") from e
-    return "" if text.strip() in _NOTHING else text
-
-
-def _busy() -> HTTPException:
-    return HTTPException(429, "another reload is under way. Ask again when it has answered", {"Retry-After": "1"})
 
 
 def combine(answers: list[dict[str, Any]]) -> dict[str, Any]:

@@ -74,9 +74,12 @@ def shown(status: Status, is_trusted: bool) -> Status:
     if is_trusted:
         return status
     policy = status["policy"]
-    changes = [{**row, "error": row["error"] and _IN_THE_LOG} for row in status.get("recent_transitions", ())]
+    changes = [{**row, "error": row["error"] and _IN_THE_LOG} for row in status["recent_transitions"]]
     hidden = {"source": PurePath(policy["source"]).name, "last_error": policy["last_error"] and _IN_THE_LOG}
-    return {**status, "policy": {**policy, **hidden}, "recent_transitions": changes}
+    orders = status["orders"]
+    order = orders["order"] and {key: value for key, value in orders["order"].items() if key != "cause"}
+    shown_parts = {"policy": {**policy, **hidden}, "recent_transitions": changes, "orders": {**orders, "order": order}}
+    return {**status, **shown_parts}
 
 
 def _whole(statuses: list[Status]) -> Status:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from morphserve.tools.watch.client import token_headers
+from morphserve.tools.watch.client import add_server, token_headers
 from morphserve.tools.watch.status import main as status_main
 from morphserve.tools.watch.watch import main as watch_main
 
-__all__ = ["status_main", "token_headers", "watch_main"]
+__all__ = ["add_server", "status_main", "token_headers", "watch_main"]
