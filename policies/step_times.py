@@ -58,6 +58,7 @@ class StepTimes:
     machine: str = ""
     dtype: str = ""  # of the activations and the base weights, as bfloat16
     tier: str = ""  # of the CPU that was timed, emulated or not; as morphserve.cpu_tier has them
+    cores: str = ""  # of it that computed; as `Place.cores` of morphserve.prepared has them
 
     @property
     def scatter(self) -> float:
@@ -138,6 +139,7 @@ def parse_step_times(raw: object, source: str) -> StepTimes:
             machine=raw.get("machine", ""),
             dtype=raw.get("dtype", ""),
             tier=raw.get("tier", ""),
+            cores=raw.get("cores", ""),
         )
         _check(times)
     except (KeyError, TypeError, AttributeError, ValueError) as e:

@@ -24,15 +24,19 @@ class Health(Enum):
              |                          fails once more  '---'                                         |
              '----------------------------- a transition breaks half-way ------------------------------'
 
+          RUNNING, RESTING, DEAD -- what a rank holds is unknown, or not what the others hold --> LOST
+
     RUNNING: the policy is asked at every step. RESTING: it is asked no more; what is under way is finished or undone,
-    and the engine stays at the level it then has. DEAD: nobody knows what the ranks hold; their replies are taken off
-    the ring, and nothing is sent. The hooks that feed the controller have a health of their own, and never die: at
-    rest they look at nothing more, but tick the controller on.
+    and the engine stays at the level it then has. DEAD: nothing is sent any more; all ranks have what they are served
+    from, and answers that still come are looked at. LOST: they have not, or nobody knows: the engine must end. The
+    hooks that feed the controller have a health of their own, and never die: at rest they look at nothing more, but
+    tick the controller on.
     """
 
     RUNNING = auto()
     RESTING = auto()
     DEAD = auto()
+    LOST = auto()
 
     def to(self, new: Health) -> Health:
         """Return `new`, if the table has the move.
@@ -47,9 +51,10 @@ class Health(Enum):
 
 
 _NEXT: Mapping[Health, frozenset[Health]] = {
-    Health.RUNNING: frozenset({Health.RESTING, Health.DEAD}),
-    Health.RESTING: frozenset({Health.RESTING, Health.DEAD}),
-    Health.DEAD: frozenset(),
+    Health.RUNNING: frozenset({Health.RESTING, Health.DEAD, Health.LOST}),
+    Health.RESTING: frozenset({Health.RESTING, Health.DEAD, Health.LOST}),
+    Health.DEAD: frozenset({Health.LOST}),
+    Health.LOST: frozenset(),
 }
 
 
@@ -71,6 +76,11 @@ class BackOff:
     def allows(self, now_s: float, direction: Direction) -> bool:
         """Return whether an attempt may start now."""
         return now_s >= self._not_before_s.get(direction, now_s)
+
+    def would_allow(self, now_s: float, direction: Direction, num_used_blocks: int) -> bool:
+        """Return whether an attempt might start now, if `see_room` were told of these blocks. Changes nothing."""
+        has_room = direction == "restore" and num_used_blocks < self._full_at
+        return has_room or self.allows(now_s, direction)
 
     def failed(self, now_s: float, direction: Direction) -> float:
         """Return how long nothing starts in `direction`, in seconds."""

@@ -1,11 +1,6 @@
-"""`morphserve replay-log FILE`: does a policy, asked the same again, answer the same?
+"""A decision log read again, its policies asked the same questions; `morphserve replay-log` prints what came of it.
 
-Reads a decision log of `decision_log_detail: all`, builds the policies from what it says, and feeds them the logged
-signals. No engine, no torch: it runs anywhere. With --policy another `policy:` section is asked the same. That is an
-open loop: the signals are those that the logged decisions led to, so it says where the two disagree, not what a server
-with that policy would have lived through (`morphserve replay` does).
-
-Exit status 0 when every decision agrees and nothing is missing, else 1. Last stdout line: one JSON document.
+A line that cannot be used, or a gap, is a problem: what comes after it proves nothing until a policy starts anew.
 """
 
 from __future__ import annotations

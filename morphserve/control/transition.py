@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any, Literal
 from morphserve.config import KVConfig
 from morphserve.control.ranks import BlockPoolPort, LayerFormats, Plan, ShrinkProgress
 from morphserve.errors import IllegalTransition
+
+logger = logging.getLogger(__name__)
 
 Direction = Literal["degrade", "restore"]
 Outcome = Literal["committed", "aborted", "cancelled"]
@@ -90,6 +93,21 @@ class Transition:
     from_level: int = 0
     num_layers: int = 0  # layer switches committed so far
     last_format: str = ""
+
+    def log_end(self, outcome: Outcome, level: int, seconds: float, num_kv_blocks: int, error: str = "") -> None:
+        """Say in one line how it has ended, at `level` and with so many blocks published."""
+        milliseconds = seconds * 1000
+        if outcome == "aborted":
+            logger.warning(
+                "morph r%d: aborted at level %d after %.0f ms (%s)", self.revision, level, milliseconds, error
+            )
+        elif outcome == "cancelled":
+            logger.info("morph r%d: cancelled at level %d after %.0f ms", self.revision, level, milliseconds)
+        else:
+            logger.info(
+                "morph r%d: committed in %.0f ms, %d layers %s, %+d KV blocks",
+                self.revision, milliseconds, self.num_layers, self.last_format, num_kv_blocks - self.blocks_before,
+            )  # fmt: skip
 
 
 class TransitionHistory:

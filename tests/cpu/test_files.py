@@ -11,8 +11,12 @@ from typing import Any
 import pytest
 
 from morphserve import files
+from morphserve.cache import cache_root
+from morphserve.config import MorphServeConfig, load_config, parse_config
 from morphserve.errors import ConfigError
 from morphserve.files import read_token, replacing, write_whole
+from morphserve.shipped import DEFAULT_CONFIG
+from morphserve.tools.quantize import cli as quantize
 
 
 def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -133,3 +137,19 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     for name, why in (("pipe", "chmod 600"), (".", "Is a directory"), ("gone", "No such file")):
         with pytest.raises(ConfigError, match=why):
             read_token(tmp_path / name)
+@pytest.mark.parametrize("named", [True, False])
+def test_all_that_is_kept_lies_in_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
+    """Guards: a directory that somebody has named, and a part that lands in the one that is full."""
+    from quant_layers.kernels import native
+
+    monkeypatch.delenv("MORPHSERVE_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    root = tmp_path / "home" / ".cache" / "morphserve"
+    if named:
+        root = tmp_path / "large"
+        monkeypatch.setenv("MORPHSERVE_CACHE", str(root))
+    assert cache_root() == root and native.default_directory() == root / "native"
+    for config in (MorphServeConfig(), parse_config({"cache_dir": None}), load_config(DEFAULT_CONFIG)):
+        assert config.cache_dir == root
+    assert parse_config({"cache_dir": "/mine"}).cache_dir == Path("/mine")
+    assert quantize._parser("quantize").parse_args(["m", "--out", "o"]).environment == root / "quantize-env"

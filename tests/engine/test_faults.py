@@ -15,6 +15,7 @@ from kv_resize import ElasticCache, MapError
 from morphserve.control.monitor import Monitor
 from morphserve.integration.engine.block_pool import VllmBlockPool
 from morphserve.integration.engine.executor import RpcExecutor
+from morphserve.integration.worker import worker
 from morphserve.residence import StoredParts
 
 NUM_TOKENS = 12
@@ -202,6 +203,44 @@ def test_a_failed_restore_keeps_the_level_and_its_blocks(
     assert status["num_kv_blocks"] == status["mapped_kv_blocks"] == status["ladder"][1]["num_kv_blocks"]
     assert not status["failed"] and len(lines(logged, "aborted at level 1")) == 1
     assert said in lines(logged, "aborted at level 1")[0].getMessage()
+
+
+def test_blocks_moved_by_half_are_computed_again(
+    llm: Any, logged: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: answers from the wrong blocks, behind a healthy server, after tables were rewritten by half."""
+    follow(llm, {0: 6})
+    settle(llm, 6)
+    policy = follow(llm, {0: 6})
+    decide = policy.decide
+
+    def computed_again(signals: Any) -> Any:
+        if policy.count == 3:  # where the fault will be
+            morph_of(llm).pool.discard_contents()
+        return decide(signals)
+
+    monkeypatch.setattr(policy, "decide", computed_again)
+    expected = run(llm)
+    llm.reset_prefix_cache()
+    free = morph_of(llm).pool._pool.free_block_queue
+    free.prepend_n(sorted(free.popleft_n(free.num_free_blocks), key=lambda block: -block.block_id))  # the tail first
+    rewrite, moved = worker.RankKV.rewrite_block_tables, []
+
+    def by_half(self: Any, runner: Any, pairs: Any) -> None:
+        moved.extend(pairs)
+        rewrite(self, runner, pairs[1::2])
+        raise OSError("planted")
+
+    monkeypatch.setattr(worker.RankKV, "rewrite_block_tables", by_half)
+    follow(llm, {0: 6, 3: 0})
+    assert generate(llm, USED, NUM_TOKENS) == expected
+    assert moved, "no live block was to be moved: nothing was tested"
+    status = morph_of(llm).status()
+    assert not status["failed"] and status["errors"] == {"kv_unknown": 1}
+    assert (status["level"], status["layers_by_format"]) == (6, {"w8": 30})
+    assert status["num_kv_blocks"] == status["mapped_kv_blocks"] == status["ladder"][6]["num_kv_blocks"]
+    (said,) = lines(logged, "morph r")
+    assert "OSError: planted; what was in the KV cache is computed again" in said.getMessage()
 
 
 def test_memory_that_does_not_come_is_not_published(

@@ -71,4 +71,4 @@ def test_steps_are_timed_on_two_ranks(tiny_llama: Path, variant_cache: Path, two
             assert max(step.prefill_tokens for step in steps) > 300
             assert all(step.seconds > 0 for step in steps)
         assert engine.move().degrade_s > 0 and engine.move().restore_s > 0
-        assert len(engine.layer_bytes().layers["base"]) == NUM_LAYERS
+        assert len(engine.rank_bytes().layers["base"]) == NUM_LAYERS

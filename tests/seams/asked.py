@@ -34,8 +34,13 @@ def endpoint_of(
     endpoint = MorphServeEndpoint()
     endpoint._client = SimpleNamespace(engine_core=SimpleNamespace(call_utility_all_async=call))
     endpoint._access = access or Access()
-    endpoint._last.put(statuses or [], time.monotonic())
+    told(endpoint, statuses or [], time.monotonic())
     return endpoint
+
+
+def told(endpoint: MorphServeEndpoint, statuses: list[dict[str, Any]], asked_s: float) -> None:
+    """The poll has asked at that time, and was answered so."""
+    endpoint._poll.last, endpoint._poll._heard_s = statuses, asked_s
 
 
 def app_of(endpoint: MorphServeEndpoint) -> FastAPI:

@@ -11,8 +11,7 @@ import pytest
 from cpu.watched import recorded
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from prometheus_client import CollectorRegistry
-from seams.asked import ADMIN, LOCAL, READ, app_of, bearer, client_of, endpoint_of
+from seams.asked import ADMIN, LOCAL, READ, app_of, bearer, client_of, endpoint_of, told
 from starlette.middleware.cors import CORSMiddleware
 
 from morphserve.errors import ConfigError
@@ -126,8 +125,8 @@ def test_what_files_say_is_for_who_shows_a_token() -> None:
     trusted = client_of(endpoint_of(access=BOTH, statuses=[status]))
     for path in READS:
         assert "swordfish" in trusted.get(path, headers=bearer(READ)).text
-    told = trusted.get("/morphserve/status", headers=bearer(READ)).json()
-    assert told == {**status, "age_s": told["age_s"]}
+    page = trusted.get("/morphserve/status", headers=bearer(READ)).json()
+    assert page == {**status, "age_s": page["age_s"]}
 
 
 def test_the_page_itself_holds_nothing() -> None:
@@ -148,8 +147,8 @@ def test_no_question_reaches_an_engine() -> None:
         return [recorded("calm")]
 
     async def poll_once(endpoint: MorphServeEndpoint) -> None:
-        task = asyncio.create_task(endpoint._poll())
-        while not endpoint._last.statuses:
+        task = asyncio.create_task(endpoint._poll.run(lambda statuses: None))
+        while not endpoint._poll.last:
             await asyncio.sleep(0)
         task.cancel()
 
@@ -167,13 +166,15 @@ def test_the_status_says_how_old_it_is() -> None:
     """Guards: figures of an engine that hangs, which look like those of one that is idle."""
     endpoint = endpoint_of()
     now = [100.0]
-    endpoint._last._clock = lambda: now[0]
-    endpoint._last.put([recorded("calm")], 100.0)
+    endpoint._poll._clock = lambda: now[0]
+    told(endpoint, [recorded("calm")], 100.0)
     client = client_of(endpoint)
-    for age_s in (0.0, 0.25, 700.0):
+    for age_s in (0.0, 0.25, 700.0, 800.0):
         now[0] = 100.0 + age_s
         assert [client.get(path).json()["age_s"] for path in READS] == [age_s, age_s]
-    endpoint._last.put([recorded("burst")], 799.0)
+        assert ("no answer; the figures are" in client.get("/morphserve/view").text) == (age_s > 1)
+    assert "figures are 13 min old" in client.get("/morphserve/view").text
+    told(endpoint, [recorded("burst")], 899.0)
     status = client.get("/morphserve/status").json()
     assert status["age_s"] == 1.0 and status["exposure_level"] == recorded("burst")["exposure_level"]
 
@@ -199,7 +200,7 @@ def started(admin: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Access:
         endpoint._task.cancel()
         return endpoint._access
 
-    monkeypatch.setattr(metrics, "REGISTRY", CollectorRegistry())
+    monkeypatch.setattr(metrics, "add_to_own", lambda collector: None)
     monkeypatch.setattr(metrics, "on_hangup", lambda ask: False)
     return asyncio.run(start())
 

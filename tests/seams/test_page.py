@@ -27,6 +27,7 @@ from seams.asked import ADMIN, READ, client_of, endpoint_of
 from morphserve.integration.server.access import Access
 from morphserve.integration.server.metrics import MorphServeEndpoint
 from morphserve.integration.server.page import PAGE
+from morphserve.integration.server.poll import StatusPoll
 from morphserve.integration.server.status_api import LastStatuses
 from morphserve.status_view import Bar, Change, LevelRow, Line, Panel, panels
 
@@ -39,19 +40,19 @@ Answer = Callable[[], list[Any]]
 class LookedAt(LastStatuses):
     """A poll at each look."""
 
-    def __init__(self, answer: Answer) -> None:
-        super().__init__()
+    def __init__(self, poll: StatusPoll, answer: Answer) -> None:
+        super().__init__(poll)
         self._answer = answer
 
     def of(self, engine: int | None) -> list[dict[str, Any]]:
-        self.put([status for status in self._answer() if status is not None], self._clock())
+        self._poll.last = [status for status in self._answer() if status is not None]
         return super().of(engine)
 
 
 def endpoint_that(answer: Answer, access: Access | None = None) -> MorphServeEndpoint:
     """An API server whose engines answer so."""
     endpoint = endpoint_of(access=access)
-    endpoint._last = LookedAt(answer)
+    endpoint._last = LookedAt(endpoint._poll, answer)
     return endpoint
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import vllm
+import vllm.plugins
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -31,7 +33,7 @@ from morphserve.integration.worker.worker import install_worker_seams
 from morphserve.plugin import (
     SCHEDULER_CLS,
     WORKER_EXTENSION_CLS,
-    _allow_endpoint_plugin,
+    _load_endpoint_plugins,
     install_engine_seams,
     register,
 )
@@ -194,7 +196,8 @@ def test_active_with_the_plugin(models: dict[str, str]) -> None:
     config = engine_args(models["llama"], {}).create_engine_config()
     assert config.scheduler_config.scheduler_cls == SCHEDULER_CLS
     assert config.parallel_config.worker_extension_cls == WORKER_EXTENSION_CLS
-    assert "morphserve" in os.environ["VLLM_PLUGINS"].split(",")
+    assert [p.name for p in vllm.plugins.load_endpoint_plugins(("generate",))] == ["morphserve"]
+    assert "VLLM_PLUGINS" not in os.environ, "with which vLLM's resolver of adapters would download"
 
 
 @pytest.mark.parametrize(
@@ -237,6 +240,23 @@ def test_a_taken_class_seam_is_refused(models: dict[str, str], field: str) -> No
         engine_args(models["llama"], {}, **{field: "another.plugin.Class"}).create_engine_config()
     assert field in str(refused.value) and "'another.plugin.Class'" in str(refused.value)
     assert "remove one of the two" in str(refused.value)
+
+
+def test_vllms_own_growth_of_the_cache_is_off(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a vLLM that maps blocks behind the cache by itself, as is its default where it can, beside ours."""
+    monkeypatch.setattr(EngineArgs, "enable_extensible_kv_cache", None, raising=False)
+    stock, morphing = engine_args(models["llama"], None), engine_args(models["llama"], {})
+    for args, kept in ((stock, None), (morphing, False)):
+        args.create_engine_config()
+        assert args.enable_extensible_kv_cache is kept
+    morphing.enable_extensible_kv_cache = True
+    with pytest.raises(ConfigError, match="is True: .*only one can. Leave out --enable-extensible-kv-cache"):
+        morphing.create_engine_config()
+
+
+def test_todays_vllm_does_not_grow_its_cache() -> None:
+    """Guards: a new vLLM whose growth under the same addresses goes unnoticed: red when it has come, docs/kv.md."""
+    assert "enable_extensible_kv_cache" not in {field.name for field in dataclasses.fields(EngineArgs)}
 
 
 def test_command_line_gets_one_line(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,34 +407,62 @@ def test_install_twice_is_install_once_and_has_an_inverse(unpatched: None) -> No
 # ---- VLLM_PLUGINS
 
 
-INSTALLED = EntryPoints(
-    [
-        EntryPoint("lora_resolver", "x:y", "vllm.general_plugins"),
-        EntryPoint("morphserve", "x:y", "vllm.general_plugins"),
-        EntryPoint("other_platform", "x:y", "vllm.platform_plugins"),
-        EntryPoint("other_routes", "x:y", "vllm.endpoint_plugins"),
-        EntryPoint("unrelated", "x:y", "console_scripts"),
-    ]
-)
+class Endpoint:
+    """As far as vLLM looks at one before it attaches it."""
+
+    required_tasks = None
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+GROUPS = {
+    "lora_hf_hub_resolver": "general_plugins",
+    "morphserve": "general_plugins endpoint_plugins",
+    "one_name": "general_plugins endpoint_plugins",
+    "other_routes": "endpoint_plugins",
+    "other_platform": "platform_plugins",
+}
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
+    ("before", "loaded"),
     [
-        (None, {"lora_resolver", "morphserve", "other_platform"}),
-        ("", {"morphserve"}),
-        ("other_routes,other_platform", {"morphserve", "other_platform", "other_routes"}),
-        ("morphserve", {"morphserve"}),
+        (None, ["morphserve"]),
+        ("", ["morphserve"]),
+        ("morphserve", ["morphserve"]),
+        ("other_routes,other_platform", ["morphserve", "other_routes"]),
+        ("one_name,morphserve", ["morphserve", "one_name"]),
     ],
 )
-def test_allow_list_is_only_added_to(
-    monkeypatch: pytest.MonkeyPatch, before: str | None, after: set[str]
-) -> None:
-    """Guards: naming ourselves switches other plugins off, or routes on that nobody allowed."""
-    monkeypatch.setattr(
-        importlib.metadata, "entry_points", lambda **kw: INSTALLED.select(**kw) if kw else INSTALLED
+def test_no_plugin_but_ours_is_named(monkeypatch: pytest.MonkeyPatch, before: str | None, loaded: list[str]) -> None:
+    """Guards: to be loaded we switch on what nobody allowed: another's routes, or vLLM's resolver, which downloads
+    adapters once it is named; or we switch others off."""
+    installed = EntryPoints(
+        EntryPoint(name, "x:y", f"vllm.{group}") for name, groups in GROUPS.items() for group in groups.split()
     )
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **kw: installed.select(**kw) if kw else installed)
+    monkeypatch.setattr(EntryPoint, "load", lambda self: lambda: Endpoint(self.name))
     if before is not None:
         monkeypatch.setenv("VLLM_PLUGINS", before)
-    _allow_endpoint_plugin()
-    assert set(os.environ["VLLM_PLUGINS"].split(",")) == after
+    seen: list[str] = []
+    original = getattr(vllm.plugins.load_endpoint_plugins, "__wrapped__", vllm.plugins.load_endpoint_plugins)
+
+    def load(*args: Any) -> Any:
+        seen.append(os.environ["VLLM_PLUGINS"])
+        return original(*args)
+
+    assert sorted(plugin.name for plugin in _load_endpoint_plugins(load)(("generate",))) == loaded
+    assert os.environ.get("VLLM_PLUGINS") == before
+    assert set(seen[0].split(",")) - {""} == {*(before or "").split(","), "morphserve"} - {""}
+
+
+def test_a_failing_load_leaves_the_list_as_it_was() -> None:
+    """Guards: a plugin that breaks the loading leaves our name to the processes that are started later."""
+
+    def breaks() -> None:
+        raise RuntimeError("planted")
+
+    with pytest.raises(RuntimeError, match="planted"):
+        _load_endpoint_plugins(breaks)()
+    assert "VLLM_PLUGINS" not in os.environ

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from morphserve.config import LadderConfig, LadderStep, MorphServeConfig
-from morphserve.control import DEFAULT_FORMATS, RankBytes, ladder_formats, optional_formats
+from morphserve.control import RankBytes, ladder_formats, optional_formats
 from morphserve.integration import seams
 from morphserve.integration.offline.level_engine import LevelEngine
-from morphserve.integration.start import FOUND, default_formats
+from morphserve.integration.start import FOUND, formats_over
 from morphserve.prepared import Place
 from morphserve.profile_ladder import read_ladder
 from policies import BASE_FORMAT, LayerMove, StepLoad
@@ -45,7 +46,7 @@ class TimedEngine(LevelEngine):
             max_num_seqs: of the largest step that is timed.
             arguments: others of `vllm.LLM`.
         """
-        formats, steps = _one_level_each(config)
+        formats, steps = _one_level_each(config, _formats_over(model, arguments.get("dtype", "auto")))
         self._batches = _batches(max_num_seqs)
         longest = max_model_len - 2 * _DECODE_STEPS - 16
         self._lengths = (16, max(min(longest // 2, _LONG_TOKENS), 16))
@@ -78,21 +79,6 @@ class TimedEngine(LevelEngine):
         self._level = 0
         self._seconds = 0.0
         seams.wrap(seams.ENGINE_CORE, self._timed, on=self.core, name="step_fn")
-        self._sent: tuple[int, int, int] | None = None
-        if self.place.pipeline_parallel > 1:
-            self._note_what_is_sent()
-
-    def _note_what_is_sent(self) -> None:
-        """Keep what was in a step ourselves: between two of one batch, vLLM makes an empty one that fills the pipeline,
-        and so the monitor knows the time of none."""
-        monitor = self.morph.monitor
-        on_step = monitor.on_step
-
-        def noting(now: float, num_decodes: int, num_seqs: int, prefill: int, context: int, level: int | None) -> None:
-            self._sent = num_seqs, prefill, context
-            on_step(now, num_decodes, num_seqs, prefill, context, level)
-
-        monitor.on_step = noting
 
     def _timed(self, step: Callable[[], Any]) -> Callable[[], Any]:
         def timed_step() -> Any:
@@ -150,13 +136,11 @@ class TimedEngine(LevelEngine):
 
     def _record(self, fmt: str | None, count: int) -> None:
         for _ in range(count):
-            self._seconds, self._sent = 0.0, None
+            self._seconds = 0.0
             while self.num_requests and not self.step():
                 pass  # with pipeline stages a call may only send a step
-            if (last := self.morph.monitor.last_step) is not None:
-                self._sent = last.num_seqs, last.prefill_tokens, last.context_tokens
-            if fmt is not None and self._sent is not None:
-                self.steps[fmt].append(StepLoad(self._seconds, *self._sent, self._level))
+            if fmt is not None and (last := self.morph.monitor.last_step) is not None:
+                self.steps[fmt].append(replace(last, seconds=self._seconds))
 
     def _add(self, count: int, num_tokens: int, max_tokens: int) -> None:
         for _ in range(count):
@@ -167,13 +151,13 @@ class TimedEngine(LevelEngine):
         """Median seconds per layer, each way."""
         return LayerMove(*(statistics.median(self._moves[way] or [0.0]) for way in ("degrade", "restore")))
 
-    def layer_bytes(self) -> RankBytes:
+    def rank_bytes(self) -> RankBytes:
         """Return what the layers weigh in the formats that are timed, all stages as one rank, of the largest slices."""
         ranks = self.morph.runtime.rank_bytes
-        layers = {fmt: tuple(map(max, *(rank.layers[fmt] for rank in (*ranks, ranks[0])))) for fmt in self.formats}
         num_stages = self.engine.vllm_config.parallel_config.pipeline_parallel_size
         of_stages = [ranks[i * len(ranks) // num_stages].kv_block_bytes for i in range(num_stages)]
-        return RankBytes(layers, sum(of_stages))
+        sizes = self.layer_bytes
+        return RankBytes({fmt: tuple(sizes[fmt]) for fmt in self.formats}, sum(of_stages))
 
 
 def _batches(max_num_seqs: int) -> tuple[int, ...]:
@@ -187,12 +171,23 @@ def _settings(config: MorphServeConfig, steps: list[dict[str, Any]]) -> dict[str
     return {**own, "ladder": {"steps": steps}}
 
 
-def _one_level_each(config: MorphServeConfig) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return the formats of the config's ladder, widest first, and the steps of a ladder with one level for each."""
+def _formats_over(model: str, dtype: str) -> tuple[str, ...]:
+    """Return the formats of a default ladder over the model's own weights, which may have 8 bits."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return formats_over(EngineArgs(model=model, dtype=dtype).create_engine_config().model_config)
+
+
+def _one_level_each(config: MorphServeConfig, default: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the formats of the config's ladder, widest first, and the steps of a ladder with one level for each.
+
+    Args:
+        config: the settings.
+        default: of a ladder that nobody wrote down.
+    """
     profile = read_ladder(config)
     if profile is None and config.ladder.steps is None:  # of all, because what has no figure yet may get one
-        here = default_formats() or DEFAULT_FORMATS
-        ladder = LadderConfig(steps=[LadderStep(format=fmt, optional=True) for fmt in here])
+        ladder = LadderConfig(steps=[LadderStep(format=fmt, optional=True) for fmt in default])
         config = config.model_copy(update={"ladder": ladder})
     halves = dict.fromkeys(half for fmt in ladder_formats(config.ladder, profile) for half in fmt.split("/"))
     formats = sorted((half for half in halves if half != BASE_FORMAT), key=lambda fmt: -FORMATS[fmt].bits)

@@ -54,7 +54,7 @@ def add_admin(router: APIRouter, last: LastStatuses, engines: Engines, access: C
     async def state(request: Request) -> Response:
         """Return the revision, and what is in force in each engine, as of the last poll."""
         is_trusted = access().check_read(request)
-        return last.document(("state", is_trusted), lambda: state_of(shown(s, is_trusted) for s in last.of(None)))
+        return last.document(("state", is_trusted), lambda _: state_of(shown(s, is_trusted) for s in last.of(None)))
 
     @router.post("/admin/{action}")
     async def order(request: Request, action: str) -> JSONResponse:

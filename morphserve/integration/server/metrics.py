@@ -3,25 +3,20 @@
 The status is in `status_api.py`, reloads in `reload_api.py`, orders of an operator in `admin_api.py`, what a browser
 sees in `page.py`, who may in `access.py`.
 
-The engine cores are asked twice a second; scrapes and questions read the last answers. Each data-parallel replica is an
-engine of its own, told by its index. vLLM's own cache_config_info label is fixed at start and goes stale after a
-resize: `morphserve:kv_blocks` is the one to watch.
+The engine cores are asked twice a second (`poll.py`); scrapes and questions read the last answers. Each data-parallel
+replica is an engine of its own, told by its index. vLLM's own cache_config_info label is fixed at start and goes stale
+after a resize: `morphserve:kv_blocks` is the one to watch.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
-import os
-import time
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, get_args
 
 from fastapi import APIRouter
-from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -29,8 +24,10 @@ from morphserve.config import MorphServeConfig
 from morphserve.integration.server.access import Access
 from morphserve.integration.server.admin_api import add_admin
 from morphserve.integration.server.page import add_page
+from morphserve.integration.server.poll import SILENT_AFTER_S, StatusPoll
 from morphserve.integration.server.queue_limit import QueueLimit
 from morphserve.integration.server.reload_api import add_route, on_hangup
+from morphserve.integration.server.scrape import add_behind_shared, add_to_own
 from morphserve.integration.server.status_api import LastStatuses, add_status
 from morphserve.integration.start import read_settings
 from policies import OrderKind, Predictions
@@ -39,9 +36,6 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from vllm.engine.protocol import EngineClient
 
-logger = logging.getLogger("vllm.morphserve")
-
-POLL_INTERVAL_S = 0.5
 PREFIX = "morphserve:"
 
 
@@ -50,30 +44,40 @@ _Row = tuple[tuple[str, ...], float]  # values of the labels beside `engine`, va
 
 
 class StatusCollector(Collector):
-    """Turns the last statuses into metric families, every sample with the index of its engine."""
+    """Turns the last statuses into metric families, every sample with the index of its engine.
 
-    def __init__(self) -> None:
-        self.statuses: list[_Status] = []
+    Of engines that are silent nothing is left but since when, so that the last values of one that hangs look like none.
+    """
+
+    def __init__(self, poll: StatusPoll) -> None:
+        self._poll = poll
 
     def collect(self) -> Iterator[Metric]:
-        if not self.statuses:
+        statuses, ages_s = self._poll.statuses, self._poll.ages_s
+        if ages_s:
+            doc = f"Since the engine last answered; beyond {SILENT_AFTER_S:.0f} s it has no other morphserve metric."
+            age = GaugeMetricFamily(PREFIX + "status_age_seconds", doc, labels=["engine"])
+            for engine, age_s in ages_s.items():
+                age.add_metric([str(engine)], age_s)
+            yield age
+        if not statuses:
             return
         for kind, name, doc, labels, rows_of in _FAMILIES:
             family = kind(PREFIX + name, doc, labels=[*labels, "engine"])
-            for status in self.statuses:
+            for status in statuses:
                 for values, value in rows_of(status):
                     family.add_metric([*values, str(status["engine"])], value)
             yield family
-        yield self._times()
+        yield self._times(statuses)
 
     def describe(self) -> Iterator[Metric]:
         """Return nothing: it is not known before the first poll. Without this the registry would call collect()."""
         return iter(())
 
-    def _times(self) -> Metric:
+    def _times(self, statuses: list[_Status]) -> Metric:
         doc = "Time of monitor, policy and controller in one engine step."
         family = HistogramMetricFamily(PREFIX + "controller_seconds", doc, labels=["engine"])
-        for status in self.statuses:
+        for status in statuses:
             times = status["controller_time"]
             edges = [*(f"{edge:g}" for edge in times["edges_s"]), "+Inf"]
             buckets = list(zip(edges, accumulate(times["counts"]), strict=True))
@@ -176,11 +180,12 @@ class MorphServeEndpoint:
     required_tasks = ("generate",)
 
     def __init__(self) -> None:
-        self._last = LastStatuses()
+        self._poll = StatusPoll(lambda: self.call("morphserve_status"))
+        self._last = LastStatuses(self._poll)
         self._access = Access()
-        self._collector = StatusCollector()
-        self._client: Any = None
         self._queue_limit = QueueLimit(None)
+        self._collector = StatusCollector(self._poll)
+        self._client: Any = None
         self._task: asyncio.Task[None] | None = None
 
     def attach_router(self, app: FastAPI) -> None:
@@ -191,6 +196,7 @@ class MorphServeEndpoint:
         add_admin(router, self._last, self, lambda: self._access)
         add_page(router, self._last, lambda: self._access)
         app.include_router(router)
+        add_behind_shared(app, self._collector)
 
     async def init_state(self, engine_client: EngineClient, state: Any, args: Any) -> None:
         self._client = engine_client
@@ -198,24 +204,15 @@ class MorphServeEndpoint:
             return
         settings = read_settings(engine_client.vllm_config.additional_config) or MorphServeConfig()
         self._access = Access.of(settings.admin)
-        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-            logger.warning(
-                "morphserve: several API servers share one registry of files, which cannot hold morphserve:* "
-                "metrics; GET /morphserve/status has the same figures. Use --api-server-count 1 for the metrics."
-            )
-        with contextlib.suppress(ValueError):  # a second app in this process: already registered
-            REGISTRY.register(self._collector)
+        add_to_own(self._collector)
         self._queue_limit = QueueLimit(engine_client)
-        self._task = asyncio.create_task(self._poll())
+        self._task = asyncio.create_task(self._poll.run(self._limit_queues))
         on_hangup(self._reload)
 
     async def look(self) -> list[_Status]:
         """Ask every engine behind this API server for its status: what is shown from now on."""
-        asked_s = time.monotonic()
-        statuses = await self.call("morphserve_status")
-        self._last.put(statuses, asked_s)
-        self._collector.statuses = statuses
-        self._queue_limit.apply([status["max_queued_tokens"] for status in statuses])
+        statuses = await self._poll.look()
+        self._limit_queues(statuses)
         return statuses
 
     async def _reload(self, cause: str, sent: str = "") -> list[_Status]:
@@ -230,21 +227,10 @@ class MorphServeEndpoint:
         answers = await core.call_utility_all_async(method, *args)
         return sorted((answer for answer in answers if answer is not None), key=itemgetter("engine"))
 
-    async def _poll(self) -> None:
-        warned = False
-        while True:
-            try:
-                await self.look()
-                warned = False
-            except asyncio.CancelledError:
-                raise
-            except Exception as e:  # the engine may be starting, stopping or dead; the metrics go quiet
-                self._collector.statuses = []
-                self._last.put([], time.monotonic())
-                if not warned:
-                    logger.warning("morphserve: no status from the engine (%s)", e)
-                warned = True
-            await asyncio.sleep(POLL_INTERVAL_S)
+    def _limit_queues(self, statuses: list[_Status]) -> None:
+        """Let vLLM take what each engine allows to wait; while engines are silent all is taken, unless they drain."""
+        known = statuses or [status for status in self._poll.last if status["max_queued_tokens"] == 0]
+        self._queue_limit.apply([status["max_queued_tokens"] for status in known])
 
 
 def make_endpoint() -> MorphServeEndpoint:

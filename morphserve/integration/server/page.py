@@ -42,9 +42,9 @@ def add_page(router: APIRouter, last: LastStatuses, access: Callable[[], Access]
         is_trusted = access().check_read(request)
         found = last.of(None)
 
-        def words() -> dict[str, Any]:
+        def words(age_s: float) -> dict[str, Any]:
             engines = [shown(status, is_trusted) for status in found]
-            return {"panels": [asdict(panel) for panel in panels({"engines": engines})]}
+            return {"panels": [asdict(panel) for panel in panels({"age_s": age_s, "engines": engines})]}
 
         return last.document(("view", is_trusted), words)
 

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 
 from morphserve.integration.server.access import Access
 from morphserve.integration.server.body import busy, text_of
+from morphserve.integration.start import hangup_is_free
 
 logger = logging.getLogger("vllm.morphserve")
 
@@ -77,7 +78,7 @@ def on_hangup(ask: Ask) -> bool:
     Returns:
         Whether SIGHUP is ours: not if it is ignored (nohup) or handled already.
     """
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
+    if not hangup_is_free():
         return False
     loop = asyncio.get_running_loop()
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any
@@ -11,28 +10,21 @@ from typing import Any
 from fastapi import APIRouter, HTTPException, Request, Response
 
 from morphserve.integration.server.access import Access
+from morphserve.integration.server.poll import StatusPoll
 
 Status = dict[str, Any]
+_OLD_S = 2.0  # four polls
+_MAX_WRITTEN = 64
 _IN_THE_LOG = "the server's log says it"
 
 
 class LastStatuses:
-    """What the engines said at the last poll. Documents made of it are written once a poll, not once a question."""
+    """What the engines said last, as documents: written once an answer, not once a question."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._asked_s = 0.0
+    def __init__(self, poll: StatusPoll) -> None:
+        self._poll = poll
+        self._statuses: list[Status] = []  # that the documents are of
         self._written: dict[Any, bytes] = {}
-        self.statuses: list[Status] = []
-
-    def put(self, statuses: list[Status], asked_s: float) -> None:
-        """Take the answers to a question that was asked at `asked_s`; none = no engine answers."""
-        self.statuses, self._asked_s, self._written = statuses, asked_s, {}
-
-    @property
-    def age_s(self) -> float:
-        """Seconds since the question: what the answers say is no older."""
-        return max(self._clock() - self._asked_s, 0.0)
 
     def of(self, engine: int | None) -> list[Status]:
         """Return the status of one engine, or of all.
@@ -40,19 +32,29 @@ class LastStatuses:
         Raises:
             HTTPException: there is none.
         """
-        if not self.statuses:
-            raise HTTPException(503, "no engine has told its status; it starts, is gone, or runs without MorphServe")
-        found = [status for status in self.statuses if engine in (None, status["engine"])]
+        statuses = self._poll.last
+        if not statuses:
+            raise HTTPException(503, "no engine has told its status; it starts, or runs without MorphServe")
+        found = [status for status in statuses if engine in (None, status["engine"])]
         if not found:
             raise HTTPException(404, f"no engine {engine} behind this API server")
         return found
 
-    def document(self, key: Any, make: Callable[[], Status]) -> Response:
-        """Return the JSON that `make` gives, with the age; made once for each `key` and poll."""
+    def document(self, key: Any, make: Callable[[float], Status]) -> Response:
+        """Return the JSON that `make` gives of the figures' age, and that; made once for each `key` and answer.
+
+        Old figures are made anew each second, so that words which say their age follow it.
+        """
+        if self._statuses is not self._poll.last:
+            self._statuses, self._written = self._poll.last, {}
+        age_s = self._poll.age_s
+        if age_s >= _OLD_S:
+            key = (key, int(age_s))
         if key not in self._written:
-            self._written[key] = json.dumps(make(), separators=(",", ":"), allow_nan=False).encode()
-        rest = self._written[key]
-        return Response(b'{"age_s":%.3f,' % self.age_s + rest[1:], media_type="application/json")
+            if len(self._written) >= _MAX_WRITTEN:
+                self._written.clear()
+            self._written[key] = json.dumps(make(age_s), separators=(",", ":"), allow_nan=False).encode()
+        return Response(b'{"age_s":%.3f,' % age_s + self._written[key][1:], media_type="application/json")
 
 
 def add_status(router: APIRouter, last: LastStatuses, access: Callable[[], Access]) -> None:
@@ -66,7 +68,7 @@ def add_status(router: APIRouter, last: LastStatuses, access: Callable[[], Acces
         """
         is_trusted = access().check_read(request)
         found = last.of(engine)
-        return last.document(("status", engine, is_trusted), lambda: _whole([shown(s, is_trusted) for s in found]))
+        return last.document(("status", engine, is_trusted), lambda _: _whole([shown(s, is_trusted) for s in found]))
 
 
 def shown(status: Status, is_trusted: bool) -> Status:

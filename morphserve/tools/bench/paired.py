@@ -14,8 +14,8 @@ from typing import Any
 
 import aiohttp
 
-from morphserve.tools.bench.load.scrape import fetch_status
 from morphserve.tools.bench.load.server import ServerOptions, serve
+from morphserve.tools.watch import NoStatus, fetch_status_from_now
 from morphserve.tools.workload import ReplayError
 
 # Student's t, 97.5 % quantile, by degrees of freedom (pairs - 1); beyond the table an expansion around the normal's.
@@ -104,9 +104,10 @@ def compare_idle(
                 seconds = asyncio.run(_closed_loop(urls[name], servers[name].served_model_name, loop))
                 found[name].append(loop.requests * loop.output_tokens / seconds)
             on_pair(pair, found["plugin"][-1] / found["stock"][-1])
-        status = asyncio.run(_status(urls["plugin"]))
-    if status is None:
-        raise ReplayError(f"{urls['plugin']} does not show its status. Set MORPHSERVE_TOKEN_FILE if it wants a token.")
+        try:
+            status = fetch_status_from_now(urls["plugin"])
+        except NoStatus as e:
+            raise ReplayError(str(e)) from e
     if degraded := sum(n for level, n in status["tokens_by_level"].items() if level != "0"):
         raise ReplayError(f"{degraded} tokens were served above level 0: this is no idle run. Raise --num-blocks.")
     return PairedResult(tuple(found["stock"]), tuple(found["plugin"])), status
@@ -135,8 +136,3 @@ async def _closed_loop(url: str, model: str, loop: ClosedLoop) -> float:
         start = time.perf_counter()
         await asyncio.gather(*(client() for _ in range(loop.concurrency)))
         return time.perf_counter() - start
-
-
-async def _status(url: str) -> dict[str, Any] | None:
-    async with aiohttp.ClientSession() as session:
-        return await fetch_status(session, url)

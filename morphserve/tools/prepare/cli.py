@@ -13,7 +13,6 @@ killed goes on where it was.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,17 +22,14 @@ from morphserve.config import MorphServeConfig
 from morphserve.errors import MorphServeError, ProfilingError
 from morphserve.serve_dtype import AUTO, add_dtype_option, resolve_dtype
 from morphserve.shipped import text_file
-from morphserve.tools.apart import add_parallel_options
+from morphserve.tools.apart import add_bind_option, add_parallel_options, bind_cores
 from morphserve.tools.command import command_parser, fail, finish
-
-_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "morphserve prepare") -> int:
     """Prepare a model; exit status 0 when all of it is there."""
     args = _parser(prog).parse_args(argv)
-    if args.cpu_bind is not None:
-        os.environ[_BIND] = args.cpu_bind
+    bind_cores(args)
     from quant_layers import QuantError
 
     try:
@@ -56,7 +52,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     server.add_argument("--max-model-len", type=int, default=2048, metavar="N", help="longest request that is timed")
     server.add_argument("--max-num-seqs", type=int, default=64, metavar="N", help="largest step that is timed")
     server.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="default: vLLM's own")
-    server.add_argument("--cpu-bind", metavar="CORES", help=f"cores of each rank; default: {_BIND}, else vLLM's choice")
+    add_bind_option(server)
     parser.add_argument("--text", nargs="+", type=text_file, help="calibration text, one file a domain; default: a "
                         "part of WikiText-2 that comes along")  # fmt: skip
     parser.add_argument("--windows", type=int, default=6, help="windows of 512 tokens per file")

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -36,7 +35,7 @@ from morphserve.hub import local_files
 from morphserve.prepared import weights_fingerprint
 from morphserve.serve_dtype import add_dtype_option, resolve_dtype
 from morphserve.shipped import config_file
-from morphserve.tools.apart import add_parallel_options, counter, parallel_arguments
+from morphserve.tools.apart import add_bind_option, add_parallel_options, bind_cores, counter, parallel_arguments
 from morphserve.tools.bench import ServerOptions, serve
 from morphserve.tools.command import command_parser, fail, finish
 from morphserve.tools.profile.step_time_fit import fit_step_time
@@ -52,7 +51,7 @@ _LONE_TOKENS = 48  # of the prompts that a server is asked one by one
 def main(argv: Sequence[str] | None = None, prog: str = "morphserve calibrate") -> int:
     """Time the steps and write the file; returns the exit status."""
     args = _parser(prog).parse_args(argv)
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", args.cpu_bind)
+    args.cpu_bind = bind_cores(args)
     try:
         document = _calibrate(args)
     except (MorphServeError, ValueError, OSError) as e:
@@ -75,7 +74,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--enforce-eager", action="store_true", help="as the server that the figures are for")
     add_parallel_options(parser)
     add_dtype_option(parser)
-    parser.add_argument("--cpu-bind", default="0", metavar="CORES", help="cores of the engine")
+    add_bind_option(parser)
     parser.add_argument(
         "--no-server", action="store_true", help="do not start a server: no figure for what lies outside of the steps"
     )
@@ -144,11 +143,12 @@ def _fitted(args: argparse.Namespace, engine: TimedEngine) -> Calibration:
         machine=engine.place.device,
         dtype=engine.place.dtype,
         tier=engine.place.tier,
+        cores=engine.place.cores,
     )
-    layers = engine.layer_bytes()
+    rank = engine.rank_bytes()
     directory = local_files(args.model)
     weights = None if directory is None else weights_fingerprint(directory)
-    return Calibration(times, layers, len(layers.layers[BASE_FORMAT]), args.block_size, weights or "")
+    return Calibration(times, rank, len(rank.layers[BASE_FORMAT]), args.block_size, weights or "")
 
 
 def _show(engine: TimedEngine, times: StepTimes, ratios: dict[str, dict[int, tuple[float, float, float]]]) -> None:

@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve profile") ->
 def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     from morphserve.control import DEFAULT_FORMATS
     from morphserve.serve_dtype import add_dtype_option
+    from morphserve.tools.apart import add_parallel_options
     from quant_layers import FORMATS
 
     parser = command_parser(__doc__, prog)
@@ -78,6 +79,7 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser.add_argument("--no-measure", action="store_true", help="predict only; needs no vLLM")
     parser.add_argument("--plot", type=Path, help="PNG of what the levels free and cost")
     parser.add_argument("--compiled", action="store_true", help="measure step times with compiled models")
+    add_parallel_options(parser)
     add_dtype_option(parser)
     return parser.parse_args(argv)
 
@@ -97,7 +99,8 @@ def _run(args: argparse.Namespace) -> tuple[Profile, float]:
         task = progress.add_task("profiling", total=None)
         compiled = ("--compiled",) if args.compiled else ()
         dtype = resolve_dtype(args.dtype, args.model) or AUTO
-        measure = None if args.no_measure else ("--dtype", dtype, *compiled)
+        ranks = ("-tp", str(args.tensor_parallel_size), "-pp", str(args.pipeline_parallel_size))
+        measure = None if args.no_measure else ("--dtype", dtype, *ranks, *compiled)
         return run_profile(
             job, measure, tuple(args.eval_text or ()),
             lambda what, done, total: progress.update(task, description=what, completed=done, total=total),

@@ -18,12 +18,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from morphserve.cache import cache_root
 from morphserve.shipped import TEXT, text_file
 from morphserve.tools.command import command_parser, fail
 
 PACKAGES = ("llmcompressor==0.14.0.1", "accelerate>=1.0")
 GROUP_SIZES = (128, 64, 32)
-ENVIRONMENT = Path("~/.cache/morphserve/quantize-env").expanduser()
+ENVIRONMENT = "quantize-env"  # in the cache directory
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "morphserve quantize") -> int:
@@ -50,7 +51,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=8, help="windows per text")
     parser.add_argument("--grid", type=int, default=10, help="AWQ: scalings tried for each norm; time grows with it")
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
-    parser.add_argument("--environment", type=Path, default=ENVIRONMENT, help="where llm-compressor is installed")
+    parser.add_argument("--environment", type=Path, default=cache_root() / ENVIRONMENT, metavar="DIR",
+                        help="where llm-compressor is installed; default: %(default)s")  # fmt: skip
     return parser
 
 

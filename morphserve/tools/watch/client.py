@@ -6,6 +6,7 @@ import argparse
 import http.client
 import json
 import os
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -18,6 +19,8 @@ from morphserve.files import read_token
 DEFAULT_URL = "http://127.0.0.1:8000"
 TOKEN_FILE = "MORPHSERVE_TOKEN_FILE"
 _TIMEOUT_S = 5.0
+_PATIENCE_S = 10.0  # with a server whose engines have not answered since they were asked
+_POLL_S = 0.1
 _SOMETHING_ELSE = "{} answers, but not with a status: is it vLLM's port? Name that with --url."
 _MAX_BYTES = 16 << 20  # a status is some kilobytes an engine
 
@@ -84,6 +87,21 @@ def fetch_status(url: str, token_file: Path | None = None) -> dict[str, Any]:
     if not _is_status(document):
         raise NoStatus(_SOMETHING_ELSE.format(url))
     return dict(document)
+
+
+def fetch_status_from_now(url: str) -> dict[str, Any]:
+    """Return a status of a poll that begins from now on, with the token that the environment names.
+
+    Raises:
+        NoStatus: there is none; or the engines do not answer.
+    """
+    begin_s = time.monotonic()
+    while (waited_s := time.monotonic() - begin_s) < _PATIENCE_S:
+        status = fetch_status(url)
+        if status.get("age_s", 0.0) <= time.monotonic() - begin_s:
+            return status
+        time.sleep(_POLL_S)
+    raise NoStatus(f"the engines behind {url} have not answered for {waited_s:.0f} s: they hang, or step long.")
 
 
 def _is_status(document: Any) -> bool:

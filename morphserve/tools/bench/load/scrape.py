@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-from morphserve.tools.watch import token_headers
+from morphserve.tools.watch import NoStatus, fetch_status_from_now
 from morphserve.tools.workload import Snapshot
 
 
@@ -117,18 +117,9 @@ class Poller:
             await asyncio.sleep(max(0.05, every_s - (time.perf_counter() - begin)))
 
 
-async def fetch_status(session: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:
+async def status_of(url: str) -> dict[str, Any] | None:
     """Return MorphServe's /morphserve/status as it is from now on, or None where there is none."""
-    begin = time.perf_counter()
     try:
-        async with asyncio.timeout(10):
-            while True:
-                async with session.get(f"{url}/morphserve/status", headers=token_headers()) as response:
-                    status = await response.json() if response.status == 200 else None
-                if not isinstance(status, dict):
-                    return None
-                if status.get("age_s", 0.0) <= time.perf_counter() - begin:  # it is of a poll that we waited for
-                    return status
-                await asyncio.sleep(0.1)
-    except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
+        return await asyncio.to_thread(fetch_status_from_now, url)
+    except NoStatus:
         return None
