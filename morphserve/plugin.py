@@ -13,12 +13,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from morphserve.errors import MorphServeError
 from morphserve.integration import ending, seams
 from morphserve.integration.start import CONFIG_FILE, KEY, ignore_hangups, is_active, read_settings
+from morphserve.user_input import user_path
 
 logger = logging.getLogger("vllm.morphserve")
 
@@ -90,13 +90,11 @@ def _settings_from_cli(args: argparse.Namespace) -> None:
             _exit(f"--morphserve-config {file} has no effect without --plugin morphserve. Add it.")
         return
     additional = dict(getattr(args, "additional_config", None) or {})
-    if KEY in additional and file is not None:
-        inline = additional[KEY]
-        if inline != {CONFIG_FILE: str(Path(file).expanduser().resolve())}:
-            _exit("settings both in --morphserve-config and in --additional-config. Give one of them.")
-    if KEY not in additional:
-        additional[KEY] = {CONFIG_FILE: str(Path(file).expanduser().resolve())} if file else {}
     try:
+        settings = {CONFIG_FILE: str(user_path(file).resolve())} if file else {}
+        if file is not None and additional.get(KEY, settings) != settings:
+            _exit("settings both in --morphserve-config and in --additional-config. Give one of them.")
+        additional.setdefault(KEY, settings)
         read_settings(additional)
     except MorphServeError as e:
         _exit(str(e))
@@ -212,7 +210,7 @@ def _is_of_server(usage_context: Any) -> bool:
 
 
 def _is_cli() -> bool:
-    return Path(sys.argv[0]).name == "vllm"
+    return os.path.basename(sys.argv[0]) == "vllm"
 
 
 def _exit(message: str) -> None:

@@ -84,9 +84,7 @@ class Controller:
         self._last_effective_level = 0  # that `on_level` was told
         self._runner = SwapRunner(ladder, ranks, pool, executor, ledgers, config)
         self._layer_state = self._runner.layer_state
-        self.counters = Counters(
-            num_blocks_published=pool.num_kv_blocks, num_blocks_mapped=pool.num_kv_blocks
-        )
+        self.counters = Counters(num_blocks_published=pool.num_kv_blocks, num_blocks_mapped=pool.num_kv_blocks)
         self._policy_host = PolicyHost(policy, ladder, self.counters, log, clock)
         self._transition: Transition | None = None
         self._history = TransitionHistory()
@@ -156,13 +154,14 @@ class Controller:
         """Return everything an operator may ask, ready for JSON."""
         transitions = {f"{d}_{outcome}": n for (d, outcome), n in self.counters.transitions.items()}
         ledgers = self._ledgers.snapshots()
+        decision = self._policy_host.decision
         return {
             "level": self.level,
             "target_level": self.target_level,
             "exposure_level": self.effective_level,
             "deepest_level": len(self._ladder) - 1,
-            "wanted_level": self._policy_host.decision.level,
-            "reason": self._policy_host.decision.reason,
+            "wanted_level": decision.level,
+            "reason": decision.reason,
             "predictions": self._policy_host.predictions,
             "phase": self.phase.name.lower(),
             "revision": self._runner.revision,
@@ -174,9 +173,7 @@ class Controller:
             "used_kv_blocks": self._pool.num_used_blocks,
             "ledger": ledgers[self._ledgers.tightest],
             "ledgers": ledgers,
-            "ranks": {
-                str(rank): asdict(figures) for rank, figures in sorted(self._runner.replies.ranks.items())
-            },
+            "ranks": {str(rank): asdict(held) for rank, held in sorted(self._runner.replies.ranks.items())},
             "recent_transitions": self._history.as_json(self._clock()),
             "counters": {**asdict(self.counters), "transitions": transitions},
         }
@@ -268,12 +265,12 @@ class Controller:
         """Go as far as the answers allow; True when no swap batch is under way."""
         runner, self._driven_s = self._runner, now
         runner.replies.drop_late()
-        if runner.phase is not Phase.IDLE:
+        if self._transition is not None and runner.phase is not Phase.IDLE:
             return self._advance(now)
         if failed := runner.take_copies():  # of a drain that was given up
             self.counters.count_error("kv_unknown")
             logger.warning("morph: %s", failed)
-        return True
+        return self._transition is not None or runner.grow_again(now, may_start=not self.failed)
 
     def _advance(self, now: float) -> bool:
         """Let the swap batch go on; True when it has ended."""

@@ -117,6 +117,29 @@ class BackOff:
 
 
 @dataclass(slots=True)
+class Retry:
+    """When to ask again for what was not to be had: each wait is twice as long as the one before, up to a limit."""
+
+    first_s: float
+    longest_s: float
+    _wait_s: float = 0.0
+    _next_s: float = 0.0
+
+    def reset(self) -> None:
+        """Begin anew with the next question."""
+        self._wait_s = 0.0
+
+    def is_due(self, now_s: float) -> bool:
+        """Return whether to ask now; the first wait begins with the first call."""
+        if self._wait_s and now_s < self._next_s:
+            return False
+        due = self._wait_s > 0
+        self._wait_s = min(2 * self._wait_s, self.longest_s) if due else self.first_s
+        self._next_s = now_s + self._wait_s
+        return due
+
+
+@dataclass(slots=True)
 class Counters:
     """The figures that the metrics read. Counters rise for ever; `num_blocks_*` and `last_pause_s` are gauges."""
 
@@ -129,6 +152,7 @@ class Counters:
     num_blocks_mapped: int = 0  # fewest of any rank, as last reported
     short_grows: int = 0  # a rank mapped fewer blocks than asked
     forced_preemptions: int = 0  # requests that a shrink without room has preempted
+    decisions_dropped: int = 0  # that the decision log should have, and has not
     errors: dict[str, int] = field(default_factory=dict)  # by place
     orders: dict[str, int] = field(default_factory=dict)  # of operators, by kind and what became of them, KIND_OUTCOME
 

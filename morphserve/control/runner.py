@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from morphserve.config import MorphServeConfig
 from morphserve.control.budget import Ledgers, RankBytes
 from morphserve.control.doubt import Doubt, kv_was_unknown
+from morphserve.control.health import Retry
 from morphserve.control.layer_state import LayerPicker, LayerState
 from morphserve.control.ranks import (
     BlockPoolPort,
@@ -27,6 +28,8 @@ from morphserve.errors import ConfigError
 from policies import Ladder
 
 logger = logging.getLogger(__name__)
+
+_FIRST_RETRY_S = 1.0  # where failures may be tried again at once
 
 
 @dataclass(slots=True)
@@ -58,6 +61,7 @@ class SwapRunner:
     layer_state: LayerState = field(init=False)
     _picker: LayerPicker = field(init=False)
     _doubt: Doubt = field(init=False)
+    _retry: Retry = field(init=False)
     _batch: SwapBatch | None = None
     _now_s: float = 0.0
 
@@ -69,8 +73,11 @@ class SwapRunner:
                 f"the block pool starts with {self.pool.num_kv_blocks} blocks, level 0 has "
                 f"{base.num_kv_blocks}. Set kv.base_num_blocks to what the pool has."
             )
-        self._picker = LayerPicker(self.ranks, self.ledgers, self.config.transition)
+        transition = self.config.transition
+        self._picker = LayerPicker(self.ranks, self.ledgers, transition)
         self._doubt = Doubt(self.pool, self.ledgers, self.replies)
+        first_s = max(transition.backoff_s, _FIRST_RETRY_S)
+        self._retry = Retry(first_s, max(first_s, transition.backoff_max_s))
 
     def next_revision(self) -> int:
         """Return a number that every rank has yet to see."""
@@ -139,7 +146,7 @@ class SwapRunner:
         if self.phase is Phase.ABORTING and self._answered(batch) is not None:
             self._undo(batch)
         if self.phase is Phase.REGROWING and (replies := self._answered(batch)) is not None:
-            self._grow(batch.blocks_before, replies)
+            self._grow(batch.blocks_before, replies, again=not batch.layers)
             self._move(Phase.IDLE)
         if self.phase is not Phase.IDLE:
             return None
@@ -178,6 +185,27 @@ class SwapRunner:
             elif self.phase is Phase.COMMITTING or not self._doubt.is_sound(replies):
                 raise RanksUnknown(failed)
         self.replies.drop_late()
+
+    def grow_again(self, now_s: float, may_start: bool) -> bool:
+        """Ask now and then, at rest, for blocks of the level that a rank had no memory for; never blocks.
+
+        Returns:
+            Whether nothing of it is under way.
+
+        Raises:
+            CommandFailed: see there; the runner must not be used again.
+        """
+        state = self.layer_state
+        wanted = self.ladder[state.current].num_kv_blocks
+        if self.phase is Phase.IDLE:
+            if state.is_between or self.pool.num_kv_blocks >= wanted:
+                self._retry.reset()
+            elif may_start and not self.replies.copies and self._retry.is_due(now_s):
+                self._now_s = now_s
+                end = BatchEnd("committed")
+                self._batch = SwapBatch(state.current, "degrade", (), (), (), wanted, wanted, self.revision, end=end)
+                self._send_regrow(self._batch)
+        return self.phase is Phase.IDLE or self.advance(now_s, wanted=True) is not None
 
     def wind_down(self) -> None:
         """Unfence and unstage after an error in here, as far as the world still answers."""
@@ -346,15 +374,19 @@ class SwapRunner:
         self._sent(self.executor.commit(Plan(self.next_revision(), (), batch.blocks_before)))
         self._move(Phase.REGROWING)
 
-    def _grow(self, num_kv_blocks: int, replies: tuple[Reply, ...]) -> None:
-        """Publish what every rank has mapped, which may be less than it was asked for."""
+    def _grow(self, num_kv_blocks: int, replies: tuple[Reply, ...], again: bool = False) -> None:
+        """Publish what every rank has mapped, which may be less than it was asked for; said once."""
         mapped = min(reply.num_kv_blocks for reply in replies)
         published = self.pool.num_kv_blocks
         if mapped < published:
             raise RanksUnknown(f"a rank has {mapped} KV blocks mapped, but {published} are published")
-        if mapped < num_kv_blocks:
+        if mapped < num_kv_blocks and not again:
             self.short_grows += 1
-            logger.warning("morph: ranks mapped %d KV blocks of the %d asked for", mapped, num_kv_blocks)
+            logger.warning(
+                "morph: ranks mapped %d KV blocks of the %d asked for; asked for again now and then",
+                mapped,
+                num_kv_blocks,
+            )
         self.pool.grow(min(mapped, num_kv_blocks))
 
     def _answered(self, batch: SwapBatch) -> tuple[Reply, ...] | None:

@@ -40,6 +40,8 @@ class Phase(Enum):
     the new layers; the only phase in which one of several ranks may fail or be too late. COMMITTING: they switch;
     cannot fail. ABORTING: ranks forget what they staged. REGROWING: blocks that were unmapped for nothing come back.
 
+    At rest, too, IDLE goes to REGROWING now and then: for blocks of the level that a rank had no memory for.
+
     A rank that decides alone prepares within its commit: from IDLE or SHRINKING it goes to COMMITTING at once, and
     from there, where it could not prepare, to REGROWING.
     """
@@ -54,7 +56,7 @@ class Phase(Enum):
 
 
 _NEXT: Mapping[Phase, frozenset[Phase]] = {
-    Phase.IDLE: frozenset({Phase.DRAINING, Phase.SHRINKING, Phase.PREPARING, Phase.COMMITTING}),
+    Phase.IDLE: frozenset({Phase.DRAINING, Phase.SHRINKING, Phase.PREPARING, Phase.COMMITTING, Phase.REGROWING}),
     Phase.DRAINING: frozenset({Phase.SHRINKING, Phase.IDLE}),
     Phase.SHRINKING: frozenset({Phase.PREPARING, Phase.COMMITTING, Phase.REGROWING}),
     Phase.PREPARING: frozenset({Phase.COMMITTING, Phase.ABORTING}),

@@ -290,9 +290,15 @@ def test_what_is_served_from_is_known_where_forgetting_or_regrowing_fails(comman
     assert rig.controller.level == 3 and not rig.pool.num_discards
 
 
-def test_a_commit_that_fails_after_an_error_of_ours_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a controller that has died of something else takes the news that ranks differ off the ring unread."""
+@pytest.mark.parametrize("same_bytes", [True, False])
+def test_a_commit_that_fails_after_an_error_of_ours_is_looked_at(
+    same_bytes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a controller that has died of something else takes the news that ranks differ off the ring unread; also
+    where layers weigh as much in their new format."""
     rig = Rig()
+    if same_bytes:
+        rig.executor._weight_bytes = lambda rank: 0  # type: ignore[method-assign]
     rig.executor.fail = lambda command, plan, rank: "lost" if command == "commit" and rank else ""
     rig.script.level = 1
     while rig.controller.phase is not Phase.COMMITTING:

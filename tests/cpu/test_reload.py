@@ -257,7 +257,8 @@ def test_nothing_of_the_file_is_told(text: str, told: str, tmp_path: Path, caplo
     answer = desk.reloader.reload("POST")
     assert answer["error"].startswith(told), answer
     assert SECRET not in repr(answer) + repr(desk.reloader.reloads)
-    assert any(words in caplog.text for words in (SECRET, "cache_dir", "top level is list")), "the operator must see it"
+    seen = (SECRET, "cache_dir", "top level is list", "not valid YAML, line 2")
+    assert any(words in caplog.text for words in seen), "the operator must see what is wrong"
 
 
 def test_nothing_of_the_file_is_told_of_a_change(tmp_path: Path) -> None:
@@ -410,7 +411,7 @@ def test_a_policy_that_is_sent_is_taken(sent: str) -> None:
         ("policy: [", "expected the node content"),
         ("policy: !!python/object/apply:os.system [true]", "could not determine a constructor"),
         ("[" * 20_000, "recursion|nested"),
-        ('{"policy": ' + '{"a":' * 20_000, "recursion|flow mapping"),
+        ('{"policy": ' + '{"a":' * 20_000, "recursion|flow mapping|nested"),
         ("a: &a [x, x]\nb: &b [*a, *a]\npolicy: {kind: *b}", "aliases"),
         ('{"policy": {"kind": "static", "level": "' + "x" * 60_000 + '"}}', "level 'xxx"),
     ],

@@ -38,6 +38,7 @@ def status(engine: int, level: int) -> dict[str, Any]:
         "transitions": {"degrade_committed": level} if level else {},
         "tokens_by_level": {"0": 5, "1": level},
         "transition_seconds": 0.5 * level,
+        "decisions_dropped": 7 * level,
         "errors": {"prepare": level} if level else {},
         "policy": {"kind": "threshold", "source": "a", "reloads": level, "refused": 2 * level, "last_error": None},
         "recent_transitions": [],
@@ -73,6 +74,7 @@ def test_engines_are_told_apart() -> None:
     assert found["morphserve:controller_seconds_bucket", "engine=1", "le=+Inf"] == 6
     assert found["morphserve:controller_seconds_count", "engine=0"] == 3
     assert {at: found["morphserve:status_age_seconds", f"engine={at}"] < 60 for at in (0, 1)} == {0: True, 1: True}
+    assert found["morphserve:decisions_dropped_total", "engine=1"] == 21
     assert found["morphserve:policy_reloads_total", "engine=1", "outcome=ok"] == 3
     assert found["morphserve:policy_reloads_total", "engine=1", "outcome=refused"] == 6
     states = {labels: value for labels, value in found.items() if labels[0] == "morphserve:predictions"}

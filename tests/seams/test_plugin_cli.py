@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from morphserve.__main__ import main
 from morphserve.config import parse_config
-from morphserve.errors import ConfigError, SeamError, StoreError
+from morphserve.errors import ConfigError, SeamError
 from morphserve.integration import seams
 from morphserve.integration.seams import check
 from morphserve.integration.worker import layers as rank_layers
@@ -39,6 +39,7 @@ from morphserve.plugin import (
 )
 from morphserve.residence import HostResidence
 from morphserve.version import UNPROVEN_VLLM
+from quant_layers import LinearSlot, Part, VariantStore, half_of
 
 SIZES = dict(
     hidden_size=64,
@@ -275,31 +276,92 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(128, 64, dtype=torch.bfloat16), requires_grad=False)
     method = UnquantizedLinearMethod()
-    linears = {0: {"proj": SimpleNamespace(weight=weight, quant_method=method, params_dtype=weight.dtype)}}
+    proj = SimpleNamespace(weight=weight, quant_method=method, params_dtype=weight.dtype, input_size_per_partition=64)
+    linears = {0: {"proj": proj}}
     monkeypatch.setattr(rank_layers, "find_linears", lambda model: linears)
     config = parse_config({"cache_dir": str(tmp_path), "ladder": {"steps": [{"format": "w8"}]}})
 
-    def capture() -> list[Path]:
+    def capture(then: Callable[[Any], Any] = lambda layers: None) -> list[Path]:
         vllm_config = SimpleNamespace(model_config=None)
-        rank_layers.RankLayers(config, vllm_config, 0, HostResidence()).capture(torch.nn.Module())
+        layers = rank_layers.RankLayers(config, vllm_config, 0, HostResidence())
+        layers.capture(torch.nn.Module())
+        then(layers)
         return sorted(tmp_path.rglob("*.safetensors"))
 
     return capture
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "changed"])
-def test_damaged_variants_stop_the_start(stored: Any, damage: str) -> None:
-    """Guards: a damaged variant is found when a burst needs it, or served."""
-    file = stored()[0]
-    assert stored()[0] == file  # undamaged, it is used as it is
-    content = file.read_bytes()
-    if damage == "missing":
-        file.unlink()
-    else:
-        file.write_bytes(content[:-10] if damage == "truncated" else content[:-10] + bytes(10))
-    with pytest.raises(StoreError) as refused:
-        stored()
-    assert str(file) in str(refused.value) and "delete" in str(refused.value)
+@pytest.mark.parametrize("damage", ["missing", "truncated", "changed", "header"])
+def test_damaged_files_are_made_again_at_the_start(stored: Any, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Guards: a damaged layer found when a burst needs it, or served, or one that keeps a server from starting although
+    all that it is made of is there."""
+    files = stored()
+    whole = {file: file.read_bytes() for file in files}
+    assert stored() == files and not _warnings(caplog)  # undamaged, they are used as they are
+    for file, content in whole.items():
+        if damage == "missing":
+            file.unlink()
+        elif damage == "header":
+            file.write_bytes(bytes(20) + content[20:])
+        else:
+            file.write_bytes(content[:-10] if damage == "truncated" else content[:-10] + bytes(10))
+    stored()
+    assert {file: file.read_bytes() for file in files} == whole
+    (said,) = _warnings(caplog)
+    assert "files of 2 layers are made again" in said and str(files[0]) in said
+
+
+def test_a_base_that_is_not_what_was_loaded_is_made_again(stored: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Guards: a file that is whole by its manifest, of other tensors than those that serve: the first restore would end
+    "level 0 is stock"."""
+    base = next(file for file in stored() if ".base." in file.name)
+    mine, directory = base.read_bytes(), base.parent
+    fingerprint = json.loads((directory / "manifest.json").read_text())["fingerprint"]
+    other = torch.zeros(128, 64, dtype=torch.bfloat16)
+    VariantStore.open(directory, fingerprint).write(0, "base", {"proj": {"weight": other}})
+    assert not base.exists()
+    stored()
+    assert base.read_bytes() == mine
+    (said,) = _warnings(caplog)
+    assert "layer 0 'base': proj/weight is not what was loaded" in said
+
+
+class _Loaded:
+    """What vLLM made of the weight of `stored`."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight, self.nbytes, self.bias = weight, weight.nbytes, None
+
+    def take(self) -> _Loaded:
+        return self
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight)
+
+
+def _look(layers: Any) -> None:
+    """Do with the captured layers what `install` does before it lets the swapper go."""
+    loaded, part = _Loaded(layers.linears[0]["proj"].weight.data), Part(0, half_of("proj"), "base")
+    layers._slots[0] = {"proj": LinearSlot("proj", loaded)}
+    swapper = layers._swapper({part: layers._parts.adopt(part, {"proj": loaded})}, {})
+    assert swapper.staging_bytes == 0 and swapper.formats() == {0: "base"}
+
+
+def test_a_format_that_computes_something_else_stops_the_start(stored: Any) -> None:
+    """Guards: garbage that is whole by every hash, of a kernel, a checkpoint or a fold at fault, met by a burst."""
+    stored(_look)
+
+    def write_another(layers: Any) -> None:
+        packed = layers.kernels["w8"].pack(torch.randn(128, 64, dtype=torch.bfloat16))
+        layers._parts.store.write(0, "w8", {"proj": packed}, layers._parts.store.entry(0, "w8").kernel)
+
+    stored(write_another)
+    with pytest.raises(ConfigError, match=r"layer 0: proj in w8 compute something else .*delete .*ladder.steps"):
+        stored(_look)
+
+
+def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_a_shape_that_the_first_kernels_refuse_goes_to_one_behind_them(

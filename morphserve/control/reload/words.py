@@ -34,7 +34,9 @@ def message(error: Exception) -> str:
 
 def without_values(error: Exception) -> str:
     """Say what is wrong with a file by keys and places alone."""
-    cause = error.__cause__
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
     if isinstance(error, Told):
         return str(error)
     what = "this policy cannot be served"

@@ -16,7 +16,7 @@ from hashlib import sha256
 from fastapi import HTTPException, Request
 
 from morphserve.config import AdminConfig
-from morphserve.files import read_token
+from morphserve.user_input import read_token
 
 # What a proxy adds. Behind one the peer's address is the proxy's, and says nothing of who asks.
 _FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")

@@ -169,6 +169,13 @@ _FAMILIES: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, 
     (CounterMetricFamily, "policy_reloads", "Policies taken from an edited file.", ("outcome",), _reloads),
     (GaugeMetricFamily, "order", "1 for what an operator has ordered and is in force.", ("kind",), _order),
     (CounterMetricFamily, "orders", "Orders of operators, and their ends.", ("kind", "outcome"), _orders),
+    (
+        CounterMetricFamily,
+        "decisions_dropped",
+        "Decisions that the decision log has not: its disk was too slow, or full.",
+        (),
+        _one("decisions_dropped"),
+    ),
     (CounterMetricFamily, "errors", "Errors by the part they came from.", ("where",), _by("errors")),
 )
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from morphserve.config import MorphServeConfig, check_formats, step_times_file
 from morphserve.control import RankBytes, build_ladder, check_floor, ladder_formats
 from morphserve.errors import ConfigError
-from morphserve.files import read_token
 from morphserve.integration.start.device import check_platform, device_type, serving_residence
 from morphserve.integration.start.device_checks import check_device, check_graph_buffers
 from morphserve.integration.start.settings import for_this_device, read_settings
 from morphserve.profile_ladder import read_ladder
+from morphserve.user_input import read_token
 from policies import BASE_FORMAT, EngineLimits, Ladder, Policy, PolicySetup, load_step_times
 from quant_layers import FORMATS, split_format
 

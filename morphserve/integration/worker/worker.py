@@ -93,7 +93,8 @@ def _allocate_kv_cache(original: Callable[..., Any]) -> Any:
         with kv.in_place_of_zeros():
             caches = original(kv_cache_config, device, *args, **kwargs)
         mine.kv = kv
-        mine.transition = RankTransition(mine.swapper, kv, mine.residence.background, mine.residence.finish)
+        background, finish = mine.residence.background, mine.residence.finish
+        mine.transition = RankTransition(mine.swapper, kv, background, finish, _layers().patience)
         return caches
 
     return allocate_kv_cache

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from morphserve.errors import ConfigError
-from morphserve.files import read_token
+from morphserve.user_input import read_token
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 TOKEN_FILE = "MORPHSERVE_TOKEN_FILE"
