@@ -25,5 +25,5 @@ def obey(decision: Decision, order: Order | None, max_level: int) -> Decision:
         return decision
     level = min(order.level, max_level)
     reason = order.reason if level == order.level else f"{order.reason}; the policy allows level {level}"
-    limit = 0 if order.closes_door else decision.max_queued_tokens
-    return Decision(level, reason, limit, is_final=order.is_exact or decision.is_final)
+    is_final = order.is_exact or decision.is_final
+    return Decision(level, reason, decision.max_queued_tokens, is_final)
