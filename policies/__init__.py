@@ -6,6 +6,7 @@ from policies.build import build_policy, succeed
 from policies.config import PolicyConfig, SloConfig, StaticConfig, ThresholdConfig
 from policies.levels import max_level_of, resolve_level
 from policies.orders import ask
+from policies.promise import Promise, promise_of
 from policies.setup import PolicySetup
 from policies.slo import SloPolicy
 from policies.static import StaticPolicy
@@ -20,6 +21,7 @@ from policies.types import (
     MorphLevel,
     Order,
     OrderKind,
+    OwnLimit,
     Policy,
     Predictions,
     Signals,
@@ -37,10 +39,12 @@ __all__ = [
     "MorphLevel",
     "Order",
     "OrderKind",
+    "OwnLimit",
     "Policy",
     "PolicyConfig",
     "PolicySetup",
     "Predictions",
+    "Promise",
     "Signals",
     "SloConfig",
     "SloPolicy",
@@ -57,6 +61,7 @@ __all__ = [
     "load_step_times",
     "max_level_of",
     "parse_step_times",
+    "promise_of",
     "resolve_level",
     "succeed",
 ]

@@ -65,9 +65,17 @@ class Cohort:
     num_tokens: int  # all of them together: prompts, and what preempted ones had generated
     first_arrival_s: float  # monotonic clock
     last_arrival_s: float
-    ttft_s: float | None = None  # their own limit; None = the policy's
-    tpot_s: float | None = None
+    ttft_s: float | None = None  # the mean of their own limits, which are about the same; None = the policy's
+    tpot_s: float | None = None  # likewise, of those that have a token
     has_token: bool = False  # preempted: their first token is out, what suffers is the time per token
+
+
+@dataclass(frozen=True, slots=True)
+class OwnLimit:
+    """Running requests that brought about the same limit."""
+
+    limit_s: float  # their mean
+    num_requests: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +136,7 @@ class Signals:
     prompt_tokens: float = 0.0  # EWMA over requests that arrived; 0 = unknown
     output_tokens: float = 0.0  # EWMA over requests that ended; 0 = unknown
     num_arrivals: int = 0  # since start
-    tightest_tpot_s: float | None = None  # of the running requests that bring a limit of their own
+    running_limits: tuple[OwnLimit, ...] = ()  # on the time per token, of running requests that bring one
     order: Order | None = None  # of an operator, in force now
 
     @property

@@ -117,6 +117,16 @@ def _order(s: Status) -> Line | None:
     return Line("Order", f"{what}, {left}", order.get("cause", ""), "warn")
 
 
+def _prepare(s: Status) -> Line | None:
+    prepare = s.get("prepare")
+    if prepare is None:
+        return None
+    wait = prepare["begins_in_s"]
+    more = prepare["part"] or ("" if wait is None else f"in {duration(wait)} without a request")
+    tone: Tone = "warn" if prepare["state"] in ("failed", "off") else ""
+    return Line("Prepare", ", ".join(part for part in (prepare["state"], more) if part), prepare["note"], tone)
+
+
 def _refusing(s: Status) -> Line | None:
     limit = s["max_queued_tokens"]
     return None if limit is None else Line("Door", f"refuses requests beyond {limit:,} queued tokens", tone="bad")
@@ -141,6 +151,7 @@ LINES: tuple[tuple[str, Callable[[Status], Line | None]], ...] = (
     ("Transitions", _transitions),
     ("Policy", _policy),
     ("Order", _order),
+    ("Prepare", _prepare),
     ("Door", _refusing),
     ("Errors", _errors),
 )

@@ -22,6 +22,7 @@ from policies import (
     Decision,
     Order,
     OrderKind,
+    OwnLimit,
     PolicySetup,
     Signals,
     StepLoad,
@@ -39,8 +40,8 @@ steps = st.builds(StepLoad, st.floats(), st.just(1), st.just(0), st.just(9), st.
 VALUES: dict[object, st.SearchStrategy[Any]] = {
     int: st.integers(),
     float: st.floats() | st.sampled_from([0.0, -0.0, 5e-324, 0.1 + 0.2]),
-    float | None: st.none() | st.floats(),
     tuple[Cohort, ...]: st.lists(cohorts, max_size=3).map(tuple),
+    tuple[OwnLimit, ...]: st.lists(st.builds(OwnLimit, st.floats(), st.integers()), max_size=3).map(tuple),
     StepLoad | None: st.none() | steps,
     Order | None: st.none() | st.builds(Order, st.sampled_from(get_args(OrderKind)), st.integers(), st.text()),
 }
@@ -112,12 +113,14 @@ def test_other_fields_are_another_schema() -> None:
 
     When this fails: raise `SCHEMA`, and write the new fields here.
     """
-    names = {cls.__name__: " ".join(field.name for field in fields(cls)) for cls in (Signals, Cohort, StepLoad, Order)}
+    seen = (Signals, Cohort, OwnLimit, StepLoad, Order)
+    names = {cls.__name__: " ".join(field.name for field in fields(cls)) for cls in seen}
     assert SCHEMA == 3 and names == {
         "Signals": "now_s level target_level num_kv_blocks used_kv_blocks num_waiting num_running oldest_wait_s "
         "preemptions preemption_rate arrival_rate queue_delay_s ttft_s tpot_s step_s blocks_per_request waiting "
-        "last_step prompt_tokens output_tokens num_arrivals tightest_tpot_s order",
+        "last_step prompt_tokens output_tokens num_arrivals running_limits order",
         "Cohort": "num_requests num_tokens first_arrival_s last_arrival_s ttft_s tpot_s has_token",
+        "OwnLimit": "limit_s num_requests",
         "StepLoad": "seconds num_seqs prefill_tokens context_tokens level",
         "Order": "kind level reason",
     }

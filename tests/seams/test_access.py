@@ -196,8 +196,9 @@ def started(admin: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Access:
             engine_core=SimpleNamespace(call_utility_all_async=nothing),
         )
         await endpoint.init_state(engine, None, None)  # type: ignore[arg-type]
-        assert endpoint._task is not None
-        endpoint._task.cancel()
+        assert endpoint._tasks
+        for task in endpoint._tasks:
+            task.cancel()
         return endpoint._access
 
     monkeypatch.setattr(metrics, "add_to_own", lambda collector: None)

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from seams.test_metrics import status
 
-from morphserve.integration.server import metrics, poll
+from morphserve.integration.server import metrics, poll, spare_time
 from morphserve.integration.server.metrics import MorphServeEndpoint
 from morphserve.integration.server.poll import StatusPoll
 
@@ -65,6 +65,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(poll, "ANSWER_TIMEOUT_S", 0.05)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/nowhere")  # so that nothing is added to this process' registry
     monkeypatch.setattr(metrics, "on_hangup", lambda ask: False)
+    monkeypatch.setattr(spare_time, "idle_work", lambda config: None)
     return lines
 
 
@@ -90,8 +91,7 @@ def test_an_engine_that_hangs_does_not_look_healthy(said: list[str]) -> None:
         engine, endpoint, clock = Engine(max_queued_tokens=300), MorphServeEndpoint(), Clock()
         endpoint._poll._clock = clock
         door = Door()
-        settings = SimpleNamespace(additional_config=None)
-        client: Any = SimpleNamespace(engine_core=engine, scheduler_config=door, vllm_config=settings)
+        client: Any = SimpleNamespace(engine_core=engine, scheduler_config=door, vllm_config=None)
         await endpoint.init_state(client, None, SimpleNamespace(api_key=None))
         for _ in range(2):
             await until(lambda: door.max_num_queued_tokens == 300)
@@ -107,8 +107,9 @@ def test_an_engine_that_hangs_does_not_look_healthy(said: list[str]) -> None:
             engine.goes_on.set()
             engine.goes_on = None
         await until(lambda: door.max_num_queued_tokens == 300)
-        assert endpoint._task is not None
-        endpoint._task.cancel()
+        assert endpoint._tasks
+        for task in endpoint._tasks:
+            task.cancel()
 
     asyncio.run(serve())
     assert [line.split()[0] for line in said] == ["WARNING", "INFO"] * 2
@@ -149,8 +150,9 @@ def test_a_door_that_an_operator_has_shut_stays_shut(said: list[str]) -> None:
         engine.goes_on = asyncio.Event()
         await until(lambda: bool(said))
         assert door.max_num_queued_tokens == 0
-        assert endpoint._task is not None
-        endpoint._task.cancel()
+        assert endpoint._tasks
+        for task in endpoint._tasks:
+            task.cancel()
 
     asyncio.run(serve())
 

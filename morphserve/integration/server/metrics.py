@@ -21,13 +21,16 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from morphserve.config import MorphServeConfig
+from morphserve.integration import seams
 from morphserve.integration.server.access import Access
 from morphserve.integration.server.admin_api import add_admin
 from morphserve.integration.server.page import add_page
 from morphserve.integration.server.poll import SILENT_AFTER_S, StatusPoll
 from morphserve.integration.server.queue_limit import QueueLimit
+from morphserve.integration.server.receipt_door import ReceiptDoor, note_receipts
 from morphserve.integration.server.reload_api import add_route, on_hangup
 from morphserve.integration.server.scrape import add_behind_shared, add_to_own
+from morphserve.integration.server.spare_time import SpareTime
 from morphserve.integration.server.status_api import LastStatuses, add_status
 from morphserve.integration.start import read_settings
 from policies import OrderKind, Predictions
@@ -187,13 +190,14 @@ class MorphServeEndpoint:
     required_tasks = ("generate",)
 
     def __init__(self) -> None:
-        self._poll = StatusPoll(lambda: self.call("morphserve_status"))
+        self._poll = StatusPoll(self._ask)
         self._last = LastStatuses(self._poll)
         self._access = Access()
         self._queue_limit = QueueLimit(None)
         self._collector = StatusCollector(self._poll)
         self._client: Any = None
-        self._task: asyncio.Task[None] | None = None
+        self._spare_time = SpareTime(None)
+        self._tasks: list[asyncio.Task[None]] = []
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes; who may use them is known once `init_state` has read the settings, and until then nobody."""
@@ -204,16 +208,25 @@ class MorphServeEndpoint:
         add_page(router, self._last, lambda: self._access)
         app.include_router(router)
         add_behind_shared(app, self._collector)
+        app.add_middleware(ReceiptDoor)
 
     async def init_state(self, engine_client: EngineClient, state: Any, args: Any) -> None:
         self._client = engine_client
         if engine_client is None:
             return
-        settings = read_settings(engine_client.vllm_config.additional_config) or MorphServeConfig()
-        self._access = Access.of(settings.admin)
+        settings = read_settings(getattr(engine_client.vllm_config, "additional_config", None))
+        self._access = Access.of((settings or MorphServeConfig()).admin)
         add_to_own(self._collector)
         self._queue_limit = QueueLimit(engine_client)
-        self._task = asyncio.create_task(self._poll.run(self._limit_queues))
+        self._spare_time = spare_time = SpareTime(engine_client)
+        if hasattr(engine_client, "generate"):
+            seams.wrap(seams.CLIENT_GENERATE, note_receipts, on=engine_client)
+
+        def tell(statuses: list[_Status]) -> None:
+            self._limit_queues(statuses)
+            spare_time.look(statuses)
+
+        self._tasks = [asyncio.create_task(run) for run in (self._poll.run(tell), spare_time.run())]
         on_hangup(self._reload)
 
     async def look(self) -> list[_Status]:
@@ -221,6 +234,11 @@ class MorphServeEndpoint:
         statuses = await self._poll.look()
         self._limit_queues(statuses)
         return statuses
+
+    async def _ask(self) -> list[_Status]:
+        """Return the status of every engine behind this API server, with what it does itself."""
+        own = {"prepare": self._spare_time.as_json()}
+        return [status | own for status in await self.call("morphserve_status")]
 
     async def _reload(self, cause: str, sent: str = "") -> list[_Status]:
         """Have every engine read its settings anew, or a policy that was sent; return what came of it in each."""

@@ -80,8 +80,10 @@ def shown(status: Status, is_trusted: bool) -> Status:
     hidden = {"source": PurePath(policy["source"]).name, "last_error": policy["last_error"] and _IN_THE_LOG}
     orders = status["orders"]
     order = orders["order"] and {key: value for key, value in orders["order"].items() if key != "cause"}
-    shown_parts = {"policy": {**policy, **hidden}, "recent_transitions": changes, "orders": {**orders, "order": order}}
-    return {**status, **shown_parts}
+    parts = {"policy": {**policy, **hidden}, "recent_transitions": changes, "orders": {**orders, "order": order}}
+    if prepare := status.get("prepare"):
+        parts["prepare"] = {**prepare, "note": prepare["note"] and _IN_THE_LOG}
+    return {**status, **parts}
 
 
 def _whole(statuses: list[Status]) -> Status:
