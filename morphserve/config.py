@@ -135,6 +135,17 @@ class TransitionConfig(_Section):
         return self.max_layers_per_step or 5
 
 
+class AdminConfig(_Section):
+    """Who may look from outside, and who may change something."""
+
+    token_file: Path | None = Field(
+        None, description="file (0600) of the token that changes something must show; null = nothing can be changed"
+    )
+    read_token_file: Path | None = Field(
+        None, description="likewise for the status; with neither of the two it is for this machine alone"
+    )
+
+
 class MorphServeConfig(_Section):
     """The root of the YAML."""
 
@@ -144,6 +155,7 @@ class MorphServeConfig(_Section):
     kv: KVConfig = KVConfig()
     transition: TransitionConfig = TransitionConfig()
     policy: PolicyConfig = Field(default_factory=lambda: SloConfig(kind="slo"))
+    admin: AdminConfig = AdminConfig()
     variants: dict[FormatName, str] = Field(
         default_factory=dict,
         description="by format: directory or hub name of a GPTQ, AWQ or compressed-tensors checkpoint of this model",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from policies.build import build_policy, succeed
 from policies.config import PolicyConfig, SloConfig, StaticConfig, ThresholdConfig
 from policies.levels import max_level_of, resolve_level
+from policies.orders import ask
 from policies.promise import Promise, promise_of
 from policies.setup import PolicySetup
 from policies.slo import SloPolicy
@@ -18,6 +19,8 @@ from policies.types import (
     EngineLimits,
     Ladder,
     MorphLevel,
+    Order,
+    OrderKind,
     OwnLimit,
     Policy,
     Predictions,
@@ -34,6 +37,8 @@ __all__ = [
     "Ladder",
     "LayerMove",
     "MorphLevel",
+    "Order",
+    "OrderKind",
     "OwnLimit",
     "Policy",
     "PolicyConfig",
@@ -50,6 +55,7 @@ __all__ = [
     "StepTimes",
     "ThresholdConfig",
     "ThresholdPolicy",
+    "ask",
     "bits_of",
     "build_policy",
     "load_step_times",

@@ -89,6 +89,28 @@ class StepLoad:
     level: int  # that it ran at
 
 
+OrderKind = Literal["pin", "max", "restore", "pause", "drain"]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What an operator has ordered, and is in force: an input of the decision, see `orders.py`."""
+
+    kind: OrderKind
+    level: int  # to be at; of kind max: to go no deeper than
+    reason: str  # in words a log reader understands
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it leaves the policy no choice."""
+        return self.kind != "max"
+
+    @property
+    def closes_door(self) -> bool:
+        """Whether new requests are refused."""
+        return self.kind == "drain"
+
+
 @dataclass(frozen=True, slots=True)
 class Signals:
     """The engine as a policy sees it at one step boundary."""
@@ -115,6 +137,7 @@ class Signals:
     output_tokens: float = 0.0  # EWMA over requests that ended; 0 = unknown
     num_arrivals: int = 0  # since start
     running_limits: tuple[OwnLimit, ...] = ()  # on the time per token, of running requests that bring one
+    order: Order | None = None  # of an operator, in force now
 
     @property
     def kv_usage(self) -> float:
@@ -154,6 +177,11 @@ class Policy(Protocol):
     @property
     def predictions(self) -> Predictions | None:
         """What its predictions are made of; None = it makes none."""
+        ...
+
+    @property
+    def max_level(self) -> int:
+        """The deepest level that its own bounds allow now; nobody's order goes beyond."""
         ...
 
     def decide(self, signals: Signals) -> Decision: ...

@@ -108,6 +108,15 @@ def _policy(s: Status) -> Line:
     return Line("Policy", text, f"from {policy['source']}{times}")
 
 
+def _order(s: Status) -> Line | None:
+    order = s["orders"]["order"] if "orders" in s else None  # an older server has none
+    if order is None:
+        return None
+    what = f"{order['kind']} level {order['level']}" if order["kind"] in ("pin", "max") else order["kind"]
+    left = "until `morphserve resume`" if order["left_s"] is None else f"for {order['left_s']:.0f} s more"
+    return Line("Order", f"{what}, {left}", order.get("cause", ""), "warn")
+
+
 def _prepare(s: Status) -> Line | None:
     prepare = s.get("prepare")
     if prepare is None:
@@ -141,6 +150,7 @@ LINES: tuple[tuple[str, Callable[[Status], Line | None]], ...] = (
     ("Pauses", _pauses),
     ("Transitions", _transitions),
     ("Policy", _policy),
+    ("Order", _order),
     ("Prepare", _prepare),
     ("Door", _refusing),
     ("Errors", _errors),

@@ -97,6 +97,11 @@ class SloPolicy:
             return "distrusted"
         return "calibrated" if isinstance(self._times, CalibratedTimes) else "learned"
 
+    @property
+    def max_level(self) -> int:
+        """The deepest level that it may take now; 0 once the quality budget is spent."""
+        return 0 if self.budget.exhausted else self.targets.max_level
+
     def take_over(self, last: SloPolicy) -> None:
         """Go on with the step times that another policy has learned, if both learn them."""
         if isinstance(self._times, LearnedTimes) and isinstance(last._times, LearnedTimes):

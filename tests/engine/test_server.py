@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -49,6 +50,7 @@ class Server:
         # In-process engines of other tests have set this; a server has processes.
         env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        self.token = ""  # that every question shows, if there is one
         self.log = directory / "server.log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -59,6 +61,8 @@ class Server:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data)
         request.add_header("Content-Type", "application/json")
+        if self.token:
+            request.add_header("Authorization", f"Bearer {self.token}")
         return urllib.request.urlopen(request, timeout=60)
 
     def get(self, path: str, body: dict[str, Any] | None = None) -> str:
@@ -71,7 +75,14 @@ class Server:
             return answer.headers
 
     def status(self) -> dict[str, Any]:
-        return dict(json.loads(self.get("/morphserve/status")))
+        """The status as it is from now on: that of the first poll that begins after the question."""
+        begin = time.monotonic()
+        while True:
+            page = dict(json.loads(self.get("/morphserve/status")))
+            if page.pop("age_s") <= time.monotonic() - begin:
+                return page
+            with suppress(subprocess.TimeoutExpired):
+                pytest.fail(f"exit code {self.process.wait(0.05)}:\n{self.log.read_text()[-4000:]}")
 
     def metrics(self) -> dict[tuple[str, str], float]:
         """morphserve:* samples by (name, value of the first label beside `engine`)."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.interface import PauseState
 
 from morphserve.control import (
+    Action,
     Controller,
     DecisionLog,
     EngineView,
@@ -21,7 +22,7 @@ from morphserve.control import (
     ReloadWatch,
     make_header,
 )
-from morphserve.errors import EngineLostError
+from morphserve.errors import EngineLostError, OrderError
 from morphserve.integration.engine.block_pool import VllmBlockPool
 from morphserve.integration.engine.executor import RpcExecutor
 from morphserve.integration.engine.histogram import TimeHistogram
@@ -301,6 +302,17 @@ class Morph:
         page = self._page.render(self.controller.status(), self.tick_times, self.tokens_by_level)
         requests = {**asdict(self._view()), "late": self.traffic.late.as_json(time.time())}
         return {**page, **requests, "policy": asdict(self._watch.reloads)}
+
+    def order(self, action: Action, text: str, revision: int, is_rehearsal: bool, not_after_s: float) -> dict[str, Any]:
+        """Take an operator's order, or say why not; one that comes after `not_after_s` of the wall clock is late."""
+        answer = {"ok": True, "outcome": "taken", "error": None, "engine": self.runtime.index}
+        try:
+            if time.time() > not_after_s:
+                raise OrderError("late", "the engine came to it when nobody waited for its answer any more")
+            self.controller.order(action, text, revision, is_rehearsal)
+        except OrderError as e:
+            return {**answer, "ok": False, "outcome": e.outcome, "error": str(e)}
+        return answer
 
     def reload(self, cause: str, sent: str = "") -> Future[dict[str, Any]]:
         """Read the policy from the settings' file now, or what was sent; the answer comes from the thread that does."""
