@@ -136,6 +136,16 @@ def test_what_is_no_fault_of_the_server() -> None:
     assert "request 1" in before_the_fault and "says why" in says_nothing
 
 
+def test_a_server_that_is_gone_is_told_in_a_few_lines() -> None:
+    """Guards: a thousand lines of one cause, among which the other is not seen."""
+    seen = good()
+    for _ in range(50):
+        seen.traffic.begin(10, 20).status = "error"
+    seen.restored_s = None
+    *requests, more, stuck = judge(scenario(), seen, REFERENCE)
+    assert len(requests) == 3 and more == "and 47 more like that" and "not 0" in stuck
+
+
 def test_the_figures_are_of_what_was_seen() -> None:
     """Guards: a report that counts something else than the judge looked at."""
     seen = good()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ def judge(scenario: Scenario, seen: Seen, reference: Mapping[int, tuple[int, ...
     Args:
         reference: tokens of the canaries whose answer a stock server does not change under load, by prompt.
     """
-    found = [*_answers(scenario, seen), *_canaries(seen, reference), *_blocks(seen)]
+    found = [*_some(_answers(scenario, seen)), *_some(_canaries(seen, reference)), *_blocks(seen)]
     if seen.fault_error:
         found.append(seen.fault_error)
     if not scenario.ends:
@@ -58,6 +59,12 @@ def judge(scenario: Scenario, seen: Seen, reference: Mapping[int, tuple[int, ...
     if seen.left_over:
         found.append(f"{len(seen.left_over)} processes outlived the server: {seen.left_over[0][:80]}")
     return found
+
+
+def _some(found: Iterator[str]) -> list[str]:
+    """Return the first few of what is found by the hundred once a server is gone, and how many more there are."""
+    first, rest = list(itertools.islice(found, _MAX_SHOWN)), sum(1 for _ in found)
+    return [*first, f"and {rest} more like that"] if rest else first
 
 
 def _answers(scenario: Scenario, seen: Seen) -> Iterator[str]:
