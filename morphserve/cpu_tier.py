@@ -23,6 +23,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
+from morphserve.cache import cache_root
 from morphserve.errors import ConfigError
 
 VARIABLE = "MORPHSERVE_CPU_TIER"
@@ -125,7 +126,7 @@ def emulate() -> None:
     os.environ["ONEDNN_MAX_CPU_ISA"] = _ONEDNN[wanted]
     os.environ["MKL_ENABLE_INSTRUCTIONS"] = _MKL[wanted]
     for variable in ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR"):  # compiled code is of a tier
-        os.environ.setdefault(variable, str(Path(f"~/.cache/morphserve/{wanted}/{variable.lower()}").expanduser()))
+        os.environ.setdefault(variable, str(cache_root() / wanted / variable.lower()))
     if "torch.cpu" in sys.modules:
         _limit(sys.modules["torch.cpu"], wanted)
     else:

@@ -139,6 +139,13 @@ def _note(
     if unknown:
         parts.append(
             f"the ladder has no {' and no '.join(dict.fromkeys(unknown))}: nobody has measured what that costs this "
-            "model. `morphserve prepare MODEL` does; or give its figure as ladder.expected_kl"
+            f"model. {_how_to_measure(unknown, device)}"
         )
     return "; ".join(parts)
+
+
+def _how_to_measure(formats: Sequence[str], device: Device) -> str:
+    if device.base_bits > _TRUSTED_BITS:
+        return "`morphserve prepare MODEL` does; or give its figure as ladder.expected_kl"
+    asked = " ".join(dict.fromkeys(formats))  # a profile is of 16 bits or more
+    return f"`morphserve measure-kl MODEL --formats {asked}` does; give its figure as ladder.expected_kl"

@@ -13,7 +13,7 @@ where; with --diff, how. Exit status 1 if one is gone.
     python scripts/check_seams.py --compare 0.33.0 0.34.0 --diff
 
 VLLM is a wheel, a directory with vllm/ in it, or a version, whose wheel (0.3 GB) is then downloaded, once, to
-~/.cache/morphserve/wheels.
+~/.cache/morphserve/wheels, or in MORPHSERVE_CACHE.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from morphserve.cache import cache_root
 from morphserve.errors import SeamError
 from morphserve.integration.seams import (
     CUDA_KERNEL_SEAMS,
@@ -41,7 +42,7 @@ from morphserve.tools.command import command_parser, finish, say
 from morphserve.version import SUPPORTED_VLLM
 
 TABLES = {"all": SEAMS, "cuda": CUDA_SEAMS, "kernels": CUDA_KERNEL_SEAMS}
-WHEELS = Path("~/.cache/morphserve/wheels")
+WHEELS = cache_root() / "wheels"
 _REQUIRED = ("all", "cuda")
 
 
@@ -108,7 +109,7 @@ def locate(vllm: str) -> Path:
     here = installed()
     if here is not None and importlib.metadata.version("vllm").partition("+")[0] == vllm:
         return here
-    directory = WHEELS.expanduser()
+    directory = WHEELS
     if not (wheels := list(directory.glob(f"vllm-{vllm}-*.whl"))):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         done = subprocess.run([*command, "-d", str(directory), f"vllm=={vllm}"], capture_output=True, text=True)

@@ -15,13 +15,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from morphserve.cache import cache_root
 from morphserve.tools.command import command_parser, fail, finish
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__)
     parser.add_argument("model", type=Path, help="directory")
-    parser.add_argument("--cache-dir", type=Path, default=Path("~/.cache/morphserve"))
+    parser.add_argument("--cache-dir", type=Path, default=cache_root())
     args = parser.parse_args(argv)
     from morphserve.prepared import SHIPPED, Store, weights_fingerprint
     from quant_layers import read_profile, write_profile

@@ -18,7 +18,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from morphserve.commands.demo_model import cache_directory, obtain
+from morphserve.cache import cache_root
+from morphserve.commands.demo_model import obtain
 from morphserve.setup import SetupError
 from morphserve.tools.command import command_parser, fail, say
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve demo") -> in
     if args.get_model and words:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     try:
-        model = args.model or str(obtain(cache_directory(), full=args.verify))
+        model = args.model or str(obtain(cache_root(), full=args.verify))
     except SetupError as e:
         return fail(prog, e)
     except OSError as e:

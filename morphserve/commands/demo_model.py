@@ -142,11 +142,6 @@ def convert(gguf: Path, model: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, **kwargs).save_pretrained(model)
 
 
-def cache_directory() -> Path:
-    """Return where the model is kept: MORPHSERVE_CACHE, or the user's own cache."""
-    return Path(os.environ.get("MORPHSERVE_CACHE") or "~/.cache/morphserve").expanduser().absolute()
-
-
 def obtain(cache: Path, full: bool, run: Runner = run_quiet, converter: Converter = convert) -> Path:
     """Return the directory of the converted model, made when it is not there or damaged.
 

@@ -201,17 +201,18 @@ class Monitor:
 
     def on_step(
         self, now: float, num_decodes: int, num_seqs: int = 0, prefill_tokens: int = 0, context_tokens: int = 0,
-        level: int | None = None,
-    ) -> None:
+        level: int | None = None, since_s: float | None = None,
+    ) -> None:  # fmt: skip
         """Take in that an engine step has ended, in which `num_decodes` requests got one more token.
 
         Args:
             num_seqs, prefill_tokens, context_tokens: as in `StepLoad`.
             level: all layers of the step ran at; None = something else took a part of its time.
+            since_s: when its requests could have begun it; None = at the end of the step before.
         """
         self._now_s = now
         self._output.on_tokens(num_decodes)
-        last, self._last_step_s = self._last_step_s, now
+        last, self._last_step_s = self._last_step_s if since_s is None else since_s, now
         self._last_step = None
         if last is None or not 0 < now - last <= _MAX_STEP_S:
             return
@@ -225,6 +226,11 @@ class Monitor:
     def last_step(self) -> StepLoad | None:
         """The step that ended last; None when something else took a part of its time."""
         return self._last_step
+
+    @property
+    def last_end_s(self) -> float | None:
+        """When the newest step has ended; None where the engine has been idle since."""
+        return self._last_step_s
 
     def _leaves_running(self, request_id: str) -> None:
         if self._tpot_limits.pop(request_id, None) is not None:

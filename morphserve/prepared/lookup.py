@@ -45,10 +45,17 @@ class Prepared:
 
 @dataclass(slots=True)
 class Findings:
-    """What was found, in words."""
+    """What was found, in words.
+
+    Attributes:
+        used: each thing that is used.
+        not_used: each thing that is there and is not, with the reason.
+        with_profile: False where a profile would be refused, and so nobody is told to make one.
+    """
 
     used: list[str] = field(default_factory=list)
     not_used: list[str] = field(default_factory=list)
+    with_profile: bool = True
 
     def say(self, logger: logging.Logger, model: str) -> None:
         """Say it: one INFO line of what is used, one WARNING of what is there and is not."""
@@ -61,14 +68,13 @@ class Findings:
                 "the options of this server to have its own; `prepared: false` in the settings looks for none.",
                 "; ".join(self.not_used), remedy,
             )  # fmt: skip
-        elif not self.used:
+        elif not self.used and self.with_profile:
             logger.info("morphserve: nothing was prepared for this model; %s measures once what it loses.", remedy)
 
 
 def find_prepared(
-    config: MorphServeConfig, store: Store, place: Place, formats: Sequence[str], num_layers: int, findings: Findings,
-    *, with_profile: bool = True,
-) -> Prepared:  # fmt: skip
+    config: MorphServeConfig, store: Store, place: Place, formats: Sequence[str], num_layers: int, findings: Findings
+) -> Prepared:
     """Return what was prepared for these settings.
 
     Args:
@@ -77,11 +83,10 @@ def find_prepared(
         place: where, and how, it is served.
         formats: that a ladder has there by default.
         num_layers: of the model as it is served.
-        findings: gets what there is to say.
-        with_profile: False where a profile would be refused.
+        findings: gets what there is to say, and says whether a profile is wanted.
     """
     found = Prepared(place)
-    if config.profile is None and with_profile:
+    if config.profile is None and findings.with_profile:
         wanted = ProfileKey(tuple(formats), place.dtype, place.tier)
         if (profile := find_profile(store, wanted, num_layers, config.variants, findings)) is not None:
             found = Prepared(place, profile.directory, profile.variants)

@@ -15,9 +15,9 @@ from morphserve.errors import MorphServeError
 
 
 def command_parser(doc: str | None, prog: str | None = None) -> argparse.ArgumentParser:
-    """Return a parser whose --help shows a command's docstring as it is written."""
+    """Return a parser whose --help shows a command's docstring as it is written, and that takes whole options alone."""
     return argparse.ArgumentParser(
-        prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
 
 

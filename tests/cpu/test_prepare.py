@@ -15,7 +15,7 @@ from cpu.prepared_world import PLACE, TIMES, keep_profile, make_model
 
 from morphserve.errors import ProfilingError
 from morphserve.prepared import ProfileKey, Store, weights_fingerprint
-from morphserve.tools.prepare import main, stages
+from morphserve.tools.prepare import main, request, stages
 from quant_layers import QuantError
 
 pytestmark = pytest.mark.cpu
@@ -29,12 +29,14 @@ class Machine:
         self.commands: list[list[str]] = []
         self.job: Any = None
         self.dies_at = ""
+        self.with_profile = True
 
     def run_apart(self, command: Sequence[str], failed: str, what: str, progress: Any) -> dict[str, Any]:
         self._begin(what, list(command))
         progress(what, 1, 2)
         if "asking" in what:
-            return {"place": asdict(PLACE), "formats": ["w8", "w4"], "in_pages": False}
+            formats = ["w8", "w4"] if self.with_profile else ["w4"]
+            return {"place": asdict(PLACE), "formats": formats, "in_pages": False, "with_profile": self.with_profile}
         out = Path(command[command.index("--out") + 1])
         if "quantizing" in what:
             out.mkdir()
@@ -93,6 +95,19 @@ def test_all_parts_are_made_once(model: Path, machine: Machine, capsys: pytest.C
     assert prepare(model) == 0
     out = capsys.readouterr().out
     assert len(machine.asked) == 3 and "prepared already" in out and json.loads(out.splitlines()[-1])["made"] == []
+
+
+def test_a_machine_without_memory_for_the_weights_is_refused(
+    model: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: minutes of work that the kernel ends without a word, and another user's processes with it."""
+    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    monkeypatch.setattr("kv_resize.available_bytes", lambda: weights - 1)
+    assert prepare(model) == 1
+    said = capsys.readouterr().err
+    assert "GiB of weights" in said and "Free some, raise the limit" in said and machine.asked == ["asking vLLM"]
+    monkeypatch.setattr("kv_resize.available_bytes", lambda: weights)
+    assert prepare(model) == 0
 
 
 @pytest.mark.parametrize("part", ["asking", "profile", "timing"])
@@ -165,6 +180,42 @@ def test_step_times_may_be_left_out(model: Path, machine: Machine, capsys: pytes
     """Guards: minutes of timing that nobody asked for."""
     assert prepare(model, "--without-times") == 0
     assert machine.asked == ["asking vLLM", "profile"] and last(capsys)["step_times"] is None
+
+
+def test_a_model_of_8_bits_has_only_its_step_times(
+    model: Path, machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: minutes of profiling for what such a server refuses, or no step times for it; options that ask for more
+    than there will be, ignored."""
+    machine.with_profile = False
+    assert prepare(model) == 0
+    out = capsys.readouterr().out
+    document = json.loads(out.splitlines()[-1])
+    assert machine.asked == ["asking vLLM", "timing steps"] and document["made"] == ["times"]
+    assert document["profile"] is None and "only step times are prepared" in out and "measure-kl" in out
+    for option in (("--with-w4", "awq"), ("--without-times",)):
+        assert prepare(model, *option) == 1
+        said = capsys.readouterr().err
+        assert f"Leave out {' '.join(option)}" in said and said.count("\n") == 1
+
+
+def test_another_gpu_or_build_of_vllm_is_asked_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Guards: step times of one GPU kept as another's of the same host, or a CPU build's answer taken for a GPU's."""
+    asked = request.Request("model", "auto", 1, 1, False, 2048, 64, None)
+    information = tmp_path / "0000:01:00.0" / "information"
+    information.parent.mkdir()
+    monkeypatch.setattr(request, "_NVIDIA", tmp_path)
+    names = set()
+    for build, visible, model in (
+        ("0.32.0+cpu", "", ""), ("0.32.0", "", ""), ("0.32.0", "", "NVIDIA L4"), ("0.32.0", "", "NVIDIA H100"),
+        ("0.32.0", "1", "NVIDIA H100"),
+    ):  # fmt: skip
+        monkeypatch.setattr(request, "installed_version", lambda name, build=build: build)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        information.write_text(f"Model: \t {model}\n")
+        names.add(asked.name)
+        assert asked.name in names, "the same each time"
+    assert len(names) == 5
 
 
 @pytest.mark.parametrize("what", ["disk", "text", "weights", "cache", "model"])

@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 from cpu.prepared_world import KEY, NUM_LAYERS, PLACE, TIMES, keep_profile, keep_times, make_model, store_of
 
-from morphserve.config import MorphServeConfig
+from morphserve.config import MorphServeConfig, parse_config
 from morphserve.control import RankBytes
-from morphserve.prepared import weights_fingerprint
+from morphserve.prepared import SHIPPED, weights_fingerprint
 from morphserve.tools.bench.prepared import stored_times, with_prepared
-from morphserve.tools.sim import Calibration, load_calibration
+from morphserve.tools.sim import Calibration, SimServer, load_calibration
 from policies import StepTimes
 
 pytestmark = pytest.mark.cpu
+
+ROOT = Path(__file__).parents[2]
+SERVER = SimServer()
 
 
 @pytest.fixture
@@ -34,7 +37,7 @@ def test_a_simulation_has_the_profile_of_the_calibrated_model(model: Path, tmp_p
     config = MorphServeConfig(cache_dir=tmp_path / "cache")
     weights = weights_fingerprint(model) or ""
     profile = keep_profile(store_of(model, tmp_path / "cache"), KEY)
-    filled = with_prepared(config, calibration(weights))
+    filled = with_prepared(config, calibration(weights), SERVER)
     assert filled.profile == profile and filled.step_times is None
     without_w4 = replace(TIMES, formats={fmt: time for fmt, time in TIMES.formats.items() if fmt != "w4"})
     named = config.model_copy(update={"profile": Path("/mine")})
@@ -43,7 +46,27 @@ def test_a_simulation_has_the_profile_of_the_calibrated_model(model: Path, tmp_p
         (config, calibration("")), (config, calibration("0" * 64)), (config, calibration(weights, without_w4)),
         (named, calibration(weights)), (not_wanted, calibration(weights)),
     ):  # fmt: skip
-        assert with_prepared(settings, calibrated) == settings
+        assert with_prepared(settings, calibrated, SERVER) == settings
+
+
+def test_settings_that_a_profile_does_not_fit_are_simulated_without_it(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards: a simulation that refuses what a server starts with: a level that the prepared ladder does not have."""
+    sections = {"policy": {"kind": "static", "level": "w4"}, "ladder": {"expected_kl": {"w4": 0.1}}}
+    config = parse_config({"cache_dir": str(tmp_path / "cache"), **sections})
+    keep_profile(store_of(model, tmp_path / "cache"), KEY)
+    for _ in range(2):
+        assert with_prepared(config, calibration(weights_fingerprint(model) or ""), SERVER) == config
+    (said,) = [record.getMessage() for record in caplog.records if "these settings do not fit" in record.getMessage()]
+    assert "not used: the profile" in said and "w4" in said
+
+
+def test_figures_of_the_demo_are_of_the_profile_that_comes_along(tmp_path: Path) -> None:
+    """Guards: simulations with the step times of docs/results on a ladder that no server of the demo has."""
+    calibrated = load_calibration(ROOT / "docs" / "results" / "step_times.json")
+    filled = with_prepared(MorphServeConfig(cache_dir=tmp_path), calibrated, SERVER)
+    assert filled.profile is not None and filled.profile.is_relative_to(SHIPPED)
 
 
 def test_a_calibration_says_of_which_weights_it_is(tmp_path: Path) -> None:

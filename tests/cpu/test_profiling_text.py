@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 
 from morphserve.errors import ProfilingError
-from morphserve.tools.apart import run_apart
+from morphserve.tools.apart import add_bind_option, bind_cores, run_apart
 from morphserve.tools.profile import measure, measure_apart, token_windows
 from quant_layers import ProfileLevel
 
@@ -84,3 +86,28 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
     plot_orders([1, 2], {"ours": {"kl": [0.1, 0.2], "std": [0.0, 0.01]}}, tmp_path / "orders.png")
     for name in ("frontier.png", "orders.png"):
         assert (tmp_path / name).stat().st_size > 5000
+
+
+def test_a_process_that_ends_well_and_says_nothing_has_failed() -> None:
+    """Guards: a traceback of json for a child that left no answer."""
+    for code in ("print('done')", "print('{')"):
+        with pytest.raises(ProfilingError, match=r"^it failed: .* ended without an answer \(it said: .*\)\. Try again"):
+            run_apart([sys.executable, "-c", code], "it failed", "it", lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("words", "before", "bound"), [([], None, "auto"), ([], "2-3", "2-3"), (["--cpu-bind", "0"], "2-3", "0")]
+)
+def test_an_engine_that_is_timed_has_the_cores_of_a_server(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], before: str | None, bound: str
+) -> None:
+    """Guards: step times of one core for a server of all, or of other cores than were asked for."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "")
+    if before is None:
+        monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND")
+    else:
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", before)
+    parser = argparse.ArgumentParser()
+    add_bind_option(parser)
+    assert bind_cores(parser.parse_args(words)) == bound
+    assert os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto") == bound

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,26 @@ def test_no_message_names_a_file_of_the_checkout() -> None:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
         if CHECKOUT.search(line)
     ]
+    assert named == []
+
+
+def _messages(file: Path) -> Iterator[tuple[int, str]]:
+    """Line and text of each string of a module, but for its docstrings: those are read in a checkout, unless a command
+    has one for its --help."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    helps = "command_parser(__doc__" in file.read_text(encoding="utf-8")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and (id(node) not in alone or helps):
+            yield node.lineno, node.value
+
+
+def test_no_message_sends_its_reader_to_the_documentation_of_a_checkout() -> None:
+    """Guards: who has the wheel is told that a remedy stands in a file that he does not have."""
+    files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
+    found = [(file, *message) for file in files for message in _messages(file)]
+    assert len(found) > 1000
+    named = [f"{file.relative_to(ROOT)}:{line}: {text}" for file, line, text in found if re.search(r"docs/\w", text)]
     assert named == []
 
 

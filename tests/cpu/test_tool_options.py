@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from morphserve.tools.command import command_parser
 from morphserve.tools.options import add_options, given, number, option, pair, read_options
 
 pytestmark = pytest.mark.cpu
@@ -62,3 +63,11 @@ def test_numbers_and_pairs() -> None:
     for read, text in ((number, "1/0"), (number, "x"), (pair(int, "LO,HI"), "1"), (pair(int, "LO,HI"), "1,x")):
         with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not "):
             read(text)
+
+
+def test_no_command_takes_the_beginning_of_an_option() -> None:
+    """Guards: a script that breaks, or means another option, when one is added that begins alike."""
+    parser = command_parser("what it does", "morphserve it")
+    parser.add_argument("--rounds", type=int)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--round", "3"])

@@ -168,6 +168,22 @@ def test_stages_meet_plans_between_the_same_two_steps(llm: Any) -> None:
     assert {"prepare", "commit", "step"} <= set(kinds)
 
 
+def test_step_times_are_learned(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: the empty step that vLLM makes between two of one batch taken for idleness: no server with stages learns
+    a time, though a calibration is what it may lack."""
+    monitor, learned = morph_of(llm).monitor, []
+    on_step = monitor.on_step
+
+    def noting(*args: Any) -> None:
+        on_step(*args)
+        learned.append(monitor.last_step)
+
+    monkeypatch.setattr(monitor, "on_step", noting)
+    run(llm)
+    decodes = [step for step in learned if step is not None and not step.prefill_tokens]
+    assert len(decodes) > NUM_TOKENS // 2 and sum(step.num_seqs for step in decodes) > NUM_TOKENS * len(PROMPTS) // 2
+
+
 def test_resizing_is_invisible(llm: Any, stock_rounds: list[Any], pipelined: None) -> None:
     """Guards rules 1 and 2 on stages: a token from the wrong block, while a step with the old ids is under way."""
     run(llm, ROUNDS[1])  # its blocks stay cached: the next requests take those further up, which must move

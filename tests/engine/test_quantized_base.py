@@ -91,7 +91,7 @@ def test_without_a_measured_w4_it_serves_at_level_0(
         assert generate(llm, PROMPTS[:4], 16) == expected.result()[0]
         assert not morph_of(llm).status()["errors"] and not morph_of(llm).controller.failed
     ((level, text),) = said
-    assert level == logging.WARNING and "level 0 is the only level" in text and "morphserve prepare" in text
+    assert level == logging.WARNING and "level 0 is the only level" in text and "measure-kl MODEL --formats w4" in text
 
 
 @needs_two_cores

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import quantization_config
 from cpu.prepared_world import TIMES, keep_profile, keep_times, make_model, store_of
 from vllm.engine.arg_utils import EngineArgs
 
@@ -197,14 +198,36 @@ def test_settings_that_a_profile_does_not_fit_are_served_without_it(
     assert "these settings do not fit" in warning
 
 
+def test_a_model_of_8_bits_has_its_step_times_and_is_told_of_nothing_else(
+    model: Path, tmp_path: Path, logged: pytest.LogCaptureFixture
+) -> None:
+    """Guards: who serves int8 weights told to measure a profile that is never used there; step times that are refused
+    for want of w8, which such a ladder cannot have."""
+    (model / "config.json").write_text(json.dumps(LLAMA | {"quantization_config": quantization_config("ct_int8", 0)}))
+    cache, expected = tmp_path / "cache", {"ladder": {"expected_kl": {"w4": 0.1}}}
+    with logged.at_level(logging.INFO, "test.prepared"):
+        config = start(model, cache)
+    assert [record.message for record in logged.records if record.name == "test.prepared"] == []
+    stated = read_settings(config.additional_config)
+    assert stated is not None
+    note = ladder_note(stated, config)[1]
+    assert "`morphserve measure-kl MODEL --formats w4` does" in note and "prepare" not in note
+    formats = {fmt: time for fmt, time in TIMES.formats.items() if fmt != "w8"}
+    store, place = store_of(model, cache), getattr(config, FOUND).place
+    kept = store.keep_times(replace(TIMES, formats=formats).document(), place, "2026-01-02")
+    keep_profile(store, ProfileKey(("w4",), place.dtype, place.tier))
+    assert served(start(model, cache, expected)) == (None, kept)
+
+
 @pytest.mark.parametrize(
     ("taken", "said"),
     [
         ({"machine": "Another CPU"}, "machine Another CPU instead of"),
         ({"dtype": "float32"}, "dtype float32 instead of"),
+        ({"cores": "1 of another"}, "cores 1 of another instead of"),
         ({}, ""),
     ],
-    ids=["machine", "dtype", "nobody knows"],
+    ids=["machine", "dtype", "cores", "nobody knows"],
 )
 def test_named_step_times_of_elsewhere_are_served_with_a_warning(
     model: Path, tmp_path: Path, logged: pytest.LogCaptureFixture, taken: dict[str, str], said: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.interface import PauseState
@@ -20,6 +20,7 @@ from morphserve.control import (
     ReloadWatch,
     make_header,
 )
+from morphserve.errors import EngineLostError
 from morphserve.integration.engine.block_pool import VllmBlockPool
 from morphserve.integration.engine.executor import RpcExecutor
 from morphserve.integration.engine.histogram import TimeHistogram
@@ -30,7 +31,7 @@ from morphserve.integration.engine.receipts import Receipts
 from morphserve.integration.engine.request_limits import promise_of
 from morphserve.integration.engine.runtime import EngineRuntime
 from morphserve.integration.engine.status import StatusPage
-from morphserve.integration.engine.traffic import Traffic
+from morphserve.integration.engine.traffic import StepInFlight, Traffic
 from morphserve.integration.start import for_this_device, make_policy, policy_setup
 from policies import PolicySetup
 
@@ -42,17 +43,11 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-@dataclass(frozen=True, slots=True)
-class _StepInFlight:
-    """The engine as it was when a step was scheduled."""
-
-    level: int  # effective level
-    settled: bool = False  # no transition took a part of its time
-    used_blocks: int = 0
-
-
 class Morph:
-    """What the scheduler calls. Nothing in here may raise: an exception would kill the engine."""
+    """What the scheduler calls. Nothing in here may raise: an exception would kill the engine.
+
+    But for one that is meant to: what ranks hold is unknown, and no token may come of it (`EngineLostError`).
+    """
 
     def __init__(self, scheduler: Scheduler, runtime: EngineRuntime) -> None:
         self._scheduler = scheduler
@@ -60,14 +55,16 @@ class Morph:
         self.wake_due = False
         self.health = Health.RUNNING  # of what feeds the controller, which has its own
         self.tokens_by_level = [0] * len(runtime.ladder)
-        self._in_flight: dict[int, _StepInFlight] = {}  # by id(scheduler output)
+        self._in_flight: dict[int, StepInFlight] = {}  # by id(scheduler output)
         self._level_of_outputs = 0  # of those that vLLM reads now, or read last
+        self._between_turns: set[str] = set()  # sessions that wait for their next input
         self._heap_used = False  # a transition has been since the ranks last gave free heap back
         self.tick_times = TimeHistogram()
         model_executor = runtime.engine_core.model_executor
         self.pool = VllmBlockPool(scheduler)
         self.worst_forward_bytes = publish_base(self.pool, model_executor.collective_rpc, runtime.base_num_blocks)
         self.provenance = Provenance(scheduler.kv_cache_manager, runtime.config.kv.prefix_reuse)
+        self.provenance.on_error = lambda: self.controller.counters.count_error("provenance")
         self.receipts = Receipts(self.provenance, scheduler.cache_config.block_size)
         self.monitor = Monitor()
         self.traffic = Traffic(scheduler, self.monitor)
@@ -137,12 +134,19 @@ class Morph:
         else:
             self._guard(self._tick)
         self.tick_times.add(time.perf_counter() - start)
+        self._end_if_lost()
 
     def after_schedule(self, output: SchedulerOutput) -> None:
         self._guard(self._after_schedule, output)
 
     def before_update(self, output: SchedulerOutput) -> None:
-        """Note the level `output` was made at: requests that end while vLLM reads it end there."""
+        """Note the level `output` was made at: requests that end while vLLM reads it end there.
+
+        Raises:
+            EngineLostError: it was made by ranks of which one had failed to do what cannot fail.
+        """
+        self.controller.look_back()
+        self._end_if_lost()
         step = self._in_flight.get(id(output))
         self._level_of_outputs = self._level_of_outputs if step is None else step.level
 
@@ -156,7 +160,15 @@ class Morph:
         self._guard(self._on_arrival, request)
 
     def on_preemption(self, request: Request, forced: bool = False) -> None:
-        self._guard(self.traffic.on_preemption, request, forced)
+        self._guard(self.traffic.on_preemption, request, forced or self.pool.is_discarding)
+
+    def on_turn_end(self, request: Request) -> None:
+        """Take in that a session's turn has stopped: to all but its KV, the end of a request."""
+        self._guard(self._on_turn_end, request)
+
+    def on_turn(self, request: Request) -> None:
+        """Take in that a session goes on with more input."""
+        self._guard(self._on_turn, request)
 
     def on_finish(self, request: Request) -> None:
         self._guard(self._on_finish, request)
@@ -172,6 +184,13 @@ class Morph:
             # what is under way, and the server goes on at the level it then has.
             self.health = self.health.to(Health.RESTING)
             self.controller.fail("hooks")  # logs the error under way
+
+    def _end_if_lost(self) -> None:
+        if lost := self.controller.lost:
+            raise EngineLostError(
+                f"{lost}. Ranks may hold other weights or KV blocks than each other, so the engine ends instead of "
+                "serving from them. Start it again, or have a supervisor do it; the log above says which rank failed."
+            )
 
     def _tick(self) -> None:
         view = self._view()
@@ -191,17 +210,18 @@ class Morph:
     def _after_schedule(self, output: SchedulerOutput) -> None:
         controller = self.controller
         level = controller.effective_level
-        self._in_flight[id(output)] = _StepInFlight(level, not controller.in_transition, self.pool.num_used_blocks)
+        settled, used_blocks, ahead = not controller.in_transition, self.pool.num_used_blocks, self._in_flight.values()
+        self._in_flight[id(output)] = self.traffic.on_sent(output, level, settled, used_blocks, ahead)
         self.receipts.on_scheduled(output.num_scheduled_tokens, level)
         self.traffic.on_scheduled(output.scheduled_new_reqs, output.scheduled_cached_reqs.resumed_req_ids)
 
     def _after_update(self, output: SchedulerOutput, model_output: ModelRunnerOutput) -> None:
-        step = self._in_flight.pop(id(output), None) or _StepInFlight(self.controller.effective_level)
+        step = self._in_flight.pop(id(output), None) or StepInFlight(self.controller.effective_level)
         level = step.level
         num_tokens = sum(map(len, model_output.sampled_token_ids or ()))
         self.tokens_by_level[level] += num_tokens
         self.receipts.on_sampled(level)
-        self.traffic.on_step(num_tokens, output, step.used_blocks, level if step.settled else None)
+        self.traffic.on_step(num_tokens, step, self._in_flight.values())
         if self._heap_used:
             self._trim_when_idle()
 
@@ -221,7 +241,21 @@ class Morph:
         self.traffic.on_arrival(request)
         self.receipts.on_arrival(request)
 
+    def _on_turn_end(self, request: Request) -> None:
+        self._between_turns.add(request.request_id)
+        self.traffic.on_turn_end(request)
+        self.receipts.on_turn_end(request, self._level_of_outputs)
+
+    def _on_turn(self, request: Request) -> None:
+        self._between_turns.discard(request.request_id)
+        self.traffic.on_arrival(request)
+        self.receipts.on_turn(request)
+
     def _on_finish(self, request: Request) -> None:
+        if request.request_id in self._between_turns:  # of its last turn all is told
+            self._between_turns.discard(request.request_id)
+            self.receipts.forget(request.request_id)
+            return
         self.traffic.on_finish(request)
         self.receipts.on_finish(request, self._level_of_outputs)
 

@@ -34,6 +34,7 @@ class _Draft:
     error: str = ""
     num_preemptions: int = -1  # at which this life of the request began; -1 = it has not begun
     num_output_tokens: int = 0
+    is_continued: bool = False  # a session's, that has context from turns before
     reused: dict[int, int] = field(default_factory=dict)  # deepest level |-> tokens taken from the prefix cache
     computed: dict[int, int] = field(default_factory=dict)  # level |-> tokens whose KV was computed
     output: dict[int, int] = field(default_factory=dict)  # level |-> tokens sampled
@@ -63,6 +64,16 @@ class Receipts:
             logger.warning("morphserve: request %s: %s", request.request_id, draft.error)
         self._drafts[request.request_id] = draft
 
+    def on_turn(self, request: Request) -> None:
+        """Look at what a session asks for from now on; its answer also depends on what it computed before."""
+        before = self._drafts.pop(request.request_id, None)
+        self.on_arrival(request)
+        if (draft := self._drafts.get(request.request_id)) is None:
+            return
+        draft.is_continued = True
+        if before is not None:
+            draft.num_preemptions, draft.reused, draft.computed = before.num_preemptions, before.reused, before.computed
+
     def on_scheduled(self, num_scheduled_tokens: dict[str, int], level: int) -> None:
         """Count tokens that a step at `level` will compute."""
         for request_id, draft in self._drafts.items():
@@ -72,7 +83,7 @@ class Receipts:
             if draft.num_preemptions != draft.request.num_preemptions:  # begins, or begins again
                 draft.num_preemptions = draft.request.num_preemptions
                 draft.computed.clear()
-                draft.reused = self._reused(draft.request, count)
+                draft.reused = self._reused(draft.request, count, draft.is_continued)
             draft.computed[level] = draft.computed.get(level, 0) + count
 
     def on_sampled(self, level: int) -> None:
@@ -83,8 +94,21 @@ class Receipts:
     def on_finish(self, request: Request, level: int) -> None:
         """Close a request's receipt, in a step at `level` or at an abort; its blocks are still there."""
         draft = self._drafts.pop(request.request_id, None)
-        if draft is None:
-            return
+        if draft is not None:
+            self._seal(draft, level)
+
+    def on_turn_end(self, request: Request, level: int) -> None:
+        """Close the receipt of a session's turn, in a step at `level`; the next turn's begins with the same context."""
+        draft = self._drafts.get(request.request_id)
+        if draft is not None:
+            self._seal(draft, level)
+
+    def forget(self, request_id: str) -> None:
+        """Forget a session that ends between two turns. Unknown ids are fine."""
+        self._drafts.pop(request_id, None)
+
+    def _seal(self, draft: _Draft, level: int) -> None:
+        request = draft.request
         self._count_output(draft, level)
         deepest = max((*draft.reused, *draft.computed, *draft.output), default=0)
         self._sealed[request.request_id] = {
@@ -108,13 +132,17 @@ class Receipts:
                 output.kv_transfer_params = {**(output.kv_transfer_params or {}), "morphserve": receipt}
         self._sealed.clear()  # what was aborted has nobody to tell
 
-    def _reused(self, request: Request, count: int) -> dict[int, int]:
-        """Tokens taken from the prefix cache: `count` of those that vLLM calls computed are only scheduled yet."""
+    def _reused(self, request: Request, count: int, is_continued: bool) -> dict[int, int]:
+        """Tokens taken from the prefix cache, or from turns before that nobody had asked about.
+
+        `count` of those that vLLM calls computed are only scheduled yet.
+        """
         found = {
             level: blocks * self._block_size for level, blocks in self._provenance.reused(request.request_id).items()
         }
-        if clean := request.num_computed_tokens - count - sum(found.values()):
-            found[0] = found.get(0, 0) + clean
+        if rest := request.num_computed_tokens - count - sum(found.values()):
+            level = self._provenance.span(request.request_id).deepest if is_continued else 0
+            found[level] = found.get(level, 0) + rest
         return found
 
     @staticmethod

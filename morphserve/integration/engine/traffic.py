@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
 from morphserve.control import NO_LIMITS, EngineView, Monitor, WaitingRequest
@@ -15,6 +18,27 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """A step that was sent, and the engine as it was then.
+
+    Attributes:
+        level: effective level.
+        settled: neither a transition nor another step's prompt took a part of its time.
+        used_blocks: that live requests held.
+        num_tokens: scheduled; 0 = vLLM's filler between two steps of one batch, or after the last request.
+        num_seqs: scheduled.
+        since_s: when what it waited for had ended; None = the step that is read before it.
+    """
+
+    level: int
+    settled: bool = False
+    used_blocks: int = 0
+    num_tokens: int = 0
+    num_seqs: int = 0
+    since_s: float | None = None
 
 
 class Traffic:
@@ -27,12 +51,13 @@ class Traffic:
         self._scheduler = scheduler
         self._monitor = monitor
         self.late = LateCount(NO_LIMITS)
-        self._awaiting_first_token: list[Any] = []
+        self._awaiting_first_token: dict[str, Any] = {}  # by request id
         self._last_preemption_wall_s = 0.0
 
     def view(self) -> EngineView:
         """Return the queues as they are now."""
         num_running, num_waiting = self._scheduler.get_request_counts()
+        num_waiting -= self._scheduler.num_waiting_for_streaming_input  # for their clients, not for us
         waiting = self._scheduler.waiting
         oldest = 0.0
         if len(waiting):
@@ -57,39 +82,63 @@ class Traffic:
             if request is not None:
                 wait_s = max(0.0, wall - request.arrival_time)
                 self._monitor.on_scheduled(now, wait_s, data.req_id, limits_of(request).tpot_s)
-                self._awaiting_first_token.append(request)
+                self._awaiting_first_token[data.req_id] = request
         for request_id in resumed:
             request = self._scheduler.requests.get(request_id)
             self._monitor.on_resumed(request_id, None if request is None else limits_of(request).tpot_s)
 
-    def on_step(self, num_tokens: int, output: SchedulerOutput, used_blocks: int, level: int | None) -> None:
-        """Note that requests have got the tokens of a step, so many of them.
+    def on_sent(
+        self, output: SchedulerOutput, level: int, settled: bool, used_blocks: int, ahead: Collection[StepInFlight]
+    ) -> StepInFlight:
+        """Return a step that is sent now.
+
+        Steps of pipeline stages have no request in common: one waits for its own requests' last step, and a part of
+        the stages is busy with the others meanwhile. Under async scheduling each waits for the one before.
 
         Args:
             output: vLLM's SchedulerOutput of the step.
-            used_blocks: that live requests held when it was scheduled.
-            level: all of its layers ran at, None while they were changing.
+            level: effective level.
+            settled: no transition is under way.
+            used_blocks: that live requests hold.
+            ahead: sent before and not read yet, a few at most.
         """
-        if not output.total_num_scheduled_tokens:
-            # vLLM makes such a step after the last request has ended; the next one may be long in coming.
-            self._monitor.on_idle()
+        since_s, last_s = None, self._monitor.last_end_s
+        if not isinstance(self._scheduler, AsyncScheduler):
+            since_s = -inf if last_s is None else last_s
+            settled = settled and all(step.num_tokens <= step.num_seqs for step in ahead)
+        num_tokens, num_seqs = output.total_num_scheduled_tokens, len(output.num_scheduled_tokens)
+        return StepInFlight(level, settled, used_blocks, num_tokens, num_seqs, since_s)
+
+    def on_step(self, num_tokens: int, step: StepInFlight, ahead: Collection[StepInFlight]) -> None:
+        """Note that requests have got the tokens of a step, so many of them.
+
+        Args:
+            num_tokens: sampled.
+            step: that has been read.
+            ahead: others that were sent and not read yet.
+        """
+        if not step.num_tokens:
+            if not any(other.num_tokens for other in ahead):
+                # vLLM makes such a step after the last request has ended; the next one may be long in coming.
+                self._monitor.on_idle()
             return
-        num_seqs, block_size = len(output.num_scheduled_tokens), self._scheduler.block_size
-        context = max(used_blocks * block_size - num_seqs * block_size // 2, 0)  # half of each last block is empty
+        block_size, num_seqs = self._scheduler.block_size, step.num_seqs
+        context = max(step.used_blocks * block_size - num_seqs * block_size // 2, 0)  # half of last blocks is empty
         self._monitor.on_step(
-            time.monotonic(), num_tokens, num_seqs, output.total_num_scheduled_tokens - num_seqs, context, level
-        )
+            time.monotonic(), num_tokens, num_seqs, step.num_tokens - num_seqs, context,
+            step.level if step.settled else None, step.since_s,
+        )  # fmt: skip
         if not self._awaiting_first_token:
             return
         wall = time.time()
-        still: list[Any] = []
-        for request in self._awaiting_first_token:
+        still: dict[str, Any] = {}
+        for request_id, request in self._awaiting_first_token.items():
             if request.num_output_tokens > 0:
                 self._monitor.on_first_token(max(0.0, wall - request.arrival_time))
                 if not request.is_finished():
                     self.late.on_first_token(request, wall)
             elif not request.is_finished():
-                still.append(request)
+                still[request_id] = request
         self._awaiting_first_token = still
 
     def on_preemption(self, request: Request, forced: bool = False) -> None:
@@ -103,8 +152,15 @@ class Traffic:
         self._monitor.on_finish(num_blocks, time.monotonic(), request.request_id, request.num_output_tokens)
         self.late.on_finish(request, time.time())
 
+    def on_turn_end(self, request: Request) -> None:
+        """Note that a session's turn has stopped, which is the end of a request with these tokens and these limits."""
+        if self._awaiting_first_token.pop(request.request_id, None) is not None and request.num_output_tokens:
+            self._monitor.on_first_token(max(0.0, time.time() - request.arrival_time))
+        self.on_finish(request)
+
     def _waiting(self, request: Request) -> WaitingRequest:
-        """Return a request as the queue sees it: by priority, where the scheduler goes by that."""
+        """Return a request as the queue sees it: what is to compute, by priority where the scheduler goes by that."""
         priority = int(request.priority) if self._scheduler.policy == SchedulingPolicy.PRIORITY else 0
         has_token = request.num_output_tokens > 0
-        return WaitingRequest(request.request_id, request.num_tokens, limits_of(request), priority, has_token)
+        num_tokens = request.num_tokens - request.num_computed_tokens  # a session keeps what it has
+        return WaitingRequest(request.request_id, num_tokens, limits_of(request), priority, has_token)

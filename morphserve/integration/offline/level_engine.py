@@ -68,6 +68,12 @@ class LevelEngine:
         return found
 
     @property
+    def layer_bytes(self) -> dict[str, list[int]]:
+        """Bytes of each layer by format, on the rank that holds most of it."""
+        ranks = [rank.layer_bytes for rank in self.morph.runtime.ranks]
+        return {fmt: [max(sizes) for sizes in zip(*(rank[fmt] for rank in ranks), strict=True)] for fmt in ranks[0]}
+
+    @property
     def worker(self) -> Any:
         """vLLM's worker; there is one only where the engine has a single rank, in this process."""
         return self.core.model_executor.driver_worker.worker

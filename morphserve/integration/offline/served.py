@@ -1,4 +1,4 @@
-"""What a server would be, without one: in which dtype, on how many ranks, compiled or not, and of which formats."""
+"""What a server would be, without one: in which dtype, on how many ranks, compiled or not, with which formats."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from morphserve.prepared import Place
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print one JSON document: {"place", "formats", "in_pages"}. Its words are those of `vllm serve`."""
+    """Print JSON: {"place", "formats", "in_pages", "with_profile"}. Its words are those of `vllm serve`."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from morphserve.control import DEFAULT_FORMATS
-    from morphserve.integration.start import FOUND, KEY, default_formats, serving_residence
+    from morphserve.integration.start import FOUND, KEY, formats_over, serving_residence
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="served", conflict_handler="resolve"))
     args = EngineArgs.from_cli_args(parser.parse_args(argv))
     args.additional_config = {KEY: {"policy": {"kind": "static", "level": 0}, "prepared": False}}
-    place: Place = getattr(args.create_engine_config(), FOUND).place
+    config = args.create_engine_config()
+    place: Place = getattr(config, FOUND).place
     document = {
         "place": asdict(place),
-        "formats": list(default_formats() or DEFAULT_FORMATS),
+        "formats": list(formats_over(config.model_config)),
         "in_pages": serving_residence().in_pages,
+        "with_profile": config.model_config.quantization is None,
     }
     sys.stdout.write("\n" + json.dumps(document) + "\n")
     return 0

@@ -55,12 +55,6 @@ class ServedModel(LevelEngine):
         return len(self.description.layer_bytes[BASE_FORMAT])
 
     @property
-    def layer_bytes(self) -> dict[str, list[int]]:
-        """Bytes of each layer by format, on the rank of its stage that holds most."""
-        ranks = [rank.layer_bytes for rank in self.morph.runtime.ranks]
-        return {fmt: list(map(max, *(rank[fmt] for rank in ranks), [0] * self.num_layers)) for fmt in ranks[0]}
-
-    @property
     def tokenizer(self) -> Any:
         """The model's own."""
         return self.llm.get_tokenizer()

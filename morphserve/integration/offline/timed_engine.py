@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from morphserve.config import LadderConfig, LadderStep, MorphServeConfig
-from morphserve.control import DEFAULT_FORMATS, RankBytes, ladder_formats, optional_formats
+from morphserve.control import RankBytes, ladder_formats, optional_formats
+from morphserve.errors import MorphServeError
 from morphserve.integration import seams
 from morphserve.integration.offline.level_engine import LevelEngine
-from morphserve.integration.start import FOUND, default_formats
+from morphserve.integration.start import FOUND, formats_over
 from morphserve.prepared import Place
 from morphserve.profile_ladder import read_ladder
 from policies import BASE_FORMAT, LayerMove, StepLoad
@@ -21,6 +23,7 @@ _MAX_LONG_SEQS = 32  # more sequences are timed with short contexts only: KV for
 _LONG_TOKENS = 1024  # of a long context: what it costs is linear in them
 _DECODE_STEPS = 8
 _WARM_STEPS = 2
+_PROMPT_STEPS = 6  # that the prompts of one batch may take: those that come first have their tokens meanwhile
 _PATIENCE_S = 600.0  # of a move, which takes a step of two requests for every few layers
 _PREFILLS = (16, 48, 128, 320, 1024, 2048, 4096, 8192)
 
@@ -45,7 +48,7 @@ class TimedEngine(LevelEngine):
             max_num_seqs: of the largest step that is timed.
             arguments: others of `vllm.LLM`.
         """
-        formats, steps = _one_level_each(config)
+        formats, steps = _one_level_each(config, _formats_over(model, arguments.get("dtype", "auto")))
         self._batches = _batches(max_num_seqs)
         longest = max_model_len - 2 * _DECODE_STEPS - 16
         self._lengths = (16, max(min(longest // 2, _LONG_TOKENS), 16))
@@ -68,8 +71,8 @@ class TimedEngine(LevelEngine):
         self.place: Place = getattr(self.engine.vllm_config, FOUND).place
         vocabulary = range(self.engine.vllm_config.model_config.get_vocab_size())
         self._tokens = vocabulary[100:1100] or vocabulary  # no token of those that steer, where there are others
-        budget = self.engine.vllm_config.scheduler_config.max_num_batched_tokens
-        self._prefills = [tokens for tokens in _PREFILLS if tokens < min(longest, budget - 8)]
+        self._budget = int(self.engine.vllm_config.scheduler_config.max_num_batched_tokens)
+        self._prefills = [tokens for tokens in _PREFILLS if tokens < min(longest, self._budget - 8)]
         served = self.morph.runtime.ranks[0].kernels
         self.formats = (BASE_FORMAT, *(fmt for fmt in formats if fmt in served))  # level by level
         self.steps: dict[str, list[StepLoad]] = {fmt: [] for fmt in self.formats}
@@ -78,21 +81,6 @@ class TimedEngine(LevelEngine):
         self._level = 0
         self._seconds = 0.0
         seams.wrap(seams.ENGINE_CORE, self._timed, on=self.core, name="step_fn")
-        self._sent: tuple[int, int, int] | None = None
-        if self.place.pipeline_parallel > 1:
-            self._note_what_is_sent()
-
-    def _note_what_is_sent(self) -> None:
-        """Keep what was in a step ourselves: between two of one batch, vLLM makes an empty one that fills the pipeline,
-        and so the monitor knows the time of none."""
-        monitor = self.morph.monitor
-        on_step = monitor.on_step
-
-        def noting(now: float, num_decodes: int, num_seqs: int, prefill: int, context: int, level: int | None) -> None:
-            self._sent = num_seqs, prefill, context
-            on_step(now, num_decodes, num_seqs, prefill, context, level)
-
-        monitor.on_step = noting
 
     def _timed(self, step: Callable[[], Any]) -> Callable[[], Any]:
         def timed_step() -> Any:
@@ -126,10 +114,8 @@ class TimedEngine(LevelEngine):
         fmt = self.formats[self._level]
         for batch in self._batches:
             for length in self._lengths[: 1 if batch > _MAX_LONG_SEQS else None]:
-                self._add(batch, length, _DECODE_STEPS + _WARM_STEPS)
-                self._record(fmt, _DECODE_STEPS)
-                decodes = [step.seconds for step in self.steps[fmt][-_DECODE_STEPS:] if not step.prefill_tokens]
-                self._decodes.setdefault((fmt, batch), []).append(statistics.median(decodes))
+                self._add(batch, self._within(batch, length), _PROMPT_STEPS + _DECODE_STEPS + _WARM_STEPS)
+                self._decodes.setdefault((fmt, batch), []).append(self._decode_s(fmt, batch))
                 self.abort_all()
         for beside in (1, 8):
             self._add(beside, min(64, self._lengths[-1]), 4 * len(self._prefills) + 8)
@@ -148,15 +134,35 @@ class TimedEngine(LevelEngine):
             found[batch] = (statistics.median(of_rounds), min(of_rounds), max(of_rounds))
         return found
 
-    def _record(self, fmt: str | None, count: int) -> None:
+    def _within(self, batch: int, length: int) -> int:
+        """Return how long prompts may be, so that a few steps compute those of so many requests."""
+        return max(min(length, _PROMPT_STEPS * max(self._budget - batch, 1) // batch), 1)
+
+    def _decode_s(self, fmt: str, batch: int) -> float:
+        """Return the median time of a decode step of the requests that were added, once their prompts are computed."""
+        for _ in range(2 * _PROMPT_STEPS):
+            if self._record(fmt, 1) == batch:  # with pipeline stages they may go in two batches for good
+                break
+        known = len(self.steps[fmt])
+        self._record(fmt, _DECODE_STEPS)
+        decodes = [step.seconds for step in self.steps[fmt][known:] if not step.prefill_tokens]
+        if not decodes:
+            raise MorphServeError(
+                f"no decode step of {batch} requests could be timed in {fmt}, prompts took all of them. Give a larger "
+                "--max-num-batched-tokens, or a smaller --max-num-seqs."
+            )
+        return statistics.median(decodes)
+
+    def _record(self, fmt: str | None, count: int) -> int:
+        """Make so many steps and note them; returns how many requests got a token in the last one."""
+        outputs: list[Any] = []
         for _ in range(count):
-            self._seconds, self._sent = 0.0, None
-            while self.num_requests and not self.step():
+            self._seconds = 0.0
+            while self.num_requests and not (outputs := self.step()):
                 pass  # with pipeline stages a call may only send a step
-            if (last := self.morph.monitor.last_step) is not None:
-                self._sent = last.num_seqs, last.prefill_tokens, last.context_tokens
-            if fmt is not None and self._sent is not None:
-                self.steps[fmt].append(StepLoad(self._seconds, *self._sent, self._level))
+            if fmt is not None and (last := self.morph.monitor.last_step) is not None:
+                self.steps[fmt].append(replace(last, seconds=self._seconds))
+        return len(outputs)
 
     def _add(self, count: int, num_tokens: int, max_tokens: int) -> None:
         for _ in range(count):
@@ -167,13 +173,13 @@ class TimedEngine(LevelEngine):
         """Median seconds per layer, each way."""
         return LayerMove(*(statistics.median(self._moves[way] or [0.0]) for way in ("degrade", "restore")))
 
-    def layer_bytes(self) -> RankBytes:
+    def rank_bytes(self) -> RankBytes:
         """Return what the layers weigh in the formats that are timed, all stages as one rank, of the largest slices."""
         ranks = self.morph.runtime.rank_bytes
-        layers = {fmt: tuple(map(max, *(rank.layers[fmt] for rank in (*ranks, ranks[0])))) for fmt in self.formats}
         num_stages = self.engine.vllm_config.parallel_config.pipeline_parallel_size
         of_stages = [ranks[i * len(ranks) // num_stages].kv_block_bytes for i in range(num_stages)]
-        return RankBytes(layers, sum(of_stages))
+        sizes = self.layer_bytes
+        return RankBytes({fmt: tuple(sizes[fmt]) for fmt in self.formats}, sum(of_stages))
 
 
 def _batches(max_num_seqs: int) -> tuple[int, ...]:
@@ -187,12 +193,23 @@ def _settings(config: MorphServeConfig, steps: list[dict[str, Any]]) -> dict[str
     return {**own, "ladder": {"steps": steps}}
 
 
-def _one_level_each(config: MorphServeConfig) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return the formats of the config's ladder, widest first, and the steps of a ladder with one level for each."""
+def _formats_over(model: str, dtype: str) -> tuple[str, ...]:
+    """Return the formats of a default ladder over the model's own weights, which may have 8 bits."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return formats_over(EngineArgs(model=model, dtype=dtype).create_engine_config().model_config)
+
+
+def _one_level_each(config: MorphServeConfig, default: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the formats of the config's ladder, widest first, and the steps of a ladder with one level for each.
+
+    Args:
+        config: the settings.
+        default: of a ladder that nobody wrote down.
+    """
     profile = read_ladder(config)
     if profile is None and config.ladder.steps is None:  # of all, because what has no figure yet may get one
-        here = default_formats() or DEFAULT_FORMATS
-        ladder = LadderConfig(steps=[LadderStep(format=fmt, optional=True) for fmt in here])
+        ladder = LadderConfig(steps=[LadderStep(format=fmt, optional=True) for fmt in default])
         config = config.model_copy(update={"ladder": ladder})
     halves = dict.fromkeys(half for fmt in ladder_formats(config.ladder, profile) for half in fmt.split("/"))
     formats = sorted((half for half in halves if half != BASE_FORMAT), key=lambda fmt: -FORMATS[fmt].bits)

@@ -26,7 +26,6 @@ from morphserve.integration.seams.cuda import (
     KV_ALLOC_V2,
     WORKER_MEMORY,
     WORKER_WARM,
-    WORKER_WEIGHTS,
 )
 from morphserve.integration.seams.patch import Patch, patches, put, undo, wrap
 from morphserve.integration.seams.rows import (
@@ -34,9 +33,11 @@ from morphserve.integration.seams.rows import (
     CLI_VALUES,
     CONFIG_CACHE,
     DOOR_LIMIT,
+    ENDPOINT_PLUGINS,
     ENGINE_CONFIG,
     ENGINE_CORE,
     ENGINE_HANDLE,
+    ENGINE_RPC,
     ENGINE_START,
     ENGINE_UTILITIES,
     KV_ALLOC,
@@ -51,6 +52,7 @@ from morphserve.integration.seams.rows import (
     SEAMS,
     WEIGHTS_LOADED,
     WORKER_START,
+    WORKER_WEIGHTS,
     Seam,
 )
 from morphserve.late import late
@@ -69,9 +71,11 @@ __all__ = [
     "CUDA_KERNEL_SEAMS",
     "CUDA_SEAMS",
     "DOOR_LIMIT",
+    "ENDPOINT_PLUGINS",
     "ENGINE_CONFIG",
     "ENGINE_CORE",
     "ENGINE_HANDLE",
+    "ENGINE_RPC",
     "ENGINE_START",
     "ENGINE_UTILITIES",
     "GRAPH_MEMORY_V1",

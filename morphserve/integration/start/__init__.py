@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from morphserve.integration.start.hangup import hangup_is_free, ignore_hangups
 from morphserve.integration.start.settings import (
     CONFIG_FILE,
     FOUND,
     KEY,
     config_file,
     for_this_device,
+    formats_over,
     is_active,
     ladder_note,
     read_settings,
@@ -53,6 +55,9 @@ __all__ = [
     "default_formats",
     "device_type",
     "for_this_device",
+    "formats_over",
+    "hangup_is_free",
+    "ignore_hangups",
     "is_active",
     "is_cuda",
     "ladder_note",

@@ -55,8 +55,8 @@ def check_platform() -> None:
         )
     if is_cuda() and os.environ.get(UNPROVEN_CUDA) != "1":
         raise ConfigError(
-            f"device 'cuda': MorphServe has not been proven on a GPU yet (docs/gpu.md says what is missing). Set "
-            f"{UNPROVEN_CUDA}=1 to try it, or start without --plugin morphserve."
+            "device 'cuda': MorphServe has not been proven on a GPU yet; `morphserve gpu-check` tries what it needs of "
+            f"one. Set {UNPROVEN_CUDA}=1 to try it, or start without --plugin morphserve."
         )
 
 

@@ -11,11 +11,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from morphserve.config import MorphServeConfig, step_times_file
-from morphserve.control import DEFAULT_FORMATS
 from morphserve.errors import ConfigError
 from morphserve.hub import local_files
-from morphserve.integration.start.device import default_formats, is_cuda
-from morphserve.integration.start.settings import FOUND, for_this_device, read_settings
+from morphserve.integration.start.device import is_cuda
+from morphserve.integration.start.settings import FOUND, for_this_device, formats_over, read_settings
 from morphserve.prepared import (
     Findings,
     Place,
@@ -74,13 +73,13 @@ def _if_it_fits(found: Prepared, config: MorphServeConfig, vllm_config: VllmConf
 
 
 def _warn_of_other_times(config: MorphServeConfig, place: Place) -> None:
-    """Say so when the settings name step times of another machine, dtype or tier, which nobody has looked up."""
+    """Say so when the settings name step times of another machine, dtype, tier or cores: nobody has looked them up."""
     file = step_times_file(config)
     if file is None or config.policy.kind != "slo":
         return
     with suppress(ValueError):  # unreadable ones are refused where the policy is built
         times = load_step_times(file)
-        here = {"machine": place.device, "dtype": place.dtype, "tier": place.tier}
+        here = {"machine": place.device, "dtype": place.dtype, "tier": place.tier, "cores": place.cores}
         own = {key: known for key in here if (known := getattr(times, key))}
         if other := [f"{key} {known} instead of {here[key]}" for key, known in own.items() if known != here[key]]:
             logger.warning(
@@ -114,12 +113,12 @@ def _find(config: MorphServeConfig, vllm_config: VllmConfig, place: Place, findi
     weights = None if directory is None else weights_fingerprint(directory)
     if weights is None:
         return Prepared(place)
+    findings.with_profile = model.quantization is None and vllm_config.lora_config is None
     return find_prepared(
         config,
         Store(config.cache_dir, weights),
         place,
-        default_formats() or DEFAULT_FORMATS,
+        formats_over(model),
         model.get_total_num_hidden_layers(),
         findings,
-        with_profile=model.quantization is None and vllm_config.lora_config is None,
     )

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from morphserve.config import MorphServeConfig, load_config, parse_config
-from morphserve.control import without_formats
+from morphserve.control import DEFAULT_FORMATS, without_formats
 from morphserve.default_ladder import Device, Settled, max_kl, settle
 from morphserve.profile_ladder import read_ladder
+from policies import bits_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -91,7 +92,7 @@ def _settle(config: MorphServeConfig, vllm_config: VllmConfig) -> Settled:
 
     model_config = vllm_config.model_config
     num_layers, formats = model_config.get_total_num_hidden_layers(), default_formats()
-    device = Device(num_layers, base_bits=8 if model_config.quantization else 8 * model_config.dtype.itemsize)
+    device = Device(num_layers, base_bits=base_bits(model_config))
     profile = read_ladder(config)
     levels_are_known = profile is not None and profile.has_levels
     if formats:
@@ -100,6 +101,19 @@ def _settle(config: MorphServeConfig, vllm_config: VllmConfig) -> Settled:
         if has_room_for_graph_sets(vllm_config, 1 + 2 * num_steps):
             device = replace(device, layers_per_level=-(-num_layers // 2))
     return settle(config, device, levels_are_known)
+
+
+def base_bits(model_config: Any) -> int:
+    """Return how many bits vLLM's model has in its own weights."""
+    return 8 if model_config.quantization else 8 * int(model_config.dtype.itemsize)
+
+
+def formats_over(model_config: Any) -> tuple[str, ...]:
+    """Return the formats that a default ladder may have here over vLLM's model: those that free something."""
+    from morphserve.integration.start.device import default_formats
+
+    own = base_bits(model_config)
+    return tuple(fmt for fmt in default_formats() or DEFAULT_FORMATS if bits_of(fmt) < own)
 
 
 def served_ladder(config: MorphServeConfig, left_out: Collection[str]) -> MorphServeConfig:

@@ -13,13 +13,14 @@ from morphserve.tools.bench.comparison import Comparison
 from morphserve.tools.bench.load.client import ClientOptions
 from morphserve.tools.bench.load.measure import Measurement
 from morphserve.tools.bench.load.server import LEFT_TO_VLLM, ServerOptions
+from morphserve.tools.command import command_parser
 from morphserve.tools.options import add_options
 from morphserve.tools.workload import WorkloadSpec
 
 
 def build_parser(description: str | None, prog: str) -> argparse.ArgumentParser:
     """Return the parser of all options."""
-    parser = make_parser(description, prog)
+    parser = command_parser(description, prog)
     group = parser.add_argument_group("workload")
     add_options(group, WorkloadSpec, skip=["seed"])
     group.add_argument("--save-workload", type=Path, metavar="FILE", help="write what is replayed as Mooncake JSONL")
@@ -30,13 +31,6 @@ def build_parser(description: str | None, prog: str) -> argparse.ArgumentParser:
     server_options(parser.add_argument_group("servers (the same for all runs)"))
     simulated.simulation_options(parser.add_argument_group("simulation"))
     return parser
-
-
-def make_parser(description: str | None, prog: str) -> argparse.ArgumentParser:
-    """Return a parser without options."""
-    return argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
 
 
 def prompt_options(group: Any) -> None:
@@ -63,7 +57,7 @@ def _single_options(group: Any) -> None:
         "--fit",
         action="store_true",
         help="measure a stock server first, and set what is not given of --slo-ttft-s, --slo-tpot-ms and of --thin and "
-        "--rate-scale to what means on this machine what the defaults mean on the one of docs/results/step_times.json",
+        "--rate-scale to what means on this machine what the defaults mean on two vCPUs with VNNI, for which they are",
     )
     add("--name", default="server", help="what to call the server of --url")
     add("--dry-run", action="store_true", help="read, check and describe the workload, then stop")

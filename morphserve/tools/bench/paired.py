@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 
 from morphserve.tools.bench.load.server import ServerOptions, serve
+from morphserve.tools.watch import NoStatus, fetch_status
 from morphserve.tools.workload import ReplayError
 
 # Student's t, 97.5 % quantile, by degrees of freedom (pairs - 1); beyond the table an expansion around the normal's.
@@ -103,7 +104,10 @@ def compare_idle(
                 seconds = asyncio.run(_closed_loop(urls[name], servers[name].served_model_name, loop))
                 found[name].append(loop.requests * loop.output_tokens / seconds)
             on_pair(pair, found["plugin"][-1] / found["stock"][-1])
-        status = asyncio.run(_status(urls["plugin"]))
+        try:
+            status = fetch_status(urls["plugin"])
+        except NoStatus as e:
+            raise ReplayError(str(e)) from e
     if degraded := sum(n for level, n in status["tokens_by_level"].items() if level != "0"):
         raise ReplayError(f"{degraded} tokens were served above level 0: this is no idle run. Raise --num-blocks.")
     return PairedResult(tuple(found["stock"]), tuple(found["plugin"])), status
@@ -132,8 +136,3 @@ async def _closed_loop(url: str, model: str, loop: ClosedLoop) -> float:
         start = time.perf_counter()
         await asyncio.gather(*(client() for _ in range(loop.concurrency)))
         return time.perf_counter() - start
-
-
-async def _status(url: str) -> dict[str, Any]:
-    async with aiohttp.ClientSession() as session, session.get(f"{url}/morphserve/status") as answer:
-        return dict(await answer.json())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from pathlib import Path
 
 from morphserve.config import MorphServeConfig
 from morphserve.control import DEFAULT_FORMATS
+from morphserve.errors import ConfigError
 from morphserve.hub import local_files
 from morphserve.prepared import (
     Findings,
@@ -18,17 +20,19 @@ from morphserve.prepared import (
     vllm_version,
     weights_fingerprint,
 )
+from morphserve.profile_ladder import read_ladder
 from morphserve.serve_dtype import model_dtype
-from morphserve.tools.sim import Calibration
-from policies import BASE_FORMAT
+from morphserve.tools.sim import Calibration, SimServer, plan_ladder
+from policies import BASE_FORMAT, EngineLimits, PolicySetup
 
 log = logging.getLogger(__name__)
 
 
-def with_prepared(config: MorphServeConfig, calibration: Calibration) -> MorphServeConfig:
+def with_prepared(config: MorphServeConfig, calibration: Calibration, server: SimServer) -> MorphServeConfig:
     """Return the settings with the profile that a server would find, of the model that was calibrated.
 
-    Step times stay those that the simulation was given, and a profile with a format that they lack is left out.
+    Step times stay those that the simulation was given. A profile with a format that they lack is left out, and as on
+    a server one whose levels do not fit the settings.
     """
     if not config.prepared or not calibration.weights or config.profile is not None:
         return config
@@ -40,8 +44,28 @@ def with_prepared(config: MorphServeConfig, calibration: Calibration) -> MorphSe
     found = find_prepared(config_of, store, place, DEFAULT_FORMATS, calibration.num_layers, findings)
     if found.profile is None or {BASE_FORMAT, *DEFAULT_FORMATS} - times.formats.keys():
         return config
+    filled = found.fill(config)
+    if why := _misfit(filled, calibration, server):
+        _warn_once(f"not used: {' and '.join(findings.used)} (with which these settings do not fit: {why})")
+        return config
     log.info("simulated with %s", " and ".join(findings.used))
-    return found.fill(config)
+    return filled
+
+
+def _misfit(config: MorphServeConfig, calibration: Calibration, server: SimServer) -> str:
+    """Return why the settings cannot be served with the profile in them; empty where they can."""
+    limits = EngineLimits(server.block_size, server.max_num_seqs, server.max_num_batched_tokens)
+    try:
+        PolicySetup(config.policy, None, limits).build(plan_ladder(config, server, calibration, read_ladder(config)))
+    except (ConfigError, ValueError) as e:
+        return str(e)
+    return ""
+
+
+@cache
+def _warn_once(what: str) -> None:
+    """Say it for the first of many simulated runs."""
+    log.warning("%s", what)
 
 
 def stored_times(

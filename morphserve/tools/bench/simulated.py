@@ -104,10 +104,10 @@ class SimulatedEngine:
     def run(self, turn: Turn) -> Observed:
         """Simulate the server of this run."""
         file = turn.comparison.write_config(turn.name, turn.directory)
-        config = None if file is None else with_prepared(load_config(file), self.calibration)
-        profile = None if config is None else read_ladder(config)
         what, seed = turn.measurement, self.seed + turn.repeat - 1
         server = sim_server(turn.comparison.server, what, self.step_noise)
+        config = None if file is None else with_prepared(load_config(file), self.calibration, server)
+        profile = None if config is None else read_ladder(config)
         done = simulate(what.workload, server, config, self.calibration, speed=self.speed, seed=seed, profile=profile)
         setup = {
             "simulated": f"step times {self.source}, all of them times {self.speed:g}",

@@ -16,7 +16,7 @@ import aiohttp
 import yaml
 
 from morphserve.tools.bench.load.client import ClientOptions
-from morphserve.tools.bench.load.scrape import Poller, fetch_status
+from morphserve.tools.bench.load.scrape import Poller, status_of
 from morphserve.tools.bench.load.server import Server, ServerOptions, serve
 from morphserve.tools.chaos import processes
 from morphserve.tools.chaos.faults import Stage
@@ -134,20 +134,10 @@ class Runner:
                 with contextlib.suppress(asyncio.CancelledError):
                     await swinging
             if not scenario.ends:
-                await self._rest(seen, session, stage)
+                await _rest(seen, session, stage)
             polling.cancel()
             await asyncio.gather(polling, return_exceptions=True)
         return seen
-
-    async def _rest(self, seen: Seen, session: aiohttp.ClientSession, stage: Stage) -> None:
-        """Wait for level 0, and ask the canaries once more there."""
-        begin = time.perf_counter()
-        if await until(lambda: stage.levels()[0] == 0, RESTORED_WITHIN_S):
-            seen.restored_s = time.perf_counter() - begin
-            for i in range(NUM_CANARIES):
-                stage.traffic.canaries.append(await ask_canary(session, stage.options, i))
-            await asyncio.sleep(1.0)
-        seen.status = await fetch_status(session, stage.options.url)
 
     def _settings(self, scenario: Scenario, directory: Path) -> dict[str, Any]:
         own = {key: str(value).format(directory=directory) for key, value in scenario.settings.items()}
@@ -162,6 +152,17 @@ class Runner:
 
     def _options(self, server: Server) -> ClientOptions:
         return ClientOptions(url=server.url, model=self.server.served_model_name, request_timeout_s=90.0)
+
+
+async def _rest(seen: Seen, session: aiohttp.ClientSession, stage: Stage) -> None:
+    """Wait for level 0, and ask the canaries once more there."""
+    begin = time.perf_counter()
+    if await until(lambda: stage.levels()[0] == 0, RESTORED_WITHIN_S):
+        seen.restored_s = time.perf_counter() - begin
+        for i in range(NUM_CANARIES):
+            stage.traffic.canaries.append(await ask_canary(session, stage.options, i))
+        await asyncio.sleep(1.0)
+    seen.status = await status_of(stage.options.url)
 
 
 async def _end(seen: Seen, server: Server, asked: bool) -> None:

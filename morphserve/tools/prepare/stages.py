@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,16 @@ _DRAWS = 2  # answers drawn a token
 _MOVES = 5  # changes from level to level, in a model of some thirty layers
 _MAX_LEVELS = 15
 _BLOCK_SIZE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """What vLLM says that a server would be; see `morphserve.integration.offline.served`."""
+
+    place: Place
+    formats: tuple[str, ...]
+    in_pages: bool
+    with_profile: bool
 
 
 class Preparation:
@@ -59,19 +69,22 @@ class Preparation:
             if not file.is_file():
                 raise ProfilingError(f"--text {file}: there is no such file. Give text files.")
         self._check_store()
-        place, formats, in_pages = self._served()
-        sources = {"w4": w4} if w4 is not None and "w4" in formats else {}
-        key = ProfileKey(tuple(formats), place.dtype, place.tier, sources)
-        profile, times = self._profile(key, texts), self._times(place) if with_times else None
-        missing = [what for what, found in (("profile", profile), ("times", times)) if found is None]
-        if not with_times and "times" in missing:
-            missing.remove("times")
+        served = self._served()
+        place, sources = served.place, {"w4": w4} if w4 is not None and "w4" in served.formats else {}
+        if not served.with_profile:
+            self._check_without_profile(w4, with_times)
+        key = ProfileKey(served.formats, place.dtype, place.tier, sources)
+        profile = self._profile(key, texts) if served.with_profile else None
+        times = self._times(place) if with_times else None
+        wanted = {"profile": served.with_profile and profile is None, "times": with_times and times is None}
+        missing = [what for what, is_wanted in wanted.items() if is_wanted]
         if missing:
-            self._check_disk(windows * len(texts), bool(sources))
-        if profile is None:
+            self._check_disk(windows * len(texts) if wanted["profile"] else 0, bool(sources))
+            self._check_memory(served.in_pages)
+        if wanted["profile"]:
             checkpoints = {fmt: self._checkpoint(fmt, how, texts) for fmt, how in sources.items()}
-            profile = self._make_profile(key, texts, windows, checkpoints, in_pages)
-        if with_times and times is None:
+            profile = self._make_profile(key, texts, windows, checkpoints, served.in_pages)
+        if wanted["times"]:
             times = self._make_times(profile)
         took = f"in {time.monotonic() - start_s:.0f} s" if missing else "already"
         self.said.append(f"prepared {took}: {self._request.model}, served in {place.dtype}")
@@ -82,7 +95,7 @@ class Preparation:
             "model": self._request.model,
             "weights": self._store.weights,
             "place": asdict(place),
-            "profile": str(profile),
+            "profile": None if profile is None else str(profile),
             "step_times": None if times is None else str(times),
             "made": missing,
             "seconds": round(time.monotonic() - start_s, 1),
@@ -106,8 +119,10 @@ class Preparation:
         return next((each.file for each in self._store.times() if each.place == place), None)
 
     def _check_store(self) -> None:
+        from quant_layers import private_directory  # torch: only where something is made
+
         try:
-            self._store.directory.mkdir(parents=True, exist_ok=True)
+            private_directory(self._store.directory)
             if not os.access(self._store.directory, os.W_OK):
                 raise PermissionError(13, "Permission denied")
         except OSError as e:
@@ -116,9 +131,22 @@ class Preparation:
                 "settings the same `cache_dir`."
             ) from e
 
+    def _check_without_profile(self, w4: str | None, with_times: bool) -> None:
+        """Refuse what only a profile is for: the model's own weights are quantized.
+
+        Raises:
+            ProfilingError: nothing is left to do, or more is asked for than can be.
+        """
+        what = f"{self._request.model} has quantized weights, and a profile is of 16 bits or more"
+        how = "`morphserve measure-kl MODEL --formats w4` says what 4 bits cost it, for `ladder.expected_kl`"
+        if w4 is not None or not with_times:
+            option = "--without-times" if w4 is None else f"--with-w4 {w4}"
+            raise ProfilingError(f"{what}: only its step times can be prepared. Leave out {option}; {how}.")
+        self.said.append(f"{what}: only step times are prepared. {how}")
+
     def _check_disk(self, num_windows: int, with_checkpoint: bool) -> None:
         model = Path(self._request.model)
-        weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        weights = _weight_bytes(model)
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
         rows = num_windows * _LENGTH * int(config.get("hidden_size", 0)) * 4
         states = rows * (int(config.get("num_hidden_layers", 0)) + 1 + 2 * _DRAWS)
@@ -130,12 +158,24 @@ class Preparation:
                 f"{needed / 2**30:.1f} GiB. Free some, give fewer --windows, or a --cache-dir on a larger disk."
             )
 
-    def _served(self) -> tuple[Place, list[str], bool]:
+    def _check_memory(self, in_pages: bool) -> None:
+        """Refuse where not even the weights fit: what is made is made by engines of this model."""
+        from kv_resize import available_bytes
+
+        weights, available = _weight_bytes(Path(self._request.model)), available_bytes()
+        if in_pages or available is None or weights <= available:
+            return
+        raise ProfilingError(
+            f"{self._request.model} has {weights / 2**30:.1f} GiB of weights, {available / 2**30:.1f} GiB of memory "
+            "are available (what the system has, or a limit of a control group leaves). Free some, raise the limit, or "
+            "prepare the model on the machine that will serve it."
+        )
+
+    def _served(self) -> _Served:
         """Return where the server will be, and with what: asked of vLLM once, and remembered."""
         r, file = self._request, self._store.directory / f"served-{self._request.name}.json"
         try:
-            document = json.loads(file.read_text(encoding="utf-8"))
-            return Place(**document["place"]), document["formats"], document["in_pages"]
+            return _read_served(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError):
             pass
         self._progress("asking vLLM", 0, 0)
@@ -144,7 +184,7 @@ class Preparation:
         command = [sys.executable, "-m", "morphserve.integration.offline.served", *words]
         document = run_apart(command, f"{r.model} cannot be served so", "asking vLLM", self._progress)
         write_whole(file, json.dumps(document))
-        return Place(**document["place"]), document["formats"], document["in_pages"]
+        return _read_served(document)
 
     # -- what is made
 
@@ -182,11 +222,12 @@ class Preparation:
         run_profile(job, words, (), self._progress)
         return job.out
 
-    def _make_times(self, profile: Path) -> Path:
+    def _make_times(self, profile: Path | None) -> Path:
         r = self._request
         with tempfile.TemporaryDirectory() as scratch:
             out, config = Path(scratch) / "step_times.json", Path(scratch) / "config.yaml"
-            config.write_text(f"cache_dir: {self._cache_dir}\nprofile: {profile}\n", encoding="utf-8")
+            with_profile = "" if profile is None else f"profile: {profile}\n"
+            config.write_text(f"cache_dir: {self._cache_dir}\n{with_profile}", encoding="utf-8")
             command = [sys.executable, "-m", "morphserve.tools.profile.calibrate", r.model, "--out", str(out)]
             command += ["--config", str(config), "--dtype", r.dtype, *r.parallel_words]
             command += ["--cpu-bind", os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")]
@@ -200,7 +241,21 @@ class Preparation:
         return self._store.keep_times(document, Place(**done["place"]), moment())
 
 
-def _lines_of(profile: Path, times: Path | None) -> list[str]:
+def _weight_bytes(model: Path) -> int:
+    return sum(file.stat().st_size for file in model.glob("*.safetensors"))
+
+
+def _read_served(document: dict[str, Any]) -> _Served:
+    place, formats = Place(**document["place"]), tuple(document["formats"])
+    return _Served(place, formats, document["in_pages"], document["with_profile"])
+
+
+def _lines_of(profile: Path | None, times: Path | None) -> list[str]:
+    lines = [] if profile is None else _lines_of_profile(profile)
+    return lines + ([] if times is None else [f"step times {times}"])
+
+
+def _lines_of_profile(profile: Path) -> list[str]:
     from quant_layers import read_profile
 
     found = read_profile(profile, with_scales=False)
@@ -209,4 +264,4 @@ def _lines_of(profile: Path, times: Path | None) -> list[str]:
         for level in found.ladder:
             if set(level.layers.values()) == {fmt} and len(level.layers) == found.num_layers:
                 lines.append(f"  all layers in {fmt}: {level.kl:.4f} nats per token")
-    return lines + ([] if times is None else [f"step times {times}"])
+    return lines

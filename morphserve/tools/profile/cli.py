@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from morphserve.shipped import TEXT, text_file
+from morphserve.tools.checks import at_least, check_directory, check_new_file, check_texts
 from morphserve.tools.command import command_parser, fail, finish, say
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve profile") ->
 def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     from morphserve.control import DEFAULT_FORMATS
     from morphserve.serve_dtype import add_dtype_option
+    from morphserve.tools.apart import add_parallel_options
     from quant_layers import FORMATS
 
     parser = command_parser(__doc__, prog)
@@ -69,15 +71,16 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
                         "windows of the same text")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="directory of the profile; must not exist yet")
     parser.add_argument("--formats", nargs="+", default=list(DEFAULT_FORMATS), choices=list(FORMATS))
-    parser.add_argument("--windows", type=int, default=6, help="windows per file")
-    parser.add_argument("--length", type=int, default=512, help="tokens per window")
-    parser.add_argument("--draws", type=int, default=2, help="answers drawn per token: more = less noise")
-    parser.add_argument("--moves-per-level", type=int, default=5, help="changes from level to level")
+    parser.add_argument("--windows", type=at_least(1), default=6, help="windows per file")
+    parser.add_argument("--length", type=at_least(2), default=512, help="tokens per window")
+    parser.add_argument("--draws", type=at_least(1), default=2, help="answers drawn per token: more = less noise")
+    parser.add_argument("--moves-per-level", type=at_least(1), default=5, help="changes from level to level")
     parser.add_argument("--halves", action="store_true", help="swap attention and MLP one by one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-measure", action="store_true", help="predict only; needs no vLLM")
     parser.add_argument("--plot", type=Path, help="PNG of what the levels free and cost")
     parser.add_argument("--compiled", action="store_true", help="measure step times with compiled models")
+    add_parallel_options(parser)
     add_dtype_option(parser)
     return parser.parse_args(argv)
 
@@ -89,6 +92,10 @@ def _run(args: argparse.Namespace) -> tuple[Profile, float]:
     from morphserve.serve_dtype import AUTO, resolve_dtype
     from morphserve.tools.profile import ProfileJob, run_profile
 
+    check_directory(args.out, "--out")
+    if args.plot is not None:
+        check_new_file(args.plot, "--plot")
+    check_texts([*args.text, *(args.eval_text or ())], "--text")
     job = ProfileJob(
         args.model, tuple(args.text), args.out, tuple(args.formats), args.windows, args.length, args.draws,
         args.moves_per_level, args.seed, args.halves,
@@ -97,7 +104,8 @@ def _run(args: argparse.Namespace) -> tuple[Profile, float]:
         task = progress.add_task("profiling", total=None)
         compiled = ("--compiled",) if args.compiled else ()
         dtype = resolve_dtype(args.dtype, args.model) or AUTO
-        measure = None if args.no_measure else ("--dtype", dtype, *compiled)
+        ranks = ("-tp", str(args.tensor_parallel_size), "-pp", str(args.pipeline_parallel_size))
+        measure = None if args.no_measure else ("--dtype", dtype, *ranks, *compiled)
         return run_profile(
             job, measure, tuple(args.eval_text or ()),
             lambda what, done, total: progress.update(task, description=what, completed=done, total=total),

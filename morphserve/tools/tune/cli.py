@@ -36,7 +36,8 @@ from morphserve.config import MorphServeConfig, load_config
 from morphserve.profile_ladder import read_ladder
 from morphserve.shipped import SEARCH_SPACE, config_file
 from morphserve.tools.bench import with_prepared
-from morphserve.tools.command import run_command
+from morphserve.tools.checks import check_directory
+from morphserve.tools.command import command_parser, run_command
 from morphserve.tools.options import add_options, read_options
 from morphserve.tools.sim import ServerSpec, SimServer, load_calibration
 from morphserve.tools.tune.errors import TuningError
@@ -49,9 +50,7 @@ STUDY_FILE = "study.journal"
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """Build the parser of all options."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__, prog)
     _study_options(parser.add_argument_group("study"))
     add_options(parser.add_argument_group("server (as of `morphserve replay`, simulated)"), ServerSpec)
     return parser
@@ -139,13 +138,14 @@ def _inputs(args: argparse.Namespace) -> tuple[MorphServeConfig, Space, World]:
         if value < least:
             raise TuningError(f"{option} is {value}, must be at least {least}.")
     check_times(args)
+    check_directory(args.out, "--out")
     config = load_config(args.config)
     space = load_space(args.space, config)
     dev, held_out = load_windows(args.dev, args.held_out)
     server = read_options(SimServer, args, restore_wait_s=0.0)  # no tokens come then: nothing that is scored
     slo = Slo(args.slo_ttft_s, args.slo_tpot_ms / 1000.0)
     calibration = load_calibration(args.step_times)
-    profile = read_ladder(with_prepared(config, calibration))
+    profile = read_ladder(with_prepared(config, calibration, server))
     return config, space, World((*dev, *held_out), len(dev), server, calibration, slo, profile)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import aiohttp
 
 from morphserve.tools.bench.load.client import ClientOptions, completion_body, replay, send
-from morphserve.tools.bench.load.scrape import Poller, fetch_status
+from morphserve.tools.bench.load.scrape import Poller, status_of
 from morphserve.tools.bench.report.results import Observed
 from morphserve.tools.options import option
 from morphserve.tools.workload import Outcome, ReplayError, Slo, Workload
@@ -60,7 +60,7 @@ async def measure(what: Measurement, on_done: Callable[[Outcome], None] = lambda
                 await polling
         await poller.once()
         await _check_alive(session, what.client.url)
-        status = await fetch_status(session, what.client.url)
+        status = await status_of(what.client.url)
     setup = {
         "load_average_before": load_before,
         "load_average_after": os.getloadavg()[0],

@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
+from morphserve.tools.watch import NoStatus, fetch_status
 from morphserve.tools.workload import Snapshot
 
 
@@ -116,13 +117,9 @@ class Poller:
             await asyncio.sleep(max(0.05, every_s - (time.perf_counter() - begin)))
 
 
-async def fetch_status(session: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:
+async def status_of(url: str) -> dict[str, Any] | None:
     """Return MorphServe's /morphserve/status, or None where there is none."""
     try:
-        async with asyncio.timeout(10), session.get(f"{url}/morphserve/status") as response:
-            if response.status != 200:
-                return None
-            status = await response.json()
-    except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
+        return await asyncio.to_thread(fetch_status, url)
+    except NoStatus:
         return None
-    return status if isinstance(status, dict) else None

@@ -29,7 +29,7 @@ from typing import Any
 from morphserve.tools.bench import simulated
 from morphserve.tools.bench.cli import comparison_of, settle_dtype
 from morphserve.tools.bench.comparison import Comparison
-from morphserve.tools.bench.options import make_parser, prompt_options, run_options, server_options
+from morphserve.tools.bench.options import prompt_options, run_options, server_options
 from morphserve.tools.bench.report.console import ConsoleProgress
 from morphserve.tools.bench.report.tables import fold
 from morphserve.tools.bench.simulated import SimulatedEngine
@@ -37,13 +37,14 @@ from morphserve.tools.bench.sweep.agreement import SPEEDS, BySpeed, Rows, compar
 from morphserve.tools.bench.sweep.ranking import dominated, totals
 from morphserve.tools.bench.sweep.report import markdown
 from morphserve.tools.bench.sweep.runs import measure_all, simulate_all
-from morphserve.tools.command import run_command
+from morphserve.tools.checks import check_directory
+from morphserve.tools.command import command_parser, run_command
 from morphserve.tools.workload import ReplayError, check_fits, read_windows
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of all options."""
-    parser = make_parser(__doc__, prog)
+    parser = command_parser(__doc__, prog)
     group = parser.add_argument_group("workloads")
     group.add_argument(
         "--window",
@@ -70,6 +71,7 @@ def _sweep(args: argparse.Namespace) -> dict[str, Any]:
         simulated.check_options(args)
     else:
         _check_servers(args)
+    check_directory(args.out, "--out")
     settle_dtype(args)
     comparisons = _comparisons(args)
     comparisons[0].check(is_simulated=args.simulate)

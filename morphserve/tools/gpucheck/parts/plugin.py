@@ -75,7 +75,7 @@ def _swap(bench: Bench, morphing: EngineProcess, output_tokens: int) -> None:
     """Down the ladder and back while requests run."""
     before = throughput(morphing, output_tokens, bench.left_s)[1]
     base = morphing.ask("status", timeout_s=30)
-    bench.require("the plugin is loaded", bool(base), "else its dist-info is not on PYTHONPATH: docs/gpu.md")
+    bench.require("the plugin is loaded", bool(base), "else PYTHONPATH lacks its dist-info")
     deepest = base["deepest"]
     down = _under_load(bench, morphing, output_tokens, deepest)
     bench.require("it got to the deepest level", down["level"] == deepest, str(down))

@@ -40,7 +40,7 @@ def engine_factory(bench: Bench) -> str:
         bench.note("a stand-in in place of vLLM")
         return STAND_IN
     if importlib.util.find_spec("vllm") is None:
-        raise Skip("vllm is not installed here: docs/gpu.md says how it is brought to a machine without a network")
+        raise Skip("vllm is not installed here: install it, or unpack it on an exported PYTHONPATH")
     return VLLM_ENGINE
 
 
