@@ -18,7 +18,7 @@ from typing import Any
 
 import aiohttp
 
-from morphserve.tools.bench.load.client import ClientOptions, completion_body
+from morphserve.tools.bench import ClientOptions, completion_body
 from morphserve.tools.chaos import processes
 from morphserve.tools.chaos.load import Traffic, until
 

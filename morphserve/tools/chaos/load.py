@@ -17,7 +17,7 @@ from typing import Any
 
 import aiohttp
 
-from morphserve.tools.bench.load.client import ClientOptions, completion_body, send
+from morphserve.tools.bench import ClientOptions, completion_body, send
 from morphserve.tools.workload import Outcome
 
 NUM_CLIENTS, NUM_CANARIES = 14, 2

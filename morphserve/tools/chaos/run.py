@@ -15,9 +15,7 @@ from typing import Any
 import aiohttp
 import yaml
 
-from morphserve.tools.bench.load.client import ClientOptions
-from morphserve.tools.bench.load.scrape import Poller, status_of
-from morphserve.tools.bench.load.server import Server, ServerOptions, serve
+from morphserve.tools.bench import ClientOptions, Poller, Server, ServerOptions, serve, status_of
 from morphserve.tools.chaos import processes
 from morphserve.tools.chaos.faults import Stage
 from morphserve.tools.chaos.judge import RESTORED_WITHIN_S, Seen
