@@ -155,11 +155,17 @@ class Counters:
     forced_preemptions: int = 0  # requests that a shrink without room has preempted
     decisions_dropped: int = 0  # that the decision log should have, and has not
     errors: dict[str, int] = field(default_factory=dict)  # by place
+    orders: dict[str, int] = field(default_factory=dict)  # of operators, by kind and what became of them, KIND_OUTCOME
 
     def count_transition(self, direction: Direction, outcome: Outcome) -> None:
         """Count a transition that has ended."""
         key = (direction, outcome)
         self.transitions[key] = self.transitions.get(key, 0) + 1
+
+    def count_order(self, kind: str, outcome: str) -> None:
+        """Count an operator's order that was taken or refused, or has ended; both are of a few fixed words."""
+        key = f"{kind}_{outcome}"
+        self.orders[key] = self.orders.get(key, 0) + 1
 
     def count_error(self, place: str) -> None:
         """Count an error that was caught; `place` is one of a few fixed names."""
