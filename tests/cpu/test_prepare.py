@@ -224,7 +224,7 @@ def test_what_cannot_be_is_refused_in_one_line(
 ) -> None:
     """Guards: minutes of work that end for want of room; a traceback for a wrong name."""
     words: tuple[str, ...] = ()
-    said = {"disk": "GiB free", "text": "no such file", "weights": "Fetch the model again", "cache": "can be written",
+    said = {"disk": "GiB free", "text": "No such file", "weights": "Fetch the model again", "cache": "can be written",
             "model": "neither a directory nor a hub"}[what]  # fmt: skip
     if what == "disk":
         usage = namedtuple("usage", "total used free")
