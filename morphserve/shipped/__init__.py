@@ -43,5 +43,7 @@ _WORKLOADS = Path(str(files(__name__) / "workloads"))
 _TEXTS = Path(str(files(__name__) / "corpus"))
 _CONFIGS = Path(str(files("policies") / "yaml"))
 TEXT = _TEXTS / "wikitext2.txt"  # English prose, 150 kB
+_MONITORING = Path(str(files(__name__) / "monitoring"))
+MONITORING = (_MONITORING / "alerts.yaml", _MONITORING / "dashboard.json")  # of Prometheus and of Grafana
 DEFAULT_CONFIG = _CONFIGS / "default.yaml"
 SEARCH_SPACE = _CONFIGS / "space.yaml"

@@ -22,6 +22,8 @@ FAILS: list[tuple[tuple[str, ...], str]] = [
     (("init", NOWHERE), NO_HOME),
     (("init", "{tmp}/none/x"), "No such file or directory"),
     (("init", "{tmp}"), "exists and is left as it is"),
+    (("init", "--monitoring", "{tmp}/none"), "No such file or directory"),
+    (("init", "--monitoring", NOWHERE), NO_HOME),
     (("inspect", NOWHERE), "No such file or directory"),
     (("inspect", "{tmp}/file"), "Not a directory"),
     (("replay-log", NOWHERE), NO_HOME),

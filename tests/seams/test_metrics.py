@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry, generate_latest
@@ -18,6 +21,7 @@ from vllm.plugins.endpoint_plugins import interface
 
 from morphserve.integration.server.metrics import StatusCollector
 from morphserve.integration.server.poll import StatusPoll
+from morphserve.shipped import MONITORING
 
 pytestmark = pytest.mark.seams
 
@@ -60,6 +64,22 @@ def samples(statuses: list[dict[str, Any]]) -> dict[tuple[str, ...], float]:
         for family in text_string_to_metric_families(generate_latest(registry).decode())
         for sample in family.samples
     }
+
+
+def test_alerts_and_board_name_metrics_that_there_are() -> None:
+    """Guards: an alert that never fires, or an empty panel, since a metric has another name or another label value."""
+    exported = {labels[0] for labels in samples([status(0, 0), status(1, 3)])}
+    alerts = [rule["expr"] for rule in yaml.safe_load(MONITORING[0].read_text())["groups"][0]["rules"]]
+    panels = json.loads(MONITORING[1].read_text())["panels"]
+    board = [target["expr"] for panel in panels for target in panel["targets"]]
+    named = {name for expr in [*alerts, *board] for name in re.findall(r"\b\w+:\w+", expr)}
+    assert named <= exported and len(alerts) > 5 and len(board) > 10
+    families = {re.sub(r"_(bucket|count|sum)$", "", name) for name in exported}
+    assert families == {re.sub(r"_bucket$", "", name) for name in named}, "each is on the board, or in an alert"
+    told = {labels[1:] for labels in samples([status(1, 3)])}
+    values = {value for labels in told for value in labels if not value.startswith(("engine=", "le="))}
+    of_state = set(re.findall(r'(?:state|outcome)="(\w+)"', " ".join([*alerts, *board])))
+    assert of_state <= {value.partition("=")[2] for value in values} | {"aborted"}  # see `Outcome`
 
 
 def test_engines_are_told_apart() -> None:

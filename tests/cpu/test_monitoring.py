@@ -1,0 +1,97 @@
+"""Alert rules and the board that travel in the wheel, as Prometheus' own tool reads and runs them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from morphserve.commands import main
+from morphserve.shipped import MONITORING
+
+pytestmark = pytest.mark.cpu
+
+ALERTS, BOARD = MONITORING
+PROMTOOL = shutil.which("promtool")
+needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="no promtool here; Debian: apt install prometheus")
+RULES: list[dict[str, Any]] = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"][0]["rules"]
+
+# alert |-> series, a value a minute; when it must be silent, when it must fire, when it must be silent again (minutes)
+SCENARIOS: dict[str, tuple[dict[str, str], tuple[int, int, int]]] = {
+    "MorphServeFailed": ({'failed{engine="0"}': "0x4 1x4 0x9"}, (3, 6, 12)),
+    "MorphServeEngineSilent": ({'status_age_seconds{engine="0"}': "0x4 60+60x5 1x9"}, (5, 8, 15)),
+    "MorphServeBlocksNotBacked": (
+        {'kv_blocks{engine="0",state="published"}': "49x20", 'kv_blocks{engine="0",state="backed"}': "49x4 48x5 49x9"},
+        (4, 8, 13),
+    ),
+    # a counter that is first seen at 1
+    "MorphServeTransitionsAborted": (
+        {'transitions_total{engine="0",direction="restore",outcome="aborted"}': "_x4 1x40"}, (3, 6, 30)),
+    "MorphServeErrors": ({'errors_total{engine="0",where="prepare"}': "2x20 3x40"}, (19, 25, 50)),
+    "MorphServeStaysDegraded": ({'level{engine="0"}': "0x5 4x70 0x20"}, (30, 70, 80)),
+    "MorphServePolicyRefused": ({'policy_reloads_total{engine="0",outcome="refused"}': "0x5 1x40"}, (4, 8, 30)),
+    "MorphServePredictionsDistrusted": ({'predictions{engine="0",state="distrusted"}': "0x5 1x30 0x9"}, (15, 30, 40)),
+    "MorphServeDecisionsDropped": ({'decisions_dropped_total{engine="0"}': "0x5 0+9x5 54x40"}, (4, 9, 40)),
+}  # fmt: skip
+
+
+def promtool(*words: str | Path) -> None:
+    assert PROMTOOL is not None
+    done = subprocess.run([PROMTOOL, *map(str, words)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_alert_has_its_scenario() -> None:
+    """Guards: an alert that nobody has seen fire; one without a word on what to do."""
+    assert {rule["alert"] for rule in RULES} == set(SCENARIOS)
+    for rule in RULES:
+        assert rule["labels"]["severity"] in ("critical", "warning")
+        assert rule["annotations"]["summary"] and rule["annotations"]["description"]
+
+
+@needs_promtool
+@pytest.mark.parametrize("alert", SCENARIOS)
+def test_an_alert_fires_and_clears(alert: str, tmp_path: Path) -> None:
+    """Guards: an alert that misses its case, one that stays, and one that a first sight of a counter does not start."""
+    series, (before, during, after) = SCENARIOS[alert]
+    checks = []
+    for minute, fires in ((before, False), (during, True), (after, False)):
+        expr = f'count(ALERTS{{alertname="{alert}",alertstate="firing"}})'
+        samples = [{"labels": "{}", "value": 1}] if fires else []
+        checks.append({"expr": expr, "eval_time": f"{minute}m", "exp_samples": samples})
+    inputs = [{"series": f"morphserve:{name}", "values": values} for name, values in series.items()]
+    test = {"interval": "1m", "input_series": inputs, "promql_expr_test": checks}
+    file = tmp_path / "test.yaml"
+    document = {"rule_files": [str(ALERTS)], "evaluation_interval": "1m", "tests": [test]}
+    file.write_text(yaml.safe_dump(document), encoding="utf-8")
+    promtool("test", "rules", file)
+
+
+@needs_promtool
+def test_prometheus_reads_rules_and_queries(tmp_path: Path) -> None:
+    """Guards: a rule file that Prometheus does not start with, a panel that shows an error."""
+    promtool("check", "rules", ALERTS)
+    exprs = [target["expr"] for panel in json.loads(BOARD.read_text())["panels"] for target in panel["targets"]]
+    rules = [
+        {"record": f"panel:{number}", "expr": expr.replace("$instance", ".*").replace("$__rate_interval", "1m")}
+        for number, expr in enumerate(exprs)
+    ]
+    assert not [rule for rule in rules if "$" in rule["expr"]]
+    file = tmp_path / "board.yaml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "board", "rules": rules}]}), encoding="utf-8")
+    promtool("check", "rules", file)
+
+
+def test_the_files_are_written_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: files in the wheel that nobody can reach, or an edited one that is overwritten."""
+    assert main(["init", "--monitoring", str(tmp_path)]) == 0
+    assert "rule_files of prometheus.yml" in capsys.readouterr().out
+    for source in MONITORING:
+        assert (tmp_path / source.name).read_bytes() == source.read_bytes()
+    assert main(["init", "--monitoring", str(tmp_path)]) == 1
+    assert "alerts.yaml exists and is left as it is" in capsys.readouterr().err
