@@ -216,7 +216,9 @@ def test_a_server_and_what_it_starts_ignore_hangups(
 
 
 @pytest.mark.parametrize(
-    ("ignored_by", "ours"), [(os.getpid(), True), (os.getppid(), True), (1 << 30, False), ("", False)]
+    ("ignored_by", "ours"),
+    [(os.getpid(), True), (os.getppid(), True), (1 << 30, False), ("", False)],
+    ids=["itself", "parent", "stranger", "nobody"],  # processes that collect the same tests have other numbers
 )
 def test_what_we_ignore_ourselves_gets_our_handler(
     ignored_by: int | str, ours: bool, hangup: None, monkeypatch: pytest.MonkeyPatch
