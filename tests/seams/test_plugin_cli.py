@@ -459,7 +459,7 @@ def test_install_twice_is_install_once_and_has_an_inverse(unpatched: None) -> No
         assert [(patch, patch.ours) for patch in seams.patches()] == before
     patched = {(patch.owner, patch.name) for patch in seams.patches()}
     wrapped = {(owner, name) for owner, name in patched if not name.startswith("morphserve_")}
-    assert len(patched) == len(seams.patches()) == len(wrapped) + 2 == 18
+    assert len(patched) == len(seams.patches()) == len(wrapped) + 3 == 19
     assert wrapped <= set(found), "a wrapped symbol has no row in the seam table"
     assert all(vars(owner)[name] is not found[owner, name] for owner, name in wrapped)
     seams.undo()
