@@ -115,6 +115,8 @@ class Signals:
     output_tokens: float = 0.0  # EWMA over requests that ended; 0 = unknown
     num_arrivals: int = 0  # since start
     running_limits: tuple[OwnLimit, ...] = ()  # on the time per token, of running requests that bring one
+    max_level: int | None = None  # shallowest of the levels that requests which are here must not be served below
+    max_level_alone: bool = False  # nobody else is here
 
     @property
     def kv_usage(self) -> float:

@@ -76,6 +76,8 @@ class Rank:
             blocks = cached.new_block_ids[i]
             if request_id in cached.resumed_req_ids:
                 self.tables[request_id] = list(blocks[0])
+                # As vLLM's runners: a token that was under way when it was preempted may have been dropped.
+                self.tokens[request_id] = list(cached.all_token_ids.get(request_id, self.tokens[request_id]))
             elif blocks is not None:
                 self.tables[request_id] += blocks[0]
             self.computed[request_id] = cached.num_computed_tokens[i]

@@ -48,6 +48,7 @@ _OURS |= {"inference_mode", "__getattr__"}  # torch's; of a door that loads late
 _OURS |= {"forward"}  # of our modules
 _OURS |= {"worker", "monitor_workers"}  # our module; a function that logs, and the flag that starts it
 _OURS |= {"abort"}  # of a rank's transition, not the client's
+_OURS |= {"name"}  # of kernels, slots and seams
 _ADDED = "morphserve_"  # what we add to their classes, as an engine started earlier in this process did
 
 
