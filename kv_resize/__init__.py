@@ -9,7 +9,7 @@ from kv_resize.cuda_page_allocator import CudaPageAllocator
 from kv_resize.elastic_cache import ElasticCache
 from kv_resize.errors import BackingError, KVResizeError, MapError, PageError
 from kv_resize.geometry import ByteRange, KVGeometry, Placement, Run
-from kv_resize.host_memory import available_bytes
+from kv_resize.host_memory import available_bytes, unmapped_bytes
 from kv_resize.page_allocator import FakePageAllocator, Page, PageAllocator
 
 __all__ = [
@@ -31,4 +31,5 @@ __all__ = [
     "Placement",
     "Run",
     "available_bytes",
+    "unmapped_bytes",
 ]

@@ -43,7 +43,11 @@ class Backing(Protocol):
         ...
 
     def release(self, ranges: Sequence[ByteRange]) -> None:
-        """Give pages back to the system; their contents are gone. Cannot fail."""
+        """Give pages back to the system; their contents are gone.
+
+        Raises:
+            BackingError: The system keeps them: nobody can say any more what is in them.
+        """
         ...
 
     def resident_bytes(self, ranges: Sequence[ByteRange]) -> int:
@@ -90,7 +94,7 @@ class HostBacking:
         except OSError as e:
             raise BackingError(
                 f"cannot reserve {self._mapped_bytes:,} B of address space: {e.strerror}. Lower the maximum "
-                "number of KV blocks, or raise the limit (ulimit -v, vm.overcommit_memory)."
+                "number of KV blocks, or raise the limit (ulimit -v, ulimit -d, vm.overcommit_memory)."
             ) from e
         if not huge_pages:
             self._advise(_MADV_NOHUGEPAGE, 0, self._mapped_bytes)
@@ -115,7 +119,8 @@ class HostBacking:
             shared = f" on each of {self.num_sharers} ranks" if self.num_sharers > 1 else ""
             raise BackingError(
                 f"no memory for {wanted:,} B of KV cache{shared}: {available:,} B are available, "
-                f"{self.keep_free_bytes:,} B are kept free for a worst-case forward pass."
+                f"{self.keep_free_bytes:,} B are kept free for a worst-case forward pass.",
+                available_bytes=max(available - self.keep_free_bytes, 0) // self.num_sharers,
             )
         for start, end in ranges:
             if self._can_populate:
@@ -133,8 +138,11 @@ class HostBacking:
         """Give pages back to the system."""
         self._check_pages(ranges)
         for start, end in ranges:
-            error = self._advise(mmap.MADV_DONTNEED, start, end)
-            assert error == 0, f"MADV_DONTNEED on our own mapping: {errno.errorcode[error]}"
+            if error := self._advise(mmap.MADV_DONTNEED, start, end):  # the next owner would read these blocks as zero
+                raise BackingError(
+                    f"the system keeps {end - start:,} B of KV cache that were given back (MADV_DONTNEED: "
+                    f"{errno.errorcode.get(error, error)}). Do not lock the server's memory (mlockall)."
+                )
 
     def resident_bytes(self, ranges: Sequence[ByteRange]) -> int:
         """Return the bytes of resident pages, from mincore(2)."""
@@ -158,7 +166,8 @@ class HostBacking:
         """Copy by one memmove(3) per row: a row is some kilobytes, and a tensor operation costs as much as its copy."""
         address, end = self._whole.data_ptr() + offset, (self.size_bytes - offset) // stride
         for src, dst in pairs:
-            assert 0 <= src < end and 0 <= dst < end, (src, dst, end)
+            if not (0 <= src < end and 0 <= dst < end):  # memmove asks nobody
+                raise BackingError(f"copy of row {src} to row {dst}: the buffer has {end}.")
             ctypes.memmove(address + dst * stride, address + src * stride, stride)
 
     def _advise(self, advice: int, start: int, end: int) -> int:

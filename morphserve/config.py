@@ -7,11 +7,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
 from morphserve.cache import cache_root
 from morphserve.errors import ConfigError
+from morphserve.user_input import parse_yaml, read_yaml, user_path
 from policies import PolicyConfig, SloConfig
 
 # Which formats there are, the kernels say, and these need torch: `check_formats` asks later. All end in their bits; "/"
@@ -19,6 +19,14 @@ from policies import PolicyConfig, SloConfig
 FormatName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*[0-9]$")]
 
 
+def _reachable(path: Path) -> Path:
+    user_path(path)
+    return path
+
+
+UserPath = Annotated[Path, AfterValidator(_reachable)]  # as it was written; whose `~` is somebody's
+
+_MAX_SHOWN = 200  # characters of a value in a message
 _MAX_WORDS = 500  # characters of a message about what somebody has sent
 
 
@@ -105,7 +113,7 @@ class TransitionConfig(_Section):
         30.0,
         gt=0,
         description="a swap batch that a rank has not prepared this long after it was asked is given up on all ranks; "
-        "the steps ahead of it count, so stay above three of the longest",
+        "the steps ahead of it count, so stay above three of the longest; half of it is for reading files",
     )
     backoff_s: float = Field(5.0, ge=0, description="no new transition this long after a failure")
     backoff_max_s: float = Field(
@@ -134,10 +142,10 @@ class MorphServeConfig(_Section):
     kernels: dict[FormatName, str] = Field(
         default_factory=dict, description="by format: the kernel to use; else the first that passes its self-test"
     )
-    profile: Path | None = Field(
+    profile: UserPath | None = Field(
         None, description="directory that `morphserve profile` made for this model; null = see `prepared`"
     )
-    step_times: Path | None = Field(
+    step_times: UserPath | None = Field(
         None, description="file that `morphserve calibrate` made; null = the profile's, else see `prepared`"
     )
     prepared: bool = Field(
@@ -145,12 +153,12 @@ class MorphServeConfig(_Section):
         description="where no profile or step times are named, use what `morphserve prepare` has stored of this very "
         "model, machine, dtype and topology, or what comes with the package; false = only what is named here",
     )
-    cache_dir: Annotated[Path, BeforeValidator(lambda given: cache_root() if given is None else given)] = Field(
+    cache_dir: Annotated[UserPath, BeforeValidator(lambda given: cache_root() if given is None else given)] = Field(
         default_factory=cache_root,
         description="packed variants, built once, verified, then read; and what was prepared. null = MORPHSERVE_CACHE "
         "of the environment, else ~/.cache/morphserve",
     )
-    decision_log: Path | None = Field(
+    decision_log: UserPath | None = Field(
         None,
         description="JSONL of signals and decisions, gzip'd if it ends in .gz, replica 1 in NAME.1.jsonl; null = off",
     )
@@ -192,18 +200,11 @@ def load_config(path: str | Path) -> MorphServeConfig:
     Raises:
         ConfigError: unreadable file, YAML syntax, unknown key, value out of bounds.
     """
-    file = Path(path).expanduser()
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as e:
-        raise ConfigError(f"--morphserve-config {file}: {e.strerror}. Give a readable YAML file.") from e
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"{file}: not UTF-8 text ({e.reason} at byte {e.start}).") from e
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{file}: not valid YAML: {e}") from e
-    return parse_config({} if raw is None else raw, source=str(file))
+    file = user_path(path)
+    raw = read_yaml(file, "--morphserve-config")
+    if raw is None:
+        raise ConfigError(f"{file} is empty. Write what is to differ from the defaults, or leave the file out.")
+    return parse_config(raw, source=str(file))
 
 
 def parse_config(raw: object, source: str = "morphserve config") -> MorphServeConfig:
@@ -234,24 +235,37 @@ def parse_policy(text: str, source: str) -> PolicyConfig:
         return MorphServeConfig.model_validate(raw).policy
     except ValidationError as e:
         why = "; ".join(line.strip() for line in problem_lines(e))
-    except (ConfigError, yaml.YAMLError, ValueError, RecursionError) as e:
+    except ConfigError as e:
         why = str(e)
     raise ConfigError(f"{source}: {' '.join(why.split())[:_MAX_WORDS]}")
 
 
 def _plain_values(text: str) -> object:
-    """Load JSON or YAML. No aliases, of which a short text makes a value too long to be written into a message."""
+    """Load JSON, or YAML without aliases, of which a short text makes a value too long to be written into a message."""
     try:
-        return json.loads(text)
-    except ValueError:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ConfigError("YAML aliases (*name) are not taken here. Write the value out.") from None
-        return yaml.safe_load(text)
+        return json.loads(text, object_pairs_hook=_each_once)
+    except (ValueError, RecursionError):
+        return parse_yaml(text, with_aliases=False)
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ConfigError(f"a key of {', '.join(key for key, _ in pairs)} is given twice; leave one out")
+    return found
 
 
 def problem_lines(error: ValidationError) -> list[str]:
     """Return one line a problem: where it stands, what is wrong, what was given."""
     return [
-        f"  {'.'.join(str(p) for p in problem['loc']) or '(root)'}: {problem['msg']} (got {problem['input']!r})"
+        f"  {'.'.join(str(p) for p in problem['loc']) or '(root)'}: {problem['msg']} (got {_shown(problem['input'])})"
         for problem in error.errors()
     ]
+
+
+def _shown(value: object) -> str:
+    try:
+        shown = repr(value)
+    except RecursionError:
+        shown = type(value).__name__
+    return shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}..."

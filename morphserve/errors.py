@@ -31,5 +31,9 @@ class ProfilingError(MorphServeError):
     """A model cannot be profiled."""
 
 
+class EngineLostError(MorphServeError, RuntimeError):
+    """What a rank holds is unknown, or other than what the others hold: the engine ends rather than serve from it."""
+
+
 class EngineEndedError(MorphServeError, RuntimeError):
     """The engine or a worker ended; the message is what ended it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from morphserve.errors import ConfigError
+from morphserve.user_input import user_path
 
 _FILES = ["*.safetensors", "*.json", "*.model", "*.txt"]
 
@@ -19,7 +20,7 @@ def find_files(source: str, what: str) -> Path:
     Raises:
         ConfigError: neither.
     """
-    directory = Path(source).expanduser()
+    directory = user_path(source)
     if directory.is_dir():
         return directory
     from huggingface_hub import snapshot_download
@@ -40,10 +41,10 @@ def local_files(source: str, revision: str | None = None) -> Path | None:
         source: directory or hub name.
         revision: of the hub's.
     """
-    directory = Path(source).expanduser()
-    if directory.is_dir():
-        return directory
     try:
+        directory = user_path(source)
+        if directory.is_dir():
+            return directory
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(source, revision=revision, allow_patterns=_FILES, local_files_only=True))

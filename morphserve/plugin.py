@@ -13,17 +13,19 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from morphserve.errors import MorphServeError
 from morphserve.integration import ending, seams
-from morphserve.integration.start import CONFIG_FILE, KEY, is_active, read_settings
+from morphserve.integration.start import CONFIG_FILE, KEY, ignore_hangups, is_active, read_settings
+from morphserve.user_input import user_path
 
 logger = logging.getLogger("vllm.morphserve")
 
 SCHEDULER_CLS = "morphserve.integration.engine.scheduler.make_scheduler"
 WORKER_EXTENSION_CLS = "morphserve.integration.worker.worker.MorphServeWorker"
+_ALLOW_LIST = "VLLM_PLUGINS"
+_VLLM_GROWTH = "enable_extensible_kv_cache"  # of EngineArgs; None = on where it can be
 
 
 def register() -> None:
@@ -88,13 +90,11 @@ def _settings_from_cli(args: argparse.Namespace) -> None:
             _exit(f"--morphserve-config {file} has no effect without --plugin morphserve. Add it.")
         return
     additional = dict(getattr(args, "additional_config", None) or {})
-    if KEY in additional and file is not None:
-        inline = additional[KEY]
-        if inline != {CONFIG_FILE: str(Path(file).expanduser().resolve())}:
-            _exit("settings both in --morphserve-config and in --additional-config. Give one of them.")
-    if KEY not in additional:
-        additional[KEY] = {CONFIG_FILE: str(Path(file).expanduser().resolve())} if file else {}
     try:
+        settings = {CONFIG_FILE: str(user_path(file).resolve())} if file else {}
+        if file is not None and additional.get(KEY, settings) != settings:
+            _exit("settings both in --morphserve-config and in --additional-config. Give one of them.")
+        additional.setdefault(KEY, settings)
         read_settings(additional)
     except MorphServeError as e:
         _exit(str(e))
@@ -103,17 +103,19 @@ def _settings_from_cli(args: argparse.Namespace) -> None:
 
 def _create_engine_config(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
-    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def create_engine_config(self: Any, usage_context: Any = None, *args: Any, **kwargs: Any) -> Any:
         if not is_active(self.additional_config):
-            return original(self, *args, **kwargs)
+            return original(self, usage_context, *args, **kwargs)
         try:
             ending.arm(_is_cli())
             _activate(self)
-            config = original(self, *args, **kwargs)
+            config = original(self, usage_context, *args, **kwargs)
             from morphserve.integration.start import attach_prepared, check_engine
 
             attach_prepared(config)
             check_engine(config)
+            if _is_of_server(usage_context):
+                ignore_hangups()
         except MorphServeError as e:
             # On the command line one clear line beats a traceback of vLLM's start-up.
             if _is_cli():
@@ -145,8 +147,29 @@ def _activate(engine_args: Any) -> None:
                 f"MorphServe needs {ours!r} there: remove one of the two."
             )
         setattr(engine_args, field, ours)
+    _keep_kv_from_growing(engine_args)
     install_engine_seams()
-    _allow_endpoint_plugin()
+    seams.wrap(seams.ENDPOINT_PLUGINS, _load_endpoint_plugins)
+
+
+def _keep_kv_from_growing(engine_args: Any) -> None:
+    """Turn vLLM's own growth of the KV cache off, where the installed version has it: two would map the same blocks.
+
+    No supported version does. Where it comes, it is on unless it is turned off (vLLM's pull request 56492).
+
+    Raises:
+        ConfigError: the user asks for it.
+    """
+    from morphserve.errors import ConfigError
+
+    asked = getattr(engine_args, _VLLM_GROWTH, False)
+    if asked:
+        raise ConfigError(
+            f"{_VLLM_GROWTH} is {asked}: vLLM and MorphServe would both map blocks behind the KV cache, only one can. "
+            "Leave out --enable-extensible-kv-cache."
+        )
+    if asked is None:
+        setattr(engine_args, _VLLM_GROWTH, False)
 
 
 def _device_seams() -> tuple[seams.Seam, ...]:
@@ -157,25 +180,37 @@ def _device_seams() -> tuple[seams.Seam, ...]:
     return CUDA_SEAMS if is_cuda() else ()
 
 
-def _allow_endpoint_plugin() -> None:
-    """Name ourselves in VLLM_PLUGINS, which is an allow list for EVERY plugin group.
+def _load_endpoint_plugins(original: Callable[..., Any]) -> Any:
+    """Have vLLM load our endpoint beside those that the user allows.
 
-    Source: vllm/plugins/__init__.py, load_endpoint_plugins. Only adding keeps what worked without us.
+    vLLM loads an endpoint only if VLLM_PLUGINS names it. That is an allow list for EVERY plugin group, and some plugins
+    take their name in it as leave to download. So ours stands in it only while vLLM loads endpoints, and no other does.
     """
-    from importlib.metadata import entry_points
 
-    have = os.environ.get("VLLM_PLUGINS")
-    if have is None:
-        groups = {group for group in entry_points().groups if group.startswith("vllm.")}
-        groups.discard("vllm.endpoint_plugins")  # not loaded while VLLM_PLUGINS is unset: keep it so
-        names = {e.name for group in groups for e in entry_points(group=group)}
-    else:
-        names = {name for name in have.split(",") if name}
-    os.environ["VLLM_PLUGINS"] = ",".join(sorted(names | {KEY}))
+    @functools.wraps(original)
+    def load_endpoint_plugins(*args: Any, **kwargs: Any) -> Any:
+        before = os.environ.get(_ALLOW_LIST)
+        names = [] if before is None else before.split(",")
+        os.environ[_ALLOW_LIST] = ",".join([*names, *({KEY} - set(names))])
+        try:
+            return original(*args, **kwargs)
+        finally:
+            if before is None:
+                del os.environ[_ALLOW_LIST]
+            else:
+                os.environ[_ALLOW_LIST] = before
+
+    return load_endpoint_plugins
+
+
+def _is_of_server(usage_context: Any) -> bool:
+    from vllm.usage.usage_lib import UsageContext
+
+    return usage_context is UsageContext.OPENAI_API_SERVER
 
 
 def _is_cli() -> bool:
-    return Path(sys.argv[0]).name == "vllm"
+    return os.path.basename(sys.argv[0]) == "vllm"
 
 
 def _exit(message: str) -> None:

@@ -67,7 +67,7 @@ def model_dtype(model: str) -> str | None:
 def _config(model: str) -> dict[str, Any]:
     try:
         raw = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return raw if isinstance(raw, dict) else {}
 

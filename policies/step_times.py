@@ -114,7 +114,7 @@ def load_step_times(path: Path) -> StepTimes:
         raw = json.loads(path.expanduser().read_text(encoding="utf-8"))
     except OSError as e:
         raise ValueError(f"step times {path}: {e.strerror}. {remedy}") from e
-    except ValueError as e:
+    except (ValueError, RuntimeError) as e:  # nested too deep, or no such home directory
         raise ValueError(f"step times {path}: not JSON ({e}). {remedy}") from e
     return parse_step_times(raw, f"step times {path}")
 
@@ -142,7 +142,7 @@ def parse_step_times(raw: object, source: str) -> StepTimes:
             cores=raw.get("cores", ""),
         )
         _check(times)
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as e:
         raise ValueError(f"{source}: {e}. {remedy}") from e
     return times
 

@@ -15,6 +15,8 @@ from quant_layers.kernels.machete import W4A16Machete
 from quant_layers.kernels.marlin import W4A16Marlin, W8A16Marlin
 from quant_layers.kernels.registry import CANDIDATES, FORMATS, Kernel, register
 from quant_layers.kernels.selftest import KernelReport, by_preference, check_kernel, choose, probe
+from quant_layers.likeness import FirstLook, HalfLayer
+from quant_layers.private import private_directory
 from quant_layers.sources.checkpoint import Checkpoint, ImportedLayer, tensor_files
 from quant_layers.sources.profile import Profile, ProfileLevel, base_fingerprint, read_profile, write_profile
 from quant_layers.sources.sensitivity import Change, Move, QuadraticCost, Unit, greedy, layer_importance_order
@@ -54,6 +56,7 @@ __all__ = [
     "choose_scale",
     "digest",
     "F8A8Cutlass",
+    "FirstLook",
     "Fold",
     "folds_of",
     "format_of",
@@ -61,6 +64,7 @@ __all__ = [
     "greedy",
     "Half",
     "half_of",
+    "HalfLayer",
     "HALVES",
     "ImportedLayer",
     "join_format",
@@ -78,6 +82,7 @@ __all__ = [
     "Native",
     "Part",
     "PartSource",
+    "private_directory",
     "probe",
     "Profile",
     "ProfileError",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from quant_layers.errors import SwapError
 from quant_layers.formats.halves import BASE, HALVES, Half, half_of, join_format, split_format
 from quant_layers.kernels.cpu_linears import LinearImpl
+from quant_layers.likeness import HalfLayer, Look
 
 BIAS = "bias"  # tensor name under which a variant stores a bias that is not the base's
 SOURCE_MARK = "+"  # in a stored layer's kernel name: what comes after it says how the weights were prepared
@@ -71,8 +73,17 @@ class PartSource(Protocol):
 
     def __contains__(self, part: Part) -> bool: ...
 
-    def load(self, parts: Sequence[Part]) -> dict[Part, LoadedPart]:
-        """Bring parts into memory, all or none; return when they can be called."""
+    def fetch(self, parts: Sequence[Part]) -> Future[Any]:
+        """Begin to read what `load` needs for these parts, and wait for no disk."""
+        ...
+
+    def load(self, parts: Sequence[Part], fetched: Any = None) -> dict[Part, LoadedPart]:
+        """Bring parts into memory, all or none; return when they can be called.
+
+        Args:
+            parts: halves of layers.
+            fetched: what `fetch` has read for them; None = read it now.
+        """
         ...
 
     def unload(self, parts: Sequence[Part]) -> None:
@@ -97,6 +108,7 @@ class LayerSwapper:
         live: Mapping[Part, LoadedPart],
         source: PartSource,
         tensors: Mapping[int, Mapping[str, TensorSlot]] = MappingProxyType({}),
+        look: Look = lambda *_: None,
     ) -> None:
         """Start with the base in use.
 
@@ -105,11 +117,13 @@ class LayerSwapper:
             live: the parts that the slots have now: one for each half of each layer.
             source: holds every part that will be asked for.
             tensors: norms and the like that variants bring their own values for, by layer and name.
+            look: at every part that is staged, before it may be put in use.
         """
         self._slots = slots
         self._live = {(part.layer, part.half): (part, loaded) for part, loaded in live.items()}
         self._source = source
         self._tensors = tensors
+        self._look = look
         self._staged: dict[Part, LoadedPart] | None = None
         self._replaced: list[tuple[Part, LoadedPart]] = []
 
@@ -132,8 +146,20 @@ class LayerSwapper:
             found[layer] = join_format(halves[0], halves[-1])
         return found
 
-    def prepare(self, changes: Mapping[int, str]) -> None:
+    def fetch(self, changes: Mapping[int, str]) -> Future[Any]:
+        """Begin to read what `prepare` needs for these changes, and wait for no disk.
+
+        Raises:
+            SwapError: a layer or format is unknown.
+        """
+        return self._source.fetch(self._changes(changes))
+
+    def prepare(self, changes: Mapping[int, str], fetched: Any = None) -> None:
         """Bring the given layers in their new formats. What already is in its format costs nothing.
+
+        Args:
+            changes: layer |-> format.
+            fetched: what `fetch` has read for them; None = read it now.
 
         Raises:
             SwapError: something is prepared already, or a layer or format is unknown.
@@ -145,7 +171,18 @@ class LayerSwapper:
                 "commit or abort it before the next prepare"
             )
         self.reclaim()
-        self._staged = self._source.load([part for layer, fmt in changes.items() for part in self._changed(layer, fmt)])
+        parts = self._changes(changes)
+        staged = self._source.load(parts, fetched)
+        try:
+            for part, loaded in staged.items():
+                _, live = self._live[part.layer, part.half]
+                self._look(part.layer, part.format, self._half(part, loaded), self._half(part, live))
+        except BaseException:
+            staged.clear()
+            del loaded
+            self._source.unload(parts)
+            raise
+        self._staged = staged
 
     def commit(self) -> None:
         """Put everything staged in use. What it replaces keeps its memory until `reclaim`.
@@ -180,6 +217,9 @@ class LayerSwapper:
         if parts:
             self._source.unload(parts)
 
+    def _changes(self, changes: Mapping[int, str]) -> list[Part]:
+        return [part for layer, fmt in changes.items() for part in self._changed(layer, fmt)]
+
     def _changed(self, layer: int, layer_format: str) -> list[Part]:
         """Return the halves of a layer that are not in their new format yet."""
         if layer not in self._slots:
@@ -196,6 +236,11 @@ class LayerSwapper:
                     f"layer {layer}: format {part.format!r} of its {part.half} was not made; add it to ladder.steps"
                 )
         return parts
+
+    def _half(self, part: Part, loaded: LoadedPart) -> HalfLayer:
+        """Return half a layer with the norms that go with it."""
+        slots = self._tensors.get(part.layer, {})
+        return HalfLayer(loaded.linears, {name: loaded.tensors.get(name, slot.base) for name, slot in slots.items()})
 
     def _linears(self, part: Part) -> Iterable[tuple[str, LinearSlot]]:
         return ((name, slot) for name, slot in self._slots[part.layer].items() if half_of(name) == part.half)

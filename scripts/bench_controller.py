@@ -71,6 +71,9 @@ class Pool:
     def cancel_shrink(self) -> None:
         self.fence = 0
 
+    def discard_contents(self) -> None:
+        raise AssertionError("no rank fails here")
+
 
 class Ticket:
     """Answered when it is looked at for the second time: one step later."""

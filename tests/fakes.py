@@ -43,6 +43,7 @@ class FakePool:
         self.fence: int | None = None
         self.fenced_free: set[int] = set()
         self.preempted: list[int] = []
+        self.num_discards = 0
         self._next_tag = 0
 
     @property
@@ -93,6 +94,12 @@ class FakePool:
                     self.tags[destination] = self.tags.pop(source)
                     copies.append((source, destination))
         return ShrinkProgress(tuple(copies), sum(block >= self.fence for block in self.tags))
+
+    def discard_contents(self) -> None:
+        self.num_discards += 1
+        for request in list(self.held):
+            self.preempted.append(request)
+            self.finish(request)
 
     def preempt_one(self) -> bool:
         if len(self.held) < 2:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,6 +105,7 @@ def swapper_of(
     kernels: Mapping[str, Kernel],
     build_base: BuildBase,
     tensors: Mapping[int, Mapping[str, TensorSlot]] = MappingProxyType({}),
+    look: Any = lambda *_: None,
 ) -> LayerSwapper:
     """Between what the slots have, their base, and what the store holds."""
 
@@ -120,7 +122,7 @@ def swapper_of(
             if mine := {name: _SlotBase(slot) for name, slot in linears.items() if half_of(name) == half}:
                 part = Part(layer, half, BASE)
                 live[part] = parts.adopt(part, mine)  # type: ignore[arg-type]
-    return LayerSwapper(slots, live, parts, tensors)
+    return LayerSwapper(slots, live, parts, tensors, look)
 
 
 class World:

@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(command: Command, words: Sequence[str]) -> int:
     """Load the command's module and let it read its words."""
+    from morphserve.errors import MorphServeError
     from morphserve.setup import complete_vllm
 
     if said := complete_vllm():
@@ -40,6 +41,10 @@ def run(command: Command, words: Sequence[str]) -> int:
     except ModuleNotFoundError as e:
         sys.stderr.write(f"{command.prog}: {_remedy(command, e)}\n")
         return 1
+    except MorphServeError as e:
+        from morphserve.tools.command import fail
+
+        return fail(command.prog, e)
     except KeyboardInterrupt:
         sys.stderr.write(f"{command.prog}: interrupted\n")
         return _INTERRUPTED

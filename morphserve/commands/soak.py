@@ -24,12 +24,12 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from morphserve.config import load_config
 from morphserve.errors import MorphServeError
 from morphserve.shipped import config_file
+from morphserve.tools.checks import more_than_zero
 from morphserve.tools.command import command_parser, fail, finish, say
+from morphserve.user_input import read_yaml, user_path
 
 if TYPE_CHECKING:
     from morphserve.integration.offline import LevelEngine
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve soak") -> in
     """Send bursts until the time is over; returns the exit status."""
     parser = command_parser(__doc__, prog)
     parser.add_argument("model")
-    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--minutes", type=more_than_zero, default=30.0)
     parser.add_argument("--config", type=config_file, default=config_file("demo.yaml"), help="default: the demo's")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -125,7 +125,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     """
     from morphserve.integration.offline import LevelEngine
 
-    settings = yaml.safe_load(args.config.read_text(encoding="utf-8"))
+    settings = read_yaml(user_path(args.config), "--config")
     with LevelEngine(
         args.model, None, additional_config={"morphserve": settings}, enforce_eager=True, num_gpu_blocks_override=49,
         max_num_seqs=64, block_size=32, max_model_len=512, disable_log_stats=True,

@@ -7,6 +7,7 @@ One step, from the top:
     policy_host    the policy that is asked; `reload`: another one while it runs
     decision_log   what was asked and answered; `replay_log`: asks it again
     health         what has gone wrong, what is counted, when the next attempt may start
+    doubt          what a failed command leaves in doubt, and what ends the doubt
     runner         carries out one swap batch of a transition, phase by phase
     transition     the phases, the swap batch under way, the drain that makes room for it
     layer_state    the level as it is, layer by layer, and which layers go next

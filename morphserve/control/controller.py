@@ -13,13 +13,15 @@ from morphserve.control.decision_log import DecisionLog
 from morphserve.control.health import BackOff, Counters, Health
 from morphserve.control.monitor import Monitor
 from morphserve.control.policy_host import PolicyHost
-from morphserve.control.ranks import BlockPoolPort, EngineView, ExecutorPort
+from morphserve.control.ranks import BlockPoolPort, EngineView, ExecutorPort, RanksUnknown
 from morphserve.control.runner import SwapRunner
 from morphserve.control.transition import BatchEnd, Direction, Outcome, Phase, Transition, TransitionHistory
 from morphserve.errors import ConfigError
 from policies import Ladder, Policy, PolicySetup
 
 logger = logging.getLogger(__name__)
+
+_ENDED = (Health.DEAD, Health.LOST)
 
 
 class Controller:
@@ -31,8 +33,11 @@ class Controller:
         3. weights + KV + staging stay within the budget of every rank's ledger, also in mid-transition.
         4. A rank that fails to prepare, or does not in time, leaves the old level in force on all ranks, one
            WARNING and one count, and a back-off.
-        5. `tick` never raises: a controller that has failed finishes or undoes what is under way, and then
-           leaves the engine at the level it has.
+        5. `tick` and `look_back` never raise: a controller that has failed finishes or undoes what is under way, and
+           then leaves the engine at the level it has.
+        6. No token of a step reaches anybody that ran after a rank has failed to do what cannot fail: its request is
+           computed again, or `lost` says why the engine must end. Who drives it calls `look_back` before it reads a
+           step's tokens.
     """
 
     def __init__(
@@ -78,14 +83,13 @@ class Controller:
         self._last_effective_level = 0  # that `on_level` was told
         self._runner = SwapRunner(ladder, ranks, pool, executor, ledgers, config)
         self._layer_state = self._runner.layer_state
-        self.counters = Counters(
-            num_blocks_published=pool.num_kv_blocks, num_blocks_mapped=pool.num_kv_blocks
-        )
+        self.counters = Counters(num_blocks_published=pool.num_kv_blocks, num_blocks_mapped=pool.num_kv_blocks)
         self._policy_host = PolicyHost(policy, len(ladder), self.counters, log)
         self._transition: Transition | None = None
         self._history = TransitionHistory()
         self._driven_s = 0.0  # when the transition was last worked on
         self.health = Health.RUNNING
+        self.lost = ""  # why nothing may be served any more, in words
         self._backoff = BackOff(config.transition)
 
     # ---- questions
@@ -123,7 +127,7 @@ class Controller:
     @property
     def in_transition(self) -> bool:
         """Whether the next step has something to do here, whatever the policy says."""
-        if self.health is Health.DEAD:
+        if self.health in _ENDED:
             return False
         return self.phase is not Phase.IDLE or (not self.failed and self._transition is not None)
 
@@ -134,45 +138,45 @@ class Controller:
 
     @property
     def wants_wakeup(self) -> bool:
-        """Whether an idle engine must still call `tick`, or it would stay where it is."""
-        if self.health is Health.DEAD:
+        """Whether an idle engine must call `tick` now, or it would stay where it is. Any thread may ask."""
+        if self.health in _ENDED:
             return False
         if self._runner.phase is not Phase.IDLE:
             return True
         if self.failed:
             return False
-        if self._policy_host.has_successor or self._policy_host.decision.level != self.level:
+        if self._policy_host.has_successor:
             return True
         # vLLM's workers poll without a pause for a second after each step: a wake-up a second is a busy core.
-        return self.effective_level > 0 and not self._policy_host.decision.is_final
+        target = self._layer_state.next_target(self._policy_host.decision.level)
+        if target is None:
+            return self.effective_level > 0 and not self._policy_host.decision.is_final
+        direction = self._layer_state.direction(target)
+        return self._backoff.would_allow(self._clock(), direction, self._pool.num_used_blocks)
 
     def status(self) -> dict[str, Any]:
         """Return everything an operator may ask, ready for JSON."""
         transitions = {f"{d}_{outcome}": n for (d, outcome), n in self.counters.transitions.items()}
-        layers: dict[str, int] = {}
         ledgers = self._ledgers.snapshots()
-        for fmt in self._layer_state.formats:
-            layers[fmt] = layers.get(fmt, 0) + 1
+        decision = self._policy_host.decision
         return {
             "level": self.level,
             "target_level": self.target_level,
             "exposure_level": self.effective_level,
             "deepest_level": len(self._ladder) - 1,
-            "wanted_level": self._policy_host.decision.level,
-            "reason": self._policy_host.decision.reason,
+            "wanted_level": decision.level,
+            "reason": decision.reason,
             "predictions": self._policy_host.predictions,
             "phase": self.phase.name.lower(),
             "revision": self._runner.revision,
             "failed": self.failed,
             "max_queued_tokens": self.max_queued_tokens,
-            "layers_by_format": layers,
+            "layers_by_format": self._layer_state.layers_by_format(),
             "num_kv_blocks": self._pool.num_kv_blocks,
             "used_kv_blocks": self._pool.num_used_blocks,
             "ledger": ledgers[self._ledgers.tightest],
             "ledgers": ledgers,
-            "ranks": {
-                str(rank): asdict(figures) for rank, figures in sorted(self._runner.replies.ranks.items())
-            },
+            "ranks": {str(rank): asdict(held) for rank, held in sorted(self._runner.replies.ranks.items())},
             "recent_transitions": self._history.as_json(self._clock()),
             "counters": {**asdict(self.counters), "transitions": transitions},
         }
@@ -200,42 +204,51 @@ class Controller:
 
     def tick(self, view: EngineView) -> None:
         """Ask the policy, then take the transition as far as replies allow. Never raises or blocks."""
-        if self.health is Health.DEAD:
-            self._drain_replies()
+        if self.health in _ENDED:
+            self._look_at_answers()
             return
         place = "clock"
         try:
             now = self._clock()
             if not self.failed:
                 place = "monitor"
+                pool = self._pool
                 signals = self._monitor.snapshot(
-                    now,
-                    view,
-                    self._pool.num_kv_blocks,
-                    self._pool.num_used_blocks,
-                    self.level,
-                    self.target_level,
+                    now, view, pool.num_kv_blocks, pool.num_used_blocks, self.level, self.target_level
                 )
                 place = "policy"
                 self._policy_host.consult(signals)
         except Exception:
             self._fail(place)
+        self._guarded(self._drive)
+
+    def look_back(self) -> None:
+        """Look whether a rank has failed to do what cannot fail, before a step's tokens are read. Never raises.
+
+        A step's own answer comes after those to the commands that were sent before it.
+        """
+        if self.health in _ENDED:
+            self._look_at_answers()
+        else:
+            self._guarded(lambda now: self._runner.has_failed and self._take_answers(now))
+
+    def _guarded(self, work: Callable[[float], object]) -> None:
         try:
-            self._drive(self._clock())
+            work(self._clock())
             self._publish()
+        except RanksUnknown as e:
+            self._lose(str(e))
         except Exception:
             self._die()
 
     def _drive(self, now: float) -> None:
         """Finish the swap batch under way if its replies are in, and open the next one."""
-        runner, self._driven_s = self._runner, now
+        runner = self._runner
         runner.replies.pause_s = 0.0
-        runner.replies.poll_copies()
-        runner.replies.drop_late()
-        if runner.phase is not Phase.IDLE and not self._advance(now):
+        if not self._take_answers(now):
             return
         target = self._next_target(now)
-        if target is None:
+        if target is None or runner.replies.copies:
             return
         if self._transition is None:
             self._open_transition(now, target)
@@ -244,6 +257,17 @@ class Controller:
         # step boundary: two in one gap would double the pause.
         if self._advance(now):
             self._next_target(now)
+
+    def _take_answers(self, now: float) -> bool:
+        """Go as far as the answers allow; True when no swap batch is under way."""
+        runner, self._driven_s = self._runner, now
+        runner.replies.drop_late()
+        if self._transition is not None and runner.phase is not Phase.IDLE:
+            return self._advance(now)
+        if failed := runner.take_copies():  # of a drain that was given up
+            self.counters.count_error("kv_unknown")
+            logger.warning("morph: %s", failed)
+        return self._transition is not None or runner.grow_again(now, may_start=not self.failed)
 
     def _advance(self, now: float) -> bool:
         """Let the swap batch go on; True when it has ended."""
@@ -298,12 +322,9 @@ class Controller:
             blocks_before=self._pool.num_kv_blocks,
             from_level=start,
         )
+        decision = self._policy_host.decision
         logger.info(
-            "morph r%d: level %d -> %d (%s)",
-            self._transition.revision,
-            start,
-            self._policy_host.decision.level,
-            self._policy_host.decision.reason,
+            "morph r%d: level %d -> %d (%s)", self._transition.revision, start, decision.level, decision.reason
         )
 
     def _close_transition(self, now: float, outcome: Outcome, error: str = "") -> None:
@@ -313,25 +334,9 @@ class Controller:
         self._history.add(now, t, outcome, self.level, self._pool.num_kv_blocks, error)
         self.counters.count_transition(t.direction, outcome)
         self.counters.transition_seconds += now - t.started_s
-        milliseconds = (now - t.started_s) * 1000
-        if outcome == "aborted":
-            logger.warning(
-                "morph r%d: aborted at level %d after %.0f ms (%s)", t.revision, self.level, milliseconds, error
-            )
-        elif outcome == "cancelled":
-            logger.info(
-                "morph r%d: cancelled at level %d after %.0f ms", t.revision, self.level, milliseconds
-            )
-        else:
+        t.log_end(outcome, self.level, now - t.started_s, self._pool.num_kv_blocks, error)
+        if outcome == "committed":
             self._backoff.succeeded(t.direction)
-            logger.info(
-                "morph r%d: committed in %.0f ms, %d layers %s, %+d KV blocks",
-                t.revision,
-                milliseconds,
-                t.num_layers,
-                t.last_format,
-                self._pool.num_kv_blocks - t.blocks_before,
-            )
 
     def _back_off(self, now: float, direction: Direction, end: BatchEnd) -> float:
         """Return for how many seconds there is no new attempt."""
@@ -376,21 +381,36 @@ class Controller:
         """Leave everything where it is safe, and send nothing more: a transition broke half-way."""
         self.counters.count_error("controller")
         self.health = self.health.to(Health.DEAD)
-        logger.exception(
-            "morph: %s failed; the engine stays at level %d, for good", self.phase.name, self.level
-        )
-        if (t := self._transition) is not None:
-            self.counters.count_transition(t.direction, "aborted")
-            self._history.add(self._driven_s, t, "aborted", self.level, self._pool.num_kv_blocks, "it broke half-way")
-            self._transition = None
+        logger.exception("morph: %s failed; the engine stays at level %d, for good", self.phase.name, self.level)
+        self._give_up("it broke half-way")
         try:
             self._runner.wind_down()
-        except Exception:
+        except Exception as e:
             self.counters.count_error("wind_down")
             logger.exception("morph: giving back fenced blocks and staged layers failed")
+            if self._runner.is_moving_blocks:
+                self._lose(f"blocks have moved for which no rank has copied the KV, and {type(e).__name__}: {e}")
 
-    def _drain_replies(self) -> None:
+    def _lose(self, why: str) -> None:
+        """Have the engine end: what a rank holds is unknown, or not what the others hold."""
+        self.counters.count_error("ranks_unknown")
+        self.health = self.health.to(Health.LOST)
+        self.lost = f"{self.phase.name} at level {self.level}: {why}"
+        self._give_up(why)
+
+    def _give_up(self, why: str) -> None:
+        if (t := self._transition) is not None:
+            self.counters.count_transition(t.direction, "aborted")
+            self._history.add(self._driven_s, t, "aborted", self.level, self._pool.num_kv_blocks, why)
+            self._transition = None
+
+    def _look_at_answers(self) -> None:
+        """Take what has come off the ring: nothing is sent any more, but ranks may still say that they differ."""
+        if self.health is Health.LOST:
+            return
         try:
-            self._runner.replies.drain()
+            self._runner.check_unanswered()
+        except RanksUnknown as e:
+            self._lose(str(e))
         except Exception:
             self.counters.count_error("drain_replies")

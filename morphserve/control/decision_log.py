@@ -3,28 +3,32 @@
     {"event": "start", "schema": 3, ...}   all that a policy is made of; a restarted server writes its own
     {"event": "decision", "seq": 7, ..., "decision": {...}, "signals": {...}}   one question and its answer, whole
     {"event": "policy", ...}               as at the start: from the next row on another policy answers
-    {"event": "dropped", "seq": 12}        the disk was too slow: rows are missing here, up to this one
+    {"event": "continued", ...}            as at the start, of a file that goes on where NAME.1 ends
+    {"event": "dropped", "seq": 12}        the disk was too slow or full: rows are missing here, up to this one
     {"event": "end", "seq": 99}            the log was closed in order, after this decision
 
+A file of 256 MiB is full: it becomes NAME.1, and of NAME.1 to NAME.3 the oldest goes, so a log takes 1 GiB at most.
+While the disk takes no line decisions are counted instead, and written again once it does.
 Where the name ends in .gz, each server writes a gzip member; what it has flushed can be read though a kill tears the
 member. Numbers come back as the type that their field has, floats bit by bit.
 """
 
 from __future__ import annotations
 
-import gzip
 import logging
-import os
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter
 
 from morphserve.errors import ConfigError
+from morphserve.files import RotatingFile
+from morphserve.user_input import user_path
 from morphserve.version import __version__
 from policies import Decision, Ladder, PolicySetup, Signals, StepLoad
 
@@ -36,7 +40,11 @@ _MAX_PENDING = 1024  # rows; beyond that the disk is too slow and rows are dropp
 _REPEAT_S = 1.0  # how often an unchanged decision is written, where only changes are
 _CLOSE_TIMEOUT_S = 5.0
 _REST_S = 0.1  # of the writer after a batch: waking it costs a step more than what it then writes
-_GZIP_LEVEL = 1  # level 6 makes an eighth less of it, and takes three times as long
+_MAX_FILE_BYTES = 256 << 20
+_NUM_FILES = 4
+_RETRY_S = 1.0  # of the writer after a batch that found no room
+_CALM_S = 60.0  # failures that are less apart are one fault, of which one WARNING speaks
+_MAX_KEPT = 8  # lines that are not rows, of those that found no room
 
 Detail = Literal["changes", "all"]
 
@@ -52,7 +60,7 @@ class _Strict:
 class Header(_Strict):
     """What a log starts with, and what another policy starts with."""
 
-    event: Literal["start", "policy"]
+    event: Literal["start", "policy", "continued"]
     schema: Literal[3]
     morphserve: str  # version of the package that wrote it
     engine: int  # data-parallel index
@@ -108,12 +116,12 @@ class DecisionLog:
         Raises:
             ConfigError: the file cannot be written.
         """
-        self._path = path.expanduser()
+        path = user_path(path)
         try:
-            self._file = _open(self._path)
+            file = RotatingFile(path, _MAX_FILE_BYTES, _NUM_FILES)
         except OSError as e:
-            raise ConfigError(f"decision_log {self._path}: {e.strerror}. Give a file that can be written.") from e
-        self.num_dropped = 0
+            raise ConfigError(f"decision_log {path}: {e.strerror}. Give a file that can be written.") from e
+        self._num_dropped = 0
         self._in_gap = False  # rows have been dropped, and the log does not say so yet
         self._header = header
         self._seq = 0
@@ -123,8 +131,14 @@ class DecisionLog:
         self._closing = threading.Event()
         self._pending: SimpleQueue[Line | None] = SimpleQueue()
         self._pending.put(header)
-        self._writer = threading.Thread(target=self._write, name="morphserve-decision-log", daemon=True)
+        self._lines = _LineWriter(file, str(path), self._pending, self._closing)
+        self._writer = threading.Thread(target=self._lines.run, name="morphserve-decision-log", daemon=True)
         self._writer.start()
+
+    @property
+    def num_dropped(self) -> int:
+        """Decisions that should stand in the log and do not, because the disk was too slow or full."""
+        return self._num_dropped + self._lines.num_lost
 
     def record(self, signals: Signals, decision: Decision) -> None:
         """Queue a row, unless the filter says no or the disk is behind. Never blocks."""
@@ -135,7 +149,7 @@ class DecisionLog:
             return
         self._level, self._row_s = decision.level, signals.now_s
         if self._pending.qsize() >= _MAX_PENDING:
-            self.num_dropped += 1
+            self._num_dropped += 1
             self._in_gap = True
             return
         self._tell_gap(self._seq - 1)
@@ -167,29 +181,85 @@ class DecisionLog:
             self._pending.put(Mark("dropped", last_seq))
             self._in_gap = False
 
-    def _write(self) -> None:
+
+class _LineWriter:
+    """What the thread does: each batch of lines stands in the file as a whole, or its rows are counted as lost."""
+
+    def __init__(
+        self, file: RotatingFile, name: str, pending: SimpleQueue[Line | None], closing: threading.Event
+    ) -> None:
+        self.num_lost = 0  # rows
+        self._file = file
+        self._name = name
+        self._pending = pending
+        self._closing = closing
+        self._lines: list[Line] = []  # that are to be written next
+        self._texts: list[bytes] = []  # of the same
+        self._header: Header | None = None  # the newest that stands in the file
+        self._failed_s: float | None = None  # the last time; None = the log is well
+
+    def run(self) -> None:
+        """Write what comes until None does."""
         try:
-            with self._file as file:
-                while (line := self._pending.get()) is not None:
-                    file.write(to_text(line))
-                    if self._pending.empty():
-                        file.flush()  # also what gzip holds back
-                        self._closing.wait(_REST_S)
-        except Exception as e:  # a full disk, most likely
-            logger.warning("decision_log %s: %s; no further decisions are written", self._path, e)
+            while (line := self._pending.get()) is not None:
+                self._lines.append(line)
+                self._texts.append(to_text(line))
+                if not (is_last := self._pending.empty()) and len(self._lines) < _MAX_PENDING:
+                    continue
+                if not self._write():
+                    self._rest(_RETRY_S)
+                elif is_last:
+                    self._rest(_REST_S)
+            self._write()
+            self._file.close()
+        except Exception as e:  # a mistake of ours
+            logger.warning("decision_log %s: %s; no further decisions are written", self._name, e)
+
+    def _rest(self, seconds: float) -> None:
+        self._closing.wait(seconds)
+
+    def _write(self) -> bool:
+        """Write the lines; return whether they stand in the file."""
+        if not self._lines:
+            return True
+        try:
+            if self._file.turn_page() and self._header is not None:
+                self._texts.insert(0, to_text(replace(self._header, event="continued", wall_s=time.time())))
+            self._file.append(b"".join(self._texts))
+        except OSError as e:
+            self._lose(e)
+            return False
+        headers = [line for line in self._lines if isinstance(line, Header)]
+        self._header = headers[-1] if headers else self._header
+        self._lines, self._texts = [], []
+        if self._failed_s is not None and time.monotonic() - self._failed_s >= _CALM_S:
+            self._failed_s = None
+            logger.info("decision_log %s: written again; %d decisions are missing", self._name, self.num_lost)
+        return True
+
+    def _lose(self, error: OSError) -> None:
+        if self._failed_s is None:
+            logger.warning(
+                "decision_log %s: %s. Decisions are counted as dropped until it can be written again: free some disk "
+                "space, or see to its directory.", self._name, error.strerror,
+            )  # fmt: skip
+        self._failed_s = time.monotonic()
+        self.num_lost += sum(isinstance(line, Row) for line in self._lines)
+        self._lines = _without_rows(self._lines)
+        self._texts = [to_text(line) for line in self._lines]
 
 
-def _open(file: Path) -> BinaryIO | gzip.GzipFile:
-    """Open a log to append to. Raises OSError."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix == ".gz":
-        return gzip.open(file, "ab", _GZIP_LEVEL)
-    plain = file.open("a+b")
-    if plain.tell():
-        plain.seek(-1, os.SEEK_END)
-        if plain.read(1) != b"\n":  # by a server that was killed: what it left must not spoil our first line
-            plain.write(b"\n")
-    return plain
+def _without_rows(lines: Sequence[Line]) -> list[Line]:
+    """Return what is to be written later of lines that found no room: which policies answered, and where rows miss."""
+    kept: list[Line] = []
+    for line in lines:
+        if isinstance(line, Header):
+            kept.append(line)
+            continue
+        if kept and isinstance(kept[-1], Mark):
+            kept.pop()
+        kept.append(Mark("dropped", line.seq))
+    return kept if len(kept) <= _MAX_KEPT else [kept[0], *kept[1 - _MAX_KEPT :]]
 
 
 def to_text(line: Line) -> bytes:

@@ -24,15 +24,19 @@ class Health(Enum):
              |                          fails once more  '---'                                         |
              '----------------------------- a transition breaks half-way ------------------------------'
 
+          RUNNING, RESTING, DEAD -- what a rank holds is unknown, or not what the others hold --> LOST
+
     RUNNING: the policy is asked at every step. RESTING: it is asked no more; what is under way is finished or undone,
-    and the engine stays at the level it then has. DEAD: nobody knows what the ranks hold; their replies are taken off
-    the ring, and nothing is sent. The hooks that feed the controller have a health of their own, and never die: at
-    rest they look at nothing more, but tick the controller on.
+    and the engine stays at the level it then has. DEAD: nothing is sent any more; all ranks have what they are served
+    from, and answers that still come are looked at. LOST: they have not, or nobody knows: the engine must end. The
+    hooks that feed the controller have a health of their own, and never die: at rest they look at nothing more, but
+    tick the controller on.
     """
 
     RUNNING = auto()
     RESTING = auto()
     DEAD = auto()
+    LOST = auto()
 
     def to(self, new: Health) -> Health:
         """Return `new`, if the table has the move.
@@ -47,9 +51,10 @@ class Health(Enum):
 
 
 _NEXT: Mapping[Health, frozenset[Health]] = {
-    Health.RUNNING: frozenset({Health.RESTING, Health.DEAD}),
-    Health.RESTING: frozenset({Health.RESTING, Health.DEAD}),
-    Health.DEAD: frozenset(),
+    Health.RUNNING: frozenset({Health.RESTING, Health.DEAD, Health.LOST}),
+    Health.RESTING: frozenset({Health.RESTING, Health.DEAD, Health.LOST}),
+    Health.DEAD: frozenset({Health.LOST}),
+    Health.LOST: frozenset(),
 }
 
 
@@ -71,6 +76,11 @@ class BackOff:
     def allows(self, now_s: float, direction: Direction) -> bool:
         """Return whether an attempt may start now."""
         return now_s >= self._not_before_s.get(direction, now_s)
+
+    def would_allow(self, now_s: float, direction: Direction, num_used_blocks: int) -> bool:
+        """Return whether an attempt might start now, if `see_room` were told of these blocks. Changes nothing."""
+        has_room = direction == "restore" and num_used_blocks < self._full_at
+        return has_room or self.allows(now_s, direction)
 
     def failed(self, now_s: float, direction: Direction) -> float:
         """Return how long nothing starts in `direction`, in seconds."""
@@ -107,6 +117,29 @@ class BackOff:
 
 
 @dataclass(slots=True)
+class Retry:
+    """When to ask again for what was not to be had: each wait is twice as long as the one before, up to a limit."""
+
+    first_s: float
+    longest_s: float
+    _wait_s: float = 0.0
+    _next_s: float = 0.0
+
+    def reset(self) -> None:
+        """Begin anew with the next question."""
+        self._wait_s = 0.0
+
+    def is_due(self, now_s: float) -> bool:
+        """Return whether to ask now; the first wait begins with the first call."""
+        if self._wait_s and now_s < self._next_s:
+            return False
+        due = self._wait_s > 0
+        self._wait_s = min(2 * self._wait_s, self.longest_s) if due else self.first_s
+        self._next_s = now_s + self._wait_s
+        return due
+
+
+@dataclass(slots=True)
 class Counters:
     """The figures that the metrics read. Counters rise for ever; `num_blocks_*` and `last_pause_s` are gauges."""
 
@@ -119,6 +152,7 @@ class Counters:
     num_blocks_mapped: int = 0  # fewest of any rank, as last reported
     short_grows: int = 0  # a rank mapped fewer blocks than asked
     forced_preemptions: int = 0  # requests that a shrink without room has preempted
+    decisions_dropped: int = 0  # that the decision log should have, and has not
     errors: dict[str, int] = field(default_factory=dict)  # by place
 
     def count_transition(self, direction: Direction, outcome: Outcome) -> None:

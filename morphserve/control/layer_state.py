@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -47,6 +48,10 @@ class LayerState:
     def effective_level(self) -> int:
         """The level that tokens count for: between two levels, the deeper one."""
         return self.current + self.is_between
+
+    def layers_by_format(self) -> dict[str, int]:
+        """Return how many layers have each format, in the order of the layers."""
+        return dict(Counter(self.formats))
 
     def next_target(self, level: int) -> int | None:
         """Return the next level on the way to `level`, a neighbour of where the layers are; None = they are there."""

@@ -87,6 +87,7 @@ class PolicyHost:
         if self._log is not None:
             try:
                 self._log.record(signals, decision)
+                self._counters.decisions_dropped = self._log.num_dropped
             except Exception:
                 self._counters.count_error("decision_log")
                 logger.warning("morph: decision log failed, no further decisions are written", exc_info=True)

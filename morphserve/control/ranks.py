@@ -117,6 +117,14 @@ class BlockPoolPort(Protocol):
         """Fence tail blocks freed since, and rename up to `max_copies` of those worth keeping downwards."""
         ...
 
+    def discard_contents(self) -> None:
+        """Have nobody read what is in the blocks: running requests start over, and the prefix cache is empty.
+
+        Raises:
+            Exception: somebody still holds a block. Then nothing may be served from this cache any more.
+        """
+        ...
+
     def preempt_one(self) -> bool:
         """Put the running request that costs least to compute again back to the waiting ones; False = none can go."""
         ...
@@ -140,7 +148,11 @@ class EngineView:
 
 
 class CommandFailed(MorphServeError, RuntimeError):
-    """A rank answered ok=False to a command that cannot fail, so its state is unknown."""
+    """A rank answered ok=False to a command that cannot fail. What is served from is as it was, on all ranks."""
+
+
+class RanksUnknown(CommandFailed):
+    """The same, and what a rank holds is unknown, or may differ from what others hold: nothing may be served of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +165,32 @@ class RankFigures:
 
 
 @dataclass(slots=True)
+class _Held:
+    """A ticket whose replies may be looked at before somebody takes them."""
+
+    ticket: Ticket
+    replies: tuple[Reply, ...] | None = None
+
+    def poll(self) -> tuple[Reply, ...] | None:
+        if self.replies is None:
+            self.replies = self.ticket.poll()
+        return self.replies
+
+    @property
+    def has_failed(self) -> bool:
+        return any(not reply.ok for reply in self.poll() or ())
+
+
+@dataclass(slots=True)
 class ReplyTracker:
     """The replies of the one command that is waited for, and of those that nobody waits for one by one."""
 
     ranks: dict[int, RankFigures] = field(default_factory=dict)
+    before: dict[int, RankFigures] = field(default_factory=dict)  # as they were before the replies taken last
     pause_s: float = 0.0  # worker seconds in the replies taken since it was last set to 0
-    copies: list[Ticket] = field(default_factory=list)
-    late: list[Ticket] = field(default_factory=list)  # answers that nobody waits for any more; ranks still give them
-    _awaited: Ticket | None = None
+    copies: list[_Held] = field(default_factory=list)
+    late: list[_Held] = field(default_factory=list)  # answers that nobody waits for any more; ranks still give them
+    _awaited: _Held | None = None
     _sent_s: float = 0.0  # when the awaited ticket's command was sent
     _said_late: bool = False  # that the ranks do not answer it
 
@@ -171,7 +201,21 @@ class ReplyTracker:
 
     def expect(self, ticket: Ticket, now_s: float) -> None:
         """Wait for this command from now on."""
-        self._awaited, self._sent_s, self._said_late = ticket, now_s, False
+        self._awaited, self._sent_s, self._said_late = _Held(ticket), now_s, False
+
+    def expect_copies(self, ticket: Ticket) -> None:
+        """Take the answer to this command whenever it comes."""
+        self.copies.append(_Held(ticket))
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the answer that is waited for has come, and some rank says no. It can still be taken."""
+        return self._awaited is not None and self._awaited.has_failed
+
+    @property
+    def has_failed_copies(self) -> bool:
+        """Whether an answer to copies has come, and some rank says no. It can still be taken."""
+        return any(ticket.has_failed for ticket in self.copies)
 
     def answer(self) -> tuple[Reply, ...] | None:
         """Return all ranks' replies to the awaited command, None while one is missing. Given once."""
@@ -199,53 +243,38 @@ class ReplyTracker:
             self.late.append(self._awaited)
             self._awaited = None
 
-    def poll(self, ticket: Ticket) -> tuple[Reply, ...] | None:
+    def poll(self, ticket: _Held) -> tuple[Reply, ...] | None:
         """Return all ranks' replies, None while one is missing."""
         replies = ticket.poll()
         if replies is not None:
             self.pause_s += slowest(replies)
+            self.before = dict(self.ranks)
             for reply in replies:
                 self.ranks[reply.rank] = RankFigures(
                     reply.num_kv_blocks, reply.weight_bytes, reply.staging_bytes
                 )
         return replies
 
-    def poll_copies(self) -> None:
-        """Take the replies to copies that have come.
-
-        Raises:
-            CommandFailed: a rank could not copy.
-        """
+    def poll_copies(self) -> tuple[Reply, ...]:
+        """Take the replies to copies that have come; the first that a rank said no to, if there is one."""
         waiting, self.copies = self.copies, []
-        answered: list[Reply] = []
+        failed: tuple[Reply, ...] = ()
         for ticket in waiting:
-            replies = self.poll(ticket)
-            if replies is None:
+            replies = () if failed else self.poll(ticket)
+            if replies is None or failed:
                 self.copies.append(ticket)
-            else:
-                answered.extend(replies)
-        require_success(tuple(answered), "copy")
+            elif failures(replies):
+                failed = replies
+        return failed
 
     def drop_late(self) -> None:
         """Take late answers off the ring without looking at them: their plan has been aborted."""
         self.late = [ticket for ticket in self.late if ticket.poll() is None]
 
-    def drain(self) -> None:
-        """Take all that has come off the ring without looking at it."""
-        if self._awaited is not None and self._awaited.poll() is not None:
-            self._awaited = None
-        self.copies = [ticket for ticket in self.copies if ticket.poll() is None]
-        self.drop_late()
-
-
-def require_success(replies: tuple[Reply, ...], command: str) -> None:
-    """Check the replies to a command that cannot fail.
-
-    Raises:
-        CommandFailed: a rank says it did.
-    """
-    if errors := failures(replies):
-        raise CommandFailed(f"{command} cannot fail, but did: {errors}. The ranks may disagree now.")
+    def drop_copies(self) -> None:
+        """Wait for no answer to copies any more: what they moved is of no use to anybody."""
+        self.late += self.copies
+        self.copies = []
 
 
 def slowest(replies: tuple[Reply, ...]) -> float:

@@ -20,6 +20,7 @@ from pydantic_core import from_json
 from morphserve.config import MorphServeConfig, load_config, step_times_file
 from morphserve.control.decision_log import SCHEMA, Header, Line, Mark, Row
 from morphserve.errors import ConfigError
+from morphserve.user_input import user_path
 from morphserve.version import __version__
 from policies import Decision, Policy, PolicySetup, StepLoad, load_step_times, succeed
 
@@ -86,6 +87,7 @@ def _texts(file: Path) -> Iterator[bytes]:
 class Difference:
     """Two answers to one question."""
 
+    file: str  # that the line stands in
     line: int
     pair: int  # `Row.seq`
     now_s: float
@@ -118,11 +120,12 @@ class _Replayer:
 
     def __init__(self, other: MorphServeConfig | None) -> None:
         self.found = Replay()
+        self.file = ""  # where the lines stand, if there are several
         self._other = other  # asked in the place of the logged policy
         self._header: Header | None = None  # None = nothing can be used until a log starts
         self._policy: Policy | None = None  # None = nobody knows what it has seen, until another one starts
         self._setup: PolicySetup | None = None  # of the last one
-        self._seq = 0  # of the last row
+        self._seq: int | None = 0  # of the last row; None = of a file that is not here
         self._step: StepLoad | None = None  # the newest
 
     def take(self, at: int, line: Line | LogError) -> None:
@@ -134,6 +137,8 @@ class _Replayer:
                     raise line
                 case Header(event="start"):
                     self._start(at, line)
+                case Header(event="continued"):
+                    self._go_on(at, line)
                 case _ if self._header is None:
                     found.skipped += isinstance(line, Row)
                     raise LogError("nothing says what policy was asked: the start is missing")
@@ -142,16 +147,17 @@ class _Replayer:
                 case Row():
                     self._ask(at, line)
                 case Mark(event="dropped"):
-                    lost = line.seq - self._seq
-                    found.problems.append(f"line {at}: {lost} decisions were dropped here, the disk was too slow")
+                    lost = line.seq - (self._seq or 0)
+                    where = self._line(at)
+                    found.problems.append(f"{where}: {lost} decisions were dropped here, the disk was slow or full")
                     self._seq, self._policy = line.seq, None
                 case Mark():
-                    if line.seq != self._seq:
+                    if line.seq != (line.seq if self._seq is None else self._seq):
                         raise LogError(f"the log ends after decision {line.seq}, the last one here is {self._seq}")
                     self._header = None
         except LogError as e:  # nor can what builds on this line be used, which need not be said again
             if self._header is not None or not found.problems:
-                found.problems.append(f"line {at}: {e}")
+                found.problems.append(f"{self._line(at)}: {e}")
             self._header = self._policy = None
 
     def finish(self) -> Replay:
@@ -166,13 +172,27 @@ class _Replayer:
     def _start(self, at: int, header: Header) -> None:
         notes = self.found.notes
         if self._header is not None:
-            notes.append(f"line {at}: the server before was killed; what it had not yet written is missing")
+            notes.append(f"{self._line(at)}: the server before was killed; what it had not yet written is missing")
         self._header, self._policy, self._seq, self._step = header, None, 0, None
         if header.detail == "changes":
             raise LogError("a sample of decisions (decision_log_detail: changes): no policy can be asked again")
         if header.morphserve != __version__:
-            notes.append(f"line {at}: written by morphserve {header.morphserve}, this is {__version__}")
+            notes.append(f"{self._line(at)}: written by morphserve {header.morphserve}, this is {__version__}")
         self._ask_from_now_on(header)
+
+    def _go_on(self, at: int, header: Header) -> None:
+        """Take the first line of a file that goes on where an older one ends, which may not be here any more."""
+        if self._header is not None:
+            return
+        self._header, self._setup, self._policy, self._seq = header, header.setup, None, None
+        if header.detail == "changes":
+            raise LogError("a sample of decisions (decision_log_detail: changes): no policy can be asked again")
+        self.found.problems.append(
+            f"{self._line(at)}: the file before this one is not here; what the policy had seen nobody can say"
+        )
+
+    def _line(self, at: int) -> str:
+        return f"{self.file}line {at}"
 
     def _ask_from_now_on(self, header: Header) -> None:
         """Ask another policy from now on; the one of an open loop goes on.
@@ -194,7 +214,7 @@ class _Replayer:
             self._policy = None  # what it took over was learned from rows that are missing
 
     def _ask(self, at: int, row: Row) -> None:
-        self._seq += 1
+        self._seq = row.seq if self._seq is None else self._seq + 1
         if row.seq != self._seq:
             raise LogError(f"decision {row.seq} stands where {self._seq} is due")
         found, signals = self.found, row.signals
@@ -215,7 +235,7 @@ class _Replayer:
         if answer != row.decision:
             found.differing += 1
             found.first_difference = found.first_difference or Difference(
-                at, row.seq, signals.now_s, row.decision, answer
+                self.file, at, row.seq, signals.now_s, row.decision, answer
             )
 
 
@@ -223,7 +243,7 @@ def replay(file: Path, other: MorphServeConfig | None = None) -> Replay:
     """Ask again.
 
     Args:
-        file: a decision log.
+        file: a decision log; older files are read with it, as far back as it goes on from them.
         other: whose `policy:` is asked in the place of the logged one.
 
     Raises:
@@ -231,11 +251,27 @@ def replay(file: Path, other: MorphServeConfig | None = None) -> Replay:
     """
     replayer = _Replayer(other)
     try:
-        for at, line in read_log(file.expanduser()):
-            replayer.take(at, line)
+        files = _files_of(user_path(file))
+        for part in files:
+            replayer.file = f"{part.name}, " if len(files) > 1 else ""
+            for at, line in read_log(part):
+                replayer.take(at, line)
     except OSError as e:
         raise ConfigError(f"decision log {file}: {e.strerror}. Give a readable file.") from e
     return replayer.finish()
+
+
+def _files_of(file: Path) -> list[Path]:
+    """Return the files of a log, the oldest first."""
+    name, number = (file.stem, int(file.suffix[1:])) if file.suffix[1:].isdecimal() else (file.name, 0)
+    found = [file]
+    while True:
+        _, first = next(read_log(found[0]), (0, None))
+        number += 1
+        older = file.with_name(f"{name}.{number}")
+        if not (isinstance(first, Header) and first.event == "continued" and older.is_file()):
+            return found
+        found.insert(0, older)
 
 
 def _in_place_of(logged: PolicySetup, other: MorphServeConfig | None) -> PolicySetup:
@@ -270,7 +306,7 @@ def _summary(found: Replay, policy: str | None) -> str:
         lines[0] += f" (of {policy}, in the place of the logged policy: an open loop, the signals stay those that were)"
     lines.append(f"{found.compared} decisions compared, {found.differing} differ, {found.skipped} not comparable")
     if (first := found.first_difference) is not None:
-        lines.append(f"first difference: decision {first.pair}, line {first.line}, at {first.now_s:.3f} s")
+        lines.append(f"first difference: decision {first.pair}, {first.file}line {first.line}, at {first.now_s:.3f} s")
         lines += [f"  {who:<8} {_in_words(d)}" for who, d in (("logged", first.logged), ("replayed", first.replayed))]
     if found.logged_levels != found.replayed_levels:
         for who, levels in (("logged", found.logged_levels), ("replayed", found.replayed_levels)):

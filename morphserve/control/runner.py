@@ -8,17 +8,19 @@ from dataclasses import dataclass, field
 
 from morphserve.config import MorphServeConfig
 from morphserve.control.budget import Ledgers, RankBytes
+from morphserve.control.doubt import Doubt, kv_was_unknown
+from morphserve.control.health import Retry
 from morphserve.control.layer_state import LayerPicker, LayerState
 from morphserve.control.ranks import (
     BlockPoolPort,
     CommandFailed,
     ExecutorPort,
     Plan,
+    RanksUnknown,
     Reply,
     ReplyTracker,
     Ticket,
     failures,
-    require_success,
     slowest,
 )
 from morphserve.control.transition import BatchEnd, Drain, Phase, Preemptions, SwapBatch, check_move
@@ -27,6 +29,8 @@ from policies import Ladder
 
 logger = logging.getLogger(__name__)
 
+_FIRST_RETRY_S = 1.0  # where failures may be tried again at once
+
 
 @dataclass(slots=True)
 class SwapRunner:
@@ -34,10 +38,13 @@ class SwapRunner:
 
     Promises:
         1. `pool.grow` is called with no more blocks than every rank has answered to have mapped.
-        2. A rank is told to unmap only blocks that `pool.finish_shrink` has forgotten.
+        2. A rank is told to unmap only blocks that `pool.finish_shrink` has forgotten, and only once all ranks have
+           copied what lived there, but for what the same command copies.
         3. The ledgers hold every byte before a rank is asked to make it resident.
         4. Copies leave for the ranks within the call that renamed the blocks.
         5. No rank is told to switch before all have prepared, within `transition.rank_timeout_s`.
+        6. KV that a rank may have moved by half is read by nobody: what runs is computed again. Where that is not
+           enough, because weights or mapped blocks are in doubt too, it says so, with `RanksUnknown`.
     """
 
     ladder: Ladder
@@ -53,6 +60,8 @@ class SwapRunner:
     replies: ReplyTracker = field(default_factory=ReplyTracker)
     layer_state: LayerState = field(init=False)
     _picker: LayerPicker = field(init=False)
+    _doubt: Doubt = field(init=False)
+    _retry: Retry = field(init=False)
     _batch: SwapBatch | None = None
     _now_s: float = 0.0
 
@@ -64,7 +73,11 @@ class SwapRunner:
                 f"the block pool starts with {self.pool.num_kv_blocks} blocks, level 0 has "
                 f"{base.num_kv_blocks}. Set kv.base_num_blocks to what the pool has."
             )
-        self._picker = LayerPicker(self.ranks, self.ledgers, self.config.transition)
+        transition = self.config.transition
+        self._picker = LayerPicker(self.ranks, self.ledgers, transition)
+        self._doubt = Doubt(self.pool, self.ledgers, self.replies)
+        first_s = max(transition.backoff_s, _FIRST_RETRY_S)
+        self._retry = Retry(first_s, max(first_s, transition.backoff_max_s))
 
     def next_revision(self) -> int:
         """Return a number that every rank has yet to see."""
@@ -115,20 +128,17 @@ class SwapRunner:
             How the swap batch ended, None while it is under way.
 
         Raises:
-            CommandFailed: see there; the runner must not be used again.
+            CommandFailed, RanksUnknown: see there; the runner must not be used again.
         """
         batch = self._batch
         assert batch is not None
         self._now_s = now_s
+        if failed := self.take_copies():
+            batch.end = kv_was_unknown(failed)
         if self.phase is Phase.DRAINING:
             self._drain(batch, wanted)
-        if self.phase is Phase.SHRINKING and not self.replies.copies and self._answered(batch) is not None:
-            self.ledgers.book_kv(batch.blocks_after)
-            if wanted:
-                self._send_layers(batch)
-            else:
-                batch.end = BatchEnd("cancelled")
-                self._send_regrow(batch)
+        if self.phase is Phase.SHRINKING and not self.replies.copies:
+            self._await_unmap(batch, wanted)
         if self.phase is Phase.PREPARING:
             self._await_prepare(batch, wanted)
         if self.phase is Phase.COMMITTING:
@@ -136,18 +146,74 @@ class SwapRunner:
         if self.phase is Phase.ABORTING and self._answered(batch) is not None:
             self._undo(batch)
         if self.phase is Phase.REGROWING and (replies := self._answered(batch)) is not None:
-            self._grow(batch.blocks_before, replies)
+            self._grow(batch.blocks_before, replies, again=not batch.layers)
             self._move(Phase.IDLE)
         if self.phase is not Phase.IDLE:
             return None
         self._batch = None
         return batch.end
 
+    @property
+    def is_moving_blocks(self) -> bool:
+        """Whether blocks may have new names that no rank has heard of, if an error has come in between."""
+        return self.phase in (Phase.DRAINING, Phase.SHRINKING)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a rank has said no to a command that cannot fail, and nobody has taken that answer yet."""
+        return self.replies.has_failed_copies or (self.phase is not Phase.PREPARING and self.replies.has_failed)
+
+    def take_copies(self) -> str:
+        """Take the answers to copies that have come. If a rank has failed, let all be computed again and say why.
+
+        Raises:
+            RanksUnknown: more than the KV is in doubt.
+        """
+        replies = self.replies.poll_copies()
+        return self._doubt.discard_kv(replies) if replies else ""
+
+    def check_unanswered(self) -> None:
+        """Look at what ranks answer to what was sent before an error in here, and take it.
+
+        Raises:
+            RanksUnknown: some have done it and some have not.
+        """
+        self.take_copies()
+        if (replies := self.replies.answer()) is not None and (failed := failures(replies)):
+            if self.phase is Phase.SHRINKING:
+                self._doubt.discard_kv(replies)
+            elif self.phase is Phase.COMMITTING or not self._doubt.is_sound(replies):
+                raise RanksUnknown(failed)
+        self.replies.drop_late()
+
+    def grow_again(self, now_s: float, may_start: bool) -> bool:
+        """Ask now and then, at rest, for blocks of the level that a rank had no memory for; never blocks.
+
+        Returns:
+            Whether nothing of it is under way.
+
+        Raises:
+            CommandFailed: see there; the runner must not be used again.
+        """
+        state = self.layer_state
+        wanted = self.ladder[state.current].num_kv_blocks
+        if self.phase is Phase.IDLE:
+            if state.is_between or self.pool.num_kv_blocks >= wanted:
+                self._retry.reset()
+            elif may_start and not self.replies.copies and self._retry.is_due(now_s):
+                self._now_s = now_s
+                end = BatchEnd("committed")
+                self._batch = SwapBatch(state.current, "degrade", (), (), (), wanted, wanted, self.revision, end=end)
+                self._send_regrow(self._batch)
+        return self.phase is Phase.IDLE or self.advance(now_s, wanted=True) is not None
+
     def wind_down(self) -> None:
         """Unfence and unstage after an error in here, as far as the world still answers."""
         batch = self._batch
         if self.phase is Phase.DRAINING:
             self.pool.cancel_shrink()
+        if self.is_moving_blocks:
+            self.pool.discard_contents()
         if self._votes and self.phase is Phase.PREPARING and batch is not None and batch.plan is not None:
             self.replies.give_up()
             self.replies.expect(self.executor.abort(batch.plan), self._now_s)
@@ -157,6 +223,10 @@ class SwapRunner:
     def _drain(self, batch: SwapBatch, wanted: bool) -> None:
         """Move live tail blocks below the fence; unmap when the tail is free."""
         assert batch.drain is not None
+        if batch.end is not None:  # the KV was unknown, and is gone
+            self.pool.cancel_shrink()
+            self._move(Phase.IDLE)
+            return
         error = batch.drain.timed_out(self._now_s)
         if error or not wanted:
             self.pool.cancel_shrink()
@@ -167,13 +237,14 @@ class SwapRunner:
         if self.replies.is_full:
             return
         step = batch.drain.advance(self._now_s)
-        if step.num_live_tail == 0:
+        # Unmapped under a rank that has not copied, a step under way would read blocks that are gone.
+        if step.num_live_tail == 0 and not self.replies.copies:
             self.pool.finish_shrink()
             self._move(Phase.SHRINKING)
             self._unmap(batch, step.copies)
         elif step.copies:
             plan = Plan(batch.revision, (), batch.blocks_before, step.copies)
-            self.replies.copies.append(self.executor.commit(plan))
+            self.replies.expect_copies(self.executor.commit(plan))
             batch.revision = self.next_revision()
 
     def _unmap(self, batch: SwapBatch, copies: tuple[tuple[int, int], ...]) -> None:
@@ -185,6 +256,21 @@ class SwapRunner:
             # It unmaps before it builds, so the bytes are there when it does.
             self.ledgers.book_kv(batch.blocks_after)
             self._send_layers(batch, copies)
+
+    def _await_unmap(self, batch: SwapBatch, wanted: bool) -> None:
+        """Take the news that all ranks have copied and unmapped; a rank that could not has changed no layer."""
+        replies = self._replies(batch)
+        if replies is None:
+            return
+        if failures(replies):
+            batch.end = kv_was_unknown(self._doubt.discard_kv(replies))
+        else:
+            self.ledgers.book_kv(batch.blocks_after)
+        if wanted and batch.end is None:
+            self._send_layers(batch)
+        else:
+            batch.end = batch.end or BatchEnd("cancelled")
+            self._send_regrow(batch)
 
     @property
     def _votes(self) -> bool:
@@ -209,20 +295,17 @@ class SwapRunner:
     def _await_commit(self, batch: SwapBatch) -> None:
         """Take the news that all ranks have switched; or that the one that prepared within the commit could not."""
         assert batch.plan is not None
-        before = {rank: figures.weight_bytes for rank, figures in self.replies.ranks.items()}
         replies = self._replies(batch)
         if replies is None:
             return
-        if batch.plan.alone and (failed := failures(replies)):
-            # Against the rank's own last word: what the ledger counts may be a bound.
-            switched = any(r.weight_bytes != before.get(r.rank, self.ledgers[0]["weights"]) for r in replies)
-            if switched or not all(reply.kv_moved for reply in replies):
-                raise CommandFailed(f"commit stopped half-way: {failed}")
+        if failed := failures(replies):
+            if not batch.plan.alone or not self._doubt.is_sound(replies):
+                raise RanksUnknown(failed)
+            moved = all(reply.kv_moved for reply in replies)
+            batch.end = BatchEnd("aborted", error=failed) if moved else kv_was_unknown(self._doubt.discard_kv(replies))
             self.layer_state.is_between = batch.was_between
-            batch.end = BatchEnd("aborted", error=failed)
             self._undo(batch)
             return
-        require_success(replies, self.phase.name.lower())
         self._settle(batch, replies)
 
     def _undo(self, batch: SwapBatch) -> None:
@@ -291,22 +374,28 @@ class SwapRunner:
         self._sent(self.executor.commit(Plan(self.next_revision(), (), batch.blocks_before)))
         self._move(Phase.REGROWING)
 
-    def _grow(self, num_kv_blocks: int, replies: tuple[Reply, ...]) -> None:
-        """Publish what every rank has mapped, which may be less than it was asked for."""
+    def _grow(self, num_kv_blocks: int, replies: tuple[Reply, ...], again: bool = False) -> None:
+        """Publish what every rank has mapped, which may be less than it was asked for; said once."""
         mapped = min(reply.num_kv_blocks for reply in replies)
         published = self.pool.num_kv_blocks
         if mapped < published:
-            raise CommandFailed(f"a rank has {mapped} KV blocks mapped, but {published} are published.")
-        if mapped < num_kv_blocks:
+            raise RanksUnknown(f"a rank has {mapped} KV blocks mapped, but {published} are published")
+        if mapped < num_kv_blocks and not again:
             self.short_grows += 1
-            logger.warning("morph: ranks mapped %d KV blocks of the %d asked for", mapped, num_kv_blocks)
+            logger.warning(
+                "morph: ranks mapped %d KV blocks of the %d asked for; asked for again now and then",
+                mapped,
+                num_kv_blocks,
+            )
         self.pool.grow(min(mapped, num_kv_blocks))
 
     def _answered(self, batch: SwapBatch) -> tuple[Reply, ...] | None:
         """Return all ranks' replies to a command that cannot fail, None while one is missing."""
         replies = self._replies(batch)
-        if replies is not None:
-            require_success(replies, self.phase.name.lower())
+        if replies is not None and (failed := failures(replies)):
+            if self._doubt.is_sound(replies):
+                raise CommandFailed(f"{self.phase.name} cannot fail, but did: {failed}. What serves is as it was.")
+            raise RanksUnknown(failed)
         return replies
 
     def _replies(self, batch: SwapBatch) -> tuple[Reply, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any, Literal
 from morphserve.config import KVConfig
 from morphserve.control.ranks import BlockPoolPort, LayerFormats, Plan, ShrinkProgress
 from morphserve.errors import IllegalTransition
+
+logger = logging.getLogger(__name__)
 
 Direction = Literal["degrade", "restore"]
 Outcome = Literal["committed", "aborted", "cancelled"]
@@ -37,6 +40,8 @@ class Phase(Enum):
     the new layers; the only phase in which one of several ranks may fail or be too late. COMMITTING: they switch;
     cannot fail. ABORTING: ranks forget what they staged. REGROWING: blocks that were unmapped for nothing come back.
 
+    At rest, too, IDLE goes to REGROWING now and then: for blocks of the level that a rank had no memory for.
+
     A rank that decides alone prepares within its commit: from IDLE or SHRINKING it goes to COMMITTING at once, and
     from there, where it could not prepare, to REGROWING.
     """
@@ -51,7 +56,7 @@ class Phase(Enum):
 
 
 _NEXT: Mapping[Phase, frozenset[Phase]] = {
-    Phase.IDLE: frozenset({Phase.DRAINING, Phase.SHRINKING, Phase.PREPARING, Phase.COMMITTING}),
+    Phase.IDLE: frozenset({Phase.DRAINING, Phase.SHRINKING, Phase.PREPARING, Phase.COMMITTING, Phase.REGROWING}),
     Phase.DRAINING: frozenset({Phase.SHRINKING, Phase.IDLE}),
     Phase.SHRINKING: frozenset({Phase.PREPARING, Phase.COMMITTING, Phase.REGROWING}),
     Phase.PREPARING: frozenset({Phase.COMMITTING, Phase.ABORTING}),
@@ -90,6 +95,21 @@ class Transition:
     from_level: int = 0
     num_layers: int = 0  # layer switches committed so far
     last_format: str = ""
+
+    def log_end(self, outcome: Outcome, level: int, seconds: float, num_kv_blocks: int, error: str = "") -> None:
+        """Say in one line how it has ended, at `level` and with so many blocks published."""
+        milliseconds = seconds * 1000
+        if outcome == "aborted":
+            logger.warning(
+                "morph r%d: aborted at level %d after %.0f ms (%s)", self.revision, level, milliseconds, error
+            )
+        elif outcome == "cancelled":
+            logger.info("morph r%d: cancelled at level %d after %.0f ms", self.revision, level, milliseconds)
+        else:
+            logger.info(
+                "morph r%d: committed in %.0f ms, %d layers %s, %+d KV blocks",
+                self.revision, milliseconds, self.num_layers, self.last_format, num_kv_blocks - self.blocks_before,
+            )  # fmt: skip
 
 
 class TransitionHistory:

@@ -30,7 +30,7 @@ def weights_fingerprint(directory: Path) -> str | None:
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         rows = dict(row for file in _files(directory) for row in _tensors(file))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
     if not rows or not isinstance(config, dict):
         return None

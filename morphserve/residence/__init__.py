@@ -21,6 +21,7 @@ from morphserve.residence.paged.layout import Layout, Place
 from morphserve.residence.paged.parts import PagedParts
 from morphserve.residence.paged.residence import PagedResidence, numbered, start_thread
 from morphserve.residence.paged.weights import WeightArena
+from morphserve.residence.reader import Patience, Reader
 from morphserve.residence.transition import ElasticKV, RankTransition
 
 ENTRY_POINTS = "morphserve.residences"  # name: a type of device; object: a class like the two below
@@ -56,8 +57,10 @@ __all__ = [
     "PagedResidence",
     "Parts",
     "PartsKey",
+    "Patience",
     "Place",
     "RankTransition",
+    "Reader",
     "Residence",
     "Route",
     "StoredParts",

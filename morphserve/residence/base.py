@@ -76,10 +76,10 @@ class Parts(PartSource, Protocol):
         ...
 
     def seal(self) -> None:
-        """Check what is kept, once all of it is.
+        """Check what is kept, once all of it is, and have packed again what is damaged.
 
         Raises:
-            StoreError: it is damaged.
+            StoreError: it is damaged, again.
         """
         ...
 

@@ -15,9 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kv_resize import ElasticCache, HostBacking, KVGeometry
+from kv_resize import ElasticCache, HostBacking, KVGeometry, unmapped_bytes
+from morphserve.errors import ConfigError
 from morphserve.residence.base import BaseLinear, PartsKey
 from morphserve.residence.host_memory import FREED_WEIGHTS_RETURN, resident_bytes, weights_on_their_own_pages
+from morphserve.residence.reader import Reader
 from quant_layers import (
     BASE,
     SOURCE_MARK,
@@ -34,6 +36,8 @@ from quant_layers import (
 )
 
 logger = logging.getLogger("vllm.morphserve")
+
+Fetched = dict[tuple[int, str], dict[str, dict[str, Tensor]]]  # layer, format |-> what its file holds
 
 
 class AtOnce(Executor):
@@ -67,6 +71,8 @@ class StoredParts:
         self.directory: Path | None = store.directory
         self._key = key
         self._build = build
+        self._reader = Reader()
+        self._packs: dict[tuple[int, str], Callable[[], LayerTensors]] = {}  # until sealed
         self._num_packed = 0
         self._linears: dict[tuple[int, Half], tuple[str, ...]] = {}  # of adopted parts: names
         self._base_bytes: dict[tuple[int, Half], int] = {}
@@ -81,14 +87,42 @@ class StoredParts:
         return part.format == BASE or part.format in self._key.kernels
 
     def keep(self, layer: int, fmt: str, pack: Callable[[], LayerTensors]) -> None:
+        self._packs[layer, fmt] = pack
         if not self.store.has(layer, fmt):
-            self.store.write(layer, fmt, pack(), self._key.layouts.get(fmt, ""))
-            self._num_packed += 1
+            self._write(layer, fmt)
+
+    def _write(self, layer: int, fmt: str) -> None:
+        self.store.write(layer, fmt, self._packs[layer, fmt](), self._key.layouts.get(fmt, ""))
+        self._num_packed += 1
 
     def seal(self) -> None:
+        """Check what is kept, and the base against the tensors that are loaded; make once more what is damaged."""
+        keys = list(self._packs)
+        if damaged := self._damaged(keys):
+            for key in damaged:
+                self._write(*key)
+            self._damaged(damaged, again=True)
         if self._num_packed:
             logger.info("morphserve: packed %d layer variants into %s", self._num_packed, self.directory)
-        self.store.verify()
+        self._packs.clear()
+
+    def _damaged(self, keys: Sequence[tuple[int, str]], again: bool = False) -> list[tuple[int, str]]:
+        """Return the layers whose files do not hold what they should, with one warning; raise if it is so `again`."""
+        faults = self.store.faults([self.store.entry(*key) for key in keys])
+        errors = {(row.layer, row.format): error for row, error in faults}
+        for layer, fmt in keys:
+            if fmt != BASE or (layer, fmt) in errors:
+                continue
+            if others := self.store.differing(layer, fmt, self._packs[layer, fmt]()):
+                errors[layer, fmt] = self._useless(f"layer {layer} {fmt!r}: {others[0]} is not what was loaded")
+        if not errors:
+            return []
+        first = next(iter(errors.values()))
+        if again:
+            raise first
+        what, _, _ = str(first).partition("; delete ")
+        logger.warning("morphserve: files of %d layers are made again, the first because %s", len(errors), what)
+        return list(errors)
 
     def adopt(self, part: Part, bases: Mapping[str, BaseLinear]) -> LoadedPart:
         linears = {name: base.take() for name, base in bases.items()}
@@ -109,8 +143,27 @@ class StoredParts:
         sizes = self.store.entry(part.layer, part.format).sizes
         return self._bias_bytes[where] + sum(sizes[name] for name in self._linears[where])
 
-    def load(self, parts: Sequence[Part]) -> dict[Part, LoadedPart]:
-        """Read and build parts beside those that serve.
+    def fetch(self, parts: Sequence[Part]) -> Future[Fetched]:
+        return self._reader.submit(self._read, list(parts))
+
+    def _read(self, parts: Sequence[Part]) -> Fetched:
+        """Read the file of each layer in a format once.
+
+        Raises:
+            StoreError: one is missing, damaged, or packed for another kernel.
+        """
+        fetched: Fetched = {}
+        for (layer, fmt), mine in groupby(parts, key=lambda part: (part.layer, part.format)):
+            packed_for, kernel = self.store.entry(layer, fmt).kernel, self._key.kernels.get(fmt)
+            if kernel is not None and packed_for.partition(SOURCE_MARK)[0] != kernel.name:
+                what = f"layer {layer} {fmt!r} is packed for kernel {packed_for!r}"
+                raise self._useless(f"{what}, here runs {kernel.name!r}")
+            halves = {part.half for part in mine}
+            fetched[layer, fmt] = self.store.read(layer, fmt, lambda name, halves=halves: half_of(name) in halves)
+        return fetched
+
+    def load(self, parts: Sequence[Part], fetched: Fetched | None = None) -> dict[Part, LoadedPart]:
+        """Build parts beside those that serve, of what was fetched or is read now.
 
         Raises:
             StoreError: a file is missing, damaged, or packed for another kernel.
@@ -119,22 +172,26 @@ class StoredParts:
         loaded: dict[Part, LoadedPart] = {}
         try:
             with weights_on_their_own_pages():
+                fetched = self._read(parts) if fetched is None else fetched
                 for (layer, fmt), halves in groupby(parts, key=lambda part: (part.layer, part.format)):
-                    self._load(layer, fmt, list(halves), loaded)
+                    self._load(layer, fmt, list(halves), fetched.pop((layer, fmt)), loaded)
         except BaseException:
             loaded.clear()
+            if fetched is not None:
+                fetched.clear()  # who waits for the read may hold on to it
             self.unload(parts)
             raise
         return loaded
 
-    def _load(self, layer: int, fmt: str, parts: Sequence[Part], loaded: dict[Part, LoadedPart]) -> None:
-        """Read the file of a layer in a format once, and build those halves of it."""
-        row = self.store.entry(layer, fmt)
-        if fmt != BASE and row.kernel.partition(SOURCE_MARK)[0] != self._key.kernels[fmt].name:
-            here = self._key.kernels[fmt].name
-            raise self._useless(f"layer {layer} {fmt!r} is packed for kernel {row.kernel!r}, here runs {here!r}")
-        halves = {part.half for part in parts}
-        tensors = self.store.read(layer, fmt, lambda name: half_of(name) in halves)
+    def _load(
+        self,
+        layer: int,
+        fmt: str,
+        parts: Sequence[Part],
+        tensors: dict[str, dict[str, Tensor]],
+        loaded: dict[Part, LoadedPart],
+    ) -> None:
+        """Build halves of a layer in a format."""
         for part in parts:
             names = self._linears[layer, part.half]
             found = {name for name in tensors if half_of(name) == part.half}
@@ -208,7 +265,19 @@ class HostResidence:
         return ElasticCache(self._backing, geometry, num_blocks=0)
 
     def keep_free(self, num_bytes: int, num_ranks: int) -> None:
+        """Keep so much free.
+
+        Raises:
+            ConfigError: a limit of the process will not let it take that: the first long prefill would end it.
+        """
         assert self._backing is not None
+        own, left = num_bytes // num_ranks, unmapped_bytes()
+        if left is not None and own > left:
+            raise ConfigError(
+                f"a worst-case forward pass takes up to {own:,} B, and the limits of this process (ulimit -v, ulimit "
+                f"-d) leave {left:,} B: the address range of the KV cache counts whole. Raise them, or lower "
+                "kv.max_num_blocks."
+            )
         self._backing.keep_free_bytes, self._backing.num_sharers = num_bytes, num_ranks
 
     def wait(self) -> None:

@@ -5,6 +5,8 @@ A name without a directory means what is shipped under it where no such file exi
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
@@ -27,8 +29,10 @@ def text_file(name: str) -> Path:
 
 
 def _found(name: str, directory: Path) -> Path:
-    file = Path(name).expanduser()
-    if name == file.name and not file.exists():
+    file = Path(name)
+    with suppress(RuntimeError):  # a `~name` that nobody has: who reads the file says so
+        file = file.expanduser()
+    if name == file.name and not os.path.exists(file):
         for suffix in _SUFFIXES:
             if (shipped := directory / f"{name}{suffix}").is_file():
                 return shipped

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from morphserve.status_view.parts import Line, Tone
-from morphserve.status_view.words import counts, percent
+from morphserve.status_view.words import counts, duration, percent
 
 Status = Mapping[str, Any]
 
+_OLD_S = 2.0  # engines are asked twice a second, and their figures are as old as their last answer
 _FEW_LATE = 0.01  # of the last requests; more of them are bad, not only worth a look
 
 
@@ -19,6 +20,18 @@ def _level(s: Status) -> Line:
     phase = "" if s["phase"] == "idle" else f" ({s['phase']})"  # idle: between two swap batches
     way = f", on the way {goal}{phase}" if is_moving(s) else ""
     return Line("Level", f"{level} of {s['deepest_level']}{way}", s["reason"], "warn" if level else "good")
+
+
+def silent_s(s: Status) -> float:
+    """Return for how long the engine has not answered, 0 while it does."""
+    age_s: float = s.get("age_s", 0.0)  # of a server that does not tell, figures are of now
+    return age_s if age_s > _OLD_S else 0.0
+
+
+def _silence(s: Status) -> Line | None:
+    if not (age_s := silent_s(s)):
+        return None
+    return Line("Engine", f"no answer; the figures are {duration(age_s)} old", "it hangs, or is in a long step", "bad")
 
 
 def is_moving(s: Status) -> bool:
@@ -108,6 +121,7 @@ def _errors(s: Status) -> Line:
 
 
 LINES: tuple[tuple[str, Callable[[Status], Line | None]], ...] = (
+    ("Engine", _silence),
     ("Level", _level),
     ("Requests", _requests),
     ("Late", _late),

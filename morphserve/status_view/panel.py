@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from morphserve.status_view.lines import LINES, Status, is_moving
+from morphserve.status_view.lines import LINES, Status, is_moving, silent_s
 from morphserve.status_view.parts import Bar, Change, LevelRow, Line, Panel, Tone
 from morphserve.status_view.words import counts, duration
 
@@ -14,7 +14,8 @@ UNTOLD = "not told by this server"
 
 def panels(document: Status) -> list[Panel]:
     """Return one panel for each engine of a `/morphserve/status` document."""
-    return [_panel(status) for status in document.get("engines", [document])]
+    age_s = document.get("age_s", 0.0)
+    return [_panel({"age_s": age_s, **status}) for status in document.get("engines", [document])]
 
 
 def _panel(status: Status) -> Panel:
@@ -95,5 +96,6 @@ def _summary(s: Status) -> str:
         f"late {late['num_late']:,}/{late['num_judged']:,}" if late["num_judged"] else "late -",
         "kl ?" if kl is None else f"kl {kl:.4f}",
         *(["gave up"] if s["failed"] else []),
+        *([f"no answer for {duration(silent_s(s))}"] if silent_s(s) else []),
     ]
     return "  ".join(parts)

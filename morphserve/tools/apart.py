@@ -14,6 +14,7 @@ from typing import Any
 
 from morphserve.endings import cause_in
 from morphserve.errors import ProfilingError
+from morphserve.tools.checks import at_least
 
 Progress = Callable[[str, int, int], Any]  # what, done, of how many
 _MARK = "progress"
@@ -24,7 +25,7 @@ _LOG_LINES = 1000
 def add_parallel_options(parser: Any) -> None:
     """Add the ranks of the engine."""
     for flags in (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp")):
-        parser.add_argument(*flags, type=int, default=1, metavar="N", help="as the server has it")
+        parser.add_argument(*flags, type=at_least(1), default=1, metavar="N", help="as the server has it")
 
 
 def parallel_arguments(args: argparse.Namespace) -> dict[str, Any]:

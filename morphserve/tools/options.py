@@ -80,8 +80,9 @@ def number(text: str) -> float:
         ArgumentTypeError: it is none.
     """
     try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError) as e:
+        above, slash, below = text.partition("/")
+        return float(Fraction(int(above), int(below))) if slash else float(text)
+    except (ValueError, ZeroDivisionError, OverflowError) as e:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number or a fraction such as 1/16") from e
 
 

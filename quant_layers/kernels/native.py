@@ -1,5 +1,8 @@
 """Builds C++ operators at their first use, and keeps them in the user's cache: one file a source, torch and CPU tier.
 
+Loading a library runs it. So it ends with the hash of what the linker wrote, and one that is damaged, or that others
+could have written, is built again; a cut one would not raise but end the process.
+
 torch.compile needs a C++ compiler on CPU too, so where speed matters one is usually there. Callers serve without what
 could not be built: slower, never wrong.
 """
@@ -7,12 +10,12 @@ could not be built: slower, never wrong.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,9 +24,12 @@ from pathlib import Path
 
 import torch
 
+from quant_layers.private import locked, only_ours, private_directory
+
 logger = logging.getLogger("vllm.morphserve")
 
 _BUILD_TIMEOUT_S = 300
+_SEAL = b"morphserve sha256 "  # then the hash: what follows an ELF file's sections is nobody else's
 _COMMON = ("-O2", "-std=c++20", "-fPIC")
 
 
@@ -43,7 +49,7 @@ def default_directory() -> Path:
 
 def library_path(name: str, units: Sequence[Unit], directory: Path) -> Path:
     """Return where the library of these units belongs: another source, header, flag or torch is another file."""
-    seen = hashlib.sha256(torch.__version__.encode())
+    seen = hashlib.sha256(f"sealed, torch {torch.__version__}".encode())
     for unit in units:
         seen.update(repr((unit.source.name, unit.flags)).encode())
         for file in (unit.source, *sorted(unit.source.parent.glob("*.h"))):
@@ -60,15 +66,17 @@ def build(name: str, units: Sequence[Unit], directory: Path | None = None) -> Pa
     Raises:
         FileNotFoundError: no compiler.
         RuntimeError: the compiler failed; the message has its last words.
-        OSError: `directory` cannot be written.
+        OSError: `directory` cannot be written, or others can write it.
     """
     library = library_path(name, units, directory or default_directory())
-    if library.exists():
+    _take_directory(library.parent)
+    if _is_sound(library):
         return library
     compiler = find_compiler(openmp=any("-fopenmp" in unit.flags for unit in units))
-    library.parent.mkdir(parents=True, exist_ok=True)
     with _only_one(library.with_suffix(".lock")):
-        if not library.exists():
+        if not _is_sound(library):
+            if library.exists():
+                logger.warning("morphserve: %s is damaged, or others could write it: it is built again", library)
             logger.info("morphserve: compiling %s, once (20 seconds or so)", library.name)
             _build(compiler, library, units)
             logger.info("morphserve: built %s", library)
@@ -159,9 +167,48 @@ def _build(compiler: str, library: Path, units: Sequence[Unit]) -> None:
             "-lc10", "-ltorch_cpu", "-ltorch",
         ]  # fmt: skip
         finish(_start(command))
-        with built.open("rb") as file:  # or a machine that goes down leaves the name without the content
-            os.fsync(file.fileno())
+        _seal(built)
         os.replace(built, library)
+
+
+def _take_directory(directory: Path) -> None:
+    """Create the directory of libraries, or close it to others.
+
+    Raises:
+        OSError: it is another user's, or cannot be created.
+    """
+    private_directory(directory)
+    if only_ours(directory):
+        return
+    found = directory.lstat()
+    if found.st_uid != os.geteuid():
+        raise PermissionError(
+            f"{directory} belongs to user {found.st_uid} or is open to others, this is user {os.geteuid()}, and a "
+            "library that is loaded runs. Set MORPHSERVE_CACHE, and cache_dir, to a directory of your own"
+        )
+    directory.chmod(stat.S_IMODE(found.st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
+
+
+def _seal(library: Path) -> None:
+    """Write the hash of a new library to its end, and see to it that a machine which goes down leaves all of it."""
+    library.chmod(0o755)
+    with library.open("r+b") as file:
+        mark = _SEAL + hashlib.sha256(file.read()).digest()
+        file.write(mark)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_sound(library: Path) -> bool:
+    """Return whether a library is there as it was built, by this user or root."""
+    try:
+        if not only_ours(library):
+            return False
+        content = library.read_bytes()
+    except OSError:
+        return False
+    end = len(content) - len(_SEAL) - hashlib.sha256().digest_size
+    return end > 0 and content[end:] == _SEAL + hashlib.sha256(content[:end]).digest()
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[str]:
@@ -181,7 +228,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 @contextlib.contextmanager
 def _only_one(path: Path) -> Iterator[None]:
     """Hold a lock between processes, where the file system has them."""
-    with path.open("w") as file:
+    with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            held.enter_context(locked(path))
         yield

@@ -23,7 +23,11 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _INDEX = "model.safetensors.index.json"
 _PATTERN = "*.safetensors"
 _REMEDY = "give a directory with a whole checkpoint in it, or fetch it again"
+_MAX_SHOWN = 300  # characters of a config in a message
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _METHODS = ("gptq", "awq", "compressed-tensors")
+# What reading a file of a checkpoint may raise: safetensors knows dtypes that torch does not have.
+_UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
 _SHAPE_KEYS = (
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps", "rope_theta", "tie_word_embeddings",
@@ -78,7 +82,8 @@ class Checkpoint:
             status = file.stat()
             total.update(f"{file.name}|{status.st_size}|{status.st_mtime_ns}|".encode())
             with file.open("rb") as stream:
-                total.update(stream.read(int.from_bytes(stream.read(8), "little")))
+                length = int.from_bytes(stream.read(8), "little")
+                total.update(stream.read(min(length, _MAX_HEADER_BYTES)))
         return total.hexdigest()
 
     def check_shape(self, base: Mapping[str, Any]) -> None:
@@ -149,7 +154,7 @@ class Checkpoint:
                 with safe_open(file, framework="pt") as tensors:
                     for name in mine:
                         yield name, tensors.get_tensor(name).clone()  # not a view of the mapped file
-            except (OSError, SafetensorError) as error:
+            except _UNREADABLE as error:
                 raise _damaged(file, error) from error
 
 
@@ -168,6 +173,26 @@ def read_scheme(directory: Path, config: Mapping[str, Any]) -> Scheme:
                 "give a quantized checkpoint, or leave this format to round-to-nearest"
             )
         found = {"quant_method": "gptq"} | read_object(file, CheckpointError, _REMEDY)
+    try:
+        return _scheme_of(found, directory)
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:  # a value of another kind than it is to be
+        raise CheckpointError(
+            f"{directory}: the quantization config {_shown(found)} cannot be read ({error}); {_REMEDY}"
+        ) from error
+
+
+def _shown(value: object) -> str:
+    shown = json.dumps(value)
+    return shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}..."
+
+
+def _scheme_of(found: Mapping[str, Any], directory: Path) -> Scheme:
+    """Return what a quantization config means.
+
+    Raises:
+        CheckpointError: it names what is not supported.
+        ValueError, TypeError, AttributeError: a value is of another kind than it is to be.
+    """
     method = str(found.get("quant_method", "")).lower()
     if method not in _METHODS:
         raise CheckpointError(f"{directory}: quant_method {method!r} is not known; known are {', '.join(_METHODS)}")
@@ -204,6 +229,8 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     index = directory / _INDEX
     if index.exists():
         names = read_object(index, CheckpointError, _REMEDY).get("weight_map", {})
+        if not isinstance(names, dict) or not all(map(_is_name, names.values())):
+            raise CheckpointError(f"{index}: weight_map is no object of file names; {_REMEDY}")
         files = {name: directory / file for name, file in names.items()}
         if absent := sorted({file.name for file in files.values() if not file.exists()}):
             raise CheckpointError(f"{directory} lacks {', '.join(absent)}, which its index names; fetch it again")
@@ -213,11 +240,15 @@ def tensor_files(directory: Path) -> dict[str, Path]:
         try:
             with safe_open(file, framework="pt") as tensors:
                 files |= dict.fromkeys(tensors.keys(), file)
-        except (OSError, SafetensorError) as error:
+        except _UNREADABLE as error:
             raise _damaged(file, error) from error
     if not files:
         raise CheckpointError(f"{directory} has no {_PATTERN} files; convert the checkpoint to safetensors")
     return files
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and "\0" not in value
 
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:

@@ -60,7 +60,7 @@ def read_linear(name: str, parts: Parts, scheme: Scheme) -> QuantW4 | QuantW8:
             return _read_int8(name, parts)
     except KeyError as error:
         raise CheckpointError(f"{name} has {sorted(parts)}, it lacks {error}; fetch the checkpoint again") from error
-    except RuntimeError as error:  # shapes that do not go together
+    except (RuntimeError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:  # shapes, most likely
         raise CheckpointError(f"{name}: its tensors do not fit each other ({error}); fetch it again") from error
     raise CheckpointError(
         f"{name} is stored as {parts['weight'].dtype}, which no kernel here runs; known are 4-bit GPTQ, AWQ and "

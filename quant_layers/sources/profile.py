@@ -152,7 +152,7 @@ def read_profile(directory: str | os.PathLike[str], *, with_scales: bool = True)
     Raises:
         ProfileError: no manifest, unknown schema, or a file that is missing, truncated or changed.
     """
-    root = Path(directory).expanduser()
+    root = Path(os.path.expanduser(directory))  # which leaves a `~name` that nobody has: it is not there
     path = root / MANIFEST
     document = _read_manifest(path)
     try:
@@ -163,7 +163,7 @@ def read_profile(directory: str | os.PathLike[str], *, with_scales: bool = True)
             document["num_layers"], ladder, tuple(document["order"]),
         )  # fmt: skip
         size = row["size"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ProfileError(f"{path} lacks {error}; {_REMEDY}") from error
     return replace(profile, scales=_read_scales(root / _SMOOTHING, profile.digest, size)) if with_scales else profile
 

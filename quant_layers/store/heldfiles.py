@@ -44,6 +44,11 @@ class HeldFiles:
         )
         return False
 
+    def drop(self, name: str) -> None:
+        """Hold a file no more. Harmless where it is not held."""
+        if (file := self._files.pop(name, None)) is not None:
+            file.close()
+
     @contextmanager
     def opened(self, name: str, size: int, hold: bool = False) -> Iterator[BinaryIO]:
         """Yield the file, unbuffered and at its beginning.

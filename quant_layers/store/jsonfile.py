@@ -21,7 +21,7 @@ def read_object(path: Path, error: type[QuantError], remedy: str) -> dict[str, A
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise error(f"{path}: {e.strerror}; {remedy}") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise error(f"{path} is no JSON ({e}); {remedy}") from e
     if not isinstance(found, dict):
         raise error(f"{path} holds a {type(found).__name__}, expected an object; {remedy}")

@@ -8,12 +8,11 @@ different kernels may share a directory: the kernel is part of a layer's key.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -21,8 +20,17 @@ from types import MappingProxyType
 from torch import Tensor
 
 from quant_layers.errors import StoreError
+from quant_layers.private import locked, private_directory
 from quant_layers.store.heldfiles import HeldFiles
-from quant_layers.store.tensorfile import LayerTensors, flatten, read_file, sha256_of, write_file
+from quant_layers.store.tensorfile import (
+    Digests,
+    LayerTensors,
+    flatten,
+    hashes_of,
+    read_file,
+    tensor_digest,
+    write_file,
+)
 
 SCHEMA = 2  # 1 did not say how large each linear is
 _MANIFEST = "manifest.json"
@@ -58,7 +66,8 @@ class VariantStore:
     1. What `read` returns is what `write` was given, or StoreError.
     2. A crash or a second writer, at any point, never makes a file that `has` reports unreadable.
     3. Tensors come back in anonymous memory of their own: dropping them frees what they occupied.
-    4. From `verify` on, `read` gives what was verified, also after the directory has been deleted.
+    4. From `verify` on, `read` gives what was verified, also after the directory has been deleted, or raises where it
+       was changed.
     """
 
     def __init__(self, directory: Path, fingerprint: str, kernels: Mapping[str, str]) -> None:
@@ -68,6 +77,7 @@ class VariantStore:
         self._kernels = dict(kernels)
         self._rows: MappingProxyType[Key, StoredLayer] = MappingProxyType({})
         self._files = HeldFiles(directory, self._remedy)
+        self._digests: dict[str, Digests] = {}  # by file, of those that were verified
 
     @classmethod
     def open(
@@ -88,7 +98,7 @@ class VariantStore:
         """
         store = cls(Path(directory), fingerprint, kernels)
         try:
-            store.directory.mkdir(parents=True, exist_ok=True)
+            private_directory(store.directory)
         except OSError as error:
             raise StoreError(
                 f"cannot create the variant directory {store.directory}: {error}; configure another directory"
@@ -159,6 +169,7 @@ class VariantStore:
                 name = f"layer-{layer:04d}.{format}.{sha256[:16]}{_SUFFIX}"
                 row = StoredLayer(layer, format, kernel, name, sha256, size, nbytes, shapes, sizes)
                 os.replace(partial, self.directory / name)
+                self._files.drop(name)  # of the same name and content, but damaged
                 self._save({**self._rows, (layer, format, kernel): row})
             except OSError as error:
                 partial.unlink(missing_ok=True)
@@ -174,7 +185,8 @@ class VariantStore:
     ) -> dict[str, dict[str, Tensor]]:
         """Read the tensors of one layer, {linear: {tensor name: tensor}}, into fresh memory.
 
-        Checks the file's size and structure; the hashes are `verify`'s work, once.
+        Checks the file's size and structure, and the tensors against what `verify` has seen: blake3 costs less than
+        the read.
 
         Args:
             layer: decoder layer id.
@@ -188,7 +200,7 @@ class VariantStore:
         path = self.directory / row.file
         with self._files.opened(row.file, row.size) as file:
             try:
-                tensors = read_file(path, file, wanted)
+                tensors = read_file(path, file, wanted, self._digests.get(row.file, {}))
             except OSError as error:
                 raise StoreError(f"cannot read {path}: {error}; {self._remedy}") from error
         found = {key: list(tensor.shape) for key, tensor in flatten(tensors).items()}
@@ -203,8 +215,16 @@ class VariantStore:
         Raises:
             StoreError: the first file that is missing, truncated or changed.
         """
-        rows = self.entries()
+        for _, fault in self.faults(self.entries(), progress):
+            raise fault
+
+    def faults(
+        self, rows: Sequence[StoredLayer], progress: Progress | None = None
+    ) -> list[tuple[StoredLayer, StoreError]]:
+        """Hash files against the manifest, and keep them open. Return those that are missing, truncated or changed."""
         total, done = sum(row.size for row in rows), 0
+        hold = self._files.may_hold(len(rows))
+        found: list[tuple[StoredLayer, StoreError]] = []
 
         def on_bytes(count: int) -> None:
             nonlocal done
@@ -212,27 +232,40 @@ class VariantStore:
             if progress is not None:
                 progress(done, total)
 
-        hold = self._files.may_hold(len(rows))
         for row in rows:
-            with self._files.opened(row.file, row.size, hold) as file:
-                found = sha256_of(file, on_bytes)
-            if found != row.sha256:
-                raise StoreError(
-                    f"{self.directory / row.file} has sha256 {found}, expected {row.sha256}; {self._remedy}"
-                )
+            try:
+                self._verify(row, hold, on_bytes)
+            except StoreError as error:
+                found.append((row, error))
+        return found
+
+    def _verify(self, row: StoredLayer, hold: bool, on_bytes: Callable[[int], None]) -> None:
+        path = self.directory / row.file
+        with self._files.opened(row.file, row.size, hold) as file:
+            try:
+                sha256, digests = hashes_of(path, file, on_bytes)
+            except OSError as error:
+                raise StoreError(f"cannot read {path}: {error}; {self._remedy}") from error
+        if sha256 != row.sha256:
+            raise StoreError(f"{path} has sha256 {sha256}, expected {row.sha256}; {self._remedy}")
+        self._digests[row.file] = digests
+
+    def differing(self, layer: int, format: str, tensors: LayerTensors) -> list[str]:
+        """Return which of `tensors`, as "linear/tensor", a verified file holds with other bytes, or not at all."""
+        digests = self._digests[self.entry(layer, format).file]
+        return [key for key, tensor in flatten(tensors).items() if digests.get(key) != tensor_digest(tensor)]
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the directory against other writers; the lock dies with its process."""
-        try:
-            file = (self.directory / _LOCK).open("w")
-        except OSError as error:
-            raise StoreError(
-                f"cannot lock the variant directory {self.directory}: {error}; "
-                "make it writable, or configure another"
-            ) from error
-        with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with ExitStack() as held:
+            try:
+                held.enter_context(locked(self.directory / _LOCK))
+            except OSError as error:
+                raise StoreError(
+                    f"cannot lock the variant directory {self.directory}: {error}; "
+                    "make it writable, or configure another"
+                ) from error
             yield
 
     @property

@@ -9,17 +9,22 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
+import mmap
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from quant_layers.errors import StoreError
 
 LayerTensors = Mapping[str, Mapping[str, Tensor]]  # linear name -> tensor name -> tensor
+Digests = Mapping[str, bytes]  # "linear/tensor" -> `tensor_digest`
 
 _DTYPES = {
     "F64": torch.float64,
@@ -38,6 +43,7 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _SEPARATOR = "/"  # linear names contain dots, never this
 _CHUNK_BYTES = 1 << 22
+_OWN_PAGES_BYTES = 1 << 16
 _MAX_HEADER_BYTES = 1 << 26
 _ALIGNMENT = 8  # the format's own: the header is padded with spaces to it
 
@@ -62,6 +68,12 @@ def digest(tensors: LayerTensors) -> str:
         total.update(f"{key}|{_NAMES[values.dtype]}|{tuple(values.shape)}|".encode())
         total.update(raw_bytes(values))
     return total.hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> bytes:
+    """Return a digest of dtype and bytes, of a hash that is as fast as they are read: against damage, not a forger."""
+    values = plain(tensor)
+    return blake3(_NAMES[values.dtype].encode()).update(raw_bytes(values)).digest()
 
 
 def flatten(tensors: LayerTensors) -> dict[str, Tensor]:
@@ -115,7 +127,10 @@ def _chunks(header: bytes, tensors: Iterable[Tensor]) -> Iterable[bytes | memory
 
 
 def read_file(
-    path: Path, file: BinaryIO, wanted: Callable[[str], bool] = lambda _: True
+    path: Path,
+    file: BinaryIO,
+    wanted: Callable[[str], bool] = lambda _: True,
+    digests: Digests = MappingProxyType({}),
 ) -> dict[str, dict[str, Tensor]]:
     """Tensors of `file`, unbuffered and at its beginning, each in fresh anonymous memory.
 
@@ -123,9 +138,10 @@ def read_file(
         path: for messages; it may be gone.
         file: what `path` was when it was opened.
         wanted: whether to read a linear, by its name.
+        digests: of tensors that are known; what is read must be the same.
 
     Raises:
-        StoreError: the header does not describe the bytes that follow it.
+        StoreError: the header does not describe the bytes that follow it, or a tensor has another digest.
         OSError: the file cannot be read.
     """
     size = os.fstat(file.fileno()).st_size
@@ -136,7 +152,10 @@ def read_file(
         if not wanted(linear):
             continue
         file.seek(start + entry["data_offsets"][0])
-        tensors.setdefault(linear, {})[name] = _read_tensor(path, file, key, entry)
+        tensor = _read_tensor(path, file, entry)
+        if digests.get(key) not in (None, tensor_digest(tensor)):
+            raise _damaged(path, f"{key} has changed since it was verified")
+        tensors.setdefault(linear, {})[name] = tensor
     return tensors
 
 
@@ -148,24 +167,44 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, dict[
     try:
         header = json.loads(_read_exactly(path, file, length))
         header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        end = max((_checked(key, entry) for key, entry in header.items()), default=0)
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, f"its header cannot be read ({error})") from error
     if start + end != size:
         raise _damaged(path, f"its header describes {start + end} bytes, the file has {size}")
     return header, start
 
 
-def _read_tensor(path: Path, file: BinaryIO, key: str, entry: dict[str, Any]) -> Tensor:
+def _checked(key: str, entry: dict[str, Any]) -> int:
+    """Return where the tensor's bytes end; before any room is made for it, or for what it claims to be.
+
+    Raises:
+        ValueError, KeyError, TypeError: the entry is none.
+    """
     first, last = entry["data_offsets"]
-    dtype = _DTYPES.get(entry["dtype"])
-    if dtype is None:
-        raise _damaged(path, f"{key} has unknown dtype {entry['dtype']!r}")
-    tensor = torch.empty(entry["shape"], dtype=dtype)
-    if tensor.nbytes != last - first:
-        raise _damaged(path, f"{key} needs {tensor.nbytes} bytes, its range has {last - first}")
+    if not all(type(number) is int and number >= 0 for number in (first, last, *entry["shape"])):
+        raise ValueError(f"{key} has shape {entry['shape']} and bytes {first} to {last}, must be whole numbers from 0")
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"{key} has unknown dtype {entry['dtype']!r}")
+    size = math.prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize
+    if size != last - first:
+        raise ValueError(f"{key} needs {size} bytes, its range has {last - first}")
+    return last
+
+
+def _read_tensor(path: Path, file: BinaryIO, entry: dict[str, Any]) -> Tensor:
+    tensor = _fresh(entry["shape"], _DTYPES[entry["dtype"]])
     _fill(path, file, raw_bytes(tensor))
     return tensor
+
+
+def _fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return memory that goes back to the system with the tensor, whatever thread asks and whoever is malloc."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < _OWN_PAGES_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _read_exactly(path: Path, file: BinaryIO, size: int) -> bytes:
@@ -191,6 +230,38 @@ def sha256_of(file: BinaryIO, on_bytes: Callable[[int], None]) -> str:
         hashed.update(chunk)
         on_bytes(len(chunk))
     return hashed.hexdigest()
+
+
+def hashes_of(path: Path, file: BinaryIO, on_bytes: Callable[[int], None]) -> tuple[str, dict[str, bytes]]:
+    """Return the sha256 of a whole file at its beginning, and the digests of its tensors, read once.
+
+    Args:
+        path: for messages.
+        file: unbuffered.
+        on_bytes: hears the size of every chunk read.
+
+    Raises:
+        StoreError: the header cannot be read, or its tensors do not lie one behind the other.
+        OSError: the file cannot be read.
+    """
+    header, start = _read_header(path, file, os.fstat(file.fileno()).st_size)
+    file.seek(0)
+    whole = hashlib.sha256(_read_exactly(path, file, start))
+    on_bytes(start)
+    digests, position = {}, 0
+    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        first, last = entry["data_offsets"]
+        if first != position:
+            raise _damaged(path, f"{key} begins at {first}, expected {position}")
+        own = blake3(str(entry["dtype"]).encode())
+        while position < last:
+            chunk = _read_exactly(path, file, min(_CHUNK_BYTES, last - position))
+            position += len(chunk)
+            whole.update(chunk)
+            own.update(chunk)
+            on_bytes(len(chunk))
+        digests[key] = own.digest()
+    return whole.hexdigest(), digests
 
 
 def _damaged(path: Path, what: str) -> StoreError:

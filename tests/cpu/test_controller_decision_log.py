@@ -90,30 +90,6 @@ def test_unwritable_path_is_refused_at_start(tmp_path: Path) -> None:
         DecisionLog(tmp_path / "file" / "log.jsonl", header())
 
 
-def test_disk_error_ends_the_log_and_nothing_else(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Guards: a full disk stops the controller, close() waits for ever, or what nobody writes fills the memory."""
-
-    class Full:
-        def __enter__(self) -> Full:
-            return self
-
-        def __exit__(self, *args: object) -> None: ...
-
-        def write(self, text: bytes) -> None:
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("morphserve.control.decision_log._open", lambda file: Full())
-    log = DecisionLog(tmp_path / "log.jsonl", header("all"))
-    log._writer.join()
-    for i in range(1500):
-        log.record(signals(float(i)), Decision(0, ""))
-    log.close()
-    assert caplog.text.count("No space left on device; no further decisions are written") == 1
-    assert log.num_dropped == 1500 - 1024
-
-
 def test_slow_disk_drops_rows_instead_of_waiting(tmp_path: Path) -> None:
     """Guards: an engine step that waits for a disk; a queue without bound."""
     log = DecisionLog(tmp_path / "log.jsonl", header())

@@ -73,6 +73,39 @@ def test_a_rank_that_maps_less_decides() -> None:
     assert rig.pool.num_kv_blocks == BASE_BLOCKS
 
 
+def test_blocks_that_had_no_memory_are_asked_for_again_at_rest(caplog: pytest.LogCaptureFixture) -> None:
+    """Guards: a level that keeps the blocks it got in a bad moment for as long as it lasts; a line for each attempt."""
+    rig = Rig()
+    rig.executor.map_at_most = BASE_BLOCKS + 3
+    rig.go_to(2)
+    warnings, sent = len(caplog.records), len(rig.executor.sent)
+    rig.step(20 * 60 * 5)  # five minutes
+    assert len(rig.executor.sent) - sent == 7  # after 5, 10, 20, 40 and then each 60 s
+    assert all(plan.layer_formats == () and plan.copies == () for _, plan in rig.executor.sent[sent:])
+    assert len(caplog.records) == warnings and rig.pool.num_kv_blocks == BASE_BLOCKS + 3
+    rig.executor.map_at_most = BASE_BLOCKS + 5
+    rig.step(20 * 61)
+    assert rig.pool.num_kv_blocks == BASE_BLOCKS + 5
+    rig.executor.map_at_most = None
+    rig.step(20 * 61)
+    sent = len(rig.executor.sent)
+    assert rig.pool.num_kv_blocks == rig.ladder[2].num_kv_blocks
+    rig.step(20 * 61)
+    assert len(rig.executor.sent) == sent and rig.controller.phase is Phase.IDLE
+    rig.go_to(0)
+
+
+def test_nothing_is_asked_for_again_after_an_error_of_the_policy() -> None:
+    """Guards: a controller at rest for good that goes on moving."""
+    rig = Rig()
+    rig.executor.map_at_most = BASE_BLOCKS + 3
+    rig.go_to(2)
+    rig.script.error = RuntimeError("broken")
+    rig.executor.map_at_most = None
+    rig.step(20 * 60)
+    assert rig.controller.failed and rig.pool.num_kv_blocks == BASE_BLOCKS + 3
+
+
 def test_batches_respect_layers_per_step() -> None:
     """Guards: a level of three layers switched in one gap although two are allowed."""
     rig = Rig()

@@ -5,13 +5,12 @@ Other tests raise the errors themselves; here the writing libraries meet them.
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from cpu.small_disk import file_size
 
 from morphserve.errors import ProfilingError
 from morphserve.tools.profile.workspace import Workspace
@@ -33,17 +32,6 @@ def write_a_layer(target: Path) -> None:
 
 def keep_a_result(target: Path) -> None:
     Workspace(target, {"a": 1}).save("hidden", 0, BIG)
-
-
-@contextmanager
-def file_size(limit: int) -> Iterator[None]:
-    """Inside, no file of this process grows beyond `limit` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("limit", LIMITS)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +28,9 @@ from kv_resize import (
     MapError,
     PagePool,
 )
-from kv_resize.host_memory import available_bytes
+from kv_resize.host_memory import available_bytes, unmapped_bytes
+from morphserve.errors import ConfigError
+from morphserve.residence import HostResidence
 from tests.fake_backing import FakeBacking
 from tests.kv_layouts import block_outermost
 
@@ -203,6 +208,42 @@ def test_map_beyond_available_memory_is_an_error(monkeypatch: pytest.MonkeyPatch
     assert cache.num_mapped == 7
 
 
+@pytest.mark.parametrize("sharers", [1, 2])
+def test_what_there_is_memory_for_is_mapped(monkeypatch: pytest.MonkeyPatch, sharers: int) -> None:
+    """Guards against a level that gets no block at all where 99 of a hundred would have fitted."""
+    g = KVGeometry.layer_outermost(2, 4096, 140, PAGE)
+    backing = HostBacking(g.size_bytes)
+    cache = ElasticCache(backing, g, 4)
+    backing.keep_free_bytes, backing.num_sharers = 3 * g.block_bytes, sharers
+    left = sharers * 99 * g.block_bytes + backing.keep_free_bytes + PAGE
+    monkeypatch.setattr(kv_resize.backing, "available_bytes", lambda: left)
+    assert "are available" in cache.map_at_most(104)
+    assert cache.num_mapped == 103 and cache.resident_bytes() == cache.mapped_bytes
+
+
+_KEPT = """
+import errno, mmap
+from kv_resize import BackingError, HostBacking
+backing = HostBacking(4 * mmap.PAGESIZE)
+backing.populate([(0, backing.page_bytes)])
+backing._advise = lambda *_: errno.EINVAL
+for refused in (lambda: backing.release([(0, backing.page_bytes)]), lambda: backing.copy_rows(0, 8, [(0, 1 << 40)])):
+    try:
+        refused()
+    except BackingError as e:
+        print(e)
+"""
+
+
+def test_checks_of_memory_survive_an_optimized_python() -> None:
+    """Guards: under `python -O` a release that released nothing, whose blocks come back with another request's KV, and
+    a memmove past the buffer."""
+    done = subprocess.run([sys.executable, "-O", "-c", _KEPT], capture_output=True, text=True, check=True)
+    kept, outside = done.stdout.splitlines()
+    assert "EINVAL" in kept and "mlockall" in kept
+    assert f"row {1 << 40}" in outside
+
+
 def test_kernel_without_populate_keeps_live_bytes() -> None:
     """Guards against the fall-back for old kernels wiping a page it shares with a live block."""
     g = KVGeometry.layer_outermost(3, 1000, 40, PAGE)
@@ -338,3 +379,56 @@ TestArena = ArenaMachine.TestCase
 TestLayerOutermost.settings = TestBlockOutermost.settings = TestArena.settings = settings(
     max_examples=60, stateful_step_count=30, deadline=None
 )
+
+
+def test_a_limit_that_only_throttles_counts(tmp_path: Path) -> None:
+    """Guards against growth beyond `memory.high`, where the kernel slows a process until nothing is served."""
+    group = tmp_path / "sys/fs/cgroup/a"
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/a\n")
+    for name, text in (("max", "9000"), ("high", "8000"), ("current", "5000"), ("stat", "anon 1\n")):
+        (group / f"memory.{name}").write_text(text)
+    assert available_bytes(tmp_path) == 3000
+    (group / "memory.high").write_text("max")
+    assert available_bytes(tmp_path) == 4000
+
+
+@pytest.mark.parametrize("sees_itself_as_top", [False, True])
+def test_limits_of_the_first_version_of_control_groups_count(tmp_path: Path, sees_itself_as_top: bool) -> None:
+    """Guards against reading the machine's memory in a container of an older host, which then kills the server."""
+    top = tmp_path / "sys/fs/cgroup/memory"
+    group = top if sees_itself_as_top else top / "docker/1"
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemAvailable:   50 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("5:cpu,cpuacct:/docker/1\n4:memory:/docker/1\n0::/\n")
+    stat = "inactive_file 1\ntotal_inactive_file 700\n"
+    for name, text in (("limit_in_bytes", "9000"), ("usage_in_bytes", "5000"), ("stat", stat)):
+        (group / f"memory.{name}").write_text(text)
+    assert available_bytes(tmp_path) == 4700
+
+
+@pytest.mark.parametrize(("key", "limit"), [("VmSize", "RLIMIT_AS"), ("VmData", "RLIMIT_DATA")])
+def test_limits_of_the_process_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, limit: str) -> None:
+    """Guards against a start under ulimit whose first long prefill has no address space left."""
+    limits = {getattr(resource, limit): (900 * 1024, resource.RLIM_INFINITY)}
+    unlimited = resource.RLIM_INFINITY, resource.RLIM_INFINITY
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits.get(which, unlimited))
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/status").write_text(f"Name:\tx\nVmPeak:\t990 kB\n{key}:\t   600 kB\n")
+    assert unmapped_bytes(tmp_path) == 300 * 1024
+    limits.clear()
+    assert unmapped_bytes(tmp_path) is None
+    limits[getattr(resource, limit)] = 1024, 1024
+    assert unmapped_bytes(tmp_path) == 0
+
+
+def test_a_worst_case_pass_must_fit_the_limits_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against finding out at the first long prefill."""
+    residence = HostResidence()
+    residence.open_cache(KVGeometry.layer_outermost(2, 4096, 40, PAGE), 4)
+    monkeypatch.setattr("morphserve.residence.host.unmapped_bytes", lambda: 1000)
+    residence.keep_free(2000, 2)
+    with pytest.raises(ConfigError, match="takes up to 1,001 B, .*leave 1,000 B.*kv.max_num_blocks"):
+        residence.keep_free(2002, 2)

@@ -97,6 +97,19 @@ def test_all_parts_are_made_once(model: Path, machine: Machine, capsys: pytest.C
     assert len(machine.asked) == 3 and "prepared already" in out and json.loads(out.splitlines()[-1])["made"] == []
 
 
+def test_a_machine_without_memory_for_the_weights_is_refused(
+    model: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: minutes of work that the kernel ends without a word, and another user's processes with it."""
+    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    monkeypatch.setattr("kv_resize.available_bytes", lambda: weights - 1)
+    assert prepare(model) == 1
+    said = capsys.readouterr().err
+    assert "GiB of weights" in said and "Free some, raise the limit" in said and machine.asked == ["asking vLLM"]
+    monkeypatch.setattr("kv_resize.available_bytes", lambda: weights)
+    assert prepare(model) == 0
+
+
 @pytest.mark.parametrize("part", ["asking", "profile", "timing"])
 def test_a_killed_run_goes_on(
     model: Path, machine: Machine, capsys: pytest.CaptureFixture[str], part: str

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -369,3 +371,27 @@ def test_halves_of_a_layer(tiny: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     assert profile.ladder[-1].layers == dict.fromkeys(range(3), "w4")
     assert any("/" in fmt for level in profile.ladder for fmt in level.layers.values())
     assert len(profile.ladder) > 6
+
+
+class _Runs:
+    """Pickled, this makes a directory where it is read."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.made),)
+
+
+def test_an_unfinished_profile_runs_nothing(tmp_path: Path) -> None:
+    """Guards: a file in a directory that others can write, whose reading runs what they like; and a damaged one that
+    ends in a library's traceback."""
+    workspace = Workspace(tmp_path / "work", {})
+    workspace.save("hidden", 0, {"x": _Runs(tmp_path / "made")})
+    with pytest.raises(ProfilingError, match=r"hidden-0000.pt cannot be read.*Delete .*work, and start again"):
+        workspace.load("hidden", 0)
+    assert not (tmp_path / "made").exists()
+    (tmp_path / "work" / "hidden-0000.pt").write_bytes(b"half")
+    with pytest.raises(ProfilingError, match="cannot be read"):
+        workspace.load("hidden", 0)
+    assert stat.S_IMODE((tmp_path / "work").stat().st_mode) == 0o700

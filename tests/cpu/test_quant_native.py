@@ -162,6 +162,79 @@ def test_a_damaged_library_is_built_again(tmp_path: Path, damage: bytes) -> None
     assert ctypes.CDLL(str(library)).small() == 3
 
 
+def _compiled(directory: Path, result: int) -> Path:
+    """Return a library of somebody else's, whose `small` returns `result`."""
+    source = directory / f"other{result}.cpp"
+    source.write_text(f'extern "C" int small() {{ return {result}; }}')
+    return native.build("other", [native.Unit(source, torch=False)], directory / "other")
+
+
+def _units(directory: Path) -> list[native.Unit]:
+    source = directory / "small.cpp"
+    source.write_text('extern "C" int small() { return 3; }')
+    return [native.Unit(source, torch=False)]
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", ["foreign", "unsealed", "cut", "changed"])
+def test_what_was_not_built_so_is_not_loaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    """Guards: a library that somebody put there, or a disk spoilt, run with this user's rights; a cut one, whose pages
+    behind the end stop the process by SIGBUS, at each start anew."""
+    units, directory = _units(tmp_path), tmp_path / "native"
+    library = native.build("small", units, directory)
+    whole = library.read_bytes()
+    library.unlink()  # another file: a library that is mapped already would be found by its inode
+    other = _compiled(tmp_path, 4).read_bytes()
+    seal = len(whole) - whole.rindex(b"morphserve sha256 ")
+    place = whole.index(b".text")
+    found = {"foreign": other[:-seal], "unsealed": whole[:-seal], "cut": whole[: len(whole) // 2],
+             "changed": whole[:place] + b"?" + whole[place + 1 :]}[damage]  # fmt: skip
+    library.write_bytes(found)
+    native.load("small", units, directory)
+    assert "built again" in caplog.text and str(library) in caplog.text
+    assert library.read_bytes() == whole and ctypes.CDLL(str(library)).small() == 3
+
+
+@needs_compiler
+def test_what_others_could_write_is_closed_to_them_and_built_again(tmp_path: Path) -> None:
+    """Guards: running what any user of the machine may have put under a name that can be worked out."""
+    units, directory = _units(tmp_path), tmp_path / "native"
+    library = native.library_path("small", units, directory)
+    directory.mkdir()
+    directory.chmod(0o777)
+    library.write_bytes(_compiled(tmp_path, 5).read_bytes())  # sealed, as who knows how would
+    library.chmod(0o777)
+    native.load("small", units, directory)
+    assert ctypes.CDLL(str(library)).small() == 3
+    assert not (directory.stat().st_mode | library.stat().st_mode) & 0o022
+
+
+def test_a_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: the same where the directory cannot be closed: its owner can change what was looked at."""
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail(f"loaded {path}"))
+    directory = tmp_path / "native"
+    directory.mkdir()
+    if os.geteuid() == 0:  # root's own are everybody's to trust
+        os.chown(directory, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: directory.stat().st_uid + 1)
+    with pytest.raises(OSError, match="belongs to user .*MORPHSERVE_CACHE"):
+        native.load("small", _units(tmp_path), directory)
+
+
+@needs_compiler
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    """Guards: a link in the cache that has a start empty, or create, a file anywhere."""
+    units, directory = _units(tmp_path), tmp_path / "native"
+    directory.mkdir()
+    (tmp_path / "mine").write_text("precious")
+    native.library_path("small", units, directory).with_suffix(".lock").symlink_to(tmp_path / "mine")
+    assert native.build("small", units, directory).exists()
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
 def test_what_never_loads_is_built_once_more_and_no_oftener(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a start that compiles for ever where the cache may not hold programs."""
     built: list[Path] = []

@@ -5,12 +5,16 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
+import stat
 import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -119,6 +123,24 @@ def test_truncated_missing_and_changed_files_are_refused(tmp_path: Path) -> None
             StoreError, match=f"{row.file}: expected {row.size:,} bytes.*No such file.*delete"
         ):
             check()
+
+
+@pytest.mark.parametrize("where", ["tensor", "dtype"])
+def test_what_changed_after_the_start_is_refused(tmp_path: Path, where: str) -> None:
+    """Guards against a file changed in place while a server runs, of the same size and structure: served as a variant,
+    or restored as a level 0 that is stock's no more."""
+    store = VariantStore.open(tmp_path, "fp")
+    path = tmp_path / store.write(0, "base", _layer()).file
+    store.verify()
+    content = path.read_bytes()
+    changed = content[:-1] + bytes([content[-1] ^ 1]) if where == "tensor" else content.replace(b'"BF16",', b'"F16", ')
+    with path.open("r+b") as file:
+        file.write(changed)
+    with pytest.raises(StoreError, match=f"{re.escape(path.name)} is damaged: .* has changed since it was verified"):
+        store.read(0, "base")
+    assert len(changed) == len(content) and changed != content
+    path.write_bytes(content)
+    assert digest(store.read(0, "base")) == digest(_layer())
 
 
 @pytest.mark.parametrize("position", [0, 9, 40])
@@ -305,6 +327,56 @@ def test_a_write_holds_the_lock_until_the_manifest_is_in_place(
     assert refused == [row.file, "manifest.json"]
     with (tmp_path / ".lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # and free again afterwards
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    """Guards against a link in the cache that has a start empty, or create, a file anywhere."""
+    (tmp_path / "rank").mkdir()
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "rank/.lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(StoreError, match="cannot lock the variant directory"):
+        VariantStore.open(tmp_path / "rank", "fp")
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+class _ReleaseOnWord(logging.Handler):
+    """Gives a lock back once somebody says that he waits for it."""
+
+    def __init__(self, held: IO[bytes]) -> None:
+        super().__init__()
+        self._held = held
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "waiting for another process" in record.getMessage():
+            self._held.close()
+
+
+def test_a_wait_for_another_process_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards against a start that stands still for ever, without a word, behind a process that was forgotten."""
+    monkeypatch.setattr("quant_layers.private._SILENT_S", 0)
+    held = (tmp_path / ".lock").open("wb")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    word = _ReleaseOnWord(held)
+    logging.getLogger("vllm.morphserve").addHandler(word)
+    try:
+        with caplog.at_level(logging.INFO, logger="vllm.morphserve"):
+            VariantStore.open(tmp_path, "fp").write(0, "w8", _layer())
+    finally:
+        logging.getLogger("vllm.morphserve").removeHandler(word)
+    assert held.closed
+
+
+def test_a_model_is_kept_for_its_user_alone(tmp_path: Path) -> None:
+    """Guards against weights that lay in a closed directory, copied to where every user of the machine reads them."""
+    before = os.umask(0)
+    try:
+        VariantStore.open(tmp_path / "cache/variants/rank", "fp").write(0, "w8", _layer())
+    finally:
+        os.umask(before)
+    made = (tmp_path / "cache", tmp_path / "cache/variants", tmp_path / "cache/variants/rank")
+    assert {stat.S_IMODE(path.stat().st_mode) for path in made} == {0o700}
 
 
 def test_bytes_behind_the_last_tensor_are_refused(tmp_path: Path) -> None:

@@ -331,7 +331,7 @@ def test_a_policy_that_is_sent_is_taken(sent: str) -> None:
         ("policy: [", "expected the node content"),
         ("policy: !!python/object/apply:os.system [true]", "could not determine a constructor"),
         ("[" * 20_000, "recursion|nested"),
-        ('{"policy": ' + '{"a":' * 20_000, "recursion|flow mapping"),
+        ('{"policy": ' + '{"a":' * 20_000, "recursion|flow mapping|nested"),
         ("a: &a [x, x]\nb: &b [*a, *a]\npolicy: {kind: *b}", "aliases"),
         ('{"policy": {"kind": "static", "level": "' + "x" * 60_000 + '"}}', "level 'xxx"),
     ],

@@ -53,6 +53,19 @@ def test_a_level_on_its_way_says_where_to() -> None:
     assert [row.mark for row in panels(deeper)[0].levels] == ["", "here", "", "target", "", ""]
 
 
+def test_figures_of_an_engine_that_hangs_are_no_news() -> None:
+    """Guards: a hung engine's last figures shown as if they were of now."""
+    assert not [line for line in panel(age_s=0.6).lines if line.label == "Engine"]
+    old = line("Engine", age_s=75.0)
+    assert old.text == "no answer; the figures are 1 min old" and panel(age_s=75.0).tone == old.tone == "bad"
+    assert panel(age_s=75.0).summary == f"{panel(age_s=0.6).summary}  no answer for 1 min"
+
+
+def test_the_age_of_a_document_is_that_of_its_engines() -> None:
+    """Guards: an age that is told once for all replicas, and shown of none."""
+    assert [shown.tone for shown in panels({**replicas(), "age_s": 75.0})] == ["bad", "bad"]
+
+
 def test_engines_have_a_panel_each() -> None:
     """Guards: of several replicas one is shown, or the figures of one under the name of another."""
     idle, busy = panels(replicas())

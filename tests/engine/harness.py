@@ -228,6 +228,10 @@ class KVDriver:
 
     level = target_level = effective_level = 0
     wants_wakeup = in_transition = False
+    lost = ""
+
+    def look_back(self) -> None:
+        """Nothing fails here."""
 
     def __init__(self, morph: Any, script: dict[int, int]) -> None:
         self._morph = morph

@@ -61,6 +61,29 @@ def no_memory(worker: Any, rank: int) -> None:
         _PLANTED.setattr("kv_resize.ElasticCache.map", refuse)
 
 
+def fail_switch(worker: Any, rank: int) -> None:
+    """On one rank, layers that are prepared are not switched, which cannot be."""
+
+    def refuse() -> None:
+        raise OSError("planted")
+
+    if worker.rank == rank:
+        _PLANTED.setattr(this_rank().swapper, "commit", refuse)
+
+
+def half_moved(worker: Any, rank: int) -> None:
+    """On one rank, the next tables are rewritten by half: the step that follows reads blocks of other tokens."""
+    if worker.rank != rank:
+        return
+    rewrite = worker_module.RankKV.rewrite_block_tables
+
+    def by_half(self: Any, runner: Any, pairs: Any) -> None:
+        rewrite(self, runner, pairs[1::2])
+        raise OSError("planted")
+
+    _PLANTED.setattr(worker_module.RankKV, "rewrite_block_tables", by_half)
+
+
 def swap_alone(worker: Any, rank: int, fmt: str) -> None:
     """One rank changes its layers past the controller."""
     if worker.rank == rank:

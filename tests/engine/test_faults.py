@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from kv_resize import ElasticCache, MapError
 from morphserve.control.monitor import Monitor
 from morphserve.integration.engine.block_pool import VllmBlockPool
 from morphserve.integration.engine.executor import RpcExecutor
-from morphserve.residence import StoredParts
+from morphserve.integration.worker import state, worker
+from morphserve.residence import Patience, StoredParts
 
 NUM_TOKENS = 12
 USED = PROMPTS[:4]
@@ -151,6 +154,25 @@ def truncate(healthy: None) -> Iterator[Callable[[str], str]]:
 
 
 @pytest.fixture
+def change(healthy: None) -> Iterator[Callable[[str], str]]:
+    """Changes a byte of the file of layer 2 in a format, in place, while the engine runs; puts it back afterwards."""
+    store = rank_probe.store_of()
+    before: dict[Path, bytes] = {}
+
+    def change_file(fmt: str) -> str:
+        path = store.directory / store.entry(2, fmt).file
+        before[path] = path.read_bytes()
+        with path.open("r+b") as file:
+            file.seek(-100, os.SEEK_END)
+            file.write(bytes([before[path][-100] ^ 0x10]))
+        return f"StoreError: {path} is damaged"
+
+    yield change_file
+    for path, content in before.items():
+        path.write_bytes(content)
+
+
+@pytest.fixture
 def fail_in_mid_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     """The second layer of a swap batch fails after its linears have been built."""
     load, calls = StoredParts._load, []
@@ -168,7 +190,7 @@ def fail_in_mid_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     return plant
 
 
-@pytest.mark.parametrize("fault", ["fail_in_mid_batch", "truncate"])
+@pytest.mark.parametrize("fault", ["fail_in_mid_batch", "truncate", "change"])
 def test_a_failed_degrade_changes_nothing(
     llm: Any, before: list[Any], logged: pytest.LogCaptureFixture, request: pytest.FixtureRequest, fault: str
 ) -> None:
@@ -186,13 +208,15 @@ def test_a_failed_degrade_changes_nothing(
     assert len(aborted) == 1 and said in aborted[0].getMessage() and "600.0 s" in aborted[0].getMessage()
 
 
+@pytest.mark.parametrize("fault", ["truncate", "change"])
 def test_a_failed_restore_keeps_the_level_and_its_blocks(
-    llm: Any, truncate: Callable[[str], str], logged: pytest.LogCaptureFixture
+    llm: Any, logged: pytest.LogCaptureFixture, request: pytest.FixtureRequest, fault: str
 ) -> None:
-    """Guards: KV given back for a restore that failed is lost to the level that goes on."""
+    """Guards: KV given back for a restore that failed is lost to the level that goes on; a changed base file
+    restored as level 0."""
     follow(llm, {0: 6})
     settle(llm, 6)
-    said = truncate("base")
+    said = request.getfixturevalue(fault)("base")
     follow(llm, {0: 6, 3: 0})
     assert [len(tokens) for tokens, _ in run(llm)] == [NUM_TOKENS] * len(USED)
     status = morph_of(llm).status()
@@ -202,6 +226,92 @@ def test_a_failed_restore_keeps_the_level_and_its_blocks(
     assert status["num_kv_blocks"] == status["mapped_kv_blocks"] == status["ladder"][1]["num_kv_blocks"]
     assert not status["failed"] and len(lines(logged, "aborted at level 1")) == 1
     assert said in lines(logged, "aborted at level 1")[0].getMessage()
+
+
+def test_blocks_moved_by_half_are_computed_again(
+    llm: Any, logged: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: answers from the wrong blocks, behind a healthy server, after tables were rewritten by half."""
+    follow(llm, {0: 6})
+    settle(llm, 6)
+    policy = follow(llm, {0: 6})
+    decide = policy.decide
+
+    def computed_again(signals: Any) -> Any:
+        if policy.count == 3:  # where the fault will be
+            morph_of(llm).pool.discard_contents()
+        return decide(signals)
+
+    monkeypatch.setattr(policy, "decide", computed_again)
+    expected = run(llm)
+    llm.reset_prefix_cache()
+    free = morph_of(llm).pool._pool.free_block_queue
+    free.prepend_n(sorted(free.popleft_n(free.num_free_blocks), key=lambda block: -block.block_id))  # the tail first
+    rewrite, moved = worker.RankKV.rewrite_block_tables, []
+
+    def by_half(self: Any, runner: Any, pairs: Any) -> None:
+        moved.extend(pairs)
+        rewrite(self, runner, pairs[1::2])
+        raise OSError("planted")
+
+    monkeypatch.setattr(worker.RankKV, "rewrite_block_tables", by_half)
+    follow(llm, {0: 6, 3: 0})
+    assert generate(llm, USED, NUM_TOKENS) == expected
+    assert moved, "no live block was to be moved: nothing was tested"
+    status = morph_of(llm).status()
+    assert not status["failed"] and status["errors"] == {"kv_unknown": 1}
+    assert (status["level"], status["layers_by_format"]) == (6, {"w8": 30})
+    assert status["num_kv_blocks"] == status["mapped_kv_blocks"] == status["ladder"][6]["num_kv_blocks"]
+    (said,) = lines(logged, "morph r")
+    assert "OSError: planted; what was in the KV cache is computed again" in said.getMessage()
+
+
+@pytest.fixture
+def disk(healthy: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """A disk that is away until this is set."""
+    back = threading.Event()
+    read = StoredParts._read
+
+    def wait_and_read(self: Any, parts: Any) -> Any:
+        back.wait()
+        return read(self, parts)
+
+    monkeypatch.setattr(StoredParts, "_read", wait_and_read)
+    yield back
+    back.set()
+
+
+def test_a_disk_that_is_away_holds_up_no_step(
+    llm: Any, before: list[Any], disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: requests that wait, between two steps, for a disk; a level that never comes when it is back."""
+    monkeypatch.setattr(state.rank().transition, "_patience", Patience(0.0, 1e6))
+    follow(llm, DEGRADE)
+    assert run(llm) == before
+    status = morph_of(llm).status()
+    assert (status["phase"], status["layers_by_format"]) == ("committing", {"base": 30})
+    disk.set()
+    settle(llm, 6)
+    assert morph_of(llm).status()["errors"] == {}
+
+
+def test_a_disk_that_stays_away_is_given_up(
+    llm: Any, disk: threading.Event, logged: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a restore that waits for ever, with the KV that was given back for it; more than one line a fault."""
+    disk.set()
+    follow(llm, {0: 6})
+    settle(llm, 6)
+    disk.clear()
+    monkeypatch.setattr(state.rank().transition, "_patience", Patience(0.0, 0.0))
+    follow(llm, {0: 6, 3: 0})
+    assert [len(tokens) for tokens, _ in run(llm)] == [NUM_TOKENS] * len(USED)
+    status = morph_of(llm).status()
+    assert status["transitions"]["restore_aborted"] == 1 and status["errors"] == {"prepare": 1}
+    assert (status["level"], status["layers_by_format"]) == (6, {"w8": 30})
+    assert status["num_kv_blocks"] == status["mapped_kv_blocks"] == status["ladder"][6]["num_kv_blocks"]
+    (said,) = lines(logged, "aborted at level 6")
+    assert "were not read in" in said.getMessage() and "cache_dir" in said.getMessage()
 
 
 def test_memory_that_does_not_come_is_not_published(

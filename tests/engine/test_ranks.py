@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from engine import oracle, rank_probe
-from engine.harness import engine, follow, kv_script, morph_of, settle, stock
+from engine.harness import ScriptPolicy, engine, follow, install, kv_script, morph_of, settle, stock
 from engine.rank_harness import (
     CONFIG,
     NUM_LAYERS,
@@ -33,7 +33,9 @@ from engine.rank_harness import (
     scripted,
 )
 
+from morphserve.errors import EngineLostError
 from morphserve.residence.host_memory import FREED_WEIGHTS_RETURN
+from policies.types import Decision, Signals
 
 pytestmark = needs_two_cores
 
@@ -53,7 +55,71 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first(tiny_llama: Path, cache: Path, stock_rounds: list[Any]) -> dict[str, Any]:
     """What an engine did that started with an empty cache: files it wrote, tokens under the script."""
     with engine(tiny_llama, cache, CONFIG, **PARALLEL) as llm:
-        return {"files": rpc(llm, rank_probe.stored_files), **scripted(llm)}
+        found = {"files": rpc(llm, rank_probe.stored_files), **scripted(llm)}
+        return {**found, "moved_by_half": moved_by_half(llm), "lost": lost(llm)}
+
+
+def moved_by_half(llm: Any) -> dict[str, Any]:
+    """What an engine answers at W4 whose restore meets a rank that moves live blocks by half, and at level 0 then.
+
+    `expected` is what it answers when everything is computed again at that moment for no reason.
+    """
+    morph = morph_of(llm)
+    found = {}
+    go(llm, W4)
+    restore = RestoreOfLiveBlocks(llm)
+    rpc(llm, rank_probe.half_moved, 0)  # the rank whose tokens count
+    for name, policy in (("answers", restore), ("expected", None)):
+        llm.reset_prefix_cache()
+        install(llm, policy or ComputedAgain(llm, restore.asked_at))
+        found[name] = [run(llm, prompts) for prompts in ROUNDS]
+        rpc(llm, rank_probe.heal)
+        found |= {"errors": dict(morph.controller.counters.errors)}
+    go(llm, 0)
+    llm.reset_prefix_cache()
+    return {**found, "after": run(llm, PROMPTS)}
+
+
+class RestoreOfLiveBlocks(ScriptPolicy):
+    """W4 until live blocks lie where a level less has none: then that level."""
+
+    def __init__(self, llm: Any) -> None:
+        super().__init__({0: W4})
+        morph = morph_of(llm)
+        self._blocks = morph.pool._pool.blocks
+        self._end = morph.runtime.ladder[W4 - 1].num_kv_blocks
+        self.asked_at = -1
+
+    def decide(self, signals: Signals) -> Decision:
+        if self.asked_at < 0 and any(block.ref_cnt for block in self._blocks[self._end :]):
+            self.asked_at = self.count
+            self.script[self.count] = W4 - 1
+        return super().decide(signals)
+
+
+class ComputedAgain(ScriptPolicy):
+    """W4, and at one decision all that runs is preempted and computed again."""
+
+    def __init__(self, llm: Any, at: int) -> None:
+        super().__init__({0: W4})
+        self._discard, self._at = morph_of(llm).pool.discard_contents, at
+
+    def decide(self, signals: Signals) -> Decision:
+        if self.count == self._at:
+            self._discard()
+        return super().decide(signals)
+
+
+def lost(llm: Any) -> list[str]:
+    """What an engine says of which one rank could not switch its layers, and when it is asked once more."""
+    rpc(llm, rank_probe.fail_switch, 1)
+    follow(llm, {0: 0, 6: W8})
+    said = []
+    for _ in range(2):
+        with pytest.raises(EngineLostError) as raised:
+            run(llm, PROMPTS)
+        said.append(str(raised.value))
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +169,22 @@ def test_each_rank_has_variants_of_its_own_slices(llm: Any, first: dict[str, Any
     assert [len(found) for found in files] == [3 * NUM_LAYERS] * 2
     directories = [{Path(path).parent for path in found} for found in files]
     assert [len(found) for found in directories] == [1, 1] and directories[0] != directories[1]
+
+
+def test_answers_do_not_come_of_blocks_that_one_rank_has_moved_by_half(
+    first: dict[str, Any], stock_rounds: list[Any]
+) -> None:
+    """Guards: a server that goes on, healthy, with KV in the wrong blocks; or that loses the requests that run."""
+    found = first["moved_by_half"]
+    assert found["errors"] == {"kv_unknown": 1}
+    assert found["answers"] == found["expected"]
+    assert [tokens for tokens, _ in found["after"]] == [tokens for tokens, _ in stock_rounds[0]]
+
+
+def test_ranks_of_two_levels_answer_nothing(first: dict[str, Any]) -> None:
+    """Guards: a server that goes on, healthy, with ranks at different levels after one has failed its commit."""
+    for said in first["lost"]:
+        assert "rank 1: OSError: planted" in said and "the engine ends" in said
 
 
 def test_level_zero_is_published_on_both(llm: Any) -> None:

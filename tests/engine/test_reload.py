@@ -81,7 +81,8 @@ def post(server: Server) -> tuple[int, dict[str, Any]]:
 
 
 def test_idle_server_takes_an_edited_policy(edited: Edited) -> None:
-    """Guards: an edit that needs a restart or a request, a bad file that changes the server, an unheard SIGHUP."""
+    """Guards: an edit that needs a restart or a request, a bad file that changes the server, a SIGHUP that is unheard,
+    or that ends the server when the terminal is closed."""
     server = edited.server
     page = server.status()
     assert page["level"] == 0
@@ -100,7 +101,7 @@ def test_idle_server_takes_an_edited_policy(edited: Edited) -> None:
     code, answer = post(server)
     assert code == 422 and not answer["ok"] and "restart" in answer["error"]
     assert answer["policy"] == W8 and server.status()["level"] == 6
-    os.kill(server.process.pid, signal.SIGHUP)
+    os.killpg(server.process.pid, signal.SIGHUP)  # as a closed terminal does, to engine core and workers too
     server.wait_for("the refusal of SIGHUP", lambda: server.status()["policy"]["refused"] == 3)
     server.wait_for("fresh metrics", lambda: server.metrics().get(("policy_reloads_total", "refused")) == 3)
     assert server.metrics()["policy_reloads_total", "ok"] == 1

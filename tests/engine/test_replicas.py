@@ -1,14 +1,17 @@
-"""Two data-parallel replicas of a dense model: two engines behind one server, each with a level of its own."""
+"""Two data-parallel replicas of a dense model: two engines behind two API servers, each with a level of its own."""
 
 from __future__ import annotations
 
 import http.client
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine.rank_harness import needs_two_cores
+from engine.test_reload import hangups_are_heard as hangups_are_heard
 from engine.test_server import Server, serve
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -43,15 +46,20 @@ def by_engine(server: Server, name: str) -> dict[str, float]:
 
 
 def test_replicas_morph_independently(
-    short_model: Path, variant_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_model: Path,
+    variant_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hangups_are_heard: None,
 ) -> None:
-    """Guards: one replica's load moves another's level, or their figures are mixed."""
+    """Guards: one replica's load moves another's level, their figures are mixed, or gone as there is an API server for
+    each; a closed terminal ends the process above those, or vLLM's coordinator."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the tests' own binding is for one engine
     # vLLM 0.33 gives each replica a NUMA node of its own, unless this is set at all (docs/vllm.md).
     monkeypatch.setenv("VLLM_CPU_SIM_MULTI_NUMA", "0")
     log = tmp_path / "decisions.jsonl.gz"
     settings = {"cache_dir": str(variant_cache), "policy": POLICY, "decision_log": str(log)}
-    with serve(short_model, tmp_path, settings, "--data-parallel-size", "2", "--api-server-count", "1") as server:
+    with serve(short_model, tmp_path, settings, "--data-parallel-size", "2") as server:
         server.wait_until_healthy()
         assert [(engine["engine"], engine["level"]) for engine in engines(server)] == [(0, 0), (1, 0)]
         body = json.dumps({"model": "demo", "prompt": "Once upon a time " * 40, "max_tokens": 100, "ignore_eos": True})
@@ -72,8 +80,14 @@ def test_replicas_morph_independently(
         assert [(panel["title"], len(panel["changes"])) for panel in shown] == [("engine 0", 0), ("engine 1", 2)]
         # The gauges are polled: only when both transitions are in them are they of the state seen above.
         server.wait_for("fresh metrics", lambda: by_engine(server, "transitions_total") == {"1": 2})
-        assert by_engine(server, "tokens_total") == {"0": 0, "1": 800}
-        assert by_engine(server, "level") == {"0": 0, "1": 0}
+        # Either API server may answer, and each has asked at its own time.
+        server.wait_for("all tokens", lambda: by_engine(server, "tokens_total") == {"0": 0, "1": 800})
+        server.wait_for("level 0", lambda: by_engine(server, "level") == {"0": 0, "1": 0})
+        before = sorted(server.command_lines())
+        os.killpg(server.process.pid, signal.SIGHUP)  # as a closed terminal does
+        said = [f"SIGHUP, engine {engine}: " for engine in (0, 1)]
+        server.wait_for("both reloads", lambda: all(server.log.read_text().count(line) == 2 for line in said))
+        assert sorted(server.command_lines()) == before
         assert server.terminate() == 0
         assert server.processes() == []
     deepest = [

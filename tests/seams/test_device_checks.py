@@ -42,7 +42,6 @@ def config(**changes: Any) -> SimpleNamespace:
         "lora_config": None,
         "model_config": SimpleNamespace(quantization=None),
         "compilation_config": SimpleNamespace(use_inductor_graph_partition=False),
-        "weight_transfer_config": None,
     }
     return SimpleNamespace(**{**values, **changes})
 
@@ -81,7 +80,6 @@ def test_the_defaults_pass() -> None:
             "--enable-dbo",
         ),
         ({"compilation_config": SimpleNamespace(use_inductor_graph_partition=True)}, "use_inductor_graph_partition"),
-        ({"weight_transfer_config": object()}, "--weight-transfer-config"),
         ({"attention_config": SimpleNamespace(hisparse_config=object())}, "HiSparse"),
         ({"speculative_config": object()}, "--speculative-config"),
         ({"lora_config": object()}, "--enable-lora"),

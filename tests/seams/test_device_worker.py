@@ -13,8 +13,8 @@ from morphserve.config import MorphServeConfig
 from morphserve.errors import ConfigError
 from morphserve.integration import seams
 from morphserve.integration.start import device_budget as budget
-from morphserve.integration.worker.cuda.refusals import _TARGETS, refuse_weight_access
 from morphserve.integration.worker.cuda.workspace import SharedWorkspace
+from morphserve.integration.worker.refusals import _TARGETS, refuse_weight_access
 
 pytestmark = pytest.mark.seams
 
@@ -35,8 +35,8 @@ def restored_seams() -> Iterator[None]:
 def test_weights_are_left_alone_while_layers_come_and_go(
     monkeypatch: pytest.MonkeyPatch, restored_seams: None, method: str
 ) -> None:
-    """Guards: parameters without pages that are written to or read, which ends the process; and an engine without
-    MorphServe in the same process that can no longer do so."""
+    """Guards: parameters without pages that are written to or read, which ends the process, or on a CPU new weights
+    that a restore undoes; and an engine without MorphServe in the same process that can no longer do so."""
     from vllm.v1.worker.gpu_worker import Worker
 
     called: list[str] = []
@@ -52,21 +52,48 @@ def test_weights_are_left_alone_while_layers_come_and_go(
     getattr(worker, method)()
     assert called == [method]
     ours = True
-    with pytest.raises(ConfigError, match=f"{method}: the parameters .* swapped out .* Restart the server"):
+    with pytest.raises(ConfigError, match=f"{method}: .* swapped out .* Restart the server"):
         getattr(worker, method)()
     assert called == [method]
 
 
-def test_the_worker_of_a_device_refuses(restored_seams: None) -> None:
-    """Guards: refusals that are written and never installed."""
+def test_the_worker_of_every_device_refuses(restored_seams: None) -> None:
+    """Guards: refusals that are written and never installed, or for one device alone."""
+    from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.gpu_worker import Worker
 
     from morphserve.integration.worker import worker
     from morphserve.integration.worker.cuda import hooks
 
-    hooks.install_cuda_seams(worker._allocate_kv_cache)
-    for method in (*_TARGETS, "determine_available_memory"):
+    worker.install_worker_seams()
+    for method in _TARGETS:
         assert any((patch.owner, patch.name) == (Worker, method) for patch in seams.patches()), method
+        assert method not in vars(CPUWorker), "a CPU's worker has one of its own, past the refusal"
+    hooks.install_cuda_seams(worker._allocate_kv_cache)
+    assert any((patch.owner, patch.name) == (Worker, "determine_available_memory") for patch in seams.patches())
+
+
+@pytest.mark.parametrize("method", [*_TARGETS, "check_health"])
+def test_the_engine_refuses_before_it_asks_its_ranks(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Guards: of several ranks that refuse vLLM reads the first answer, and takes the others for those to the next
+    command; and a refusal of everything, or of engines without MorphServe."""
+    from morphserve.integration.engine import wiring
+
+    sent: list[str] = []
+    call = wiring._collective_rpc(lambda self, method, *args, **kwargs: sent.append(method))
+    stock = SimpleNamespace(scheduler=SimpleNamespace())
+    call(stock, method)
+    call(SimpleNamespace(), method)  # an engine that is being made has no scheduler yet
+    assert sent == [method] * 2
+    ours = SimpleNamespace(scheduler=SimpleNamespace(morph=object()))
+    if method == "check_health":
+        call(ours, method)
+        call(ours, lambda worker: None)
+        assert len(sent) == 4
+        return
+    with pytest.raises(ConfigError, match=f"{method}: MorphServe swaps decoder layers"):
+        call(ours, method)
+    assert len(sent) == 2
 
 
 def fixed(num_bytes: int | None, of_graphs: int) -> Any:

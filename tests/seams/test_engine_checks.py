@@ -70,14 +70,25 @@ def test_adapters_are_refused_beside_layers_that_change_norms(given: dict[str, A
         _check_lora(config, SimpleNamespace(lora_config=object()))
 
 
-def check_features(kv_transfer_config: Any = None, enable_sleep_mode: bool = False) -> None:
+def check_features(
+    kv_transfer_config: Any = None,
+    enable_sleep_mode: bool = False,
+    weight_transfer_config: Any = None,
+    enable_fault_tolerance: bool = False,
+) -> None:
     parallel = SimpleNamespace(
         distributed_executor_backend="uni", world_size=1, pipeline_parallel_size=1, data_parallel_size=1,
-        data_parallel_backend="mp", enable_expert_parallel=False,
+        data_parallel_backend="mp", enable_expert_parallel=False, nnodes=1,
+        enable_fault_tolerance=enable_fault_tolerance,
     )  # fmt: skip
     model = SimpleNamespace(enable_sleep_mode=enable_sleep_mode)
     _check_features(
-        SimpleNamespace(parallel_config=parallel, model_config=model, kv_transfer_config=kv_transfer_config)
+        SimpleNamespace(
+            parallel_config=parallel,
+            model_config=model,
+            kv_transfer_config=kv_transfer_config,
+            weight_transfer_config=weight_transfer_config,
+        )
     )
 
 
@@ -88,3 +99,11 @@ def test_what_else_moves_weights_or_kv_is_refused() -> None:
         check_features(kv_transfer_config=object())
     with pytest.raises(ConfigError, match="Leave out --enable-sleep-mode"):
         check_features(enable_sleep_mode=True)
+    with pytest.raises(ConfigError, match="Leave out --weight-transfer-config"):
+        check_features(weight_transfer_config=object())
+
+
+def test_an_engine_that_ended_is_not_stepped_again() -> None:
+    """Guards: vLLM's fault tolerance, which steps an engine on whose ranks differ, and so has ended."""
+    with pytest.raises(ConfigError, match="steps the same engine again.*Leave out --enable-fault-tolerance"):
+        check_features(enable_fault_tolerance=True)

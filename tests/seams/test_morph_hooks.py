@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from morphserve.control import Health
+from morphserve.errors import EngineLostError
 from morphserve.integration.engine.hooks import Morph
 from morphserve.integration.engine.traffic import StepInFlight, Traffic
 
@@ -25,6 +26,7 @@ class CountingController:
 
     effective_level = level_ahead = 0
     in_transition = wants_wakeup = False
+    lost = ""
 
     def __init__(self) -> None:
         self.num_ticks = 0
@@ -32,6 +34,9 @@ class CountingController:
 
     def tick(self, view: Any) -> None:
         self.num_ticks += 1
+
+    def look_back(self) -> None:
+        pass
 
     def fail(self, where: str) -> None:
         self.failed.append((where, sys.exc_info()[1]))
@@ -50,11 +55,12 @@ def make_morph(**parts: Any) -> Any:
         "provenance": SimpleNamespace(forget=lambda request_id: None, set_level=lambda level: None, sweep=lambda: None),
         "tick_times": SimpleNamespace(add=lambda seconds: None),
         "_in_flight": {},
-        "pool": SimpleNamespace(num_used_blocks=0),
+        "pool": SimpleNamespace(num_used_blocks=0, is_discarding=False),
         "gate": SimpleNamespace(
             on_arrival=lambda request: False, on_finish=str, enforce=str, open=lambda: None, num_held=0
         ),
         "_heap_used": False,
+        "_between_turns": set(),
         **parts,
     }
     morph.traffic = Traffic(morph._scheduler, morph.monitor)
@@ -68,7 +74,7 @@ OUTPUT = SimpleNamespace(
     scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set()),
 )
 MODEL_OUTPUT = SimpleNamespace(sampled_token_ids=[[1]])
-REQUEST = SimpleNamespace(request_id="asked", num_tokens=3, num_output_tokens=1, priority=0)
+REQUEST = SimpleNamespace(request_id="asked", num_tokens=3, num_computed_tokens=0, num_output_tokens=1, priority=0)
 HOOKS: dict[str, tuple[Any, ...]] = {
     "before_schedule": (),
     "after_schedule": (OUTPUT,),
@@ -78,6 +84,8 @@ HOOKS: dict[str, tuple[Any, ...]] = {
     "before_preemption": (REQUEST,),
     "on_preemption": (REQUEST,),
     "on_finish": (REQUEST,),
+    "on_turn_end": (REQUEST,),
+    "on_turn": (REQUEST,),
 }
 
 
@@ -112,6 +120,25 @@ def test_what_has_failed_looks_at_nothing_more() -> None:
     morph.on_finish(REQUEST)
     morph.on_preemption(REQUEST)
     assert seen == ["preemption"] and morph.health is Health.RESTING
+
+
+@pytest.mark.parametrize("is_discarding", [True, False])
+def test_what_is_computed_again_is_no_lack_of_memory(is_discarding: bool) -> None:
+    """Guards: KV that was thrown away counts as preemptions for want of memory, and the policy goes deeper."""
+    seen: list[Any] = []
+    monitor = SimpleNamespace(on_preemption=lambda now, request, forced: seen.append(forced))
+    pool = SimpleNamespace(is_discarding=is_discarding)
+    make_morph(monitor=monitor, _scheduler=SimpleNamespace(policy=None), pool=pool).on_preemption(REQUEST)
+    assert seen == [is_discarding]
+
+
+def test_an_engine_whose_ranks_differ_ends() -> None:
+    """Guards: what ranks that differ have made is read, or scheduled on."""
+    morph = make_morph()
+    morph.controller.lost = "COMMITTING at level 0: rank 1: planted"
+    for call in (morph.before_schedule, lambda: morph.before_update(OUTPUT)):
+        with pytest.raises(EngineLostError, match="rank 1: planted. Ranks may hold .* Start it again"):
+            call()
 
 
 def test_what_ends_the_process_is_let_through() -> None:

@@ -23,12 +23,15 @@ def engine(mode: CompilationMode = CompilationMode.DYNAMO_TRACE_ONCE, **parallel
         "data_parallel_backend": "mp",
         "pipeline_parallel_size": 1,
         "enable_expert_parallel": False,
+        "nnodes": 1,
+        "enable_fault_tolerance": False,
     }
     return SimpleNamespace(
         parallel_config=SimpleNamespace(**(fields | parallel)),
         compilation_config=SimpleNamespace(mode=mode),
         model_config=SimpleNamespace(enable_sleep_mode=False),
         kv_transfer_config=None,
+        weight_transfer_config=None,
         lora_config=None,
         speculative_config=None,
     )
@@ -58,6 +61,7 @@ def test_stages_and_replicas_may_start(allowed: SimpleNamespace) -> None:
         (engine(data_parallel_size=2, data_parallel_backend="ray"), "'ray'.*--data-parallel-backend"),
         (engine(distributed_executor_backend="ray", world_size=2), "'ray' with 2 ranks"),
         (engine(enable_expert_parallel=True), "expert parallel"),
+        (engine(nnodes=2, world_size=4), "ranks on 2 hosts are not proven, on 1 they are. Leave out --nnodes"),
     ],
 )
 def test_what_cannot_work_is_refused_at_start(refused: SimpleNamespace, words: str) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -14,6 +18,8 @@ import pytest
 import uvloop
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.testclient import TestClient
+from vllm.engine.arg_utils import EngineArgs
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import UtilityOutput
 from vllm.v1.engine.core import EngineCoreProc
 
@@ -22,7 +28,9 @@ from morphserve.integration.engine.hooks import Morph
 from morphserve.integration.server import reload_api
 from morphserve.integration.server.metrics import MorphServeEndpoint
 from morphserve.integration.server.reload_api import on_hangup
+from morphserve.integration.start.hangup import _IGNORED_BY
 from morphserve.integration.start.settings import config_file
+from morphserve.plugin import register
 
 SECTION = {"kind": "static", "level": 0}
 
@@ -185,6 +193,42 @@ def test_handler_of_somebody_else_stays(theirs: Any, hangup: None) -> None:
 
     assert not asyncio.run(serve())
     assert signal.getsignal(signal.SIGHUP) is theirs
+
+
+@pytest.mark.parametrize("context", [UsageContext.OPENAI_API_SERVER, UsageContext.LLM_CLASS])
+def test_a_server_and_what_it_starts_ignore_hangups(
+    context: UsageContext, hangup: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Guards: a closed terminal, which sends SIGHUP to all of a server's processes, ends its engine cores and workers;
+    a script that makes an engine of its own survives its terminal."""
+    config = dict(architectures=["LlamaForCausalLM"], model_type="llama", torch_dtype="bfloat16", hidden_size=64)
+    config |= dict(num_attention_heads=4, num_hidden_layers=2, intermediate_size=128, vocab_size=256)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setenv(_IGNORED_BY, "")
+    register()
+    args = EngineArgs(str(tmp_path), skip_tokenizer_init=True, max_model_len=256, additional_config={"morphserve": {}})
+    args.create_engine_config(context)
+    is_server = context is UsageContext.OPENAI_API_SERVER
+    assert signal.getsignal(signal.SIGHUP) is (signal.SIG_IGN if is_server else signal.SIG_DFL)
+    code = "import signal; signal.raise_signal(signal.SIGHUP)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == (0 if is_server else -signal.SIGHUP)
+
+
+@pytest.mark.parametrize(
+    ("ignored_by", "ours"), [(os.getpid(), True), (os.getppid(), True), (1 << 30, False), ("", False)]
+)
+def test_what_we_ignore_ourselves_gets_our_handler(
+    ignored_by: int | str, ours: bool, hangup: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a server that ignores SIGHUP altogether, one of several API servers too; one under nohup, started from
+    within another server's process, that does not."""
+    monkeypatch.setenv(_IGNORED_BY, str(ignored_by))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    async def serve() -> bool:
+        return on_hangup(None)  # type: ignore[arg-type]
+
+    assert asyncio.run(serve()) is ours
 
 
 def test_no_handler_outside_of_the_main_thread(hangup: None) -> None:

@@ -15,8 +15,8 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.engine.core import EngineCore
 
 from morphserve.integration import seams
-from morphserve.integration.seams.cuda import CUDA_SEAMS
-from morphserve.integration.worker.cuda.refusals import _TARGETS
+from morphserve.integration.seams import SEAMS
+from morphserve.integration.worker.refusals import _TARGETS
 
 ALLOCATE = "vllm.v1.worker.gpu_model_runner:allocate_kv_cache"
 
@@ -154,6 +154,6 @@ def test_an_engine_that_is_gone_takes_its_patches_along() -> None:
 def test_a_method_that_its_row_lists_is_patched(method: str) -> None:
     """Guards: a method that a row lists as one of its class's attributes is patched elsewhere, or not at all."""
     patch = seams.wrap(seams.WORKER_WEIGHTS, teller([], "refused"), name=method)
-    assert patch is not None and patch.name == method and patch.row in CUDA_SEAMS and method in patch.row.attributes
+    assert patch is not None and patch.name == method and patch.row in SEAMS and method in patch.row.attributes
     with pytest.raises(AttributeError, match="no_such_method"):
         seams.wrap(seams.WORKER_WEIGHTS, teller([], "none"), name="no_such_method")

@@ -197,8 +197,6 @@ def _same_configuration() -> str:
 
 def refusals() -> None:
     """Each row of integration/start/device_checks.py, on configurations that vLLM makes itself where it lets us."""
-    from morphserve.integration.start import check_device
-
     os.environ[UNPROVEN_CUDA] = "1"
     importlib.import_module("morphserve.plugin").register()
     row("nothing to refuse", _passes)
@@ -221,9 +219,6 @@ def refusals() -> None:
         ("partition", "compilation_config", "use_inductor_graph_partition", True, "use_inductor_graph_partition"),
     ):
         row(f"refused {name}", partial(refused, _check_changed, words, plain, part, field, value))
-    sent = copy.copy(plain)
-    sent.weight_transfer_config = SimpleNamespace()
-    row("refused weight transfer", lambda: refused(check_device, "--weight-transfer-config", sent))
 
 
 def _passes() -> str:

@@ -124,6 +124,8 @@ class VllmBlockPool:
         self._vacant: list[KVCacheBlock] = []  # id < _limit, empty, out of the free queue: where the tail goes
         self.before_forced_preemption: Callable[[Any], None] = lambda request: None
         self.on_forced_preemption: Callable[[Any], None] = lambda request: None
+        self._hook_error: Exception | None = None  # of ours, within a call of vLLM's; the next call of ours raises it
+        self.is_discarding = False  # what vLLM preempts now is not for want of memory
 
     @property
     def num_kv_blocks(self) -> int:
@@ -205,6 +207,9 @@ class VllmBlockPool:
             IllegalTransition: No shrink is in progress.
         """
         limit = self._require_shrink("advance_shrink")
+        if (error := self._hook_error) is not None:
+            self._hook_error = None
+            raise error
         self._balance()
         room = min(max_copies, len(self._vacant))
         moving: list[KVCacheBlock] = []
@@ -258,6 +263,24 @@ class VllmBlockPool:
         # Past our own override: it counts what vLLM preempts, which the policy takes for a lack of memory.
         Scheduler._preempt_request(self._scheduler, request, time.monotonic(), drop_stale_output=True)
         self._scheduler.prev_step_scheduled_req_ids.discard(request.request_id)  # as in Scheduler.reset_prefix_cache
+
+    def discard_contents(self) -> None:
+        """Let nobody read what the blocks hold: as after new weights, vLLM preempts what runs and forgets its prefixes.
+
+        What steps under way still sample is dropped, so that an answer goes on from the tokens that it had.
+
+        Raises:
+            RuntimeError: somebody holds blocks and does not run, as a session that waits for its next input.
+        """
+        self.is_discarding = True
+        try:
+            if not self._scheduler.reset_prefix_cache(reset_running_requests=True):
+                raise RuntimeError("vLLM has not reset its prefix cache.")
+        finally:
+            self.is_discarding = False
+        for request in self._scheduler.requests.values():
+            if request.num_stale_output_tokens:  # preempted before: vLLM would take what it samples under way
+                request.drop_stale_output = True
 
     def finish_shrink(self) -> None:
         """Forget the fenced tail.
@@ -392,8 +415,11 @@ class VllmBlockPool:
     ) -> None:
         blocks = list(ordered_blocks)
         original(blocks, *args, **kwargs)
-        for block in blocks:
-            if block.block_id in self._tail and _is_empty(block):
-                self._fence(block)
-        if self._limit is not None:
-            self._balance()
+        try:
+            for block in blocks:
+                if block.block_id in self._tail and _is_empty(block):
+                    self._fence(block)
+            if self._limit is not None:
+                self._balance()
+        except Exception as e:  # not vLLM's affair: whoever drives the shrink hears of it
+            self._hook_error = self._hook_error or e

@@ -98,7 +98,7 @@ class FloorGate:
 
     def _level_of(self, request: Request) -> int | None:
         asked: Any = getattr(getattr(request, "sampling_params", None), "extra_args", None)
-        if not asked or MAX_LEVEL_ARG not in asked:
+        if not asked or MAX_LEVEL_ARG not in asked or request.resumable:  # a session is here between its turns, too
             return None
         adapter = getattr(request, "lora_request", None)
         try:

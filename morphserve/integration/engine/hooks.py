@@ -22,6 +22,7 @@ from morphserve.control import (
     ReloadWatch,
     make_header,
 )
+from morphserve.errors import EngineLostError
 from morphserve.integration.engine.block_pool import VllmBlockPool
 from morphserve.integration.engine.executor import RpcExecutor
 from morphserve.integration.engine.floors import FloorGate
@@ -45,7 +46,10 @@ if TYPE_CHECKING:
 
 
 class Morph:
-    """What the scheduler calls. Nothing in here may raise: an exception would kill the engine."""
+    """What the scheduler calls. Nothing in here may raise: an exception would kill the engine.
+
+    But for one that is meant to: what ranks hold is unknown, and no token may come of it (`EngineLostError`).
+    """
 
     def __init__(self, scheduler: Scheduler, runtime: EngineRuntime) -> None:
         self._scheduler = scheduler
@@ -54,12 +58,14 @@ class Morph:
         self.health = Health.RUNNING  # of what feeds the controller, which has its own
         self.tokens_by_level = [0] * len(runtime.ladder)
         self._in_flight: dict[int, StepInFlight] = {}  # by id(scheduler output)
+        self._between_turns: set[str] = set()  # sessions that wait for their next input
         self._heap_used = False  # a transition has been since the ranks last gave free heap back
         self.tick_times = TimeHistogram()
         model_executor = runtime.engine_core.model_executor
         self.pool = VllmBlockPool(scheduler)
         self.worst_forward_bytes = publish_base(self.pool, model_executor.collective_rpc, runtime.base_num_blocks)
         self.provenance = Provenance(scheduler.kv_cache_manager, runtime.config.kv.prefix_reuse)
+        self.provenance.on_error = lambda: self.controller.counters.count_error("provenance")
         self.receipts = Receipts(self.provenance, scheduler.cache_config.block_size)
         self.monitor = Monitor()
         self.traffic = Traffic(scheduler, self.monitor)
@@ -133,11 +139,19 @@ class Morph:
             self._guard(self._tick)
         self._enforce_floors()
         self.tick_times.add(time.perf_counter() - start)
+        self._end_if_lost()
 
     def after_schedule(self, output: SchedulerOutput) -> None:
         self._guard(self._after_schedule, output)
 
     def before_update(self, output: SchedulerOutput) -> None:
+        """Look at the step that vLLM is about to read.
+
+        Raises:
+            EngineLostError: it was made by ranks of which one had failed to do what cannot fail.
+        """
+        self.controller.look_back()
+        self._end_if_lost()
         self._guard(self._before_update, output)
 
     def after_update(
@@ -153,7 +167,15 @@ class Morph:
         self._guard(self._before_preemption, request)
 
     def on_preemption(self, request: Request, forced: bool = False) -> None:
-        self._guard(self.traffic.on_preemption, request, forced)
+        self._guard(self.traffic.on_preemption, request, forced or self.pool.is_discarding)
+
+    def on_turn_end(self, request: Request) -> None:
+        """Take in that a session's turn has stopped: to all but its KV, the end of a request."""
+        self._guard(self._on_turn_end, request)
+
+    def on_turn(self, request: Request) -> None:
+        """Take in that a session goes on with more input."""
+        self._guard(self._on_turn, request)
 
     def on_finish(self, request: Request) -> None:
         self._guard(self._on_finish, request)
@@ -169,6 +191,13 @@ class Morph:
             # what is under way, and the server goes on at the level it then has.
             self.health = self.health.to(Health.RESTING)
             self.controller.fail("hooks")  # logs the error under way
+
+    def _end_if_lost(self) -> None:
+        if lost := self.controller.lost:
+            raise EngineLostError(
+                f"{lost}. Ranks may hold other weights or KV blocks than each other, so the engine ends instead of "
+                "serving from them. Start it again, or have a supervisor do it; the log above says which rank failed."
+            )
 
     def _tick(self) -> None:
         view = self._view()
@@ -242,7 +271,21 @@ class Morph:
             self.traffic.on_arrival(request)
         self.receipts.on_arrival(request)
 
+    def _on_turn_end(self, request: Request) -> None:
+        self._between_turns.add(request.request_id)
+        self.traffic.on_turn_end(request)
+        self.receipts.on_turn_end(request)
+
+    def _on_turn(self, request: Request) -> None:
+        self._between_turns.discard(request.request_id)
+        self.traffic.on_arrival(request)
+        self.receipts.on_turn(request)
+
     def _on_finish(self, request: Request) -> None:
+        if request.request_id in self._between_turns:  # of its last turn all is told
+            self._between_turns.discard(request.request_id)
+            self.receipts.forget(request.request_id)
+            return
         self.traffic.on_finish(request)
         self.gate.on_finish(request)
         self.receipts.on_finish(request)

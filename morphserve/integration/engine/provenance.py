@@ -7,6 +7,7 @@ the span of its context: the levels its tokens were computed at, and those of th
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -19,6 +20,8 @@ from morphserve.integration import seams
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
+
+logger = logging.getLogger("vllm.morphserve")
 
 PrefixReuse = Literal["any", "not_worse", "exact"]
 _SWEPT_PER_STEP = 64  # remembered blocks, at level 0: 0.1 ms of a step
@@ -58,6 +61,9 @@ class Provenance:
     Between two `schedule()` calls the scheduler hook says `set_level` before the first step at another level, `sweep`,
     and `forget` when a request ends. The rest is seen by call-through wrappers on this pool and its manager.
     Cost: O(1) per call of vLLM's that is wrapped, a few comparisons when nothing degraded is left.
+
+    An error of ours stays inside, and nobody knows then which level wrote a block: from then on no block is reused by
+    anybody, whatever the rule, and `on_error` is called, once. vLLM's own calls and errors pass as they are.
     """
 
     def __init__(self, manager: KVCacheManager, rule: PrefixReuse = "not_worse") -> None:
@@ -73,6 +79,8 @@ class Provenance:
         # By identity: a block may be renamed meanwhile, and KVCacheBlock is not hashable. Absent = clean.
         self._written: OrderedDict[int, tuple[KVCacheBlock, Span]] = OrderedDict()
         self._asking: str | None = None  # the request whose lookup is under way
+        self.failed = False
+        self.on_error: Callable[[], None] = lambda: None
         for row, owner, wrapper in (
             (seams.POOL_CACHE, self._pool, self._cache_full_blocks),
             (seams.POOL_CACHE_PARTIAL, self._pool, self._cache_partial_block),
@@ -106,12 +114,35 @@ class Provenance:
         self._reused.pop(request_id, None)
         self._demanding.discard(request_id)
 
+    def _guard(self, call: Callable[..., None], *args: Any) -> None:
+        if self.failed:
+            return
+        try:
+            call(*args)
+        except Exception:
+            self._fail()
+
+    def _fail(self) -> None:
+        """Say that nothing is reused any more. With the error under way."""
+        self.failed = True
+        logger.exception(
+            "morphserve: which level wrote the blocks of the prefix cache was lost to an error, so no prefix is reused "
+            "any more. Restart the server to have prefixes reused again."
+        )
+        self.on_error()
+
     def set_level(self, level: int) -> None:
         """Set the level of the next step."""
+        self._guard(self._set_level, level)
+
+    def _set_level(self, level: int) -> None:
         self._level = level
 
     def sweep(self) -> None:
         """Drop a few blocks that nobody may reuse any more from the cache. Call it once a step."""
+        self._guard(self._sweep)
+
+    def _sweep(self) -> None:
         if self._level > 0 or self.rule != "not_worse":
             return
         for _ in range(min(len(self._written), _SWEPT_PER_STEP)):
@@ -138,18 +169,32 @@ class Provenance:
             result = original(request, *args, **kwargs)
         finally:
             self._asking = None
+        self._guard(self._note_found, request, result)
+        return result
+
+    def _note_found(self, request: Request, result: Any) -> None:
         self._found.pop(request.request_id, None)
         degraded = self._written or self._level > 0
         if degraded and (hits := tuple(block for group in result[0].blocks for block in group)):
             self._found[request.request_id] = hits
-        return result
 
     def _get_cached_block(
         self, original: Callable[..., Any], block_hash: BlockHash, group_ids: list[int]
     ) -> list[KVCacheBlock] | None:
         blocks: list[KVCacheBlock] | None = original(block_hash, group_ids)
+        if blocks is None or self.failed:
+            return None
+        try:
+            return self._admitted(blocks, block_hash, group_ids)
+        except Exception:
+            self._fail()
+            return None
+
+    def _admitted(
+        self, blocks: list[KVCacheBlock], block_hash: BlockHash, group_ids: list[int]
+    ) -> list[KVCacheBlock] | None:
         asking = self._asking
-        if blocks is None or asking is None or (self._level == 0 and not self._written):
+        if asking is None or (self._level == 0 and not self._written):
             return blocks
         admitted = []
         for block, group_id in zip(blocks, group_ids, strict=True):
@@ -171,8 +216,14 @@ class Provenance:
         """Slots given out now are written in the next step, at its level."""
         if self._level == 0 and not self._spans and not self._found and not self._reused:
             return original(request, *args, **kwargs)
+        before = self._spans.get(request.request_id)
+        self._guard(self._begin_slots, request, before)
+        result = original(request, *args, **kwargs)
+        self._guard(self._end_slots, request, before, result)
+        return result
+
+    def _begin_slots(self, request: Request, before: Span | None) -> None:
         request_id = request.request_id
-        before = self._spans.get(request_id)
         if request.num_computed_tokens == 0:  # new, or preempted and starting over
             span = Span(self._level, self._level)
             for block in self._found.get(request_id, ()):
@@ -180,12 +231,12 @@ class Provenance:
         else:
             span = (before or CLEAN).with_level(self._level)
         self._put(request_id, span)
-        result = original(request, *args, **kwargs)
+
+    def _end_slots(self, request: Request, before: Span | None, result: Any) -> None:
         if result is None:
-            self._put(request_id, before or CLEAN)
+            self._put(request.request_id, before or CLEAN)
         elif request.num_computed_tokens == 0:
-            self._took(request_id, self._found.pop(request_id, ()))
-        return result
+            self._took(request.request_id, self._found.pop(request.request_id, ()))
 
     def _took(self, request_id: str, hits: tuple[KVCacheBlock, ...]) -> None:
         self._reused.pop(request_id, None)
@@ -200,7 +251,7 @@ class Provenance:
 
     def _may_cache(self, request_id: str) -> bool:
         """Return whether what this request computes now is of use to anybody who comes at this level."""
-        return self._level > 0 or self.rule != "not_worse" or request_id not in self._spans
+        return not self.failed and (self._level > 0 or self.rule != "not_worse" or request_id not in self._spans)
 
     def _remember(self, block: KVCacheBlock, span: Span) -> None:
         if block.block_hash is None:
@@ -231,9 +282,12 @@ class Provenance:
         if not self._may_cache(request.request_id):
             return  # the caller counts these blocks as cached and does not come back to them
         original(request, blocks, num_cached_blocks, num_full_blocks, *args, **kwargs)
+        self._guard(self._remember_all, request, blocks, num_cached_blocks, num_full_blocks)
+
+    def _remember_all(self, request: Request, blocks: list[KVCacheBlock], start: int, end: int) -> None:
         span = self.span(request.request_id)
         if span != CLEAN or self._written:
-            for block in blocks[num_cached_blocks:num_full_blocks]:
+            for block in blocks[start:end]:
                 self._remember(block, span)
 
     def _cache_partial_block(
@@ -242,5 +296,5 @@ class Provenance:
         if not self._may_cache(request.request_id):
             return None
         key: BlockHashWithGroupId | None = original(request, block, *args, **kwargs)
-        self._remember(block, self.span(request.request_id))
+        self._guard(lambda: self._remember(block, self.span(request.request_id)))
         return key

@@ -43,6 +43,7 @@ class _Draft:
     num_preemptions: int = -1  # at which this life of the request began; -1 = it has not begun
     num_computed_tokens: int = 0  # that are counted
     num_output_tokens: int = 0  # likewise
+    is_continued: bool = False  # a session's, that has context from turns before
     reused: dict[int, int] = field(default_factory=dict)  # deepest level |-> tokens taken from the prefix cache
     computed: dict[int, int] = field(default_factory=dict)  # level |-> tokens whose KV was computed
     output: dict[int, int] = field(default_factory=dict)  # level |-> tokens sampled
@@ -100,6 +101,18 @@ class Receipts:
             logger.warning("morphserve: request %s: %s", request.request_id, draft.error)
         self._drafts[request.request_id] = draft
 
+    def on_turn(self, request: Request) -> None:
+        """Look at what a session asks for from now on; its answer also depends on what it computed before."""
+        before = self._drafts.pop(request.request_id, None)
+        self.on_arrival(request)
+        if (draft := self._drafts.get(request.request_id)) is None:
+            return
+        draft.is_continued = True
+        if before is not None:
+            draft.num_preemptions, draft.reused, draft.computed = before.num_preemptions, before.reused, before.computed
+            draft.num_computed_tokens = request.num_computed_tokens
+            self._begun[request.request_id] = draft
+
     def on_scheduled(self, num_scheduled_tokens: dict[str, int], level: int, started: Iterable[str]) -> None:
         """Take in a step at `level`.
 
@@ -132,8 +145,22 @@ class Receipts:
     def on_finish(self, request: Request) -> None:
         """Close a request's receipt; its blocks are still there."""
         draft = self._drafts.pop(request.request_id, None)
-        if draft is None:
-            return
+        if draft is not None:
+            self._seal(draft)
+
+    def on_turn_end(self, request: Request) -> None:
+        """Close the receipt of a session's turn; the next turn's begins with the same context."""
+        draft = self._drafts.get(request.request_id)
+        if draft is not None:
+            self._seal(draft)
+
+    def forget(self, request_id: str) -> None:
+        """Forget a session that ends between two turns. Unknown ids are fine."""
+        self._drafts.pop(request_id, None)
+        self._begun.pop(request_id, None)
+
+    def _seal(self, draft: _Draft) -> None:
+        request = draft.request
         if self._begun.pop(request.request_id, None) is not None:
             draft.count_computed(self._level)
             draft.count_output(self._level_of_outputs)
@@ -167,16 +194,16 @@ class Receipts:
         draft.num_preemptions = request.num_preemptions
         draft.num_computed_tokens = request.num_computed_tokens - count
         draft.computed.clear()
-        draft.reused = self._reused(request, draft.num_computed_tokens)
+        draft.reused = self._reused(draft)
         self._begun[request.request_id] = draft
 
-    def _reused(self, request: Request, num_known: int) -> dict[int, int]:
-        """Return, by level, the tokens that come from the prefix cache, `num_known` altogether."""
-        found = {
-            level: blocks * self._block_size for level, blocks in self._provenance.reused(request.request_id).items()
-        }
-        if clean := num_known - sum(found.values()):
-            found[0] = found.get(0, 0) + clean
+    def _reused(self, draft: _Draft) -> dict[int, int]:
+        """Return, by level, the tokens from the prefix cache, or from turns before that nobody had asked about."""
+        name = draft.request.request_id
+        found = {level: blocks * self._block_size for level, blocks in self._provenance.reused(name).items()}
+        if rest := draft.num_computed_tokens - sum(found.values()):
+            level = self._provenance.span(name).deepest if draft.is_continued else 0
+            found[level] = found.get(level, 0) + rest
         return found
 
 

@@ -40,8 +40,19 @@ class _MorphScheduler:
         return result
 
     def add_request(self, request: Request) -> None:
+        is_new = request.request_id not in self.requests  # type: ignore[attr-defined]
         super().add_request(request)  # type: ignore[misc]
-        self.morph.on_arrival(request)
+        if is_new:  # else it is more input for a session, or its end
+            self.morph.on_arrival(request)
+
+    def _handle_stopped_request(self, request: Request) -> bool:
+        if request.resumable:
+            self.morph.on_turn_end(request)
+        return bool(super()._handle_stopped_request(request))  # type: ignore[misc]
+
+    def _update_request_as_session(self, session: Request, update: Any) -> None:
+        super()._update_request_as_session(session, update)  # type: ignore[misc]
+        self.morph.on_turn(session)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         self.morph.before_preemption(request)
@@ -56,8 +67,10 @@ class _MorphScheduler:
         return super().has_requests() or self.morph.wants_step  # type: ignore[misc]
 
     def shutdown(self) -> None:
-        self.morph.close()
-        super().shutdown()  # type: ignore[misc]
+        try:
+            self.morph.close()
+        finally:
+            super().shutdown()  # type: ignore[misc]
 
 
 class MorphScheduler(_MorphScheduler, Scheduler):

@@ -47,6 +47,7 @@ class StatusPage:
             "mapped_kv_blocks": counters["num_blocks_mapped"],
             "transitions": counters["transitions"],
             "transition_seconds": counters["transition_seconds"],
+            "decisions_dropped": counters["decisions_dropped"],
             "errors": counters["errors"],
             "ladder": self._ladder,
             "controller_time": tick_times.as_json(),

@@ -52,12 +52,13 @@ class Traffic:
         self._scheduler = scheduler
         self._monitor = monitor
         self.late = LateCount(Promise())
-        self._awaiting_first_token: list[Any] = []
+        self._awaiting_first_token: dict[str, Any] = {}  # by request id
         self._last_preemption_wall_s = 0.0
 
     def view(self) -> EngineView:
         """Return the queues as they are now."""
         num_running, num_waiting = self._scheduler.get_request_counts()
+        num_waiting -= self._scheduler.num_waiting_for_streaming_input  # for their clients, not for us
         waiting = self._scheduler.waiting
         oldest = 0.0
         if len(waiting):
@@ -82,7 +83,7 @@ class Traffic:
             if request is not None:
                 wait_s = max(0.0, wall - request.arrival_time)
                 self._monitor.on_scheduled(now, wait_s, data.req_id, limits_of(request).tpot_s)
-                self._awaiting_first_token.append(request)
+                self._awaiting_first_token[data.req_id] = request
         for request_id in resumed:
             request = self._scheduler.requests.get(request_id)
             self._monitor.on_resumed(request_id, None if request is None else limits_of(request).tpot_s)
@@ -131,14 +132,14 @@ class Traffic:
         if not self._awaiting_first_token:
             return
         wall = time.time()
-        still: list[Any] = []
-        for request in self._awaiting_first_token:
+        still: dict[str, Any] = {}
+        for request_id, request in self._awaiting_first_token.items():
             if request.num_output_tokens > 0:
                 self._monitor.on_first_token(max(0.0, wall - request.arrival_time))
                 if not request.is_finished():
                     self.late.on_first_token(request, wall)
             elif not request.is_finished():
-                still.append(request)
+                still[request_id] = request
         self._awaiting_first_token = still
 
     def on_preemption(self, request: Request, forced: bool = False) -> None:
@@ -168,8 +169,15 @@ class Traffic:
         self._monitor.on_finish(num_blocks, time.monotonic(), request.request_id, request.num_output_tokens)
         self.late.on_finish(request, time.time())
 
+    def on_turn_end(self, request: Request) -> None:
+        """Note that a session's turn has stopped, which is the end of a request with these tokens and these limits."""
+        if self._awaiting_first_token.pop(request.request_id, None) is not None and request.num_output_tokens:
+            self._monitor.on_first_token(max(0.0, time.time() - request.arrival_time))
+        self.on_finish(request)
+
     def _waiting(self, request: Request) -> WaitingRequest:
-        """Return a request as the queue sees it: by priority, where the scheduler goes by that."""
+        """Return a request as the queue sees it: what is to compute, by priority where the scheduler goes by that."""
         priority = int(request.priority) if self._scheduler.policy == SchedulingPolicy.PRIORITY else 0
         has_token = request.num_output_tokens > 0
-        return WaitingRequest(request.request_id, request.num_tokens, limits_of(request), priority, has_token)
+        num_tokens = request.num_tokens - request.num_computed_tokens  # a session keeps what it has
+        return WaitingRequest(request.request_id, num_tokens, limits_of(request), priority, has_token)

@@ -17,6 +17,7 @@ from morphserve.integration import ending, seams
 from morphserve.integration.engine.hooks import Morph
 from morphserve.integration.engine.runtime import EngineRuntime
 from morphserve.integration.start import for_this_device, ladder_note, read_settings
+from morphserve.integration.worker import check_weight_access
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -32,6 +33,7 @@ def install() -> None:
     """Wrap the engine core. Re-entrant; engines without MorphServe pass straight through."""
     seams.wrap(seams.ENGINE_HANDLE, _initialize_kv_caches)
     seams.wrap(seams.KV_PLANNING, _get_kv_cache_configs)
+    seams.wrap(seams.ENGINE_RPC, _collective_rpc)
     seams.put(seams.ENGINE_UTILITIES, "morphserve_status", _status)
     seams.put(seams.ENGINE_UTILITIES, "morphserve_reload", _reload)
     ending.install()
@@ -66,6 +68,16 @@ def _get_kv_cache_configs(original: Callable[..., Any]) -> Any:
         return runtime.plan_kv(stock, kv_cache_specs, available_memory)
 
     return get_kv_cache_configs
+
+
+def _collective_rpc(original: Callable[..., Any]) -> Any:
+    @functools.wraps(original)
+    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(method, str) and hasattr(getattr(self, "scheduler", None), "morph"):
+            check_weight_access(method)
+        return original(self, method, *args, **kwargs)
+
+    return collective_rpc
 
 
 def attach(scheduler: Scheduler) -> Morph:

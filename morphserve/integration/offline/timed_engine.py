@@ -10,6 +10,7 @@ from typing import Any
 
 from morphserve.config import LadderConfig, LadderStep, MorphServeConfig
 from morphserve.control import RankBytes, ladder_formats, optional_formats
+from morphserve.errors import MorphServeError
 from morphserve.integration import seams
 from morphserve.integration.offline.level_engine import LevelEngine
 from morphserve.integration.start import FOUND, formats_over
@@ -22,6 +23,7 @@ _MAX_LONG_SEQS = 32  # more sequences are timed with short contexts only: KV for
 _LONG_TOKENS = 1024  # of a long context: what it costs is linear in them
 _DECODE_STEPS = 8
 _WARM_STEPS = 2
+_PROMPT_STEPS = 6  # that the prompts of one batch may take: those that come first have their tokens meanwhile
 _PATIENCE_S = 600.0  # of a move, which takes a step of two requests for every few layers
 _PREFILLS = (16, 48, 128, 320, 1024, 2048, 4096, 8192)
 
@@ -69,8 +71,8 @@ class TimedEngine(LevelEngine):
         self.place: Place = getattr(self.engine.vllm_config, FOUND).place
         vocabulary = range(self.engine.vllm_config.model_config.get_vocab_size())
         self._tokens = vocabulary[100:1100] or vocabulary  # no token of those that steer, where there are others
-        budget = self.engine.vllm_config.scheduler_config.max_num_batched_tokens
-        self._prefills = [tokens for tokens in _PREFILLS if tokens < min(longest, budget - 8)]
+        self._budget = int(self.engine.vllm_config.scheduler_config.max_num_batched_tokens)
+        self._prefills = [tokens for tokens in _PREFILLS if tokens < min(longest, self._budget - 8)]
         served = self.morph.runtime.ranks[0].kernels
         self.formats = (BASE_FORMAT, *(fmt for fmt in formats if fmt in served))  # level by level
         self.steps: dict[str, list[StepLoad]] = {fmt: [] for fmt in self.formats}
@@ -112,10 +114,8 @@ class TimedEngine(LevelEngine):
         fmt = self.formats[self._level]
         for batch in self._batches:
             for length in self._lengths[: 1 if batch > _MAX_LONG_SEQS else None]:
-                self._add(batch, length, _DECODE_STEPS + _WARM_STEPS)
-                self._record(fmt, _DECODE_STEPS)
-                decodes = [step.seconds for step in self.steps[fmt][-_DECODE_STEPS:] if not step.prefill_tokens]
-                self._decodes.setdefault((fmt, batch), []).append(statistics.median(decodes))
+                self._add(batch, self._within(batch, length), _PROMPT_STEPS + _DECODE_STEPS + _WARM_STEPS)
+                self._decodes.setdefault((fmt, batch), []).append(self._decode_s(fmt, batch))
                 self.abort_all()
         for beside in (1, 8):
             self._add(beside, min(64, self._lengths[-1]), 4 * len(self._prefills) + 8)
@@ -134,13 +134,35 @@ class TimedEngine(LevelEngine):
             found[batch] = (statistics.median(of_rounds), min(of_rounds), max(of_rounds))
         return found
 
-    def _record(self, fmt: str | None, count: int) -> None:
+    def _within(self, batch: int, length: int) -> int:
+        """Return how long prompts may be, so that a few steps compute those of so many requests."""
+        return max(min(length, _PROMPT_STEPS * max(self._budget - batch, 1) // batch), 1)
+
+    def _decode_s(self, fmt: str, batch: int) -> float:
+        """Return the median time of a decode step of the requests that were added, once their prompts are computed."""
+        for _ in range(2 * _PROMPT_STEPS):
+            if self._record(fmt, 1) == batch:  # with pipeline stages they may go in two batches for good
+                break
+        known = len(self.steps[fmt])
+        self._record(fmt, _DECODE_STEPS)
+        decodes = [step.seconds for step in self.steps[fmt][known:] if not step.prefill_tokens]
+        if not decodes:
+            raise MorphServeError(
+                f"no decode step of {batch} requests could be timed in {fmt}, prompts took all of them. Give a larger "
+                "--max-num-batched-tokens, or a smaller --max-num-seqs."
+            )
+        return statistics.median(decodes)
+
+    def _record(self, fmt: str | None, count: int) -> int:
+        """Make so many steps and note them; returns how many requests got a token in the last one."""
+        outputs: list[Any] = []
         for _ in range(count):
             self._seconds = 0.0
-            while self.num_requests and not self.step():
+            while self.num_requests and not (outputs := self.step()):
                 pass  # with pipeline stages a call may only send a step
             if fmt is not None and (last := self.morph.monitor.last_step) is not None:
                 self.steps[fmt].append(replace(last, seconds=self._seconds))
+        return len(outputs)
 
     def _add(self, count: int, num_tokens: int, max_tokens: int) -> None:
         for _ in range(count):

@@ -26,7 +26,6 @@ from morphserve.integration.seams.cuda import (
     KV_ALLOC_V2,
     WORKER_MEMORY,
     WORKER_WARM,
-    WORKER_WEIGHTS,
 )
 from morphserve.integration.seams.patch import Patch, patches, put, undo, wrap
 from morphserve.integration.seams.rows import (
@@ -35,9 +34,11 @@ from morphserve.integration.seams.rows import (
     CLIENT_GENERATE,
     CONFIG_CACHE,
     DOOR_LIMIT,
+    ENDPOINT_PLUGINS,
     ENGINE_CONFIG,
     ENGINE_CORE,
     ENGINE_HANDLE,
+    ENGINE_RPC,
     ENGINE_START,
     ENGINE_UTILITIES,
     KV_ALLOC,
@@ -52,6 +53,7 @@ from morphserve.integration.seams.rows import (
     SEAMS,
     WEIGHTS_LOADED,
     WORKER_START,
+    WORKER_WEIGHTS,
     Seam,
 )
 from morphserve.late import late
@@ -71,9 +73,11 @@ __all__ = [
     "CUDA_KERNEL_SEAMS",
     "CUDA_SEAMS",
     "DOOR_LIMIT",
+    "ENDPOINT_PLUGINS",
     "ENGINE_CONFIG",
     "ENGINE_CORE",
     "ENGINE_HANDLE",
+    "ENGINE_RPC",
     "ENGINE_START",
     "ENGINE_UTILITIES",
     "GRAPH_MEMORY_V1",

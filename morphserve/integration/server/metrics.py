@@ -2,16 +2,14 @@
 
 Reloads are in `reload_api.py`, what a browser sees in `page.py`.
 
-The engine cores are asked twice a second; a scrape reads the last answers. Each data-parallel replica is an engine of
-its own, told by its index. vLLM's own cache_config_info label is fixed at start and goes stale after a resize:
-`morphserve:kv_blocks` is the one to watch.
+The engine cores are asked twice a second (`poll.py`); a scrape reads the last answers. Each data-parallel replica is
+an engine of its own, told by its index. vLLM's own cache_config_info label is fixed at start and goes stale after a
+resize: `morphserve:kv_blocks` is the one to watch.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import os
 from collections.abc import Callable, Iterator
 from itertools import accumulate
@@ -19,24 +17,22 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any, get_args
 
 from fastapi import APIRouter, HTTPException
-from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from morphserve.integration import seams
 from morphserve.integration.server.page import add_page
+from morphserve.integration.server.poll import SILENT_AFTER_S, StatusPoll
 from morphserve.integration.server.queue_limit import QueueLimit
 from morphserve.integration.server.receipt_door import ReceiptDoor, note_receipts
 from morphserve.integration.server.reload_api import add_route, on_hangup
+from morphserve.integration.server.scrape import add_behind_shared, add_to_own
 from policies import Predictions
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from vllm.engine.protocol import EngineClient
 
-logger = logging.getLogger("vllm.morphserve")
-
-POLL_INTERVAL_S = 0.5
 PREFIX = "morphserve:"
 
 
@@ -45,30 +41,40 @@ _Row = tuple[tuple[str, ...], float]  # values of the labels beside `engine`, va
 
 
 class StatusCollector(Collector):
-    """Turns the last statuses into metric families, every sample with the index of its engine."""
+    """Turns the last statuses into metric families, every sample with the index of its engine.
 
-    def __init__(self) -> None:
-        self.statuses: list[_Status] = []
+    Of engines that are silent nothing is left but since when, so that the last values of one that hangs look like none.
+    """
+
+    def __init__(self, poll: StatusPoll) -> None:
+        self._poll = poll
 
     def collect(self) -> Iterator[Metric]:
-        if not self.statuses:
+        statuses, ages_s = self._poll.statuses, self._poll.ages_s
+        if ages_s:
+            doc = f"Since the engine last answered; beyond {SILENT_AFTER_S:.0f} s it has no other morphserve metric."
+            age = GaugeMetricFamily(PREFIX + "status_age_seconds", doc, labels=["engine"])
+            for engine, age_s in ages_s.items():
+                age.add_metric([str(engine)], age_s)
+            yield age
+        if not statuses:
             return
         for kind, name, doc, labels, rows_of in _FAMILIES:
             family = kind(PREFIX + name, doc, labels=[*labels, "engine"])
-            for status in self.statuses:
+            for status in statuses:
                 for values, value in rows_of(status):
                     family.add_metric([*values, str(status["engine"])], value)
             yield family
-        yield self._times()
+        yield self._times(statuses)
 
     def describe(self) -> Iterator[Metric]:
         """Return nothing: it is not known before the first poll. Without this the registry would call collect()."""
         return iter(())
 
-    def _times(self) -> Metric:
+    def _times(self, statuses: list[_Status]) -> Metric:
         doc = "Time of monitor, policy and controller in one engine step."
         family = HistogramMetricFamily(PREFIX + "controller_seconds", doc, labels=["engine"])
-        for status in self.statuses:
+        for status in statuses:
             times = status["controller_time"]
             edges = [*(f"{edge:g}" for edge in times["edges_s"]), "+Inf"]
             buckets = list(zip(edges, accumulate(times["counts"]), strict=True))
@@ -149,6 +155,13 @@ _FAMILIES: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, 
     (CounterMetricFamily, "tokens", "Generated tokens by morph level.", ("level",), _by("tokens_by_level")),
     (CounterMetricFamily, "transition_seconds", "Time spent in transitions.", (), _one("transition_seconds")),
     (CounterMetricFamily, "policy_reloads", "Policies taken from an edited file.", ("outcome",), _reloads),
+    (
+        CounterMetricFamily,
+        "decisions_dropped",
+        "Decisions that the decision log has not: its disk was too slow, or full.",
+        (),
+        _one("decisions_dropped"),
+    ),
     (CounterMetricFamily, "errors", "Errors by the part they came from.", ("where",), _by("errors")),
 )
 
@@ -160,9 +173,9 @@ class MorphServeEndpoint:
     required_tasks = ("generate",)
 
     def __init__(self) -> None:
-        self._collector = StatusCollector()
+        self._poll = StatusPoll(self._ask)
+        self._collector = StatusCollector(self._poll)
         self._client: Any = None
-        self._queue_limit = QueueLimit(None)
         self._task: asyncio.Task[None] | None = None
         self._keys: list[str] = []  # one of which who sends a policy must show, as for vLLM's own API
 
@@ -175,7 +188,7 @@ class MorphServeEndpoint:
 
             Of several engines (data parallel) `engine` names one; without it they are all under `engines`.
             """
-            answers = await self._ask()
+            answers = await self._poll.latest()
             if not answers:
                 raise HTTPException(503, "the engine runs without MorphServe")
             if engine is not None:
@@ -185,8 +198,9 @@ class MorphServeEndpoint:
             return answers[0] if len(answers) == 1 else {"engines": answers}
 
         add_route(router, self._reload, lambda: self._keys)
-        add_page(router, self._ask)
+        add_page(router, self._poll.latest)
         app.include_router(router)
+        add_behind_shared(app, self._collector)
         app.add_middleware(ReceiptDoor)
 
     async def init_state(self, engine_client: EngineClient, state: Any, args: Any) -> None:
@@ -195,17 +209,11 @@ class MorphServeEndpoint:
         self._keys = [key for key in given if key]
         if engine_client is None:
             return
-        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-            logger.warning(
-                "morphserve: several API servers share one registry of files, which cannot hold morphserve:* "
-                "metrics; GET /morphserve/status has the same figures. Use --api-server-count 1 for the metrics."
-            )
-        with contextlib.suppress(ValueError):  # a second app in this process: already registered
-            REGISTRY.register(self._collector)
-        self._queue_limit = QueueLimit(engine_client)
+        add_to_own(self._collector)
+        limit = QueueLimit(engine_client)
         if hasattr(engine_client, "generate"):
             seams.wrap(seams.CLIENT_GENERATE, note_receipts, on=engine_client)
-        self._task = asyncio.create_task(self._poll())
+        self._task = asyncio.create_task(self._poll.run(lambda statuses: limit.apply(_queue_limits(statuses))))
         on_hangup(self._reload)
 
     async def _ask(self) -> list[_Status]:
@@ -223,22 +231,10 @@ class MorphServeEndpoint:
         answers = await core.call_utility_all_async(method, *args)
         return sorted((answer for answer in answers if answer is not None), key=itemgetter("engine"))
 
-    async def _poll(self) -> None:
-        warned = False
-        while True:
-            try:
-                statuses = await self._ask()
-                self._collector.statuses = statuses
-                self._queue_limit.apply([status["max_queued_tokens"] for status in statuses])
-                warned = False
-            except asyncio.CancelledError:
-                raise
-            except Exception as e:  # the engine may be starting, stopping or dead; the metrics go quiet
-                self._collector.statuses = []
-                if not warned:
-                    logger.warning("morphserve: no status from the engine (%s)", e)
-                warned = True
-            await asyncio.sleep(POLL_INTERVAL_S)
+
+def _queue_limits(statuses: list[_Status]) -> list[int | None]:
+    """Return what each engine's policy allows to wait; nothing of engines that are silent, so that all is taken."""
+    return [status["max_queued_tokens"] for status in statuses]
 
 
 def make_endpoint() -> MorphServeEndpoint:

@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse
 
+from morphserve.integration.start import hangup_is_free
+
 logger = logging.getLogger("vllm.morphserve")
 
 
@@ -100,7 +102,7 @@ def on_hangup(ask: Ask) -> bool:
     Returns:
         Whether SIGHUP is ours: not if it is ignored (nohup) or handled already.
     """
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
+    if not hangup_is_free():
         return False
     loop = asyncio.get_running_loop()
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from morphserve.integration.start.hangup import hangup_is_free, ignore_hangups
 from morphserve.integration.start.settings import (
     CONFIG_FILE,
     FOUND,
@@ -55,6 +56,8 @@ __all__ = [
     "device_type",
     "for_this_device",
     "formats_over",
+    "hangup_is_free",
+    "ignore_hangups",
     "is_active",
     "is_cuda",
     "ladder_note",

@@ -114,6 +114,16 @@ def _check_features(vllm_config: VllmConfig) -> None:
         )
     for bad, what, remedy in (
         (v.kv_transfer_config is not None, "a KV connector registers KV memory", "--kv-transfer-config"),
+        (
+            v.weight_transfer_config is not None,
+            "weights that are sent in later would be lost with the first restore",
+            "--weight-transfer-config",
+        ),
+        (
+            v.parallel_config.enable_fault_tolerance,
+            "after an error it steps the same engine again, also one that has ended because its ranks differ",
+            "--enable-fault-tolerance and --fault-tolerance-config",
+        ),
         (v.model_config.enable_sleep_mode, "sleep mode frees weights on its own", "--enable-sleep-mode"),
         (
             # Seen with and without MorphServe: vLLM makes the buffer between stages in a warm-up that only a compiled
@@ -130,6 +140,11 @@ def _check_features(vllm_config: VllmConfig) -> None:
             "--data-parallel-backend",
         ),
         (v.parallel_config.enable_expert_parallel, "expert parallel", "--enable-expert-parallel"),
+        (
+            v.parallel_config.nnodes > 1,
+            f"ranks on {v.parallel_config.nnodes} hosts are not proven, on 1 they are",
+            "--nnodes",
+        ),
     ):
         if bad:
             raise ConfigError(f"not supported together with MorphServe: {what}. Leave out {remedy}.")

@@ -56,11 +56,6 @@ def check_device(vllm_config: VllmConfig) -> None:
         ),
         (parallel.use_ubatching, "microbatches keep graphs of their own", "--enable-dbo"),
         (
-            v.weight_transfer_config is not None,
-            "weights that are sent in later would be lost with the first restore",
-            "--weight-transfer-config",
-        ),
-        (
             os.environ.get(_STARTUP_PLAN, "0").strip() not in ("", "0"),
             "a KV size that vLLM kept from another start is of another ladder's CUDA graphs",
             f"{_STARTUP_PLAN}={os.environ.get(_STARTUP_PLAN)}",

@@ -110,6 +110,7 @@ class RankKV:
         geometry = geometry_of(kv_cache_config, residence.page_bytes or mmap.PAGESIZE)
         self._wait = residence.wait
         self._num_blocks = kv_cache_config.num_blocks
+        self._is_short = False  # of memory, the last time that blocks were asked for
         self._cache = residence.open_cache(geometry, base_num_blocks)
 
     def in_place_of_zeros(self) -> ZerosFrom:
@@ -143,8 +144,11 @@ class RankKV:
         if self._cache.num_mapped == 0:
             self._cache.forget()  # what vLLM's warm-up wrote, anywhere in the range
             self._cache.map(num_blocks)  # all of them: nothing can be served with less than level 0's
-        elif error := self._cache.map_at_most(num_blocks):
+            return
+        error = self._cache.map_at_most(num_blocks)
+        if error and not self._is_short:  # it is asked for again until it is there
             logger.warning("morphserve: no more KV blocks: %s", error)
+        self._is_short = bool(error)
 
     def unmap(self, num_blocks: int) -> None:
         """Give back the memory of blocks from `num_blocks` on."""

@@ -22,12 +22,13 @@ from morphserve.integration.worker.ops import opaque_linear
 from morphserve.integration.worker.profile_source import Plain
 from morphserve.integration.worker.sources import Needs, choose_kernels, formats_of_halves, open_source
 from morphserve.profile_ladder import read_ladder
-from morphserve.residence import Parts, PartsKey, Residence, WeightSlot
+from morphserve.residence import Parts, PartsKey, Patience, Residence, WeightSlot
 from policies import BASE_FORMAT
 from quant_layers import (
     BIAS,
     FORMATS,
     HALVES,
+    FirstLook,
     Kernel,
     KernelError,
     LayerSwapper,
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = logging.getLogger("vllm.morphserve")
+
+_LONGEST_READ_PAUSE_S = 1.0  # a disk that is away costs each attempt so much, whatever pauses are allowed
 
 
 class RankLayers:
@@ -72,6 +75,7 @@ class RankLayers:
         self._parts: Parts | None = None
         self._slots: dict[int, dict[str, LinearSlot]] = {}
         self._layer_times: LayerTimes = {}
+        self._norm_offset = 0.0
         self._staging_bytes: int | None = None  # None: as the settings say
         self.swapper: LayerSwapper | None = None
 
@@ -85,6 +89,8 @@ class RankLayers:
             StoreError: what is kept cannot be written, or is damaged.
         """
         self.linears = find_linears(model)
+        # vllm/model_executor/layers/layernorm.py: Gemma's multiply by 1 + weight
+        self._norm_offset = float(any(type(module).__name__ == "GemmaRMSNorm" for module in model.modules()))
         self._bases = find_bases(self.linears, self._residence.in_pages)
         profile = read_ladder(self._config)
         formats = formats_of_halves(ladder_formats(self._config.ladder, profile))
@@ -173,11 +179,41 @@ class RankLayers:
         for source in self._sources.values():
             for layer, slots in source.tensor_slots().items():
                 tensors[layer] = slots | tensors.get(layer, {})
-        self.swapper = LayerSwapper(self._slots, live, self._parts, tensors)
+        self.swapper = self._swapper(live, tensors)
         self._reserve()
         if self.directory is not None:
             names = {fmt: kernel.name for fmt, kernel in self.kernels.items()}
             self._layer_times = known_or_measured(self.directory, self._dtype, names, self._layer_to_time)
+
+    def _swapper(
+        self, live: Mapping[Part, LoadedPart], tensors: Mapping[int, Mapping[str, TensorSlot]]
+    ) -> LayerSwapper:
+        """Return the swapper, which looks at what each format computes: here, and when it is staged first.
+
+        Not in pages: there a layer is staged beside the steps, whose scratch memory kernels share.
+
+        Raises:
+            ConfigError: a format computes something else than the model.
+        """
+        assert self._parts is not None
+        if self._residence.in_pages:
+            return LayerSwapper(self._slots, live, self._parts, tensors)
+        layer, linears = min(self.linears.items())
+        widths = {name: linear.input_size_per_partition for name, linear in linears.items()}
+        remedy = (
+            f"delete {self.directory}, and the next start makes it again; if it says the same, name another of "
+            "`kernels` or `variants`, or take the format out of ladder.steps"
+        )
+        look = FirstLook(widths, self._dtype, self._norm_offset, remedy)
+        swapper = LayerSwapper(self._slots, live, self._parts, tensors, look)
+        for fmt in self.kernels:
+            try:
+                swapper.prepare({layer: fmt})
+            except KernelError as e:
+                raise ConfigError(str(e)) from e
+            swapper.abort()
+        look.again()
+        return swapper
 
     def _install(self, part: Part, linears: Mapping[str, LinearImpl]) -> None:
         place = opaque_linear.Place(
@@ -231,6 +267,12 @@ class RankLayers:
         self.swapper.reclaim()
 
     # ---- what it says of itself
+
+    @property
+    def patience(self) -> Patience:
+        """With the disk that its files lie on: half of what the controller waits for a rank is left to the building."""
+        transition = self._config.transition
+        return Patience(min(transition.max_pause_ms / 1000, _LONGEST_READ_PAUSE_S), transition.rank_timeout_s / 2)
 
     @property
     def directory(self) -> Path | None:

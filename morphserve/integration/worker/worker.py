@@ -22,6 +22,7 @@ from morphserve.integration.worker.commands import Figures, KVUnknown
 from morphserve.integration.worker.cuda.hooks import install_cuda_seams, show_graphs
 from morphserve.integration.worker.kv import RankKV
 from morphserve.integration.worker.layers import RankLayers
+from morphserve.integration.worker.refusals import refuse_weight_access
 from morphserve.integration.worker.state import Rank, begin, rank
 from morphserve.residence import RankTransition
 
@@ -36,8 +37,13 @@ def install_worker_seams() -> None:
     """Wrap what loads weights and allocates KV. Re-entrant; engines without MorphServe pass straight through."""
     seams.wrap(seams.WEIGHTS_LOADED, _weights_loaded)
     seams.wrap(seams.KV_ALLOC, _allocate_kv_cache)
+    refuse_weight_access(_has_layers)
     if serving_residence().in_pages:
         install_cuda_seams(_allocate_kv_cache)
+
+
+def _has_layers() -> bool:
+    return rank().layers is not None
 
 
 def _forward_stream() -> object:
@@ -87,7 +93,8 @@ def _allocate_kv_cache(original: Callable[..., Any]) -> Any:
         with kv.in_place_of_zeros():
             caches = original(kv_cache_config, device, *args, **kwargs)
         mine.kv = kv
-        mine.transition = RankTransition(mine.swapper, kv, mine.residence.background, mine.residence.finish)
+        background, finish = mine.residence.background, mine.residence.finish
+        mine.transition = RankTransition(mine.swapper, kv, background, finish, _layers().patience)
         return caches
 
     return allocate_kv_cache

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kv_resize import BackingError, available_bytes
+from kv_resize import BackingError, available_bytes, unmapped_bytes
 
 
 class Copier(Protocol):
@@ -66,8 +66,8 @@ class CudaCopier:
 
     def host_memory(self, num_bytes: int) -> Tensor:
         # Not torch's pinned memory: it rounds up to a power of two, half as much again for a Llama's layers.
-        available = available_bytes()
-        if available is not None and num_bytes > available:
+        known = [left for left in (available_bytes(), unmapped_bytes()) if left is not None]
+        if known and num_bytes > (available := min(known)):
             raise BackingError(
                 f"no host memory for {num_bytes:,} B of layers: {available:,} B are available. Every format of a layer "
                 "that is morphed lies there: give the server more, or morph fewer layers (ladder.steps)."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -73,7 +74,13 @@ class PagedParts:
     def num_bytes(self, part: Part) -> int:
         return self._arena.num_bytes(part) if part in self._arena else 0
 
-    def load(self, parts: Sequence[Part]) -> dict[Part, LoadedPart]:
+    def fetch(self, parts: Sequence[Part]) -> Future[None]:
+        """Read nothing: their images lie on the host."""
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def load(self, parts: Sequence[Part], fetched: None = None) -> dict[Part, LoadedPart]:
         """Map pages and copy.
 
         Raises:

@@ -56,6 +56,7 @@ from morphserve.tools.bench.report.results import RunResult
 from morphserve.tools.bench.report.summary import summarize
 from morphserve.tools.bench.runner import run_all
 from morphserve.tools.bench.servers import GivenServers, StartedServers
+from morphserve.tools.checks import check_directory
 from morphserve.tools.command import run_command
 from morphserve.tools.machine import describe_machine
 from morphserve.tools.options import read_options
@@ -72,7 +73,7 @@ from morphserve.tools.workload import (
     read_corpus,
     save_workload,
 )
-from policies import BASE_FORMAT, load_step_times
+from policies import BASE_FORMAT
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "morphserve replay", description: str | None = __doc__) -> int:
@@ -117,6 +118,7 @@ def _check(args: argparse.Namespace) -> None:
         raise MorphServeError("--model DIR is needed to start servers; or give --url of a running one.")
     if args.fit and args.url is not None:
         raise ReplayError("--fit measures a stock server that is started for it. Leave out --fit or --url.")
+    check_directory(args.out, "--out")
 
 
 def _run(
@@ -200,7 +202,7 @@ def fit_url(args: argparse.Namespace, spec: WorkloadSpec, comparison: Comparison
 
 def fit_simulated(args: argparse.Namespace, spec: WorkloadSpec, comparison: Comparison) -> Comparison:
     """Return the same for a simulated server, whose speed is known."""
-    times = load_step_times(args.step_times)
+    times = simulated.load_engine(args).calibration.times
     speed = StockSpeed.calibrated(times.formats[BASE_FORMAT], times.offset_s, args.sim_speed)
     return _fitted(args, spec, comparison, speed, times.machine)
 

@@ -20,6 +20,7 @@ from morphserve.tools.bench.load.measure import Measurement
 from morphserve.tools.bench.load.server import ServerOptions
 from morphserve.tools.options import option
 from morphserve.tools.workload import ReplayError, Slo
+from morphserve.user_input import read_yaml, user_path
 from policies import StepTimes, load_step_times
 
 log = logging.getLogger(__name__)
@@ -182,7 +183,7 @@ def derived_config(base: Path, name: str, directory: Path, promise: Slo | None =
         ConfigError: a config that MorphServe would refuse.
     """
     load_config(base)  # its errors name the user's file, not ours
-    raw = yaml.safe_load(base.expanduser().read_text(encoding="utf-8")) or {}
+    raw = read_yaml(user_path(base), "--config") or {}
     if fmt := static_format(name):
         raw["policy"] = {"kind": "static", "level": fmt}
     elif promise is not None and (raw.get("policy") or {}).get("kind") == "slo":

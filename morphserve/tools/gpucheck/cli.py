@@ -26,8 +26,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from morphserve.errors import ConfigError
 from morphserve.files import write_whole
-from morphserve.tools.command import command_parser
+from morphserve.tools.checks import check_directory, more_than_zero
+from morphserve.tools.command import command_parser, fail
 from morphserve.tools.gpucheck.frame import Options, run_parts
 from morphserve.tools.gpucheck.machine import describe_host, missing_device
 from morphserve.tools.gpucheck.parts import Part, choose
@@ -42,20 +44,22 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve gpu-check") 
     parser = command_parser(__doc__, prog)
     parser.add_argument("--only", default="", help="parts with commas between, such as t1,t3; default all")
     parser.add_argument("--skip", default="", help="parts to leave out, such as t8,t9")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for the whole run")
+    parser.add_argument("--minutes", type=more_than_zero, default=9.0, help="for the whole run")
     parser.add_argument("--out", type=Path, help="directory of the report; default $OUT, else reports/gpu_check")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dry-run", action="store_true", help="with --device cpu: try the code paths, measure nothing")
     args = parser.parse_args(argv)
     if (args.device == "cpu") != args.dry_run:
         parser.error("--device cpu and --dry-run go together: nothing measured on a CPU is a figure of a GPU")
-    if args.minutes <= 0:
-        parser.error(f"--minutes {args.minutes:g}: must be above 0")
     try:
         parts = choose(args.only, args.skip)
     except ValueError as e:
         parser.error(str(e))
     out = args.out or Path(os.environ.get("OUT") or "reports/gpu_check")
+    try:
+        check_directory(out, "--out")
+    except ConfigError as e:
+        return fail(prog, e)
     missing = None if args.device == "cpu" else missing_device()
     signal.signal(signal.SIGTERM, _exit)  # so that a part's process does not outlive us
     return check(parts, Options(args.device, args.dry_run, args.minutes), out, missing)

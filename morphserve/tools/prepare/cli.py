@@ -23,7 +23,9 @@ from morphserve.errors import MorphServeError, ProfilingError
 from morphserve.serve_dtype import AUTO, add_dtype_option, resolve_dtype
 from morphserve.shipped import text_file
 from morphserve.tools.apart import add_bind_option, add_parallel_options, bind_cores
+from morphserve.tools.checks import at_least, check_directory, check_texts
 from morphserve.tools.command import command_parser, fail, finish
+from morphserve.user_input import user_path
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "morphserve prepare") -> int:
@@ -49,13 +51,14 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add_dtype_option(server)
     add_parallel_options(server)
     server.add_argument("--enforce-eager", action="store_true", help="no torch.compile")
-    server.add_argument("--max-model-len", type=int, default=2048, metavar="N", help="longest request that is timed")
-    server.add_argument("--max-num-seqs", type=int, default=64, metavar="N", help="largest step that is timed")
-    server.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="default: vLLM's own")
+    server.add_argument("--max-model-len", type=at_least(2), default=2048, metavar="N", help="longest request that is "
+                        "timed")  # fmt: skip
+    server.add_argument("--max-num-seqs", type=at_least(1), default=64, metavar="N", help="largest step that is timed")
+    server.add_argument("--max-num-batched-tokens", type=at_least(1), metavar="N", help="default: vLLM's own")
     add_bind_option(server)
     parser.add_argument("--text", nargs="+", type=text_file, help="calibration text, one file a domain; default: a "
                         "part of WikiText-2 that comes along")  # fmt: skip
-    parser.add_argument("--windows", type=int, default=6, help="windows of 512 tokens per file")
+    parser.add_argument("--windows", type=at_least(1), default=6, help="windows of 512 tokens per file")
     parser.add_argument("--with-w4", choices=["awq", "gptq"], help="also quantize it to 4 bits with calibration, for "
                         "the levels of 4 bits")  # fmt: skip
     parser.add_argument("--without-times", action="store_true", help="leave step times out: a server learns them from "
@@ -73,6 +76,9 @@ def _prepare(args: argparse.Namespace) -> dict[str, Any]:
     from morphserve.tools.prepare.request import Request
     from morphserve.tools.prepare.stages import Preparation
 
+    check_texts(args.text or (), "--text")
+    cache_dir = user_path(args.cache_dir)
+    check_directory(cache_dir, "--cache-dir")
     directory = find_files(args.model, "model").resolve()
     weights = weights_fingerprint(directory)
     if weights is None:
@@ -88,7 +94,7 @@ def _prepare(args: argparse.Namespace) -> dict[str, Any]:
         max_num_batched_tokens=args.max_num_batched_tokens,
     )
     with show_progress(sys.stderr) as progress:
-        preparation = Preparation(request, Store(args.cache_dir, weights), args.cache_dir.expanduser(), progress)
+        preparation = Preparation(request, Store(cache_dir, weights), cache_dir, progress)
         document = preparation.run(args.text, args.windows, args.with_w4, not args.without_times)
     for line in preparation.said:
         sys.stdout.write(f"{line}\n")

@@ -80,6 +80,7 @@ class Preparation:
         missing = [what for what, is_wanted in wanted.items() if is_wanted]
         if missing:
             self._check_disk(windows * len(texts) if wanted["profile"] else 0, bool(sources))
+            self._check_memory(served.in_pages)
         if wanted["profile"]:
             checkpoints = {fmt: self._checkpoint(fmt, how, texts) for fmt, how in sources.items()}
             profile = self._make_profile(key, texts, windows, checkpoints, served.in_pages)
@@ -118,8 +119,10 @@ class Preparation:
         return next((each.file for each in self._store.times() if each.place == place), None)
 
     def _check_store(self) -> None:
+        from quant_layers import private_directory  # torch: only where something is made
+
         try:
-            self._store.directory.mkdir(parents=True, exist_ok=True)
+            private_directory(self._store.directory)
             if not os.access(self._store.directory, os.W_OK):
                 raise PermissionError(13, "Permission denied")
         except OSError as e:
@@ -143,7 +146,7 @@ class Preparation:
 
     def _check_disk(self, num_windows: int, with_checkpoint: bool) -> None:
         model = Path(self._request.model)
-        weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        weights = _weight_bytes(model)
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
         rows = num_windows * _LENGTH * int(config.get("hidden_size", 0)) * 4
         states = rows * (int(config.get("num_hidden_layers", 0)) + 1 + 2 * _DRAWS)
@@ -154,6 +157,19 @@ class Preparation:
                 f"{self._store.directory} has {free / 2**30:.1f} GiB free, preparing this model takes up to "
                 f"{needed / 2**30:.1f} GiB. Free some, give fewer --windows, or a --cache-dir on a larger disk."
             )
+
+    def _check_memory(self, in_pages: bool) -> None:
+        """Refuse where not even the weights fit: what is made is made by engines of this model."""
+        from kv_resize import available_bytes
+
+        weights, available = _weight_bytes(Path(self._request.model)), available_bytes()
+        if in_pages or available is None or weights <= available:
+            return
+        raise ProfilingError(
+            f"{self._request.model} has {weights / 2**30:.1f} GiB of weights, {available / 2**30:.1f} GiB of memory "
+            "are available (what the system has, or a limit of a control group leaves). Free some, raise the limit, or "
+            "prepare the model on the machine that will serve it."
+        )
 
     def _served(self) -> _Served:
         """Return where the server will be, and with what: asked of vLLM once, and remembered."""
@@ -223,6 +239,10 @@ class Preparation:
             done = run_apart(command, "steps could not be timed", "timing steps", self._progress)
             document = json.loads(out.read_text(encoding="utf-8"))
         return self._store.keep_times(document, Place(**done["place"]), moment())
+
+
+def _weight_bytes(model: Path) -> int:
+    return sum(file.stat().st_size for file in model.glob("*.safetensors"))
 
 
 def _read_served(document: dict[str, Any]) -> _Served:

@@ -37,9 +37,11 @@ from morphserve.serve_dtype import add_dtype_option, resolve_dtype
 from morphserve.shipped import config_file
 from morphserve.tools.apart import add_bind_option, add_parallel_options, bind_cores, counter, parallel_arguments
 from morphserve.tools.bench import ServerOptions, serve
+from morphserve.tools.checks import at_least, check_new_file
 from morphserve.tools.command import command_parser, fail, finish
 from morphserve.tools.profile.step_time_fit import fit_step_time
 from morphserve.tools.sim import Calibration
+from morphserve.user_input import user_path
 from policies import BASE_FORMAT, StepTimes
 
 if TYPE_CHECKING:
@@ -66,11 +68,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--config", type=config_file, help="MorphServe YAML: whose formats are timed; default: all defaults"
     )
     parser.add_argument("--out", type=Path, help="file to write; default: step_times.json in the config's profile")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each format is visited, interleaved")
-    parser.add_argument("--block-size", type=int, default=32)
-    parser.add_argument("--max-model-len", type=int, default=512)
-    parser.add_argument("--max-num-seqs", type=int, default=64, help="of the largest step that is timed")
-    parser.add_argument("--max-num-batched-tokens", type=int, help="prompts are timed up to that; default: vLLM's own")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="times that each format is visited, interleaved")
+    parser.add_argument("--block-size", type=at_least(1), default=32)
+    parser.add_argument("--max-model-len", type=at_least(2), default=512)
+    parser.add_argument("--max-num-seqs", type=at_least(1), default=64, help="of the largest step that is timed")
+    parser.add_argument("--max-num-batched-tokens", type=at_least(1), help="prompts are timed up to that; default: "
+                        "vLLM's own")  # fmt: skip
     parser.add_argument("--enforce-eager", action="store_true", help="as the server that the figures are for")
     add_parallel_options(parser)
     add_dtype_option(parser)
@@ -86,8 +89,8 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     out = args.out or (config.profile / "step_times.json" if config.profile else None)
     if out is None:
         raise MorphServeError("--out FILE is needed: the config has no profile that the figures could go into.")
-    if args.rounds < 1:
-        raise MorphServeError(f"--rounds is {args.rounds}, must be at least 1.")
+    out = user_path(out)
+    check_new_file(out, "--out")
     args.dtype = resolve_dtype(args.dtype, args.model)
     engine = _timed(args, config)
     calibration = _fitted(args, engine)

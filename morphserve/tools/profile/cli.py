@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from morphserve.shipped import TEXT, text_file
+from morphserve.tools.checks import at_least, check_directory, check_new_file, check_texts
 from morphserve.tools.command import command_parser, fail, finish, say
 
 if TYPE_CHECKING:
@@ -70,10 +71,10 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
                         "windows of the same text")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="directory of the profile; must not exist yet")
     parser.add_argument("--formats", nargs="+", default=list(DEFAULT_FORMATS), choices=list(FORMATS))
-    parser.add_argument("--windows", type=int, default=6, help="windows per file")
-    parser.add_argument("--length", type=int, default=512, help="tokens per window")
-    parser.add_argument("--draws", type=int, default=2, help="answers drawn per token: more = less noise")
-    parser.add_argument("--moves-per-level", type=int, default=5, help="changes from level to level")
+    parser.add_argument("--windows", type=at_least(1), default=6, help="windows per file")
+    parser.add_argument("--length", type=at_least(2), default=512, help="tokens per window")
+    parser.add_argument("--draws", type=at_least(1), default=2, help="answers drawn per token: more = less noise")
+    parser.add_argument("--moves-per-level", type=at_least(1), default=5, help="changes from level to level")
     parser.add_argument("--halves", action="store_true", help="swap attention and MLP one by one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-measure", action="store_true", help="predict only; needs no vLLM")
@@ -91,6 +92,10 @@ def _run(args: argparse.Namespace) -> tuple[Profile, float]:
     from morphserve.serve_dtype import AUTO, resolve_dtype
     from morphserve.tools.profile import ProfileJob, run_profile
 
+    check_directory(args.out, "--out")
+    if args.plot is not None:
+        check_new_file(args.plot, "--plot")
+    check_texts([*args.text, *(args.eval_text or ())], "--text")
     job = ProfileJob(
         args.model, tuple(args.text), args.out, tuple(args.formats), args.windows, args.length, args.draws,
         args.moves_per_level, args.seed, args.halves,

@@ -25,7 +25,7 @@ from morphserve.tools.profile.model import LayerTensors, StreamedModel
 from morphserve.tools.profile.smoothing import smooth_layer
 from morphserve.tools.profile.variants import RoundToNearest
 from morphserve.tools.profile.workspace import Workspace
-from quant_layers import Change, QuadraticCost
+from quant_layers import Change, QuadraticCost, Scale
 
 Key = tuple[str, str]  # half (empty = the whole layer), format
 
@@ -38,6 +38,9 @@ class LayerEffects:
     transformation: float  # mean cosine of its output with its input: LTS (paper, Algorithm 1)
     replacement: dict[Key, float]  # mean cosine of its output with the exact one: LRS
     rounding: float  # KL between two runs that round its arithmetic to the model's dtype independently
+
+
+torch.serialization.add_safe_globals([LayerEffects, Scale])  # what a workspace holds beside tensors: values alone
 
 
 def forward_sweep(

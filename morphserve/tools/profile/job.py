@@ -19,7 +19,7 @@ from morphserve.tools.apart import Progress
 from morphserve.tools.profile.effects import LayerEffects, backward_sweep, cost_of, forward_sweep
 from morphserve.tools.profile.measure import measure_apart
 from morphserve.tools.profile.model import StreamedModel
-from morphserve.tools.profile.text import token_windows
+from morphserve.tools.profile.text import load_tokenizer, token_windows
 from morphserve.tools.profile.variants import RoundToNearest
 from morphserve.tools.profile.workspace import Workspace
 from morphserve.version import __version__
@@ -88,8 +88,7 @@ def run_profile(
     if job.out.exists():
         raise ProfileError(f"{job.out} exists; give another --out, or delete it")
     directory = find_files(job.model, "model")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    windows = token_windows(tokenizer, job.text, job.windows, job.length)
+    windows = token_windows(load_tokenizer(directory), job.text, job.windows, job.length)
     model = StreamedModel(directory)
     fingerprint = base_fingerprint(dict(model.norms()))
     settings = {key: str(value) for key, value in asdict(job).items()} | {"fingerprint": fingerprint}

@@ -16,16 +16,19 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from morphserve import cpu_tier
-from morphserve.errors import MorphServeError
+from morphserve.errors import ConfigError, MorphServeError
+from morphserve.hub import find_files
 from morphserve.serve_dtype import add_dtype_option, resolve_dtype
 from morphserve.shipped import TEXT, text_file
 from morphserve.tools.apart import Progress, add_parallel_options, counter, parallel_arguments, run_apart
+from morphserve.tools.checks import at_least, between, check_texts
 from morphserve.tools.command import command_parser, fail, finish
+from morphserve.user_input import user_path
 from policies import BASE_FORMAT
 
 Levels = Sequence[Mapping[int, str]]  # decoder layer id |-> format; the others are at full precision
@@ -78,9 +81,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = command_parser(__doc__, prog)
     parser.add_argument("model")
     parser.add_argument("--text", nargs="+", type=text_file, default=[TEXT], help="text files, one domain each")
-    parser.add_argument("--windows", type=int, default=5, help="windows per file")
-    parser.add_argument("--offset", type=float, default=0.0, help="where in its share of the file a window starts")
-    parser.add_argument("--length", type=int, default=512, help="tokens per window")
+    parser.add_argument("--windows", type=at_least(1), default=5, help="windows per file")
+    parser.add_argument("--offset", type=between(0, 1), default=0.0, help="where in its share of the file a window "
+                        "starts")  # fmt: skip
+    parser.add_argument("--length", type=at_least(2), default=512, help="tokens per window")
     parser.add_argument("--profile", help="directory that `morphserve profile` made")
     parser.add_argument("--variant", action="append", default=[], metavar="FORMAT=CHECKPOINT",
                         help="where a format's layers come from")  # fmt: skip
@@ -90,8 +94,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--levels", "--rungs", type=Path, help="JSON: a list of {layer: format}, to measure instead of formats"
     )
     parser.add_argument("--predict-text", nargs="+", type=text_file, help="measure on this text too, as `kl_predicted`")
-    parser.add_argument("--predict-windows", type=int, help="of that text, per file; default: as many as --windows")
-    parser.add_argument("--predict-offset", type=float, default=0.0, help="like --offset, for that text")
+    parser.add_argument("--predict-windows", type=at_least(1), help="of that text, per file; default: as many as "
+                        "--windows")  # fmt: skip
+    parser.add_argument("--predict-offset", type=between(0, 1), default=0.0, help="like --offset, for that text")
     parser.add_argument("--timed", action="store_true", help="also measure decode steps")
     parser.add_argument("--compiled", action="store_true", help="as a server runs by default")
     parser.add_argument("--cache-dir", type=Path, help="of the packed layers; default: the settings' own")
@@ -101,17 +106,19 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    levels, variants, kernels = _checked(args)  # before an engine takes its minutes
     from morphserve.integration.offline.served_model import ServedModel, measure_levels
     from morphserve.integration.start import device_type
     from morphserve.tools.profile.text import token_windows
 
     dtype = resolve_dtype(args.dtype, args.model)
-    levels = _read_levels(args.levels)
     formats = list(dict.fromkeys(fmt for level in levels for fmt in level.values()) or dict.fromkeys(args.formats))
-    settings = _settings(args, formats)
+    settings = _settings(args, formats) | {"variants": variants, "kernels": kernels}
     with ServedModel(
         args.model, args.length, settings, enforce_eager=not args.compiled, dtype=dtype, **parallel_arguments(args)
     ) as model:
+        if beyond := sorted({layer for level in levels for layer in level if layer >= model.num_layers}):
+            raise ConfigError(f"--levels {args.levels}: layers {beyond}, the model has 0 to {model.num_layers - 1}.")
         names = [f"level {index}" for index in range(len(levels))] or formats
         levels = levels or [dict.fromkeys(range(model.num_layers), fmt) for fmt in formats]
         texts = token_windows(model.tokenizer, args.text, args.windows, args.length, args.offset).tolist()
@@ -137,10 +144,71 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _read_levels(file: Path | None) -> list[dict[int, str]]:
+def _checked(args: argparse.Namespace) -> tuple[list[dict[int, str]], dict[str, str], dict[str, str]]:
+    """Return levels, checkpoints and kernels by format, as far as they can be told from nonsense without an engine.
+
+    Raises:
+        MorphServeError: the option, what is wrong with it, and what it may be.
+    """
+    from quant_layers import CANDIDATES, FORMATS, Checkpoint, QuantError
+
+    check_texts(args.text, "--text")
+    check_texts(args.predict_text or (), "--predict-text")
+    variants = by_format(args.variant, "--variant", FORMATS)
+    for fmt, source in variants.items():
+        try:
+            Checkpoint.open(find_files(source, f"--variant {fmt}"))
+        except QuantError as e:
+            raise ConfigError(f"--variant {fmt}={source}: {e}") from e
+    kernels = by_format(args.kernel, "--kernel", FORMATS)
+    for fmt, name in kernels.items():
+        known = [kernel.name for kernel in CANDIDATES if kernel.canonical.format == fmt]
+        if name not in known:
+            raise ConfigError(f"--kernel {fmt}={name}: kernels of {fmt} are {', '.join(known)}. Take one of these.")
+    return read_levels(args.levels, FORMATS), variants, kernels
+
+
+def by_format(pairs: Sequence[str], option: str, known: Collection[str]) -> dict[str, str]:
+    """Read `FORMAT=WHAT`, each format once.
+
+    Raises:
+        ConfigError: none, or of a format that there is not.
+    """
+    found: dict[str, str] = {}
+    for pair in pairs:
+        fmt, is_pair, what = pair.partition("=")
+        if not is_pair or not what or fmt not in known:
+            raise ConfigError(f"{option} {pair}: must be FORMAT=..., and formats are {', '.join(known)}.")
+        if fmt in found:
+            raise ConfigError(f"{option} {pair}: {fmt} has {found[fmt]} already. Leave one out.")
+        found[fmt] = what
+    return found
+
+
+def read_levels(file: Path | None, known: Collection[str]) -> list[dict[int, str]]:
+    """Read a list of {layer: format}; none without a file.
+
+    Raises:
+        ConfigError: it is no such list, or names a format that there is not.
+    """
     if file is None:
         return []
-    return [{int(layer): fmt for layer, fmt in level.items()} for level in json.loads(file.read_text())]
+    from quant_layers import join_format, split_format
+
+    try:
+        raw = json.loads(user_path(file).read_text(encoding="utf-8"))
+        levels = [{int(layer): split_format(fmt) for layer, fmt in level.items()} for level in raw]
+    except OSError as e:
+        raise ConfigError(f"--levels {file}: {e.strerror}. Give a readable JSON file.") from e
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:
+        raise ConfigError(f"--levels {file}: {e}. It must be a JSON list of levels such as {{'0': 'w8'}}.") from e
+    named = {half for level in levels for halves in level.values() for half in halves}
+    if not levels or (unknown := sorted(named - {*known, BASE_FORMAT})):
+        what = f"no format is called {', '.join(unknown)}" if levels else "no level is in it"
+        raise ConfigError(f"--levels {file}: {what}. Formats are {', '.join(known)}, or two with / between.")
+    if any(layer < 0 for level in levels for layer in level):
+        raise ConfigError(f"--levels {file}: layers count from 0.")
+    return [{layer: join_format(*halves) for layer, halves in level.items()} for level in levels]
 
 
 def _round_to_8_bits(kernels: Mapping[str, str]) -> bool:
@@ -163,8 +231,6 @@ def _settings(args: argparse.Namespace, formats: Sequence[str]) -> dict[str, Any
     return own | {
         "ladder": {"steps": "profile" if of_halves else [{"format": f} for f in sorted(halves, key=_narrow_last)]},
         "profile": args.profile,
-        "variants": dict(pair.split("=", 1) for pair in args.variant),
-        "kernels": dict(pair.split("=", 1) for pair in args.kernel),
         # What is dear is measured too: who serves the profile cuts it.
         **({"quality": {"max_kl_per_token": 1e6}} if of_halves else {}),
     }

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -41,9 +41,14 @@ class StreamedModel:
             ProfilingError: no dense decoder, or tensors are missing.
         """
         self.directory = directory
-        self.config = AutoConfig.from_pretrained(directory)
-        with init_empty_weights(include_buffers=False):
-            self.module = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+        try:
+            self.config = AutoConfig.from_pretrained(directory)
+            with init_empty_weights(include_buffers=False):
+                self.module = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+        except Exception as error:  # what transformers makes of a config that is damaged, or of another kind of model
+            raise ProfilingError(
+                f"{directory}: transformers makes no language model of its config.json ({error}). Give a model."
+            ) from error
         self.module.eval().requires_grad_(False)
         self.layers = decoder_layers(self.module)
         self._files = tensor_files(directory)
@@ -164,8 +169,11 @@ class StreamedModel:
         file = self._files.get(name)
         if file is None:
             raise ProfilingError(f"{self.directory} has no tensor {name}. Fetch the model again.")
-        with safe_open(file, framework="pt") as tensors:
-            found: Tensor = tensors.get_tensor(name).clone()
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                found: Tensor = tensors.get_tensor(name).clone()
+        except (OSError, SafetensorError, ValueError, TypeError, AttributeError) as error:
+            raise ProfilingError(f"{file} cannot be read ({error}). Fetch the model again.") from error
         return found
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from morphserve.errors import ProfilingError
+from morphserve.user_input import user_path
 
 _MAX_CHARACTERS = 2_000_000  # tokenizing more would take longer than profiling
 
@@ -57,6 +59,18 @@ def token_windows(
     return torch.tensor(rows)
 
 
+def load_tokenizer(directory: Path) -> Any:
+    """Load the tokenizer of a model.
+
+    Raises:
+        ProfilingError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # what transformers makes of files that are damaged, or of no model
+        raise ProfilingError(f"{directory} has no tokenizer that can be loaded ({error}). Give a model.") from error
+
+
 def read_text(file: Path) -> str:
     """Read a text file, or what was said in the meetings of a QMSum file (JSON lines with `meeting_transcripts`).
 
@@ -64,11 +78,11 @@ def read_text(file: Path) -> str:
         ProfilingError: it cannot be read.
     """
     try:
-        text = file.read_text(encoding="utf-8")[:_MAX_CHARACTERS]
+        text = user_path(file).read_text(encoding="utf-8")[:_MAX_CHARACTERS]
         if file.suffix != ".jsonl":
             return text
         lines = text.splitlines()[:-1] if len(text) == _MAX_CHARACTERS else text.splitlines()
         turns = [turn for line in lines for turn in json.loads(line)["meeting_transcripts"]]
         return "\n".join(f"{turn['speaker']}: {turn['content']}" for turn in turns)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ProfilingError(f"{file} cannot be read ({error}). Give text, or JSON lines as QMSum has them.") from error

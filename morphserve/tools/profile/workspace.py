@@ -12,6 +12,7 @@ import torch
 
 from morphserve.errors import ProfilingError
 from morphserve.files import replacing, write_whole
+from quant_layers import private_directory
 
 _SETTINGS = "settings.json"
 
@@ -30,7 +31,8 @@ class Workspace:
         text = json.dumps(dict(settings), sort_keys=True, indent=1)
         file = directory / _SETTINGS
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            private_directory(directory)
             if file.exists() and file.read_text(encoding="utf-8") != text:
                 raise ProfilingError(
                     f"{directory} holds an unfinished profile that was begun with other settings. Finish that one, "
@@ -45,8 +47,17 @@ class Workspace:
         return self._file(what, index).exists()
 
     def load(self, what: str, index: int) -> Any:
-        """Return a result that `has` reports."""
-        return torch.load(self._file(what, index), weights_only=False)  # ours: written by `save`
+        """Return a result that `has` reports.
+
+        Raises:
+            ProfilingError: it is damaged, or holds what `save` was never given: reading it must not run anything.
+        """
+        file = self._file(what, index)
+        try:
+            return torch.load(file, weights_only=True)
+        except Exception as error:  # torch's reader raises whatever it trips over
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ProfilingError(f"{file} cannot be read ({why}). Delete {self.directory}, and start again.") from error
 
     def save(self, what: str, index: int, value: Any) -> None:
         """Store a result. Raises ProfilingError when the disk refuses."""

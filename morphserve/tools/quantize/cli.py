@@ -19,8 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from morphserve.cache import cache_root
+from morphserve.errors import ConfigError
 from morphserve.shipped import TEXT, text_file
+from morphserve.tools.checks import at_least, check_directory, check_texts
 from morphserve.tools.command import command_parser, fail
+from morphserve.user_input import user_path
 
 PACKAGES = ("llmcompressor==0.14.0.1", "accelerate>=1.0")
 GROUP_SIZES = (128, 64, 32)
@@ -32,7 +35,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve quantize") -
     args = _parser(prog).parse_args(argv)
     if args.out.exists():
         return fail(prog, f"{args.out} exists; give another --out, or delete it")
-    python = _environment(args.environment, prog)
+    try:
+        check_directory(args.out, "--out")
+        check_texts(args.text, "--text")
+        environment = user_path(args.environment)
+        check_directory(environment, "--environment")
+    except ConfigError as e:
+        return fail(prog, e)
+    python = _environment(environment, prog)
     if python is None:
         return 1
     # -P: the file's directory is no place to import from.
@@ -48,9 +58,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
                         "better your own")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint; must not exist yet")
     parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, help="default: the largest that fits the model")
-    parser.add_argument("--samples", type=int, default=8, help="windows per text")
-    parser.add_argument("--grid", type=int, default=10, help="AWQ: scalings tried for each norm; time grows with it")
-    parser.add_argument("--length", type=int, default=512, help="tokens per window")
+    parser.add_argument("--samples", type=at_least(1), default=8, help="windows per text")
+    parser.add_argument("--grid", type=at_least(1), default=10, help="AWQ: scalings tried for each norm; time grows "
+                        "with it")  # fmt: skip
+    parser.add_argument("--length", type=at_least(2), default=512, help="tokens per window")
     parser.add_argument("--environment", type=Path, default=cache_root() / ENVIRONMENT, metavar="DIR",
                         help="where llm-compressor is installed; default: %(default)s")  # fmt: skip
     return parser

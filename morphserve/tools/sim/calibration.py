@@ -75,10 +75,9 @@ def load_calibration(path: Path) -> Calibration:
     Raises:
         ConfigError: unreadable, of another schema, without the model's bytes, or with figures that make no sense.
     """
-    path = path.expanduser()
     try:
         times = load_step_times(path)
-        raw: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        raw: Mapping[str, Any] = json.loads(path.expanduser().read_text(encoding="utf-8"))
         if _KEY not in raw:
             raise ValueError(f"step times {path}: no {_KEY!r}, so no ladder can be built from it. {_REMEDY}")
     except ValueError as e:

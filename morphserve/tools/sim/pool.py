@@ -78,6 +78,10 @@ class SimPool:
         self._tail -= moved
         return ShrinkProgress(tuple((limit + i, 1 + i) for i in range(moved)), self._tail)
 
+    def discard_contents(self) -> None:
+        """Refuse: ranks of the simulator do what they are told."""
+        raise IllegalTransition("discard_contents: no rank fails in virtual time.")
+
     def preempt_one(self) -> bool:
         """Ask the scheduler to preempt the request that costs least."""
         return self.preempt()

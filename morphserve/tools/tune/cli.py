@@ -36,6 +36,7 @@ from morphserve.config import MorphServeConfig, load_config
 from morphserve.profile_ladder import read_ladder
 from morphserve.shipped import SEARCH_SPACE, config_file
 from morphserve.tools.bench import with_prepared
+from morphserve.tools.checks import check_directory
 from morphserve.tools.command import command_parser, run_command
 from morphserve.tools.options import add_options, read_options
 from morphserve.tools.sim import ServerSpec, SimServer, load_calibration
@@ -137,6 +138,7 @@ def _inputs(args: argparse.Namespace) -> tuple[MorphServeConfig, Space, World]:
         if value < least:
             raise TuningError(f"{option} is {value}, must be at least {least}.")
     check_times(args)
+    check_directory(args.out, "--out")
     config = load_config(args.config)
     space = load_space(args.space, config)
     dev, held_out = load_windows(args.dev, args.held_out)

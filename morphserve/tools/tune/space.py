@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from morphserve.config import MorphServeConfig, parse_config, problem_lines
@@ -17,6 +16,7 @@ from morphserve.errors import ConfigError
 from morphserve.shipped import SEARCH_SPACE
 from morphserve.tools.tune.config_keys import Key, resolve_key
 from morphserve.tools.tune.errors import TuningError
+from morphserve.user_input import read_yaml, user_path
 
 KINDS = ("threshold", "slo")
 Value = bool | int | float | str | None
@@ -132,12 +132,9 @@ def load_space(path: Path, config: MorphServeConfig) -> Space:
 
 def _read(path: Path) -> SpaceFile:
     try:
-        raw = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
-        return SpaceFile.model_validate(raw)
-    except OSError as e:
-        raise TuningError(f"space {path}: {e.strerror}. Give a readable YAML file.") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise TuningError(f"space {path}: not valid YAML: {e}") from e
+        return SpaceFile.model_validate(read_yaml(user_path(path), "space"))
+    except ConfigError as e:
+        raise TuningError(str(e)) from e
     except ValidationError as e:
         lines = problem_lines(e)
         raise TuningError(

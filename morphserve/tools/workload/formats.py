@@ -13,9 +13,11 @@ from datetime import datetime
 from pathlib import Path
 
 from morphserve.tools.workload.errors import WorkloadError
+from morphserve.user_input import user_path
 
 MOONCAKE_BLOCK_TOKENS = 512  # tokens that one hash id of a Mooncake trace stands for
 _LATEST_START_S = 3600.0  # of what is replayed as it is: a later one is a time of day, not of a workload
+_MOST_TOKENS = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ def read_trace(path: str | Path, seed: int = 0) -> list[TraceRequest]:
     Raises:
         WorkloadError: unreadable or empty file, unknown columns, a bad line (with its number).
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     with _opened(file) as stream:
         is_jsonl = file.suffix in (".jsonl", ".json")
         requests = _in_order(_read_jsonl(stream, file) if is_jsonl else _read_csv(stream, file, seed), file)
@@ -56,7 +58,7 @@ def read_canonical(path: str | Path) -> list[TraceRequest]:
     Raises:
         WorkloadError: as `read_trace`; a first request before 0 or long after it.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     with _opened(file) as stream:
         requests = _in_order(_read_jsonl(stream, file), file)
     first_s = requests[0].arrival_s
@@ -106,7 +108,7 @@ def _read_jsonl(stream: Iterator[str], file: Path) -> Iterator[TraceRequest]:
                 f"{file}:{number}: key {e.args[0]!r} is missing. A line needs timestamp (ms), "
                 "input_length and output_length."
             ) from e
-        except (TypeError, ValueError, OverflowError, AttributeError) as e:
+        except (TypeError, ValueError, OverflowError, AttributeError, RecursionError) as e:
             raise WorkloadError(f"{file}:{number}: {e}. Got: {line.strip()[:80]!r}") from e
         yield request
 
@@ -187,4 +189,6 @@ def _count(value: object) -> int:
     number = float(value) if isinstance(value, int | float | str) else float("nan")
     if not number.is_integer() or number < 0:
         raise ValueError(f"token count is {value!r}, must be a whole number of at least 0")
+    if number > _MOST_TOKENS:
+        raise ValueError(f"token count is {number:g}, at most {_MOST_TOKENS:,}: no request has more")
     return int(number)

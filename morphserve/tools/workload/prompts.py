@@ -9,6 +9,7 @@ from pathlib import Path
 
 from morphserve.tools.workload.errors import WorkloadError
 from morphserve.tools.workload.workload import Workload
+from morphserve.user_input import user_path
 
 Encode = Callable[[str, bool], list[int]]  # text, add special tokens -> token ids
 
@@ -19,11 +20,14 @@ def load_encoder(tokenizer: str) -> Encode:
     Raises:
         WorkloadError: there is no such tokenizer.
     """
-    local = Path(tokenizer).expanduser() / "tokenizer.json"
+    local = user_path(tokenizer) / "tokenizer.json"
     if local.is_file():
         from tokenizers import Tokenizer
 
-        fast = Tokenizer.from_file(str(local))
+        try:
+            fast = Tokenizer.from_file(str(local))
+        except Exception as e:  # tokenizers raises nothing narrower
+            raise WorkloadError(f"tokenizer {local} cannot be read ({e}). Give --tokenizer another directory.") from e
         fast.no_truncation()
         return lambda text, special: list(fast.encode(text, add_special_tokens=special).ids)
     try:
@@ -113,6 +117,6 @@ def read_corpus(path: str | Path) -> str:
         WorkloadError: unreadable file.
     """
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return user_path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise WorkloadError(f"corpus {path}: {e}. Give --corpus a UTF-8 text file.") from e

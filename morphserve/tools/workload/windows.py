@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from morphserve.errors import ConfigError
 from morphserve.shipped import workload_file
 from morphserve.tools.options import options_of
 from morphserve.tools.workload.errors import WorkloadError
 from morphserve.tools.workload.workload import Workload, WorkloadSpec, load_workload
+from morphserve.user_input import read_yaml, user_path
 
 _OPTION = re.compile(r"^([a-z][a-z_-]*)=(.*)$")
 
@@ -94,11 +94,9 @@ def _expand(text: str) -> list[str]:
     if path.suffix not in (".yaml", ".yml"):
         return [text]
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise WorkloadError(f"windows {path}: {e.strerror}. Give a readable YAML file.") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise WorkloadError(f"windows {path}: not valid YAML: {e}") from e
+        raw = read_yaml(path, "windows")
+    except ConfigError as e:
+        raise WorkloadError(str(e)) from e
     if not isinstance(raw, list) or not raw:
         raise WorkloadError(f"windows {path}: must be a list of windows, such as `- {{file: mine.jsonl, thin: 4}}`.")
     return [_entry(path, number, entry) for number, entry in enumerate(raw)]
@@ -110,7 +108,7 @@ def _entry(path: Path, number: int, entry: object) -> str:
     if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
         raise WorkloadError(f"windows {path}: entry {number} is {entry!r}, needs a `file`.")
     file: str | Path = entry["file"]
-    beside = path.parent / Path(file).expanduser()
+    beside = path.parent / user_path(file)
     if not entry["file"].startswith("synthetic:") and (beside.exists() or not Path(file).is_file()):
         file = beside  # of the list rather than of who reads it, who may have what a shipped list lacks
     options = [

@@ -16,6 +16,8 @@ from morphserve.tools.workload import synthetic
 from morphserve.tools.workload.errors import WorkloadError
 from morphserve.tools.workload.formats import MOONCAKE_BLOCK_TOKENS, TraceRequest, read_canonical, read_trace
 
+_MOST_SCALE = 1e6
+
 
 def _factor(help: str, metavar: str, unset: bool = False) -> Any:
     return option(help, default=1.0, unset=unset, type=number, metavar=metavar)
@@ -194,8 +196,8 @@ def _check(spec: WorkloadSpec) -> None:
         ("--input-scale", spec.input_scale),
         ("--output-scale", spec.output_scale),
     ):
-        if not (math.isfinite(value) and value > 0):
-            raise WorkloadError(f"{flag} is {value:g}, must be above 0.")
+        if not 1 / _MOST_SCALE <= value <= _MOST_SCALE:
+            raise WorkloadError(f"{flag} is {value:g}, must be {1 / _MOST_SCALE:g} to {_MOST_SCALE:g}.")
     if spec.thin < 1:
         raise WorkloadError(
             f"--thin is {spec.thin:g}, must be at least 1; more load comes from --rate-scale."

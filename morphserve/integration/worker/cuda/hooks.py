@@ -9,7 +9,6 @@ from typing import Any
 from morphserve.integration import seams
 from morphserve.integration.start import check_fixed_kv
 from morphserve.integration.worker.cuda.graphs import LevelGraphs
-from morphserve.integration.worker.cuda.refusals import refuse_weight_access
 from morphserve.integration.worker.cuda.workspace import SharedWorkspace
 from morphserve.integration.worker.state import rank
 
@@ -27,11 +26,6 @@ def install_cuda_seams(allocate_kv_cache: Callable[..., Any]) -> None:
         seams.wrap(memory, _graph_memory)
     seams.wrap(seams.WORKER_WARM, _warm_up)
     seams.wrap(seams.WORKER_MEMORY, _available_memory)
-    refuse_weight_access(_has_layers)
-
-
-def _has_layers() -> bool:
-    return rank().layers is not None
 
 
 def _capture_model(original: Callable[..., Any]) -> Any:

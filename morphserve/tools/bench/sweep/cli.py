@@ -37,6 +37,7 @@ from morphserve.tools.bench.sweep.agreement import SPEEDS, BySpeed, Rows, compar
 from morphserve.tools.bench.sweep.ranking import dominated, totals
 from morphserve.tools.bench.sweep.report import markdown
 from morphserve.tools.bench.sweep.runs import measure_all, simulate_all
+from morphserve.tools.checks import check_directory
 from morphserve.tools.command import command_parser, run_command
 from morphserve.tools.workload import ReplayError, check_fits, read_windows
 
@@ -70,6 +71,7 @@ def _sweep(args: argparse.Namespace) -> dict[str, Any]:
         simulated.check_options(args)
     else:
         _check_servers(args)
+    check_directory(args.out, "--out")
     settle_dtype(args)
     comparisons = _comparisons(args)
     comparisons[0].check(is_simulated=args.simulate)

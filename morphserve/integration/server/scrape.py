@@ -1,0 +1,45 @@
+"""How `morphserve:*` gets onto vLLM's own /metrics, of one API server or several."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client.registry import Collector
+
+_PATH = "/metrics"
+
+
+def _is_shared() -> bool:
+    """Return whether /metrics is what several API servers have written into files: no collector is in those."""
+    return "PROMETHEUS_MULTIPROC_DIR" in os.environ
+
+
+def add_to_own(collector: Collector) -> None:
+    """Add to the /metrics of a lone API server what `collector` has."""
+    if not _is_shared():
+        with contextlib.suppress(ValueError):  # a second app in this process: already registered
+            REGISTRY.register(collector)
+
+
+def add_behind_shared(app: FastAPI, collector: Collector) -> None:
+    """Answer /metrics of one of several API servers with vLLM's page, and what `collector` has behind it.
+
+    Ours asks all engines in each of them, so any of them may answer a scrape. The route of an endpoint plugin takes
+    the place of vLLM's own (vllm/plugins/endpoint_plugins/interface.py).
+    """
+    routes = [route for route in app.routes if isinstance(route, APIRoute) and route.path == _PATH]
+    if not routes or not _is_shared():
+        return
+    ours = CollectorRegistry()
+    ours.register(collector)
+
+    @app.get(_PATH, include_in_schema=False)
+    def metrics(request: Request) -> Response:
+        """Return both."""
+        theirs: Response = routes[-1].endpoint(request)
+        said_as = {"Content-Type": theirs.headers["Content-Type"]}
+        return Response(bytes(theirs.body) + generate_latest(ours), headers=said_as)

@@ -1,0 +1,329 @@
+"""A rank that fails to do what cannot fail: what is in doubt then is computed again, or the engine ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from morphserve.config import MorphServeConfig
+from morphserve.control import Health, Phase, Plan, Reply
+from morphserve.control.runner import SwapRunner
+from tests.fakes import FakeRank, Rig
+from tests.rank_rules import FakeTicket
+
+pytestmark = pytest.mark.cpu
+
+COPIED = "what was in the KV cache is computed again"
+
+
+def live_at_level_3(num_ranks: int = 2, **config: object) -> Rig:
+    """Requests in the tail that a restore must move, at level 3."""
+    settings = {"transition": {"max_layers_per_step": 2}, **config}
+    rig = Rig(num_ranks=num_ranks, config=MorphServeConfig.model_validate(settings))
+    rig.go_to(3)
+    for request in range(3):
+        assert rig.pool.allocate(request, 4)
+    rig.step()
+    return rig
+
+
+def step(rig: Rig) -> bool:
+    """One step as an engine makes it: look back before its tokens are read. False = the engine has ended."""
+    rig.now_s += 0.05
+    rig.tick()
+    rig.executor.run_commands()
+    rig.controller.look_back()
+    if not rig.controller.lost:
+        rig.executor.forward(rig.pool)  # asserts that every live block has its content, on all ranks
+        rig.check()
+    return not rig.controller.lost
+
+
+def until(rig: Rig, done: Callable[[], bool], steps: int = 60) -> None:
+    for _ in range(steps):
+        if done() or not step(rig):
+            return
+    raise AssertionError(rig.controller.status())
+
+
+def fails(rig: Rig, command: str, *, rank: int, copies: bool | None = None, shrinks: bool | None = None) -> None:
+    """From now on this rank does not carry out such commands."""
+
+    def fail(sent: str, plan: Plan, index: int) -> str:
+        is_it = sent == command and index == rank
+        is_it &= copies is None or bool(plan.copies) is copies
+        is_it &= shrinks is None or (plan.num_kv_blocks < rig.executor.ranks[index].mapped) is shrinks
+        return "planted" if is_it else ""
+
+    rig.executor.fail = fail
+
+
+def recovers(rig: Rig) -> None:
+    """With the fault gone the restore is tried again, and arrives."""
+    rig.executor.fail = lambda command, plan, rank: ""
+    rig.script.level = rig.controller.level
+    for request in range(10, 12):
+        rig.pool.allocate(request, 3)
+    rig.step()
+    rig.script.level = 0
+    rig.step(120)
+    assert rig.controller.level == 0 and rig.controller.phase is Phase.IDLE and not rig.controller.failed
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("shrinks", [False, True])
+def test_kv_that_a_rank_may_have_moved_by_half_is_computed_again(
+    rank: int, shrinks: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards: answers from the wrong blocks after copies failed on one rank, alone or together with the unmapping; or
+    a server that never morphs again because of it."""
+    rig = live_at_level_3(kv={"migrate_blocks_per_step": 2 if not shrinks else 256})
+    blocks = rig.pool.num_kv_blocks
+    fails(rig, "commit", rank=rank, copies=True, shrinks=shrinks)
+    rig.script.level = 2
+    with caplog.at_level(logging.WARNING):
+        until(rig, lambda: ("restore", "aborted") in rig.controller.counters.transitions)
+    assert rig.pool.num_discards == 1 and sorted(rig.pool.preempted) == [0, 1, 2]
+    assert rig.controller.health is Health.RUNNING and rig.controller.level == 3
+    assert rig.controller.counters.errors == {"kv_unknown": 1}
+    assert rig.pool.num_kv_blocks == blocks == rig.ledgers.num_kv_blocks
+    (said,) = caplog.records
+    assert f"rank {rank}: planted" in said.getMessage() and COPIED in said.getMessage()
+    recovers(rig)
+
+
+def test_copies_of_a_drain_that_was_given_up_count_too(caplog: pytest.LogCaptureFixture) -> None:
+    """Guards: the answer to copies that comes when nothing is under way any more is looked at by nobody."""
+    rig = live_at_level_3(kv={"migrate_blocks_per_step": 2})
+    fails(rig, "commit", rank=1, copies=True)
+    rig.script.level = 2
+    rig.now_s += 0.05
+    rig.tick()
+    assert rig.controller.phase is Phase.DRAINING
+    rig.script.level = 3
+    rig.tick()
+    assert rig.controller.phase is Phase.IDLE
+    rig.executor.run_commands()
+    with caplog.at_level(logging.WARNING):
+        assert step(rig)
+    assert rig.pool.num_discards == 1 and rig.controller.counters.errors == {"kv_unknown": 1}
+    assert [COPIED in record.getMessage() for record in caplog.records] == [True]
+    recovers(rig)
+
+
+def test_a_lone_rank_that_has_moved_blocks_by_half_goes_on() -> None:
+    """Guards: an engine that ends, or that serves from the wrong blocks, where its one rank has changed no layer."""
+    rig = live_at_level_3(num_ranks=1)
+    obey = rig.executor._obey
+
+    def half_done(command: str, plan: Plan, rank: FakeRank) -> Reply:
+        if command != "alone":
+            return obey(command, plan, rank)
+        figures = {"num_kv_blocks": rank.mapped, "weight_bytes": rig.executor._weight_bytes(rank)}
+        return Reply(0, plan.revision, False, "table", kv_moved=False, **figures)
+
+    rig.executor._obey = half_done  # type: ignore[method-assign]
+    rig.script.level = 2
+    until(rig, lambda: ("restore", "aborted") in rig.controller.counters.transitions)
+    assert rig.pool.num_discards == 1 and rig.controller.counters.errors == {"kv_unknown": 1}
+    assert rig.controller.level == rig.controller.effective_level == 3 and rig.ledger["staging"] == 0
+    rig.executor._obey = obey  # type: ignore[method-assign]
+    recovers(rig)
+
+
+def test_a_lone_rank_that_stops_after_the_switch_ends_the_engine() -> None:
+    """Guards: layers that are not what anybody counts them for, behind KV that was thrown away for nothing."""
+    rig = live_at_level_3(num_ranks=1)
+    obey = rig.executor._obey
+
+    def half_done(command: str, plan: Plan, rank: FakeRank) -> Reply:
+        reply = obey(command, plan, rank)
+        return replace(reply, ok=False, error="table", kv_moved=False) if command == "alone" else reply
+
+    rig.executor._obey = half_done  # type: ignore[method-assign]
+    rig.script.level = 0
+    until(rig, lambda: False)
+    assert rig.controller.health is Health.LOST and not rig.pool.num_discards
+
+
+@pytest.mark.parametrize(("start", "target"), [(0, 1), (3, 0)])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_its_commit_ends_the_engine(rank: int, start: int, target: int) -> None:
+    """Guards: ranks at other levels than each other serve on; their step is read; they are sent more; or nobody is
+    told why."""
+    rig = Rig()
+    rig.go_to(start)
+    sent = len(rig.executor.sent)
+
+    def fail(command: str, plan: Plan, index: int) -> str:
+        return "lost" if command == "commit" and plan.layer_formats and index == rank else ""
+
+    rig.executor.fail = fail
+    rig.script.level = target
+    until(rig, lambda: False)
+    controller = rig.controller
+    assert controller.lost == f"COMMITTING at level {start}: rank {rank}: lost"
+    assert controller.health is Health.LOST and not controller.wants_wakeup and not controller.in_transition
+    assert controller.counters.errors == {"ranks_unknown": 1}
+    direction = "degrade" if target > start else "restore"
+    assert controller.counters.transitions[(direction, "aborted")] == 1
+    num_sent = len(rig.executor.sent)
+    assert rig.executor.sent[num_sent - 1][0] == "commit" and num_sent > sent
+    for _ in range(3):
+        rig.tick()
+        controller.look_back()
+    assert len(rig.executor.sent) == num_sent and controller.counters.errors == {"ranks_unknown": 1}
+
+
+def test_ranks_that_differ_are_met_before_their_step_is_read() -> None:
+    """Guards: the tokens of the step that ran on ranks of two levels reach a client before the next step begins."""
+    rig = Rig()
+    rig.executor.fail = lambda command, plan, rank: "lost" if command == "commit" and rank else ""
+    rig.script.level = 1
+    for _ in range(10):
+        rig.tick()
+        assert not rig.controller.lost
+        rig.executor.run_commands()
+        rig.controller.look_back()
+        if rig.executor.ranks[0].formats != rig.executor.ranks[1].formats:
+            assert rig.controller.lost
+            return
+    raise AssertionError("no rank has switched")
+
+
+def test_a_look_back_takes_no_vote() -> None:
+    """Guards: a failed prepare, which is allowed, is taken for the end, or is lost to the tick that counts votes."""
+    rig = Rig()
+    rig.executor.fail = lambda command, plan, rank: "no memory" if command == "prepare" and rank else ""
+    rig.script.level = 1
+    for _ in range(8):
+        assert step(rig)
+    assert rig.controller.counters.errors == {"prepare": 1} and rig.controller.health is Health.RUNNING
+
+
+@pytest.mark.parametrize("figures", [{"num_kv_blocks": 0}, {"weight_bytes": 0}])
+def test_kv_alone_must_be_in_doubt(figures: dict[str, int]) -> None:
+    """Guards: KV is thrown away and serving goes on where weights or mapped blocks of a rank are unknown as well."""
+    rig = live_at_level_3()
+    obey = rig.executor._obey
+
+    def lose(command: str, plan: Plan, rank: FakeRank) -> Reply:
+        reply = obey(command, plan, rank)
+        return replace(reply, ok=False, error="gone", kv_moved=False, **figures) if plan.copies else reply
+
+    rig.executor._obey = lose  # type: ignore[method-assign]
+    rig.script.level = 2
+    until(rig, lambda: False)
+    assert "gone" in rig.controller.lost and not rig.pool.num_discards
+
+
+def test_kv_that_cannot_be_thrown_away_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a session that sleeps on unknown KV goes on from it."""
+    rig = live_at_level_3()
+
+    def held() -> None:
+        raise RuntimeError("a block is held")
+
+    monkeypatch.setattr(rig.pool, "discard_contents", held)
+    fails(rig, "commit", rank=0, copies=True)
+    rig.script.level = 2
+    until(rig, lambda: False)
+    assert "planted" in rig.controller.lost and "a block is held" in rig.controller.lost
+
+
+@pytest.mark.parametrize("method", ["advance_shrink", "finish_shrink", "commit"])
+def test_an_error_of_ours_among_moved_blocks_has_all_computed_again(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: blocks that have new names, whose KV no rank was told to copy, are read under them."""
+    rig = live_at_level_3()
+    original = getattr(rig.executor if method == "commit" else rig.pool, method)
+
+    def broken(*args: object) -> None:
+        if method == "advance_shrink":
+            original(*args)  # renames, and then fails
+        raise RuntimeError(method)
+
+    monkeypatch.setattr(rig.executor if method == "commit" else rig.pool, method, broken)
+    rig.script.level = 2
+    for _ in range(6):
+        assert step(rig)
+    assert rig.pool.num_discards == 1 and rig.controller.health is Health.DEAD
+    assert rig.controller.counters.errors == {"controller": 1}
+
+
+def test_moved_blocks_that_cannot_be_thrown_away_end_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: the same, where throwing away what they hold fails too."""
+    rig = live_at_level_3()
+
+    def broken(*args: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(rig.pool, "finish_shrink", broken)
+    monkeypatch.setattr(rig.pool, "discard_contents", broken)
+    rig.script.level = 2
+    until(rig, lambda: False)
+    assert rig.controller.health is Health.LOST and "planted" in rig.controller.lost
+
+
+@pytest.mark.parametrize("command", ["abort", "commit"])
+def test_what_is_served_from_is_known_where_forgetting_or_regrowing_fails(command: str) -> None:
+    """Guards: an engine that ends although all its ranks have the weights and the blocks that are served from."""
+    rig = live_at_level_3()
+    shrunk = rig.ladder[2].num_kv_blocks
+
+    def fail(sent: str, plan: Plan, rank: int) -> str:
+        if sent == "prepare":
+            return "no memory"
+        regrows = sent == "commit" and not plan.copies and plan.num_kv_blocks > shrunk
+        return "planted" if rank == 1 and sent == command and (sent == "abort" or regrows) else ""
+
+    rig.executor.fail = fail
+    rig.executor.map_at_most = 10**6  # ranks may now differ in blocks that are not published
+    rig.script.level = 2
+    for _ in range(12):
+        assert step(rig)
+    assert rig.controller.health is Health.DEAD and rig.controller.counters.errors == {"controller": 1}
+    assert rig.controller.level == 3 and not rig.pool.num_discards
+
+
+@pytest.mark.parametrize("same_bytes", [True, False])
+def test_a_commit_that_fails_after_an_error_of_ours_is_looked_at(
+    same_bytes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a controller that has died of something else takes the news that ranks differ off the ring unread; also
+    where layers weigh as much in their new format."""
+    rig = Rig()
+    if same_bytes:
+        rig.executor._weight_bytes = lambda rank: 0  # type: ignore[method-assign]
+    rig.executor.fail = lambda command, plan, rank: "lost" if command == "commit" and rank else ""
+    rig.script.level = 1
+    while rig.controller.phase is not Phase.COMMITTING:
+        rig.tick()
+        if rig.controller.phase is not Phase.COMMITTING:
+            rig.executor.run_commands()
+    monkeypatch.setattr(SwapRunner, "advance", lambda *args: 1 // 0)
+    rig.tick()
+    assert rig.controller.health is Health.DEAD
+    rig.executor.run_commands()
+    rig.controller.look_back()
+    assert rig.controller.health is Health.LOST and "rank 1: lost" in rig.controller.lost
+
+
+def test_an_error_of_the_transport_stays_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: asking for answers raises, and vLLM's step ends with it."""
+    rig = Rig()
+    rig.script.level = 1
+    while rig.controller.phase is not Phase.COMMITTING:
+        rig.tick()
+        if rig.controller.phase is not Phase.COMMITTING:
+            rig.executor.run_commands()
+    monkeypatch.setattr(FakeTicket, "poll", lambda self: 1 // 0)
+    rig.controller.look_back()
+    assert rig.controller.health is Health.DEAD
+    rig.controller.look_back()
+    rig.tick()
+    assert rig.controller.counters.errors == {"controller": 1, "drain_replies": 2}
