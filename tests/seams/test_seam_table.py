@@ -46,6 +46,7 @@ _OURS |= {"device", "pin_memory", "gpu"}  # of tensors; and the V2 runner's tabl
 _OURS |= {"__call__", "capture", "set_device"}  # of our linears, of our graph sets; torch.cuda's
 _OURS |= {"inference_mode", "__getattr__"}  # torch's; of a door that loads late
 _OURS |= {"forward"}  # of our modules
+_OURS |= {"metrics"}  # our module, and what vLLM keeps of a request is not asked for
 _OURS |= {"worker", "monitor_workers"}  # our module; a function that logs, and the flag that starts it
 _OURS |= {"abort", "metrics"}  # of a rank's transition; our module
 _OURS |= {"name", "path"}  # of kernels, slots and seams; of files

@@ -12,7 +12,7 @@ from fastapi import HTTPException
 from prometheus_client import CollectorRegistry
 from seams.test_metrics import status
 
-from morphserve.integration.server import metrics, poll
+from morphserve.integration.server import metrics, poll, spare_time
 from morphserve.integration.server.metrics import MorphServeEndpoint
 from morphserve.integration.server.poll import StatusPoll
 
@@ -66,6 +66,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(poll, "ANSWER_TIMEOUT_S", 0.05)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/nowhere")  # so that nothing is added to this process' registry
     monkeypatch.setattr(metrics, "on_hangup", lambda ask: False)
+    monkeypatch.setattr(spare_time, "idle_work", lambda config: None)
     return lines
 
 
@@ -91,7 +92,7 @@ def test_an_engine_that_hangs_does_not_look_healthy(said: list[str]) -> None:
         engine, endpoint, clock = Engine(max_queued_tokens=300), MorphServeEndpoint(), Clock()
         endpoint._poll._clock = clock
         door = Door()
-        client: Any = SimpleNamespace(engine_core=engine, scheduler_config=door)
+        client: Any = SimpleNamespace(engine_core=engine, scheduler_config=door, vllm_config=None)
         await endpoint.init_state(client, None, SimpleNamespace(api_key=None))
         for _ in range(2):
             await until(lambda: door.max_num_queued_tokens == 300)
@@ -107,8 +108,9 @@ def test_an_engine_that_hangs_does_not_look_healthy(said: list[str]) -> None:
             engine.goes_on.set()
             engine.goes_on = None
         await until(lambda: door.max_num_queued_tokens == 300)
-        assert endpoint._task is not None
-        endpoint._task.cancel()
+        assert endpoint._tasks
+        for task in endpoint._tasks:
+            task.cancel()
 
     asyncio.run(serve())
     assert [line.split()[0] for line in said] == ["WARNING", "INFO"] * 2
@@ -145,6 +147,24 @@ def test_an_engine_that_has_never_answered_has_no_figures(said: list[str]) -> No
         with pytest.raises(HTTPException, match="504: the engine has not answered yet"):
             await asked.latest()
         assert asked.statuses == [] and asked.ages_s == {}
+
+    asyncio.run(serve())
+
+
+@pytest.mark.parametrize("num_turns", range(1, 9))
+def test_a_poll_ends_when_it_is_cancelled(said: list[str], num_turns: int) -> None:
+    """Guards: a server that does not end, because the poll has missed its cancellation as an answer came in."""
+
+    async def serve() -> None:
+        engine = Engine()
+        asked = StatusPoll(lambda: engine.call_utility_all_async("morphserve_status"))
+        task = asyncio.create_task(asked.run(lambda statuses: None))
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert task.cancelled()
 
     asyncio.run(serve())
 

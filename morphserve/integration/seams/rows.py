@@ -136,6 +136,8 @@ SEAMS: tuple[Seam, ...] = (
          ("hidden_states",), "what a level costs is measured on the logits of every token"),
     Seam("utility_call", "vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async", ("method",),
          "status and metrics are asked for between two steps"),
+    Seam("open_requests", "vllm.v1.engine.async_llm:AsyncLLM.get_num_unfinished_requests", (),
+         "what prepares beside a server stops at a request"),
     CLIENT_GENERATE := Seam("client_generate", "vllm.v1.engine.async_llm:AsyncLLM.generate", ("sampling_params",),
          "hands receipts to the client in whole answers alone, and in no header"),
     Seam("client_output", "vllm.outputs:RequestOutput", (), "carries a receipt to the door", ("kv_transfer_params",)),

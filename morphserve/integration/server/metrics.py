@@ -27,6 +27,7 @@ from morphserve.integration.server.queue_limit import QueueLimit
 from morphserve.integration.server.receipt_door import ReceiptDoor, note_receipts
 from morphserve.integration.server.reload_api import add_route, on_hangup
 from morphserve.integration.server.scrape import add_behind_shared, add_to_own
+from morphserve.integration.server.spare_time import SpareTime
 from policies import Predictions
 
 if TYPE_CHECKING:
@@ -176,7 +177,8 @@ class MorphServeEndpoint:
         self._poll = StatusPoll(self._ask)
         self._collector = StatusCollector(self._poll)
         self._client: Any = None
-        self._task: asyncio.Task[None] | None = None
+        self._spare_time = SpareTime(None)
+        self._tasks: list[asyncio.Task[None]] = []
         self._keys: list[str] = []  # one of which who sends a policy must show, as for vLLM's own API
 
     def attach_router(self, app: FastAPI) -> None:
@@ -211,14 +213,21 @@ class MorphServeEndpoint:
             return
         add_to_own(self._collector)
         limit = QueueLimit(engine_client)
+        self._spare_time = spare_time = SpareTime(engine_client)
         if hasattr(engine_client, "generate"):
             seams.wrap(seams.CLIENT_GENERATE, note_receipts, on=engine_client)
-        self._task = asyncio.create_task(self._poll.run(lambda statuses: limit.apply(_queue_limits(statuses))))
+
+        def tell(statuses: list[_Status]) -> None:
+            limit.apply(_queue_limits(statuses))
+            spare_time.look(statuses)
+
+        self._tasks = [asyncio.create_task(run) for run in (self._poll.run(tell), spare_time.run())]
         on_hangup(self._reload)
 
     async def _ask(self) -> list[_Status]:
-        """Return the status of every engine behind this API server."""
-        return await self._call("morphserve_status")
+        """Return the status of every engine behind this API server, with what it does itself."""
+        own = {"prepare": self._spare_time.as_json()}
+        return [status | own for status in await self._call("morphserve_status")]
 
     async def _reload(self, cause: str, sent: str = "") -> list[_Status]:
         """Have every engine read its settings anew, or a policy that was sent; return what came of it in each."""

@@ -105,7 +105,8 @@ class StatusPoll:
     async def _heard(self, timeout_s: float) -> bool:
         """Ask, and return whether all engines have answered in time."""
         try:
-            self._last = await asyncio.wait_for(self._ask(), timeout_s)
+            async with asyncio.timeout(timeout_s):  # `wait_for` of Python 3.11 may swallow the cancellation at the end
+                self._last = await self._ask()
         except TimeoutError:
             return False
         self._heard_s = self._clock()
