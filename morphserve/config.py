@@ -5,9 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from morphserve.cache import cache_root
 from morphserve.errors import ConfigError
@@ -126,6 +135,17 @@ class TransitionConfig(_Section):
         return self.max_layers_per_step or 5
 
 
+class AdminConfig(_Section):
+    """Who may look from outside, and who may change something."""
+
+    token_file: Path | None = Field(
+        None, description="file (0600) of the token that changes something must show; null = nothing can be changed"
+    )
+    read_token_file: Path | None = Field(
+        None, description="likewise for the status; with neither of the two it is for this machine alone"
+    )
+
+
 class MorphServeConfig(_Section):
     """The root of the YAML."""
 
@@ -135,6 +155,7 @@ class MorphServeConfig(_Section):
     kv: KVConfig = KVConfig()
     transition: TransitionConfig = TransitionConfig()
     policy: PolicyConfig = Field(default_factory=lambda: SloConfig(kind="slo"))
+    admin: AdminConfig = AdminConfig()
     variants: dict[FormatName, str] = Field(
         default_factory=dict,
         description="by format: directory or hub name of a GPTQ, AWQ or compressed-tensors checkpoint of this model",
@@ -153,6 +174,11 @@ class MorphServeConfig(_Section):
         description="where no profile or step times are named, use what `morphserve prepare` has stored of this very "
         "model, machine, dtype and topology, or what comes with the package; false = only what is named here",
     )
+    prepare: Literal["when_idle"] | None = Field(
+        None,
+        description="when_idle = a server without a profile, on a CPU, makes it in a child process while it has no "
+        "requests; null = `morphserve prepare` alone does",
+    )
     cache_dir: Annotated[UserPath, BeforeValidator(lambda given: cache_root() if given is None else given)] = Field(
         default_factory=cache_root,
         description="packed variants, built once, verified, then read; and what was prepared. null = MORPHSERVE_CACHE "
@@ -166,6 +192,14 @@ class MorphServeConfig(_Section):
         "changes",
         description="changes = new levels, else one row a second; all = all that the policy was asked, to be replayed",
     )
+
+    @model_validator(mode="after")
+    def _prepares_what_it_uses(self) -> Self:
+        if self.prepare is not None and not self.prepared:
+            raise ValueError(
+                f"prepare: {self.prepare} makes what `prepared: false` never looks for. Leave one of the two out."
+            )
+        return self
 
 
 def check_formats(config: MorphServeConfig, known: Collection[str]) -> None:

@@ -11,6 +11,15 @@ class ConfigError(MorphServeError, ValueError):
     """The configuration, or its combination with this model or server, cannot work."""
 
 
+class OrderError(MorphServeError, ValueError):
+    """An operator's order is not taken."""
+
+    def __init__(self, outcome: str, why: str) -> None:
+        """Remember what became of it, in a word, and why."""
+        super().__init__(why)
+        self.outcome = outcome
+
+
 class SeamError(MorphServeError, RuntimeError):
     """The installed vLLM is not the vLLM this plugin was written against."""
 

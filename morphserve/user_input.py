@@ -1,8 +1,10 @@
-"""Paths and YAML as people write them, read strictly: each key once, within bounds; what is wrong in one line."""
+"""Paths, YAML and tokens as people give them, read strictly, within bounds; what is wrong in one line."""
 
 from __future__ import annotations
 
 import os
+import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ MAX_BYTES = 1 << 20  # a config has some thousands
 _LONGEST_NAME = 255  # bytes, as Linux has it
 _MAX_DEPTH = 30
 _MAX_VALUES = 100_000  # with aliases written out, of which a few lines can make billions
+_LEAST_TOKEN, _LONGEST_TOKEN = 16, 512  # characters
+_TOKEN = re.compile(f"[!-~]{{{_LEAST_TOKEN},{_LONGEST_TOKEN}}}")
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 
 
@@ -33,6 +37,37 @@ def user_path(text: str | Path) -> Path:
     if not named:
         raise ConfigError(f"{str(text)[:_LONGEST_NAME]!r} is no path: too long, or of what no name has. Write another.")
     return path
+
+
+def read_token(file: Path) -> str:
+    """Return the token that a file holds: a line of its own, which only the file's owner can read.
+
+    As PostgreSQL takes private keys: the file is ours and 0600 or less, or root's and 0640 or less.
+
+    Raises:
+        ConfigError: the file cannot be read, others can read it, or what it holds is no token.
+    """
+    file = user_path(file)
+    try:
+        with open(file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as stream:
+            found = os.fstat(stream.fileno())
+            text = stream.read(_LONGEST_TOKEN + 2) if stat.S_ISREG(found.st_mode) else b""
+    except OSError as e:
+        raise ConfigError(f"token file {file}: {e.strerror}. Give a file that this user can read.") from e
+    mode, owner = stat.S_IMODE(found.st_mode), found.st_uid
+    is_private = owner in (0, os.geteuid()) and not mode & (0o037 if owner == 0 else 0o077)
+    if not (is_private and stat.S_ISREG(found.st_mode)):
+        raise ConfigError(
+            f"token file {file}: mode {mode:04o}, owner {owner}: others can read it, or can have written it. It must "
+            f"be this user's alone: chmod 600 {file}"
+        )
+    token = text.decode("ascii", "replace").strip()
+    if not _TOKEN.fullmatch(token):
+        raise ConfigError(
+            f"token file {file}: must hold one line, {_LEAST_TOKEN} to {_LONGEST_TOKEN} printable ASCII characters "
+            f"without a space. Make one: (umask 077; openssl rand -hex 32 > {file})"
+        )
+    return token
 
 
 def read_yaml(file: Path, what: str) -> Any:

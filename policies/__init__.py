@@ -5,6 +5,8 @@ from __future__ import annotations
 from policies.build import build_policy, succeed
 from policies.config import PolicyConfig, SloConfig, StaticConfig, ThresholdConfig
 from policies.levels import max_level_of, resolve_level
+from policies.orders import ask
+from policies.promise import Promise, promise_of
 from policies.setup import PolicySetup
 from policies.slo import SloPolicy
 from policies.static import StaticPolicy
@@ -17,6 +19,9 @@ from policies.types import (
     EngineLimits,
     Ladder,
     MorphLevel,
+    Order,
+    OrderKind,
+    OwnLimit,
     Policy,
     Predictions,
     Signals,
@@ -32,10 +37,14 @@ __all__ = [
     "Ladder",
     "LayerMove",
     "MorphLevel",
+    "Order",
+    "OrderKind",
+    "OwnLimit",
     "Policy",
     "PolicyConfig",
     "PolicySetup",
     "Predictions",
+    "Promise",
     "Signals",
     "SloConfig",
     "SloPolicy",
@@ -46,11 +55,13 @@ __all__ = [
     "StepTimes",
     "ThresholdConfig",
     "ThresholdPolicy",
+    "ask",
     "bits_of",
     "build_policy",
     "load_step_times",
     "max_level_of",
     "parse_step_times",
+    "promise_of",
     "resolve_level",
     "succeed",
 ]

@@ -58,6 +58,13 @@ class SloConfig(_Section):
     )
     ttft_s: float = Field(2.0, gt=0, description="promised time to first token, for requests that bring no limit")
     tpot_s: float = Field(0.150, gt=0, description="promised time per output token, likewise")
+    request_limits: bool = Field(
+        True, description="whether limits that requests bring count; false = those above count for all"
+    )
+    min_ttft_s: float | None = Field(
+        None, gt=0, description="a stricter limit that a request brings counts for nothing; null = a quarter of ttft_s"
+    )
+    min_tpot_s: float | None = Field(None, gt=0, description="likewise; null = a quarter of tpot_s")
     target: float | None = Field(
         None, gt=0, lt=1, description="share of requests that may be predicted to break a promise"
     )

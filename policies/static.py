@@ -19,6 +19,7 @@ class StaticPolicy:
             ValueError: the ladder has no such level.
         """
         level = resolve_level(ladder, config.level)
+        self.max_level = len(ladder) - 1  # it has no bound of its own: the ladder has the quality's
         self._decision = Decision(level, f"static level {level}", is_final=True)
 
     def decide(self, signals: Signals) -> Decision:

@@ -101,7 +101,8 @@ class ThresholdPolicy:
             ValueError: see `fill_in`.
         """
         self.thresholds = fill_in(config, ladder)
-        self._usable = tuple(level.num_kv_blocks - 1 for level in ladder[: self.thresholds.max_level + 1])
+        self.max_level = self.thresholds.max_level
+        self._usable = tuple(level.num_kv_blocks - 1 for level in ladder[: self.max_level + 1])
         most = self._usable[-1]
         self._deepest_useful = bisect_left(self._usable, most)  # deeper ones give no more blocks
         # `performance` goes as deep as the need asks at once; the others take a costlier format only

@@ -65,9 +65,17 @@ class Cohort:
     num_tokens: int  # all of them together: prompts, and what preempted ones had generated
     first_arrival_s: float  # monotonic clock
     last_arrival_s: float
-    ttft_s: float | None = None  # their own limit; None = the policy's
-    tpot_s: float | None = None
+    ttft_s: float | None = None  # the mean of their own limits, which are about the same; None = the policy's
+    tpot_s: float | None = None  # likewise, of those that have a token
     has_token: bool = False  # preempted: their first token is out, what suffers is the time per token
+
+
+@dataclass(frozen=True, slots=True)
+class OwnLimit:
+    """Running requests that brought about the same limit."""
+
+    limit_s: float  # their mean
+    num_requests: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +87,28 @@ class StepLoad:
     prefill_tokens: int  # beyond one token per sequence
     context_tokens: int  # KV that its attention read
     level: int  # that it ran at
+
+
+OrderKind = Literal["pin", "max", "restore", "pause", "drain"]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What an operator has ordered, and is in force: an input of the decision, see `orders.py`."""
+
+    kind: OrderKind
+    level: int  # to be at; of kind max: to go no deeper than
+    reason: str  # in words a log reader understands
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it leaves the policy no choice."""
+        return self.kind != "max"
+
+    @property
+    def closes_door(self) -> bool:
+        """Whether new requests are refused."""
+        return self.kind == "drain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +136,8 @@ class Signals:
     prompt_tokens: float = 0.0  # EWMA over requests that arrived; 0 = unknown
     output_tokens: float = 0.0  # EWMA over requests that ended; 0 = unknown
     num_arrivals: int = 0  # since start
-    tightest_tpot_s: float | None = None  # of the running requests that bring a limit of their own
+    running_limits: tuple[OwnLimit, ...] = ()  # on the time per token, of running requests that bring one
+    order: Order | None = None  # of an operator, in force now
 
     @property
     def kv_usage(self) -> float:
@@ -146,6 +177,11 @@ class Policy(Protocol):
     @property
     def predictions(self) -> Predictions | None:
         """What its predictions are made of; None = it makes none."""
+        ...
+
+    @property
+    def max_level(self) -> int:
+        """The deepest level that its own bounds allow now; nobody's order goes beyond."""
         ...
 
     def decide(self, signals: Signals) -> Decision: ...

@@ -231,6 +231,7 @@ class ScriptedPolicy:
     """Wants the level it is told to want; raises what it is told to raise."""
 
     predictions = None
+    max_level = 99
 
     def __init__(self) -> None:
         self.level = 0

@@ -39,7 +39,13 @@ COMMANDS = (
     Command("inspect", "tools.profile.inspect", "what is in a profile"),
     Command("status", "tools.watch.status", "how a running server fares: level, blocks, late requests"),
     Command("watch", "tools.watch.watch", "the same, live, until Ctrl-C", "ops"),
+    Command("pin", "tools.admin.pin", "hold a running server at a level, or no deeper, for so long"),
+    Command("restore", "tools.admin.restore", "bring it back to level 0 now"),
+    Command("pause", "tools.admin.pause", "let it stay at the level that it has"),
+    Command("drain", "tools.admin.drain", "let nobody in, and empty it before maintenance"),
+    Command("resume", "tools.admin.resume", "end what was ordered: its policy decides again"),
     Command("replay-log", "commands.replay_log", "ask a policy again what a decision log says it was asked"),
     Command("soak", "commands.soak", "bursts for half an hour: does anything add up"),
+    Command("chaos", "tools.chaos.cli", "break things beside a loaded server: does every answer still come", "replay"),
     Command("gpu-check", "tools.gpucheck.cli", "what of the NVIDIA path holds on this machine", "cuda"),
 )

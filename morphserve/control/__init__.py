@@ -5,6 +5,7 @@ One step, from the top:
     controller     ticks: asks, opens and closes transitions, publishes
     monitor        what the policy needs to know of the past; `waiting`: of the queue
     policy_host    the policy that is asked; `reload`: another one while it runs
+    orders         what an operator orders, until when: a part of the signals
     decision_log   what was asked and answered; `replay_log`: asks it again
     health         what has gone wrong, what is counted, when the next attempt may start
     doubt          what a failed command leaves in doubt, and what ends the doubt
@@ -46,6 +47,7 @@ from morphserve.control.ladder import (
     without_formats,
 )
 from morphserve.control.monitor import Monitor
+from morphserve.control.orders import ORDERS, Action, OrderBody, ReloadBody, parse_order
 from morphserve.control.ranks import BlockPoolPort, EngineView, ExecutorPort, Plan, Reply, ShrinkProgress, Ticket
 from morphserve.control.reload import PolicyReloader, ReloadWatch
 from morphserve.control.replay_log import print_replay
@@ -54,6 +56,7 @@ from morphserve.control.waiting import NO_LIMITS, RequestLimits, WaitingRequest
 from morphserve.default_ladder import DEFAULT_FORMATS
 
 __all__ = [
+    "Action",
     "BlockPoolPort",
     "Controller",
     "Counters",
@@ -66,12 +69,15 @@ __all__ = [
     "Ledger",
     "Ledgers",
     "Monitor",
+    "OrderBody",
     "NO_LIMITS",
+    "ORDERS",
     "Phase",
     "Plan",
     "PolicyReloader",
     "ProfileLadder",
     "RankBytes",
+    "ReloadBody",
     "ReloadWatch",
     "Reply",
     "RequestLimits",
@@ -88,6 +94,7 @@ __all__ = [
     "make_ledgers",
     "most_uneven",
     "optional_formats",
+    "parse_order",
     "print_replay",
     "with_time_factors",
     "without_formats",

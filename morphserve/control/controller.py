@@ -12,11 +12,12 @@ from morphserve.control.budget import Ledgers, RankBytes
 from morphserve.control.decision_log import DecisionLog
 from morphserve.control.health import BackOff, Counters, Health
 from morphserve.control.monitor import Monitor
+from morphserve.control.orders import Action
 from morphserve.control.policy_host import PolicyHost
 from morphserve.control.ranks import BlockPoolPort, EngineView, ExecutorPort, RanksUnknown
 from morphserve.control.runner import SwapRunner
 from morphserve.control.transition import BatchEnd, Direction, Outcome, Phase, Transition, TransitionHistory
-from morphserve.errors import ConfigError
+from morphserve.errors import ConfigError, OrderError
 from policies import Ladder, Policy, PolicySetup
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class Controller:
         self._runner = SwapRunner(ladder, ranks, pool, executor, ledgers, config)
         self._layer_state = self._runner.layer_state
         self.counters = Counters(num_blocks_published=pool.num_kv_blocks, num_blocks_mapped=pool.num_kv_blocks)
-        self._policy_host = PolicyHost(policy, len(ladder), self.counters, log)
+        self._policy_host = PolicyHost(policy, ladder, self.counters, log, clock)
         self._transition: Transition | None = None
         self._history = TransitionHistory()
         self._driven_s = 0.0  # when the transition was last worked on
@@ -117,7 +118,7 @@ class Controller:
     @property
     def max_queued_tokens(self) -> int | None:
         """Requests beyond so many waiting prompt tokens are to be refused at the door; None = none are."""
-        return None if self.failed else self._policy_host.decision.max_queued_tokens
+        return None if self.failed else self._policy_host.max_queued_tokens
 
     @property
     def in_transition(self) -> bool:
@@ -140,7 +141,7 @@ class Controller:
             return True
         if self.failed:
             return False
-        if self._policy_host.has_successor:
+        if self._policy_host.has_news:
             return True
         # vLLM's workers poll without a pause for a second after each step: a wake-up a second is a busy core.
         target = self._layer_state.next_target(self._policy_host.decision.level)
@@ -165,6 +166,7 @@ class Controller:
             "phase": self.phase.name.lower(),
             "revision": self._runner.revision,
             "failed": self.failed,
+            "orders": self._policy_host.orders_as_json(),
             "max_queued_tokens": self.max_queued_tokens,
             "layers_by_format": self._layer_state.layers_by_format(),
             "num_kv_blocks": self._pool.num_kv_blocks,
@@ -176,7 +178,7 @@ class Controller:
             "counters": {**asdict(self.counters), "transitions": transitions},
         }
 
-    # ---- another policy
+    # ---- from outside
 
     def replace_policy(self, policy: Policy, note: str, setup: PolicySetup) -> None:
         """Ask `policy` from the next tick on; it goes on from the level and the transition that are then.
@@ -195,6 +197,12 @@ class Controller:
             raise ConfigError("MorphServe gave up after an error, no policy is asked any more. Restart the server.")
         self._policy_host.replace(policy, note, setup)
 
+    def order(self, action: Action, text: str, revision: int, is_rehearsal: bool) -> None:
+        """Put an operator's order in force from the next tick on, see `PolicyHost.order`."""
+        if self.failed:
+            raise OrderError("failed", "MorphServe gave up after an error and takes no order. Restart the server")
+        self._policy_host.order(action, text, revision, self.target_level, is_rehearsal)
+
     # ---- one step
 
     def tick(self, view: EngineView) -> None:
@@ -212,7 +220,7 @@ class Controller:
                     now, view, pool.num_kv_blocks, pool.num_used_blocks, self.level, self.target_level
                 )
                 place = "policy"
-                self._policy_host.consult(signals)
+                self._policy_host.consult(signals, self.effective_level == 0 and self._transition is None)
         except Exception:
             self._fail(place)
         self._guarded(self._drive)

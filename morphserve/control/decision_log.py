@@ -1,6 +1,6 @@
 """Signals and decisions as lines of JSON, written by a thread so that no step waits for a disk.
 
-    {"event": "start", "schema": 2, ...}   all that a policy is made of; a restarted server writes its own
+    {"event": "start", "schema": 3, ...}   all that a policy is made of; a restarted server writes its own
     {"event": "decision", "seq": 7, ..., "decision": {...}, "signals": {...}}   one question and its answer, whole
     {"event": "policy", ...}               as at the start: from the next row on another policy answers
     {"event": "continued", ...}            as at the start, of a file that goes on where NAME.1 ends
@@ -34,7 +34,7 @@ from policies import Decision, Ladder, PolicySetup, Signals, StepLoad
 
 logger = logging.getLogger(__name__)
 
-SCHEMA: Literal[2] = 2  # of these lines, and of the signals and decisions in them: a new field is a new schema
+SCHEMA: Literal[3] = 3  # of these lines, and of the signals and decisions in them: a new field is a new schema
 
 _MAX_PENDING = 1024  # rows; beyond that the disk is too slow and rows are dropped, and counted
 _REPEAT_S = 1.0  # how often an unchanged decision is written, where only changes are
@@ -61,7 +61,7 @@ class Header(_Strict):
     """What a log starts with, and what another policy starts with."""
 
     event: Literal["start", "policy", "continued"]
-    schema: Literal[2]
+    schema: Literal[3]
     morphserve: str  # version of the package that wrote it
     engine: int  # data-parallel index
     detail: Detail  # changes = only rows of another level, else one a second

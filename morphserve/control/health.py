@@ -10,6 +10,7 @@ from morphserve.config import TransitionConfig
 from morphserve.control.transition import Direction, Outcome
 from morphserve.errors import IllegalTransition
 
+_FIRST_RETRY_S = 1.0  # where failures may be tried again at once
 _OTHER: dict[Direction, Direction] = {"degrade": "restore", "restore": "degrade"}
 
 
@@ -116,14 +117,14 @@ class BackOff:
         return until_s
 
 
-@dataclass(slots=True)
 class Retry:
     """When to ask again for what was not to be had: each wait is twice as long as the one before, up to a limit."""
 
-    first_s: float
-    longest_s: float
-    _wait_s: float = 0.0
-    _next_s: float = 0.0
+    def __init__(self, config: TransitionConfig) -> None:
+        self._first_s = max(config.backoff_s, _FIRST_RETRY_S)
+        self._longest_s = max(config.backoff_max_s, self._first_s)
+        self._wait_s = 0.0
+        self._next_s = 0.0
 
     def reset(self) -> None:
         """Begin anew with the next question."""
@@ -134,7 +135,7 @@ class Retry:
         if self._wait_s and now_s < self._next_s:
             return False
         due = self._wait_s > 0
-        self._wait_s = min(2 * self._wait_s, self.longest_s) if due else self.first_s
+        self._wait_s = min(2 * self._wait_s, self._longest_s) if due else self._first_s
         self._next_s = now_s + self._wait_s
         return due
 
@@ -154,11 +155,17 @@ class Counters:
     forced_preemptions: int = 0  # requests that a shrink without room has preempted
     decisions_dropped: int = 0  # that the decision log should have, and has not
     errors: dict[str, int] = field(default_factory=dict)  # by place
+    orders: dict[str, int] = field(default_factory=dict)  # of operators, by kind and what became of them, KIND_OUTCOME
 
     def count_transition(self, direction: Direction, outcome: Outcome) -> None:
         """Count a transition that has ended."""
         key = (direction, outcome)
         self.transitions[key] = self.transitions.get(key, 0) + 1
+
+    def count_order(self, kind: str, outcome: str) -> None:
+        """Count an operator's order that was taken or refused, or has ended; both are of a few fixed words."""
+        key = f"{kind}_{outcome}"
+        self.orders[key] = self.orders.get(key, 0) + 1
 
     def count_error(self, place: str) -> None:
         """Count an error that was caught; `place` is one of a few fixed names."""

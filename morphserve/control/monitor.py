@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import exp
 
 from morphserve.control.ranks import EngineView
-from morphserve.control.waiting import WaitingBook, WaitingRequest
+from morphserve.control.waiting import LimitBook, WaitingBook, WaitingRequest
 from policies import Signals, StepLoad
 
 _LATENCY_TAU_S = 5.0  # time constant of the latency averages
@@ -143,8 +143,7 @@ class Monitor:
         self._preemptions = 0
         self._num_arrivals = 0
         self._waiting = WaitingBook()
-        self._tpot_limits: dict[str, float] = {}  # running request |-> its own limit, if it has one
-        self._tightest_tpot_s: float | None = None
+        self._running = LimitBook()  # of those that bring one
         self._last_step_s: float | None = None
         self._last_step: StepLoad | None = None
         self._now_s = 0.0  # newest time seen, for events that carry none
@@ -168,8 +167,7 @@ class Monitor:
         """Take in that a request runs that waited."""
         self._waiting.serve(request_id)
         if tpot_limit_s is not None:
-            self._tpot_limits[request_id] = tpot_limit_s
-            self._tightest_tpot_s = min(self._tpot_limits.values())
+            self._running.add(request_id, tpot_limit_s)
 
     def on_first_token(self, ttft_s: float) -> None:
         """Take in that a request got its first token, `ttft_s` after its arrival."""
@@ -185,7 +183,7 @@ class Monitor:
         if not forced:
             self._preemptions += 1
             self._preempted.add(now)
-        self._leaves_running(request.request_id)
+        self._running.remove(request.request_id)
         if request.num_tokens:
             self._waiting.add(request, now)
 
@@ -193,7 +191,7 @@ class Monitor:
         """Take in that a request ended, for whatever reason, holding `num_blocks`; 0 = it never ran."""
         self._now_s = now
         self._waiting.remove(request_id)
-        self._leaves_running(request_id)
+        self._running.remove(request_id)
         if num_blocks > 0:
             self._blocks.add(now, float(num_blocks))
             if output_tokens > 0:
@@ -231,10 +229,6 @@ class Monitor:
     def last_end_s(self) -> float | None:
         """When the newest step has ended; None where the engine has been idle since."""
         return self._last_step_s
-
-    def _leaves_running(self, request_id: str) -> None:
-        if self._tpot_limits.pop(request_id, None) is not None:
-            self._tightest_tpot_s = min(self._tpot_limits.values(), default=None)
 
     def on_idle(self) -> None:
         """Take in that the engine has no work: the time until the next step is no step time."""
@@ -275,5 +269,5 @@ class Monitor:
             prompt_tokens=self._prompt.value,
             output_tokens=self._output.value,
             num_arrivals=self._num_arrivals,
-            tightest_tpot_s=self._tightest_tpot_s,
+            running_limits=self._running.limits(),
         )

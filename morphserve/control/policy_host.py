@@ -1,14 +1,18 @@
-"""The policy in office: asked at every step, replaced between two, its answers logged."""
+"""The policy in office: asked at every step, under an operator's order, replaced between two, its answers logged."""
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 from morphserve.control.decision_log import DecisionLog
 from morphserve.control.health import Counters
-from policies import Decision, Policy, PolicySetup, Predictions, Signals, succeed
+from morphserve.control.orders import Action, OrderBook, parse_order
+from morphserve.errors import OrderError
+from policies import Decision, Ladder, Policy, PolicySetup, Predictions, Signals, ask, succeed
 
 logger = logging.getLogger(__name__)
 
@@ -32,27 +36,40 @@ class _Replacement:
 class PolicyHost:
     """The policy that is asked for the level, and its newest answer."""
 
-    def __init__(self, policy: Policy, num_levels: int, counters: Counters, log: DecisionLog | None) -> None:
+    def __init__(
+        self, policy: Policy, ladder: Ladder, counters: Counters, log: DecisionLog | None, clock: Callable[[], float]
+    ) -> None:
         """Ask nothing yet.
 
         Args:
             policy: asked once per tick.
-            num_levels: of the ladder; an answer must be one of them.
-            counters: told when the log fails.
+            ladder: an answer must be one of its levels.
+            counters: told of orders, and when the log fails.
             log: where answers are recorded; None = nowhere.
+            clock: monotonic seconds, the one of the signals.
         """
         self.decision = Decision(0, "start at full precision")
         self._policy = policy
-        self._num_levels = num_levels
+        self._num_levels = len(ladder)
         self._counters = counters
+        self._orders = OrderBook(ladder, counters, clock)
         self._log = log
         self._predictions: Predictions | None = None  # last said
         self._next: deque[_Replacement] = deque(maxlen=1)  # put in by any thread, taken by the next tick
 
     @property
-    def has_successor(self) -> bool:
-        """Whether another policy waits for the next tick."""
-        return bool(self._next)
+    def has_news(self) -> bool:
+        """Whether another policy waits for the next tick, or an order, or the end of one."""
+        return bool(self._next) or self._orders.has_news
+
+    @property
+    def max_queued_tokens(self) -> int | None:
+        """Requests beyond so many waiting prompt tokens are to be refused at the door; None = none are."""
+        return 0 if self._orders.closes_door else self.decision.max_queued_tokens
+
+    def orders_as_json(self) -> dict[str, Any]:
+        """Return what an operator has ordered, and what he may."""
+        return {**self._orders.as_json(), "max_level": self._policy.max_level}
 
     @property
     def predictions(self) -> Predictions | None:
@@ -69,15 +86,44 @@ class PolicyHost:
         """
         self._next.append(_Replacement(policy, note, setup))
 
-    def consult(self, signals: Signals) -> None:
-        """Ask the policy, or its successor if there is one; `decision` is its answer.
+    def order(self, action: Action, text: str, revision: int, target_level: int, is_rehearsal: bool) -> None:
+        """Put an operator's order in force from the next tick on.
+
+        Args:
+            action: what.
+            text: the order's body, JSON.
+            revision: of this host, that whoever orders has seen.
+            target_level: where the engine is, or is on its way to.
+            is_rehearsal: only say whether it would be taken.
+
+        Raises:
+            OrderError: it is not.
+        """
+        try:
+            body = parse_order(action, text)
+            level = self._orders.check(action, body, revision, self._policy.max_level)
+        except OrderError as e:
+            self._counters.count_order(action, "refused")
+            logger.info("morph: an order is refused: %s", e)
+            raise
+        if not is_rehearsal:
+            self._orders.take(action, body, target_level if action == "pause" else level)
+
+    def consult(self, signals: Signals, is_restored: bool = False) -> None:
+        """Ask the policy, or its successor if there is one; `decision` is its answer, under the order in force.
+
+        Args:
+            signals: as the monitor made them.
+            is_restored: nothing of the engine is above level 0, or on its way there.
 
         Raises:
             ValueError: the policy wants a level that there is not; or whatever the policy raises.
         """
         if self._next:
             self._hand_over(signals.level)
-        decision = self._policy.decide(signals)
+        if (order := self._orders.at(signals.now_s, is_restored)) is not None:
+            signals = replace(signals, order=order)
+        decision = ask(self._policy, signals)
         if not 0 <= decision.level < self._num_levels:
             raise ValueError(
                 f"policy wants level {decision.level} ({decision.reason}), the ladder has 0 to {self._num_levels - 1}"

@@ -22,7 +22,7 @@ from morphserve.control.decision_log import SCHEMA, Header, Line, Mark, Row
 from morphserve.errors import ConfigError
 from morphserve.user_input import user_path
 from morphserve.version import __version__
-from policies import Decision, Policy, PolicySetup, StepLoad, load_step_times, succeed
+from policies import Decision, Policy, PolicySetup, StepLoad, ask, load_step_times, succeed
 
 LINE: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="event")])
 # Where a gzip member starts, of Python or gzip(1): 44 fixed bits, so no other bytes of a log will look like it.
@@ -226,7 +226,7 @@ class _Replayer:
             found.skipped += 1
             return
         try:
-            answer = self._policy.decide(signals)
+            answer = ask(self._policy, signals)
         except Exception as e:  # whatever it is, the logged policy did not
             raise LogError(f"the policy fails: {type(e).__name__}: {e}") from e
         found.compared += 1

@@ -29,8 +29,6 @@ from policies import Ladder
 
 logger = logging.getLogger(__name__)
 
-_FIRST_RETRY_S = 1.0  # where failures may be tried again at once
-
 
 @dataclass(slots=True)
 class SwapRunner:
@@ -73,11 +71,9 @@ class SwapRunner:
                 f"the block pool starts with {self.pool.num_kv_blocks} blocks, level 0 has "
                 f"{base.num_kv_blocks}. Set kv.base_num_blocks to what the pool has."
             )
-        transition = self.config.transition
-        self._picker = LayerPicker(self.ranks, self.ledgers, transition)
+        self._picker = LayerPicker(self.ranks, self.ledgers, self.config.transition)
         self._doubt = Doubt(self.pool, self.ledgers, self.replies)
-        first_s = max(transition.backoff_s, _FIRST_RETRY_S)
-        self._retry = Retry(first_s, max(first_s, transition.backoff_max_s))
+        self._retry = Retry(self.config.transition)
 
     def next_revision(self) -> int:
         """Return a number that every rank has yet to see."""
@@ -187,23 +183,14 @@ class SwapRunner:
         self.replies.drop_late()
 
     def grow_again(self, now_s: float, may_start: bool) -> bool:
-        """Ask now and then, at rest, for blocks of the level that a rank had no memory for; never blocks.
-
-        Returns:
-            Whether nothing of it is under way.
-
-        Raises:
-            CommandFailed: see there; the runner must not be used again.
-        """
-        state = self.layer_state
-        wanted = self.ladder[state.current].num_kv_blocks
+        """Ask now and then, at rest, for blocks that a rank had no memory for. Return whether none is asked now."""
+        level, wanted = self.layer_state.current, self.ladder[self.layer_state.current].num_kv_blocks
         if self.phase is Phase.IDLE:
-            if state.is_between or self.pool.num_kv_blocks >= wanted:
+            if self.layer_state.is_between or self.pool.num_kv_blocks >= wanted:
                 self._retry.reset()
             elif may_start and not self.replies.copies and self._retry.is_due(now_s):
-                self._now_s = now_s
-                end = BatchEnd("committed")
-                self._batch = SwapBatch(state.current, "degrade", (), (), (), wanted, wanted, self.revision, end=end)
+                self._now_s, end = now_s, BatchEnd("committed")
+                self._batch = SwapBatch(level, "degrade", (), (), (), wanted, wanted, self.revision, end=end)
                 self._send_regrow(self._batch)
         return self.phase is Phase.IDLE or self.advance(now_s, wanted=True) is not None
 
@@ -382,11 +369,8 @@ class SwapRunner:
             raise RanksUnknown(f"a rank has {mapped} KV blocks mapped, but {published} are published")
         if mapped < num_kv_blocks and not again:
             self.short_grows += 1
-            logger.warning(
-                "morph: ranks mapped %d KV blocks of the %d asked for; asked for again now and then",
-                mapped,
-                num_kv_blocks,
-            )
+            text = "morph: ranks mapped %d KV blocks of the %d asked for, and are asked again now and then"
+            logger.warning(text, mapped, num_kv_blocks)
         self.pool.grow(min(mapped, num_kv_blocks))
 
     def _answered(self, batch: SwapBatch) -> tuple[Reply, ...] | None:

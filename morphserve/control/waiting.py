@@ -1,15 +1,22 @@
-"""The waiting queue in a few figures: what a policy predicts from, whatever the queue's length."""
+"""The waiting queue, and the limits of who runs, in a few figures: what a policy predicts from, whatever the length.
+
+Clients choose the limits, so limits are told apart by octaves only: how many figures there are is not theirs to choose,
+and nobody is judged by a limit that is twice as strict as his own.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from itertools import pairwise
+from math import frexp
 
-from policies import Cohort
+from policies import Cohort, OwnLimit
 
 _SPAN_S = 0.1  # requests that came within it count as one
-_MAX_COHORTS = 24
+_MAX_COHORTS = 24  # but for limits of other octaves: with all of them there are 32
+_TTFT_OCTAVES = range(-7, 8)  # from 8 ms to 256 s: what is stricter, or looser, counts as that
+_TPOT_OCTAVES = range(-11, 4)  # from 0.5 ms to 16 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +25,6 @@ class RequestLimits:
 
     ttft_s: float | None = None
     tpot_s: float | None = None
-
-    def stricter(self, other: RequestLimits) -> RequestLimits:
-        """Return the lower of each; a limit of one's own before none."""
-        return RequestLimits(_lower(self.ttft_s, other.ttft_s), _lower(self.tpot_s, other.tpot_s))
 
 
 NO_LIMITS = RequestLimits()
@@ -38,19 +41,70 @@ class WaitingRequest:
     has_token: bool = False  # it was preempted after its first token
 
 
+def _within(octaves: range, limit_s: float) -> float:
+    return min(max(limit_s, 2.0 ** octaves[0]), 2.0 ** (octaves[-1] + 1))
+
+
+def _octave(octaves: range, limit_s: float) -> int:
+    return min(frexp(limit_s)[1] - 1, octaves[-1])
+
+
+class LimitBook:
+    """The limits of running requests, as one figure an octave. Constant cost per event."""
+
+    def __init__(self) -> None:
+        self._limits: dict[str, float] = {}  # request id |-> its limit
+        self._counts = [0] * len(_TPOT_OCTAVES)
+        self._sums_s = [0.0] * len(_TPOT_OCTAVES)
+        self._frozen: tuple[OwnLimit, ...] | None = ()
+
+    def add(self, request_id: str, limit_s: float) -> None:
+        """Add a request that runs."""
+        self.remove(request_id)
+        limit_s = _within(_TPOT_OCTAVES, limit_s)
+        self._limits[request_id] = limit_s
+        self._count(limit_s, 1)
+
+    def remove(self, request_id: str) -> None:
+        """Drop a request that runs no longer. Unknown ids are ignored."""
+        limit_s = self._limits.pop(request_id, None)
+        if limit_s is not None:
+            self._count(limit_s, -1)
+
+    def limits(self) -> tuple[OwnLimit, ...]:
+        """Return the limits, strictest first."""
+        if self._frozen is None:
+            figures = zip(self._sums_s, self._counts, strict=True)
+            self._frozen = tuple(OwnLimit(total_s / count, count) for total_s, count in figures if count)
+        return self._frozen
+
+    def _count(self, limit_s: float, number: int) -> None:
+        at = _octave(_TPOT_OCTAVES, limit_s) - _TPOT_OCTAVES[0]
+        self._counts[at] += number
+        # Empty is 0, so that no rounding outlives the requests that it came from.
+        self._sums_s[at] = self._sums_s[at] + number * limit_s if self._counts[at] else 0.0
+        self._frozen = None
+
+
 @dataclass(slots=True, eq=False)
 class _Group:
     """A cohort that still changes."""
 
     priority: int
     has_token: bool
-    limits: RequestLimits
+    octave: int | None  # of the limit that it waits against, None without one
     came_s: float  # arrival of its first request ever: its place in the queue
     first_s: float  # of those that are still there
     last_s: float
     num_requests: int = 0
     num_tokens: int = 0
+    limits_s: float = 0.0  # their sum
     into: _Group | None = None  # the neighbour it was merged into
+
+    @property
+    def kind(self) -> tuple[bool, int | None]:
+        """The kind of requests that are judged alike."""
+        return (self.has_token, self.octave)
 
     @property
     def place(self) -> tuple[int, bool, float]:
@@ -66,27 +120,24 @@ class _Group:
         return group
 
     def alike(self, other: _Group) -> bool:
-        return (self.priority, self.has_token, self.limits) == (other.priority, other.has_token, other.limits)
+        return (self.priority, self.kind) == (other.priority, other.kind)
 
     def frozen(self) -> Cohort:
-        return Cohort(
-            self.num_requests,
-            self.num_tokens,
-            self.first_s,
-            self.last_s,
-            self.limits.ttft_s,
-            self.limits.tpot_s,
-            self.has_token,
-        )
+        limit_s = None if self.octave is None else self.limits_s / self.num_requests
+        ttft_s, tpot_s = (None, limit_s) if self.has_token else (limit_s, None)
+        return Cohort(self.num_requests, self.num_tokens, self.first_s, self.last_s, ttft_s, tpot_s, self.has_token)
 
 
 class WaitingBook:
-    """The requests that wait, as at most `_MAX_COHORTS` cohorts in the order of service. Constant cost per event."""
+    """The requests that wait, as a few cohorts in the order of service. Constant cost per event.
+
+    Where there are more than `_MAX_COHORTS`, those of a kind join, also of other priorities; kinds never do.
+    """
 
     def __init__(self) -> None:
         self._groups: list[_Group] = []  # ordered by _place
-        # Request id |-> the group it came into, its tokens, its arrival.
-        self._members: dict[str, tuple[_Group, int, float]] = {}
+        # Request id |-> the group it came into, its tokens, its arrival, its limit.
+        self._members: dict[str, tuple[_Group, int, float, float]] = {}
         self._frozen: tuple[Cohort, ...] | None = ()
 
     def __len__(self) -> int:
@@ -96,13 +147,15 @@ class WaitingBook:
         """Add a request that begins to wait."""
         self.remove(request.request_id)
         self._frozen = None
-        new = _Group(request.priority, request.has_token, request.limits, arrival_s, arrival_s, arrival_s)
+        limit_s, octave = _waits_against(request)
+        new = _Group(request.priority, request.has_token, octave, arrival_s, arrival_s, arrival_s)
         group = self._home(new)
         group.num_requests += 1
         group.num_tokens += request.num_tokens
+        group.limits_s += limit_s
         group.first_s = min(group.first_s, arrival_s)
         group.last_s = max(group.last_s, arrival_s)
-        self._members[request.request_id] = (group, request.num_tokens, arrival_s)
+        self._members[request.request_id] = (group, request.num_tokens, arrival_s, limit_s)
 
     def serve(self, request_id: str) -> None:
         """Drop a request that was scheduled, as were those of its cohort that came before. Unknown ids are ignored."""
@@ -122,6 +175,7 @@ class WaitingBook:
         group = member[0].root
         group.num_requests -= 1
         group.num_tokens -= member[1]
+        group.limits_s -= member[3]
         if group.num_requests == 0:
             self._groups.remove(group)
 
@@ -147,28 +201,39 @@ class WaitingBook:
         return new.root
 
     def _merge_closest(self) -> None:
-        """Join the two groups that differ least: alike, if there are such, and else neighbours."""
-        groups = self._groups
-        pairs = []
-        for i, a in enumerate(groups):
-            j = next((j for j in range(i + 1, len(groups)) if a.alike(groups[j])), None)
-            if j is not None:
-                pairs.append((groups[j].last_s - a.first_s, i, j))
-        _, i, j = min(pairs or [(b.last_s - a.first_s, i, i + 1) for i, (a, b) in enumerate(pairwise(groups))])
-        kept, gone = groups[i], groups.pop(j)
-        if not kept.alike(gone):  # more classes of requests than cohorts: the stricter limits count for both
-            kept.limits = kept.limits.stricter(gone.limits)
-            kept.has_token = kept.has_token and gone.has_token
+        """Join the two groups that differ least, of those that are alike; else of a kind, whatever their priorities."""
+        pair = self._closest(lambda group: (group.priority, *group.kind)) or self._closest(lambda group: group.kind)
+        if pair is None:  # every kind once: there cannot be more
+            return
+        kept, gone = pair
+        self._groups.remove(gone)
         kept.num_requests += gone.num_requests
         kept.num_tokens += gone.num_tokens
+        kept.limits_s += gone.limits_s
         kept.last_s = max(kept.last_s, gone.last_s)
         gone.into = kept
+
+    def _closest(self, key: Callable[[_Group], Hashable]) -> tuple[_Group, _Group] | None:
+        """Return the two groups with the same key that span the least time, the earlier one first."""
+        before: dict[Hashable, _Group] = {}
+        best: tuple[float, _Group, _Group] | None = None
+        for group in self._groups:
+            last = before.get(key(group))
+            before[key(group)] = group
+            if last is not None and (best is None or group.last_s - last.first_s < best[0]):
+                best = (group.last_s - last.first_s, last, group)
+        return None if best is None else best[1:]
+
+
+def _waits_against(request: WaitingRequest) -> tuple[float, int | None]:
+    """Return the limit that a request waits against, of its own, and its octave; 0 and None if it has none."""
+    octaves = _TPOT_OCTAVES if request.has_token else _TTFT_OCTAVES
+    asked_s = request.limits.tpot_s if request.has_token else request.limits.ttft_s
+    if asked_s is None:
+        return 0.0, None
+    limit_s = _within(octaves, asked_s)
+    return limit_s, _octave(octaves, limit_s)
 
 
 def _place(group: _Group) -> tuple[int, bool, float]:
     return group.place
-
-
-def _lower(a: float | None, b: float | None) -> float | None:
-    known = [limit for limit in (a, b) if limit is not None]
-    return min(known, default=None)

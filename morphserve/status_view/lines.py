@@ -108,6 +108,25 @@ def _policy(s: Status) -> Line:
     return Line("Policy", text, f"from {policy['source']}{times}")
 
 
+def _order(s: Status) -> Line | None:
+    order = s["orders"]["order"] if "orders" in s else None  # an older server has none
+    if order is None:
+        return None
+    what = f"{order['kind']} level {order['level']}" if order["kind"] in ("pin", "max") else order["kind"]
+    left = "until `morphserve resume`" if order["left_s"] is None else f"for {order['left_s']:.0f} s more"
+    return Line("Order", f"{what}, {left}", order.get("cause", ""), "warn")
+
+
+def _prepare(s: Status) -> Line | None:
+    prepare = s.get("prepare")
+    if prepare is None:
+        return None
+    wait = prepare["begins_in_s"]
+    more = prepare["part"] or ("" if wait is None else f"in {duration(wait)} without a request")
+    tone: Tone = "warn" if prepare["state"] in ("failed", "off") else ""
+    return Line("Prepare", ", ".join(part for part in (prepare["state"], more) if part), prepare["note"], tone)
+
+
 def _refusing(s: Status) -> Line | None:
     limit = s["max_queued_tokens"]
     return None if limit is None else Line("Door", f"refuses requests beyond {limit:,} queued tokens", tone="bad")
@@ -131,6 +150,8 @@ LINES: tuple[tuple[str, Callable[[Status], Line | None]], ...] = (
     ("Pauses", _pauses),
     ("Transitions", _transitions),
     ("Policy", _policy),
+    ("Order", _order),
+    ("Prepare", _prepare),
     ("Door", _refusing),
     ("Errors", _errors),
 )

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from policies.config import SloConfig, ThresholdConfig
 from policies.dwell import Dwell
+from policies.promise import promise_of
 from policies.slo.correction import Correction
 from policies.slo.forecast import ArrivalForecast
 from policies.slo.level_times import CalibratedTimes, LearnedTimes, LevelTimes
@@ -59,6 +60,7 @@ class SloPolicy:
         """
         self.targets = fill_in(config, ladder)
         self._config = config
+        self._promise = promise_of(config)
         self._ladder = ladder[: self.targets.max_level + 1]
         self._times: LevelTimes = (
             LearnedTimes(ladder) if times is None else CalibratedTimes(times.of_ladder(ladder), times.move)
@@ -94,6 +96,11 @@ class SloPolicy:
         if self.distrusts:
             return "distrusted"
         return "calibrated" if isinstance(self._times, CalibratedTimes) else "learned"
+
+    @property
+    def max_level(self) -> int:
+        """The deepest level that it may take now; 0 once the quality budget is spent."""
+        return 0 if self.budget.exhausted else self.targets.max_level
 
     def take_over(self, last: SloPolicy) -> None:
         """Go on with the step times that another policy has learned, if both learn them."""
@@ -137,8 +144,8 @@ class SloPolicy:
         if self._is_calm(s, load, heading):
             self._max_queued_tokens = None
             return self._stay(heading, "nothing to do")
-        levels = range(len(self._ladder))
-        predictions = [self._predictor.predict(level, load, self._delay_s(s, level)) for level in levels]
+        ways = [(level, self._delay_s(s, level)) for level in range(len(self._ladder))]
+        predictions = self._predictor.compare(ways, load)
         here = predictions[heading]
         best = self._cheapest(predictions, load)
         self._shed(predictions, load)
@@ -249,9 +256,11 @@ class SloPolicy:
         """Return the shallowest level that would do with air, and has throughout the dwell."""
         load = self._load(s, _SAFETY)
         now = s.now_s
-        chosen, here = heading, self._predictor.predict(heading, load, 0.0)
+        ways = [*((level, self._delay_s(s, level)) for level in range(heading)), (heading, 0.0)]
+        predictions = self._predictor.compare(ways, load)
+        chosen, here = heading, predictions[heading]
         for level in reversed(range(heading)):
-            prediction = self._predictor.predict(level, load, self._delay_s(s, level))
+            prediction = predictions[level]
             holds = s.used_kv_blocks <= _FILL_AFTER_RESTORE * self._usable[level]
             late = not self._keeps_promise(prediction)
             # Deeper is not always faster: in an overload all are late, and a level that computes faster is less.
@@ -281,6 +290,7 @@ class SloPolicy:
             self.correction.sigma * safety,
             self.correction.step_sigma * safety + 0.02,
             self.correction.factor * safety,
+            self._promise,
         )
 
     def _delay_s(self, s: Signals, level: int) -> float:

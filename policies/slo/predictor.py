@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import erfc, log, sqrt
+from functools import partial
 
+from policies.promise import Promise
+from policies.slo.lateness import Late, Moment, Tally, chance_late, kept_by_any, parts_of
 from policies.slo.level_times import LevelTimes
 from policies.types import Cohort, EngineLimits, Signals
 
@@ -18,7 +20,6 @@ _UNKNOWN_OUTPUT_TOKENS = 128.0  # until a request has ended
 _PRIOR_REQUESTS = 4.0  # of mean size, that the running ones are weighed against
 _FORECAST_POINTS = 4
 _LOST_WEIGHT = 0.2
-_SQRT2 = sqrt(2.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,57 @@ class Load:
     sigma: float  # relative error of a wait
     step_sigma: float  # of a step
     factor: float  # measured over predicted step time
+    promise: Promise = Promise()  # what requests may have of their own
+
+    @property
+    def moment(self) -> Moment:
+        """What decides who is lost already."""
+        s = self.signals
+        return Moment(s.now_s, s.step_s, s.tpot_s, self.typical.output_tokens, self.ttft_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Queue:
+    """How long one level keeps whom waiting."""
+
+    delay_s: float  # until it is reached
+    room: float  # requests that fit now
+    release: float  # that end per second
+    prefill_s: float  # a token
+    step_s: float
+    tpot_s: float
+    sigma: float
+
+    def wait_s(self, ahead: float, tokens_ahead: float) -> float:
+        """Return the seconds until the first token of who has so many requests and tokens before it."""
+        queue_s = 0.0 if ahead < self.room else (ahead - self.room + 1.0) / self.release
+        return self.delay_s + max(queue_s, 0.0) + tokens_ahead * self.prefill_s + self.step_s
+
+    def late(self, cohort: Cohort, place: tuple[float, float], at: Moment, limit_s: float) -> Late:
+        """Judge a cohort that has so many requests and tokens before it by a limit."""
+        violations = requests = 0.0
+        ahead, tokens = place
+        for part in parts_of(cohort, limit_s, self.tpot_s, at):
+            wait = self.wait_s(ahead + (part.num_requests - 1) / 2, tokens + part.num_tokens / 2)
+            ahead, tokens = ahead + part.num_requests, tokens + part.num_tokens
+            weight = part.num_requests * (_LOST_WEIGHT if part.is_lost else 1.0)
+            violations += weight * chance_late(wait, part.left_s, self.sigma)
+            requests += weight
+        return Late(violations, requests)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outlook:
+    """A level's prediction, but for whose own promise counts."""
+
+    tally: Tally
+    binds: bool
+    last_wait_s: float
+    tpot_s: float
+
+    def settled(self, is_kept: Sequence[bool]) -> Prediction:
+        late = self.tally.total(is_kept)
+        return Prediction(late.violations, late.requests, self.binds, self.last_wait_s, self.tpot_s)
 
 
 class Predictor:
@@ -87,6 +139,16 @@ class Predictor:
 
     def predict(self, level: int, load: Load, delay_s: float) -> Prediction:
         """Predict `level`, reached in `delay_s`."""
+        return self.compare([(level, delay_s)], load)[0]
+
+    def compare(self, ways: Sequence[tuple[int, float]], load: Load) -> list[Prediction]:
+        """Predict levels, each reached in so many seconds; a request's own promise that none of them keeps counts for
+        none."""
+        outlooks = [self._outlook(level, load, delay_s) for level, delay_s in ways]
+        is_kept = kept_by_any([outlook.tally for outlook in outlooks])
+        return [outlook.settled(is_kept) for outlook in outlooks]
+
+    def _outlook(self, level: int, load: Load, delay_s: float) -> _Outlook:
         s, typical, time = load.signals, load.typical, self._times[level]
         usable = self._usable[level]
         seats = self._seats(usable, typical)
@@ -98,27 +160,27 @@ class Predictor:
         tpot_s = self.tpot_s(level, load, max(crowd, 1.0))
         prefill_s = time.per_prefill_token_s * load.factor
         step_s = time.seconds(max(s.num_running, 1), 0, s.num_running * typical.mean_context) * load.factor
+        queue = _Queue(delay_s, room, release, prefill_s, step_s, tpot_s, load.sigma)
+        tally = Tally()
+        ahead, tokens = self._waiting(queue, load, tally)
+        coming = self._forecast(level, load, room - ahead, release, delay_s)
+        tally.add(coming)
+        squeezed = self._running(load, seats, release, tpot_s, tally)
+        binds = squeezed or ahead > room or (coming.requests > 0 and self._overflows(load, room - ahead, release))
+        return _Outlook(tally, binds, queue.wait_s(max(ahead - 1, 0.0), tokens), tpot_s)
 
-        def wait_s(ahead: float, tokens_ahead: float) -> float:
-            """Return the seconds until the first token of who has so many requests and tokens before it."""
-            queue_s = 0.0 if ahead < room else (ahead - room + 1.0) / release
-            return delay_s + max(queue_s, 0.0) + tokens_ahead * prefill_s + step_s
-
-        violations = requests = ahead = tokens = 0.0
-        for cohort in s.waiting:
-            for part in _parts(cohort, load, tpot_s):
-                wait = wait_s(ahead + (part.num_requests - 1) / 2, tokens + part.num_tokens / 2)
-                ahead, tokens = ahead + part.num_requests, tokens + part.num_tokens
-                weight = part.num_requests * (_LOST_WEIGHT if part.is_lost else 1.0)
-                violations += weight * _late(wait, part.left_s, load.sigma)
-                requests += weight
-        last_wait_s = wait_s(max(ahead - 1, 0.0), tokens)
-        more, number = self._forecast(level, load, room - ahead, release, delay_s)
-        violations += more
-        requests += number
-        running, squeezed = self._running(load, seats, release, tpot_s)
-        binds = squeezed or ahead > room or (number > 0 and self._overflows(load, room - ahead, release))
-        return Prediction(violations + running, requests + s.num_running, binds, last_wait_s, tpot_s)
+    def _waiting(self, queue: _Queue, load: Load, tally: Tally) -> tuple[float, float]:
+        """Judge who waits; return how many requests and tokens that are."""
+        ahead = tokens = 0.0
+        promise, at = load.promise, load.moment
+        for cohort in load.signals.waiting:
+            by = partial(queue.late, cohort, (ahead, tokens), at)
+            if cohort.has_token:
+                tally.judge(promise.own_tpot_s(cohort.tpot_s), load.tpot_s, by)
+            else:
+                tally.judge(promise.own_ttft_s(cohort.ttft_s), load.ttft_s, by)
+            ahead, tokens = ahead + cohort.num_requests, tokens + cohort.num_tokens
+        return ahead, tokens
 
     def _seats(self, usable_blocks: int, typical: Typical) -> float:
         """Return how many sequences the KV cache, and the engine's own limit, let run side by side."""
@@ -149,11 +211,11 @@ class Predictor:
             return float(self._limits.max_num_seqs)
         return rate * typical.output_tokens * time.base_s / (1.0 - share)
 
-    def _forecast(self, level: int, load: Load, room: float, release: float, delay_s: float) -> tuple[float, float]:
+    def _forecast(self, level: int, load: Load, room: float, release: float, delay_s: float) -> Late:
         """Return expected violations among those that come within the horizon, and how many come."""
         number = load.arrival_rate * load.horizon_s
         if number <= 0:
-            return 0.0, 0.0
+            return Late(0.0, 0.0)
         each, late = number / _FORECAST_POINTS, 0.0
         prefill_s = load.typical.prompt_tokens * self._times[level].per_prefill_token_s * load.factor
         for point in range(_FORECAST_POINTS):
@@ -162,71 +224,31 @@ class Predictor:
             wait = max(delay_s - at_s, 0.0) + prefill_s
             if queue > 0:
                 wait += queue / release
-            late += each * _late(wait, load.ttft_s, load.sigma)
-        return late, number
+            late += each * chance_late(wait, load.ttft_s, load.sigma)
+        return Late(late, number)
 
     def _overflows(self, load: Load, room: float, release: float) -> bool:
         """Return whether the KV cache is full before the horizon."""
         return (load.arrival_rate - release) * load.horizon_s > room
 
-    def _running(self, load: Load, seats: float, release: float, tpot_s: float) -> tuple[float, bool]:
-        """Return expected violations among those that run, and whether they outgrow the KV cache."""
+    def _running(self, load: Load, seats: float, release: float, tpot_s: float, tally: Tally) -> bool:
+        """Judge those that run, each by its own limit, and return whether they outgrow the KV cache."""
         s = load.signals
         if not s.num_running:
-            return 0.0, False
-        limit = min(load.tpot_s, s.tightest_tpot_s or load.tpot_s)
-        evicted = max(0.0, s.num_running - seats)
+            return False
+        evicted = max(0.0, s.num_running - seats) / s.num_running
         # A preempted request waits until as many have ended, in the middle of its answer.
-        gap_s = evicted / 2 / release / load.typical.output_tokens
-        stay = s.num_running - evicted
-        late = stay * _late(tpot_s, limit, load.step_sigma) + evicted * _late(tpot_s + gap_s, limit, load.sigma)
-        return late, evicted >= 1.0
+        gap_s = evicted * s.num_running / 2 / release / load.typical.output_tokens
 
+        def late(number: float, limit_s: float) -> Late:
+            stays = chance_late(tpot_s, limit_s, load.step_sigma)
+            leaves = chance_late(tpot_s + gap_s, limit_s, load.sigma) if evicted else 0.0
+            return Late(number * ((1 - evicted) * stays + evicted * leaves), number)
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A part of a cohort: those that can still make it, or those that cannot."""
-
-    num_requests: float
-    num_tokens: float
-    left_s: float  # from now to the limit
-    is_lost: bool
-
-
-def _parts(cohort: Cohort, load: Load, tpot_s: float) -> tuple[_Part, ...]:
-    """Split a cohort, which came evenly between its first and its last, at those that are lost already.
-
-    A lost request is no reason for any level to keep its promise, but its answer is still wanted: it counts a little,
-    as one that has just come. Who is lost depends on the engine as it is: a level that would lose more pays for them.
-    """
-    s, output_tokens = load.signals, load.typical.output_tokens
-    count, tokens, now_s, step_s = float(cohort.num_requests), float(cohort.num_tokens), s.now_s, s.step_s
-    if cohort.has_token:  # may spend on waiting what its tokens leave of its time
-        limit_s, waited_s = cohort.tpot_s or load.tpot_s, now_s - cohort.last_arrival_s
-        spare_s = (limit_s - tpot_s) * output_tokens
-        lost = (limit_s - s.tpot_s) * output_tokens - waited_s <= step_s
-        return (_Part(count, tokens, max(spare_s, load.ttft_s) if lost else spare_s - waited_s, lost),)
-    limit_s = cohort.ttft_s or load.ttft_s
-    first, last = cohort.first_arrival_s, cohort.last_arrival_s
-    alive_from = now_s - limit_s + step_s
-    if alive_from <= first:
-        return (_Part(count, tokens, (first + last) / 2 + limit_s - now_s, False),)
-    if alive_from >= last:
-        return (_Part(count, tokens, limit_s, True),)
-    alive = (last - alive_from) / (last - first)
-    return (
-        _Part(count * (1 - alive), tokens * (1 - alive), limit_s, True),
-        _Part(count * alive, tokens * alive, (alive_from + last) / 2 + limit_s - now_s, False),
-    )
-
-
-def _late(predicted: float, limit: float, sigma: float) -> float:
-    """Return the probability that what is predicted to take so long takes longer than `limit` (log-normal error)."""
-    if predicted <= 0:
-        return 0.0
-    if limit <= 0:
-        return 1.0
-    distance = log(predicted) - log(limit)  # not of the ratio: a limit may be as large as a float can be
-    if abs(distance) > 6 * sigma:
-        return 1.0 if distance > 0 else 0.0
-    return 0.5 * erfc(-distance / (max(sigma, 1e-6) * _SQRT2))
+        others = float(s.num_running)
+        for own in s.running_limits:
+            number = min(float(own.num_requests), others)  # a step may have ended some of them
+            others -= number
+            tally.judge(load.promise.own_tpot_s(own.limit_s), load.tpot_s, partial(late, number))
+        tally.add(late(others, load.tpot_s))
+        return evicted * s.num_running >= 1.0

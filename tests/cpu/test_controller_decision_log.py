@@ -56,7 +56,7 @@ def test_changes_and_one_row_a_second(tmp_path: Path) -> None:
     assert found[0]["signals"]["num_kv_blocks"] == 21
     assert before <= found[0]["wall_s"] <= found[3]["wall_s"] <= time.time()
     first, *_, last = read(path)
-    assert (first["event"], first["schema"], first["detail"]) == ("start", 2, "changes")
+    assert (first["event"], first["schema"], first["detail"]) == ("start", 3, "changes")
     assert last == {"event": "end", "seq": 30}
 
 

@@ -108,7 +108,7 @@ def test_reload_is_not_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (lambda lines: lines[1:], "line 1: nothing says what policy was asked: the start is missing"),
         (lambda lines: lines[:1], "no decision in it"),
         (lambda lines: [*lines[:20], b'{"event":"tea"}\n', *lines[20:]], "line 21: no line that this version writes"),
-        (lambda lines: [lines[0].replace(b'"schema":2', b'"schema":9', 1), *lines[1:]], "schema 9"),
+        (lambda lines: [lines[0].replace(b'"schema":3', b'"schema":9', 1), *lines[1:]], "schema 9"),
         (lambda lines: [*lines[:20], b"[20,[99,1]]\n"], "line 21: schema 1"),
         (lambda lines: [*lines[:20], b"\xff\n", *lines[20:]], "line 21: the line is cut or damaged"),
         (lambda lines: [], "no decision in it"),

@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from cpu.log_world import LADDER, SETUPS, SLO, THRESHOLD, load, patient, row, write
@@ -20,6 +20,9 @@ from morphserve.control.replay_log import LINE, read_log, replay
 from policies import (
     Cohort,
     Decision,
+    Order,
+    OrderKind,
+    OwnLimit,
     PolicySetup,
     Signals,
     StepLoad,
@@ -37,9 +40,10 @@ steps = st.builds(StepLoad, st.floats(), st.just(1), st.just(0), st.just(9), st.
 VALUES: dict[object, st.SearchStrategy[Any]] = {
     int: st.integers(),
     float: st.floats() | st.sampled_from([0.0, -0.0, 5e-324, 0.1 + 0.2]),
-    float | None: st.none() | st.floats(),
     tuple[Cohort, ...]: st.lists(cohorts, max_size=3).map(tuple),
+    tuple[OwnLimit, ...]: st.lists(st.builds(OwnLimit, st.floats(), st.integers()), max_size=3).map(tuple),
     StepLoad | None: st.none() | steps,
+    Order | None: st.none() | st.builds(Order, st.sampled_from(get_args(OrderKind)), st.integers(), st.text()),
 }
 any_signals = st.builds(Signals, **{name: VALUES[hint] for name, hint in get_type_hints(Signals).items()})
 decisions = st.builds(Decision, st.integers(), st.text(), st.none() | st.integers(), st.booleans())
@@ -67,6 +71,8 @@ def test_equal_steps_stay_two_and_one_stays_one(tmp_path: Path, monkeypatch: pyt
     base, seen = load(0, 1)[0], []
 
     class Listener:
+        max_level = 0
+
         def decide(self, signals: Signals) -> Decision:
             seen.append(signals.last_step)
             return Decision(0, "")
@@ -107,20 +113,23 @@ def test_other_fields_are_another_schema() -> None:
 
     When this fails: raise `SCHEMA`, and write the new fields here.
     """
-    names = {cls.__name__: " ".join(field.name for field in fields(cls)) for cls in (Signals, Cohort, StepLoad)}
-    assert SCHEMA == 2 and names == {
+    seen = (Signals, Cohort, OwnLimit, StepLoad, Order)
+    names = {cls.__name__: " ".join(field.name for field in fields(cls)) for cls in seen}
+    assert SCHEMA == 3 and names == {
         "Signals": "now_s level target_level num_kv_blocks used_kv_blocks num_waiting num_running oldest_wait_s "
         "preemptions preemption_rate arrival_rate queue_delay_s ttft_s tpot_s step_s blocks_per_request waiting "
-        "last_step prompt_tokens output_tokens num_arrivals tightest_tpot_s",
+        "last_step prompt_tokens output_tokens num_arrivals running_limits order",
         "Cohort": "num_requests num_tokens first_arrival_s last_arrival_s ttft_s tpot_s has_token",
+        "OwnLimit": "limit_s num_requests",
         "StepLoad": "seconds num_seqs prefill_tokens context_tokens level",
+        "Order": "kind level reason",
     }
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"schema": 9}, "schema 9, written by morphserve .*; this version reads schema 2. Replay it with the version"),
+        ({"schema": 9}, "schema 9, written by morphserve .*; this version reads schema 3. Replay it with the version"),
         ({"setup": {"section": {"kind": "oracle"}}}, "oracle"),
         ({"ladder": [{}]}, "ladder.0.layer_formats: Field required"),
         ({"setup": {"section": {"kind": "static"}, "limits": {"blocks": 1}}}, "limits.block_size: Field required"),
@@ -180,7 +189,7 @@ def test_log_of_schema_1_is_refused(detail: str, tmp_path: Path, capsys: pytest.
     problem = json.loads(capsys.readouterr().out.splitlines()[-1])["problems"]
     version = "0.0.9" if detail == "all" else "0.1.0 or earlier"
     assert problem == [
-        f"line 1: schema 1, written by morphserve {version}; this version reads schema 2. Replay it with the version "
+        f"line 1: schema 1, written by morphserve {version}; this version reads schema 3. Replay it with the version "
         "that wrote it."
     ]
     write(path, THRESHOLD, load(1, 20))

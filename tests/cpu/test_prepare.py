@@ -14,7 +14,7 @@ import pytest
 from cpu.prepared_world import PLACE, TIMES, keep_profile, make_model
 
 from morphserve.errors import ProfilingError
-from morphserve.prepared import ProfileKey, Store, weights_fingerprint
+from morphserve.prepared import TAKEN, ProfileKey, Store, take_model, weights_fingerprint
 from morphserve.tools.prepare import main, request, stages
 from quant_layers import QuantError
 
@@ -216,6 +216,16 @@ def test_another_gpu_or_build_of_vllm_is_asked_anew(monkeypatch: pytest.MonkeyPa
         names.add(asked.name)
         assert asked.name in names, "the same each time"
     assert len(names) == 5
+
+
+def test_two_at_once_are_refused(model: Path, machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: a run by hand that mixes its layers into those of an idle server's child."""
+    store = Store(model.parent / "cache", weights_fingerprint(model) or "")
+    store.directory.mkdir(parents=True)
+    with take_model(store.directory):
+        assert prepare(model) == TAKEN
+    assert "another process prepares this model" in capsys.readouterr().err and machine.asked == []
+    assert prepare(model) == 0
 
 
 @pytest.mark.parametrize("what", ["disk", "text", "weights", "cache", "model"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from morphserve.control import Plan
 from morphserve.integration.worker.commands import Commands, Figures, KVUnknown
+from quant_layers import StoreError
 
 pytestmark = pytest.mark.cpu
 
@@ -68,3 +71,15 @@ def test_a_failure_is_an_answer(error: Exception, kv_moved: bool) -> None:
     reply = Commands().answer(0, Plan(1, (), 5), fail, Rank().figures)
     assert (reply.ok, reply.kv_moved, reply.pending) == (False, kv_moved, False)
     assert reply.error == f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("error", [StoreError("PATH is damaged; delete it"), TimeoutError("the disk is away")])
+def test_what_the_controller_says_whole_is_said_once(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    """Guards: a traceback for each attempt at a damaged file, beside the one warning that names it."""
+
+    def fail() -> bool:
+        raise error
+
+    with caplog.at_level(logging.INFO):
+        assert not Commands().answer(0, Plan(1, (), 5), fail, Rank().figures).ok
+    assert not caplog.records

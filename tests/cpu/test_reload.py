@@ -15,6 +15,7 @@ import pytest
 from morphserve.config import load_config, parse_config, step_times_file
 from morphserve.control import DecisionLog, Phase, make_header
 from morphserve.control.reload import PolicyReloader, ReloadWatch
+from morphserve.control.reload.reloader import WATCH_INTERVAL_S
 from morphserve.control.replay_log import replay
 from morphserve.errors import ConfigError
 from morphserve.files import write_whole
@@ -50,12 +51,15 @@ class Desk:
         self.file = directory / "morph.yaml"
         self.taken: list[tuple[PolicySetup, str]] = []
         self._ticks = 0
+        self.pauses: list[float] = []
+        self.writes: list[str] = []  # what an editor writes in the pauses of a reload that is asked for, one each
         self.write(text)
         self.rig = Rig()
         running = load_config(self.file)
         self.reloader = PolicyReloader(
-            self.file, running, setup_of(running), setup_of=setup_of, install=self._install, wall_clock=lambda: 7.0
-        )
+            self.file, running, setup_of(running), setup_of=setup_of, install=self._install, wall_clock=lambda: 7.0,
+            pause=self._pause,
+        )  # fmt: skip
 
     def _install(self, setup: PolicySetup, note: str) -> None:
         try:
@@ -63,6 +67,11 @@ class Desk:
         except ValueError as e:
             raise ConfigError(f"policy: {e}") from e
         self.taken.append((setup, note))
+
+    def _pause(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        if self.writes:
+            self.write(self.writes.pop(0))
 
     def write(self, text: str) -> None:
         """As an editor does, with a time of its own whatever the file system's clock can tell apart."""
@@ -104,7 +113,7 @@ def test_another_kind(tmp_path: Path) -> None:
     desk.look()
     assert desk.taken[0][1].endswith("policy.kind threshold -> static")
     assert desk.reloader.reloads.kind == "static"
-    assert desk.reloader.answer()["policy"] == {"kind": "static", "level": "w8"}
+    assert desk.reloader.answer()["kind"] == "static"
 
 
 def test_other_file_of_the_same_content_changes_nothing(tmp_path: Path) -> None:
@@ -114,8 +123,8 @@ def test_other_file_of_the_same_content_changes_nothing(tmp_path: Path) -> None:
     desk.write("# tuned\n" + START.replace("threshold,", "threshold, mode: default,"))
     desk.look()
     assert desk.taken == [] and desk.reloader.reloads.last_outcome == "unchanged"
-    assert desk.reloader.reload("SIGHUP") | {"policy": 0} == {
-        "ok": True, "outcome": "unchanged", "error": None, "policy": 0,
+    assert desk.reloader.reload("SIGHUP") == {
+        "ok": True, "outcome": "unchanged", "error": None, "kind": "threshold", "changed": None,
     }  # fmt: skip
     assert desk.taken == [] and desk.reloader.reloads.reloads == 0
 
@@ -194,7 +203,7 @@ def test_bad_file_keeps_the_policy(text: str, words: str, tmp_path: Path, caplog
     assert record.levelno == logging.ERROR
     assert re.search(words, record.getMessage(), re.DOTALL), record.getMessage()
     answer = desk.reloader.reload("SIGHUP")
-    assert not answer["ok"] and answer["error"] == reloads.last_error and answer["policy"]["restore_after_s"] == 3.0
+    assert not answer["ok"] and answer["error"] == reloads.last_error and answer["kind"] == "threshold"
     desk.write(START)
     desk.look()
     reloads = desk.reloader.reloads
@@ -207,6 +216,76 @@ def test_asked_for_an_empty_file(tmp_path: Path) -> None:
     desk.write("")
     answer = desk.reloader.reload("SIGHUP")
     assert not answer["ok"] and "is empty" in answer["error"] and desk.taken == []
+    desk.file.unlink()
+    assert "not there" in desk.reloader.reload("SIGHUP")["error"]
+
+
+def test_asked_for_a_file_that_is_being_written(tmp_path: Path) -> None:
+    """Guards: a POST in the middle of an editor's writing serves half a file; one that waits for ever for an end."""
+    desk = Desk(tmp_path)
+    desk.writes = [EDITED[:50], EDITED]
+    desk.write(EDITED.replace("1.5", "9.0"))  # a whole file so far, of another policy
+    answer = desk.reloader.reload("POST")
+    assert answer["ok"] and [note[-10:] for _, note in desk.taken] == ["3.0 -> 1.5"]
+    assert desk.pauses == [WATCH_INTERVAL_S] * 3
+    desk.writes = [EDITED.replace("1.5", f"{i}.0") for i in range(1, 100)]
+    answer = desk.reloader.reload("POST")
+    assert not answer["ok"] and "is being written" in answer["error"] and len(desk.taken) == 1
+
+
+SECRET = "swordfish"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (f"policy: {{kind: {SECRET}}}\n", "wrong or unknown at policy"),
+        (f"policy: {{kind: threshold, degrade_above: {SECRET}}}\n", "wrong or unknown at policy.degrade_above"),
+        (f"policy: {{kind: threshold, {SECRET}: 1}}\n", "wrong or unknown at policy"),
+        (f"variants: {{w8: [{SECRET}]}}\n", "wrong or unknown at variants"),
+        (f"{SECRET}: 1\n", "wrong or unknown at the top"),
+        (f"- {SECRET}\n", "this policy cannot be served"),
+        (f"a: 1\n  {SECRET}: [", "no YAML from line 2 on"),
+        (f"kv: {{max_preemptions: 2}}\npolicy: {{kind: static, level: {SECRET}}}\n", "this policy cannot be served"),
+        (f"cache_dir: /{SECRET}\n{START}", "other than the server started with: cache_dir."),
+    ],
+)
+def test_nothing_of_the_file_is_told(text: str, told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Guards: who may ask for a reload reads the settings' file, or whatever that is a link to, by its errors."""
+    desk = Desk(tmp_path)
+    desk.write(text)
+    answer = desk.reloader.reload("POST")
+    assert answer["error"].startswith(told), answer
+    assert SECRET not in repr(answer) + repr(desk.reloader.reloads)
+    seen = (SECRET, "cache_dir", "top level is list", "not valid YAML, line 2")
+    assert any(words in caplog.text for words in seen), "the operator must see what is wrong"
+
+
+def test_nothing_of_the_file_is_told_of_a_change(tmp_path: Path) -> None:
+    """Guards: a value that was taken, in an answer or on the status page."""
+    desk = Desk(tmp_path)
+    desk.write(EDITED)
+    answer = desk.reloader.reload("POST")
+    assert answer["changed"] == "policy.restore_after_s" == desk.reloader.reloads.note
+    assert "1.5" not in repr(answer) + repr(desk.reloader.reloads)
+    assert desk.taken[0][1] == "POST: policy.restore_after_s 3.0 -> 1.5", "the log and the decision log have it"
+
+
+def test_one_reload_at_a_time(tmp_path: Path) -> None:
+    """Guards: who asks without waiting fills a queue, and the engine parses YAML for minutes."""
+    desk = Desk(tmp_path)
+    going, asked = threading.Event(), threading.Event()
+    desk.reloader.reload = lambda cause, sent: (asked.set(), going.wait(30), {"ok": True})[2]  # type: ignore[method-assign,assignment,misc]
+    watch = ReloadWatch(desk.reloader, interval_s=30)
+    first = watch.ask("POST")
+    assert asked.wait(30)
+    for _ in range(100):
+        second = watch.ask("POST").result(0)
+        assert (second["ok"], second["outcome"]) == (False, "busy")
+    going.set()
+    assert first.result(30) == {"ok": True} and watch._asked.empty()
+    assert watch.ask("POST").result(30) == {"ok": True}
+    watch.close()
 
 
 def test_step_times_of_slo_are_watched(tmp_path: Path) -> None:
@@ -234,6 +313,7 @@ def test_thread_answers_and_ends(tmp_path: Path) -> None:
     watch = ReloadWatch(desk.reloader, interval_s=0.001)
     desk.write(EDITED)
     assert watch.ask("SIGHUP").result(30)["ok"] and len(desk.taken) == 1
+    assert desk.pauses, "two looks a second apart"
     seen = threading.Event()
     original = desk.reloader.look
     desk.reloader.look = lambda: (original(), seen.set())  # type: ignore[method-assign,assignment,func-returns-value]
@@ -308,7 +388,7 @@ def test_a_policy_that_is_sent_is_taken(sent: str) -> None:
     desk = Counter()
     watch = ReloadWatch(desk.reloader)
     answer = watch.ask("POST", sent).result(30)
-    assert answer == {"ok": True, "outcome": "ok", "error": None, "policy": {"kind": "static", "level": "8bit"}}
+    assert answer == {"ok": True, "outcome": "ok", "error": None, "kind": "static", "changed": "policy.kind"}
     assert watch.ask("POST", sent).result(30)["outcome"] == "unchanged" and len(desk.taken) == 1
     watch.close()
     for thread in threading.enumerate():
@@ -342,7 +422,7 @@ def test_a_bad_policy_that_is_sent_changes_nothing(sent: str, words: str) -> Non
     answer = desk.reloader.reload("POST", sent)
     assert not answer["ok"] and answer["outcome"] == "refused" and desk.taken == []
     assert re.search(words, answer["error"]) and "\n" not in answer["error"], answer["error"][:600]
-    assert len(answer["error"]) < 700 and answer["policy"]["kind"] == "slo"
+    assert len(answer["error"]) < 700 and answer["kind"] == "slo"
     assert desk.reloader.reloads.refused == 1
 
 
@@ -350,7 +430,7 @@ def test_a_file_is_not_overruled(tmp_path: Path) -> None:
     """Guards: a policy from two places, of which the next look at the file would undo one."""
     desk = Desk(tmp_path)
     answer = desk.reloader.reload("POST", "policy: {kind: static}")
-    assert not answer["ok"] and f"the settings are in {desk.file}" in answer["error"] and desk.taken == []
+    assert not answer["ok"] and "the settings are in a file: edit it" in answer["error"] and desk.taken == []
 
 
 # ---- the controller

@@ -11,7 +11,7 @@ from cpu.test_slo_parts import LIMITS, QUIET
 from pydantic import ValidationError
 
 from morphserve.tools.sim.morphing import plan_ladder
-from policies import Cohort, Decision, Signals, SloConfig, SloPolicy
+from policies import Cohort, Decision, OwnLimit, Signals, SloConfig, SloPolicy
 
 LADDER = plan_ladder(config(), SERVER, CALIBRATION, None)
 
@@ -54,7 +54,7 @@ def test_a_crowd_is_what_the_other_tests_take_it_for() -> None:
 def test_a_limit_as_large_as_a_number_can_be_is_one() -> None:
     """Guards: one request with a limit of 1e308 s that ends morphing until a restart."""
     waiting = (Cohort(1, 90, 99.0, 99.0, 1e308, 1e308, True), Cohort(1, 90, 99.0, 99.0, 1e308, 1e308))
-    decision = made().decide(replace(crowded(), waiting=waiting, num_waiting=2, tightest_tpot_s=1e308))
+    decision = made().decide(replace(crowded(), waiting=waiting, num_waiting=2, running_limits=(OwnLimit(1e308, 1),)))
     assert 0 <= decision.level < len(LADDER)
 
 

@@ -97,6 +97,19 @@ def test_quality_that_nobody_measured_is_not_0() -> None:
     assert {row.kl for row in calm.levels[1:]} - {"0"} and calm.levels[0].kl == "0"
 
 
+def test_what_a_server_does_with_spare_time_is_told() -> None:
+    """Guards: a child that an operator finds in `ps` alone; a line for servers that were not asked to prepare."""
+    idle = {"state": "idle", "part": "", "note": "", "begins_in_s": 120.0}
+    assert line("Prepare", prepare=idle) == Line("Prepare", "idle, in 2 min without a request")
+    running = {**idle, "state": "running", "part": "input scales: 3 of 30", "begins_in_s": None}
+    assert line("Prepare", prepare=running) == Line("Prepare", "running, input scales: 3 of 30")
+    failed = line("Prepare", prepare={**idle, "state": "failed", "note": "no room."})
+    assert failed.note == "no room." and failed.tone == "warn"
+    assert line("Prepare", prepare={**running, "state": "done", "part": ""}).text == "done"
+    for other in ({}, {"prepare": None}):
+        assert "Prepare" not in [each.label for each in panel(**other).lines]
+
+
 def test_trouble_is_told_in_its_tone() -> None:
     """Guards: a server that gave up, refuses requests or has refused an edited file looks like any other."""
     assert line("Errors", failed=True, errors={"policy": 1}).tone == "bad"

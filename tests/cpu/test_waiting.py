@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from morphserve.control.waiting import NO_LIMITS, RequestLimits, WaitingBook, WaitingRequest
+from morphserve.control.waiting import NO_LIMITS, LimitBook, RequestLimits, WaitingBook, WaitingRequest
 
 EVENTS = st.lists(
     st.tuples(
@@ -90,3 +92,63 @@ def test_a_long_queue_is_few_cohorts(count: int) -> None:
     cohorts = book.cohorts()
     assert len(cohorts) <= 24 and sum(c.num_requests for c in cohorts) == count
     assert list(cohorts) == sorted(cohorts, key=lambda c: c.first_arrival_s)
+
+
+LIMITS_S = st.none() | st.floats(min_value=5e-324, max_value=1.7e308)
+
+
+@given(st.lists(st.tuples(LIMITS_S, LIMITS_S, st.booleans(), st.integers(-1000, 1000)), min_size=1, max_size=300))
+def test_nobody_is_judged_by_a_neighbours_limit(asked: list[tuple[float | None, float | None, bool, int]]) -> None:
+    """Guards: a full table in which requests without a limit, or with a loose one, get that of a stricter neighbour."""
+    book = WaitingBook()
+    for number, (ttft_s, tpot_s, has_token, priority) in enumerate(asked):
+        request = WaitingRequest(str(number), 3, RequestLimits(ttft_s, tpot_s), priority, has_token)
+        book.add(request, number * 0.5)
+    cohorts = book.cohorts()
+    assert len(cohorts) <= 32
+    for has_token, name, least, most in ((False, "ttft_s", 2**-7, 2**8), (True, "tpot_s", 2**-11, 2**4)):
+        own = [limits[has_token] for limits in asked if limits[2] == has_token]
+        judged = [(getattr(c, name), c.num_requests) for c in cohorts if c.has_token == has_token]
+        assert sum(n for limit, n in judged if limit is None) == own.count(None)
+        by_limit = sorted(limit for limit, n in judged if limit is not None for _ in range(n))
+        for limit, mine in zip(by_limit, sorted(limit for limit in own if limit is not None), strict=True):
+            mine = min(max(mine, least), most)
+            assert mine / 2 < limit <= mine * 2, (limit, mine)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.none() | st.floats(1e-12, 1e12)), max_size=200))
+def test_running_limits_add_up(events: list[tuple[int, float | None]]) -> None:
+    """Guards: a request that has ended and is still judged, or one that is judged by another's limit."""
+    book, running = LimitBook(), dict[str, float]()
+    for number, limit_s in events:
+        if limit_s is None:
+            book.remove(str(number))
+            running.pop(str(number), None)
+        else:
+            book.add(str(number), limit_s)
+            running[str(number)] = min(max(limit_s, 2.0**-11), 2.0**4)
+        found = [own.limit_s for own in book.limits() for _ in range(own.num_requests)]
+        assert len(book.limits()) <= 15 and len(found) == len(running)
+        for judged, mine in zip(found, sorted(running.values()), strict=True):
+            assert mine / 2 < judged < mine * 2.000001
+
+
+def test_limits_of_requests_cost_the_same_however_many_run() -> None:
+    """Guards: the strictest limit looked for anew among all that run, at each start and each end."""
+    class Limits(dict[str, float]):
+        """Tells when somebody walks through it."""
+
+        def __iter__(self) -> Iterator[str]:
+            raise AssertionError("walks")
+
+        values = items = keys = __iter__  # type: ignore[assignment]
+
+    book = LimitBook()
+    book._limits = Limits()
+    for number in range(1000):
+        book.add(str(number), 0.05 + number * 1e-5)
+        book.limits()
+    for number in range(1000):
+        book.remove(str(number))
+        book.limits()
+    assert book.limits() == ()

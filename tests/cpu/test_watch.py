@@ -81,7 +81,8 @@ def test_status_prints_the_document_or_its_words(capsys: pytest.CaptureFixture[s
     [
         (b'{"detail":"Not Found"}', 404, "serves without MorphServe (HTTP 404)"),
         (b'{"detail":"the engine runs without MorphServe"}', 503, "serves without MorphServe (HTTP 503)"),
-        (b"", 401, "does not show its status to everybody (HTTP 401)"),
+        (b"", 401, "wants a token, or another one (HTTP 401). Name its file by --token-file"),
+        (b"", 403, "does not show its status to everybody (HTTP 403)"),
         (b"oops", 500, "answers with HTTP 500"),
         (b"<html>", 200, "answers, but not with a status"),
         (b"[1, 2]", 200, "answers, but not with a status"),
@@ -283,3 +284,28 @@ def test_fetch_gives_what_was_told() -> None:
     """Guards: a document that changes on its way."""
     with answering(json.dumps(replicas()).encode()) as url:
         assert fetch_status(url) == replicas()
+
+
+@pytest.mark.parametrize("how", ["option", "environment"])
+@pytest.mark.parametrize("main", [status_main, watch_main])
+def test_a_token_is_shown(
+    main: Any, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: a server with a token that no command can look at; a token on a command line, for `ps` to show."""
+    file, asked = tmp_path / "token", []
+    file.write_text("0123456789abcdef\n")
+    file.chmod(0o600)
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.time, "sleep", interrupt)
+    if how == "environment":
+        monkeypatch.setenv("MORPHSERVE_TOKEN_FILE", str(file))
+    options = ["--token-file", str(file)] if how == "option" else []
+    with answering(json.dumps(recorded("calm")).encode(), heard=asked) as url:
+        assert main(["--url", url, *options]) == 0
+        assert asked[0]["Authorization"] == "Bearer 0123456789abcdef"
+        file.chmod(0o644)
+        assert main(["--url", url, *options]) == 1
+    assert "chmod 600" in capsys.readouterr().err and len(asked) == 1

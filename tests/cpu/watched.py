@@ -17,7 +17,8 @@ RECORDED = Path(__file__).parent / "status_documents"
 
 def recorded(name: str) -> dict[str, Any]:
     """`calm`, `moving` (between two levels), `burst`, or `restored`."""
-    return dict(json.loads((RECORDED / f"{name}.json").read_text(encoding="utf-8")))
+    document = dict(json.loads((RECORDED / f"{name}.json").read_text(encoding="utf-8")))
+    return {"orders": {"revision": 1, "order": None}, **document}  # recorded before there were any
 
 
 def replicas() -> dict[str, Any]:
@@ -26,11 +27,13 @@ def replicas() -> dict[str, Any]:
 
 
 @contextmanager
-def answering(body: bytes, code: int = 200) -> Iterator[str]:
-    """The address of a server that gives this answer to everything."""
+def answering(body: bytes, code: int = 200, heard: list[Any] | None = None) -> Iterator[str]:
+    """The address of a server that gives this answer to everything; `heard` gets the headers of each question."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if heard is not None:
+                heard.append(self.headers)
             self.send_response(code)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

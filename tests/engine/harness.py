@@ -51,6 +51,7 @@ class ScriptPolicy:
     """Level by number of the decision: {0: 0, 5: 3} means level 3 from the sixth step on."""
 
     predictions = None
+    max_level = 99
 
     def __init__(self, script: dict[int, int]) -> None:
         self.script = dict(script)

@@ -17,6 +17,9 @@ import yaml
 from engine.test_server import Server, serve
 
 from morphserve.control.replay_log import replay
+from morphserve.tools.admin.drain import main as drain_main
+from morphserve.tools.admin.pin import main as pin_main
+from morphserve.tools.admin.resume import main as resume_main
 
 FULL = {"kind": "static", "level": 0}
 W8 = {"kind": "static", "level": "w8"}
@@ -63,12 +66,18 @@ def edited(
 ) -> Iterator[Edited]:
     """One server for all tests; it begins at level 0 and stays there."""
     directory = tmp_path_factory.mktemp("reload")
+    tokens = {"token_file": directory / "token", "read_token_file": directory / "reader"}
+    for file in tokens.values():
+        file.write_text(f"{file.name}-{'x' * 16}\n")
+        file.chmod(0o600)
     settings = {
         "cache_dir": str(variant_cache), "policy": FULL, "transition": {"max_layers_per_step": 1},
+        "admin": {key: str(file) for key, file in tokens.items()},
         "decision_log": str(directory / "decisions.jsonl"), "decision_log_detail": "all",
     }  # fmt: skip
     with serve(demo_model, directory, settings) as server:
         server.wait_until_healthy()
+        server.token = tokens["token_file"].read_text().strip()
         yield Edited(server, directory, settings, ["static 0"])
 
 
@@ -100,7 +109,7 @@ def test_idle_server_takes_an_edited_policy(edited: Edited) -> None:
     assert "kv.max_preemptions" in server.status()["policy"]["last_error"]
     code, answer = post(server)
     assert code == 422 and not answer["ok"] and "restart" in answer["error"]
-    assert answer["policy"] == W8 and server.status()["level"] == 6
+    assert answer["kind"] == "static" and server.status()["level"] == 6
     os.killpg(server.process.pid, signal.SIGHUP)  # as a closed terminal does, to engine core and workers too
     server.wait_for("the refusal of SIGHUP", lambda: server.status()["policy"]["refused"] == 3)
     server.wait_for("fresh metrics", lambda: server.metrics().get(("policy_reloads_total", "refused")) == 3)
@@ -109,11 +118,56 @@ def test_idle_server_takes_an_edited_policy(edited: Edited) -> None:
 
     edited.edit(policy=FULL)
     code, answer = post(server)
-    assert code == 200 and answer["ok"] and answer["policy"] == FULL
+    assert code == 200 and answer["ok"] and answer["changed"] == "policy.level"
     server.wait_for("level 0 without a request", lambda: server.status()["exposure_level"] == 0)
     page = server.status()
     assert page["policy"]["reloads"] == 2 and page["policy"]["last_error"] is None and not page["failed"]
     edited.policies += ["static w8", "static 0"]
+
+
+def test_only_who_shows_its_token_reloads(edited: Edited) -> None:
+    """Guards: a reload by whoever reaches the port of a real server, through vLLM's own middlewares."""
+    server, token = edited.server, edited.server.token
+    reloads = server.status()["policy"]
+    try:
+        for shown, status in (("", 401), (f"reader-{'x' * 16}", 401), (token[:-1], 401)):
+            server.token = shown
+            assert post(server)[0] == status
+        server.token = f"reader-{'x' * 16}"
+        assert server.status()["policy"] == reloads
+        server.token = ""
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            server.status()
+    finally:
+        server.token = token
+
+
+def test_an_operator_pins_and_drains_a_server(edited: Edited, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: an order that an idle server takes with the next request; a drained server that lets requests in, or
+    whose door stays shut; a server that the policy does not get back."""
+    server = edited.server
+    options = ["--url", f"http://127.0.0.1:{server.port}", "--token-file", str(edited.directory / "token")]
+    body = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 12, "ignore_eos": True}
+    assert server.status()["level"] == 0
+    assert pin_main(["w8", "--for", "600", "--cause", "a test of orders", *options]) == 0
+    server.wait_for("level 6 without a request", lambda: server.status()["level"] == 6)
+    assert json.loads(server.get("/v1/completions", body))["usage"]["completion_tokens"] == 12
+    server.wait_for("fresh metrics", lambda: server.metrics().get(("order", "pin")) == 1)
+    assert server.metrics()["orders_total", "pin"] == 1
+    assert edited.said("order 1: pin level 6, for 600 s (a test of orders)") == 1
+    assert pin_main(["99", "--for", "600", *options]) == 1
+    assert "not on the ladder" in capsys.readouterr().err
+
+    assert drain_main(options) == 0
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        server.get("/v1/completions", body)
+    server.wait_for("level 0 without a request", lambda: server.status()["exposure_level"] == 0)
+    state = json.loads(server.get("/morphserve/admin/state"))
+    assert [engine["drained"] for engine in state["engines"]] == [True]
+    assert resume_main(options) == 0
+    assert json.loads(server.get("/v1/completions", body))["usage"]["completion_tokens"] == 12
+    page = server.status()
+    assert page["orders"]["order"] is None and page["level"] == 0 and not page["failed"] and not page["errors"]
 
 
 def test_policy_is_replaced_in_mid_burst(edited: Edited) -> None:
@@ -139,7 +193,8 @@ def test_policy_is_replaced_in_mid_burst(edited: Edited) -> None:
         server.wait_for("level 0", lambda: server.status()["exposure_level"] == 0)
         page = server.status()
         assert page["policy"]["reloads"] == reloads + burst + 2
-        assert page["policy"]["note"] == f"policy.restore_after_s {(None, 1.0)[burst]} -> {after_s}"
+        assert page["policy"]["note"] == "policy.restore_after_s"
+        assert f"policy.restore_after_s {(None, 1.0)[burst]} -> {after_s}" in server.log.read_text()
         assert not page["failed"] and not page["errors"]
         assert not any(key.endswith("aborted") for key in page["transitions"])
     edited.policies += ["threshold performance"] * 3

@@ -9,10 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from engine.harness import BATCH_TOKENS
 from prometheus_client.parser import text_string_to_metric_families
 
 from morphserve.cpu_tier import best_dtype
+from morphserve.integration.server.receipt_door import HEADER
 from morphserve.status_view import UNTOLD
 
 START_TIMEOUT_S = 300
@@ -47,21 +50,39 @@ class Server:
         # In-process engines of other tests have set this; a server has processes.
         env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        self.token = ""  # that every question shows, if there is one
         self.log = directory / "server.log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
             )
 
-    def get(self, path: str, body: dict[str, Any] | None = None) -> str:
+    def _ask(self, path: str, body: dict[str, Any] | None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data)
         request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        if self.token:
+            request.add_header("Authorization", f"Bearer {self.token}")
+        return urllib.request.urlopen(request, timeout=60)
+
+    def get(self, path: str, body: dict[str, Any] | None = None) -> str:
+        with self._ask(path, body) as answer:
             return str(answer.read().decode())
 
+    def headers(self, path: str, body: dict[str, Any]) -> Message:
+        """Headers of the answer."""
+        with self._ask(path, body) as answer:
+            return answer.headers
+
     def status(self) -> dict[str, Any]:
-        return dict(json.loads(self.get("/morphserve/status")))
+        """The status as it is from now on: that of the first poll that begins after the question."""
+        begin = time.monotonic()
+        while True:
+            page = dict(json.loads(self.get("/morphserve/status")))
+            if page.pop("age_s") <= time.monotonic() - begin:
+                return page
+            with suppress(subprocess.TimeoutExpired):
+                pytest.fail(f"exit code {self.process.wait(0.05)}:\n{self.log.read_text()[-4000:]}")
 
     def metrics(self) -> dict[tuple[str, str], float]:
         """morphserve:* samples by (name, value of the first label beside `engine`)."""
@@ -160,9 +181,26 @@ def test_status_and_metrics_agree(demo_model: Path, variant_cache: Path, tmp_pat
         receipt = asked["kv_transfer_params"]["morphserve"]
         assert receipt["demanded"] == "full" and not receipt["full_precision"]  # the level is 6, and it says so
         assert receipt["output_tokens"] == {"6": 12} and receipt["reused_tokens"] == {}
+        _check_streamed_receipts(server, body)
         assert server.processes()
         assert server.terminate() == 0
         assert server.processes() == []
+
+
+def _check_streamed_receipts(server: Server, body: dict[str, Any]) -> None:
+    """Clients that stream, and those that read headers, get the receipt too; those that ask for none do not."""
+    chat = {k: v for k, v in body.items() if k != "prompt"} | {"messages": [{"role": "user", "content": "Hello"}]}
+    asked = {"stream": True, "vllm_xargs": {"morphserve_receipt": "tokens"}}
+    for path, ask in (("/v1/completions", body), ("/v1/chat/completions", chat)):
+        *_, before, last, done, rest = server.get(path, ask | asked).split("\n\n")
+        assert (done, rest) == ("data: [DONE]", "")
+        chunk, text = (json.loads(line.removeprefix("data: ")) for line in (last, before))
+        assert chunk["id"] == text["id"] and chunk["object"] == text["object"] and chunk["choices"] == []
+        assert chunk["morphserve"]["token_levels"] == [[6, 12]] and not chunk["morphserve"]["full_precision"]
+        assert "morphserve" not in server.get(path, ask | {"stream": True})
+        header = server.headers(path, ask | {"vllm_xargs": {"morphserve_receipt": 1}})[HEADER]
+        assert json.loads(header)["output_tokens"] == {"6": 12}
+        assert HEADER not in server.headers(path, ask)
 
 
 def test_sigterm_in_mid_transition(demo_model: Path, variant_cache: Path, tmp_path: Path) -> None:

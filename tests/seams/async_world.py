@@ -289,6 +289,10 @@ class World:
             self.outputs += outputs.outputs
             for one in outputs.outputs:
                 self.tokens[one.request_id] += one.new_token_ids
+                self.on_output(oldest, one)
+
+    def on_output(self, step: Any, output: Any) -> None:
+        """What a step gave one request; for a test to look at."""
 
     def check(self, output: Any) -> None:
         """No block that some rank has yet to map leaves the scheduler: rule 1."""

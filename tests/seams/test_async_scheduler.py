@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from seams.async_world import NUM_LAYERS, VOCABULARY, World
@@ -105,3 +107,49 @@ def test_decisions_of_an_engine_replay(detail: str, model: Path, tmp_path: Path)
     else:
         assert found.agrees and not found.notes and found.compared >= 250, found
         assert len(found.logged_levels) > 1 and found.policies == ["threshold default"] * 2
+
+
+class CountingWorld(World):
+    """Counts, step by step, what receipts are to say; each request asks for one."""
+
+    def __init__(self, model: Path, **settings: Any) -> None:
+        self.levels: dict[int, int] = {}  # of steps, by the id of their output, which is kept
+        self.kept: list[Any] = []
+        self.lives: dict[str, int] = {}
+        self.computed: dict[str, Counter[str]] = {}
+        self.sampled: dict[str, list[int]] = {}
+        self.num_receipts = 0
+        super().__init__(model, 1, **settings)
+
+    def add(self, request_id: str, prompt: list[int], num_tokens: int, **asked: Any) -> None:
+        super().add(request_id, prompt, num_tokens, morphserve_receipt="tokens", **asked)
+
+    def check(self, output: Any) -> None:
+        super().check(output)
+        level = self.morph.controller.effective_level
+        self.kept.append(output)
+        self.levels[id(output)] = level
+        for name, count in output.num_scheduled_tokens.items():
+            life = self.scheduler.requests[name].num_preemptions
+            if self.lives.get(name) != life:
+                self.lives[name], self.computed[name] = life, Counter()
+            self.computed[name][str(level)] += count
+
+    def on_output(self, step: Any, output: Any) -> None:
+        levels = self.sampled.setdefault(output.request_id, [])
+        levels += [self.levels[id(step)]] * len(output.new_token_ids)
+        if output.finish_reason is not None:
+            receipt = output.kv_transfer_params["morphserve"]
+            told = [level for level, count in receipt["token_levels"] for _ in range(count)]
+            assert told == levels
+            assert receipt["output_tokens"] == {str(n): levels.count(n) for n in sorted(set(levels))}
+            assert receipt["computed_tokens"] == dict(self.computed[output.request_id])
+            self.num_receipts += 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_receipts_count_each_token_at_the_level_of_its_step(model: Path, seed: int) -> None:
+    """Guards: tokens of a step that was under way when the level changed, or of a preempted life, counted elsewhere."""
+    world = CountingWorld(model, kv={"max_preemptions": 2, "migrate_blocks_per_step": 3, "drain_timeout_s": 1e6})
+    drive(world, seed, 200)
+    assert world.num_receipts > 20 and len({*world.levels.values()}) > 2

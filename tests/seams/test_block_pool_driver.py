@@ -215,6 +215,6 @@ def test_planted_faults_are_caught(plant: Callable[[World], None]) -> None:
 
 def test_a_rank_that_maps_less_decides_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against publishing what was asked for, when one rank has mapped less."""
-    monkeypatch.setattr(SwapRunner, "_grow", lambda self, num_kv_blocks, replies: self.pool.grow(num_kv_blocks))
+    monkeypatch.setattr(SwapRunner, "_grow", lambda self, num_kv_blocks, *rest, **more: self.pool.grow(num_kv_blocks))
     with pytest.raises(AssertionError, match="maps"):
         drive(20_000, seed=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 import pytest
 
 from morphserve.config import parse_config
-from morphserve.control import NO_LIMITS, RequestLimits
+from morphserve.control import NO_LIMITS
 from morphserve.integration.engine import hooks
-from morphserve.integration.engine.request_limits import LateCount, promise_of
-from policies import SloConfig, ThresholdConfig
+from morphserve.integration.engine.request_limits import LateCount, limits_of
+from policies import Promise, SloConfig, ThresholdConfig, promise_of
 from tests.fakes import Rig
 
-PROMISE = RequestLimits(ttft_s=2.0, tpot_s=0.1)
+PROMISE = Promise(ttft_s=2.0, tpot_s=0.1)
 
 
 def request(name: str = "a", tokens: int = 11, **own: float) -> Any:
@@ -56,14 +57,36 @@ def test_what_a_request_asked_for_goes_before_the_policys() -> None:
     assert told(count) == (3, 2, 1, 1)
 
 
+def test_what_is_no_time_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Guards: a log that a client fills, a warning for each of its requests; or one as long as what it sent."""
+    monkeypatch.setattr("morphserve.integration.engine.request_limits._warned", set())
+    caplog.set_level(logging.DEBUG, "vllm.morphserve")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    for value in ("soon" * 1000, -1.0, 0, float("nan"), [1]):
+        assert limits_of(request(tpot_s=value)) == NO_LIMITS  # type: ignore[arg-type]
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] + 4 * [logging.DEBUG]
+    assert len(caplog.records[0].getMessage()) < 250
+
+
+def test_a_floor_is_judged_by() -> None:
+    """Guards: requests with an impossible limit counted as late, which the operator does not let them ask for."""
+    deaf = Promise(2.0, 0.1, heeds_requests=False)
+    for promise, late in ((Promise(2.0, 0.1, 0.5, 0.05), 0), (deaf, 0), (PROMISE, 1)):
+        count = LateCount(promise)
+        asked = request(ttft_s=1e-9, tpot_s=1e-9)
+        count.on_first_token(asked, 100.4)
+        count.on_finish(asked, 100.8)
+        assert told(count)[1] == late
+
+
 def test_a_policy_without_limits_judges_nobody() -> None:
     """Guards: a share of late requests from a server that has promised nothing."""
-    assert promise_of(ThresholdConfig(kind="threshold")) == NO_LIMITS
-    assert promise_of(SloConfig(kind="slo", ttft_s=3.0, tpot_s=0.2)) == RequestLimits(3.0, 0.2)
+    assert promise_of(ThresholdConfig(kind="threshold")) == Promise()
+    assert promise_of(SloConfig(kind="slo", ttft_s=3.0, tpot_s=0.2)) == Promise(3.0, 0.2, 0.75, 0.05)
     count = LateCount(promise_of(ThresholdConfig(kind="threshold")))
     count.on_finish(request(), 999.0)
     assert told(count) == (0, 0, 0, 0) and count.as_json(110.0)["num_ended"] == 1
-    count.policy = PROMISE  # another policy while it runs
+    count.promise = PROMISE  # another policy while it runs
     count.on_finish(request(), 999.0)
     assert told(count) == (1, 1, 1, 0)
 
@@ -92,14 +115,14 @@ def morph(monkeypatch: pytest.MonkeyPatch) -> Iterator[hooks.Morph]:
 def test_the_promise_is_that_of_the_policy_that_is_asked(morph: hooks.Morph) -> None:
     """Guards: requests judged by the limits of a policy that is no longer asked, or that was refused; by none from the
     start."""
-    assert morph.traffic.late.policy == RequestLimits(4.0, 0.4)
+    assert morph.traffic.late.promise == Promise(4.0, 0.4, 1.0, 0.1)
     for sent, is_taken, promise in (
-        ("{kind: slo, ttft_s: 3.0, tpot_s: 0.2}", True, RequestLimits(3.0, 0.2)),
-        ("{kind: slo, ttft_s: 9.0, max_level: w3}", False, RequestLimits(3.0, 0.2)),
-        ("{kind: threshold}", True, NO_LIMITS),
+        ("{kind: slo, ttft_s: 3.0, tpot_s: 0.2}", True, Promise(3.0, 0.2, 0.75, 0.05)),
+        ("{kind: slo, ttft_s: 9.0, max_level: w3}", False, Promise(3.0, 0.2, 0.75, 0.05)),
+        ("{kind: threshold}", True, Promise()),
     ):
         answer = morph.reload("POST", f"policy: {sent}").result(30)
-        assert (answer["ok"], morph.traffic.late.policy) == (is_taken, promise), answer["error"]
+        assert (answer["ok"], morph.traffic.late.promise) == (is_taken, promise), answer["error"]
 
 
 def test_an_answer_of_one_token_and_one_that_never_came() -> None:

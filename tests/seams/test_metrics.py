@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +15,11 @@ from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.parser import text_string_to_metric_families
+from seams.asked import LOCAL, client_of, endpoint_of
 from vllm.entrypoints.serve.instrumentator import metrics as vllm_metrics
 from vllm.plugins.endpoint_plugins import interface
 
-from morphserve.integration.server.metrics import MorphServeEndpoint, StatusCollector
+from morphserve.integration.server.metrics import StatusCollector
 from morphserve.integration.server.poll import StatusPoll
 from morphserve.shipped import MONITORING
 
@@ -44,7 +44,10 @@ def status(engine: int, level: int) -> dict[str, Any]:
         "transition_seconds": 0.5 * level,
         "decisions_dropped": 7 * level,
         "errors": {"prepare": level} if level else {},
-        "policy": {"kind": "threshold", "reloads": level, "refused": 2 * level},
+        "policy": {"kind": "threshold", "source": "a", "reloads": level, "refused": 2 * level, "last_error": None},
+        "recent_transitions": [],
+        "orders": {"revision": 1, "order": {"kind": "pin", "level": 1} if level else None},
+        "counters": {"orders": {"pin_taken": level} if level else {}},
         "controller_time": {"edges_s": [0.001], "counts": [3, level], "sum_s": 0.1},
     }
 
@@ -54,7 +57,7 @@ def samples(statuses: list[dict[str, Any]]) -> dict[tuple[str, ...], float]:
         return statuses
 
     poll, registry = StatusPoll(ask), CollectorRegistry()
-    asyncio.run(poll.latest())
+    asyncio.run(poll.look())
     registry.register(StatusCollector(poll))
     return {
         (sample.name, *(f"{k}={v}" for k, v in sorted(sample.labels.items()))): sample.value
@@ -99,21 +102,16 @@ def test_engines_are_told_apart() -> None:
         ("morphserve:predictions", "engine=1", "state=learned")
     ]
     assert len(states) == 8
+    assert [found["morphserve:order", f"engine={engine}", "kind=pin"] for engine in (0, 1)] == [0, 1]
+    assert found["morphserve:order", "engine=1", "kind=drain"] == 0
+    assert found["morphserve:orders_total", "engine=1", "kind=pin", "outcome=taken"] == 3
     assert samples([]) == {}
 
 
 @pytest.mark.parametrize("num_engines", [0, 1, 2])
 def test_status_of_each_engine(num_engines: int) -> None:
-    """Guards: the page of one replica shown for all, an order that changes, or another page for a single engine."""
-
-    async def answer(method: str) -> list[Any]:
-        assert method == "morphserve_status"
-        return [status(i, i) for i in reversed(range(num_engines))] or [None]
-
-    endpoint, app = MorphServeEndpoint(), FastAPI()
-    endpoint.attach_router(app)
-    endpoint._client = SimpleNamespace(engine_core=SimpleNamespace(call_utility_all_async=answer))
-    client = TestClient(app)
+    """Guards: the page of one replica shown for all, or another page for a single engine."""
+    client = client_of(endpoint_of(statuses=[status(i, i) for i in range(num_engines)]))
     page = client.get("/morphserve/status")
     if num_engines == 0:
         assert page.status_code == 503
@@ -123,7 +121,16 @@ def test_status_of_each_engine(num_engines: int) -> None:
     last = num_engines - 1
     assert client.get(f"/morphserve/status?engine={last}").json()["engine"] == last
     assert client.get(f"/morphserve/status?engine={num_engines}").status_code == 404
-    assert len(asyncio.run(endpoint._ask())) == num_engines
+
+
+def test_engines_answer_in_their_order() -> None:
+    """Guards: an order that changes from poll to poll; an engine without the plugin among the others."""
+
+    async def answer(method: str) -> list[Any]:
+        assert method == "morphserve_status"
+        return [{**status(at, at), "max_queued_tokens": None} if at >= 0 else None for at in (1, -1, 0)]
+
+    assert [found["engine"] for found in asyncio.run(endpoint_of(answer).look())] == [0, 1]
 
 
 def test_each_of_several_api_servers_has_all_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,15 +141,11 @@ def test_each_of_several_api_servers_has_all_metrics(tmp_path: Path, monkeypatch
     theirs.write_value(mmap_key("vllm:prompt_tokens", "vllm:prompt_tokens_total", [], [], "of theirs"), 7.0, 0.0)
     theirs.close()
 
-    async def answer(method: str) -> list[Any]:
-        return [status(0, 0), status(1, 3)]
-
-    endpoint, app = MorphServeEndpoint(), FastAPI()
-    endpoint._client = SimpleNamespace(engine_core=SimpleNamespace(call_utility_all_async=answer))
+    endpoint, app = endpoint_of(statuses=[status(0, 0), status(1, 3)]), FastAPI()
     monkeypatch.setattr("vllm.plugins.load_endpoint_plugins", lambda tasks: [endpoint])
     vllm_metrics.attach_router(app)
     interface.attach_endpoint_plugins(app, ("generate",))
-    client = TestClient(app)
+    client = TestClient(app, base_url="http://127.0.0.1", client=LOCAL)
     assert client.get("/morphserve/status").is_success
     for path in ("/metrics", "/metrics?"):
         page = client.get(path)

@@ -11,7 +11,7 @@ import pytest
 from morphserve.control import Health
 from morphserve.errors import EngineLostError
 from morphserve.integration.engine.hooks import Morph
-from morphserve.integration.engine.traffic import Traffic
+from morphserve.integration.engine.traffic import StepInFlight, Traffic
 
 
 class Broken:
@@ -52,11 +52,10 @@ def make_morph(**parts: Any) -> Any:
         "wake_due": False,
         "tokens_by_level": [0],
         "controller": CountingController(),
-        "provenance": SimpleNamespace(forget=lambda request_id: None, set_level=lambda level: None),
+        "provenance": SimpleNamespace(forget=lambda request_id: None, set_level=lambda level: None, sweep=lambda: None),
         "tick_times": SimpleNamespace(add=lambda seconds: None),
         "_in_flight": {},
         "pool": SimpleNamespace(num_used_blocks=0, is_discarding=False),
-        "_level_of_outputs": 0,
         "_heap_used": False,
         "_between_turns": set(),
         **parts,
@@ -76,8 +75,10 @@ REQUEST = SimpleNamespace(request_id="asked", num_tokens=3, num_computed_tokens=
 HOOKS: dict[str, tuple[Any, ...]] = {
     "before_schedule": (),
     "after_schedule": (OUTPUT,),
+    "before_update": (OUTPUT,),
     "after_update": (OUTPUT, MODEL_OUTPUT, {0: SimpleNamespace(outputs=[])}),
     "on_arrival": (REQUEST,),
+    "before_preemption": (REQUEST,),
     "on_preemption": (REQUEST,),
     "on_finish": (REQUEST,),
     "on_turn_end": (REQUEST,),
@@ -88,7 +89,7 @@ HOOKS: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize("hook", HOOKS)
 def test_an_exception_in_a_hook_fails_and_stays_inside(hook: str) -> None:
     """Guards: an exception of ours ends vLLM's engine loop, is lost in silence, or is met again at every step."""
-    morph = make_morph()
+    morph = make_morph(_in_flight={id(OUTPUT): StepInFlight(0)})
     for _ in range(3):
         getattr(morph, hook)(*HOOKS[hook])
     assert morph.health is Health.RESTING

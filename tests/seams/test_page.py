@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path, PurePath
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,10 +21,14 @@ import uvicorn
 from cpu.watched import recorded, replicas
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
-from fastapi.testclient import TestClient
+from seams import asked
+from seams.asked import ADMIN, READ, client_of, endpoint_of
 
+from morphserve.integration.server.access import Access
 from morphserve.integration.server.metrics import MorphServeEndpoint
 from morphserve.integration.server.page import PAGE
+from morphserve.integration.server.poll import StatusPoll
+from morphserve.integration.server.status_api import LastStatuses
 from morphserve.status_view import Bar, Change, LevelRow, Line, Panel, panels
 
 HTML = PAGE.read_text(encoding="utf-8")
@@ -34,17 +37,27 @@ Browse = Callable[..., str]
 Answer = Callable[[], list[Any]]
 
 
-def app_of(answer: Answer) -> FastAPI:
+class LookedAt(LastStatuses):
+    """A poll at each look."""
+
+    def __init__(self, poll: StatusPoll, answer: Answer) -> None:
+        super().__init__(poll)
+        self._answer = answer
+
+    def of(self, engine: int | None) -> list[dict[str, Any]]:
+        self._poll.last = [status for status in self._answer() if status is not None]
+        return super().of(engine)
+
+
+def endpoint_that(answer: Answer, access: Access | None = None) -> MorphServeEndpoint:
     """An API server whose engines answer so."""
+    endpoint = endpoint_of(access=access)
+    endpoint._last = LookedAt(endpoint._poll, answer)
+    return endpoint
 
-    async def call(method: str) -> list[Any]:
-        assert method == "morphserve_status"
-        return answer()
 
-    endpoint, app = MorphServeEndpoint(), FastAPI()
-    endpoint._client = SimpleNamespace(engine_core=SimpleNamespace(call_utility_all_async=call))
-    endpoint.attach_router(app)
-    return app
+def app_of(answer: Answer, access: Access | None = None) -> FastAPI:
+    return asked.app_of(endpoint_that(answer, access))
 
 
 # ---- without a browser
@@ -59,7 +72,7 @@ def digest(tag: str) -> str:
 @pytest.mark.parametrize("path", ["/morphserve", "/morphserve/"])
 def test_the_page_is_served_with_its_type_and_nothing_else_may_run(path: str) -> None:
     """Guards: a download instead of a page, a redirect that a proxy breaks, or a script from elsewhere."""
-    answer = TestClient(app_of(list), follow_redirects=False).get(path)
+    answer = client_of(endpoint_that(list), follow_redirects=False).get(path)
     assert answer.status_code == 200 and answer.headers["content-type"] == "text/html; charset=utf-8"
     assert dict(part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; ")) == {
         "default-src": "'none'", "script-src": digest("script"), "style-src": digest("style"), "connect-src": "'self'",
@@ -70,7 +83,7 @@ def test_the_page_is_served_with_its_type_and_nothing_else_may_run(path: str) ->
 
 def test_the_page_asks_and_never_tells() -> None:
     """Guards: a view that changes something, or one that is there for those who may only POST."""
-    client = TestClient(app_of(lambda: [recorded("calm")]))
+    client = client_of(endpoint_that(lambda: [recorded("calm")]))
     for path in ("/morphserve", "/morphserve/view"):
         assert client.post(path).status_code == 405 == client.delete(path).status_code
     assert not re.search(r"method\s*:|<form|XMLHttpRequest|sendBeacon", HTML)
@@ -85,13 +98,13 @@ def test_nothing_of_the_page_comes_from_elsewhere_or_becomes_markup() -> None:
 
 def test_the_view_is_the_terminals() -> None:
     """Guards: a page that shows other figures than `morphserve watch`."""
-    client = TestClient(app_of(lambda: list(replicas()["engines"])))
+    client = client_of(endpoint_that(lambda: list(replicas()["engines"])))
     shown = client.get("/morphserve/view").json()["panels"]
     assert [panel["title"] for panel in shown] == ["engine 0", "engine 1"]
     for told, panel in zip(shown, panels(replicas()), strict=True):
         assert told["summary"] == panel.summary and len(told["changes"]) == len(panel.changes)
         assert [line["text"] for line in told["lines"]] == [line.text for line in panel.lines]
-    assert TestClient(app_of(lambda: [None])).get("/morphserve/view").status_code == 503
+    assert client_of(endpoint_that(lambda: [None])).get("/morphserve/view").status_code == 503
 
 
 def test_every_field_that_the_page_reads_is_there() -> None:
@@ -216,6 +229,22 @@ def test_a_server_that_goes_away_is_said(dom: Browse) -> None:
     assert len(asked) >= 2, "it asks again"
     assert "No answer from the server: the engine runs without MorphServe, or is gone. What follows is of" in words
     assert "KV blocks" in words
+
+
+@pytest.mark.parametrize(("token", "is_let_in"), [(READ, True), (f"{READ}x", False)])
+def test_a_page_that_is_asked_for_a_token_asks_for_one(token: str, is_let_in: bool, dom: Browse) -> None:
+    """Guards: an operator whose server has a token sees no page any more; one who mistypes it is told nothing."""
+    types = f"const field = document.getElementById('token'); field.value = '{token}';"
+    types = f"setTimeout(() => {{ {types} field.dispatchEvent(new Event('change')); }}, 1500);"
+    app = app_of(lambda: [recorded("burst")], Access(ADMIN, READ))
+    page = HTML.replace("<script>", f"<script>{types}</script><script>", 1)
+    app.add_api_route("/other/morphserve", lambda: HTMLResponse(page))  # without the headers that allow one script
+    app.mount("/other", app_of(lambda: [recorded("burst")], Access(ADMIN, READ)))
+    with served(app) as url:
+        before, after = (dom(f"{url}/other/morphserve", virtual_ms) for virtual_ms in (1000, 4500))
+    assert "HTTP 401, a token is asked for" in text_of(before) and 'hidden=""' not in before
+    assert ("live, as of" in text_of(after), 'hidden=""' in after) == (is_let_in, is_let_in)
+    assert "<section" not in before and after.count("<section") == is_let_in
 
 
 # What stands before the page's own script, and how often it may ask in ten seconds.

@@ -40,7 +40,52 @@ def test_only_degraded_blocks_leave_the_cache_at_level_0() -> None:
     kv.set_level(0)
     assert hits(kv, degraded) == 0
     assert hits(kv, [*PROMPT, 1, 1, 1, 1]) == 8
+    kv.provenance.sweep()
     assert not kv.provenance._written
+    assert [block.block_id for block in kv.pool.blocks if block.block_hash] == kv.manager.get_block_ids("clean")[0][:2]
+
+
+@pytest.fixture
+def five_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a small cache takes several steps."""
+    monkeypatch.setattr("morphserve.integration.engine.provenance._SWEPT_PER_STEP", 5)
+
+
+@pytest.mark.usefixtures("five_a_step")
+def test_a_return_to_level_0_costs_a_step_a_few_blocks() -> None:
+    """Guards: all degraded blocks of a large cache evicted between two steps, while every request waits."""
+    kv = KVModel()
+    for number in range(8):
+        written_at(kv, 1, [number] * 17)
+    remembered = len(kv.provenance._written)
+    evicted: list[int] = []
+    evict = kv.pool._maybe_evict_cached_block
+    kv.pool._maybe_evict_cached_block = lambda block: evicted.append(block.block_id) or evict(block)
+    kv.set_level(0)
+    assert remembered > 24 and not evicted and not any(hits(kv, [number] * 17) for number in range(8))
+    steps = 0
+    while kv.provenance._written:
+        before, steps = len(evicted), steps + 1
+        kv.provenance.sweep()
+        assert len(evicted) - before <= 5
+        assert not any(hits(kv, [number] * 17) for number in range(8))
+    assert steps == -(-remembered // 5) and len(evicted) == remembered
+    assert not any(block.block_hash for block in kv.pool.blocks)
+
+
+@pytest.mark.usefixtures("five_a_step")
+def test_a_burst_that_comes_back_finds_what_it_wrote() -> None:
+    """Guards: blocks forgotten in mid-sweep that are still in the cache, and then pass for clean."""
+    kv = KVModel()
+    for number in range(8):
+        written_at(kv, 2, [number] * 17)
+    kv.set_level(0)
+    kv.provenance.sweep()
+    kv.set_level(1)
+    kv.provenance.sweep()
+    assert kv.provenance._written and not any(hits(kv, [number] * 17) for number in range(8))
+    kv.set_level(2)
+    assert any(hits(kv, [number] * 17) for number in range(8))
 
 
 def test_a_request_that_ran_degraded_caches_nothing_more() -> None:
@@ -214,6 +259,7 @@ def test_partial_entries_follow_the_same_rules() -> None:
     assert kv.pool.cache_partial_block(request, block, 4, 0, 4) == block.block_hash
     assert block.block_hash is not None
     kv.set_level(0)
+    kv.provenance.sweep()
     assert block.block_hash is None
     assert kv.pool.cache_partial_block(request, block, 4, 0, 4) is None
     assert block.block_hash is None
@@ -222,11 +268,9 @@ def test_partial_entries_follow_the_same_rules() -> None:
     assert not kv.provenance._written
 
 
-def test_stale_entries_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stale_entries_are_forgotten() -> None:
     """Guards against books that grow with every block that was ever cached."""
-    monkeypatch.setattr("morphserve.integration.engine.provenance._PRUNE_AT", 4)
     kv = KVModel("any")
-    kv.provenance._prune_at = 4
     kv.set_level(1)
     for number in range(50):
         written_at(kv, 1, [number] * 20)
@@ -257,14 +301,16 @@ def served(kv: KVModel, receipts: Receipts, request: Any, levels: list[int]) -> 
     for number, level in enumerate(levels):
         kv.set_level(level)
         if number:
+            receipts.before_outputs(levels[number - 1])
             request.append_output_token_ids(number)
-            receipts.on_sampled(levels[number - 1])
         before = request.num_computed_tokens
         known = kv.manager.get_computed_blocks(request)[1] if before == 0 else before
         assert kv.step(request)
-        receipts.on_scheduled({request.request_id: request.num_computed_tokens - known}, level)
+        scheduled = {request.request_id: request.num_computed_tokens - known}
+        receipts.on_scheduled(scheduled, level, () if number else scheduled)
+    receipts.before_outputs(levels[-1])
     request.append_output_token_ids(0)
-    receipts.on_finish(request, levels[-1])
+    receipts.on_finish(request)
     kv.end(request.request_id)
     output = SimpleNamespace(request_id=request.request_id, finish_reason=1, kv_transfer_params=None)
     running = SimpleNamespace(request_id="other", finish_reason=None, kv_transfer_params=None)
@@ -291,6 +337,17 @@ def test_a_receipt_says_what_the_answer_depends_on() -> None:
     }
 
 
+def test_levels_by_token_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: tokens told in another order than they came; a receipt that grows with each change of the level."""
+    for most, expected in ((1000, [[1, 2], [0, 1], [2, 2]]), (2, [[1, 2], [2, 3]])):
+        monkeypatch.setattr("morphserve.integration.engine.receipts._MAX_RUNS", most)
+        kv = KVModel("any")
+        receipts = Receipts(kv.provenance, BLOCK)
+        receipt = served(kv, receipts, asking("r", PROMPT, **{RECEIPT_ARG: "tokens"}), [1, 1, 0, 2, 2])
+        assert receipt is not None and receipt["token_levels"] == expected
+        assert receipt["output_tokens"] == {"0": 1, "1": 2, "2": 2}
+
+
 def test_a_receipt_proves_full_precision() -> None:
     """Guards against a demand that is ignored, and against a proof that does not look at the cache."""
     kv = KVModel("any")
@@ -311,13 +368,13 @@ def test_a_life_that_was_preempted_does_not_count() -> None:
     request = asking("r", PROMPT, **{RECEIPT_ARG: 1})
     receipts.on_arrival(request)
     assert kv.step(request)
-    receipts.on_scheduled({"r": 9}, 1)
+    receipts.on_scheduled({"r": 9}, 1, ["r"])
     kv.set_level(0)
     kv.preempt("r")
     request.num_preemptions += 1
     assert kv.step(request)
-    receipts.on_scheduled({"r": 9}, 0)
-    receipts.on_finish(request, 0)
+    receipts.on_scheduled({"r": 9}, 0, ["r"])
+    receipts.on_finish(request)
     output = SimpleNamespace(request_id="r", finish_reason=1, kv_transfer_params=None)
     receipts.attach([output])
     assert output.kv_transfer_params["morphserve"]["computed_tokens"] == {"0": 9}
@@ -329,6 +386,42 @@ def test_who_asks_for_nothing_gets_nothing() -> None:
     receipts = Receipts(kv.provenance, BLOCK)
     assert served(kv, receipts, asking("a", PROMPT, other=1), [0]) is None
     assert served(kv, receipts, make_request("b", PROMPT), [0]) is None
+
+
+class Counted(dict[str, Any]):
+    """Says how often somebody walks through it."""
+
+    walks = 0
+
+    def _walk(self, *_: Any) -> Any:
+        Counted.walks += 1
+        return dict.values(self)
+
+    def items(self) -> Any:
+        self._walk()
+        return super().items()
+
+    __iter__ = values = keys = _walk
+
+
+def test_a_step_costs_the_same_however_many_want_a_receipt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: 10,000 requests with receipts, waiting or running, each looked at twice in every step of everybody."""
+    monkeypatch.setattr(Counted, "walks", 0)
+    receipts = Receipts(KVModel().provenance, BLOCK)
+    receipts._drafts, receipts._begun = Counted(), Counted()
+    for number in range(100):
+        request = asking(str(number), PROMPT, **{RECEIPT_ARG: 1})
+        receipts.on_arrival(request)
+        if number % 2:
+            request.num_computed_tokens = 9
+            receipts.on_scheduled({str(number): 9}, 0, [str(number)])
+    for _ in range(10):
+        receipts.on_scheduled({"1": 1}, 0, [])
+        receipts.before_outputs(0)
+    assert Counted.walks == 0 and len(receipts._begun) == 50
+    receipts.on_scheduled({"1": 1}, 2, [])
+    receipts.before_outputs(2)
+    assert Counted.walks == 2, "at a change of the level, and those that have begun"
 
 
 def test_a_precision_nobody_knows_is_named() -> None:

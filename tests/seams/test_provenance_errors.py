@@ -74,9 +74,10 @@ def test_a_receipt_after_an_error_tells_of_no_reuse() -> None:
     request.sampling_params.extra_args = {PRECISION_ARG: "full"}
     receipts.on_arrival(request)
     assert kv.step(request) and request.num_computed_tokens == 9
-    receipts.on_scheduled({"r": 9}, 0)
-    draft = receipts._drafts["r"]
-    assert draft.reused == {} and draft.computed == {0: 9}
+    receipts.on_scheduled({"r": 9}, 0, ["r"])
+    receipts.on_finish(request)
+    receipt = receipts._sealed["r"]
+    assert receipt["reused_tokens"] == {} and receipt["computed_tokens"] == {"0": 9}
 
 
 def test_an_error_of_ours_while_vllm_frees_is_met_by_the_shrink(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import uvloop
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import HTTPException, Request
 from fastapi.testclient import TestClient
+from seams.asked import ADMIN, app_of, bearer, client_of, endpoint_of
 from vllm.engine.arg_utils import EngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import UtilityOutput
@@ -26,51 +28,68 @@ from vllm.v1.engine.core import EngineCoreProc
 from morphserve.integration.engine import wiring as engine
 from morphserve.integration.engine.hooks import Morph
 from morphserve.integration.server import reload_api
-from morphserve.integration.server.metrics import MorphServeEndpoint
+from morphserve.integration.server.access import Access
+from morphserve.integration.server.body import text_of
 from morphserve.integration.server.reload_api import on_hangup
 from morphserve.integration.start.hangup import _IGNORED_BY
 from morphserve.integration.start.settings import config_file
 from morphserve.plugin import register
 
-SECTION = {"kind": "static", "level": 0}
-
-
-@pytest.fixture(autouse=True)
-def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody's own key is asked for."""
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
-
 
 def answer(index: int, error: str | None = None) -> dict[str, Any]:
     outcome = "ok" if error is None else "refused"
-    return {"ok": error is None, "outcome": outcome, "error": error, "policy": SECTION, "engine": index}
+    return {"ok": error is None, "outcome": outcome, "error": error, "kind": "static", "changed": None, "engine": index}
 
 
-def client_of(
-    answers: list[Any], endpoint: MorphServeEndpoint, sent: list[str] | None = None, keys: list[str] | None = None
-) -> TestClient:
+def operator_of(answers: list[Any], sent: list[str] | None = None) -> TestClient:
+    """Somebody who shows the token, to engines that answer so."""
+
     async def call(method: str, cause: str, text: str) -> list[Any]:
         assert (method, cause) == ("morphserve_reload", "POST /morphserve/reload")
         (sent if sent is not None else []).append(text)
         return answers
 
-    app = FastAPI()
-    endpoint.attach_router(app)  # before the arguments are there, as in vLLM
-    asyncio.run(endpoint.init_state(None, None, SimpleNamespace(api_key=keys)))  # type: ignore[arg-type]
-    endpoint._client = SimpleNamespace(engine_core=SimpleNamespace(call_utility_all_async=call))
-    return TestClient(app)
+    return client_of(endpoint_of(call, Access(admin=ADMIN)), headers=bearer())
 
 
 def test_post_says_what_came_of_it() -> None:
     """Guards: a refused file with status 200, an answer of one replica for all, or none without the plugin."""
-    done = client_of([answer(0)], MorphServeEndpoint()).post("/morphserve/reload")
+    done = operator_of([answer(0)]).post("/morphserve/reload")
     assert done.status_code == 200
-    assert done.json() == {"ok": True, "outcome": "ok", "error": None, "policy": SECTION}
-    half = client_of([answer(1, "no such level"), answer(0)], MorphServeEndpoint()).post("/morphserve/reload")
+    assert done.json() == {"ok": True, "outcome": "ok", "error": None, "kind": "static", "changed": None}
+    half = operator_of([answer(1, "no such level"), answer(0)]).post("/morphserve/reload")
     assert half.status_code == 422 and not half.json()["ok"] and half.json()["error"] == "no such level"
     assert [each["ok"] for each in half.json()["engines"]] == [True, False]
-    assert client_of([None], MorphServeEndpoint()).post("/morphserve/reload").status_code == 503
-    assert client_of([answer(0)], MorphServeEndpoint()).get("/morphserve/reload").status_code == 405
+    assert operator_of([None]).post("/morphserve/reload").status_code == 503
+    assert operator_of([answer(0)]).get("/morphserve/reload").status_code == 405
+
+
+def test_one_reload_at_a_time_and_the_others_are_told_so() -> None:
+    """Guards: a queue without bound of reloads, each of which parses a file in the engine."""
+    asked: list[str] = []
+
+    async def flood() -> list[int]:
+        going = asyncio.Event()
+
+        async def call(method: str, *args: str) -> list[Any]:
+            asked.append(method)
+            await going.wait()
+            return [answer(0)]
+
+        transport = httpx.ASGITransport(app_of(endpoint_of(call, Access(admin=ADMIN))))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x", headers=bearer()) as client:
+            first = asyncio.create_task(client.post("/morphserve/reload"))
+            while not asked:
+                await asyncio.sleep(0)
+            others = [await client.post("/morphserve/reload") for _ in range(20)]
+            assert {other.headers["Retry-After"] for other in others} == {"1"}
+            going.set()
+            return [(await first).status_code, *(other.status_code for other in others)]
+
+    assert asyncio.run(flood()) == [200] + 20 * [429] and len(asked) == 1
+    busy = {**answer(0), "ok": False, "outcome": "busy"}
+    assert operator_of([busy]).post("/morphserve/reload").status_code == 429, "one that SIGHUP has asked for"
+    assert operator_of([answer(0)]).post("/morphserve/reload").status_code == 200
 
 
 POLICY = b'{"policy": {"kind": "static"}}'
@@ -79,7 +98,7 @@ POLICY = b'{"policy": {"kind": "static"}}'
 def test_a_body_reaches_the_engines_whole_or_not_at_all() -> None:
     """Guards: a policy that is cut, or that nobody gets; a body that fills the memory of the API server."""
     sent: list[str] = []
-    client = client_of([answer(0)], MorphServeEndpoint(), sent)
+    client = operator_of([answer(0)], sent)
     longest = POLICY.ljust(65_536)
     for body in (POLICY, b" \n", b"", longest):
         assert client.post("/morphserve/reload", content=body).status_code == 200
@@ -100,38 +119,20 @@ def test_a_body_without_an_end_is_not_read_for_ever() -> None:
         return {"type": "http.request", "body": b"x" * 1024, "more_body": len(received) < 1000}
 
     with pytest.raises(HTTPException, match="413"):
-        asyncio.run(reload_api._text_of(Request({"type": "http"}, receive), ()))
+        asyncio.run(text_of(Request({"type": "http"}, receive), 65_536))
     assert sum(received) == 65_536 + 1024
 
 
-@pytest.mark.parametrize(("given", "key", "other"), [(["first", "second"], "second", "env"), (None, "env", "second")])
-def test_a_policy_needs_the_key_that_requests_need(
-    given: list[str] | None, key: str, other: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Guards: a policy from anybody who reaches the port of a server whose requests need a key; one that the operator
-    cannot send, as --api-key, which vLLM takes before the environment's, is not known here."""
-    monkeypatch.setenv("VLLM_API_KEY", "env")
-    sent: list[str] = []
-    client = client_of([answer(0)], MorphServeEndpoint(), sent, given)
-    for headers in ({}, {"Authorization": f"Bearer {other}"}, {"Authorization": f"Basic {key}"}):
-        assert client.post("/morphserve/reload", content=POLICY, headers=headers).status_code == 401
-    assert client.post("/morphserve/reload").status_code == 200, "the file is the operator's own"
-    assert client.post("/morphserve/reload", content=POLICY, headers={"Authorization": f"Bearer {key}"}).is_success
-    assert sent == ["", POLICY.decode()]
+def test_a_body_that_does_not_come_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: who sends a byte a minute is the one reload under way, and nobody else's comes through."""
+    monkeypatch.setattr("morphserve.integration.server.body._TIMEOUT_S", 0.0)
 
+    async def receive() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
 
-@pytest.mark.parametrize("keys", [None, ["key"]])
-@pytest.mark.parametrize(
-    ("origin", "status"),
-    [("http://elsewhere", 403), ("http://testserver:81", 403), ("null", 403), ("http://testserver", 200)],
-)
-def test_another_sites_page_cannot_set_the_policy(origin: str, status: int, keys: list[str] | None) -> None:
-    """Guards: a page that an operator has open, which posts to his server on localhost; one of another port there."""
-    sent: list[str] = []
-    client = client_of([answer(0)], MorphServeEndpoint(), sent, keys)
-    headers = {"Origin": origin, "Authorization": "Bearer key"}
-    done = client.post("/morphserve/reload", content=POLICY, headers=headers)
-    assert done.status_code == status and len(sent) == (status == 200)
+    with pytest.raises(HTTPException, match="408"):
+        asyncio.run(text_of(Request({"type": "http"}, receive), 65_536))
 
 
 # ---- SIGHUP
@@ -215,7 +216,9 @@ def test_a_server_and_what_it_starts_ignore_hangups(
 
 
 @pytest.mark.parametrize(
-    ("ignored_by", "ours"), [(os.getpid(), True), (os.getppid(), True), (1 << 30, False), ("", False)]
+    ("ignored_by", "ours"),
+    [(os.getpid(), True), (os.getppid(), True), (1 << 30, False), ("", False)],
+    ids=["itself", "parent", "stranger", "nobody"],  # processes that collect the same tests have other numbers
 )
 def test_what_we_ignore_ourselves_gets_our_handler(
     ignored_by: int | str, ours: bool, hangup: None, monkeypatch: pytest.MonkeyPatch

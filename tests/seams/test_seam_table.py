@@ -46,7 +46,9 @@ _OURS |= {"device", "pin_memory", "gpu"}  # of tensors; and the V2 runner's tabl
 _OURS |= {"__call__", "capture", "set_device"}  # of our linears, of our graph sets; torch.cuda's
 _OURS |= {"inference_mode", "__getattr__"}  # torch's; of a door that loads late
 _OURS |= {"forward"}  # of our modules
+_OURS |= {"metrics"}  # our module, and what vLLM keeps of a request is not asked for
 _OURS |= {"worker", "monitor_workers"}  # our module; a function that logs, and the flag that starts it
+_OURS |= {"abort"}  # of a rank's transition, not the client's
 _ADDED = "morphserve_"  # what we add to their classes, as an engine started earlier in this process did
 
 

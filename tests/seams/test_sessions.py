@@ -32,12 +32,13 @@ def nothing_is_left(world: World) -> bool:
     morph, monitor = world.morph, world.morph.monitor
     return not (
         morph.receipts._drafts
+        or morph.receipts._begun
         or morph._between_turns
         or morph.provenance._demanding
         or morph.traffic.late._first_token_s
         or morph.traffic._awaiting_first_token
         or monitor._waiting.cohorts()
-        or world.signals().tightest_tpot_s
+        or world.signals().running_limits
     )
 
 
@@ -50,7 +51,7 @@ def test_a_session_leaves_nothing_behind(model: Path, at_once: bool) -> None:  #
     world.add("s", TURN, 6, session=True, **asks)
     if not at_once:
         ended(world, "s", 1)
-        assert not world.signals().waiting and world.signals().tightest_tpot_s is None
+        assert not world.signals().waiting and not world.signals().running_limits
         assert (world.signals().num_waiting, world.signals().num_running) == (0, 0)  # it waits for its client
     world.add("s", [7, 8], 6, session=True, **asks)
     if not at_once:

@@ -37,7 +37,7 @@ class Stages:
         monkeypatch.setattr(traffic.time, "monotonic", lambda: self.now_s)
         self.scheduler, self.monitor = _Scheduler(), Monitor()
         receipts = SimpleNamespace(
-            on_scheduled=lambda *_: None, on_sampled=lambda _: None, attach=lambda _: None
+            on_scheduled=lambda *_: None, before_outputs=lambda _: None, attach=lambda _: None
         )
         self.morph = make_morph(
             _scheduler=self.scheduler, monitor=self.monitor, receipts=receipts, controller=self._controller()

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fastapi import HTTPException
 from prometheus_client import CollectorRegistry
 from seams.test_metrics import status
 
-from morphserve.integration.server import metrics, poll
+from morphserve.integration.server import metrics, poll, spare_time
 from morphserve.integration.server.metrics import MorphServeEndpoint
 from morphserve.integration.server.poll import StatusPoll
 
@@ -66,6 +65,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(poll, "ANSWER_TIMEOUT_S", 0.05)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/nowhere")  # so that nothing is added to this process' registry
     monkeypatch.setattr(metrics, "on_hangup", lambda ask: False)
+    monkeypatch.setattr(spare_time, "idle_work", lambda config: None)
     return lines
 
 
@@ -91,24 +91,25 @@ def test_an_engine_that_hangs_does_not_look_healthy(said: list[str]) -> None:
         engine, endpoint, clock = Engine(max_queued_tokens=300), MorphServeEndpoint(), Clock()
         endpoint._poll._clock = clock
         door = Door()
-        client: Any = SimpleNamespace(engine_core=engine, scheduler_config=door)
+        client: Any = SimpleNamespace(engine_core=engine, scheduler_config=door, vllm_config=None)
         await endpoint.init_state(client, None, SimpleNamespace(api_key=None))
         for _ in range(2):
             await until(lambda: door.max_num_queued_tokens == 300)
             assert names(endpoint) > age
-            (page,) = await endpoint._poll.latest()
-            assert page["exposure_level"] == 3 and page["age_s"] == 0.0
+            (page,) = endpoint._poll.last
+            assert page["exposure_level"] == 3 and endpoint._poll.age_s == 0.0
             engine.goes_on = asyncio.Event()
             await until(lambda: door.max_num_queued_tokens is None)
             clock.now_s += 40.0
             assert names(endpoint) == age and endpoint._poll.ages_s == {0: 40.0}
-            (page,) = await endpoint._poll.latest()
-            assert page["exposure_level"] == 3 and page["age_s"] == 40.0
+            (page,) = endpoint._poll.last
+            assert page["exposure_level"] == 3 and endpoint._poll.age_s == 40.0
             engine.goes_on.set()
             engine.goes_on = None
         await until(lambda: door.max_num_queued_tokens == 300)
-        assert endpoint._task is not None
-        endpoint._task.cancel()
+        assert endpoint._tasks
+        for task in endpoint._tasks:
+            task.cancel()
 
     asyncio.run(serve())
     assert [line.split()[0] for line in said] == ["WARNING", "INFO"] * 2
@@ -116,21 +117,42 @@ def test_an_engine_that_hangs_does_not_look_healthy(said: list[str]) -> None:
 
 
 def test_who_asks_does_not_lengthen_the_queue_of_an_engine_that_hangs() -> None:
-    """Guards: each look at a page leaves a question in an engine that answers none, and memory with it."""
+    """Guards: each order leaves a question in an engine that answers none, and memory with it."""
 
     async def serve() -> None:
         engine, clock = Engine(), Clock()
         asked = StatusPoll(lambda: engine.call_utility_all_async("morphserve_status"), clock)
-        assert [page["age_s"] for page in await asked.latest()] == [0.0]
+        assert len(await asked.look()) == 1 and asked.age_s == 0.0
         engine.goes_on = asyncio.Event()
         task = asyncio.create_task(asked.run(lambda statuses: None))
         await until(lambda: engine.num_asked == 2)
         clock.now_s += poll.ANSWER_TIMEOUT_S + 1.0
-        assert [(await asked.latest())[0]["age_s"] for _ in range(100)] == [poll.ANSWER_TIMEOUT_S + 1.0] * 100
-        assert engine.num_asked == 2 and asked.statuses
+        for _ in range(100):
+            with pytest.raises(TimeoutError):
+                await asked.look()
+        assert engine.num_asked == 2 and asked.statuses and asked.age_s == poll.ANSWER_TIMEOUT_S + 1.0
         clock.now_s = poll.SILENT_AFTER_S + 1.0
         assert not asked.statuses, "before the poll itself has given up"
         task.cancel()
+
+    asyncio.run(serve())
+
+
+def test_a_door_that_an_operator_has_shut_stays_shut(said: list[str]) -> None:
+    """Guards: an engine that hangs while it drains, and whose requests are taken again for that."""
+
+    async def serve() -> None:
+        engine, endpoint = Engine(max_queued_tokens=0), MorphServeEndpoint()
+        door, settings = Door(), SimpleNamespace(additional_config=None)
+        client: Any = SimpleNamespace(engine_core=engine, scheduler_config=door, vllm_config=settings)
+        await endpoint.init_state(client, None, None)
+        await until(lambda: door.max_num_queued_tokens == 0)
+        engine.goes_on = asyncio.Event()
+        await until(lambda: bool(said))
+        assert door.max_num_queued_tokens == 0
+        assert endpoint._tasks
+        for task in endpoint._tasks:
+            task.cancel()
 
     asyncio.run(serve())
 
@@ -142,9 +164,27 @@ def test_an_engine_that_has_never_answered_has_no_figures(said: list[str]) -> No
         engine = Engine()
         engine.goes_on = asyncio.Event()
         asked = StatusPoll(lambda: engine.call_utility_all_async("morphserve_status"))
-        with pytest.raises(HTTPException, match="504: the engine has not answered yet"):
-            await asked.latest()
+        with pytest.raises(TimeoutError):
+            await asked.look()
         assert asked.statuses == [] and asked.ages_s == {}
+
+    asyncio.run(serve())
+
+
+@pytest.mark.parametrize("num_turns", range(1, 9))
+def test_a_poll_ends_when_it_is_cancelled(said: list[str], num_turns: int) -> None:
+    """Guards: a server that does not end, because the poll has missed its cancellation as an answer came in."""
+
+    async def serve() -> None:
+        engine = Engine()
+        asked = StatusPoll(lambda: engine.call_utility_all_async("morphserve_status"))
+        task = asyncio.create_task(asked.run(lambda statuses: None))
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert task.cancelled()
 
     asyncio.run(serve())
 
@@ -155,11 +195,11 @@ def test_a_dead_engine_is_told_once(said: list[str]) -> None:
     async def serve() -> None:
         engine, told = Engine(), []
         asked = StatusPoll(lambda: engine.call_utility_all_async("morphserve_status"))
-        await asked.latest()
+        await asked.look()
         engine.error = RuntimeError("the engine is dead")
         task = asyncio.create_task(asked.run(told.append))
         await until(lambda: len(told) == 5)
-        assert told == [[]] * 5 and asked.statuses == [] and [page["engine"] for page in await asked.latest()] == [0]
+        assert told == [[]] * 5 and asked.statuses == [] and [page["engine"] for page in asked.last] == [0]
         task.cancel()
 
     asyncio.run(serve())

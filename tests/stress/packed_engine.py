@@ -49,6 +49,7 @@ class Script:
     """A policy: the level by number of the decision."""
 
     predictions = None
+    max_level = 99
 
     def __init__(self, script: dict[int, int]) -> None:
         self._script, self._level, self._count = dict(script), 0, 0

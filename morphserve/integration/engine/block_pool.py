@@ -122,6 +122,7 @@ class VllmBlockPool:
         self._limit: int | None = None  # first fenced id while a shrink is in progress
         self._tail: dict[int, KVCacheBlock] = {}  # id >= _limit, not fenced: live, or cached and free
         self._vacant: list[KVCacheBlock] = []  # id < _limit, empty, out of the free queue: where the tail goes
+        self.before_forced_preemption: Callable[[Any], None] = lambda request: None
         self.on_forced_preemption: Callable[[Any], None] = lambda request: None
         self._hook_error: Exception | None = None  # of ours, within a call of vLLM's; the next call of ours raises it
         self.is_discarding = False  # what vLLM preempts now is not for want of memory
@@ -252,6 +253,7 @@ class VllmBlockPool:
             reversed(running), key=lambda r: (-r.priority if by_priority else 0, r.num_computed_tokens)
         )
         running.remove(victim)
+        self.before_forced_preemption(victim)
         # Past our own override: it counts what vLLM preempts, which the policy takes for a lack of memory.
         Scheduler._preempt_request(self._scheduler, victim, time.monotonic(), drop_stale_output=True)
         self._scheduler.prev_step_scheduled_req_ids.discard(victim.request_id)  # as in Scheduler.reset_prefix_cache

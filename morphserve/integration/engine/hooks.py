@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.interface import PauseState
 
 from morphserve.control import (
+    Action,
     Controller,
     DecisionLog,
     EngineView,
@@ -20,7 +22,7 @@ from morphserve.control import (
     ReloadWatch,
     make_header,
 )
-from morphserve.errors import EngineLostError
+from morphserve.errors import EngineLostError, OrderError
 from morphserve.integration.engine.block_pool import VllmBlockPool
 from morphserve.integration.engine.executor import RpcExecutor
 from morphserve.integration.engine.histogram import TimeHistogram
@@ -28,12 +30,11 @@ from morphserve.integration.engine.idle_ticker import IdleTicker
 from morphserve.integration.engine.provenance import Provenance
 from morphserve.integration.engine.publish import publish_base
 from morphserve.integration.engine.receipts import Receipts
-from morphserve.integration.engine.request_limits import promise_of
 from morphserve.integration.engine.runtime import EngineRuntime
 from morphserve.integration.engine.status import StatusPage
 from morphserve.integration.engine.traffic import StepInFlight, Traffic
 from morphserve.integration.start import for_this_device, make_policy, policy_setup
-from policies import PolicySetup
+from policies import PolicySetup, promise_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -56,7 +57,6 @@ class Morph:
         self.health = Health.RUNNING  # of what feeds the controller, which has its own
         self.tokens_by_level = [0] * len(runtime.ladder)
         self._in_flight: dict[int, StepInFlight] = {}  # by id(scheduler output)
-        self._level_of_outputs = 0  # of those that vLLM reads now, or read last
         self._between_turns: set[str] = set()  # sessions that wait for their next input
         self._heap_used = False  # a transition has been since the ranks last gave free heap back
         self.tick_times = TimeHistogram()
@@ -68,10 +68,11 @@ class Morph:
         self.receipts = Receipts(self.provenance, scheduler.cache_config.block_size)
         self.monitor = Monitor()
         self.traffic = Traffic(scheduler, self.monitor)
+        self.pool.before_forced_preemption = self.before_preemption
         self.pool.on_forced_preemption = lambda request: self.on_preemption(request, forced=True)
         self.executor = RpcExecutor(model_executor, len(runtime.ranks), runtime.in_background)
         self.setup = policy_setup(runtime.config, runtime.vllm_config)
-        self.traffic.late.policy = promise_of(self.setup.section)
+        self.traffic.late.promise = promise_of(self.setup.section)
         self.log = self._open_log()
         self.controller = self._make_controller()
         self._page = StatusPage(runtime, self.executor, self.worst_forward_bytes)
@@ -111,7 +112,7 @@ class Morph:
 
         def install(setup: PolicySetup, note: str) -> None:
             self.controller.replace_policy(make_policy(setup, runtime.ladder), note, setup)
-            self.traffic.late.policy = promise_of(setup.section)
+            self.traffic.late.promise = promise_of(setup.section)
 
         return ReloadWatch(
             PolicyReloader(
@@ -140,15 +141,14 @@ class Morph:
         self._guard(self._after_schedule, output)
 
     def before_update(self, output: SchedulerOutput) -> None:
-        """Note the level `output` was made at: requests that end while vLLM reads it end there.
+        """Look at the step that vLLM is about to read.
 
         Raises:
             EngineLostError: it was made by ranks of which one had failed to do what cannot fail.
         """
         self.controller.look_back()
         self._end_if_lost()
-        step = self._in_flight.get(id(output))
-        self._level_of_outputs = self._level_of_outputs if step is None else step.level
+        self._guard(self._before_update, output)
 
     def after_update(
         self, output: SchedulerOutput, model_output: ModelRunnerOutput, made: Mapping[int, EngineCoreOutputs]
@@ -158,6 +158,9 @@ class Morph:
 
     def on_arrival(self, request: Request) -> None:
         self._guard(self._on_arrival, request)
+
+    def before_preemption(self, request: Request) -> None:
+        self._guard(self._before_preemption, request)
 
     def on_preemption(self, request: Request, forced: bool = False) -> None:
         self._guard(self.traffic.on_preemption, request, forced or self.pool.is_discarding)
@@ -212,15 +215,21 @@ class Morph:
         level = controller.effective_level
         settled, used_blocks, ahead = not controller.in_transition, self.pool.num_used_blocks, self._in_flight.values()
         self._in_flight[id(output)] = self.traffic.on_sent(output, level, settled, used_blocks, ahead)
-        self.receipts.on_scheduled(output.num_scheduled_tokens, level)
-        self.traffic.on_scheduled(output.scheduled_new_reqs, output.scheduled_cached_reqs.resumed_req_ids)
+        new, resumed = output.scheduled_new_reqs, output.scheduled_cached_reqs.resumed_req_ids
+        self.receipts.on_scheduled(output.num_scheduled_tokens, level, chain((data.req_id for data in new), resumed))
+        self.traffic.on_scheduled(new, resumed)
+        self.provenance.sweep()
+
+    def _before_update(self, output: SchedulerOutput) -> None:
+        """Note the level `output` was made at: requests that end while vLLM reads it end there."""
+        if (step := self._in_flight.get(id(output))) is not None:
+            self.receipts.before_outputs(step.level)
 
     def _after_update(self, output: SchedulerOutput, model_output: ModelRunnerOutput) -> None:
         step = self._in_flight.pop(id(output), None) or StepInFlight(self.controller.effective_level)
         level = step.level
         num_tokens = sum(map(len, model_output.sampled_token_ids or ()))
         self.tokens_by_level[level] += num_tokens
-        self.receipts.on_sampled(level)
         self.traffic.on_step(num_tokens, step, self._in_flight.values())
         if self._heap_used:
             self._trim_when_idle()
@@ -237,6 +246,9 @@ class Morph:
     def _attach_receipts(self, made: Mapping[int, EngineCoreOutputs]) -> None:
         self.receipts.attach(output for outputs in made.values() for output in outputs.outputs)
 
+    def _before_preemption(self, request: Request) -> None:
+        self.receipts.before_preemption(request)
+
     def _on_arrival(self, request: Request) -> None:
         self.traffic.on_arrival(request)
         self.receipts.on_arrival(request)
@@ -244,7 +256,7 @@ class Morph:
     def _on_turn_end(self, request: Request) -> None:
         self._between_turns.add(request.request_id)
         self.traffic.on_turn_end(request)
-        self.receipts.on_turn_end(request, self._level_of_outputs)
+        self.receipts.on_turn_end(request)
 
     def _on_turn(self, request: Request) -> None:
         self._between_turns.discard(request.request_id)
@@ -257,7 +269,7 @@ class Morph:
             self.receipts.forget(request.request_id)
             return
         self.traffic.on_finish(request)
-        self.receipts.on_finish(request, self._level_of_outputs)
+        self.receipts.on_finish(request)
 
     def _on_level(self, level: int) -> None:
         """Tell who must know that the next forward pass runs at `level`."""
@@ -290,6 +302,17 @@ class Morph:
         page = self._page.render(self.controller.status(), self.tick_times, self.tokens_by_level)
         requests = {**asdict(self._view()), "late": self.traffic.late.as_json(time.time())}
         return {**page, **requests, "policy": asdict(self._watch.reloads)}
+
+    def order(self, action: Action, text: str, revision: int, is_rehearsal: bool, not_after_s: float) -> dict[str, Any]:
+        """Take an operator's order, or say why not; one that comes after `not_after_s` of the wall clock is late."""
+        answer = {"ok": True, "outcome": "taken", "error": None, "engine": self.runtime.index}
+        try:
+            if time.time() > not_after_s:
+                raise OrderError("late", "the engine came to it when nobody waited for its answer any more")
+            self.controller.order(action, text, revision, is_rehearsal)
+        except OrderError as e:
+            return {**answer, "ok": False, "outcome": e.outcome, "error": str(e)}
+        return answer
 
     def reload(self, cause: str, sent: str = "") -> Future[dict[str, Any]]:
         """Read the policy from the settings' file now, or what was sent; the answer comes from the thread that does."""

@@ -8,6 +8,7 @@ the span of its context: the levels its tokens were computed at, and those of th
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.morphserve")
 
 PrefixReuse = Literal["any", "not_worse", "exact"]
-_PRUNE_AT = 4096  # remembered blocks before the first look for stale ones
+_SWEPT_PER_STEP = 64  # remembered blocks, at level 0: 0.1 ms of a step
+_LOOKED_AT = 2  # remembered blocks for each new one: so there are never many stale ones
 
 
 class Span(NamedTuple):
@@ -51,13 +53,13 @@ class Provenance:
 
     * `any`: always;
     * `not_worse`: if nothing in it comes from a level deeper than k. At level 0 blocks of other levels are dropped
-      from the cache, so that they do not keep room that clean ones could use;
+      from the cache, a few in each step, so that they do not keep room that clean ones could use;
     * `exact`: if everything in it comes from level k.
 
     A request that demands full precision reuses level 0's blocks only, whatever the rule.
 
-    Between two `schedule()` calls the scheduler hook says `set_level` before the first step at another level, and
-    `forget` when a request ends. The rest is seen by call-through wrappers on this pool and its manager.
+    Between two `schedule()` calls the scheduler hook says `set_level` before the first step at another level, `sweep`,
+    and `forget` when a request ends. The rest is seen by call-through wrappers on this pool and its manager.
     Cost: O(1) per call of vLLM's that is wrapped, a few comparisons when nothing degraded is left.
 
     An error of ours stays inside, and nobody knows then which level wrote a block: from then on no block is reused by
@@ -75,8 +77,7 @@ class Provenance:
         self._reused: dict[str, dict[int, int]] = {}  # request id |-> deepest level |-> degraded blocks it has taken
         self._demanding: set[str] = set()  # request ids that take level 0's blocks only
         # By identity: a block may be renamed meanwhile, and KVCacheBlock is not hashable. Absent = clean.
-        self._written: dict[int, tuple[KVCacheBlock, Span]] = {}
-        self._prune_at = _PRUNE_AT
+        self._written: OrderedDict[int, tuple[KVCacheBlock, Span]] = OrderedDict()
         self._asking: str | None = None  # the request whose lookup is under way
         self.failed = False
         self.on_error: Callable[[], None] = lambda: None
@@ -136,13 +137,19 @@ class Provenance:
 
     def _set_level(self, level: int) -> None:
         self._level = level
-        if level > 0 or self.rule != "not_worse":
+
+    def sweep(self) -> None:
+        """Drop a few blocks that nobody may reuse any more from the cache. Call it once a step."""
+        self._guard(self._sweep)
+
+    def _sweep(self) -> None:
+        if self._level > 0 or self.rule != "not_worse":
             return
-        for block, _ in self._written.values():
+        for _ in range(min(len(self._written), _SWEPT_PER_STEP)):
+            _, (block, _) = self._written.popitem(last=False)
             # Without a hash it was evicted, perhaps fenced and forgotten: its id may be another's now.
             if block.block_hash is not None:
                 self._pool._maybe_evict_cached_block(block)
-        self._written.clear()
 
     # ---- looking into the cache ----
 
@@ -253,13 +260,14 @@ class Provenance:
             self._written.pop(id(block), None)  # it was another level's, was evicted, and is new now
             return
         self._written[id(block)] = (block, span)
-        if len(self._written) > self._prune_at:
-            self._prune()
+        for _ in range(_LOOKED_AT):
+            self._look_at_oldest()
 
-    def _prune(self) -> None:
-        """Forget blocks that have lost their hash. Doubling the mark keeps it O(1) per remembered block."""
-        self._written = {key: known for key, known in self._written.items() if known[0].block_hash is not None}
-        self._prune_at = max(_PRUNE_AT, 2 * len(self._written))
+    def _look_at_oldest(self) -> None:
+        """Forget the block that was not looked at for longest, if it has lost its hash."""
+        key, known = self._written.popitem(last=False)
+        if known[0].block_hash is not None:
+            self._written[key] = known
 
     def _cache_full_blocks(
         self,

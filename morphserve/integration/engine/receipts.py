@@ -1,9 +1,10 @@
 """What a request's answer depends on, told with the answer: a receipt.
 
-A request asks with vLLM's `vllm_xargs` (offline: `SamplingParams.extra_args`): `morphserve_receipt: 1`, or
-`morphserve_precision: "full"`, which also keeps KV that quantized layers wrote out of its context as far as it comes
-from the prefix cache. The receipt comes back in the field `kv_transfer_params` of the last output, under "morphserve":
-the only field that vLLM hands from the scheduler to the client untouched.
+A request asks with vLLM's `vllm_xargs` (offline: `SamplingParams.extra_args`): `morphserve_receipt: 1`, or `"tokens"`
+to be told the level of each token too; or `morphserve_precision: "full"`, which also keeps KV that quantized layers
+wrote out of its context as far as it comes from the prefix cache. The receipt comes back in the field
+`kv_transfer_params` of the last output, under "morphserve": the only field that vLLM hands from the scheduler to the
+client untouched. From there the API server puts it into streams and headers, too (server/receipt_door.py).
 """
 
 from __future__ import annotations
@@ -23,30 +24,66 @@ logger = logging.getLogger("vllm.morphserve")
 RECEIPT_ARG = "morphserve_receipt"
 PRECISION_ARG = "morphserve_precision"
 FULL = "full"
+TOKENS = "tokens"
+_MAX_RUNS = 1000  # of tokens at one level that a receipt tells apart: a level lives for many steps
 
 
 @dataclass(slots=True)
 class _Draft:
-    """Counts of a live request. Levels are the effective levels of the steps."""
+    """Counts of a live request. Levels are the effective levels of the steps.
+
+    What a request has computed and got is counted when the level changes, and when it ends: between two changes all of
+    it is of one level.
+    """
 
     request: Any
     demands_full: bool
+    tells_tokens: bool
     error: str = ""
     num_preemptions: int = -1  # at which this life of the request began; -1 = it has not begun
-    num_output_tokens: int = 0
+    num_computed_tokens: int = 0  # that are counted
+    num_output_tokens: int = 0  # likewise
     is_continued: bool = False  # a session's, that has context from turns before
     reused: dict[int, int] = field(default_factory=dict)  # deepest level |-> tokens taken from the prefix cache
     computed: dict[int, int] = field(default_factory=dict)  # level |-> tokens whose KV was computed
     output: dict[int, int] = field(default_factory=dict)  # level |-> tokens sampled
+    runs: list[list[int]] = field(default_factory=list)  # the same in order: level, tokens
+
+    def count_computed(self, level: int, num_ahead: int = 0) -> None:
+        """Count what was computed at `level` since the last time; not the last `num_ahead` tokens."""
+        new = self.request.num_computed_tokens - num_ahead - self.num_computed_tokens
+        if new > 0:  # a preempted request has lost what it had
+            self.computed[level] = self.computed.get(level, 0) + new
+            self.num_computed_tokens += new
+
+    def count_output(self, level: int) -> None:
+        """Count what was sampled at `level` since the last time."""
+        if new := self.request.num_output_tokens - self.num_output_tokens:
+            self.output[level] = self.output.get(level, 0) + new
+            self.num_output_tokens += new
+            self._run(level, new)
+
+    def _run(self, level: int, new: int) -> None:
+        """Append to the run, or begin another; beyond what a receipt holds the last one takes all, at its deepest."""
+        if self.runs and (self.runs[-1][0] == level or len(self.runs) == _MAX_RUNS):
+            self.runs[-1] = [max(self.runs[-1][0], level), self.runs[-1][1] + new]
+        else:
+            self.runs.append([level, new])
 
 
 class Receipts:
-    """Of the requests that asked for one; the others cost nothing."""
+    """Of the requests that asked for one; the others cost nothing.
+
+    A step costs what is new in it. Only where the level changes those that have begun are walked through.
+    """
 
     def __init__(self, provenance: Provenance, block_size: int) -> None:
         self._provenance = provenance
         self._block_size = block_size
         self._drafts: dict[str, _Draft] = {}
+        self._begun: dict[str, _Draft] = {}  # those that have been scheduled, preempted ones too
+        self._level = 0  # of the step that was scheduled last
+        self._level_of_outputs = 0  # of the step whose tokens came last
         self._sealed: dict[str, dict[str, Any]] = {}  # ended in the step whose outputs are being made
 
     def on_arrival(self, request: Request) -> None:
@@ -56,7 +93,7 @@ class Receipts:
         if not asked or not (asked.get(RECEIPT_ARG) or PRECISION_ARG in asked):
             return
         precision = asked.get(PRECISION_ARG)
-        draft = _Draft(request, precision == FULL)
+        draft = _Draft(request, precision == FULL, asked.get(RECEIPT_ARG) == TOKENS)
         if draft.demands_full:
             self._provenance.demand_full_precision(request.request_id)
         elif precision is not None:
@@ -73,43 +110,60 @@ class Receipts:
         draft.is_continued = True
         if before is not None:
             draft.num_preemptions, draft.reused, draft.computed = before.num_preemptions, before.reused, before.computed
+            draft.num_computed_tokens = request.num_computed_tokens
+            self._begun[request.request_id] = draft
 
-    def on_scheduled(self, num_scheduled_tokens: dict[str, int], level: int) -> None:
-        """Count tokens that a step at `level` will compute."""
-        for request_id, draft in self._drafts.items():
-            count = num_scheduled_tokens.get(request_id, 0)
-            if count == 0:
-                continue
-            if draft.num_preemptions != draft.request.num_preemptions:  # begins, or begins again
-                draft.num_preemptions = draft.request.num_preemptions
-                draft.computed.clear()
-                draft.reused = self._reused(draft.request, count, draft.is_continued)
-            draft.computed[level] = draft.computed.get(level, 0) + count
+    def on_scheduled(self, num_scheduled_tokens: dict[str, int], level: int, started: Iterable[str]) -> None:
+        """Take in a step at `level`.
 
-    def on_sampled(self, level: int) -> None:
-        """Count outputs of a step at `level` that have reached their requests."""
-        for draft in self._drafts.values():
-            self._count_output(draft, level)
+        Args:
+            num_scheduled_tokens: by request, which vLLM has counted as computed already.
+            level: it will run at.
+            started: requests that begin in it, or begin again after a preemption.
+        """
+        if level != self._level:
+            for request_id, draft in self._begun.items():
+                draft.count_computed(self._level, num_scheduled_tokens.get(request_id, 0))
+            self._level = level
+        if self._drafts:
+            for request_id in started:
+                if (draft := self._drafts.get(request_id)) is not None:
+                    self._begin(draft, num_scheduled_tokens.get(request_id, 0))
 
-    def on_finish(self, request: Request, level: int) -> None:
-        """Close a request's receipt, in a step at `level` or at an abort; its blocks are still there."""
+    def before_outputs(self, level: int) -> None:
+        """Take in that the tokens of a step at `level` are about to reach their requests."""
+        if level != self._level_of_outputs:
+            for draft in self._begun.values():
+                draft.count_output(self._level_of_outputs)
+            self._level_of_outputs = level
+
+    def before_preemption(self, request: Request) -> None:
+        """Take in that a request is about to lose what it has computed; a token under way may yet be its last."""
+        if (draft := self._begun.get(request.request_id)) is not None:
+            draft.count_computed(self._level)
+
+    def on_finish(self, request: Request) -> None:
+        """Close a request's receipt; its blocks are still there."""
         draft = self._drafts.pop(request.request_id, None)
         if draft is not None:
-            self._seal(draft, level)
+            self._seal(draft)
 
-    def on_turn_end(self, request: Request, level: int) -> None:
-        """Close the receipt of a session's turn, in a step at `level`; the next turn's begins with the same context."""
+    def on_turn_end(self, request: Request) -> None:
+        """Close the receipt of a session's turn; the next turn's begins with the same context."""
         draft = self._drafts.get(request.request_id)
         if draft is not None:
-            self._seal(draft, level)
+            self._seal(draft)
 
     def forget(self, request_id: str) -> None:
         """Forget a session that ends between two turns. Unknown ids are fine."""
         self._drafts.pop(request_id, None)
+        self._begun.pop(request_id, None)
 
-    def _seal(self, draft: _Draft, level: int) -> None:
+    def _seal(self, draft: _Draft) -> None:
         request = draft.request
-        self._count_output(draft, level)
+        if self._begun.pop(request.request_id, None) is not None:
+            draft.count_computed(self._level)
+            draft.count_output(self._level_of_outputs)
         deepest = max((*draft.reused, *draft.computed, *draft.output), default=0)
         self._sealed[request.request_id] = {
             "demanded": FULL if draft.demands_full else "any",
@@ -119,6 +173,7 @@ class Receipts:
             "output_tokens": _by_level(draft.output),
             "deepest_level": deepest,
             "full_precision": deepest == 0,
+            **({"token_levels": draft.runs} if draft.tells_tokens else {}),
             **({"error": draft.error} if draft.error else {}),
         }
 
@@ -132,24 +187,24 @@ class Receipts:
                 output.kv_transfer_params = {**(output.kv_transfer_params or {}), "morphserve": receipt}
         self._sealed.clear()  # what was aborted has nobody to tell
 
-    def _reused(self, request: Request, count: int, is_continued: bool) -> dict[int, int]:
-        """Tokens taken from the prefix cache, or from turns before that nobody had asked about.
+    def _begin(self, draft: _Draft, count: int) -> None:
+        request = draft.request
+        if draft.num_preemptions == request.num_preemptions:
+            return
+        draft.num_preemptions = request.num_preemptions
+        draft.num_computed_tokens = request.num_computed_tokens - count
+        draft.computed.clear()
+        draft.reused = self._reused(draft)
+        self._begun[request.request_id] = draft
 
-        `count` of those that vLLM calls computed are only scheduled yet.
-        """
-        found = {
-            level: blocks * self._block_size for level, blocks in self._provenance.reused(request.request_id).items()
-        }
-        if rest := request.num_computed_tokens - count - sum(found.values()):
-            level = self._provenance.span(request.request_id).deepest if is_continued else 0
+    def _reused(self, draft: _Draft) -> dict[int, int]:
+        """Return, by level, the tokens from the prefix cache, or from turns before that nobody had asked about."""
+        name = draft.request.request_id
+        found = {level: blocks * self._block_size for level, blocks in self._provenance.reused(name).items()}
+        if rest := draft.num_computed_tokens - sum(found.values()):
+            level = self._provenance.span(name).deepest if draft.is_continued else 0
             found[level] = found.get(level, 0) + rest
         return found
-
-    @staticmethod
-    def _count_output(draft: _Draft, level: int) -> None:
-        if new := draft.request.num_output_tokens - draft.num_output_tokens:
-            draft.output[level] = draft.output.get(level, 0) + new
-            draft.num_output_tokens += new
 
 
 def _by_level(counts: dict[int, int]) -> dict[str, int]:

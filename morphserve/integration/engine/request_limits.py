@@ -11,7 +11,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from morphserve.control import NO_LIMITS, RequestLimits
-from policies import PolicyConfig
+from policies import Promise
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -20,6 +20,7 @@ logger = logging.getLogger("vllm.morphserve")
 
 TTFT_ARG = "morphserve_ttft_s"
 TPOT_ARG = "morphserve_tpot_s"
+_warned: set[str] = set()  # of these two, that somebody has sent what is no time
 _RECENT_S = 300.0  # an hour after a burst it is no longer what the server does now
 
 
@@ -40,11 +41,13 @@ def _seconds(asked: dict[str, Any], name: str, request: Request) -> float | None
     except (TypeError, ValueError):
         seconds = math.nan
     if not (math.isfinite(seconds) and seconds > 0):
-        logger.warning(
-            "morphserve: request %s: %s is %r, must be seconds above 0; the server's own limit counts",
+        logger.log(
+            logging.DEBUG if name in _warned else logging.WARNING,  # clients may send as many as they like
+            "morphserve: request %s: %s is %.80r, must be seconds above 0; the server's own limit counts",
             request.request_id, name, value,
         )  # fmt: skip
-        asked.pop(name)  # said once
+        _warned.add(name)
+        asked.pop(name)  # said once a request
         return None
     return seconds
 
@@ -57,9 +60,9 @@ class LateCount:
     token by then: how it ended says nothing, as vLLM aborts an answer at a stop string, too.
     """
 
-    def __init__(self, policy: RequestLimits, num_recent: int = 100) -> None:
-        """Count from now on. `policy`: what everyone is promised; may be replaced at any time."""
-        self.policy = policy
+    def __init__(self, promise: Promise, num_recent: int = 100) -> None:
+        """Count from now on. `promise`: by which requests are judged; may be replaced at any time."""
+        self.promise = promise
         self._first_token_s: dict[str, float] = {}  # live request |-> wall clock
         self._num_ended = 0
         self._num_judged = 0
@@ -74,9 +77,9 @@ class LateCount:
         """Judge a request that ends."""
         first_s = self._first_token_s.pop(request.request_id, wall_s)  # the first token may have been the last
         self._num_ended += 1
-        own, policy = limits_of(request), self.policy
-        ttft_limit_s = policy.ttft_s if own.ttft_s is None else own.ttft_s
-        tpot_limit_s = policy.tpot_s if own.tpot_s is None else own.tpot_s
+        asked, promise = limits_of(request), self.promise
+        ttft_limit_s = promise.own_ttft_s(asked.ttft_s) or promise.ttft_s
+        tpot_limit_s = promise.own_tpot_s(asked.tpot_s) or promise.tpot_s
         if ttft_limit_s is None and tpot_limit_s is None:
             return
         num_gaps = request.num_output_tokens - 1
@@ -95,8 +98,8 @@ class LateCount:
         """Return the counts, and the limits of requests that bring none."""
         recent = [late for when_s, late in self._recent if when_s > wall_s - _RECENT_S]
         return {
-            "ttft_s": self.policy.ttft_s,
-            "tpot_s": self.policy.tpot_s,
+            "ttft_s": self.promise.ttft_s,
+            "tpot_s": self.promise.tpot_s,
             "num_ended": self._num_ended,
             "num_judged": self._num_judged,
             "num_late": self._late["any"],
@@ -104,8 +107,3 @@ class LateCount:
             "num_late_tpot": self._late["tpot"],
             "recent": {"num_judged": len(recent), "num_late": sum(recent)},
         }
-
-
-def promise_of(section: PolicyConfig) -> RequestLimits:
-    """Return what a policy promises everyone: nothing, where its kind knows no limits."""
-    return RequestLimits(getattr(section, "ttft_s", None), getattr(section, "tpot_s", None))

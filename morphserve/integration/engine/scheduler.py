@@ -55,6 +55,7 @@ class _MorphScheduler:
         self.morph.on_turn(session)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        self.morph.before_preemption(request)
         super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
         self.morph.on_preemption(request)
 

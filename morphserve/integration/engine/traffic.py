@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
-from morphserve.control import NO_LIMITS, EngineView, Monitor, WaitingRequest
+from morphserve.control import EngineView, Monitor, WaitingRequest
 from morphserve.integration.engine.request_limits import LateCount, limits_of
+from policies import Promise
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -50,7 +51,7 @@ class Traffic:
     def __init__(self, scheduler: Scheduler, monitor: Monitor) -> None:
         self._scheduler = scheduler
         self._monitor = monitor
-        self.late = LateCount(NO_LIMITS)
+        self.late = LateCount(Promise())
         self._awaiting_first_token: dict[str, Any] = {}  # by request id
         self._last_preemption_wall_s = 0.0
 

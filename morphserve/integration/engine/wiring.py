@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+from morphserve.control import Action
 from morphserve.integration import ending, seams
 from morphserve.integration.engine.hooks import Morph
 from morphserve.integration.engine.runtime import EngineRuntime
@@ -36,6 +37,7 @@ def install() -> None:
     seams.wrap(seams.ENGINE_RPC, _collective_rpc)
     seams.put(seams.ENGINE_UTILITIES, "morphserve_status", _status)
     seams.put(seams.ENGINE_UTILITIES, "morphserve_reload", _reload)
+    seams.put(seams.ENGINE_UTILITIES, "morphserve_order", _order)
     ending.install()
 
 
@@ -97,3 +99,14 @@ def _reload(self: Any, cause: str, sent: str = "") -> Future[dict[str, Any]] | N
     """Read the settings anew: a utility method of EngineCore; vLLM answers when the thread that reads the file has."""
     morph = getattr(self.scheduler, "morph", None)
     return None if morph is None else morph.reload(cause, sent)
+
+
+def _order(
+    self: Any, action: Action, text: str, revisions: list[list[int]], is_rehearsal: bool, not_after_s: float
+) -> dict[str, Any] | None:
+    """Take an operator's order, which names a revision of each engine: a utility method of EngineCore."""
+    morph = getattr(self.scheduler, "morph", None)
+    if morph is None:
+        return None
+    revision = dict(map(tuple, revisions)).get(morph.runtime.index, 0)
+    return dict(morph.order(action, text, revision, is_rehearsal, not_after_s))

@@ -189,7 +189,7 @@ def _batches(max_num_seqs: int) -> tuple[int, ...]:
 
 def _settings(config: MorphServeConfig, steps: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the engine's settings: the config's, but for what would cut or move its levels."""
-    own = config.model_dump(mode="json", exclude={"policy", "decision_log", "kv", "prepared", "quality"})
+    own = config.model_dump(mode="json", exclude={"policy", "decision_log", "kv", "prepare", "prepared", "quality"})
     return {**own, "ladder": {"steps": steps}}
 
 

@@ -31,6 +31,7 @@ from morphserve.integration.seams.patch import Patch, patches, put, undo, wrap
 from morphserve.integration.seams.rows import (
     CLI_FLAGS,
     CLI_VALUES,
+    CLIENT_GENERATE,
     CONFIG_CACHE,
     DOOR_LIMIT,
     ENDPOINT_PLUGINS,
@@ -66,6 +67,7 @@ __all__ = [
     "CAPTURE_V1",
     "CAPTURE_V2",
     "CLI_FLAGS",
+    "CLIENT_GENERATE",
     "CLI_VALUES",
     "CONFIG_CACHE",
     "CUDA_KERNEL_SEAMS",

@@ -1,31 +1,39 @@
-"""`GET /morphserve/status` and the `morphserve:*` metrics on vLLM's own /metrics.
+"""The `morphserve:*` metrics on vLLM's own /metrics, and the plugin that adds our routes.
 
-Reloads are in `reload_api.py`, what a browser sees in `page.py`.
+The status is in `status_api.py`, reloads in `reload_api.py`, orders of an operator in `admin_api.py`, what a browser
+sees in `page.py`, who may in `access.py`.
 
-The engine cores are asked twice a second (`poll.py`); a scrape reads the last answers. Each data-parallel replica is
-an engine of its own, told by its index. vLLM's own cache_config_info label is fixed at start and goes stale after a
-resize: `morphserve:kv_blocks` is the one to watch.
+The engine cores are asked twice a second (`poll.py`); scrapes and questions read the last answers. Each data-parallel
+replica is an engine of its own, told by its index. vLLM's own cache_config_info label is fixed at start and goes stale
+after a resize: `morphserve:kv_blocks` is the one to watch.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, get_args
 
-from fastapi import APIRouter, HTTPException
+from fastapi import APIRouter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from morphserve.config import MorphServeConfig
+from morphserve.integration import seams
+from morphserve.integration.server.access import Access
+from morphserve.integration.server.admin_api import add_admin
 from morphserve.integration.server.page import add_page
 from morphserve.integration.server.poll import SILENT_AFTER_S, StatusPoll
 from morphserve.integration.server.queue_limit import QueueLimit
+from morphserve.integration.server.receipt_door import ReceiptDoor, note_receipts
 from morphserve.integration.server.reload_api import add_route, on_hangup
 from morphserve.integration.server.scrape import add_behind_shared, add_to_own
-from policies import Predictions
+from morphserve.integration.server.spare_time import SpareTime
+from morphserve.integration.server.status_api import LastStatuses, add_status
+from morphserve.integration.start import read_settings
+from policies import OrderKind, Predictions
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -106,6 +114,15 @@ def _predictions(s: _Status) -> list[_Row]:
     return [((state,), float(s["predictions"] == state)) for state in get_args(Predictions)]
 
 
+def _order(s: _Status) -> list[_Row]:
+    order = s["orders"]["order"]
+    return [((kind,), float(order is not None and order["kind"] == kind)) for kind in get_args(OrderKind)]
+
+
+def _orders(s: _Status) -> list[_Row]:
+    return [(tuple(key.split("_", 1)), count) for key, count in s["counters"]["orders"].items()]
+
+
 def _reloads(s: _Status) -> list[_Row]:
     return [(("ok",), s["policy"]["reloads"]), (("refused",), s["policy"]["refused"])]
 
@@ -153,6 +170,8 @@ _FAMILIES: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, 
     (CounterMetricFamily, "tokens", "Generated tokens by morph level.", ("level",), _by("tokens_by_level")),
     (CounterMetricFamily, "transition_seconds", "Time spent in transitions.", (), _one("transition_seconds")),
     (CounterMetricFamily, "policy_reloads", "Policies taken from an edited file.", ("outcome",), _reloads),
+    (GaugeMetricFamily, "order", "1 for what an operator has ordered and is in force.", ("kind",), _order),
+    (CounterMetricFamily, "orders", "Orders of operators, and their ends.", ("kind", "outcome"), _orders),
     (
         CounterMetricFamily,
         "decisions_dropped",
@@ -172,64 +191,71 @@ class MorphServeEndpoint:
 
     def __init__(self) -> None:
         self._poll = StatusPoll(self._ask)
+        self._last = LastStatuses(self._poll)
+        self._access = Access()
+        self._queue_limit = QueueLimit(None)
         self._collector = StatusCollector(self._poll)
         self._client: Any = None
-        self._task: asyncio.Task[None] | None = None
-        self._keys: list[str] = []  # one of which who sends a policy must show, as for vLLM's own API
+        self._spare_time = SpareTime(None)
+        self._tasks: list[asyncio.Task[None]] = []
 
     def attach_router(self, app: FastAPI) -> None:
+        """Add the routes; who may use them is known once `init_state` has read the settings, and until then nobody."""
         router = APIRouter(prefix="/morphserve")
-
-        @router.get("/status")
-        async def status(engine: int | None = None) -> dict[str, Any]:
-            """Level, capacity, ladder and counters of an engine, read between two of its steps.
-
-            Of several engines (data parallel) `engine` names one; without it they are all under `engines`.
-            """
-            answers = await self._poll.latest()
-            if not answers:
-                raise HTTPException(503, "the engine runs without MorphServe")
-            if engine is not None:
-                answers = [answer for answer in answers if answer["engine"] == engine]
-                if not answers:
-                    raise HTTPException(404, f"no engine {engine} behind this API server")
-            return answers[0] if len(answers) == 1 else {"engines": answers}
-
-        add_route(router, self._reload, lambda: self._keys)
-        add_page(router, self._poll.latest)
+        add_status(router, self._last, lambda: self._access)
+        add_route(router, self._reload, lambda: self._access)
+        add_admin(router, self._last, self, lambda: self._access)
+        add_page(router, self._last, lambda: self._access)
         app.include_router(router)
         add_behind_shared(app, self._collector)
+        app.add_middleware(ReceiptDoor)
 
     async def init_state(self, engine_client: EngineClient, state: Any, args: Any) -> None:
         self._client = engine_client
-        given = getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
-        self._keys = [key for key in given if key]
         if engine_client is None:
             return
+        settings = read_settings(getattr(engine_client.vllm_config, "additional_config", None))
+        self._access = Access.of((settings or MorphServeConfig()).admin)
         add_to_own(self._collector)
-        limit = QueueLimit(engine_client)
-        self._task = asyncio.create_task(self._poll.run(lambda statuses: limit.apply(_queue_limits(statuses))))
+        self._queue_limit = QueueLimit(engine_client)
+        self._spare_time = spare_time = SpareTime(engine_client)
+        if hasattr(engine_client, "generate"):
+            seams.wrap(seams.CLIENT_GENERATE, note_receipts, on=engine_client)
+
+        def tell(statuses: list[_Status]) -> None:
+            self._limit_queues(statuses)
+            spare_time.look(statuses)
+
+        self._tasks = [asyncio.create_task(run) for run in (self._poll.run(tell), spare_time.run())]
         on_hangup(self._reload)
 
+    async def look(self) -> list[_Status]:
+        """Ask every engine behind this API server for its status: what is shown from now on."""
+        statuses = await self._poll.look()
+        self._limit_queues(statuses)
+        return statuses
+
     async def _ask(self) -> list[_Status]:
-        """Return the status of every engine behind this API server."""
-        return await self._call("morphserve_status")
+        """Return the status of every engine behind this API server, with what it does itself."""
+        own = {"prepare": self._spare_time.as_json()}
+        return [status | own for status in await self.call("morphserve_status")]
 
     async def _reload(self, cause: str, sent: str = "") -> list[_Status]:
         """Have every engine read its settings anew, or a policy that was sent; return what came of it in each."""
-        return await self._call("morphserve_reload", cause, sent)
+        return await self.call("morphserve_reload", cause, sent)
 
-    async def _call(self, method: str, *args: str) -> list[dict[str, Any]]:
+    async def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        """Call a utility method of every engine; the answers are in the order of the engines."""
         core = getattr(self._client, "engine_core", None)
         if core is None:
             return []
         answers = await core.call_utility_all_async(method, *args)
         return sorted((answer for answer in answers if answer is not None), key=itemgetter("engine"))
 
-
-def _queue_limits(statuses: list[_Status]) -> list[int | None]:
-    """Return what each engine's policy allows to wait; nothing of engines that are silent, so that all is taken."""
-    return [status["max_queued_tokens"] for status in statuses]
+    def _limit_queues(self, statuses: list[_Status]) -> None:
+        """Let vLLM take what each engine allows to wait; while engines are silent all is taken, unless they drain."""
+        known = statuses or [status for status in self._poll.last if status["max_queued_tokens"] == 0]
+        self._queue_limit.apply([status["max_queued_tokens"] for status in known])
 
 
 def make_endpoint() -> MorphServeEndpoint:

@@ -1,7 +1,7 @@
 """The newest status of each engine, how old it is, and what holds while they are silent.
 
 An engine answers between two of its steps. One that hangs answers never, and takes what it is asked into its queue: so
-who asks waits a bounded time, and while it owes an answer nobody asks again but the poll, at its own slow pace.
+who looks at it is shown the last answer, and while it owes one nobody asks again but the poll, at its own slow pace.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from fastapi import HTTPException
-
 logger = logging.getLogger("vllm.morphserve")
 
 POLL_INTERVAL_S = 0.5
-ANSWER_TIMEOUT_S = 3.0  # then who asks gets the last figures and their age; `morphserve watch` waits 5 s for both
+ANSWER_TIMEOUT_S = 3.0  # of an answer to somebody who must know what is so now, as who orders something
 SILENT_AFTER_S = 30.0  # one step of long prompts takes seconds on a CPU; from here on last figures are none
 
 Status = dict[str, Any]
@@ -28,7 +26,8 @@ class StatusPoll:
 
     Promises:
         1. Figures that are older than `SILENT_AFTER_S` are no figures: `statuses` is empty until the engines answer.
-        2. However many ask, an engine that is silent for `ANSWER_TIMEOUT_S` gets one question more in `SILENT_AFTER_S`.
+        2. However many look, engines are asked twice a second; one that is silent for `ANSWER_TIMEOUT_S` gets one
+           question more in `SILENT_AFTER_S`.
         3. One WARNING a silence, however long, and one INFO line when it ends.
     """
 
@@ -41,33 +40,35 @@ class StatusPoll:
         """
         self._ask = ask
         self._clock = clock
-        self._last: list[Status] | None = None
-        self._heard_s = 0.0
+        self.last: list[Status] = []  # however old
+        self._heard_s = 0.0  # when the question was put that `last` answers: the figures are no older
         self._asked_s: float | None = None  # when the poll has put the question that has no answer yet
         self._failed = False  # the poll's last question got none
 
     @property
     def statuses(self) -> list[Status]:
         """The last figures, if they are still worth something."""
-        is_old = self._failed or self._age_s > SILENT_AFTER_S
-        return [] if is_old or self._last is None else self._last
+        return [] if self._failed or self.age_s > SILENT_AFTER_S else self.last
 
     @property
     def ages_s(self) -> dict[int, float]:
         """Of each engine that has ever answered, how old its last figures are."""
-        return {status["engine"]: self._age_s for status in self._last or ()}
+        return {status["engine"]: self.age_s for status in self.last}
 
-    async def latest(self) -> list[Status]:
-        """Return each engine's status with its `age_s`: of now, or the last one where there is no answer in time.
+    @property
+    def age_s(self) -> float:
+        """How old the last figures are at most."""
+        return max(self._clock() - self._heard_s, 0.0)
+
+    async def look(self) -> list[Status]:
+        """Ask now, for somebody who must know what is so.
 
         Raises:
-            HTTPException: there is no last one.
+            TimeoutError: the engines do not answer in time, or owe an answer and are not asked.
         """
-        is_now = not self._is_owed and await self._heard(ANSWER_TIMEOUT_S)
-        age_s = 0.0 if is_now else round(self._age_s, 1)
-        if self._last is None:
-            raise HTTPException(504, f"the engine has not answered yet, not for {ANSWER_TIMEOUT_S:.0f} s now")
-        return [{**status, "age_s": age_s} for status in self._last]
+        if self._is_owed or not await self._heard(ANSWER_TIMEOUT_S):
+            raise TimeoutError
+        return self.last
 
     async def run(self, tell: Callable[[list[Status]], None]) -> None:
         """Poll until cancelled.
@@ -80,7 +81,7 @@ class StatusPoll:
             problem = await self._ask_patiently()
             self._asked_s = None
             try:
-                tell([] if problem else self._last or [])
+                tell([] if problem else self.last)
             except Exception as e:
                 problem = problem or f"{type(e).__name__}: {e}"
             self._note(problem)
@@ -94,21 +95,19 @@ class StatusPoll:
             return f"{type(e).__name__}: {e}"
 
     @property
-    def _age_s(self) -> float:
-        return self._clock() - self._heard_s
-
-    @property
     def _is_owed(self) -> bool:
         """Whether the engines have kept the poll waiting, so that another question would only lengthen their queue."""
         return self._failed or (self._asked_s is not None and self._clock() - self._asked_s > ANSWER_TIMEOUT_S)
 
     async def _heard(self, timeout_s: float) -> bool:
         """Ask, and return whether all engines have answered in time."""
+        asked_s = self._clock()
         try:
-            self._last = await asyncio.wait_for(self._ask(), timeout_s)
+            async with asyncio.timeout(timeout_s):  # `wait_for` of Python 3.11 may swallow the cancellation at the end
+                self.last = await self._ask()
         except TimeoutError:
             return False
-        self._heard_s = self._clock()
+        self._heard_s = asked_s
         return True
 
     def _note(self, problem: str) -> None:

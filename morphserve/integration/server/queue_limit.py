@@ -35,14 +35,15 @@ class QueueLimit:
         Several API servers have a share each.
         """
         known = [limit for limit in limits if limit is not None]
-        limit = max(sum(known) // self._num_doors, 1) if known and len(known) == len(limits) else None
+        share = max(sum(known) // self._num_doors, 1) if any(known) else 0  # 0 = an order refuses all
+        limit = share if known and len(known) == len(limits) else None
         if self._config is None or limit == self._policys:
             return
         if (limit is None) != (self._policys is None):
             if limit is None:
                 logger.info("morph: new requests are taken again")
             else:
-                logger.warning("morph: no level keeps the promise; requests beyond %d queued tokens get a 503", limit)
+                logger.warning("morph: new requests beyond %d queued tokens get a 503: see the status' reason", limit)
         self._policys = limit
         bounds = [bound for bound in (self._own, limit) if bound is not None]
         seams.put(seams.DOOR_LIMIT, "max_num_queued_tokens", min(bounds, default=None), self._config)

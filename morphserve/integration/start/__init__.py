@@ -39,12 +39,14 @@ if TYPE_CHECKING:
     )
     from morphserve.integration.start.device_budget import check_fixed_kv, check_given_blocks
     from morphserve.integration.start.device_checks import check_device
+    from morphserve.integration.start.idle import IdleWork, idle_work
     from morphserve.integration.start.prepared import attach_prepared
 
 __all__ = [
     "CONFIG_FILE",
     "FOUND",
     "KEY",
+    "IdleWork",
     "attach_prepared",
     "check_device",
     "check_engine",
@@ -57,6 +59,7 @@ __all__ = [
     "for_this_device",
     "formats_over",
     "hangup_is_free",
+    "idle_work",
     "ignore_hangups",
     "is_active",
     "is_cuda",
@@ -70,6 +73,7 @@ __all__ = [
 ]
 
 _LATE = {
+    "IdleWork": "idle",
     "attach_prepared": "prepared",
     "check_device": "device_checks",
     "check_engine": "checks",
@@ -78,6 +82,7 @@ _LATE = {
     "check_platform": "device",
     "default_formats": "device",
     "device_type": "device",
+    "idle_work": "idle",
     "is_cuda": "device",
     "serving_residence": "device",
     "make_policy": "checks",

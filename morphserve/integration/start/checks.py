@@ -11,6 +11,7 @@ from morphserve.integration.start.device import check_platform, device_type, ser
 from morphserve.integration.start.device_checks import check_device, check_graph_buffers
 from morphserve.integration.start.settings import for_this_device, read_settings
 from morphserve.profile_ladder import read_ladder
+from morphserve.user_input import read_token
 from policies import BASE_FORMAT, EngineLimits, Ladder, Policy, PolicySetup, load_step_times
 from quant_layers import FORMATS, split_format
 
@@ -33,6 +34,9 @@ def check_engine(vllm_config: VllmConfig) -> None:
         return
     check_platform()
     check_formats(config, FORMATS)
+    for file in (config.admin.token_file, config.admin.read_token_file):
+        if file is not None:
+            read_token(file)  # which the API server does once weights are loaded
     _check_model(vllm_config)
     _check_features(vllm_config)
     _check_lora(config, vllm_config)

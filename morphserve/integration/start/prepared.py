@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.morphserve")
 
-_READABLE = ("auto", "safetensors", "hf")  # load formats with which the files are the weights
+READABLE = ("auto", "safetensors", "hf")  # load formats with which the files are the weights
 
 
 def attach_prepared(vllm_config: VllmConfig) -> None:
@@ -108,7 +108,7 @@ def place_of(vllm_config: VllmConfig) -> Place:
 
 def _find(config: MorphServeConfig, vllm_config: VllmConfig, place: Place, findings: Findings) -> Prepared:
     model = vllm_config.model_config
-    is_read = str(vllm_config.load_config.load_format) in _READABLE
+    is_read = str(vllm_config.load_config.load_format) in READABLE
     directory = local_files(model.model, model.revision) if is_read else None
     weights = None if directory is None else weights_fingerprint(directory)
     if weights is None:

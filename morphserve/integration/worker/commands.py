@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from morphserve.control import Plan, Reply
+from quant_layers import QuantError
 
 logger = logging.getLogger("vllm.morphserve")
 
@@ -62,7 +63,9 @@ class Commands:
             pending = bool(action())
         except Exception as e:
             ok, error, kv_moved = False, f"{type(e).__name__}: {e}", not isinstance(e, KVUnknown)
-            logger.exception("morphserve: rank %d, plan r%d failed", rank, plan.revision)
+            # What the controller's warning says whole needs no traceback: a file, a disk, a format.
+            level = logging.DEBUG if isinstance(e, QuantError | TimeoutError) else logging.ERROR
+            logger.log(level, "morphserve: rank %d, plan r%d failed", rank, plan.revision, exc_info=True)
         elapsed_s = time.perf_counter() - start
         found = figures()
         return Reply(

@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 
 from morphserve.tools.bench.load.server import ServerOptions, serve
-from morphserve.tools.watch import NoStatus, fetch_status
+from morphserve.tools.watch import NoStatus, fetch_status_from_now
 from morphserve.tools.workload import ReplayError
 
 # Student's t, 97.5 % quantile, by degrees of freedom (pairs - 1); beyond the table an expansion around the normal's.
@@ -105,7 +105,7 @@ def compare_idle(
                 found[name].append(loop.requests * loop.output_tokens / seconds)
             on_pair(pair, found["plugin"][-1] / found["stock"][-1])
         try:
-            status = fetch_status(urls["plugin"])
+            status = fetch_status_from_now(urls["plugin"])
         except NoStatus as e:
             raise ReplayError(str(e)) from e
     if degraded := sum(n for level, n in status["tokens_by_level"].items() if level != "0"):

@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve prepare") ->
     """Prepare a model; exit status 0 when all of it is there."""
     args = _parser(prog).parse_args(argv)
     bind_cores(args)
+    from morphserve.prepared import TAKEN, TakenError
     from quant_layers import QuantError
 
     try:
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve prepare") ->
     except KeyboardInterrupt:
         fail(prog, "interrupted. What was finished is kept: the same command goes on from there.")
         return 130
+    except TakenError as e:
+        fail(prog, e)
+        return TAKEN
     except (MorphServeError, QuantError, OSError, ValueError) as e:
         return fail(prog, e)
     return finish(document) if args.json else 0

@@ -15,7 +15,7 @@ from typing import Any
 
 from morphserve.errors import ProfilingError
 from morphserve.files import write_whole
-from morphserve.prepared import Place, ProfileKey, Store, StoredProfile, moment
+from morphserve.prepared import Place, ProfileKey, Store, StoredProfile, moment, take_model
 from morphserve.shipped import TEXT
 from morphserve.tools.apart import Progress, run_apart
 from morphserve.tools.prepare.request import Request
@@ -61,14 +61,19 @@ class Preparation:
             with_times: step times, too.
 
         Raises:
+            TakenError: another process prepares this model.
             MorphServeError: a part of it cannot be made; what was finished is kept.
         """
-        start_s = time.monotonic()
         texts = tuple(file.resolve() for file in text or (TEXT,))
         for file in texts:
             if not file.is_file():
                 raise ProfilingError(f"--text {file}: there is no such file. Give text files.")
         self._check_store()
+        with take_model(self._store.directory):  # two that go on with the same unfinished part would mix it
+            return self._run(texts, windows, w4, with_times)
+
+    def _run(self, texts: tuple[Path, ...], windows: int, w4: str | None, with_times: bool) -> dict[str, Any]:
+        start_s = time.monotonic()
         served = self._served()
         place, sources = served.place, {"w4": w4} if w4 is not None and "w4" in served.formats else {}
         if not served.with_profile:

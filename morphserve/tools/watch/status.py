@@ -13,18 +13,18 @@ from collections.abc import Sequence
 
 from morphserve.status_view import panels
 from morphserve.tools.command import command_parser
-from morphserve.tools.watch.client import NoStatus, add_url, fetch_status
+from morphserve.tools.watch.client import NoStatus, add_server, fetch_status
 from morphserve.tools.watch.text import as_text
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "morphserve status") -> int:
     """Print a server's status once."""
     parser = command_parser(__doc__, prog)
-    add_url(parser)
+    add_server(parser)
     parser.add_argument("--json", action="store_true", help="print the document of GET /morphserve/status, on one line")
     args = parser.parse_args(argv)
     try:
-        document = fetch_status(args.url)
+        document = fetch_status(args.url, args.token_file)
     except NoStatus as e:
         sys.stderr.write(f"{prog}: {e}\n")
         return 1

@@ -12,12 +12,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from morphserve.status_view import Panel, panels
 from morphserve.tools.command import command_parser
 from morphserve.tools.options import number
-from morphserve.tools.watch.client import NoStatus, add_url, fetch_status
+from morphserve.tools.watch.client import NoStatus, add_server, fetch_status
 from morphserve.tools.watch.text import one_liners, plain
 
 Fetch = Callable[[str], dict[str, Any]]
@@ -101,13 +102,13 @@ def watch(url: str, interval_s: float, view: View, fetch: Fetch = fetch_status) 
 def main(argv: Sequence[str] | None = None, prog: str = "morphserve watch") -> int:
     """Watch a server until Ctrl-C."""
     parser = command_parser(__doc__, prog)
-    add_url(parser)
+    add_server(parser)
     parser.add_argument("--interval", type=number, default=1.0, metavar="S", help="seconds between two looks")
     args = parser.parse_args(argv)
     if not 0.1 <= args.interval <= 3600:
         parser.error(f"--interval is {args.interval:g} s, must be from 0.1 to 3600.")
     try:
-        return watch(args.url, args.interval, make_view())
+        return watch(args.url, args.interval, make_view(), partial(fetch_status, token_file=args.token_file))
     except NoStatus as e:
         sys.stderr.write(f"{prog}: {e}\n")
         return 1

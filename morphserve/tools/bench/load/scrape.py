@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-from morphserve.tools.watch import NoStatus, fetch_status
+from morphserve.tools.watch import NoStatus, fetch_status_from_now
 from morphserve.tools.workload import Snapshot
 
 
@@ -118,8 +118,8 @@ class Poller:
 
 
 async def status_of(url: str) -> dict[str, Any] | None:
-    """Return MorphServe's /morphserve/status, or None where there is none."""
+    """Return MorphServe's /morphserve/status as it is from now on, or None where there is none."""
     try:
-        return await asyncio.to_thread(fetch_status, url)
+        return await asyncio.to_thread(fetch_status_from_now, url)
     except NoStatus:
         return None

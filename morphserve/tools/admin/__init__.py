@@ -1,0 +1,1 @@
+"""Orders to a running server, a command each: pin, restore, pause, resume, drain."""

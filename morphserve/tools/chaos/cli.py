@@ -1,0 +1,80 @@
+"""What becomes of users' answers when something breaks beside them?
+
+Starts real servers of MODEL with the plugin, sends a square wave of streaming requests and two canaries whose tokens a
+stock server has shown before, and breaks something from outside: processes are stopped and killed, files cut and
+removed, limits lowered, clients go away or ask for the impossible. After each the server must have answered every
+request in full (or refused it with 503), its canaries as stock does, and be back at level 0 within 30 s, with at most
+the warnings that the scenario allows and no process left over. About 40 seconds a scenario, and as much for each
+server.
+
+Output columns: scenario, holds or what does not, requests answered, canaries at level 0, transitions, seconds until
+level 0.
+Last stdout line: one JSON document. The exit status is 1 if anything does not hold.
+
+    morphserve chaos MODEL_DIR
+    morphserve chaos MODEL_DIR --scenario frozen-rank --scenario hangup
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from morphserve.errors import MorphServeError
+from morphserve.tools.chaos.judge import figures, judge
+from morphserve.tools.chaos.run import ChaosServer, Runner
+from morphserve.tools.chaos.scenarios import SCENARIOS
+from morphserve.tools.command import command_parser, run_command, say
+from morphserve.tools.machine import describe_machine
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "morphserve chaos") -> int:
+    """Break things; returns the exit status."""
+    parser = command_parser(__doc__, prog)
+    parser.add_argument("model")
+    parser.add_argument("--scenario", action="append", choices=[each.name for each in SCENARIOS], help="default: all")
+    parser.add_argument("--short", action="store_true", help="only those that take little time and share a server")
+    parser.add_argument("--dtype", help="as of vllm serve; default: the model's own")
+    parser.add_argument("--out", type=Path, help="directory for logs and settings; default: a temporary one")
+    parser.add_argument("--serve-arg", action="append", default=[], metavar="ARG", help="one more, of vllm serve")
+    args = parser.parse_args(argv)
+    found: dict[str, Any] = {}
+
+    def job() -> dict[str, Any]:
+        directory = args.out or Path(tempfile.mkdtemp(prefix="morphserve-chaos-"))
+        directory.mkdir(parents=True, exist_ok=True)
+        say(f"logs: {directory}")
+        found.update(asyncio.run(_run(args, directory.resolve())))
+        return found
+
+    code = run_command(prog, job, "nothing is kept but the logs")
+    return code or int(any(each["violations"] for each in found["scenarios"]))
+
+
+async def _run(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    server = ChaosServer(
+        model=args.model, dtype=args.dtype, enforce_eager=True, num_blocks=49, max_model_len=512, max_num_seqs=24,
+        extra_args=tuple(args.serve_arg), prefix_caching=True,
+    )  # fmt: skip
+    wanted = [
+        each
+        for each in SCENARIOS
+        if (not args.scenario or each.name in args.scenario) and (each.is_short or not args.short)
+    ]
+    runner = Runner(server, directory)
+    reference = await runner.reference()
+    if not reference:
+        raise MorphServeError("no canary is answered alike by a stock server under load: tokens cannot be judged here")
+    rows = []
+    async for scenario, seen in runner.run(wanted):
+        violations = judge(scenario, seen, reference)
+        row = {"name": scenario.name, "question": scenario.question, "violations": violations, **figures(seen)}
+        rows.append(row)
+        counts = f"{row['answered']}/{row['requests']}  {row['canaries_at_level_0']}/{row['canaries']}"
+        verdict = "; ".join(violations) or "holds"
+        say(f"{scenario.name}  {verdict}  {counts}  {sum(row['transitions'].values())}  {row['restored_s']}")
+    return {"machine": describe_machine(), "stable_canaries": len(reference), "scenarios": rows}

@@ -1,0 +1,163 @@
+"""Traffic while something breaks: a square wave of streaming clients, and canaries whose tokens are known.
+
+Clients ask one request after the other while the wave is up, and none while it is down. Canaries ask all the time, the
+same few prompts, greedily, and with a receipt: an answer of which every token comes from level 0 must be the stock
+server's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from morphserve.tools.bench import ClientOptions, completion_body, send
+from morphserve.tools.workload import Outcome
+
+NUM_CLIENTS, NUM_CANARIES = 14, 2
+ON_S, OFF_S = 8.0, 6.0
+CANARY_TOKENS = 24
+REQUEST_TIMEOUT_S = 90.0
+_RECEIPT = {"morphserve_receipt": 1}
+_PAUSE_S = 0.2  # of a client that was refused, before it asks again
+
+
+@dataclass(slots=True)
+class CanaryAnswer:
+    """What a canary was told. Levels: of every token that the answer depends on; None = no receipt came."""
+
+    prompt: int
+    tokens: tuple[int, ...] = ()
+    levels: frozenset[int] | None = None
+    status: str = "error"
+    ended_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Traffic:
+    """All that was asked, and what came of it. Times are perf_counter's, in seconds."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    canaries: list[CanaryAnswer] = field(default_factory=list)
+    aborted: set[int] = field(default_factory=set)  # outcomes that we gave up ourselves, by index
+    zero: float = field(default_factory=time.perf_counter)
+
+    def begin(self, num_prompt: int, num_tokens: int) -> Outcome:
+        """Note a request that is about to be sent."""
+        outcome = Outcome(len(self.outcomes), time.perf_counter() - self.zero, num_prompt, num_tokens)
+        self.outcomes.append(outcome)
+        return outcome
+
+
+def canary_prompts(seed: int = 0, count: int = 4) -> list[list[int]]:
+    """Return the canaries' prompts, as token ids."""
+    draw = random.Random(seed)
+    return [[draw.randrange(100, 5000) for _ in range(24)] for _ in range(count)]
+
+
+async def ask_canary(session: aiohttp.ClientSession, options: ClientOptions, prompt: int) -> CanaryAnswer:
+    """Send one canary and read its tokens and its receipt."""
+    body = completion_body(options, canary_prompts()[prompt], CANARY_TOKENS) | {
+        "stream": False, "return_token_ids": True, "vllm_xargs": _RECEIPT,
+    }  # fmt: skip
+    del body["stream_options"]
+    answer = CanaryAnswer(prompt)
+    try:
+        async with asyncio.timeout(REQUEST_TIMEOUT_S), session.post(f"{options.url}/v1/completions", json=body) as got:
+            if got.status == 200:
+                document = await got.json()
+                answer.tokens = tuple(document["choices"][0]["token_ids"])
+                answer.levels = _levels(document.get("kv_transfer_params"))
+                answer.status = "ok"
+            else:
+                answer.status = f"http_{got.status}"
+    except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError) as e:
+        answer.status = f"error: {type(e).__name__}"
+    answer.ended_s = time.perf_counter()
+    return answer
+
+
+def _levels(params: Any) -> frozenset[int] | None:
+    """Return the levels of a receipt's tokens: reused, computed and sampled."""
+    receipt = (params or {}).get("morphserve")
+    if receipt is None:
+        return None
+    kinds = ("reused_tokens", "computed_tokens", "output_tokens")
+    return frozenset(int(level) for kind in kinds for level in receipt.get(kind, {}))
+
+
+class Wave:
+    """Sends until it is told to stop."""
+
+    def __init__(self, session: aiohttp.ClientSession, options: ClientOptions, traffic: Traffic, seed: int) -> None:
+        self._session = session
+        self._options = options
+        self._traffic = traffic
+        self._draw = random.Random(seed)
+        self._up = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopped = False
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> Any:
+        """Send in the block; at its end wait for every answer that is still owed."""
+        self._tasks = [asyncio.create_task(self._client()) for _ in range(NUM_CLIENTS)]
+        self._tasks += [asyncio.create_task(self._canary(i)) for i in range(NUM_CANARIES)]
+        try:
+            yield self
+        finally:
+            self._stopped = True
+            self._up.set()
+            await asyncio.gather(*self._tasks)
+
+    async def swing(self, times: int) -> None:
+        """Go up and down, so many times."""
+        for _ in range(times):
+            self._up.set()
+            await asyncio.sleep(ON_S)
+            self._up.clear()
+            await asyncio.sleep(OFF_S)
+
+    async def _client(self) -> None:
+        while not self._stopped:
+            await self._up.wait()
+            if self._stopped:
+                return
+            num_prompt, num_tokens = self._draw.randrange(20, 200), self._draw.randrange(20, 120)
+            prompt = [self._draw.randrange(100, 5000) for _ in range(num_prompt)]
+            outcome = self._traffic.begin(num_prompt, num_tokens)
+            body = completion_body(self._options, prompt, num_tokens)
+            await send(self._session, self._options, body, outcome, self._traffic.zero)
+            if not outcome.ok:
+                await asyncio.sleep(_PAUSE_S)
+
+    async def _canary(self, first: int) -> None:
+        for prompt in _round(first, len(canary_prompts())):
+            if self._stopped:
+                return
+            answer = await ask_canary(self._session, self._options, prompt)
+            self._traffic.canaries.append(answer)
+            if answer.status != "ok":
+                await asyncio.sleep(_PAUSE_S)
+
+
+def _round(first: int, count: int) -> Iterator[int]:
+    while True:
+        yield first % count
+        first += 1
+
+
+async def until(holds: Callable[[], bool], timeout_s: float, every_s: float = 0.05) -> bool:
+    """Wait until something holds; False if it did not in time."""
+    deadline = time.perf_counter() + timeout_s
+    while not holds():
+        if time.perf_counter() > deadline:
+            return False
+        await asyncio.sleep(every_s)
+    return True

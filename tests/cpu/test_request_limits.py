@@ -1,0 +1,134 @@
+"""Limits that requests bring: what one client asks for must not cost others their quality, or their answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from cpu.test_slo_rules import LADDER, made
+
+from morphserve.control import EngineView, Monitor, RequestLimits, WaitingRequest
+from policies import Decision, Promise, SloConfig, SloPolicy, ThresholdConfig, promise_of
+
+IMPOSSIBLE = RequestLimits(1e-9, 1e-9)
+NONE = RequestLimits()
+USUAL = RequestLimits(2.0, 0.15)  # what everyone is promised
+TICK_S = 0.05
+NO_FLOOR = {"min_ttft_s": 1e-3, "min_tpot_s": 1e-3}
+
+
+class Engine:
+    """As much of an engine as a policy sees: who runs and waits, and the level that was asked for last."""
+
+    def __init__(self, policy: SloPolicy, level: int) -> None:
+        self.policy, self.monitor = policy, Monitor()
+        self.level, self.now, self.decision = level, 100.0, Decision(level, "")
+        self.running = self.waiting = self.used = 0
+
+    def run(self, number: int, blocks: int, limits: RequestLimits = NONE) -> None:
+        """Let requests run that hold so many blocks each."""
+        for _ in range(number):
+            self.running, self.used = self.running + 1, self.used + blocks
+            name = f"r{self.running}"
+            self.monitor.on_arrival(self.now, WaitingRequest(name, 64, limits))
+            self.monitor.on_scheduled(self.now, 0.0, name, limits.tpot_s)
+
+    def wait(self, number: int, limits: RequestLimits = NONE) -> None:
+        for _ in range(number):
+            self.waiting += 1
+            self.monitor.on_arrival(self.now, WaitingRequest(f"w{self.waiting}", 64, limits))
+
+    def tick(self) -> Decision:
+        self.now += TICK_S
+        waited_s = self.now - 100.0 if self.waiting else 0.0
+        view = EngineView(self.waiting, self.running, waited_s)
+        blocks = LADDER[self.level].num_kv_blocks
+        self.monitor.on_step(self.now, self.running)
+        signals = self.monitor.snapshot(self.now, view, blocks, self.used, self.level, self.level)
+        self.decision = self.policy.decide(signals)
+        self.level = self.decision.level
+        return self.decision
+
+    def seconds_to_level_0(self) -> float | None:
+        for tick in range(400):
+            if self.tick().level == 0:
+                return tick * TICK_S
+        return None
+
+
+def after_a_burst(limits: RequestLimits, **fields: Any) -> float | None:
+    """Seconds from the end of a burst to level 0, while two requests run for as long as one looks."""
+    engine = Engine(made(**fields), level=3)
+    engine.run(2, 4, limits)
+    return engine.seconds_to_level_0()
+
+
+def test_a_limit_that_no_level_keeps_holds_off_no_restore() -> None:
+    """Guards: two requests with a limit of 1e-9 s that keep everybody at W4 for as long as they run."""
+    usual = after_a_burst(NONE)
+    assert usual is not None and usual < 5.0
+    for asked in (IMPOSSIBLE, RequestLimits(tpot_s=1e-9), RequestLimits(tpot_s=5e-324)):
+        assert after_a_burst(asked) == usual
+        assert after_a_burst(asked, **NO_FLOOR) == usual, "without a floor, too"
+
+
+def test_a_limit_that_a_level_keeps_counts() -> None:
+    """Guards: limits that are taken for impossible whatever they are; a floor or a switch that does nothing."""
+    strict = RequestLimits(tpot_s=0.0115)  # 13 ms at level 0, 8 ms in W8
+    usual = after_a_burst(NONE)
+    assert after_a_burst(strict, **NO_FLOOR) is None
+    assert after_a_burst(strict, min_tpot_s=0.012) == usual, "not raised to what W8 alone keeps"
+    assert after_a_burst(strict) == usual, "a quarter of what everyone is promised is the floor"
+    assert after_a_burst(strict, request_limits=False, **NO_FLOOR) == usual
+
+
+def test_one_that_runs_is_not_all_that_run() -> None:
+    """Guards: the limit of one running request by which all of them are judged: 6 late ones where 1 is."""
+    engine = Engine(made(**NO_FLOOR, target=0.2), level=1)
+    engine.run(1, 1, RequestLimits(tpot_s=0.014))  # 15 ms at level 0, 9 in W8
+    engine.run(5, 1)
+    assert engine.seconds_to_level_0() is not None
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_those_that_wait_with_a_limit_that_no_level_keeps_change_nothing(number: int) -> None:
+    """Guards: a queue of impossible limits that degrades the engine, or that has other clients refused at the door."""
+    answers = []
+    for limits in (USUAL, IMPOSSIBLE):
+        engine = Engine(made(shed=True, **NO_FLOOR), level=0)
+        engine.run(4, 4)
+        engine.wait(number, limits)
+        engine.wait(4 - number)
+        answers.append([(d.level, d.max_queued_tokens) for d in (engine.tick() for _ in range(30))])
+    assert answers[0] == answers[1] and answers[0][-1] == (0, None)
+
+
+def test_a_burst_of_them_is_a_burst_like_any_other() -> None:
+    """Guards: impossible limits that buy a deeper level, or none, where everyone's promise asks for one."""
+    levels = []
+    for limits in (NONE, IMPOSSIBLE):
+        engine = Engine(made(**NO_FLOOR), level=0)
+        engine.run(8, 6)
+        engine.wait(20, limits)
+        levels.append([engine.tick().level for _ in range(40)])
+    assert levels[0] == levels[1] and max(levels[0]) > 0
+
+
+def test_waiting_requests_are_told_apart_by_what_they_are_promised() -> None:
+    """Guards: a promise that some level keeps ignored because others in the queue ask for the impossible."""
+    for others in (NONE, IMPOSSIBLE):
+        engine = Engine(made(**NO_FLOOR), level=0)
+        engine.run(8, 6)
+        engine.wait(20, others)
+        engine.wait(6, RequestLimits(ttft_s=1.0))
+        assert max(engine.tick().level for _ in range(40)) > 0
+
+
+def test_what_the_operator_allows() -> None:
+    """Guards: a floor of the wrong limit, or one that makes a loose limit strict."""
+    promise = promise_of(SloConfig(kind="slo", ttft_s=2.0, tpot_s=0.2, min_tpot_s=0.1))
+    assert [promise.own_ttft_s(asked) for asked in (1e-9, 0.49, 0.5, 9.0, None)] == [None, None, 0.5, 9.0, None]
+    assert [promise.own_tpot_s(asked) for asked in (0.09, 0.1, 0.15)] == [None, 0.1, 0.15]
+    deaf = promise_of(SloConfig(kind="slo", request_limits=False))
+    assert deaf.own_ttft_s(1.0) is None is deaf.own_tpot_s(1.0) and deaf.ttft_s == 2.0
+    assert promise_of(ThresholdConfig(kind="threshold")) == Promise()
