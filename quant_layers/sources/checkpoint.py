@@ -96,7 +96,7 @@ class Checkpoint:
             CheckpointError: they differ.
         """
         differing = [
-            f"{key} {self.config[key]} instead of {base[key]}"
+            f"{key} {_shown(self.config[key])} instead of {base[key]}"
             for key in _SHAPE_KEYS
             if self.config.get(key) is not None and base.get(key) is not None and self.config[key] != base[key]
         ]
@@ -182,7 +182,7 @@ def read_scheme(directory: Path, config: Mapping[str, Any]) -> Scheme:
 
 
 def _shown(value: object) -> str:
-    shown = json.dumps(value)
+    shown = repr(value)
     return shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}..."
 
 
@@ -195,21 +195,21 @@ def _scheme_of(found: Mapping[str, Any], directory: Path) -> Scheme:
     """
     method = str(found.get("quant_method", "")).lower()
     if method not in _METHODS:
-        raise CheckpointError(f"{directory}: quant_method {method!r} is not known; known are {', '.join(_METHODS)}")
+        raise CheckpointError(f"{directory}: quant_method {_shown(method)} is not known; known are {', '.join(_METHODS)}")
     group_sizes = _group_sizes(found)
     if method == "compressed-tensors":
         return Scheme(method, 0, True, 0, group_sizes)
     bits = int(found.get("bits", found.get("w_bit", 4)))
     if bits not in (4, 8):
-        raise CheckpointError(f"{directory}: {method} with {bits} bits; kernels here run 4 and 8")
+        raise CheckpointError(f"{directory}: {method} with {_shown(bits)} bits; kernels here run 4 and 8")
     if method == "awq":
         version = str(found.get("version", "gemm")).lower()
         if version != "gemm":
-            raise CheckpointError(f"{directory}: AWQ layout {version!r} is not known; known is gemm")
+            raise CheckpointError(f"{directory}: AWQ layout {_shown(version)} is not known; known is gemm")
         return Scheme(method, bits, not found.get("zero_point", True), 0, group_sizes)
     version = str(found.get("checkpoint_format", "gptq")).lower()
     if version not in ("gptq", "gptq_v2"):
-        raise CheckpointError(f"{directory}: GPTQ layout {version!r} is not known; known are gptq and gptq_v2")
+        raise CheckpointError(f"{directory}: GPTQ layout {_shown(version)} is not known; known are gptq and gptq_v2")
     return Scheme(method, bits, bool(found.get("sym", True)), 1 if version == "gptq" else 0, group_sizes)
 
 

@@ -31,8 +31,9 @@ from quant_layers.store.tensorfile import read_file
 pytestmark = pytest.mark.cpu
 
 fuzzed = settings(
-    max_examples=60, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+    max_examples=60, deadline=None, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],  # a busy machine is no fault
+)  # fmt: skip
 
 LEAVES = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400)
