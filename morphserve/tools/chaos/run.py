@@ -36,7 +36,7 @@ COMMON: Mapping[str, Any] = {
         "restore_below": 0.4,
         "restore_after_s": 0.5,
     },
-    "transition": {"max_layers_per_step": 2, "rank_timeout_s": 30.0, "backoff_s": 1.0, "backoff_max_s": 4.0},
+    "transition": {"max_layers_per_step": 2, "rank_timeout_s": 30.0, "backoff_s": 1.0},
 }
 
 
