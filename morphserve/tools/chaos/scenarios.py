@@ -35,7 +35,7 @@ class Scenario:
 
 
 SCENARIOS = (
-    Scenario("nothing", faults.nothing, max_warnings=0, is_short=True),
+    Scenario("nothing", faults.nothing, max_warnings=0),
     Scenario("disconnects", faults.disconnects, max_warnings=0, is_short=True),
     Scenario("hostile-limits", faults.hostile_limits, max_warnings=40),  # each bad value is told of
     Scenario("receipts", faults.many_receipts, max_warnings=0),
