@@ -16,8 +16,8 @@ pytestmark = pytest.mark.engine
 
 
 def test_what_must_hold_holds(demo_model: Path, variant_cache: Path, tmp_path: Path) -> None:
-    """Guards: a request that is lost or cut, a canary with other tokens at level 0, a server that stays degraded or leaves
-    processes, when clients go away in a transition, or a rank stands still in one."""
+    """Guards: a request that is lost or cut, a canary with other tokens at level 0, a server that stays degraded or
+    leaves processes, when clients go away in a transition, or a rank stands still in one."""
     server = ChaosServer(
         model=str(demo_model), dtype=best_dtype(), enforce_eager=True, num_blocks=49, max_model_len=512,
         max_num_seqs=24, prefix_caching=True,
