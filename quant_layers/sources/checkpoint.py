@@ -195,7 +195,8 @@ def _scheme_of(found: Mapping[str, Any], directory: Path) -> Scheme:
     """
     method = str(found.get("quant_method", "")).lower()
     if method not in _METHODS:
-        raise CheckpointError(f"{directory}: quant_method {_shown(method)} is not known; known are {', '.join(_METHODS)}")
+        known = ", ".join(_METHODS)
+        raise CheckpointError(f"{directory}: quant_method {_shown(method)} is not known; known are {known}")
     group_sizes = _group_sizes(found)
     if method == "compressed-tensors":
         return Scheme(method, 0, True, 0, group_sizes)

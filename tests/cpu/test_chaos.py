@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,3 +180,18 @@ def test_processes_of_a_session() -> None:
     child.communicate()
     assert processes.has_ended(child.pid)
     processes.send([child.pid], signal.SIGKILL)  # nobody is there: nothing happens
+
+
+def test_the_table_of_faults_names_what_there_is() -> None:
+    """Guards: a cell that names a test, or a scenario, that is gone; a scenario that is in no cell."""
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = [row for row in text.splitlines() if row.startswith("| ") and "| fake |" not in row]
+    code = "".join(file.read_text(encoding="utf-8") for file in (root / "tests").rglob("test_*.py"))
+    missing = {name for row in rows for name in re.findall(r"`(test_\w+)`", row) if f"def {name}(" not in code}
+    assert missing == set()
+    faults = text.partition("## Faults from outside")[2]
+    last_cells = " ".join(row.rpartition(" | ")[2] for row in faults.splitlines() if row.startswith("| "))
+    named = set(re.findall(r"`([a-z-]+)`", last_cells)) - {"read"}
+    assert named == {each.name for each in SCENARIOS} - {"nothing", "features"}
+    assert all(cell.strip(" -") for row in faults.splitlines() if row.startswith("| ") for cell in row.split("|")[1:-1])

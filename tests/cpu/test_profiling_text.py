@@ -48,7 +48,8 @@ def test_levels_are_measured_by_the_command(monkeypatch: pytest.MonkeyPatch) -> 
 
     def run(command: list[str], *_: Any) -> dict[str, Any]:
         args = measure._parser("").parse_args(command[3:])
-        asked.append((command[1:3], args.model, measure.read_levels(args.levels, ("w8", "w4")), args.text, args.windows, args.timed))
+        levels = measure.read_levels(args.levels, ("w8", "w4"))
+        asked.append((command[1:3], args.model, levels, args.text, args.windows, args.timed))
         return {"rows": [{"kl": 0.5}]}
 
     monkeypatch.setattr(measure, "run_apart", run)

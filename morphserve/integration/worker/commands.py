@@ -7,10 +7,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kv_resize import KVResizeError
 from morphserve.control import Plan, Reply
+from morphserve.errors import MorphServeError
 from quant_layers import QuantError
 
 logger = logging.getLogger("vllm.morphserve")
+
+_SAID_WHOLE = (QuantError, KVResizeError, MorphServeError, TimeoutError)
 
 
 class KVUnknown(RuntimeError):
@@ -63,8 +67,8 @@ class Commands:
             pending = bool(action())
         except Exception as e:
             ok, error, kv_moved = False, f"{type(e).__name__}: {e}", not isinstance(e, KVUnknown)
-            # What the controller's warning says whole needs no traceback: a file, a disk, a format.
-            level = logging.DEBUG if isinstance(e, QuantError | TimeoutError) else logging.ERROR
+            # What the controller's warning says whole needs no traceback: a file, a disk, memory, a format.
+            level = logging.DEBUG if isinstance(e, _SAID_WHOLE) else logging.ERROR
             logger.log(level, "morphserve: rank %d, plan r%d failed", rank, plan.revision, exc_info=True)
         elapsed_s = time.perf_counter() - start
         found = figures()

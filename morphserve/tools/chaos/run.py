@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from morphserve.tools.chaos.load import CANARY_TOKENS, NUM_CANARIES, Traffic, Wa
 from morphserve.tools.chaos.scenarios import Scenario
 
 _POLL_S = 0.1
-_SWINGS = 2
 _END_S = 60.0  # of a server: its engine gone, its clients told
 # The load must move the level often: a fault in the middle of a transition is what is asked about.
 COMMON: Mapping[str, Any] = {
@@ -36,7 +35,7 @@ COMMON: Mapping[str, Any] = {
         "restore_below": 0.4,
         "restore_after_s": 0.5,
     },
-    "transition": {"max_layers_per_step": 2, "rank_timeout_s": 30.0, "backoff_s": 1.0, "backoff_max_s": 4.0},
+    "transition": {"max_layers_per_step": 2, "rank_timeout_s": 30.0, "backoff_s": 1.0},
 }
 
 
@@ -59,7 +58,7 @@ class Runner:
     server: ChaosServer
     directory: Path
     settings: Mapping[str, Any] = field(default_factory=dict)
-    say: Callable[[str], None] = print
+    num_swings: int = 2  # of the wave, in each scenario
 
     async def reference(self) -> dict[int, tuple[int, ...]]:
         """Ask a stock server, alone and under load, and return the canaries that it always answers alike."""
@@ -121,7 +120,7 @@ class Runner:
                 config.parent / "fail",
             )  # fmt: skip
             async with Wave(session, stage.options, traffic, seed=len(scenario.name)).running() as wave:
-                swinging = asyncio.create_task(wave.swing(_SWINGS))
+                swinging = asyncio.create_task(wave.swing(self.num_swings))
                 seen.fault_s = time.perf_counter() - traffic.zero
                 try:
                     await scenario.fault(stage)
