@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from policies.build import build_policy, succeed
 from policies.config import PolicyConfig, SloConfig, StaticConfig, ThresholdConfig
+from policies.floors import Floors
 from policies.levels import max_level_of, resolve_level
 from policies.orders import ask
 from policies.promise import Promise, promise_of
@@ -33,6 +34,7 @@ __all__ = [
     "BASE_FORMAT",
     "Cohort",
     "Decision",
+    "Floors",
     "EngineLimits",
     "Ladder",
     "LayerMove",

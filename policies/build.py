@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from policies.config import SloConfig, StaticConfig, ThresholdConfig
+from policies.floors import FloorPolicy, Floors
 from policies.slo import SloPolicy
 from policies.static import StaticPolicy
 from policies.step_times import StepTimes
@@ -28,6 +29,17 @@ def build_policy(
         ValueError: the section names a level that the ladder does not have, its thresholds
             contradict each other, or what it needs is missing; the message says value, limit and remedy.
     """
+    floors = Floors.of(config.floors, ladder)
+    policy = _build(config, ladder, times, limits)
+    return FloorPolicy(policy, config.floors.hold_s) if floors.are_allowed else policy
+
+
+def _build(
+    config: StaticConfig | ThresholdConfig | SloConfig,
+    ladder: Ladder,
+    times: StepTimes | None,
+    limits: EngineLimits | None,
+) -> Policy:
     if isinstance(config, StaticConfig):
         return StaticPolicy(config, ladder)
     if isinstance(config, ThresholdConfig):
@@ -39,5 +51,6 @@ def build_policy(
 
 def succeed(policy: Policy, last: Policy) -> None:
     """Let a policy that has seen nothing know what the one in office before it has learned of the machine."""
+    policy, last = (p.inner if isinstance(p, FloorPolicy) else p for p in (policy, last))
     if isinstance(policy, SloPolicy) and isinstance(last, SloPolicy):
         policy.take_over(last)

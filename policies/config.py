@@ -4,14 +4,36 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class StaticConfig(_Section):
+class FloorsConfig(_Section):
+    """Who may ask for a level that its request is not served below (`morphserve_max_level`), and for how long."""
+
+    shallowest: int | str | None = Field(
+        None, description="the shallowest level that anybody may ask for: 0, 8bit and the like; null = nobody may ask"
+    )
+    adapters: dict[str, int | str] = Field(
+        default_factory=dict, description="by LoRA adapter's name: the same for its requests"
+    )
+    keys: dict[Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")], int | str] = Field(
+        default_factory=dict,
+        description="by the first 16 digits of an API key's SHA-256: the same, whatever adapter its requests are for",
+    )
+    hold_s: float = Field(
+        60.0, ge=0, description="seconds an hour that they may hold up a deeper level; then they wait until it is over"
+    )
+
+
+class _PolicySection(_Section):
+    floors: FloorsConfig = Field(FloorsConfig(), description="levels that requests may ask not to be served below")
+
+
+class StaticConfig(_PolicySection):
     """Settings of the policy that goes to one level at start and stays there."""
 
     kind: Literal["static"]
@@ -20,7 +42,7 @@ class StaticConfig(_Section):
     )
 
 
-class ThresholdConfig(_Section):
+class ThresholdConfig(_PolicySection):
     """Settings of the paper's policy: KV use and queueing delay against thresholds, with hysteresis."""
 
     kind: Literal["threshold"]
@@ -49,7 +71,7 @@ class ThresholdConfig(_Section):
     )
 
 
-class SloConfig(_Section):
+class SloConfig(_PolicySection):
     """Settings of the policy that predicts who would be late, and takes the cheapest level that keeps the promise."""
 
     kind: Literal["slo"]

@@ -138,6 +138,8 @@ class Signals:
     num_arrivals: int = 0  # since start
     running_limits: tuple[OwnLimit, ...] = ()  # on the time per token, of running requests that bring one
     order: Order | None = None  # of an operator, in force now
+    max_level: int | None = None  # shallowest of the levels that requests which are here must not be served below
+    max_level_alone: bool = False  # nobody else is here
 
     @property
     def kv_usage(self) -> float:

@@ -111,6 +111,11 @@ class Controller:
         return self._layer_state.effective_level
 
     @property
+    def level_ahead(self) -> int:
+        """The deepest level that tokens count for, or will on the way that the policy has chosen."""
+        return max(self.effective_level, 0 if self.failed else self._policy_host.decision.level)
+
+    @property
     def phase(self) -> Phase:
         """Phase of the swap batch under way."""
         return self._runner.phase

@@ -144,6 +144,8 @@ class Monitor:
         self._num_arrivals = 0
         self._waiting = WaitingBook()
         self._running = LimitBook()  # of those that bring one
+        self._max_levels: dict[int, int] = {}  # level |-> requests that must not be served below it
+        self._held: set[str] = set()  # those of them that neither run nor wait to, as the level is deeper
         self._last_step_s: float | None = None
         self._last_step: StepLoad | None = None
         self._now_s = 0.0  # newest time seen, for events that carry none
@@ -169,6 +171,24 @@ class Monitor:
         if tpot_limit_s is not None:
             self._running.add(request_id, tpot_limit_s)
 
+    def on_held(self, request_id: str) -> None:
+        """Take in that a request neither runs nor waits to, as the level is too deep for it."""
+        self._held.add(request_id)
+        self._waiting.remove(request_id)
+        self._running.remove(request_id)
+
+    def on_let_in(self, request_id: str) -> None:
+        """Take in that a request is held no more; it arrives, or waits after its preemption, from now on."""
+        self._held.discard(request_id)
+
+    def on_floor(self, level: int, number: int) -> None:
+        """Take in that requests came that must not be served below a level; ended, where `number` is below 0."""
+        left = self._max_levels.get(level, 0) + number
+        if left:
+            self._max_levels[level] = left
+        else:
+            self._max_levels.pop(level, None)
+
     def on_first_token(self, ttft_s: float) -> None:
         """Take in that a request got its first token, `ttft_s` after its arrival."""
         self._ttft.add(self._now_s, ttft_s)
@@ -190,6 +210,7 @@ class Monitor:
     def on_finish(self, num_blocks: int, now: float, request_id: str = "", output_tokens: int = 0) -> None:
         """Take in that a request ended, for whatever reason, holding `num_blocks`; 0 = it never ran."""
         self._now_s = now
+        self._held.discard(request_id)
         self._waiting.remove(request_id)
         self._running.remove(request_id)
         if num_blocks > 0:
@@ -270,4 +291,6 @@ class Monitor:
             output_tokens=self._output.value,
             num_arrivals=self._num_arrivals,
             running_limits=self._running.limits(),
+            max_level=min(self._max_levels, default=None),
+            max_level_alone=view.num_running + view.num_waiting <= sum(self._max_levels.values()) - len(self._held),
         )

@@ -40,6 +40,8 @@ steps = st.builds(StepLoad, st.floats(), st.just(1), st.just(0), st.just(9), st.
 VALUES: dict[object, st.SearchStrategy[Any]] = {
     int: st.integers(),
     float: st.floats() | st.sampled_from([0.0, -0.0, 5e-324, 0.1 + 0.2]),
+    bool: st.booleans(),
+    int | None: st.none() | st.integers(),
     tuple[Cohort, ...]: st.lists(cohorts, max_size=3).map(tuple),
     tuple[OwnLimit, ...]: st.lists(st.builds(OwnLimit, st.floats(), st.integers()), max_size=3).map(tuple),
     StepLoad | None: st.none() | steps,
@@ -118,7 +120,7 @@ def test_other_fields_are_another_schema() -> None:
     assert SCHEMA == 3 and names == {
         "Signals": "now_s level target_level num_kv_blocks used_kv_blocks num_waiting num_running oldest_wait_s "
         "preemptions preemption_rate arrival_rate queue_delay_s ttft_s tpot_s step_s blocks_per_request waiting "
-        "last_step prompt_tokens output_tokens num_arrivals running_limits order",
+        "last_step prompt_tokens output_tokens num_arrivals running_limits order max_level max_level_alone",
         "Cohort": "num_requests num_tokens first_arrival_s last_arrival_s ttft_s tpot_s has_token",
         "OwnLimit": "limit_s num_requests",
         "StepLoad": "seconds num_seqs prefill_tokens context_tokens level",

@@ -57,21 +57,21 @@ class Server:
                 command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
             )
 
-    def _ask(self, path: str, body: dict[str, Any] | None) -> Any:
+    def _ask(self, path: str, body: dict[str, Any] | None, key: str = "") -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data)
         request.add_header("Content-Type", "application/json")
-        if self.token:
-            request.add_header("Authorization", f"Bearer {self.token}")
+        if key or self.token:
+            request.add_header("Authorization", f"Bearer {key or self.token}")
         return urllib.request.urlopen(request, timeout=60)
 
     def get(self, path: str, body: dict[str, Any] | None = None) -> str:
         with self._ask(path, body) as answer:
             return str(answer.read().decode())
 
-    def headers(self, path: str, body: dict[str, Any]) -> Message:
+    def headers(self, path: str, body: dict[str, Any], key: str = "") -> Message:
         """Headers of the answer."""
-        with self._ask(path, body) as answer:
+        with self._ask(path, body, key) as answer:
             return answer.headers
 
     def status(self) -> dict[str, Any]:
@@ -148,7 +148,8 @@ def serve(model: Path, directory: Path, settings: dict[str, Any] | None, *argume
 
 def test_status_and_metrics_agree(demo_model: Path, variant_cache: Path, tmp_path: Path) -> None:
     """Guards: a static level waits for the first request, or metrics and engine differ."""
-    settings = {"cache_dir": str(variant_cache), "policy": {"kind": "static", "level": "w8"}}
+    policy = {"kind": "static", "level": "w8", "floors": {"keys": {"2bb80d537b1da3e3": 0}, "hold_s": 3600}}
+    settings = {"cache_dir": str(variant_cache), "policy": policy}
     with serve(demo_model, tmp_path, settings) as server:
         server.wait_until_healthy()
         server.wait_for("level 6 without a request", lambda: server.status()["level"] == 6)
@@ -182,6 +183,7 @@ def test_status_and_metrics_agree(demo_model: Path, variant_cache: Path, tmp_pat
         assert receipt["demanded"] == "full" and not receipt["full_precision"]  # the level is 6, and it says so
         assert receipt["output_tokens"] == {"6": 12} and receipt["reused_tokens"] == {}
         _check_streamed_receipts(server, body)
+        _check_floors(server, body)
         assert server.processes()
         assert server.terminate() == 0
         assert server.processes() == []
@@ -201,6 +203,16 @@ def _check_streamed_receipts(server: Server, body: dict[str, Any]) -> None:
         header = server.headers(path, ask | {"vllm_xargs": {"morphserve_receipt": 1}})[HEADER]
         assert json.loads(header)["output_tokens"] == {"6": 12}
         assert HEADER not in server.headers(path, ask)
+
+
+def _check_floors(server: Server, body: dict[str, Any]) -> None:
+    """Whose key may ask is served at level 0, for which the engine comes back and then goes again; others at 6."""
+    asked = {**body, "vllm_xargs": {"morphserve_max_level": 0, "morphserve_receipt": 1}}
+    assert json.loads(server.headers("/v1/completions", asked)[HEADER])["deepest_level"] == 6
+    told = json.loads(server.headers("/v1/completions", asked, key="secret")[HEADER])
+    assert told["output_tokens"] == {"0": 12} and told["full_precision"]
+    server.wait_for("level 6 again", lambda: server.status()["level"] == 6)
+    assert server.status()["num_held"] == 0
 
 
 def test_sigterm_in_mid_transition(demo_model: Path, variant_cache: Path, tmp_path: Path) -> None:

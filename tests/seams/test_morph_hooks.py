@@ -24,7 +24,7 @@ class Broken:
 class CountingController:
     """As far as the hooks know it."""
 
-    effective_level = 0
+    effective_level = level_ahead = 0
     in_transition = wants_wakeup = False
     lost = ""
 
@@ -56,6 +56,9 @@ def make_morph(**parts: Any) -> Any:
         "tick_times": SimpleNamespace(add=lambda seconds: None),
         "_in_flight": {},
         "pool": SimpleNamespace(num_used_blocks=0, is_discarding=False),
+        "gate": SimpleNamespace(
+            on_arrival=lambda request: False, on_finish=str, enforce=str, open=lambda: None, num_held=0
+        ),
         "_heap_used": False,
         "_between_turns": set(),
         **parts,

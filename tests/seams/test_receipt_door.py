@@ -111,6 +111,27 @@ def test_nothing_stands_between_those_who_ask_for_none() -> None:
         assert outputs.ag_code is code
 
 
+def test_the_engine_is_told_whose_key_it_was() -> None:
+    """Guards: a client that writes another's key into its request; a key that travels for who asks for no level."""
+    seen: list[Any] = []
+
+    class Recorder(Client):
+        async def generate(self, prompt: Any, sampling_params: Any, request_id: str) -> AsyncIterator[Any]:
+            seen.append(dict(sampling_params.extra_args))
+            yield SimpleNamespace(kv_transfer_params=None, number=0)
+
+    digest = "2bb80d537b1da3e3"  # printf %s secret | sha256sum | cut -c 1-16
+    shown = {"Authorization": "Bearer secret"}
+    for asked, headers, key in (
+        ({"morphserve_max_level": 0, "morphserve_key": "forged"}, shown, digest),
+        ({"morphserve_max_level": 0, "morphserve_key": digest}, {}, None),
+        ({"morphserve_max_level": 0, "morphserve_key": digest}, {"Authorization": "Basic secret"}, None),
+        ({"morphserve_receipt": 1, "morphserve_key": digest}, shown, None),
+    ):
+        app_of(Recorder(), **asked).post("/whole", headers=headers)
+        assert seen.pop().get("morphserve_key") == key
+
+
 def test_a_client_that_goes_ends_its_request() -> None:
     """Guards: the engine's request goes on for nobody, because what the door put around it was closed alone."""
     client = Client()

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from morphserve.control import EngineView, Health, RequestLimits
+from morphserve.control import EngineView, Health
 from morphserve.control.reload import Reloads
 from morphserve.integration.engine.histogram import TimeHistogram
 from morphserve.integration.engine.hooks import Morph
 from morphserve.integration.engine.request_limits import LateCount
 from morphserve.integration.engine.status import StatusPage
 from morphserve.status_view import UNTOLD, panels
+from policies import Promise
 from tests.fakes import Rig
 
 
@@ -30,8 +31,9 @@ def status(rig: Rig, tokens: list[int], costs: list[float | None], **parts: Any)
         "controller": rig.controller,
         "tick_times": TimeHistogram(),
         "tokens_by_level": tokens + [0] * (len(ladder) - len(tokens)),
-        "traffic": SimpleNamespace(view=lambda: EngineView(3, 5, 0.7), late=LateCount(RequestLimits(2.0, 0.15))),
+        "traffic": SimpleNamespace(view=lambda: EngineView(3, 5, 0.7), late=LateCount(Promise(2.0, 0.15))),
         "_page": StatusPage(runtime, SimpleNamespace(pauses=[0.02]), 0),
+        "gate": SimpleNamespace(num_held=0),
         "_watch": SimpleNamespace(reloads=Reloads("slo", "morph.yaml")),
         **parts,
     }
@@ -56,7 +58,7 @@ def test_a_status_after_the_hooks_have_failed() -> None:
         raise OSError("planted")
 
     told = status(
-        Rig(), [0], [], health=Health.RESTING, traffic=SimpleNamespace(view=broken, late=LateCount(RequestLimits()))
+        Rig(), [0], [], health=Health.RESTING, traffic=SimpleNamespace(view=broken, late=LateCount(Promise()))
     )
     assert told["num_running"] == 0 and told["late"]["ttft_s"] is None
 

@@ -252,13 +252,17 @@ class VllmBlockPool:
         victim = min(
             reversed(running), key=lambda r: (-r.priority if by_priority else 0, r.num_computed_tokens)
         )
-        running.remove(victim)
-        self.before_forced_preemption(victim)
-        # Past our own override: it counts what vLLM preempts, which the policy takes for a lack of memory.
-        Scheduler._preempt_request(self._scheduler, victim, time.monotonic(), drop_stale_output=True)
-        self._scheduler.prev_step_scheduled_req_ids.discard(victim.request_id)  # as in Scheduler.reset_prefix_cache
+        self.send_back(victim)
         self.on_forced_preemption(victim)
         return True
+
+    def send_back(self, request: Any) -> None:
+        """Preempt a running request, as vLLM itself does: it waits at the head of the queue."""
+        self._scheduler.running.remove(request)
+        self.before_forced_preemption(request)
+        # Past our own override: it counts what vLLM preempts, which the policy takes for a lack of memory.
+        Scheduler._preempt_request(self._scheduler, request, time.monotonic(), drop_stale_output=True)
+        self._scheduler.prev_step_scheduled_req_ids.discard(request.request_id)  # as in Scheduler.reset_prefix_cache
 
     def discard_contents(self) -> None:
         """Let nobody read what the blocks hold: as after new weights, vLLM preempts what runs and forgets its prefixes.

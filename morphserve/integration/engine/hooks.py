@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from morphserve.control import (
 from morphserve.errors import EngineLostError, OrderError
 from morphserve.integration.engine.block_pool import VllmBlockPool
 from morphserve.integration.engine.executor import RpcExecutor
+from morphserve.integration.engine.floors import FloorGate
 from morphserve.integration.engine.histogram import TimeHistogram
 from morphserve.integration.engine.idle_ticker import IdleTicker
 from morphserve.integration.engine.provenance import Provenance
@@ -34,7 +36,7 @@ from morphserve.integration.engine.runtime import EngineRuntime
 from morphserve.integration.engine.status import StatusPage
 from morphserve.integration.engine.traffic import StepInFlight, Traffic
 from morphserve.integration.start import for_this_device, make_policy, policy_setup
-from policies import PolicySetup, promise_of
+from policies import Floors, PolicySetup, promise_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -73,6 +75,7 @@ class Morph:
         self.executor = RpcExecutor(model_executor, len(runtime.ranks), runtime.in_background)
         self.setup = policy_setup(runtime.config, runtime.vllm_config)
         self.traffic.late.promise = promise_of(self.setup.section)
+        self.gate = FloorGate(scheduler, self.traffic, self.pool, Floors.of(self.setup.section.floors, runtime.ladder))
         self.log = self._open_log()
         self.controller = self._make_controller()
         self._page = StatusPage(runtime, self.executor, self.worst_forward_bytes)
@@ -113,6 +116,7 @@ class Morph:
         def install(setup: PolicySetup, note: str) -> None:
             self.controller.replace_policy(make_policy(setup, runtime.ladder), note, setup)
             self.traffic.late.promise = promise_of(setup.section)
+            self.gate.floors = Floors.of(setup.section.floors, runtime.ladder)
 
         return ReloadWatch(
             PolicyReloader(
@@ -134,6 +138,7 @@ class Morph:
             self._tick()
         else:
             self._guard(self._tick)
+        self._enforce_floors()
         self.tick_times.add(time.perf_counter() - start)
         self._end_if_lost()
 
@@ -202,6 +207,19 @@ class Morph:
         busy = view.num_running + view.num_waiting > 0
         self.wake_due = not busy and self.controller.in_transition and self._may_wake()
 
+    def _enforce_floors(self) -> None:
+        """Serve nobody below the level that he has asked for; all, once nobody decides on levels any more."""
+        if self.health is Health.RUNNING and not self.controller.failed:
+            self._guard(self.gate.enforce, self.controller.level_ahead)
+        if self.health is not Health.RUNNING or self.controller.failed:
+            with suppress(Exception):  # an error has been told of, and nothing more is met at every step
+                self.gate.open()
+
+    @property
+    def wants_step(self) -> bool:
+        """Whether an engine without other requests should make a step: in-process nothing wakes it for those held."""
+        return self.wake_due or (self._idle_ticker is None and self.gate.num_held > 0)
+
     def _view(self) -> EngineView:
         """Return the queues; empty ones once reading them has failed."""
         return EngineView(0, 0, 0.0) if self.health is Health.RESTING else self.traffic.view()
@@ -250,7 +268,8 @@ class Morph:
         self.receipts.before_preemption(request)
 
     def _on_arrival(self, request: Request) -> None:
-        self.traffic.on_arrival(request)
+        if not self.gate.on_arrival(request):
+            self.traffic.on_arrival(request)
         self.receipts.on_arrival(request)
 
     def _on_turn_end(self, request: Request) -> None:
@@ -269,6 +288,7 @@ class Morph:
             self.receipts.forget(request.request_id)
             return
         self.traffic.on_finish(request)
+        self.gate.on_finish(request)
         self.receipts.on_finish(request)
 
     def _on_level(self, level: int) -> None:
@@ -279,9 +299,10 @@ class Morph:
     # -- idle ---------------------------------------------------------------------------------------
 
     def _claims_step(self) -> bool:
-        """Asked by the wake-up thread: a level above 0 waits to be restored, and nothing else makes steps."""
+        """Asked by the wake-up thread: a level above 0 waits to be restored, or a request for its level, and nothing
+        else makes steps."""
         idle = not self._scheduler.has_unfinished_requests() and self._may_wake()
-        if idle and self.controller.wants_wakeup and not self.wake_due:
+        if idle and (self.controller.wants_wakeup or self.gate.num_held) and not self.wake_due:
             self.wake_due = True
             return True
         return False
@@ -301,6 +322,7 @@ class Morph:
         """Plain values for the status page and the metrics."""
         page = self._page.render(self.controller.status(), self.tick_times, self.tokens_by_level)
         requests = {**asdict(self._view()), "late": self.traffic.late.as_json(time.time())}
+        requests["num_held"] = self.gate.num_held
         return {**page, **requests, "policy": asdict(self._watch.reloads)}
 
     def order(self, action: Action, text: str, revision: int, is_rehearsal: bool, not_after_s: float) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class _MorphScheduler:
         super()._free_blocks(request)  # type: ignore[misc]
 
     def has_requests(self) -> bool:
-        return super().has_requests() or self.morph.wake_due  # type: ignore[misc]
+        return super().has_requests() or self.morph.wants_step  # type: ignore[misc]
 
     def shutdown(self) -> None:
         try:

@@ -147,6 +147,22 @@ class Traffic:
         self._last_preemption_wall_s = time.time()
         self._monitor.on_preemption(time.monotonic(), self._waiting(request), forced)
 
+    def on_floor(self, level: int, number: int) -> None:
+        """Note requests that must not be served below a level; `number` below 0: that they have ended."""
+        self._monitor.on_floor(level, number)
+
+    def on_held(self, request: Request) -> None:
+        """Note that a request waits for another level, which is nothing that a deeper one could help."""
+        self._monitor.on_held(request.request_id)
+
+    def on_let_in(self, request: Request) -> None:
+        """Note that a request waits in vLLM's queue that waited for another level."""
+        self._monitor.on_let_in(request.request_id)
+        if request.num_preemptions:
+            self.on_preemption(request, forced=True)
+        else:
+            self.on_arrival(request)
+
     def on_finish(self, request: Request) -> None:
         """Note a request that ends; its blocks are still its own."""
         num_blocks = sum(map(len, self._scheduler.kv_cache_manager.get_block_ids(request.request_id)))

@@ -1,23 +1,28 @@
-"""Receipts for everyone: before the end of a stream, and in a header of a whole answer.
+"""Receipts for everyone: before the end of a stream, and in a header of a whole answer. And whose request it is.
 
 vLLM hands a receipt to the client in the body of a whole answer alone. Here it is taken from what the engine's client
 yields, and put where a client of any kind finds it, as `usage` is: into a chunk of its own with no choices, before
 `data: [DONE]`; and into `X-MorphServe-Receipt`. Answers that ask for none pass through as they are.
+
+The engine knows no API keys: a request that asks not to be served below a level is marked with a digest of its own.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, MutableMapping
 from contextlib import aclosing
 from contextvars import ContextVar
+from hashlib import sha256
 from typing import Any
 
 HEADER = "X-MorphServe-Receipt"
 _MAX_HEADER_BYTES = 2048  # of an answer of many choices; servers and proxies take 4 to 8 KiB of headers
 _ASKS = "morphserve_"  # what a request's arguments for us begin with
 _DONE = b"data: [DONE]"
+_MAX_LEVEL, _KEY = "morphserve_max_level", "morphserve_key"
+_KEY_DIGITS = 16  # of its SHA-256, as `policy.floors.keys` has them
 _CHUNK_KEYS = ("id", "object", "created", "model")  # of a chunk, as clients know it
 
 Message = MutableMapping[str, Any]
@@ -27,8 +32,9 @@ Send = Callable[[Message], Awaitable[None]]
 class _Answer:
     """One answer on its way to the client."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, headers: Iterable[tuple[bytes, bytes]]) -> None:
         self._send = send
+        self._headers = headers  # of its request
         self.is_asked = False
         self.receipts: list[dict[str, Any]] = []  # one for each choice, in the order of their ends
         self._chunk = b""  # the last one
@@ -44,6 +50,13 @@ class _Answer:
             elif body.startswith(b"data: {"):
                 self._chunk = body
         await self._send(message)
+
+    @property
+    def key(self) -> str | None:
+        """The digest of the API key that the client has shown; None = none."""
+        shown = next((value for name, value in self._headers if name == b"authorization"), b"")
+        scheme, _, key = shown.partition(b" ")
+        return sha256(key).hexdigest()[:_KEY_DIGITS] if scheme.lower() == b"bearer" and key else None
 
     def _header(self) -> bytes:
         """Return the receipts in a line, without what has an entry for every change of the level."""
@@ -77,7 +90,7 @@ class ReceiptDoor:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        answer = _Answer(send)
+        answer = _Answer(send, scope.get("headers", ()))
         mark = _current.set(answer)
         try:
             await self._app(scope, receive, answer.send)
@@ -86,13 +99,18 @@ class ReceiptDoor:
 
 
 def note_receipts(original: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncGenerator[Any, None]]:
-    """Wrap the engine client's `generate`: it notes the receipts of requests that ask for one."""
+    """Wrap the engine client's `generate`: it notes receipts where a request asks for one, and marks whose it is."""
 
     @functools.wraps(original)
     def generate(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-        outputs = original(prompt, sampling_params, *args, **kwargs)
         answer, asked = _current.get(), getattr(sampling_params, "extra_args", None)
-        if answer is None or not asked or not any(key.startswith(_ASKS) for key in asked):
+        if not asked or not any(key.startswith(_ASKS) for key in asked):
+            return original(prompt, sampling_params, *args, **kwargs)
+        asked.pop(_KEY, None)  # which clients could write themselves
+        if _MAX_LEVEL in asked and answer is not None and (key := answer.key) is not None:
+            asked[_KEY] = key
+        outputs = original(prompt, sampling_params, *args, **kwargs)
+        if answer is None:
             return outputs
         answer.is_asked = True
         return _noting(outputs, answer.receipts)

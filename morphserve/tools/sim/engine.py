@@ -22,6 +22,7 @@ class SimEngine:
     Attributes:
         now_s: since the start of the workload; below 0 while the controller settles before it.
         ends: when each step ended, by its number.
+        levels: that each step's tokens count for.
         refused: by the queue limit.
         timed_out: the client gave up on them.
     """
@@ -30,6 +31,7 @@ class SimEngine:
         """Take `requests` in the order of their arrival."""
         self.now_s = 0.0
         self.ends: list[float] = []
+        self.levels: list[int] = []
         self.refused: list[SimRequest] = []
         self.timed_out: list[SimRequest] = []
         self.tokens_by_level = [0]
@@ -94,6 +96,8 @@ class SimEngine:
             in_flight.append((batch, self._busy_until_s, level, settled_level))
             if len(in_flight) < self._depth:
                 return
+        if not (in_flight or scheduler.running or scheduler.waiting):
+            return  # all that ran wait for another level
         assert in_flight or batch.preempted, "requests wait, nothing runs, and none of them fits"
         if in_flight:
             self._complete(*in_flight.popleft())
@@ -104,6 +108,7 @@ class SimEngine:
             self._admit(end_s)  # they came before the tokens of this step were known
         self.now_s = end_s
         self.ends.append(end_s)
+        self.levels.append(level)
         self._scheduler.complete(batch)
         self.tokens_by_level[level] += batch.num_tokens
         if limited:
@@ -123,7 +128,7 @@ class SimEngine:
             request = self._admitted.popleft()
             self._scheduler.add(request)
             if self._morphing is not None:
-                self._morphing.on_arrival(now_s, request)
+                self._morphing.on_arrival(now_s, request, self._scheduler)
         self._time_out(now_s)
         if now_s >= self._cutoff_s:
             for request in self._requests:
@@ -167,7 +172,8 @@ class SimEngine:
             return False
         if request.first_step < 0:
             self._queued_tokens -= request.prompt_tokens
-        num_blocks = self._scheduler.abort(request)
+        is_held = self._morphing is not None and self._morphing.gate.is_held(request)
+        num_blocks = self._scheduler.abort(request, is_held)
         if self._morphing is not None:
             self._morphing.on_finish(self.now_s, request, num_blocks)
         return True
@@ -197,6 +203,8 @@ class SimEngine:
             until_s = self._next_arrival_s()
             if morphing is not None:
                 self._advance(morphing.tick(self._scheduler))
+                if self._scheduler.waiting:  # they waited for this level
+                    return True
                 if last and (self.now_s >= give_up_s or not morphing.controller.effective_level):
                     return False
                 if morphing.controller.in_transition:

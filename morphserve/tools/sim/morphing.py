@@ -28,6 +28,7 @@ from morphserve.default_ladder import Device, settle
 from morphserve.errors import ConfigError
 from morphserve.tools.sim.calibration import Calibration
 from morphserve.tools.sim.executor import SimExecutor
+from morphserve.tools.sim.gate import SimGate
 from morphserve.tools.sim.pace import Pace
 from morphserve.tools.sim.pool import SimPool
 from morphserve.tools.sim.request import Batch, SimRequest
@@ -121,6 +122,7 @@ class Morphing:
             ladder, policy, pool, self.executor, self.monitor, config, make_ledgers(ladder, [rank], staging),
             ranks=[rank], clock=clock, log=self._log,
         )  # fmt: skip
+        self.gate = SimGate(self.monitor, self._on_let_in)
         self._block_size = server.block_size
         self._clock = clock
         self._last_preemption_s = 0.0
@@ -138,6 +140,7 @@ class Morphing:
         executor = self.executor
         executor.pause_s = 0.0
         self.controller.tick(EngineView(len(waiting), len(scheduler.running), oldest_s))
+        self.gate.enforce(scheduler, self.controller.level_ahead)
         return executor.pause_s
 
     @property
@@ -148,9 +151,17 @@ class Morphing:
 
     # ---- events
 
-    def on_arrival(self, now_s: float, request: SimRequest) -> None:
-        """Tell the monitor of a request that the engine has taken from its input queue."""
-        self.monitor.on_arrival(now_s, WaitingRequest(request.name, request.prompt_tokens))
+    def on_arrival(self, now_s: float, request: SimRequest, scheduler: SimScheduler) -> None:
+        """Tell the monitor of a request that the engine has taken from its input queue, unless it waits for a level."""
+        if not self.gate.on_arrival(scheduler, request):
+            self.monitor.on_arrival(now_s, WaitingRequest(request.name, request.prompt_tokens))
+
+    def _on_let_in(self, request: SimRequest) -> None:
+        now_s = self._clock()
+        if request.preemptions:
+            self.on_preemption(now_s, request, forced=True)
+        else:
+            self.monitor.on_arrival(now_s, WaitingRequest(request.name, request.prompt_tokens))
 
     def on_scheduled(self, now_s: float, batch: Batch) -> None:
         """Tell the monitor of a step that was planned."""
@@ -188,6 +199,7 @@ class Morphing:
     def on_finish(self, now_s: float, request: SimRequest, num_blocks: int) -> None:
         """Tell the monitor of a request that ended or was aborted, holding so many blocks."""
         self.monitor.on_finish(num_blocks, now_s, request.name, request.generated)
+        self.gate.on_finish(request)
 
     # ---- the rest
 

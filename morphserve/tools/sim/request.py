@@ -38,6 +38,7 @@ class SimRequest:
     first_step: int = -1  # step that made its first token; -1 = none has
     runs: list[tuple[int, int]] = field(default_factory=list)  # (first step, tokens): one a step each
     preemptions: int = 0
+    max_level: int | None = None  # it must not be served below that
 
     @property
     def num_tokens(self) -> int:

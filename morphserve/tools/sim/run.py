@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -32,6 +33,7 @@ from morphserve.tools.workload import (
     check_fits,
     timeline,
 )
+from policies import Floors
 
 REFUSED = "http_503"
 
@@ -45,6 +47,7 @@ class Simulated:
     offset_s: float
     requests: list[SimRequest]
     ends: list[float]  # of the steps, by number
+    levels: list[int]  # likewise
     refused: list[SimRequest]
     timed_out: list[SimRequest]
     series: list[Snapshot]
@@ -141,6 +144,7 @@ def simulate(
     speed: float = 1.0,
     seed: int = 0,
     profile: ProfileLadder | None = None,
+    asking: Callable[[int], object] = lambda index: None,
 ) -> Simulated:
     """Send the workload once.
 
@@ -152,6 +156,7 @@ def simulate(
         speed: on all times of the machine: 1.1 = everything takes 10 % longer.
         seed: of `server.step_noise`; without noise nothing is drawn.
         profile: what the profile that `config` names says about the ladder.
+        asking: from a request's index to its `morphserve_max_level`, None without one.
 
     Raises:
         ConfigError: what the server would refuse at start, or a speed that is none.
@@ -173,6 +178,9 @@ def simulate(
     engine = SimEngine(server, requests, pace, scheduler)
     morphing = None
     if config is not None and ladder is not None:
+        floors = Floors.of(config.policy.floors, ladder)
+        for request in requests:
+            request.max_level = floors.level_of(asking(request.index), None)
         morphing = Morphing(config, server, calibration, ladder, pool, pace, lambda: engine.now_s)
         tell = partial(morphing.on_preemption, forced=True)
         scheduler.on_forced_preemption = lambda request: tell(engine.now_s, request)
@@ -184,7 +192,8 @@ def simulate(
             morphing.close()
     status = None if morphing is None else morphing.status(engine.tokens_by_level)
     return Simulated(
-        workload, server, offset_s, requests, engine.ends, engine.refused, engine.timed_out, recorder.series, status
+        workload, server, offset_s, requests, engine.ends, engine.levels, engine.refused, engine.timed_out,
+        recorder.series, status,
     )  # fmt: skip
 
 

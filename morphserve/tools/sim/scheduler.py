@@ -95,11 +95,12 @@ class SimScheduler:
             request.state = State.DONE
             batch.ends.append(request)
 
-    def abort(self, request: SimRequest) -> int:
-        """Drop a request whose client has gone; return how many blocks it held."""
+    def abort(self, request: SimRequest, is_held: bool = False) -> int:
+        """Drop a request whose client has gone; return how many blocks it held. `is_held`: outside of the queue."""
         num_blocks = 0
         if request.state is State.WAITING:
-            self.waiting.remove(request)
+            if not is_held:
+                self.waiting.remove(request)
         else:
             num_blocks = self._blocks_of(request)
             self._leave(request)
@@ -119,6 +120,12 @@ class SimScheduler:
         self._preempt(victim, num_dropped=self._in_flight)
         self.on_forced_preemption(victim)
         return True
+
+    def send_back(self, request: SimRequest) -> None:
+        """Preempt a request, if it runs, between two steps; it waits at the head of the queue."""
+        if request.state is not State.WAITING:
+            del self.running[request]
+            self._preempt(request, num_dropped=self._in_flight)
 
     # ---- blocks; a scheduler with a prefix cache knows which ones
 

@@ -1,0 +1,124 @@
+"""Requests that may not be served below a level of their own: who may ask for it, and how long they hold others up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from policies.config import FloorsConfig
+from policies.levels import resolve_level
+from policies.types import Decision, Ladder, Policy, Predictions, Signals
+
+_HOUR_S = 3600.0
+_BACK_SHARE = 0.1  # of an hour's seconds: once they are spent, nothing is held up until so many are back
+
+
+@dataclass(frozen=True, slots=True)
+class Floors:
+    """What requests may ask for on one ladder."""
+
+    ladder: Ladder
+    shallowest: int | None  # that anybody may ask for; None = nobody may
+    by_adapter: dict[str, int]
+    by_key: dict[str, int]
+
+    @classmethod
+    def of(cls, section: FloorsConfig, ladder: Ladder) -> Floors:
+        """Resolve a section's levels.
+
+        Raises:
+            ValueError: the ladder has no such level.
+        """
+        shallowest = None if section.shallowest is None else resolve_level(ladder, section.shallowest)
+        by_adapter, by_key = (
+            {name: resolve_level(ladder, level) for name, level in levels.items()}
+            for levels in (section.adapters, section.keys)
+        )
+        return cls(ladder, shallowest, by_adapter, by_key)
+
+    @property
+    def are_allowed(self) -> bool:
+        """Whether anybody may ask."""
+        return self.shallowest is not None or bool(self.by_adapter or self.by_key)
+
+    def level_of(self, asked: object, adapter: str | None = None, key: str | None = None) -> int | None:
+        """Return the deepest level that a request may run at; None = any.
+
+        Args:
+            asked: what it has asked for, a level's index or name.
+            adapter: the LoRA adapter it is for, None without one.
+            key: of its client, as the section names it; None if nobody knows.
+
+        Raises:
+            ValueError: there is no such level.
+        """
+        cap = self.shallowest if adapter is None else self.by_adapter.get(adapter, self.shallowest)
+        cap = cap if key is None else self.by_key.get(key, cap)
+        if asked is None or cap is None:
+            return None
+        level = max(resolve_level(self.ladder, _spec(asked)), cap)
+        return level if level < len(self.ladder) - 1 else None
+
+
+def _spec(asked: object) -> int | str:
+    if isinstance(asked, str):
+        return int(asked) if asked.isdigit() and len(asked) < 5 else asked
+    if isinstance(asked, int | float) and not isinstance(asked, bool) and asked == asked // 1:
+        return int(asked)
+    raise ValueError(f"{asked!r:.40} is no level")
+
+
+class FloorPolicy:
+    """Another policy, held at the level that the requests which are here may not be served below.
+
+    1. While one is here, and seconds are left, no deeper level is asked for than the shallowest of theirs.
+    2. Only time in which the other policy wants a deeper level for somebody else is paid for. Once all of an hour's is
+       spent, that one decides, and they wait, until a tenth is back or nobody else is here.
+    """
+
+    def __init__(self, inner: Policy, hold_s_per_hour: float) -> None:
+        """Ask `inner` from now on."""
+        self.inner = inner
+        self._per_hour = hold_s_per_hour
+        self.left_s = hold_s_per_hour
+        self.is_spent = hold_s_per_hour <= 0
+        self._held = False  # since the last question, others too
+        self._last_s: float | None = None
+        self._last = Decision(0, "")
+
+    @property
+    def max_level(self) -> int:
+        """The other policy's: an operator's order goes as deep as that, and who may not be served there waits."""
+        return self.inner.max_level
+
+    @property
+    def predictions(self) -> Predictions | None:
+        """The other policy's."""
+        return self.inner.predictions
+
+    def decide(self, signals: Signals) -> Decision:
+        """Return the level to serve at now."""
+        s = signals
+        wanted = self.inner.decide(s)
+        self._pay(s.now_s)
+        is_held = wanted.level > (wanted.level if s.max_level is None else s.max_level)
+        is_held = is_held and (s.max_level_alone or not self.is_spent)
+        self._held = is_held and not s.max_level_alone
+        if not is_held or s.max_level is None:
+            decision = wanted
+        else:
+            why = f"held at level {s.max_level} for requests that ask for it; else level {wanted.level}"
+            decision = replace(wanted, level=s.max_level, reason=why, is_final=False)  # they end
+        # The same object while nothing changes: a new one each time would be a new log line.
+        self._last = self._last if self._last == decision else decision
+        return self._last
+
+    def _pay(self, now_s: float) -> None:
+        elapsed_s = 0.0 if self._last_s is None else max(now_s - self._last_s, 0.0)
+        self._last_s = now_s
+        spent_s = elapsed_s if self._held else 0.0
+        left_s = self.left_s - spent_s + elapsed_s * self._per_hour / _HOUR_S
+        self.left_s = min(max(left_s, 0.0), self._per_hour)
+        if self.left_s <= 0:
+            self.is_spent = True
+        elif self.left_s >= _BACK_SHARE * self._per_hour:
+            self.is_spent = False
