@@ -227,8 +227,8 @@ class KVDriver:
     Uses the real pool and the real rank, so that what it proves holds for them.
     """
 
-    level = target_level = effective_level = 0
-    wants_wakeup = in_transition = False
+    level = target_level = effective_level = level_ahead = 0
+    wants_wakeup = in_transition = failed = False
     lost = ""
 
     def look_back(self) -> None:

@@ -106,7 +106,7 @@ def _entry(path: Path, number: int, entry: object) -> str:
     if isinstance(entry, str):
         entry = {"file": entry}
     if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
-        raise WorkloadError(f"windows {path}: entry {number} is {entry!r}, needs a `file`.")
+        raise WorkloadError(f"windows {path}: entry {number} is {entry!r:.80}, needs a `file`.")
     file: str | Path = entry["file"]
     beside = path.parent / user_path(file)
     if not entry["file"].startswith("synthetic:") and (beside.exists() or not Path(file).is_file()):
