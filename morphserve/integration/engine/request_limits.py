@@ -38,7 +38,7 @@ def _seconds(asked: dict[str, Any], name: str, request: Request) -> float | None
         return None
     try:
         seconds = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # an integer of 400 digits
         seconds = math.nan
     if not (math.isfinite(seconds) and seconds > 0):
         logger.log(
