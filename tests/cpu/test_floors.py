@@ -11,8 +11,9 @@ from cpu.test_slo_parts import LIMITS, QUIET
 from cpu.test_slo_rules import LADDER, crowded
 from pydantic import ValidationError
 
-from morphserve.config import MorphServeConfig, parse_config
+from morphserve.config import MorphServeConfig, parse_config, parse_policy
 from morphserve.control import EngineView, Monitor
+from morphserve.errors import ConfigError
 from morphserve.shipped import workload_file
 from morphserve.tools.sim import Simulated, simulate
 from morphserve.tools.workload import Slo, WorkloadSpec, load_workload
@@ -107,6 +108,13 @@ def test_a_keys_level_goes_before_the_adapters() -> None:
     assert [floors.level_of(0, adapter, other) for adapter in (None, "a")] == [None, 2]
     with pytest.raises(ValidationError):
         FloorsConfig.model_validate({"keys": {"secret": 0}})
+
+
+@pytest.mark.parametrize("section", ["shallowest: no", "adapters: {a: off}", "keys: {0123456789abcdef: false}"])
+def test_no_is_not_level_0(section: str) -> None:
+    """Guards: an operator who lets nobody ask, in the words that YAML has for it, lets everybody ask for everything."""
+    with pytest.raises(ConfigError, match="floors"):
+        parse_policy(f"policy: {{kind: slo, floors: {{{section}}}}}", "body")
 
 
 @pytest.mark.parametrize("wish", ["w3", "", True, 0.5, float("nan"), float("inf"), -1, 99, [0], "9" * 5000])
