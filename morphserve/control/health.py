@@ -10,7 +10,7 @@ from morphserve.config import TransitionConfig
 from morphserve.control.transition import Direction, Outcome
 from morphserve.errors import IllegalTransition
 
-_FIRST_RETRY_S = 1.0  # where failures may be tried again at once
+_FIRST_RETRY_S = 1.0  # where failures may be tried again at once: of what fails once more, too
 _OTHER: dict[Direction, Direction] = {"degrade": "restore", "restore": "degrade"}
 
 
@@ -86,7 +86,7 @@ class BackOff:
     def failed(self, now_s: float, direction: Direction) -> float:
         """Return how long nothing starts in `direction`, in seconds."""
         wait_s = self._next_wait_s.get(direction, self._first_s)
-        self._next_wait_s[direction] = min(2 * wait_s, self._longest_s)
+        self._next_wait_s[direction] = min(2 * wait_s or _FIRST_RETRY_S, self._longest_s)
         self._full_at = 0  # a fault's wait is not ended by room
         self._hold(_OTHER[direction], now_s + self._first_s)
         return self._hold(direction, now_s + wait_s) - now_s
