@@ -157,7 +157,7 @@ class Meeting:
 
 
 def check_end(meeting: Meeting) -> None:
-    """Nothing of it is left: no fence, no staged byte, no order, no wake-up; level 0, where nothing has ended morphing."""
+    """Nothing of it is left: no fence, no staged byte, no order, no wake-up; level 0, unless morphing has ended."""
     rig, case = meeting.rig, meeting.case
     controller = rig.controller
     switched = any(plan.layer_formats for command, plan in rig.executor.sent if command == "commit")

@@ -216,6 +216,18 @@ def test_an_idle_engine_is_woken_for_attempts_and_no_more(num_ranks: int, start:
     assert wake_ups(rig, 61.0) and rig.controller.level == target
 
 
+def test_a_level_that_cannot_be_had_is_not_ahead() -> None:
+    """Guards: requests that must not be served at a deeper level wait for as long as the way there keeps failing, while
+    all others are served at level 0."""
+    rig = Rig()
+    rig.executor.fail = fail_prepare(0)  # type: ignore[assignment]
+    rig.script.level = 3
+    rig.step()
+    assert rig.controller.phase is Phase.PREPARING and rig.controller.level_ahead == 3
+    rig.step(20)
+    assert rig.controller.phase is Phase.IDLE and rig.controller.level_ahead == 0
+
+
 def test_a_failing_restore_does_not_keep_from_degrading() -> None:
     """Guards: a burst meets a server that waits minutes, because its way back is broken; or a way back that is
     tried at every turn, because degrading works."""

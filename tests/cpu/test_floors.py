@@ -17,7 +17,7 @@ from morphserve.errors import ConfigError
 from morphserve.shipped import workload_file
 from morphserve.tools.sim import Simulated, simulate
 from morphserve.tools.workload import Slo, WorkloadSpec, load_workload
-from policies import Decision, Floors, Signals, SloConfig, StaticConfig, build_policy
+from policies import Decision, Floors, Order, Signals, SloConfig, StaticConfig, build_policy
 from policies.config import FloorsConfig
 from policies.floors import FloorPolicy
 
@@ -65,6 +65,21 @@ def test_the_budget_is_of_time_in_which_a_deeper_level_is_wanted() -> None:
     assert asked(policy, 1000.0 + spent + 355, 1) == 3, "not before a tenth is back"
     assert asked(policy, 1000.0 + spent + 380, 1) == 1
     assert asked(FloorPolicy(Wants(3), 0.0), 0.0, 0) == 3, "no budget"
+
+
+@pytest.mark.parametrize(
+    ("order", "pays"),
+    [
+        (Order("pin", 0, "o"), False), (Order("pin", 3, "o"), False), (Order("max", 1, "o"), False),
+        (Order("max", 2, "o"), True), (None, True),
+    ],
+)  # fmt: skip
+def test_what_an_operator_orders_costs_them_nothing(order: Order | None, pays: bool) -> None:
+    """Guards: an hour's seconds that are spent while an order holds the level, and are gone when it ends."""
+    policy = FloorPolicy(Wants(3), 60.0)
+    for second in range(20):
+        policy.decide(replace(QUIET, now_s=float(second), max_level=1, order=order))
+    assert (policy.left_s < 60.0) is pays
 
 
 def test_where_nobody_else_is_nobody_is_held_up() -> None:

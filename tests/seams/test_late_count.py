@@ -74,9 +74,11 @@ def test_a_preempted_request_that_is_sent_as_new_has_come_before(num_output_toke
     """Guards: the second model runner, to which vLLM sends preempted requests as new ones: each preemption would count
     as a wait since the request came, and as a first token that was late."""
     seen: list[str] = []
-    monitor: Any = SimpleNamespace(on_scheduled=lambda *_: seen.append("new"), on_resumed=lambda *_: seen.append("again"))
+    new, again = (lambda *_, word=word: seen.append(word) for word in ("new", "again"))
     one = request("a", 0)
-    traffic = Traffic(SimpleNamespace(requests={"a": one}), monitor)  # type: ignore[arg-type]
+    scheduler: Any = SimpleNamespace(requests={"a": one})
+    monitor: Any = SimpleNamespace(on_scheduled=new, on_resumed=again)
+    traffic = Traffic(scheduler, monitor)
     sent = [SimpleNamespace(req_id="a")]
     traffic.on_scheduled(sent, ())
     if num_output_tokens:
