@@ -9,11 +9,9 @@ from typing import Any
 
 from morphserve.config import MorphServeConfig
 from morphserve.control.budget import Ledgers, RankBytes
-from morphserve.control.decision_log import DecisionLog
+from morphserve.control.decisions import Action, DecisionLog, PolicyHost
 from morphserve.control.health import BackOff, Counters, Health
 from morphserve.control.monitor import Monitor
-from morphserve.control.orders import Action
-from morphserve.control.policy_host import PolicyHost
 from morphserve.control.ranks import BlockPoolPort, EngineView, ExecutorPort, RanksUnknown
 from morphserve.control.runner import SwapRunner
 from morphserve.control.transition import BatchEnd, Direction, Outcome, Phase, Transition, TransitionHistory

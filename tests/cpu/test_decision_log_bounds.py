@@ -12,7 +12,7 @@ from cpu.log_world import LADDER, SETUPS, THRESHOLD, ask, assert_problem, load, 
 from cpu.small_disk import file_size
 
 from morphserve.control import DecisionLog, decision_log, make_header
-from morphserve.control.replay_log import LogError, _texts, read_log, replay
+from morphserve.control.decisions.replay_log import LogError, _texts, read_log, replay
 from morphserve.errors import ConfigError
 from morphserve.files import RotatingFile
 from tests.fakes import Rig

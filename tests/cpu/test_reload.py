@@ -14,9 +14,9 @@ import pytest
 
 from morphserve.config import load_config, parse_config, step_times_file
 from morphserve.control import DecisionLog, Phase, make_header
+from morphserve.control.decisions.replay_log import replay
 from morphserve.control.reload import PolicyReloader, ReloadWatch
 from morphserve.control.reload.reloader import WATCH_INTERVAL_S
-from morphserve.control.replay_log import replay
 from morphserve.errors import ConfigError
 from morphserve.files import write_whole
 from policies import (
