@@ -2,18 +2,19 @@
 
 One step, from the top:
 
-    controller     ticks: asks, opens and closes transitions, publishes
-    monitor        what the policy needs to know of the past; `waiting`: of the queue
-    decisions      the policy that is asked, under an operator's orders; what it answered is logged, and asked again
-    reload         another policy while it runs
-    health         what has gone wrong, what is counted, when the next attempt may start
-    doubt          what a failed command leaves in doubt, and what ends the doubt
-    runner         carries out one swap batch of a transition, phase by phase
-    transition     the phases, the swap batch under way, the drain that makes room for it
-    layer_state    the level as it is, layer by layer, and which layers go next
-    budget         what every rank may hold, in bytes
-    ladder         the levels there are
-    ranks          the ports: ranks, their answers, the block pool, the engine
+    controller       ticks: asks, has transitions carried out, publishes
+    monitor          what the policy needs to know of the past; `waiting`: of the queue
+    decisions        the policy that is asked, under an operator's orders; what it answered is logged, and asked again
+    reload           another policy while it runs
+    transition_book  the transition under way, those that ended last, when the next may start
+    health           what has gone wrong, and what is counted
+    doubt            what a failed command leaves in doubt, and what ends the doubt
+    runner           carries out one swap batch of a transition, phase by phase
+    transition       the phases, the swap batch under way, the drain that makes room for it
+    layer_state      the level as it is, layer by layer, and which layers go next
+    budget           what every rank may hold, in bytes
+    ladder           the levels there are
+    ranks            the ports: ranks, their answers, the block pool, the engine
 
 Here a level is the current one, deepest that all layers have reached, or a target: of a transition what the policy
 wants, of a swap batch the next level on the way there. Between two levels tokens count at the deeper,
