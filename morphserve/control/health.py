@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from morphserve.control.transition import Direction, Outcome
-from morphserve.errors import IllegalTransition
+from morphserve.errors import next_state
 
 
 class Health(Enum):
@@ -41,10 +41,7 @@ class Health(Enum):
         Raises:
             IllegalTransition: it has not.
         """
-        if new not in _NEXT[self]:
-            legal = ", ".join(sorted(health.name for health in _NEXT[self])) or "none"
-            raise IllegalTransition(f"health: {self.name} -> {new.name}; legal from here: {legal}.")
-        return new
+        return next_state("health", _NEXT, self, new)
 
 
 _NEXT: Mapping[Health, frozenset[Health]] = {

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from morphserve.backoff import BackOff
 from morphserve.endings import how_it_ended, one_line
-from morphserve.errors import IllegalTransition
+from morphserve.errors import next_state
 from morphserve.prepared.lock import TAKEN
 
 logger = logging.getLogger("vllm.morphserve")
@@ -79,10 +79,7 @@ class Phase(Enum):
         Raises:
             IllegalTransition: it has not.
         """
-        if new not in _NEXT[self]:
-            legal = ", ".join(sorted(phase.name for phase in _NEXT[self])) or "none"
-            raise IllegalTransition(f"prepare: {self.name} -> {new.name}; legal from here: {legal}.")
-        return new
+        return next_state("prepare", _NEXT, self, new)
 
 
 _NEXT: Mapping[Phase, frozenset[Phase]] = {
