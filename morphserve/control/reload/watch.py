@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 class ReloadWatch:
     """The thread that looks once in a while, and when it is asked to.
 
-    All reloads of an engine are its work, one at a time: by the file, and by `ask`, for who sends a signal or a request.
+    All reloads of an engine are its work, one at a time: by the file, and by `ask`, for a signal or a request.
     """
 
     def __init__(self, reloader: PolicyReloader, interval_s: float = LOOK_INTERVAL_S) -> None:
