@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from cpu.prepared_world import keep_profile, make_model, store_of
-from seams.test_prepared_start import LLAMA, plugin, start  # noqa: F401  # a fixture
+from seams.test_prepared_start import LLAMA, start
+from seams.test_prepared_start import plugin as plugin  # noqa: F401  a fixture
 
 from morphserve.integration.server import spare_time
 from morphserve.integration.server.spare_time import SpareTime
