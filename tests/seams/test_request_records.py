@@ -12,7 +12,7 @@ from seams.test_async_scheduler import model as model
 from seams.test_floor_gate import FloorWorld
 from vllm.v1.request import RequestStatus
 
-from morphserve.integration.engine.receipts import PRECISION_ARG, RECEIPT_ARG
+from morphserve.integration.engine.requests.receipts import PRECISION_ARG, RECEIPT_ARG
 
 pytestmark = pytest.mark.seams
 
