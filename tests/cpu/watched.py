@@ -27,7 +27,7 @@ def replicas() -> dict[str, Any]:
 
 
 @contextmanager
-def answering(body: bytes, code: int = 200, heard: list[Any] | None = None) -> Iterator[str]:
+def answering(body: bytes, code: int = 200, heard: list[Any] | None = None, location: str = "") -> Iterator[str]:
     """The address of a server that gives this answer to everything; `heard` gets the headers of each question."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -36,6 +36,8 @@ def answering(body: bytes, code: int = 200, heard: list[Any] | None = None) -> I
                 heard.append(self.headers)
             self.send_response(code)
             self.send_header("Content-Length", str(len(body)))
+            if location:
+                self.send_header("Location", location)
             self.end_headers()
             self.wfile.write(body)
 

@@ -249,13 +249,13 @@ def test_sigterm_in_mid_transition(demo_model: Path, variant_cache: Path, tmp_pa
         assert server.processes() == []
 
 
-def test_start_that_fails_ends_with_the_cause(demo_model: Path, variant_cache: Path, tmp_path: Path) -> None:
+def test_start_that_fails_ends_with_the_cause(demo_model: Path, tmp_path: Path) -> None:
     """Guards: what a worker met stands somewhere in the log, and its last line is of a stack that says nothing."""
-    settings = {"cache_dir": str(variant_cache), "kernels": {"w8": "no_such_kernel"}}
-    with serve(demo_model, tmp_path, settings) as server:
+    (no_directory := tmp_path / "a file").touch()
+    with serve(demo_model, tmp_path, {"cache_dir": str(no_directory)}) as server:
         assert server.process.wait(START_TIMEOUT_S) == 1
         last = server.log.read_text().splitlines()[-1]
-        assert last.startswith("morphserve: error: ") and "no_such_kernel" in last
+        assert last.startswith("morphserve: error: ") and "cannot create the variant directory" in last
 
 
 def test_killed_worker_is_the_last_thing_said(demo_model: Path, variant_cache: Path, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from morphserve.errors import ConfigError
 from morphserve.integration.start.device import check_platform, device_type, serving_residence
 from morphserve.integration.start.device_checks import check_device, check_graph_buffers
 from morphserve.integration.start.settings import for_this_device, read_settings
+from morphserve.integration.start.sources import check_sources
 from morphserve.profile_ladder import read_ladder
-from morphserve.user_input import read_token
+from morphserve.user_input import read_tokens
 from policies import BASE_FORMAT, EngineLimits, Ladder, Policy, PolicySetup, load_step_times
 from quant_layers import FORMATS, split_format
 
@@ -34,12 +35,11 @@ def check_engine(vllm_config: VllmConfig) -> None:
         return
     check_platform()
     check_formats(config, FORMATS)
-    for file in (config.admin.token_file, config.admin.read_token_file):
-        if file is not None:
-            read_token(file)  # which the API server does once weights are loaded
+    read_tokens(config.admin.token_file, config.admin.read_token_file)  # as the API server, once weights are loaded
     _check_model(vllm_config)
     _check_features(vllm_config)
     _check_lora(config, vllm_config)
+    check_sources(config, vllm_config.model_config, device_type())
     config = for_this_device(config, vllm_config)
     if serving_residence().in_pages:
         check_device(vllm_config)
