@@ -251,8 +251,8 @@ def test_sigterm_in_mid_transition(demo_model: Path, variant_cache: Path, tmp_pa
 
 def test_start_that_fails_ends_with_the_cause(demo_model: Path, tmp_path: Path) -> None:
     """Guards: what a worker met stands somewhere in the log, and its last line is of a stack that says nothing."""
-    (no_directory := tmp_path / "a file").touch()
-    with serve(demo_model, tmp_path, {"cache_dir": str(no_directory)}) as server:
+    (tmp_path / "variants").touch()
+    with serve(demo_model, tmp_path, {"cache_dir": str(tmp_path)}) as server:
         assert server.process.wait(START_TIMEOUT_S) == 1
         last = server.log.read_text().splitlines()[-1]
         assert last.startswith("morphserve: error: ") and "cannot create the variant directory" in last

@@ -217,6 +217,9 @@ def test_active_with_the_plugin(models: dict[str, str]) -> None:
         ({"kv": {"base_num_blocks": 8}}, ["8 blocks", "needs 9 blocks", "Raise kv.base_num_blocks"]),
         ({"kernels": {"w8": "no_such_kernel"}}, ["kernels: w8", "'no_such_kernel'", "w8a8_onednn", "Name one of them"]),
         ({"kernels": {"w4": "w8a8_vnni"}}, ["kernels: w4", "'w8a8_vnni'", "w4a16"]),
+        ({"cache_dir": "/dev/null"}, ["cache_dir: /dev/null", "no directory that this user can write to"]),
+        ({"cache_dir": "/dev/null/a/b"}, ["cache_dir: /dev/null/a/b: /dev/null is no directory"]),
+        ({"decision_log": "/dev/null/a.jsonl"}, ["decision_log: /dev/null: /dev/null is no directory"]),
         ({"variants": {"w4": "/no/such/checkpoint"}}, ["variants: w4", "/no/such/checkpoint", "Give either"]),
     ],
 )
@@ -226,6 +229,15 @@ def test_bad_settings_are_refused(models: dict[str, str], settings: dict[str, An
         engine_args(models["llama"], settings).create_engine_config()
     for part in said:
         assert part in str(refused.value)
+
+
+def test_places_that_cannot_be_written_to_are_refused(models: dict[str, str], tmp_path: Path) -> None:
+    """Guards: minutes of loading before somebody opens the decision log; or a refusal of what will be made."""
+    with pytest.raises(ConfigError, match="decision_log: .* is no file that this user can write to"):
+        engine_args(models["llama"], {"decision_log": str(tmp_path)}).create_engine_config()
+    made = {"decision_log": str(tmp_path / "a" / "log.jsonl"), "cache_dir": str(tmp_path / "b" / "c")}
+    engine_args(models["llama"], made).create_engine_config()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_of_another_model_is_refused(models: dict[str, str], tmp_path: Path) -> None:

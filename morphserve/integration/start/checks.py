@@ -10,7 +10,7 @@ from morphserve.errors import ConfigError
 from morphserve.integration.start.device import check_platform, device_type, serving_residence
 from morphserve.integration.start.device_checks import check_device, check_graph_buffers
 from morphserve.integration.start.settings import for_this_device, read_settings
-from morphserve.integration.start.sources import check_sources
+from morphserve.integration.start.sources import check_places, check_sources
 from morphserve.profile_ladder import read_ladder
 from morphserve.user_input import read_tokens
 from policies import BASE_FORMAT, EngineLimits, Ladder, Policy, PolicySetup, load_step_times
@@ -36,6 +36,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
     check_platform()
     check_formats(config, FORMATS)
     read_tokens(config.admin.token_file, config.admin.read_token_file)  # as the API server, once weights are loaded
+    check_places(config)
     _check_model(vllm_config)
     _check_features(vllm_config)
     _check_lora(config, vllm_config)
