@@ -9,7 +9,7 @@ from morphserve.control import RankBytes, build_ladder, check_floor, ladder_form
 from morphserve.errors import ConfigError
 from morphserve.integration.start.device import check_platform, device_type, serving_residence
 from morphserve.integration.start.device_checks import check_device, check_graph_buffers
-from morphserve.integration.start.settings import for_this_device, read_settings
+from morphserve.integration.start.settings import for_this_device, settings_of
 from morphserve.integration.start.sources import check_places, check_sources
 from morphserve.profile_ladder import read_ladder
 from morphserve.user_input import read_tokens
@@ -30,7 +30,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
     Raises:
         ConfigError: value, limit, remedy.
     """
-    config = read_settings(vllm_config.additional_config)
+    config = settings_of(vllm_config)
     if config is None:
         return
     check_platform()

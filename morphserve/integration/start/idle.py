@@ -11,7 +11,7 @@ from morphserve.config import MorphServeConfig
 from morphserve.hub import local_files
 from morphserve.integration.start.device import is_cuda
 from morphserve.integration.start.prepared import READABLE
-from morphserve.integration.start.settings import FOUND, read_settings, with_prepared
+from morphserve.integration.start.settings import FOUND, settings_of, with_prepared
 from morphserve.prepared import Place, weights_fingerprint
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def idle_work(vllm_config: VllmConfig) -> IdleWork | None:
     Raises:
         ConfigError: the settings cannot be read.
     """
-    config = read_settings(vllm_config.additional_config)
+    config = settings_of(vllm_config)
     if config is None or config.prepare is None:
         return None
     if with_prepared(config, vllm_config).profile is not None:
