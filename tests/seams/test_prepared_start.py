@@ -192,8 +192,9 @@ def test_damage_and_other_weights_never_stop_a_start(
         make_model(tmp_path / "other", seed=1)
         (tmp_path / "other" / "model-0.safetensors").replace(model / "model-0.safetensors")
     elif harm == "a file":
-        cache = tmp_path / "no_directory"
-        cache.write_text("")
+        cache = tmp_path / "another"
+        cache.mkdir()
+        (cache / "prepared").touch()
     else:
         more = {"load_format": "dummy"}
     with logged.at_level(logging.INFO, "test.prepared"):

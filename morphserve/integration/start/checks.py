@@ -36,7 +36,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
     check_platform()
     check_formats(config, FORMATS)
     read_tokens(config.admin.token_file, config.admin.read_token_file)  # as the API server, once weights are loaded
-    check_places(config)
+    check_places(config, with_cache=not serving_residence().in_pages)
     _check_model(vllm_config)
     _check_features(vllm_config)
     _check_lora(config, vllm_config)

@@ -45,14 +45,18 @@ def check_sources(config: MorphServeConfig, model: ModelConfig, device: str) -> 
             raise ConfigError(f"variants: {fmt}: {e}") from e
 
 
-def check_places(config: MorphServeConfig) -> None:
+def check_places(config: MorphServeConfig, with_cache: bool) -> None:
     """Refuse places that could not be written to; nothing is made.
+
+    Args:
+        config: the settings.
+        with_cache: layers are kept there, as they are not in pages of a device.
 
     Raises:
         ConfigError: value, limit, remedy.
     """
-    log = config.decision_log
-    for key, named in (("cache_dir", config.cache_dir), ("decision_log", log and log.parent)):
+    log, cache = config.decision_log, config.cache_dir if with_cache else None
+    for key, named in (("cache_dir", cache), ("decision_log", log and log.parent)):
         if named is None:
             continue
         place = user_path(named).absolute()
