@@ -203,6 +203,11 @@ def _check_streamed_receipts(server: Server, body: dict[str, Any]) -> None:
         header = server.headers(path, ask | {"vllm_xargs": {"morphserve_receipt": 1}})[HEADER]
         assert json.loads(header)["output_tokens"] == {"6": 12}
         assert HEADER not in server.headers(path, ask)
+        several = ask | {"n": 3, "temperature": 1.0, "vllm_xargs": {"morphserve_receipt": 1}}
+        *_, last, _, _ = server.get(path, several | {"stream": True}).split("\n\n")
+        streamed = json.loads(last.removeprefix("data: "))["morphserve"]
+        for told in (streamed, json.loads(server.headers(path, several)[HEADER])):
+            assert [receipt["output_tokens"] for receipt in told] == 3 * [{"6": 12}]
 
 
 def _check_floors(server: Server, body: dict[str, Any]) -> None:
