@@ -18,6 +18,7 @@ from cpu.prepared_world import TIMES, keep_profile, keep_times, make_model, stor
 from vllm.engine.arg_utils import EngineArgs
 
 from morphserve.config import parse_config
+from morphserve.integration.offline.served import main as served_main
 from morphserve.integration.start import FOUND, for_this_device, ladder_note, read_settings, settings_of
 from morphserve.plugin import register
 from morphserve.prepared import ProfileKey, Store
@@ -90,6 +91,15 @@ def test_what_was_prepared_is_used_in_every_process(
     assert after.compute_hash() == before.compute_hash()
     (said,) = [record for record in logged.records if record.name == "test.prepared"]
     assert said.levelname == "INFO" and str(profile) in said.message and str(times) in said.message
+
+
+def test_what_a_server_would_be_is_asked_without_a_cache(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: a model that cannot be prepared into a --cache-dir because the home directory cannot be written to."""
+    monkeypatch.setenv("MORPHSERVE_CACHE", "/dev/null/x")
+    assert served_main(["--model", str(model), "--dtype", "bfloat16", "--max-model-len", "128", "--skip-tokenizer-init"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["formats"] == ["w8", "w4"]
 
 
 def test_settings_are_those_of_the_start_in_every_process(model: Path, tmp_path: Path) -> None:
