@@ -98,7 +98,8 @@ def test_what_a_server_would_be_is_asked_without_a_cache(
 ) -> None:
     """Guards: a model that cannot be prepared into a --cache-dir because the home directory cannot be written to."""
     monkeypatch.setenv("MORPHSERVE_CACHE", "/dev/null/x")
-    assert served_main(["--model", str(model), "--dtype", "bfloat16", "--max-model-len", "128", "--skip-tokenizer-init"]) == 0
+    words = ("--dtype", "bfloat16", "--max-model-len", "128", "--skip-tokenizer-init")
+    assert served_main(["--model", str(model), *words]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["formats"] == ["w8", "w4"]
 
 
