@@ -58,13 +58,14 @@ def test_what_a_request_asked_for_goes_before_the_policys() -> None:
 
 
 def test_what_is_no_time_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Guards: a log that a client fills, a warning for each of its requests; or one as long as what it sent."""
+    """Guards: a log that a client fills, a warning for each of its requests; or one as long as what it sent; an error,
+    after which no policy is asked any more."""
     monkeypatch.setattr("morphserve.integration.engine.requests.request_limits._warned", set())
     caplog.set_level(logging.DEBUG, "vllm.morphserve")
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    for value in ("soon" * 1000, -1.0, 0, float("nan"), [1]):
+    for value in ("soon" * 1000, -1.0, 0, float("nan"), [1], 10**400):
         assert limits_of(request(tpot_s=value)) == NO_LIMITS  # type: ignore[arg-type]
-    assert [record.levelno for record in caplog.records] == [logging.WARNING] + 4 * [logging.DEBUG]
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] + 5 * [logging.DEBUG]
     assert len(caplog.records[0].getMessage()) < 250
 
 
