@@ -130,7 +130,7 @@ SEAMS: tuple[Seam, ...] = (
          ("max_num_batched_tokens", "max_num_seqs")),
     ENGINE_CORE := Seam("engine_core", "vllm.v1.engine.core:EngineCoreProc", (),
          "wake-ups, commands and the status page; a step is timed where it is measured",
-         ("input_queue", "model_executor", "scheduler", "step_fn")),
+         ("input_queue", "model_executor", "scheduler", "step_fn", "is_running")),
     ENGINE_UTILITIES := Seam("engine_utilities", "vllm.v1.engine.core:EngineCore", (),
          "a utility call reaches a method by its name: two of ours are among them"),
     LOGITS := Seam("logits", "vllm.model_executor.models.interfaces_base:VllmModelForTextGeneration.compute_logits",
