@@ -16,7 +16,15 @@ from morphserve.control.orders import Action
 from morphserve.control.policy_host import PolicyHost
 from morphserve.control.ranks import BlockPoolPort, EngineView, ExecutorPort, RanksUnknown
 from morphserve.control.runner import SwapRunner
-from morphserve.control.transition import BatchEnd, Direction, Outcome, Phase, Transition, TransitionHistory
+from morphserve.control.transition import (
+    BatchEnd,
+    Direction,
+    Outcome,
+    Phase,
+    Transition,
+    TransitionEnd,
+    TransitionHistory,
+)
 from morphserve.errors import ConfigError, OrderError
 from policies import Ladder, Policy, PolicySetup
 
@@ -86,8 +94,9 @@ class Controller:
         self._layer_state = self._runner.layer_state
         self.counters = Counters(num_blocks_published=pool.num_kv_blocks, num_blocks_mapped=pool.num_kv_blocks)
         self._policy_host = PolicyHost(policy, ladder, self.counters, log, clock)
+        self._policy_host.kind = config.policy.kind
         self._transition: Transition | None = None
-        self._history = TransitionHistory()
+        self.history = TransitionHistory()
         self._driven_s = 0.0  # when the transition was last worked on
         self.health = Health.RUNNING
         self.lost = ""  # why nothing may be served any more, in words
@@ -179,7 +188,7 @@ class Controller:
             "ledger": ledgers[self._ledgers.tightest],
             "ledgers": ledgers,
             "ranks": {str(rank): asdict(held) for rank, held in sorted(self._runner.replies.ranks.items())},
-            "recent_transitions": self._history.as_json(self._clock()),
+            "recent_transitions": self.history.as_json(self._clock()),
             "counters": {**asdict(self.counters), "transitions": transitions},
         }
 
@@ -282,6 +291,7 @@ class Controller:
         transition = self._transition
         assert transition is not None
         end = self._runner.advance(now, self._is_wanted(transition.direction))
+        transition.longest_pause_s = max(transition.longest_pause_s, self._runner.replies.pause_s)
         if end is None:
             return False
         if end.outcome == "committed":
@@ -329,6 +339,8 @@ class Controller:
             started_s=now,
             blocks_before=self._pool.num_kv_blocks,
             from_level=start,
+            policy=self._policy_host.kind,
+            order=self._policy_host.order_kind,
         )
         decision = self._policy_host.decision
         logger.info(
@@ -339,10 +351,11 @@ class Controller:
         t = self._transition
         assert t is not None
         self._transition = None
-        self._history.add(now, t, outcome, self.level, self._pool.num_kv_blocks, error)
         self.counters.count_transition(t.direction, outcome)
         self.counters.transition_seconds += now - t.started_s
-        t.log_end(outcome, self.level, now - t.started_s, self._pool.num_kv_blocks, error)
+        is_news = outcome == "aborted" and self.health not in _ENDED  # else the error stands in the log already
+        end = TransitionEnd(outcome, now, self.level, self._pool.num_kv_blocks, error)
+        self.history.add(t, end, logging.WARNING if is_news else logging.INFO)
         if outcome == "committed":
             self._backoff.succeeded(t.direction)
 
@@ -407,10 +420,8 @@ class Controller:
         self._give_up(why)
 
     def _give_up(self, why: str) -> None:
-        if (t := self._transition) is not None:
-            self.counters.count_transition(t.direction, "aborted")
-            self._history.add(self._driven_s, t, "aborted", self.level, self._pool.num_kv_blocks, why)
-            self._transition = None
+        if self._transition is not None:
+            self._close_transition(self._driven_s, "aborted", why)
 
     def _look_at_answers(self) -> None:
         """Take what has come off the ring: nothing is sent any more, but ranks may still say that they differ."""
