@@ -164,9 +164,13 @@ def _first_line(trouble: Callable[..., Any]) -> str:
 
 
 def _board(stage: Stage, begin_s: float) -> list[dict[str, Any]]:
-    """Return each query of the board, with how many series it has had."""
-    rows = []
-    for panel in json.loads(MONITORING[1].read_text())["panels"]:
+    """Return each query of the board, with how many series it has had; of what one can choose, how many values."""
+    board, rows = json.loads(MONITORING[1].read_text()), []
+    for choice in board["templating"]["list"]:
+        if found := re.fullmatch(r"label_values\((.+), (\w+)\)", choice["query"]):
+            values = stage.query(f"label/{found[2]}/values", **{"match[]": found[1]})
+            rows.append({"panel": f"choice of {choice['name']}", "query": choice["query"], "series": len(values)})
+    for panel in board["panels"]:
         for target in panel["targets"]:
             expr = target["expr"].replace("$instance", ".*").replace("$__rate_interval", _RATE_WINDOW)
             rows.append({"panel": panel["title"], "query": target["expr"], "series": stage.series(expr, begin_s)})

@@ -10,7 +10,7 @@ from typing import Any
 import fetch_prometheus
 import pytest
 import yaml
-from check_monitoring import NOT_MADE, TROUBLE
+from check_monitoring import NOT_MADE, TROUBLE, _judged
 from fetch_prometheus import find_tool
 
 from morphserve.commands import main
@@ -46,6 +46,20 @@ def test_each_alert_is_met_by_a_real_server_or_says_why_not() -> None:
     """Guards: an alert that the check on a real server has never heard of."""
     made = [name for _, names in TROUBLE for name in names]
     assert sorted([*made, *NOT_MADE]) == sorted(SCENARIOS) and all(NOT_MADE.values())
+
+
+def test_the_check_fails_for_what_it_has_not_seen() -> None:
+    """Guards: a check on a real server that is content with a silent alert, one that stays, or an empty panel."""
+    fine = {"alert": "A", "how": "so", "fired_s": 1.0, "cleared_s": 2.0}
+    shown, metric = {"panel": "P", "query": "q", "series": 1}, {"alert": "N", "why": "", "series": {"m": 1}}
+    assert _judged([fine], [shown], [metric])["failed"] == []
+    for alerts, board, others, failed in (
+        ([{**fine, "fired_s": None}], [shown], [metric], "A"),
+        ([{**fine, "cleared_s": None}], [shown], [metric], "A"),
+        ([fine], [{**shown, "series": 0}], [metric], "q"),
+        ([fine], [shown], [{**metric, "series": {"m": 1, "k": 0}}], "N"),
+    ):
+        assert _judged(alerts, board, others)["failed"] == [failed]
 
 
 def promtool(*words: str | Path) -> None:

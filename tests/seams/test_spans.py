@@ -28,8 +28,15 @@ pytestmark = pytest.mark.seams
 
 PROMPT = [1, 2, 3, 4, 5]
 COSTS = {"w8": 0.02, "w4": 0.5}
-TRACE = "0af7651916cd43dd8448eb211c80319c"
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+OF_THE_START = "11112222333344445555666677778888"  # the trace of a server's start, where vLLM has put it
 _OURS = (seams.REQUEST_SPAN, seams.REQUEST_SPAN_MAKER)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM leaves the trace of its start in the environment; what has no other parent is a child of that."""
+    monkeypatch.setenv("traceparent", f"00-{OF_THE_START}-{PARENT}-01")
 
 
 @pytest.fixture
@@ -150,18 +157,19 @@ def test_the_span_of_a_request_tells_its_levels(model: Path, collector: Collecto
     assert not world.morph.receipts._drafts and not world.morph.receipts._begun
 
 
+@pytest.mark.usefixtures("started")
 def test_a_clients_trace_goes_on(model: Path, collector: Collector) -> None:  # noqa: F811
     """Guards: levels that take the place of the client's trace context, or that make vLLM believe there is one."""
     world, front = priced(model), Front()
-    for name, headers in (("with", {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}), ("without", None)):
+    for name, headers in (("with", {"traceparent": f"00-{TRACE}-{PARENT}-01"}), ("without", None)):
         front.expect(name, 3)
         world.add(name, PROMPT, 3)
         world.scheduler.requests[name].trace_headers = headers
         world.run_dry()
         front.take([output for output in world.outputs if output.request_id == name])
     found = {attributes["gen_ai.request.id"]: (span, attributes) for span, attributes in sent(collector, "llm_request")}
-    assert found["with"][0].trace_id.hex() == TRACE and found["with"][0].parent_span_id.hex() == "b7ad6b7169203331"
-    assert not found["without"][0].parent_span_id
+    assert found["with"][0].trace_id.hex() == TRACE and found["with"][0].parent_span_id.hex() == PARENT
+    assert found["without"][0].trace_id.hex() == OF_THE_START
     assert all(row["morphserve.level.max"] == 0 for _, row in found.values())
 
 
@@ -177,6 +185,7 @@ def test_an_output_without_levels_has_vllms_span(headers: dict[str, str] | None,
     assert not [key for key in attributes if key.startswith("morphserve")]
 
 
+@pytest.mark.usefixtures("started")
 def test_each_transition_is_a_span(model: Path, collector: Collector) -> None:  # noqa: F811
     """Guards: transitions that no trace shows; spans that are children of the server's start, or of a request."""
     world, front = priced(model), Front()

@@ -113,7 +113,7 @@ class Morph:
         )
 
     def _trace(self) -> None:
-        """Where vLLM traces, have transitions and the levels of requests in its traces, too."""
+        """Have transitions and the levels of requests in vLLM's traces, where it traces."""
         runtime = self.runtime
         if spans.is_traced(runtime.vllm_config):
             costs = (0.0, *(level.expected_kl for level in runtime.ladder[1:]))
