@@ -114,6 +114,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Any:
 
             attach_prepared(config)
             check_engine(config)
+            _trace(config)
             if _is_of_server(usage_context):
                 ignore_hangups()
         except MorphServeError as e:
@@ -203,6 +204,13 @@ def _load_endpoint_plugins(original: Callable[..., Any]) -> Any:
                 os.environ[_ALLOW_LIST] = before
 
     return load_endpoint_plugins
+
+
+def _trace(config: Any) -> None:
+    from morphserve.integration import spans
+
+    if spans.is_traced(config):
+        spans.install()
 
 
 def _is_of_server(usage_context: Any) -> bool:
