@@ -1,4 +1,4 @@
-"""What `morphserve soak` calls wrong: each thing that must hold, not holding once; and the model whose answers it knows."""
+"""What `morphserve soak` calls wrong: each thing that must hold, not holding once; and its model of known answers."""
 
 from __future__ import annotations
 

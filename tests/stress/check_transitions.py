@@ -1,10 +1,11 @@
 """Does an engine that changes its level at nearly every step lose a request, or give a wrong token? 1e5 times.
 
-A real engine, its levels as fast as the controller allows, requests live all the time: they come, share beginnings, end,
-and are given up. Model `recall` (morphserve/tools/soak/recall.py) has answers that are known, and the same at every
-level, so each token of each request is held against the right one. Every thousand transitions the engine is emptied and
-asked the same few prompts at level 0 and at two other levels: tokens and log probabilities must be, bit by bit, what that
-level gave when the engine was new. Model `random` is for that alone: there the last bit of every weight tells.
+A real engine, its levels as fast as the controller allows, requests live all the time: they come, share beginnings,
+end, and are given up. Model `recall` (morphserve/tools/soak/recall.py) has answers that are known, and the same at
+every level, so each token of each request is held against the right one. Every thousand transitions the engine is
+emptied and asked the same few prompts at level 0 and at two other levels: tokens and log probabilities must be, bit by
+bit, what that level gave when the engine was new. Model `random` is for that alone: there the last bit of every weight
+tells.
 
 Runs in pieces, each a new engine; rows add up in --out. --plant breaks something that must be found.
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import random
 import sys
@@ -32,10 +34,9 @@ from typing import Any
 _ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(_ROOT), str(_ROOT / "tests")]
 
-from morphserve.tools.soak.load import GIVEN_UP, Ask, Books, draw_burst
-from morphserve.tools.soak.recall import make_model
-from morphserve.tools.workload import OK, Outcome
-from policies import Decision, Signals
+from morphserve.tools.soak import GIVEN_UP, Ask, Books, draw_burst, make_model  # noqa: E402
+from morphserve.tools.workload import OK, Outcome  # noqa: E402
+from policies import Decision, Signals  # noqa: E402
 
 _LIVE = 5  # requests: level 0's blocks hold them at their longest, so that every way back finds room
 _BLOCKS, _BLOCK_TOKENS, _MAX_TOKENS = 64, 32, 512
@@ -93,6 +94,8 @@ class Drive:
         self._quiet_steps = 0
         self._first: dict[int, Any] = {}
         self._policy = Wander(len(engine.ladder) - 1, draw)
+        self.num_committed = 0  # transitions, all of them beside live requests
+        self.other_mib = 0.0
         self._count_copies()
 
     def _count_copies(self) -> None:
@@ -110,16 +113,16 @@ class Drive:
     def transitions(self) -> Counter[str]:
         return Counter(self.engine.morph.status()["transitions"])
 
-    @property
-    def num_committed(self) -> int:
-        return sum(n for (_, outcome), n in self.engine.morph.controller.counters.transitions.items() if outcome == "committed")
+    def _committed(self) -> int:
+        counted = self.engine.morph.controller.counters.transitions
+        return sum(count for (_, outcome), count in counted.items() if outcome == "committed")
 
     def go(self, count: int) -> None:
         """Make so many transitions more under load, then end all requests."""
         morph = self.engine.morph
         morph.controller.replace_policy(self._policy, "wandering", morph.setup)
-        target = self.num_committed + count
-        while self.num_committed < target and not morph.controller.failed:
+        begin = self._committed()
+        while self._committed() < begin + count and not morph.controller.failed:
             self._fill()
             self._step()
         while self._asks and self._quiet_steps < _STUCK_STEPS:
@@ -127,6 +130,7 @@ class Drive:
         for name, ask in list(self._asks.items()):  # what never ended
             self.books.enter(ask, Outcome(0, 0.0, len(ask.prompt), ask.num_tokens, error="never ended"))
             del self._asks[name]
+        self.num_committed += self._committed() - begin
 
     def _fill(self) -> None:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -309,11 +313,13 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")  # read as torch is loaded, with the engine
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    logging.disable(logging.INFO)  # two lines a transition
     if args.transitions:
         _piece(args, len(list(_last_rows(args.out))))
     document = total(list(_last_rows(args.out)))
     print(json.dumps(document))
-    return int(any(part["lost"] or part["wrong"] or part["looks_changed"] or part["failed"] for part in document.values()))
+    bad = ("lost", "wrong", "looks_changed", "failed")
+    return int(any(part[name] for part in document.values() for name in bad))
 
 
 if __name__ == "__main__":

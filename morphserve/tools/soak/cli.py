@@ -1,10 +1,10 @@
 """Does anything add up in hours of morphing, and is every answer right?
 
-Starts two servers of a small model, with and without the plugin, and sends both the same bursts by turns: streams, whole
-answers with receipts, clients that go away. Each burst takes the level down, and it comes back up within it. The model's
-answers are known, and the same at every level (`morphserve/tools/soak/recall.py` says why): each token is held against
-the right one. Once a minute, at rest, a row of what the processes of both take goes to DIR/samples.jsonl. Slopes are of
-what comes behind the warm-up, with their standard error, stock's beside them.
+Starts two servers of a small model, with and without the plugin, and sends both the same bursts by turns: streams,
+whole answers with receipts, clients that go away. Each burst takes the level down, and it comes back up within it. The
+model's answers are known, and the same at every level (`morphserve/tools/soak/recall.py` says why): each token is held
+against the right one. Once a minute, at rest, a row of what the processes of both take goes to DIR/samples.jsonl.
+Slopes are of what comes behind the warm-up, with their standard error, stock's beside them.
 
 Output columns: minutes, transitions, answers with and without the plugin, lost and wrong ones, resident MiB of engine
 core and API server with the plugin, and without. Last stdout line: one JSON document. The exit status is 1 if anything
@@ -16,7 +16,6 @@ is lost or wrong, or memory, open files or ticks grow beyond their limits.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import tempfile
 from collections.abc import Sequence
@@ -34,7 +33,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve soak") -> in
     """Soak; returns the exit status."""
     parser = command_parser(__doc__, prog)
     parser.add_argument("--minutes", type=more_than_zero, default=120.0)
-    parser.add_argument("--warm-up", type=more_than_zero, metavar="MINUTES", help="that slopes leave out; default: half")
+    parser.add_argument("--warm-up", type=more_than_zero, metavar="MIN", help="that slopes leave out; default: half")
     parser.add_argument("--share", type=more_than_zero, default=0.4, help="of the time in which requests are under way")
     parser.add_argument("--out", type=Path, metavar="DIR", help="logs and samples; default: a temporary directory")
     parser.add_argument("--read", type=Path, metavar="DIR", help="judge what a run has left there; start nothing")

@@ -10,7 +10,7 @@ from morphserve.tools.soak.run import OURS, STOCK
 from morphserve.tools.soak.trend import Slope, percentile, slope
 
 MAX_MIB_PER_HOUR = 1.0  # beyond what a stock server grows by under the same load
-_MAX_TICK_GROWTH = 1.5  # of the 99th percentile, last quarter over first: beyond what two halves of a quiet run differ by
+_MAX_TICK_GROWTH = 1.5  # of the 99th percentile, last quarter over first; quarters of a quiet run differ by less
 _SURE = 2.0  # standard errors
 _ROLES = ("api", "core", "rank")
 Row = Mapping[str, Any]
@@ -41,7 +41,8 @@ def _answers(sides: Mapping[str, Sequence[Row]]) -> Iterable[str]:
     for side, series in sides.items():
         last = series[-1]
         if last["lost"] or last["wrong"]:
-            yield f"{side}: {last['lost']} lost, {last['wrong']} wrong of {last['sent']}: {'; '.join(last['faults'][:3])}"
+            faults = "; ".join(last["faults"][:3])
+            yield f"{side}: {last['lost']} lost, {last['wrong']} wrong of {last['sent']}: {faults}"
         if last["answered"] + last["given_up"] + last["lost"] != last["sent"]:
             yield f"{side}: the books do not add up: {_counts(last)}"
 
@@ -96,7 +97,7 @@ def _growth(figures: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _steps(series: Sequence[Row], key: str) -> dict[str, Any]:
-    """Compare the first half's greatest count with the last half's; behind the first samples, of a server that starts."""
+    """Compare the first half's greatest count with the last half's, by role of the process."""
     half = len(series) // 2
     found = {}
     for role in _ROLES:

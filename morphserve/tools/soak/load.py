@@ -39,7 +39,7 @@ def known_answer(ask: Ask) -> list[int]:
 
 @dataclass(slots=True)
 class Books:
-    """What became of one server's requests. Nothing in it grows with their number, but the times since the last sample."""
+    """What became of one server's requests. Nothing grows with their number but the times since the last sample."""
 
     expected: Callable[[Ask], list[int]] | None = known_answer  # None = only numbers of tokens are looked at
     sent: int = 0

@@ -1,13 +1,14 @@
 """A model whose answers are known without running it, and are the same at every level.
 
-Each token is a renamed one from `DISTANCE` tokens before: `t[p + 1] = RENAMED[t[p - DISTANCE]]`. Every layer carries it a
-part of the way. Its attention looks at exactly one earlier position, by RoPE alone: queries and keys are the same at
-every position, turned so that they match at one distance. What it finds there it writes beside what there is, and the MLP
-copies that on to where the next layer reads. Tokens are orthogonal codes, so the right one leads by all there is.
+Each token is a renamed one from `DISTANCE` tokens before: `t[p + 1] = RENAMED[t[p - DISTANCE]]`. Every layer carries it
+a part of the way. Its attention looks at exactly one earlier position, by RoPE alone: queries and keys are the same at
+every position, turned so that they match at one distance. What it finds there it writes beside what there is, and the
+MLP copies that on to where the next layer reads. Tokens are orthogonal codes, so the right one leads by all there is.
 
-Weights have one step each, so that 8 and 4 bits hold them without loss, and roundings of activations are far too small
-to matter. What is wrong is a layer that is not what it should be, or KV that is another's: a block that was not copied, a
-table that was not rewritten, a prefix of another prompt. Then the code that is carried is another token's.
+Rows of weights have one step each, so that 8 and 4 bits hold them without loss, and roundings of activations are far
+too small to matter: a layer that is only a little off is not seen. What is seen is a layer that is another's or
+garbage, and KV that is another's: a block that was not copied, a table that was not rewritten, a prefix of another
+prompt. Then the code that is carried is another token's.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def _write_tokenizer(directory: Path) -> None:
 
 
 def _weights() -> dict[str, Tensor]:
-    """Slots of `_CODE` channels: the token's own, then for each layer what its attention found and what its MLP copied."""
+    """Return all tensors. Slots of `_CODE` channels: the token's own, then what each attention found and MLP copied."""
     import torch
 
     code = _codes()
