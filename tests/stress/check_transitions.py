@@ -40,8 +40,9 @@ from policies import Decision, Signals  # noqa: E402
 
 _LIVE = 5  # requests: level 0's blocks hold them at their longest, so that every way back finds room
 _BLOCKS, _BLOCK_TOKENS, _MAX_TOKENS = 64, 32, 512
+PLANTS = ("copy", "rewrite_block_tables", "lose")
 _EVERY = 1000  # transitions between two looks at an empty engine
-_STUCK_STEPS = 20_000  # without a request that ends
+_STUCK_STEPS = 5_000  # without a request that ends
 _SETTINGS = {
     "ladder": {
         "order": "front_to_back",
@@ -231,9 +232,9 @@ def _piece(args: argparse.Namespace, number: int) -> None:
     begin = time.monotonic()
     draw = random.Random(args.seed + number)
     with _start(args) as engine, (args.out / "rows.jsonl").open("a", encoding="utf-8") as rows:
-        if args.plant:
-            _plant(args.plant)
         drive = Drive(engine, draw, args.model == "recall")
+        if args.plant:
+            _plant(args.plant, drive)
         drive.look()
         wandering_s = 0.0
         while drive.num_committed < args.transitions and time.monotonic() - begin < 60 * args.minutes:
@@ -264,11 +265,21 @@ def _row(args: argparse.Namespace, number: int, drive: Drive, seconds: float) ->
     }  # fmt: skip
 
 
-def _plant(what: str) -> None:
-    """Break what a rank in this process does."""
+def _plant(what: str, drive: Drive) -> None:
+    """Break what a rank in this process does, or have the engine forget a request now and then."""
     from morphserve.integration.worker.kv import RankKV
 
-    setattr(RankKV, what, lambda self, *args, **kwargs: None)
+    if what != "lose":
+        setattr(RankKV, what, lambda self, *args, **kwargs: None)
+        return
+    book = drive._book
+
+    def forget_the_next(output: Any) -> None:
+        book(output)
+        if drive.books.sent % 50 == 0:
+            drive.engine.engine.abort_request([next(iter(drive._asks))])
+
+    drive._book = forget_the_next  # type: ignore[method-assign]
 
 
 def _last_rows(out: Path) -> Iterator[dict[str, Any]]:
@@ -306,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=13.0, help="that this piece may take")
     parser.add_argument("--model", choices=("recall", "random"), default="recall")
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--plant", choices=("copy", "rewrite_block_tables"), help="skip this on the rank")
+    parser.add_argument("--plant", choices=PLANTS, help="break this")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.out = args.out.resolve()
