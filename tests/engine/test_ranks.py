@@ -322,7 +322,7 @@ def test_one_rank_that_cannot_prepare_stops_all(
     assert after["transitions"][name] == before["transitions"].get(name, 0) + 1
     assert after["errors"]["prepare"] == before["errors"].get("prepare", 0) + 1
     said = aborted(logged)
-    assert len(said) == 1 and f"aborted at level {level}" in said[0]
+    assert len(said) == 1 and f"outcome=aborted from_level={level} to_level={level} " in said[0]
     assert f"rank 1: StoreError: {path}" in said[0] and "rank 0" not in said[0]
 
     go(llm, target)  # with the file whole again

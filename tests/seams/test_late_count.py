@@ -59,7 +59,8 @@ def test_what_a_request_asked_for_goes_before_the_policys() -> None:
 
 
 def test_what_is_no_time_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Guards: a log that a client fills, a warning for each of its requests; or one as long as what it sent."""
+    """Guards: a log that a client fills, a warning for each of its requests; or one as long as what it sent; an error,
+    after which no policy is asked any more."""
     monkeypatch.setattr("morphserve.integration.engine.requests.request_limits._warned", set())
     caplog.set_level(logging.DEBUG, "vllm.morphserve")
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)

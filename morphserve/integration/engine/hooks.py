@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from morphserve.control import (
     make_header,
 )
 from morphserve.errors import EngineLostError, OrderError
+from morphserve.integration import spans
 from morphserve.integration.engine.block_pool import VllmBlockPool
 from morphserve.integration.engine.executor import RpcExecutor
 from morphserve.integration.engine.histogram import TimeHistogram
@@ -76,6 +78,7 @@ class Morph:
         self.gate = FloorGate(scheduler, self.traffic, self.pool, Floors.of(self.setup.section.floors, runtime.ladder))
         self.log = self._open_log()
         self.controller = self._make_controller()
+        self._trace()
         self._page = StatusPage(runtime, self.executor, self.worst_forward_bytes)
         self._watch = self._watch_settings()
         self._idle_ticker: IdleTicker | None = None
@@ -106,6 +109,14 @@ class Morph:
             log=self.log,
             on_level=self._on_level,
         )
+
+    def _trace(self) -> None:
+        """Have transitions and the levels of requests in vLLM's traces, where it traces."""
+        runtime = self.runtime
+        if spans.is_traced(runtime.vllm_config):
+            costs = (0.0, *(level.expected_kl for level in runtime.ladder[1:]))
+            self.receipts.span_text = partial(spans.levels_as_text, costs)
+            self.controller.history.on_end = spans.TransitionSpans(runtime.index)
 
     def _watch_settings(self) -> ReloadWatch:
         """Return a thread that hands an edited policy to the controller, which asks it from its next tick on."""

@@ -117,6 +117,6 @@ class FloorGate:
             return self.floors.level_of(asked[MAX_LEVEL_ARG], name, asked.get(KEY_ARG))
         except (ValueError, TypeError) as e:  # in-process nobody has looked at the types
             level = logging.DEBUG if self._has_warned else logging.WARNING  # clients may send as many as they like
-            logger.log(level, "morphserve: request %s: %s: %s", request.request_id, MAX_LEVEL_ARG, e)
+            logger.log(level, "morphserve: request %.80r: %s: %s", request.request_id, MAX_LEVEL_ARG, e)
             self._has_warned = True
             return None
