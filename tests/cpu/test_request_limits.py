@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from cpu.test_slo_parts import QUIET
 from cpu.test_slo_rules import LADDER, made
 
 from morphserve.control import EngineView, Monitor, RequestLimits, WaitingRequest
-from policies import Decision, Promise, SloConfig, SloPolicy, ThresholdConfig, promise_of
+from policies import Cohort, Decision, Promise, SloConfig, SloPolicy, ThresholdConfig, promise_of
 
 IMPOSSIBLE = RequestLimits(1e-9, 1e-9)
 NONE = RequestLimits()
@@ -101,6 +103,41 @@ def test_those_that_wait_with_a_limit_that_no_level_keeps_change_nothing(number:
         engine.wait(4 - number)
         answers.append([(d.level, d.max_queued_tokens) for d in (engine.tick() for _ in range(30))])
     assert answers[0] == answers[1] and answers[0][-1] == (0, None)
+
+
+@pytest.mark.parametrize("fields", [{"ttft_s": 1e-3}, {"tpot_s": 1e-3}, {"ttft_s": 1e-9, "tpot_s": 1e-9}])
+def test_a_policys_promise_that_no_level_keeps_counts_for_none(fields: dict[str, float]) -> None:
+    """Guards: a figure in the YAML that holds an engine deep for as long as anybody runs, and has all others refused;
+    predictions that nobody can use called good."""
+    usual, found = after_a_burst(NONE), after_a_burst(NONE, **fields)
+    assert usual is not None and found is not None and found < 10.0
+    engine = Engine(made(shed=True, **fields), level=0)
+    engine.run(4, 4)
+    engine.wait(30)
+    deepest = max(engine.tick().level for _ in range(40))
+    assert engine.decision.max_queued_tokens is None and engine.policy.predictions == "unkeepable"
+    assert deepest > 0, "a burst is a burst all the same"
+    engine = Engine(made(shed=True, quality_budget=50.0, **fields), level=0)
+    engine.policy.budget.exhausted, engine.policy.budget._left = True, 0.0
+    engine.run(4, 4)
+    engine.wait(30)
+    assert [engine.tick().max_queued_tokens for _ in range(20)] == 20 * [None]
+
+
+def test_a_promise_that_just_one_level_keeps_is_one() -> None:
+    """Guards: a strict promise of the operator's that is taken for one that no level keeps; one that counts and does
+    not, in turn, from request to request."""
+    policy = made(tpot_s=0.0095)  # 13 ms at level 0, 8 ms in W8
+    engine = Engine(policy, level=1)
+    engine.run(1, 4)
+    assert [engine.tick().level for _ in range(60)] == 60 * [1] and policy.predictions == "calibrated"
+    policy = made(ttft_s=0.02)
+    told = set()
+    for number in range(40):  # prompts at the edge: the mean moves by a little
+        waiting = (Cohort(1, 90 + number % 2, 99.9, 99.9),)
+        policy.decide(replace(QUIET, now_s=100.0 + number, prompt_tokens=85.0 + number % 2, waiting=waiting))
+        told.add(policy.predictions)
+    assert len(told) == 1
 
 
 def test_a_burst_of_them_is_a_burst_like_any_other() -> None:
