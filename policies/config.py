@@ -19,7 +19,7 @@ class FloorsConfig(_Section):
     )
     models: dict[str, int | str] = Field(
         default_factory=dict,
-        description="the same by what a client names as its model: an adapter, or one of the server's names for its own",
+        description="the same by what a client names as its model: an adapter, or one of the server's own names",
     )
     keys: dict[Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")], int | str] = Field(
         default_factory=dict,

@@ -3,9 +3,9 @@
 Every window is sent for each share of requests that ask for level 0, spread evenly, for each budget, and for both that
 may come when it is spent.
 
-Output columns: share of the requests that ask, seconds an hour that they may hold, what comes then; the requests late in
-% of those that do not ask and of those that do and are taken; refused ones in % of those that do; nats per token of those
-that do not ask, and of those that do.
+Output columns: share of the requests that ask, seconds an hour that they may hold, what comes then; the requests late
+in % of those that do not ask and of those that do and are taken; refused ones in % of those that do; nats per token of
+those that do not ask, and of those that do.
 Last stdout line: one JSON document {"rows": [{...}]}.
 
     python scripts/floor_costs.py --step-times docs/results/step_times.json --shares 0 0.02 0.1 --hold 0 60 3600

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from cpu.test_slo_parts import LIMITS
 from cpu.test_slo_rules import LADDER
 
 from morphserve.control import EngineView, Monitor, RequestLimits, WaitingRequest
-from policies import Signals, SloConfig, ThresholdConfig, build_policy
+from policies import Policy, Signals, SloConfig, ThresholdConfig, build_policy
 from policies.config import FloorsConfig
 from tests.cpu.sim_world import CALIBRATION
 
@@ -69,16 +70,15 @@ def test_it_does_not_depend_on_how_many_are_here(section: type[SloConfig | Thres
         config = section(kind=kind, min_ttft_s=1e-3, min_tpot_s=1e-4) if kind == "slo" else section(kind=kind)
         config = config.model_copy(update={"floors": FloorsConfig(shallowest=0)})
         policy = build_policy(config, LADDER, CALIBRATION.times, LIMITS)
-        policy.decide(signals_of(monitor, 103.0, number))
+
+        def ask(tick: int, policy: Policy = policy, monitor: Monitor = monitor, number: int = number) -> None:
+            policy.decide(signals_of(monitor, 103.0 + tick * TICK_S, number))
+
+        ask(0)
         signals = signals_of(monitor, 103.0 + TICK_S, number)
         assert len(signals.waiting) <= 32 and len(signals.running_limits) == 15 and len(monitor._max_levels) <= 5
         assert signals.max_level == 0 and not signals.max_level_alone
-        costs.append(
-            [
-                calls_of(lambda m=monitor, n=number, i=i: policy.decide(signals_of(m, 103.0 + i * TICK_S, n)))
-                for i in range(2, 8)
-            ]
-        )
+        costs.append([calls_of(partial(ask, tick)) for tick in range(2, 8)])
     few, many = map(sum, costs)
     assert few > 100, "it has thought"
     assert many <= 1.1 * few, costs

@@ -1,4 +1,4 @@
-"""Requests that would wait for their level, where the operator has them refused: who is told so, how, and who is not."""
+"""Requests that would wait for their level, where the operator has them refused: who is told so, and how."""
 
 from __future__ import annotations
 
@@ -125,7 +125,8 @@ def test_the_door_follows_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     line for each poll."""
     lines: list[str] = []
     log = SimpleNamespace(
-        warning=lambda text, *args: lines.append(f"WARNING {text % args}"), info=lambda text: lines.append(f"INFO {text}")
+        warning=lambda text, *args: lines.append(f"WARNING {text % args}"),
+        info=lambda text: lines.append(f"INFO {text}"),
     )
     monkeypatch.setattr(floor_door, "logger", log)
     door = FloorDoor()
