@@ -12,7 +12,7 @@ import pytest
 from morphserve.config import parse_config
 from morphserve.control import NO_LIMITS
 from morphserve.integration.engine import hooks
-from morphserve.integration.engine.request_limits import LateCount, limits_of
+from morphserve.integration.engine.requests.request_limits import LateCount, limits_of
 from policies import Promise, SloConfig, ThresholdConfig, promise_of
 from tests.fakes import Rig
 
@@ -59,7 +59,7 @@ def test_what_a_request_asked_for_goes_before_the_policys() -> None:
 
 def test_what_is_no_time_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Guards: a log that a client fills, a warning for each of its requests; or one as long as what it sent."""
-    monkeypatch.setattr("morphserve.integration.engine.request_limits._warned", set())
+    monkeypatch.setattr("morphserve.integration.engine.requests.request_limits._warned", set())
     caplog.set_level(logging.DEBUG, "vllm.morphserve")
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     for value in ("soon" * 1000, -1.0, 0, float("nan"), [1]):

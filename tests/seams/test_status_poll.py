@@ -64,7 +64,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(poll, "SILENT_AFTER_S", 0.05)
     monkeypatch.setattr(poll, "ANSWER_TIMEOUT_S", 0.05)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/nowhere")  # so that nothing is added to this process' registry
-    monkeypatch.setattr(metrics, "on_hangup", lambda ask: False)
+    monkeypatch.setattr(metrics, "on_hangup", lambda ask, tasks: False)
     monkeypatch.setattr(spare_time, "idle_work", lambda config: None)
     return lines
 
