@@ -48,6 +48,7 @@ _OURS |= {"inference_mode", "__getattr__"}  # torch's; of a door that loads late
 _OURS |= {"forward"}  # of our modules
 _OURS |= {"metrics"}  # our module, and what vLLM keeps of a request is not asked for
 _OURS |= {"worker", "monitor_workers"}  # our module; a function that logs, and the flag that starts it
+_OURS |= {"output_processor"}  # the module of two rows, not the object that others have
 _OURS |= {"abort"}  # of a rank's transition, not the client's
 _OURS |= {"name", "path"}  # of kernels, slots and seams; of files
 _ADDED = "morphserve_"  # what we add to their classes, as an engine started earlier in this process did

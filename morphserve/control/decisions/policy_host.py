@@ -12,7 +12,7 @@ from morphserve.control.decisions.decision_log import DecisionLog
 from morphserve.control.decisions.orders import Action, OrderBook, parse_order
 from morphserve.control.health import Counters
 from morphserve.errors import OrderError
-from policies import Decision, Ladder, Policy, PolicySetup, Predictions, Signals, ask, succeed
+from policies import Decision, Ladder, OrderKind, Policy, PolicySetup, Predictions, Signals, ask, succeed
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class PolicyHost:
             clock: monotonic seconds, the one of the signals.
         """
         self.decision = Decision(0, "start at full precision")
+        self.kind = ""  # of the policy that is asked
         self._policy = policy
         self._num_levels = len(ladder)
         self._counters = counters
@@ -68,6 +69,11 @@ class PolicyHost:
     def max_queued_tokens(self) -> int | None:
         """Requests beyond so many waiting prompt tokens are to be refused at the door; None = none are."""
         return 0 if self._orders.closes_door else self.decision.max_queued_tokens
+
+    @property
+    def order_kind(self) -> OrderKind | None:
+        """What of an operator is in force; None = nothing is."""
+        return self._orders.kind
 
     def orders_as_json(self) -> dict[str, Any]:
         """Return what an operator has ordered, and what he may."""
@@ -155,7 +161,7 @@ class PolicyHost:
     def _hand_over(self, level: int) -> None:
         new = self._next.popleft()
         succeed(new.policy, self._policy)
-        self._policy = new.policy
+        self._policy, self.kind = new.policy, new.setup.section.kind
         self._has_warned = False
         logger.info("morph: another policy at level %d (%s)", level, new.note)
         if self._log is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from morphserve.integration.engine.block_pool import VllmBlockPool
@@ -40,6 +41,7 @@ class FloorGate:
         self._held: dict[str, Request] = {}  # those of them that wait here, in the order in which they came
         self._leaving: set[Request] = set()  # of these, who is in one of vLLM's queues until the next step
         self._has_warned = False
+        self.has_news = False  # the policy has not been asked since somebody began to wait here
 
     @property
     def num_held(self) -> int:
@@ -60,7 +62,7 @@ class FloorGate:
         self._traffic.on_floor(level, 1)
         if level >= self._level:
             return False
-        self._hold(request)
+        self._hold([request])
         return True
 
     def on_finish(self, request: Request) -> None:
@@ -79,17 +81,22 @@ class FloorGate:
             self._leaving = set()
 
     def enforce(self, level: int) -> None:
-        """Let those in that may run at `level`, and take those out that may not. Call it before vLLM schedules."""
+        """Let those in that may run at `level`, and take those out that may not.
+
+        Call it before vLLM schedules, and after the policy was asked.
+        """
+        self.has_news = False
         if level == self._level:
             return
         is_deeper, self._level = level > self._level, level
         if is_deeper:
             running = set(self._scheduler.running)
-            for request, own in list(self._levels.values()):
-                if own < level and request.request_id not in self._held:
-                    if request in running:
-                        self._pool.send_back(request)
-                    self._hold(request)
+            here = [request for request, own in self._levels.values() if own < level]
+            sent_back = [request for request in here if request.request_id not in self._held]
+            for request in sent_back:
+                if request in running:
+                    self._pool.send_back(request)
+            self._hold(sent_back)
             self.take_out()
         elif self._held:
             self._let_in([request for request in self._held.values() if self._levels[request.request_id][1] >= level])
@@ -100,19 +107,24 @@ class FloorGate:
         if self._held:
             self._let_in(list(self._held.values()))
 
-    def _let_in(self, requests: list[Request]) -> None:
+    def _let_in(self, requests: Sequence[Request]) -> None:
+        """Put them into vLLM's queues first: whatever comes of the rest, none is lost."""
         self.take_out()
         for request in requests:
             del self._held[request.request_id]
-            self._traffic.on_let_in(request)
+        ready = [request for request in reversed(requests) if not request.is_finished()]
         # They have waited longest; vLLM's queues put them in front one by one.
         for queue, holds_kv in ((self._scheduler.kv_holding_waiting, True), (self._scheduler.waiting, False)):
-            queue.prepend_requests(r for r in reversed(requests) if (r.num_computed_tokens > 0) is holds_kv)
+            queue.prepend_requests([request for request in ready if (request.num_computed_tokens > 0) is holds_kv])
+        for request in requests:
+            self._traffic.on_let_in(request)
 
-    def _hold(self, request: Request) -> None:
-        self._traffic.on_held(request)
-        self._held[request.request_id] = request
-        self._leaving.add(request)
+    def _hold(self, requests: Sequence[Request]) -> None:
+        self._held.update((request.request_id, request) for request in requests)
+        self._leaving.update(requests)
+        self.has_news = bool(requests)
+        for request in requests:
+            self._traffic.on_held(request)
 
     def _level_of(self, request: Request) -> int | None:
         asked: Any = getattr(getattr(request, "sampling_params", None), "extra_args", None)
@@ -122,8 +134,8 @@ class FloorGate:
         try:
             model = asked.get(MODEL_ARG) if adapter is None else adapter.lora_name
             return self.floors.level_of(asked[MAX_LEVEL_ARG], model, asked.get(KEY_ARG))
-        except (TypeError, ValueError) as e:
+        except (ValueError, TypeError) as e:  # in-process nobody has looked at the types
             level = logging.DEBUG if self._has_warned else logging.WARNING  # clients may send as many as they like
-            logger.log(level, "morphserve: request %s: %s: %s", request.request_id, MAX_LEVEL_ARG, e)
+            logger.log(level, "morphserve: request %.80r: %s: %s", request.request_id, MAX_LEVEL_ARG, e)
             self._has_warned = True
             return None
