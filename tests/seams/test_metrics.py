@@ -101,7 +101,7 @@ def test_engines_are_told_apart() -> None:
     assert [labels for labels, value in states.items() if value] == [
         ("morphserve:predictions", "engine=1", "state=learned")
     ]
-    assert len(states) == 8
+    assert len(states) == 10
     assert [found["morphserve:order", f"engine={engine}", "kind=pin"] for engine in (0, 1)] == [0, 1]
     assert found["morphserve:order", "engine=1", "kind=drain"] == 0
     assert found["morphserve:orders_total", "engine=1", "kind=pin", "outcome=taken"] == 3
