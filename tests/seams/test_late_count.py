@@ -136,7 +136,10 @@ def morph(monkeypatch: pytest.MonkeyPatch) -> Iterator[hooks.Morph]:
     rig, config = Rig(), parse_config({"policy": {"kind": "slo", "ttft_s": 4.0, "tpot_s": 0.4}})
     monkeypatch.setattr(hooks.Morph, "_make_controller", lambda self: rig.controller)
     limits = {"block_size": 16, "max_num_seqs": 32, "max_num_batched_tokens": 2048}
-    vllm_config = SimpleNamespace(cache_config=SimpleNamespace(**limits), scheduler_config=SimpleNamespace(**limits))
+    vllm_config = SimpleNamespace(
+        cache_config=SimpleNamespace(**limits), scheduler_config=SimpleNamespace(**limits),
+        observability_config=SimpleNamespace(otlp_traces_endpoint=None),
+    )  # fmt: skip
     engine_core = SimpleNamespace(model_executor=SimpleNamespace(collective_rpc=None))
     runtime: Any = SimpleNamespace(
         index=0, config=config, stated=config, config_file=None, vllm_config=vllm_config, ladder=rig.ladder,
