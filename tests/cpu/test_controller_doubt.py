@@ -10,6 +10,8 @@ import pytest
 
 from morphserve.config import MorphServeConfig
 from morphserve.control import Health, Phase, Plan, Reply
+from morphserve.control.doubt import Doubt
+from morphserve.control.ranks import RankFigures, ReplyTracker
 from morphserve.control.runner import SwapRunner
 from tests.fakes import FakeRank, Rig
 from tests.rank_rules import FakeTicket
@@ -218,6 +220,18 @@ def test_kv_alone_must_be_in_doubt(figures: dict[str, int]) -> None:
     rig.script.level = 2
     until(rig, lambda: False)
     assert "gone" in rig.controller.lost and not rig.pool.num_discards
+
+
+def test_a_rank_is_held_against_its_own_last_word() -> None:
+    """Guards: an engine that ends because what the ledger counts is a bound; and a rank of which nobody has heard yet
+    whose weights are taken for right, whatever they are."""
+    rig = Rig()
+    judge = Doubt(rig.pool, rig.ledgers, ReplyTracker())
+    booked = rig.ledgers[0]["weights"]
+    said = Reply(0, 1, False, "planted", num_kv_blocks=rig.pool.num_kv_blocks, weight_bytes=booked)
+    assert judge.is_sound((said,)) and not judge.is_sound((replace(said, weight_bytes=booked - 8),))
+    judge.replies.before[0] = RankFigures(said.num_kv_blocks, booked - 8, 0)
+    assert judge.is_sound((replace(said, weight_bytes=booked - 8),)) and not judge.is_sound((said,))
 
 
 def test_kv_that_cannot_be_thrown_away_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
