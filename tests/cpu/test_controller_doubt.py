@@ -148,7 +148,8 @@ def test_copies_that_fail_one_after_the_other_are_one_fault() -> None:
 
 
 def test_who_is_lost_looks_at_nothing_more() -> None:
-    """Guards: an error out of a controller that ends the engine, by the next answer of a rank that has failed."""
+    """Guards: requests preempted, and more errors told, by a controller that ends the engine, once more of a rank's
+    answers have come."""
     rig = live_at_level_3(kv={"migrate_blocks_per_step": 2})
     obey = rig.executor._obey
 
@@ -165,6 +166,7 @@ def test_who_is_lost_looks_at_nothing_more() -> None:
         rig.controller.look_back()
         rig.tick()
     assert rig.controller.health is Health.LOST and rig.controller.counters.errors == {"ranks_unknown": 1}
+    assert not rig.pool.num_discards
 
 
 def test_a_lone_rank_that_has_moved_blocks_by_half_goes_on() -> None:
