@@ -16,7 +16,8 @@ IMPOSSIBLE = RequestLimits(1e-9, 1e-9)
 NONE = RequestLimits()
 USUAL = RequestLimits(2.0, 0.15)  # what everyone is promised
 TICK_S = 0.05
-NO_FLOOR = {"min_ttft_s": 1e-6, "min_tpot_s": 1e-6}  # below the strictest that requests are told apart by
+# Below what IMPOSSIBLE asks for: no floor drops it, so what is seen is that no level keeps it.
+NO_FLOOR = {"min_ttft_s": 1e-10, "min_tpot_s": 1e-10}
 
 
 class Engine:
