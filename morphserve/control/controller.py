@@ -32,8 +32,8 @@ class Controller:
         1. The scheduler never hands out a block that some rank has not mapped.
         2. No rank unmaps a block that the scheduler can still hand out.
         3. weights + KV + staging stay within the budget of every rank's ledger, also in mid-transition.
-        4. A rank that fails to prepare, or does not in time, leaves the old level in force on all ranks, one
-           WARNING and one count, and a back-off.
+        4. A rank that fails to prepare, or does not in time, leaves the old level in force on all ranks, one count
+           and a back-off; one WARNING until that direction has reached a level, however often it is tried.
         5. `tick` and `look_back` never raise: a controller that has failed finishes or undoes what is under way, and
            then leaves the engine at the level it has.
         6. No token of a step reaches anybody that ran after a rank has failed to do what cannot fail: its request is
@@ -291,7 +291,7 @@ class Controller:
         elif end.outcome == "aborted":
             wait_s = self._back_off(now, transition.direction, end)
             room = "" if end.place else " or until there is room"
-            self._close_transition(now, "aborted", f"{end.error}; no new attempt for {wait_s:.1f} s{room}")
+            self._close_transition(now, "aborted", f"{end.error}; no new attempt for {wait_s:.1f} s{room}", end.place)
         else:
             self._close_transition(now, "cancelled")
         return True
@@ -335,14 +335,15 @@ class Controller:
             "morph r%d: level %d -> %d (%s)", self._transition.revision, start, decision.level, decision.reason
         )
 
-    def _close_transition(self, now: float, outcome: Outcome, error: str = "") -> None:
+    def _close_transition(self, now: float, outcome: Outcome, error: str = "", place: str = "") -> None:
         t = self._transition
         assert t is not None
         self._transition = None
         self._history.add(now, t, outcome, self.level, self._pool.num_kv_blocks, error)
         self.counters.count_transition(t.direction, outcome)
         self.counters.transition_seconds += now - t.started_s
-        t.log_end(outcome, self.level, now - t.started_s, self._pool.num_kv_blocks, error)
+        is_news = self._history.is_news(t.direction, outcome, place)
+        t.log_end(outcome, self.level, now - t.started_s, self._pool.num_kv_blocks, error, is_news)
         if outcome == "committed":
             self._backoff.succeeded(t.direction)
 

@@ -54,6 +54,7 @@ class SwapRunner:
     phase: Phase = Phase.IDLE
     revision: int = 0
     short_grows: int = 0
+    _is_short: bool = False  # of memory, when ranks were last asked for KV blocks
     preemptions: Preemptions = field(default_factory=Preemptions)
     replies: ReplyTracker = field(default_factory=ReplyTracker)
     layer_state: LayerState = field(init=False)
@@ -369,8 +370,11 @@ class SwapRunner:
             raise RanksUnknown(f"a rank has {mapped} KV blocks mapped, but {published} are published")
         if mapped < num_kv_blocks and not again:
             self.short_grows += 1
-            text = "morph: ranks mapped %d KV blocks of the %d asked for, and are asked again now and then"
-            logger.warning(text, mapped, num_kv_blocks)
+            if not self._is_short:  # one warning, however many swap batches get no more
+                why = next((f" ({reply.error})" for reply in replies if reply.error), "")
+                text = "morph: ranks mapped %d KV blocks of the %d asked for%s, and are asked again now and then"
+                logger.warning(text, mapped, num_kv_blocks, why)
+        self._is_short = mapped < num_kv_blocks
         self.pool.grow(min(mapped, num_kv_blocks))
 
     def _answered(self, batch: SwapBatch) -> tuple[Reply, ...] | None:

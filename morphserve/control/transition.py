@@ -96,12 +96,15 @@ class Transition:
     num_layers: int = 0  # layer switches committed so far
     last_format: str = ""
 
-    def log_end(self, outcome: Outcome, level: int, seconds: float, num_kv_blocks: int, error: str = "") -> None:
+    def log_end(
+        self, outcome: Outcome, level: int, seconds: float, num_kv_blocks: int, error: str = "", is_news: bool = True
+    ) -> None:
         """Say in one line how it has ended, at `level` and with so many blocks published."""
         milliseconds = seconds * 1000
         if outcome == "aborted":
-            logger.warning(
-                "morph r%d: aborted at level %d after %.0f ms (%s)", self.revision, level, milliseconds, error
+            urgency = logging.WARNING if is_news else logging.INFO  # what keeps failing is one warning
+            logger.log(
+                urgency, "morph r%d: aborted at level %d after %.0f ms (%s)", self.revision, level, milliseconds, error
             )
         elif outcome == "cancelled":
             logger.info("morph r%d: cancelled at level %d after %.0f ms", self.revision, level, milliseconds)
@@ -117,6 +120,21 @@ class TransitionHistory:
 
     def __init__(self, size: int = 20) -> None:
         self._ended: deque[tuple[float, dict[str, Any]]] = deque(maxlen=size)
+        self._failing: set[tuple[Direction, str]] = set()  # with the places, since it last reached a level
+
+    def is_news(self, direction: Direction, outcome: Outcome, place: str) -> bool:
+        """Return whether an end is another than those before it, back to the last that has reached its level.
+
+        Args:
+            place: what failed, of a few fixed names.
+        """
+        if outcome == "committed":
+            self._failing = {(failing, where) for failing, where in self._failing if failing != direction}
+        if outcome != "aborted":
+            return True
+        is_news = (direction, place) not in self._failing
+        self._failing.add((direction, place))
+        return is_news
 
     def add(
         self, now_s: float, transition: Transition, outcome: Outcome, to_level: int, num_kv_blocks: int, error: str = ""

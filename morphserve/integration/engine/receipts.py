@@ -25,6 +25,7 @@ RECEIPT_ARG = "morphserve_receipt"
 PRECISION_ARG = "morphserve_precision"
 FULL = "full"
 TOKENS = "tokens"
+_MAX_SHOWN = 80  # characters of what a client has sent
 _MAX_RUNS = 1000  # of tokens at one level that a receipt tells apart: a level lives for many steps
 
 
@@ -82,6 +83,7 @@ class Receipts:
         self._block_size = block_size
         self._drafts: dict[str, _Draft] = {}
         self._begun: dict[str, _Draft] = {}  # those that have been scheduled, preempted ones too
+        self._has_warned = False
         self._level = 0  # of the step that was scheduled last
         self._level_of_outputs = 0  # of the step whose tokens came last
         self._sealed: dict[str, dict[str, Any]] = {}  # ended in the step whose outputs are being made
@@ -97,8 +99,11 @@ class Receipts:
         if draft.demands_full:
             self._provenance.demand_full_precision(request.request_id)
         elif precision is not None:
-            draft.error = f"{PRECISION_ARG} is {precision!r}, known is {FULL!r}; leave it out for the server's rule"
-            logger.warning("morphserve: request %s: %s", request.request_id, draft.error)
+            shown = repr(precision)[:_MAX_SHOWN]
+            draft.error = f"{PRECISION_ARG} is {shown}, known is {FULL!r}; leave it out for the server's rule"
+            urgency = logging.DEBUG if self._has_warned else logging.WARNING  # clients may send as many as they like
+            logger.log(urgency, "morphserve: request %s: %s", request.request_id, draft.error)
+            self._has_warned = True
         self._drafts[request.request_id] = draft
 
     def on_turn(self, request: Request) -> None:
