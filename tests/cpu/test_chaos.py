@@ -24,7 +24,7 @@ from morphserve.tools.chaos.judge import Seen, figures, judge
 from morphserve.tools.chaos.libraries import CACHE, SAYS, failing_library
 from morphserve.tools.chaos.load import CanaryAnswer, Traffic
 from morphserve.tools.chaos.report import report
-from morphserve.tools.chaos.scenarios import SCENARIOS, Scenario
+from morphserve.tools.chaos.scenarios import SCENARIOS, Scenario, by_server
 from morphserve.tools.workload import OK, Snapshot
 
 pytestmark = pytest.mark.cpu
@@ -220,7 +220,18 @@ def test_scenarios_have_names_and_questions() -> None:
     """Guards: a row that cannot be asked for, or whose report says nothing."""
     assert len({each.name for each in SCENARIOS}) == len(SCENARIOS)
     assert all(each.question.endswith(".") for each in SCENARIOS)
-    assert not any(each.is_short and each.alone for each in SCENARIOS), "the gate pays for one server"
+    assert len(by_server(each for each in SCENARIOS if each.is_short)) == 1, "the gate pays for one server"
+
+
+def test_scenarios_share_servers_that_are_alike() -> None:
+    """Guards: a scenario on what another has broken, or without what it needs; or one that nobody runs."""
+    own = {"settings": {"cache_dir": "x"}}
+    damage, ender = scenario(leaves_damage=True, **own), scenario(ends=True)
+    plain, library = scenario(), scenario(has_library=True)
+    groups = by_server([ender, damage, plain, scenario(**own), damage, library, plain])
+    assert groups == [[plain, plain, ender], [scenario(**own), damage], [damage], [library]]
+    names = [each.name for group in by_server(SCENARIOS) for each in group]
+    assert sorted(names) == sorted(each.name for each in SCENARIOS)
 
 
 @pytest.fixture(scope="module")

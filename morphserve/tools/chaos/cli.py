@@ -23,11 +23,11 @@ import asyncio
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from morphserve.tools.chaos.judge import figures, judge
+from morphserve.tools.chaos.judge import Seen, figures, judge
 from morphserve.tools.chaos.report import report
 from morphserve.tools.chaos.run import ChaosServer, Runner
 from morphserve.tools.chaos.scenarios import SCENARIOS, Scenario
@@ -52,7 +52,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve chaos") -> i
         directory.mkdir(parents=True, exist_ok=True)
         say(f"logs: {directory}")
         found.update(asyncio.run(_run(args, directory.resolve())))
-        (directory / "report.md").write_text(report(found), encoding="utf-8")
         return found
 
     code = run_command(prog, job, "nothing is kept but the logs")
@@ -71,24 +70,34 @@ async def _run(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         if (not args.scenario or each.name in args.scenario) and (each.is_short or not args.short)
     ]
     runner = Runner(server, directory)
-    references: dict[Any, dict[int, tuple[int, ...]]] = {}
-    rows, skipped = [], _unfit(wanted, Path(args.model))
+    skipped = _unfit(wanted, Path(args.model))
     for name, why in skipped.items():
         say(f"{name}  skipped: {why}")
-    async for scenario, seen in runner.run([each for each in wanted if each.name not in skipped]):
-        as_stock = scenario.serve_args, scenario.num_ranks
-        if as_stock not in references:
-            references[as_stock] = await runner.reference(scenario)
-        reference = references[as_stock]
-        violations = judge(scenario, seen, reference)
-        if not reference:
-            violations.append("no canary is answered alike by a stock server under load: tokens cannot be judged")
-        row = {"name": scenario.name, "question": scenario.question, "violations": violations, **figures(seen)}
-        rows.append({**row, "stable_canaries": len(reference)})
-        counts = f"{row['answered']}/{row['requests']}  {row['canaries_at_level_0']}/{row['canaries']}"
-        verdict = "; ".join(violations) or "holds"
-        say(f"{scenario.name}  {verdict}  {counts}  {sum(row['transitions'].values())}  {row['restored_s']}")
-    return {"machine": describe_machine(), "model": Path(args.model).name, "scenarios": rows, "skipped": skipped}
+    wanted = [each for each in wanted if each.name not in skipped]
+    references = {_as_stock(each): await runner.reference(each) for each in {_as_stock(e): e for e in wanted}.values()}
+    rows: list[dict[str, Any]] = []
+    found = {"machine": describe_machine(), "model": Path(args.model).name, "scenarios": rows, "skipped": skipped}
+    async for scenario, seen in runner.run(wanted):
+        rows.append(_row(scenario, seen, references[_as_stock(scenario)]))
+        (directory / "report.md").write_text(report(found), encoding="utf-8")
+    return found
+
+
+def _row(scenario: Scenario, seen: Seen, reference: Mapping[int, tuple[int, ...]]) -> dict[str, Any]:
+    """Judge a scenario, and say what came of it."""
+    violations = judge(scenario, seen, reference)
+    if not reference:
+        violations.append("no canary is answered alike by a stock server under load: tokens cannot be judged")
+    row = {"name": scenario.name, "question": scenario.question, "violations": violations, **figures(seen)}
+    counts = f"{row['answered']}/{row['requests']}  {row['canaries_at_level_0']}/{row['canaries']}"
+    verdict = "; ".join(violations) or "holds"
+    say(f"{scenario.name}  {verdict}  {counts}  {sum(row['transitions'].values())}  {row['restored_s']}")
+    return row
+
+
+def _as_stock(scenario: Scenario) -> tuple[object, ...]:
+    """Return what a stock server must have in common with the scenario's."""
+    return scenario.serve_args, scenario.num_ranks
 
 
 def _unfit(scenarios: Sequence[Scenario], model: Path) -> dict[str, str]:

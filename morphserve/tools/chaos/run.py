@@ -21,8 +21,8 @@ from morphserve.tools.bench import ClientOptions, Poller, Server, ServerOptions,
 from morphserve.tools.chaos import processes
 from morphserve.tools.chaos.judge import RESTORED_WITHIN_S, Seen
 from morphserve.tools.chaos.libraries import CACHE, SAYS, failing_library
-from morphserve.tools.chaos.load import CANARY_TOKENS, NUM_CANARIES, Traffic, Wave, ask_canary, canary_prompts, until
-from morphserve.tools.chaos.scenarios import SCENARIOS, Scenario
+from morphserve.tools.chaos.load import CANARY_TOKENS, Traffic, Wave, ask_canary, canary_prompts, until
+from morphserve.tools.chaos.scenarios import SCENARIOS, Scenario, by_server
 from morphserve.tools.chaos.stage import Stage
 from morphserve.tools.workload import ReplayError
 
@@ -40,6 +40,7 @@ COMMON: Mapping[str, Any] = {
     },
     "transition": {"max_layers_per_step": 2, "rank_timeout_s": 30.0, "backoff_s": 1.0},
     "admin": {"token_file": "{directory}/admin.token"},
+    "decision_log": "{directory}/decisions.jsonl",
 }
 
 
@@ -83,9 +84,7 @@ class Runner:
 
     async def run(self, scenarios: Sequence[Scenario]) -> AsyncIterator[tuple[Scenario, Seen]]:
         """Run scenarios, one after the other on one server where they leave it as it was."""
-        together = [each for each in scenarios if not each.alone]
-        groups = [together] if together else []
-        for group in [*groups, *([each] for each in scenarios if each.alone)]:
+        for group in by_server(scenarios):
             async for result in self._on_one_server(group):
                 yield result
 
@@ -100,21 +99,22 @@ class Runner:
         own_args = ("--plugin", "morphserve", "--morphserve-config", str(config))
         options = self._server(first, directory)
         refused = _start_on_full_disk(options, directory, own_args) if first.full_at_start else ""
-        seen: list[Seen] = []
+        num_seen = 0
         try:
             with serve(options, log, own_args) as server:
                 for scenario in group:
                     said = len(log.read_text(encoding="utf-8", errors="replace"))
-                    seen.append(await self._stage(scenario, server, directory))
-                    seen[-1].exit_ended = True  # which the last one has to show
+                    seen = await self._stage(scenario, server, directory)
+                    seen.exit_ended = True  # which the last one has to show
                     if scenario is group[-1]:
-                        await _end(seen[-1], server, asked=not scenario.ends)
-                    seen[-1].log = log.read_text(encoding="utf-8", errors="replace")[said:]
+                        await _end(seen, server, asked=not scenario.ends)
+                    seen.log = log.read_text(encoding="utf-8", errors="replace")[said:]
+                    seen.fault_error = (refused if scenario is first else "") or seen.fault_error
+                    num_seen += 1
+                    yield scenario, seen
         except ReplayError as e:  # the other servers' scenarios go on
-            seen += [Seen(Traffic(), fault_error=str(e)) for _ in group[len(seen) :]]
-        seen[0].fault_error = refused or seen[0].fault_error
-        for scenario, each in zip(group, seen, strict=True):
-            yield scenario, each
+            for scenario in group[num_seen:]:
+                yield scenario, Seen(Traffic(), fault_error=str(e))
 
     async def _stage(self, scenario: Scenario, server: Server, directory: Path) -> Seen:
         traffic = Traffic()
@@ -187,12 +187,12 @@ async def _watch(stage: Stage, seen: Seen) -> None:
 
 
 async def _rest(seen: Seen, session: aiohttp.ClientSession, stage: Stage) -> None:
-    """Wait for level 0, and ask the canaries once more there."""
+    """Wait for level 0, and ask all canaries there, at once."""
     begin = time.perf_counter()
     if await until(lambda: stage.levels()[0] == 0, RESTORED_WITHIN_S):
         seen.restored_s = time.perf_counter() - begin
-        for i in range(NUM_CANARIES):
-            stage.traffic.canaries.append(await ask_canary(session, stage.options, i))
+        asks = (ask_canary(session, stage.options, prompt) for prompt in range(len(canary_prompts())))
+        stage.traffic.canaries += await asyncio.gather(*asks)
         await asyncio.sleep(1.0)
     seen.status = await stage.status_from_now()
 

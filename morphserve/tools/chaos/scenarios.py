@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ class Scenario:
     max_warnings: int = 0  # lines of ours at WARNING or above, for the whole scenario: one a fault, none for no fault
     is_short: bool = False  # runs in the gate
     ends: bool = False  # the server must end by itself, and say why
-    own_server: bool = False  # nobody runs after it
+    leaves_damage: bool = False  # nobody runs after it on its server
     has_library: bool = False  # the one of `libraries`
     full_at_start: bool = False  # its first start meets a full disk below the cache, and must say so
     num_ranks: int = 1  # tensor-parallel
@@ -29,15 +29,31 @@ class Scenario:
     environment: tuple[tuple[str, str], ...] = ()
 
     @property
-    def alone(self) -> bool:
-        """Whether it needs a server that no other scenario has had, or will have."""
-        needs = self.ends, self.own_server, self.has_library, self.settings, self.serve_args, self.num_ranks > 1
-        return any(needs)
+    def server(self) -> tuple[object, ...]:
+        """What its server must be like: scenarios with the same may share one."""
+        settings = tuple(sorted(self.settings.items()))
+        return self.has_library, self.full_at_start, self.num_ranks, settings, self.serve_args, self.environment
+
+    @property
+    def is_last(self) -> bool:
+        """Whether its server is of no use after it."""
+        return self.ends or self.leaves_damage
 
     @property
     def question(self) -> str:
         """What is done, in a line."""
         return (self.fault.__doc__ or "").splitlines()[0]
+
+
+def by_server(scenarios: Iterable[Scenario]) -> list[list[Scenario]]:
+    """Return them by the server that they share, in their order; what is of no use after one of them begins anew."""
+    groups: dict[object, list[list[Scenario]]] = {}
+    for each in sorted(scenarios, key=lambda scenario: scenario.is_last):
+        shared = groups.setdefault(each.server, [[]])
+        if shared[-1] and shared[-1][-1].is_last:
+            shared.append([])
+        shared[-1].append(each)
+    return [group for shared in groups.values() for group in shared]
 
 
 SCENARIOS = (
@@ -61,24 +77,21 @@ SCENARIOS = (
     Scenario("pauses", operators.pauses),
     Scenario("drains", operators.drains),
     Scenario("damaged-yaml", files.damaged_yaml, max_warnings=6),  # it is left in six ways
-    Scenario(
-        "full-disk", system.small_files, max_warnings=1, own_server=True,
-        settings={"decision_log": "{directory}/log.jsonl"},
-    ),
+    Scenario("full-disk", system.small_files, max_warnings=1),
     Scenario("full-cache", nothing, has_library=True, full_at_start=True, settings=_OWN_CACHE),
     Scenario("slow-disk", files.slow_disk, has_library=True),
     Scenario("hung-disk", files.hung_disk, max_warnings=1, has_library=True),
-    Scenario("memory-limit", system.no_more_memory, max_warnings=1, own_server=True),
+    Scenario("memory-limit", system.no_more_memory, max_warnings=1),
     Scenario("madvise", system.failing_release, max_warnings=1, has_library=True),
     Scenario("populate", system.failing_populate, max_warnings=1, has_library=True),
     Scenario("mmap", system.failing_mmap, max_warnings=1, has_library=True),
     Scenario("clock-jumps", system.clock_jumps, has_library=True),
-    Scenario("changed-cache", files.changed_cache, max_warnings=1, settings=_OWN_CACHE),
-    Scenario("cut-cache", files.cut_cache, max_warnings=1, settings=_OWN_CACHE),
-    Scenario("removed-cache", files.removed_cache, max_warnings=1, settings=_OWN_CACHE),
+    Scenario("changed-cache", files.changed_cache, max_warnings=1, leaves_damage=True, settings=_OWN_CACHE),
+    Scenario("cut-cache", files.cut_cache, max_warnings=1, leaves_damage=True, settings=_OWN_CACHE),
+    Scenario("removed-cache", files.removed_cache, max_warnings=1, leaves_damage=True, settings=_OWN_CACHE),
     Scenario("damaged-while-away", files.damaged_while_away, max_warnings=1, settings=_OWN_CACHE),
     Scenario("killed-rank", signals.killed_rank, max_warnings=1, ends=True),
     Scenario("killed-core", signals.killed_core, max_warnings=1, ends=True),
     Scenario("two-ranks-frozen", signals.frozen_phases, max_warnings=3, has_library=True, num_ranks=2),
-    Scenario("two-ranks-killed", signals.killed_rank, max_warnings=1, ends=True, num_ranks=2),
+    Scenario("two-ranks-killed", signals.killed_rank, max_warnings=1, ends=True, has_library=True, num_ranks=2),
 )
