@@ -56,8 +56,9 @@ def good() -> Seen:
         "ranks": {"0": {"weight_bytes": 700, "staging_bytes": 0, "num_kv_blocks": 49}},
     }  # fmt: skip
     snapshots = [Snapshot(1.0, level=3, blocks_published=60, blocks_backed=61)]
+    first = {**status, "transitions": {}}
     return Seen(
-        traffic, snapshots, statuses=[status], status=status, restored_s=0.5, fault_s=4.0, exit_ended=True
+        traffic, snapshots, statuses=[first], status=status, restored_s=0.5, fault_s=4.0, exit_ended=True
     )  # fmt: skip
 
 
@@ -199,7 +200,9 @@ def test_the_figures_are_of_what_was_seen() -> None:
     """Guards: a report that counts something else than the judge looked at."""
     seen = good()
     seen.traffic.outcomes[0].status = "http_503"
+    seen.statuses[0] = {**seen.statuses[0], "transitions": {"degrade_committed": 1}}  # by the scenario before
     shown = figures(seen)
+    assert shown["transitions"] == {"degrade_committed": 1}
     assert (shown["requests"], shown["answered"], shown["refused"]) == (2, 1, 1)
     assert (shown["canaries"], shown["canaries_at_level_0"], shown["deepest_level"]) == (1, 1, 3)
 

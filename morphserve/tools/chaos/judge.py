@@ -137,7 +137,9 @@ def _rest(seen: Seen) -> Iterator[str]:
 def figures(seen: Seen) -> dict[str, Any]:
     """Count what was seen, for the report."""
     at_zero = [answer for answer in seen.traffic.canaries if answer.levels == {0}]
-    transitions = (seen.status or {}).get("transitions", {})
+    before = seen.statuses[0]["transitions"] if seen.statuses else {}
+    after = (seen.status or {}).get("transitions", {})
+    transitions = {name: count - before.get(name, 0) for name, count in after.items()}
     return {
         "requests": len(seen.traffic.outcomes),
         "answered": sum(outcome.ok for outcome in seen.traffic.outcomes),
@@ -145,7 +147,7 @@ def figures(seen: Seen) -> dict[str, Any]:
         "canaries": len(seen.traffic.canaries),
         "canaries_at_level_0": len(at_zero),
         "deepest_level": max((snapshot.level or 0 for snapshot in seen.snapshots), default=0),
-        "transitions": dict(transitions),
+        "transitions": {name: count for name, count in transitions.items() if count},
         "restored_s": None if seen.restored_s is None else round(seen.restored_s, 1),
         "num_warnings": len(seen.warnings),
         "warnings": seen.warnings[:_MAX_SHOWN],
