@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from enum import Enum
+from typing import TypeVar
+
+State = TypeVar("State", bound=Enum)
+
 
 class MorphServeError(Exception):
     """Base of every error that MorphServe raises on purpose."""
@@ -30,6 +36,18 @@ class LedgerError(MorphServeError, RuntimeError):
 
 class IllegalTransition(MorphServeError, RuntimeError):
     """A transition was asked to make a move its state table does not have."""
+
+
+def next_state(what: str, moves: Mapping[State, Collection[State]], old: State, new: State) -> State:
+    """Return `new`, if the table of moves has it for `old`.
+
+    Raises:
+        IllegalTransition: it has not.
+    """
+    if new not in moves[old]:
+        legal = ", ".join(sorted(state.name for state in moves[old])) or "none"
+        raise IllegalTransition(f"{what}: {old.name} -> {new.name}; legal from here: {legal}.")
+    return new
 
 
 class StoreError(MorphServeError, RuntimeError):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from morphserve.config import MorphServeConfig
+from morphserve.config import MorphServeConfig, max_kl
 from morphserve.control import ProfileLadder
-from morphserve.default_ladder import max_kl
 from morphserve.errors import ConfigError
 
 

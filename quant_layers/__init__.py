@@ -7,7 +7,7 @@ Needs torch and nothing else of ours; vLLM's operators are used where another pa
 from quant_layers.kernels import cpu as cpu  # isort: skip
 from quant_layers.formats.canonical import Quant, QuantW4, QuantW8, choose_group_size, quantize_w4, quantize_w8, regroup
 from quant_layers.formats.float8 import QuantF8
-from quant_layers.formats.halves import BASE, HALVES, Half, format_of, half_of, join_format, split_format
+from quant_layers.formats.halves import BASE, HALVES, Half, half_of, join_format, split_format
 from quant_layers.kernels.base import KernelBase
 from quant_layers.kernels.cpu_linears import LinearImpl, Native
 from quant_layers.kernels.float8 import F8A8Cutlass
@@ -59,7 +59,6 @@ __all__ = [
     "FirstLook",
     "Fold",
     "folds_of",
-    "format_of",
     "FORMATS",
     "greedy",
     "Half",

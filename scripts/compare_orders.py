@@ -66,7 +66,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _orders(args: argparse.Namespace) -> Orders:
     import transformers
 
-    from morphserve.default_ladder import inside_out
+    from morphserve.config import inside_out
     from morphserve.hub import find_files
     from morphserve.tools import profile
     from quant_layers import BASE, greedy

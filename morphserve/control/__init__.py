@@ -2,19 +2,19 @@
 
 One step, from the top:
 
-    controller     ticks: asks, opens and closes transitions, publishes
-    monitor        what the policy needs to know of the past; `waiting`: of the queue
-    policy_host    the policy that is asked; `reload`: another one while it runs
-    orders         what an operator orders, until when: a part of the signals
-    decision_log   what was asked and answered; `replay_log`: asks it again
-    health         what has gone wrong, what is counted, when the next attempt may start
-    doubt          what a failed command leaves in doubt, and what ends the doubt
-    runner         carries out one swap batch of a transition, phase by phase
-    transition     the phases, the swap batch under way, the drain that makes room for it
-    layer_state    the level as it is, layer by layer, and which layers go next
-    budget         what every rank may hold, in bytes
-    ladder         the levels there are
-    ranks          the ports: ranks, their answers, the block pool, the engine
+    controller       ticks: asks, has transitions carried out, publishes
+    monitor          what the policy needs to know of the past; `waiting`: of the queue
+    decisions        the policy that is asked, under an operator's orders; what it answered is logged, and asked again
+    reload           another policy while it runs
+    transition_book  the transition under way, those that ended last, when the next may start
+    health           what has gone wrong, and what is counted
+    doubt            what a failed command leaves in doubt, and what ends the doubt
+    runner           carries out one swap batch of a transition, phase by phase
+    transition       the phases, the swap batch under way, the drain that makes room for it
+    layer_state      the level as it is, layer by layer, and which layers go next
+    budget           what every rank may hold, in bytes
+    ladder           the levels there are
+    ranks            the ports: ranks, their answers, the block pool, the engine
 
 Here a level is the current one, deepest that all layers have reached, or a target: of a transition what the policy
 wants, of a swap batch the next level on the way there. Between two levels tokens count at the deeper,
@@ -23,6 +23,7 @@ wants, of a swap batch the next level on the way there. Between two levels token
 
 from __future__ import annotations
 
+from morphserve.config import DEFAULT_FORMATS
 from morphserve.control.budget import (
     Ledger,
     Ledgers,
@@ -33,7 +34,16 @@ from morphserve.control.budget import (
     most_uneven,
 )
 from morphserve.control.controller import Controller
-from morphserve.control.decision_log import DecisionLog, make_header
+from morphserve.control.decisions import (
+    ORDERS,
+    Action,
+    DecisionLog,
+    OrderBody,
+    ReloadBody,
+    make_header,
+    parse_order,
+    print_replay,
+)
 from morphserve.control.health import Counters, Health
 from morphserve.control.ladder import (
     TIMED_BATCHES,
@@ -47,13 +57,10 @@ from morphserve.control.ladder import (
     without_formats,
 )
 from morphserve.control.monitor import Monitor
-from morphserve.control.orders import ORDERS, Action, OrderBody, ReloadBody, parse_order
 from morphserve.control.ranks import BlockPoolPort, EngineView, ExecutorPort, Plan, Reply, ShrinkProgress, Ticket
 from morphserve.control.reload import PolicyReloader, ReloadWatch
-from morphserve.control.replay_log import print_replay
 from morphserve.control.transition import Phase
 from morphserve.control.waiting import NO_LIMITS, RequestLimits, WaitingRequest
-from morphserve.default_ladder import DEFAULT_FORMATS
 
 __all__ = [
     "Action",

@@ -9,14 +9,13 @@ from typing import Any
 
 from morphserve.config import MorphServeConfig
 from morphserve.control.budget import Ledgers, RankBytes
-from morphserve.control.decision_log import DecisionLog
-from morphserve.control.health import BackOff, Counters, Health
+from morphserve.control.decisions import Action, DecisionLog, PolicyHost
+from morphserve.control.health import Counters, Health
 from morphserve.control.monitor import Monitor
-from morphserve.control.orders import Action
-from morphserve.control.policy_host import PolicyHost
 from morphserve.control.ranks import BlockPoolPort, EngineView, ExecutorPort, RanksUnknown
 from morphserve.control.runner import SwapRunner
-from morphserve.control.transition import BatchEnd, Direction, Outcome, Phase, Transition, TransitionHistory
+from morphserve.control.transition import Direction, Phase
+from morphserve.control.transition_book import TransitionBook
 from morphserve.errors import ConfigError, OrderError
 from policies import Ladder, Policy, PolicySetup
 
@@ -86,12 +85,10 @@ class Controller:
         self._layer_state = self._runner.layer_state
         self.counters = Counters(num_blocks_published=pool.num_kv_blocks, num_blocks_mapped=pool.num_kv_blocks)
         self._policy_host = PolicyHost(policy, ladder, self.counters, log, clock)
-        self._transition: Transition | None = None
-        self._history = TransitionHistory()
+        self._book = TransitionBook(config.transition, self.counters, self._layer_state, pool)
         self._driven_s = 0.0  # when the transition was last worked on
         self.health = Health.RUNNING
         self.lost = ""  # why nothing may be served any more, in words
-        self._backoff = BackOff(config.transition)
 
     # ---- questions
 
@@ -103,7 +100,7 @@ class Controller:
     @property
     def target_level(self) -> int:
         """Level that the transition under way is heading for; == level when there is none."""
-        return self.level if self._transition is None else self._policy_host.decision.level
+        return self.level if self._book.under_way is None else self._policy_host.decision.level
 
     @property
     def effective_level(self) -> int:
@@ -130,7 +127,7 @@ class Controller:
         """Whether the next step has something to do here, whatever the policy says."""
         if self.health in _ENDED:
             return False
-        return self.phase is not Phase.IDLE or (not self.failed and self._transition is not None)
+        return self.phase is not Phase.IDLE or (not self.failed and self._book.under_way is not None)
 
     @property
     def failed(self) -> bool:
@@ -153,7 +150,7 @@ class Controller:
         if target is None:
             return self.effective_level > 0 and not self._policy_host.decision.is_final
         direction = self._layer_state.direction(target)
-        return self._backoff.would_allow(self._clock(), direction, self._pool.num_used_blocks)
+        return self._book.backoff.would_allow(self._clock(), direction, self._pool.num_used_blocks)
 
     def status(self) -> dict[str, Any]:
         """Return everything an operator may ask, ready for JSON."""
@@ -179,7 +176,7 @@ class Controller:
             "ledger": ledgers[self._ledgers.tightest],
             "ledgers": ledgers,
             "ranks": {str(rank): asdict(held) for rank, held in sorted(self._runner.replies.ranks.items())},
-            "recent_transitions": self._history.as_json(self._clock()),
+            "recent_transitions": self._book.as_json(self._clock()),
             "counters": {**asdict(self.counters), "transitions": transitions},
         }
 
@@ -225,7 +222,7 @@ class Controller:
                     now, view, pool.num_kv_blocks, pool.num_used_blocks, self.level, self.target_level
                 )
                 place = "policy"
-                self._policy_host.consult(signals, self.effective_level == 0 and self._transition is None)
+                self._policy_host.consult(signals, self.effective_level == 0 and self._book.under_way is None)
         except Exception:
             self._fail(place)
         self._guarded(self._drive)
@@ -258,8 +255,8 @@ class Controller:
         target = self._next_target(now)
         if target is None or runner.replies.copies:
             return
-        if self._transition is None:
-            self._open_transition(now, target)
+        if self._book.under_way is None:
+            self._book.open(now, target, runner.revision + 1, self._policy_host.decision)
         runner.start(now, target)
         # An executor that answers at once commits here. The next swap batch still waits for the next
         # step boundary: two in one gap would double the pause.
@@ -270,30 +267,26 @@ class Controller:
         """Go as far as the answers allow; True when no swap batch is under way."""
         runner, self._driven_s = self._runner, now
         runner.replies.drop_late()
-        if self._transition is not None and runner.phase is not Phase.IDLE:
+        if self._book.under_way is not None and runner.phase is not Phase.IDLE:
             return self._advance(now)
         if failed := runner.take_copies():  # of a drain that was given up
             self.counters.count_error("kv_unknown")
             logger.warning("morph: %s", failed)
-        return self._transition is not None or runner.grow_again(now, may_start=not self.failed)
+        return self._book.under_way is not None or runner.grow_again(now, may_start=not self.failed)
 
     def _advance(self, now: float) -> bool:
         """Let the swap batch go on; True when it has ended."""
-        transition = self._transition
+        transition = self._book.under_way
         assert transition is not None
         end = self._runner.advance(now, self._is_wanted(transition.direction))
         if end is None:
             return False
         if end.outcome == "committed":
-            transition.num_layers += end.num_layers
-            transition.last_format = end.format
-            self.counters.num_layers_switched += end.num_layers
+            self._book.add(end)
         elif end.outcome == "aborted":
-            wait_s = self._back_off(now, transition.direction, end)
-            room = "" if end.place else " or until there is room"
-            self._close_transition(now, "aborted", f"{end.error}; no new attempt for {wait_s:.1f} s{room}", end.place)
+            self._book.abort(now, end)
         else:
-            self._close_transition(now, "cancelled")
+            self._book.close(now, "cancelled")
         return True
 
     def _is_wanted(self, direction: Direction) -> bool:
@@ -308,51 +301,14 @@ class Controller:
         """Return the target of the next swap batch; close the transition when it is done or must turn."""
         state = self._layer_state
         target = None if self.failed else state.next_target(self._policy_host.decision.level)
-        transition = self._transition
+        transition = self._book.under_way
         direction = None if target is None else state.direction(target)
         if transition is not None and direction != transition.direction:
-            self._close_transition(now, "committed" if target is None and not self.failed else "cancelled")
-        self._backoff.see_room(self._pool.num_used_blocks)
-        if direction is not None and not self._backoff.allows(now, direction):
+            self._book.close(now, "committed" if target is None and not self.failed else "cancelled")
+        self._book.backoff.see_room(self._pool.num_used_blocks)
+        if direction is not None and not self._book.backoff.allows(now, direction):
             return None
         return target
-
-    # ---- transitions
-
-    def _open_transition(self, now: float, target: int) -> None:
-        direction = self._layer_state.direction(target)
-        start = self.effective_level if direction == "restore" else self.level
-        self._transition = Transition(
-            revision=self._runner.revision + 1,
-            direction=direction,
-            reason=self._policy_host.decision.reason,
-            started_s=now,
-            blocks_before=self._pool.num_kv_blocks,
-            from_level=start,
-        )
-        decision = self._policy_host.decision
-        logger.info(
-            "morph r%d: level %d -> %d (%s)", self._transition.revision, start, decision.level, decision.reason
-        )
-
-    def _close_transition(self, now: float, outcome: Outcome, error: str = "", place: str = "") -> None:
-        t = self._transition
-        assert t is not None
-        self._transition = None
-        self._history.add(now, t, outcome, self.level, self._pool.num_kv_blocks, error)
-        self.counters.count_transition(t.direction, outcome)
-        self.counters.transition_seconds += now - t.started_s
-        is_news = self._history.is_news(t.direction, outcome, place)
-        t.log_end(outcome, self.level, now - t.started_s, self._pool.num_kv_blocks, error, is_news)
-        if outcome == "committed":
-            self._backoff.succeeded(t.direction)
-
-    def _back_off(self, now: float, direction: Direction, end: BatchEnd) -> float:
-        """Return for how many seconds there is no new attempt."""
-        if not end.place:  # the drain timed out
-            return self._backoff.drain_timed_out(now, end.num_kv_blocks, self._pool.num_used_blocks)
-        self.counters.count_error(end.place)
-        return self._backoff.failed(now, direction)
 
     def _publish(self) -> None:
         """Bring gauges up to date and report a new effective level."""
@@ -391,7 +347,7 @@ class Controller:
         self.counters.count_error("controller")
         self.health = self.health.to(Health.DEAD)
         logger.exception("morph: %s failed; the engine stays at level %d, for good", self.phase.name, self.level)
-        self._give_up("it broke half-way")
+        self._book.give_up(self._driven_s, "it broke half-way")
         try:
             self._runner.wind_down()
         except Exception as e:
@@ -405,13 +361,7 @@ class Controller:
         self.counters.count_error("ranks_unknown")
         self.health = self.health.to(Health.LOST)
         self.lost = f"{self.phase.name} at level {self.level}: {why}"
-        self._give_up(why)
-
-    def _give_up(self, why: str) -> None:
-        if (t := self._transition) is not None:
-            self.counters.count_transition(t.direction, "aborted")
-            self._history.add(self._driven_s, t, "aborted", self.level, self._pool.num_kv_blocks, why)
-            self._transition = None
+        self._book.give_up(self._driven_s, why)
 
     def _look_at_answers(self) -> None:
         """Take what has come off the ring: nothing is sent any more, but ranks may still say that they differ."""

@@ -1,4 +1,4 @@
-"""What goes wrong, and what follows: the controller's health, its counters, and when the next attempt may start."""
+"""What goes wrong, and what is counted: the controller's health, and its counters."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from morphserve.config import TransitionConfig
 from morphserve.control.transition import Direction, Outcome
-from morphserve.errors import IllegalTransition
-
-_FIRST_RETRY_S = 1.0  # where failures may be tried again at once
-_OTHER: dict[Direction, Direction] = {"degrade": "restore", "restore": "degrade"}
+from morphserve.errors import next_state
 
 
 class Health(Enum):
@@ -45,10 +41,7 @@ class Health(Enum):
         Raises:
             IllegalTransition: it has not.
         """
-        if new not in _NEXT[self]:
-            legal = ", ".join(sorted(health.name for health in _NEXT[self])) or "none"
-            raise IllegalTransition(f"health: {self.name} -> {new.name}; legal from here: {legal}.")
-        return new
+        return next_state("health", _NEXT, self, new)
 
 
 _NEXT: Mapping[Health, frozenset[Health]] = {
@@ -57,87 +50,6 @@ _NEXT: Mapping[Health, frozenset[Health]] = {
     Health.DEAD: frozenset({Health.LOST}),
     Health.LOST: frozenset(),
 }
-
-
-class BackOff:
-    """The waits after failures: what keeps failing waits twice as long each time, up to a limit.
-
-    Each attempt of a restore takes KV away from running requests for nothing, and writes a warning: a damaged
-    file must not cost that every few seconds for days. Directions count apart, because a restore that fails for
-    ever must not keep the engine from degrading in a burst, nor look healed because degrading works.
-    """
-
-    def __init__(self, config: TransitionConfig) -> None:
-        self._first_s = config.backoff_s
-        self._longest_s = max(config.backoff_s, config.backoff_max_s)
-        self._next_wait_s: dict[Direction, float] = {}  # of directions whose last attempt failed
-        self._not_before_s: dict[Direction, float] = {}
-        self._full_at = 0  # blocks that the last drain did not get down to; 0 = no drain has timed out
-
-    def allows(self, now_s: float, direction: Direction) -> bool:
-        """Return whether an attempt may start now."""
-        return now_s >= self._not_before_s.get(direction, now_s)
-
-    def would_allow(self, now_s: float, direction: Direction, num_used_blocks: int) -> bool:
-        """Return whether an attempt might start now, if `see_room` were told of these blocks. Changes nothing."""
-        has_room = direction == "restore" and num_used_blocks < self._full_at
-        return has_room or self.allows(now_s, direction)
-
-    def failed(self, now_s: float, direction: Direction) -> float:
-        """Return how long nothing starts in `direction`, in seconds."""
-        wait_s = self._next_wait_s.get(direction, self._first_s)
-        self._next_wait_s[direction] = min(2 * wait_s, self._longest_s)
-        self._full_at = 0  # a fault's wait is not ended by room
-        self._hold(_OTHER[direction], now_s + self._first_s)
-        return self._hold(direction, now_s + wait_s) - now_s
-
-    def drain_timed_out(self, now_s: float, num_kv_blocks: int, num_used_blocks: int) -> float:
-        """Return how long no restore starts after a cache that was too full: no fault, so no longer the second time.
-
-        Args:
-            num_kv_blocks: what the cache was to shrink to, null block included.
-            num_used_blocks: those that live requests hold. Where they would have fitted, something else stood
-                in the way, and only time ends the wait.
-        """
-        self._full_at = num_kv_blocks if num_used_blocks >= num_kv_blocks else 0
-        return self._hold("restore", now_s + self._first_s) - now_s
-
-    def see_room(self, num_used_blocks: int) -> None:
-        """End a wait for room once what live requests hold would fit."""
-        if num_used_blocks < self._full_at:
-            self._not_before_s.pop("restore", None)
-
-    def succeeded(self, direction: Direction) -> None:
-        """Forget the failures of a direction that has reached its level."""
-        self._next_wait_s.pop(direction, None)
-
-    def _hold(self, direction: Direction, until_s: float) -> float:
-        until_s = max(until_s, self._not_before_s.get(direction, until_s))
-        self._not_before_s[direction] = until_s
-        return until_s
-
-
-class Retry:
-    """When to ask again for what was not to be had: each wait is twice as long as the one before, up to a limit."""
-
-    def __init__(self, config: TransitionConfig) -> None:
-        self._first_s = max(config.backoff_s, _FIRST_RETRY_S)
-        self._longest_s = max(config.backoff_max_s, self._first_s)
-        self._wait_s = 0.0
-        self._next_s = 0.0
-
-    def reset(self) -> None:
-        """Begin anew with the next question."""
-        self._wait_s = 0.0
-
-    def is_due(self, now_s: float) -> bool:
-        """Return whether to ask now; the first wait begins with the first call."""
-        if self._wait_s and now_s < self._next_s:
-            return False
-        due = self._wait_s > 0
-        self._wait_s = min(2 * self._wait_s, self._longest_s) if due else self._first_s
-        self._next_s = now_s + self._wait_s
-        return due
 
 
 @dataclass(slots=True)

@@ -11,9 +11,8 @@ from itertools import pairwise
 from typing import NoReturn
 
 import policies
-from morphserve.config import LadderConfig, LadderStep
+from morphserve.config import LadderConfig, LadderStep, default_steps, inside_out
 from morphserve.control.budget import RankBytes, balance, kv_granularity, paid_blocks, stage_of
-from morphserve.default_ladder import default_steps, inside_out
 from morphserve.errors import ConfigError
 from policies import BASE_FORMAT, Ladder, MorphLevel
 

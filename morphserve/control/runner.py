@@ -6,10 +6,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from morphserve.backoff import BackOff
 from morphserve.config import MorphServeConfig
 from morphserve.control.budget import Ledgers, RankBytes
 from morphserve.control.doubt import Doubt, kv_was_unknown
-from morphserve.control.health import Retry
 from morphserve.control.layer_state import LayerPicker, LayerState
 from morphserve.control.ranks import (
     BlockPoolPort,
@@ -28,6 +28,8 @@ from morphserve.errors import ConfigError
 from policies import Ladder
 
 logger = logging.getLogger(__name__)
+
+_FIRST_REGROW_S = 1.0  # where failures may be tried again at once
 
 
 @dataclass(slots=True)
@@ -60,7 +62,7 @@ class SwapRunner:
     layer_state: LayerState = field(init=False)
     _picker: LayerPicker = field(init=False)
     _doubt: Doubt = field(init=False)
-    _retry: Retry = field(init=False)
+    _regrow: BackOff = field(init=False)
     _batch: SwapBatch | None = None
     _now_s: float = 0.0
 
@@ -74,7 +76,8 @@ class SwapRunner:
             )
         self._picker = LayerPicker(self.ranks, self.ledgers, self.config.transition)
         self._doubt = Doubt(self.pool, self.ledgers, self.replies)
-        self._retry = Retry(self.config.transition)
+        transition = self.config.transition
+        self._regrow = BackOff(max(transition.backoff_s, _FIRST_REGROW_S), transition.backoff_max_s)
 
     def next_revision(self) -> int:
         """Return a number that every rank has yet to see."""
@@ -188,8 +191,8 @@ class SwapRunner:
         level, wanted = self.layer_state.current, self.ladder[self.layer_state.current].num_kv_blocks
         if self.phase is Phase.IDLE:
             if self.layer_state.is_between or self.pool.num_kv_blocks >= wanted:
-                self._retry.reset()
-            elif may_start and not self.replies.copies and self._retry.is_due(now_s):
+                self._regrow.reset()
+            elif may_start and not self.replies.copies and self._regrow.is_due(now_s):
                 self._now_s, end = now_s, BatchEnd("committed")
                 self._batch = SwapBatch(level, "degrade", (), (), (), wanted, wanted, self.revision, end=end)
                 self._send_regrow(self._batch)
@@ -392,11 +395,8 @@ class SwapRunner:
         if replies is None and self.replies.becomes_late(self._now_s, self.config.transition.rank_timeout_s):
             logger.warning(
                 "morph r%d: no answer of all ranks in %s for %.1f s; the engine goes on with %d KV blocks and waits",
-                batch.revision,
-                self.phase.name,
-                self.replies.silence_s(self._now_s),
-                self.pool.num_kv_blocks,
-            )
+                batch.revision, self.phase.name, self.replies.silence_s(self._now_s), self.pool.num_kv_blocks,
+            )  # fmt: skip
         return replies
 
     def _sent(self, ticket: Ticket) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from morphserve.config import KVConfig
 from morphserve.control.ranks import BlockPoolPort, LayerFormats, Plan, ShrinkProgress
-from morphserve.errors import IllegalTransition
+from morphserve.errors import next_state
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +72,7 @@ def check_move(revision: int, old: Phase, new: Phase) -> Phase:
     Raises:
         IllegalTransition: it has not.
     """
-    if new not in _NEXT[old]:
-        legal = ", ".join(sorted(phase.name for phase in _NEXT[old]))
-        raise IllegalTransition(
-            f"transition r{revision}: {old.name} -> {new.name}; legal from here: {legal}."
-        )
-    return new
+    return next_state(f"transition r{revision}", _NEXT, old, new)
 
 
 @dataclass(slots=True)

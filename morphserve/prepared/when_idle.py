@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, Protocol
 
+from morphserve.backoff import BackOff
 from morphserve.endings import how_it_ended, one_line
-from morphserve.errors import IllegalTransition
+from morphserve.errors import next_state
 from morphserve.prepared.lock import TAKEN
 
 logger = logging.getLogger("vllm.morphserve")
@@ -78,10 +79,7 @@ class Phase(Enum):
         Raises:
             IllegalTransition: it has not.
         """
-        if new not in _NEXT[self]:
-            legal = ", ".join(sorted(phase.name for phase in _NEXT[self])) or "none"
-            raise IllegalTransition(f"prepare: {self.name} -> {new.name}; legal from here: {legal}.")
-        return new
+        return next_state("prepare", _NEXT, self, new)
 
 
 _NEXT: Mapping[Phase, frozenset[Phase]] = {
@@ -115,8 +113,7 @@ class WhenIdle:
         self._clock = clock
         self._child: Child | None = None
         self._last_request_s = clock()
-        self._not_before_s = self._last_request_s
-        self._num_failures = 0
+        self._backoff = BackOff(_RETRY_S, _RETRY_MAX_S)
         self._is_closed = self._said_taken = False
         self.phase = Phase.IDLE
         self.error = ""
@@ -153,7 +150,7 @@ class WhenIdle:
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values for the status."""
-        next_s = max(self._not_before_s, self._last_request_s + QUIET_S) - self._clock()
+        next_s = max(self._backoff.not_before_s, self._last_request_s + QUIET_S) - self._clock()
         waits = self.phase in (Phase.IDLE, Phase.FAILED)
         return {
             "state": self.phase.value,
@@ -163,7 +160,7 @@ class WhenIdle:
         }
 
     def _may_begin(self, now: float) -> bool:
-        is_due = now >= max(self._last_request_s + QUIET_S, self._not_before_s)
+        is_due = now >= max(self._last_request_s + QUIET_S, self._backoff.not_before_s)
         return is_due and not self._is_closed and self.phase in (Phase.IDLE, Phase.FAILED)
 
     def _begin(self) -> None:
@@ -187,7 +184,8 @@ class WhenIdle:
         elif self.phase is Phase.STOPPING:
             self.phase = self.phase.to(Phase.IDLE)
         elif code == TAKEN:
-            self.phase, self._not_before_s = self.phase.to(Phase.IDLE), self._clock() + QUIET_S
+            self.phase = self.phase.to(Phase.IDLE)
+            self._backoff.hold(self._clock() + QUIET_S)
             if not self._said_taken:
                 logger.info("morphserve: not prepared as yet: %s", _cause(said))
             self._said_taken = True
@@ -196,9 +194,7 @@ class WhenIdle:
 
     def _failed(self, why: str) -> None:
         self.phase, self.error = self.phase.to(Phase.FAILED), one_line(why)
-        wait_s = min(_RETRY_S * 2**self._num_failures, _RETRY_MAX_S)
-        self._num_failures += 1
-        self._not_before_s = self._clock() + wait_s
+        wait_s = self._backoff.failed(self._clock())
         logger.warning(
             "morphserve: could not prepare %s while idle: %s The next try is in %.0f min at the earliest; `morphserve "
             "prepare` by hand may do it before.",

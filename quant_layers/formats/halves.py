@@ -29,9 +29,3 @@ def join_format(attention: str, mlp: str) -> str:
 def half_of(name: str) -> Half:
     """Return the half that a linear or a norm belongs to, by its name inside the layer."""
     return "attention" if name.startswith(_ATTENTION) else "mlp"
-
-
-def format_of(layer_format: str, name: str) -> str:
-    """Return the format of one linear or norm of a layer."""
-    attention, mlp = split_format(layer_format)
-    return attention if half_of(name) == "attention" else mlp

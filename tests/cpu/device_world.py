@@ -23,8 +23,8 @@ from quant_layers import (
     LoadedPart,
     Part,
     TensorSlot,
-    format_of,
     half_of,
+    split_format,
 )
 
 PAGE_BYTES = 1024
@@ -41,6 +41,11 @@ GRANULARITY = PAGE_BYTES // BLOCK_BYTES
 BASE_BLOCKS = 8
 MAX_BLOCKS = 64
 KERNELS = {"w8": "w8a16_aten", "fp8": "fp8a16"}
+
+
+def format_of(layer_format: str, name: str) -> str:
+    """The format of one linear or norm of a layer."""
+    return dict(zip(HALVES, split_format(layer_format), strict=True))[half_of(name)]
 
 
 class Later(Executor):

@@ -10,9 +10,9 @@ from levels import W8_THEN_W4
 
 from morphserve.control import DecisionLog, make_header
 from morphserve.control.budget import RankBytes
-from morphserve.control.decision_log import Row
+from morphserve.control.decisions.decision_log import Row
+from morphserve.control.decisions.replay_log import LogError, Replay, read_log
 from morphserve.control.ladder import build_ladder
-from morphserve.control.replay_log import LogError, Replay, read_log
 from policies import (
     Cohort,
     Decision,
@@ -98,7 +98,7 @@ def ask(log: DecisionLog, policy: Policy, signals: list[Signals]) -> list[Decisi
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for every line: how fast the writer's thread gets its turn is no part of these tests."""
-    monkeypatch.setattr("morphserve.control.decision_log._MAX_PENDING", 10_000)
+    monkeypatch.setattr("morphserve.control.decisions.decision_log._MAX_PENDING", 10_000)
 
 
 def assert_problem(found: Replay, words: str) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cpu.watched import QuietHandler, serving
 
 from morphserve.control import parse_order
 
@@ -41,7 +40,7 @@ def token_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def taking(heard: list[Any], code: int = 200, answer: dict[str, Any] | None = None) -> Iterator[str]:
     """The address of a server at revision 7, and what it has heard: path and body of orders."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             assert self.path == "/morphserve/admin/state"
             self._say(200, {"revision": 7, "engines": [{**ENGINE, "order": None}]})
@@ -53,24 +52,10 @@ def taking(heard: list[Any], code: int = 200, answer: dict[str, Any] | None = No
             self._say(code, answer or {"ok": True, "error": None, "revision": 8, "engines": [PINNED]})
 
         def _say(self, code: int, document: dict[str, Any]) -> None:
-            body = json.dumps(document).encode()
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            self.say(code, json.dumps(document).encode())
 
-        def log_message(self, *args: Any) -> None:
-            return None
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving(Handler) as url:
+        yield url
 
 
 @pytest.mark.parametrize(

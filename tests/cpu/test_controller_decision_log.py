@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from morphserve.control import DecisionLog, make_header
-from morphserve.control.decision_log import Detail, Header
+from morphserve.control.decisions.decision_log import Detail, Header
 from morphserve.errors import ConfigError
 from policies import Decision, MorphLevel, PolicySetup, Signals, StaticConfig, StepLoad
 from tests.fakes import Rig
@@ -102,7 +102,7 @@ def test_slow_disk_drops_rows_instead_of_waiting(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["log.jsonl", "log.jsonl.gz"])
 def test_open_log_can_be_read(name: str, tmp_path: Path) -> None:
     """Guards: rows that wait in a buffer: lost with a killed server, unseen by who reads along."""
-    from morphserve.control.replay_log import read_log
+    from morphserve.control.decisions.replay_log import read_log
 
     log, flushed = DecisionLog(tmp_path / name, header("all")), threading.Event()
     log._closing.wait = lambda timeout=None: flushed.set() or False  # type: ignore[method-assign,func-returns-value]

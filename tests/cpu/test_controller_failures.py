@@ -9,8 +9,8 @@ import pytest
 
 from morphserve.config import MorphServeConfig, TransitionConfig
 from morphserve.control import Health, Phase
-from morphserve.control.health import BackOff
 from morphserve.control.transition import TransitionHistory
+from morphserve.control.transition_book import DirectionBackOff
 from morphserve.errors import IllegalTransition
 from tests.fakes import Rig
 
@@ -69,7 +69,7 @@ def test_room_ends_no_wait_after_a_fault() -> None:
 @pytest.mark.parametrize(("num_used_blocks", "ends"), [(120, True), (119, False)])
 def test_only_a_wait_for_room_ends_with_room(num_used_blocks: int, ends: bool) -> None:
     """Guards: a drain that something else than a full cache has stopped starts anew at the next step."""
-    backoff = BackOff(TransitionConfig())
+    backoff = DirectionBackOff(TransitionConfig())
     backoff.drain_timed_out(0.0, 120, num_used_blocks)
     assert not backoff.allows(0.1, "restore")
     backoff.see_room(119)
@@ -78,7 +78,7 @@ def test_only_a_wait_for_room_ends_with_room(num_used_blocks: int, ends: bool) -
 
 def test_room_ends_no_wait_that_a_failed_degrade_asks_for() -> None:
     """Guards: a fault between the two forgotten because a drain had timed out before it."""
-    backoff = BackOff(TransitionConfig())
+    backoff = DirectionBackOff(TransitionConfig())
     backoff.drain_timed_out(0.0, 120, 120)
     backoff.failed(0.1, "degrade")
     backoff.see_room(0)

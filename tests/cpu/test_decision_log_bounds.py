@@ -11,8 +11,9 @@ import pytest
 from cpu.log_world import LADDER, SETUPS, THRESHOLD, ask, assert_problem, load, patient, write
 from cpu.small_disk import file_size
 
-from morphserve.control import DecisionLog, decision_log, make_header
-from morphserve.control.replay_log import LogError, _texts, read_log, replay
+from morphserve.control import DecisionLog, make_header
+from morphserve.control.decisions import decision_log
+from morphserve.control.decisions.replay_log import LogError, _texts, read_log, replay
 from morphserve.errors import ConfigError
 from morphserve.files import RotatingFile
 from tests.fakes import Rig

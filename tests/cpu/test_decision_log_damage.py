@@ -14,8 +14,8 @@ from cpu.log_world import LADDER, SETUPS, SLO, THRESHOLD, ask, assert_problem, l
 
 from morphserve.__main__ import main
 from morphserve.control import DecisionLog, make_header
-from morphserve.control.decision_log import Header, Mark, Row, to_text
-from morphserve.control.replay_log import LogError, read_log, replay
+from morphserve.control.decisions.decision_log import Header, Mark, Row, to_text
+from morphserve.control.decisions.replay_log import LogError, read_log, replay
 from policies import (
     Decision,
     PolicySetup,
@@ -42,8 +42,8 @@ class SlowDisk:
     """Room for 100 rows, and a writer that stops at its next line until `go_on`."""
 
     def __init__(self, path: Path, setup: PolicySetup, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("morphserve.control.decision_log._MAX_PENDING", 100)
-        monkeypatch.setattr("morphserve.control.decision_log.to_text", self._held)
+        monkeypatch.setattr("morphserve.control.decisions.decision_log._MAX_PENDING", 100)
+        monkeypatch.setattr("morphserve.control.decisions.decision_log.to_text", self._held)
         self._gate, self._drained = threading.Event(), threading.Event()
         self.log = DecisionLog(path, make_header(setup, LADDER))
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from morphserve.__main__ import main
 from morphserve.control import DecisionLog, make_header
-from morphserve.control.decision_log import SCHEMA, Row, to_text
-from morphserve.control.replay_log import LINE, read_log, replay
+from morphserve.control.decisions.decision_log import SCHEMA, Row, to_text
+from morphserve.control.decisions.replay_log import LINE, read_log, replay
 from policies import (
     Cohort,
     Decision,

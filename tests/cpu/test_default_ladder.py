@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from morphserve.config import MorphServeConfig, load_config, parse_config
+from morphserve.config import Device, MorphServeConfig, Settled, inside_out, load_config, max_kl, parse_config, settle
 from morphserve.control.budget import RankBytes, largest_batch_bytes, make_ledgers
 from morphserve.control.ladder import ProfileLadder, build_ladder, ladder_formats
-from morphserve.default_ladder import Device, Settled, inside_out, max_kl, settle
 from morphserve.profile_ladder import read_ladder
 from policies import EngineLimits, Ladder, LayerMove, PolicySetup, Signals, StepTime, StepTimes
 from quant_layers import ProfileLevel, write_profile

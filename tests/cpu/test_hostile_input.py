@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from morphserve.config import load_config, parse_config, parse_policy
-from morphserve.control.replay_log import read_log, replay
+from morphserve.control.decisions.replay_log import read_log, replay
 from morphserve.errors import ConfigError, MorphServeError
 from morphserve.prepared import weights_fingerprint
 from morphserve.serve_dtype import model_dtype

@@ -7,6 +7,7 @@ import importlib
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,22 @@ def test_a_docstring_of_a_function_begins_with_a_verb() -> None:
             if words and (words[0].strip(".,:;") in GOES_ON.split() or not words[0][0].isupper()):
                 begun.append(f"{file.relative_to(ROOT)}::{node.name}: {words[0]}")
     assert begun == []
+
+
+_MOST_FILES = 15
+_MOST_LINES = 400
+
+
+def test_rooms_and_files_stay_of_a_size_that_can_be_read() -> None:
+    """Guards: a room of more files than its door can explain, a file that is several things of their own."""
+    files = [file for room in ROOMS for file in (ROOT / room).rglob("*.py")]
+    rooms = Counter(file.parent.relative_to(ROOT) for file in files)
+    doors = Path("scripts")  # each file a command of its own
+    crowded = {str(room): count for room, count in rooms.items() if count > _MOST_FILES and room != doors}
+    assert crowded == {}, f"a room has {_MOST_FILES} files at most: give what is a thing of its own a room"
+    lines = {str(file.relative_to(ROOT)): len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+    long = {file: count for file, count in lines.items() if count > _MOST_LINES}
+    assert long == {}, f"a file has {_MOST_LINES} lines at most: give what is a thing of its own a file"
 
 
 def test_two_rooms_say_the_same_word_for_full_precision() -> None:

@@ -11,9 +11,9 @@ import pytest
 from cpu.log_world import LIMITS
 
 from morphserve.control import DecisionLog, Phase, make_header, parse_order
+from morphserve.control.decisions.orders import ORDERS, OrderBook
+from morphserve.control.decisions.replay_log import replay
 from morphserve.control.health import Counters
-from morphserve.control.orders import ORDERS, OrderBook
-from morphserve.control.replay_log import replay
 from morphserve.errors import OrderError
 from policies import Decision, Order, PolicySetup, SloConfig, SloPolicy, StaticConfig, ThresholdConfig, ask
 from policies.orders import obey

@@ -80,11 +80,15 @@ def test_a_calibration_says_of_which_weights_it_is(tmp_path: Path) -> None:
 
 
 def test_stored_step_times_are_found_for_a_simulation(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Guards: a simulation on this machine that asks for a file which is there; times of another machine or dtype."""
+    """Guards: a simulation on this machine that asks for a file which is there; times of another machine or dtype.
+
+    And those of the cores that vLLM chooses, which prepare has, not found for the one core of a replay.
+    """
     module = "morphserve.tools.bench.prepared"
-    monkeypatch.setattr(f"{module}.this_machine", lambda bound: {"device": "AMD EPYC", "tier": "bf16", "cores": "2"})
+    cpu = {"device": "AMD EPYC", "tier": "bf16"}
+    monkeypatch.setattr(f"{module}.this_machine", lambda bound: cpu | {"cores": bound or "2"})
     monkeypatch.setattr(f"{module}.vllm_version", lambda: "0.32.0")
     cache = tmp_path / "cache"
     kept = keep_times(store_of(model, cache), PLACE)
@@ -92,3 +96,9 @@ def test_stored_step_times_are_found_for_a_simulation(
     assert stored_times(cache, str(model), "float32", enforce_eager=False) is None
     assert stored_times(cache, str(model), "bfloat16", enforce_eager=True) is None
     assert stored_times(cache, str(tmp_path / "no model"), "bfloat16", enforce_eager=False) is None
+    assert stored_times(cache, str(model), "bfloat16", enforce_eager=False, cpu_bind="1") == kept
+    assert "of cores 2, not 1" in caplog.messages[-1]
+    own = keep_times(store_of(model, cache), replace(PLACE, cores="1"))
+    caplog.clear()
+    assert stored_times(cache, str(model), "bfloat16", enforce_eager=False, cpu_bind="1") == own
+    assert not caplog.records

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from quant_layers import (
     Change,
     QuadraticCost,
-    format_of,
     greedy,
+    half_of,
     join_format,
     layer_importance_order,
     split_format,
@@ -108,4 +108,4 @@ def test_formats_of_halves() -> None:
     assert split_format("w8") == ("w8", "w8") and split_format("w8/base") == ("w8", "base")
     assert join_format("w4", "w4") == "w4" and join_format("base", "w4") == "base/w4"
     names = ("self_attn.qkv_proj", "input_layernorm", "mlp.down_proj", "post_attention_layernorm")
-    assert [format_of("w8/w4", name) for name in names] == ["w8", "w8", "w4", "w4"]
+    assert [half_of(name) for name in names] == ["attention", "attention", "mlp", "mlp"]

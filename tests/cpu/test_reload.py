@@ -14,9 +14,9 @@ import pytest
 
 from morphserve.config import load_config, parse_config, step_times_file
 from morphserve.control import DecisionLog, Phase, make_header
+from morphserve.control.decisions.replay_log import replay
 from morphserve.control.reload import PolicyReloader, ReloadWatch
-from morphserve.control.reload.reloader import WATCH_INTERVAL_S
-from morphserve.control.replay_log import replay
+from morphserve.control.reload.file import LOOK_INTERVAL_S
 from morphserve.errors import ConfigError
 from morphserve.files import write_whole
 from policies import (
@@ -227,7 +227,7 @@ def test_asked_for_a_file_that_is_being_written(tmp_path: Path) -> None:
     desk.write(EDITED.replace("1.5", "9.0"))  # a whole file so far, of another policy
     answer = desk.reloader.reload("POST")
     assert answer["ok"] and [note[-10:] for _, note in desk.taken] == ["3.0 -> 1.5"]
-    assert desk.pauses == [WATCH_INTERVAL_S] * 3
+    assert desk.pauses == [LOOK_INTERVAL_S] * 3
     desk.writes = [EDITED.replace("1.5", f"{i}.0") for i in range(1, 100)]
     answer = desk.reloader.reload("POST")
     assert not answer["ok"] and "is being written" in answer["error"] and len(desk.taken) == 1

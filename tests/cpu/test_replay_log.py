@@ -12,7 +12,7 @@ from cpu.log_world import LADDER, SETUPS, SLO, THRESHOLD, TIMES, ask, load, pati
 from morphserve.__main__ import main
 from morphserve.config import parse_config
 from morphserve.control import DecisionLog, make_header
-from morphserve.control.replay_log import replay
+from morphserve.control.decisions.replay_log import replay
 from tests.fakes import Rig
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("patient")]

@@ -11,9 +11,9 @@ import pytest
 from cpu.sim_world import CALIBRATION, SERVER, TIMES, config, workload
 
 from morphserve.config import MorphServeConfig
-from morphserve.control.decision_log import Header, Mark, Row
+from morphserve.control.decisions.decision_log import Header, Mark, Row
+from morphserve.control.decisions.replay_log import read_log
 from morphserve.control.ladder import ProfileLadder
-from morphserve.control.replay_log import read_log
 from morphserve.errors import ConfigError
 from morphserve.tools.bench.report.results import RunResult
 from morphserve.tools.sim import Simulated, simulate

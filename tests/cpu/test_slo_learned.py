@@ -14,7 +14,7 @@ from cpu.test_slo_policy import bursts, poisson
 
 from morphserve.config import MorphServeConfig, parse_config
 from morphserve.control import DecisionLog, make_header
-from morphserve.control.replay_log import replay
+from morphserve.control.decisions.replay_log import replay
 from morphserve.tools.sim import Calibration, Simulated, simulate
 from morphserve.tools.workload.metrics import Slo
 from morphserve.tools.workload.workload import Workload

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from engine.harness import follow, generate, morph_of, settle
 
-from morphserve.control.health import BackOff
+from morphserve.control.transition_book import DirectionBackOff
 
 # Read before an engine has bound this process to a core.
 CORES = sorted(os.sched_getaffinity(0))
@@ -93,7 +93,7 @@ def run(llm: Any, prompts: tuple[Any, ...] = PROMPTS) -> list[Any]:
 def go(llm: Any, level: int) -> None:
     """Move the idle engine; a back-off that a fault has left is over."""
     controller = morph_of(llm).controller
-    controller._backoff = BackOff(controller._config.transition)
+    controller._book.backoff = DirectionBackOff(controller._config.transition)
     follow(llm, {0: level})
     settle(llm, level)
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from engine.test_server import Server, serve
 
-from morphserve.control.replay_log import replay
+from morphserve.control.decisions.replay_log import replay
 from morphserve.tools.admin.drain import main as drain_main
 from morphserve.tools.admin.pin import main as pin_main
 from morphserve.tools.admin.resume import main as resume_main

@@ -15,8 +15,8 @@ from engine.test_reload import hangups_are_heard as hangups_are_heard
 from engine.test_server import Server, serve
 from prometheus_client.parser import text_string_to_metric_families
 
-from morphserve.control.decision_log import Row
-from morphserve.control.replay_log import read_log
+from morphserve.control.decisions.decision_log import Row
+from morphserve.control.decisions.replay_log import read_log
 
 pytestmark = needs_two_cores
 

@@ -203,7 +203,7 @@ def started(admin: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Access:
         return endpoint._access
 
     monkeypatch.setattr(metrics, "add_to_own", lambda collector: None)
-    monkeypatch.setattr(metrics, "on_hangup", lambda ask: False)
+    monkeypatch.setattr(metrics, "on_hangup", lambda ask, tasks: False)
     return asyncio.run(start())
 
 

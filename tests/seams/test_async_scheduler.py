@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from seams.async_world import NUM_LAYERS, VOCABULARY, World
 
-from morphserve.control.replay_log import replay
+from morphserve.control.decisions.replay_log import replay
 
 pytestmark = pytest.mark.seams
 

@@ -11,7 +11,7 @@ from seams.pool_harness import BLOCK, FLOOR, full_attention, kv_config, vllm_con
 from vllm.v1.kv_cache_interface import MambaSpec, SlidingWindowSpec
 
 from morphserve.errors import ConfigError
-from morphserve.integration.engine.block_pool import blocks_of_one_request, check_supported
+from morphserve.integration.engine.resizable import blocks_of_one_request, check_supported
 
 MAMBA = MambaSpec(block_size=BLOCK, shapes=((1, 1),), dtypes=(torch.float32,))
 

@@ -12,8 +12,8 @@ import pytest
 from morphserve.config import parse_config
 from morphserve.control import NO_LIMITS
 from morphserve.integration.engine import hooks
-from morphserve.integration.engine.request_limits import LateCount, limits_of
-from morphserve.integration.engine.traffic import StepInFlight, Traffic
+from morphserve.integration.engine.requests.request_limits import LateCount, limits_of
+from morphserve.integration.engine.requests.traffic import StepInFlight, Traffic
 from policies import Promise, SloConfig, ThresholdConfig, promise_of
 from tests.fakes import Rig
 
@@ -60,7 +60,7 @@ def test_what_a_request_asked_for_goes_before_the_policys() -> None:
 
 def test_what_is_no_time_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Guards: a log that a client fills, a warning for each of its requests; or one as long as what it sent."""
-    monkeypatch.setattr("morphserve.integration.engine.request_limits._warned", set())
+    monkeypatch.setattr("morphserve.integration.engine.requests.request_limits._warned", set())
     caplog.set_level(logging.DEBUG, "vllm.morphserve")
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     for value in ("soon" * 1000, -1.0, 0, float("nan"), [1]):
@@ -155,7 +155,7 @@ def test_a_clock_that_is_set_ages_nobody(monkeypatch: pytest.MonkeyPatch, jump_s
     """Guards: a burst's answer, deeper levels and late requests, to an hour that nobody has waited."""
     now = SimpleNamespace(wall_s=100.5, s=7.0)
     clocks = SimpleNamespace(time=lambda: now.wall_s, monotonic=lambda: now.s)
-    monkeypatch.setattr("morphserve.integration.engine.traffic.time", clocks)
+    monkeypatch.setattr("morphserve.integration.engine.requests.traffic.time", clocks)
     waiter = request(tokens=0)
     waiter.__dict__.update(num_preemptions=0, num_tokens=8, num_computed_tokens=0, is_finished=lambda: False)
     told: list[float] = []

@@ -11,7 +11,7 @@ import pytest
 from morphserve.control import Health
 from morphserve.errors import EngineLostError
 from morphserve.integration.engine.hooks import Morph
-from morphserve.integration.engine.traffic import StepInFlight, Traffic
+from morphserve.integration.engine.requests.traffic import StepInFlight, Traffic
 
 
 class Broken:

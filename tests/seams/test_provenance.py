@@ -10,7 +10,7 @@ import pytest
 from seams.pool_harness import BLOCK, KVModel, make_request
 
 from morphserve.integration.engine.provenance import CLEAN, Span
-from morphserve.integration.engine.receipts import PRECISION_ARG, RECEIPT_ARG, Receipts
+from morphserve.integration.engine.requests.receipts import PRECISION_ARG, RECEIPT_ARG, Receipts
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9]  # two full blocks and one token
 
@@ -341,7 +341,7 @@ def test_a_receipt_says_what_the_answer_depends_on() -> None:
 def test_levels_by_token_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: tokens told in another order than they came; a receipt that grows with each change of the level."""
     for most, expected in ((1000, [[1, 2], [0, 1], [2, 2]]), (2, [[1, 2], [2, 3]])):
-        monkeypatch.setattr("morphserve.integration.engine.receipts._MAX_RUNS", most)
+        monkeypatch.setattr("morphserve.integration.engine.requests.receipts._MAX_RUNS", most)
         kv = KVModel("any")
         receipts = Receipts(kv.provenance, BLOCK)
         receipt = served(kv, receipts, asking("r", PROMPT, **{RECEIPT_ARG: "tokens"}), [1, 1, 0, 2, 2])

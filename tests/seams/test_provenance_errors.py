@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from seams.pool_harness import BLOCK, KVModel, make_request
 
-from morphserve.integration.engine.receipts import PRECISION_ARG, Receipts
+from morphserve.integration.engine.requests.receipts import PRECISION_ARG, Receipts
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9]  # two full blocks and one token
 

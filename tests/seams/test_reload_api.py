@@ -31,6 +31,7 @@ from morphserve.integration.server import reload_api
 from morphserve.integration.server.access import Access
 from morphserve.integration.server.body import text_of
 from morphserve.integration.server.reload_api import on_hangup
+from morphserve.integration.server.tasks import Tasks
 from morphserve.integration.start.hangup import _IGNORED_BY
 from morphserve.integration.start.settings import config_file
 from morphserve.plugin import register
@@ -170,7 +171,7 @@ def test_hangup_asks_the_engines(
                 raise RuntimeError("the engine is dead")
             return [answer(0), answer(1, "refused")]
 
-        assert on_hangup(ask)
+        assert on_hangup(ask, Tasks())
         for _ in range(2):
             asked.clear()
             signal.raise_signal(signal.SIGHUP)
@@ -190,7 +191,7 @@ def test_handler_of_somebody_else_stays(theirs: Any, hangup: None) -> None:
     signal.signal(signal.SIGHUP, theirs)
 
     async def serve() -> bool:
-        return on_hangup(None)  # type: ignore[arg-type]
+        return on_hangup(None, Tasks())  # type: ignore[arg-type]
 
     assert not asyncio.run(serve())
     assert signal.getsignal(signal.SIGHUP) is theirs
@@ -229,7 +230,7 @@ def test_what_we_ignore_ourselves_gets_our_handler(
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     async def serve() -> bool:
-        return on_hangup(None)  # type: ignore[arg-type]
+        return on_hangup(None, Tasks())  # type: ignore[arg-type]
 
     assert asyncio.run(serve()) is ours
 
@@ -241,7 +242,7 @@ def test_no_handler_outside_of_the_main_thread(hangup: None) -> None:
         return await asyncio.to_thread(lambda: asyncio.run(inner()))
 
     async def inner() -> bool:
-        return on_hangup(None)  # type: ignore[arg-type]
+        return on_hangup(None, Tasks())  # type: ignore[arg-type]
 
     assert not asyncio.run(serve())
 

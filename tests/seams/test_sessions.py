@@ -9,7 +9,7 @@ import pytest
 from seams.async_world import World
 from seams.test_async_scheduler import model as model  # noqa: F401  a fixture
 
-from morphserve.integration.engine.receipts import PRECISION_ARG, RECEIPT_ARG
+from morphserve.integration.engine.requests.receipts import PRECISION_ARG, RECEIPT_ARG
 
 pytestmark = pytest.mark.seams
 
@@ -72,7 +72,7 @@ def test_each_turn_is_judged_by_itself(model: Path, monkeypatch: pytest.MonkeyPa
     """Guards: the time that a session waits for its client makes its answer late, or early its next one."""
     world = World(model, 1)
     clock = [1000.0]
-    monkeypatch.setattr("morphserve.integration.engine.traffic.time.time", lambda: clock[0])
+    monkeypatch.setattr("morphserve.integration.engine.requests.traffic.time.time", lambda: clock[0])
     limits = {"morphserve_ttft_s": 5.0, "morphserve_tpot_s": 5.0}
     world.add("s", TURN, 4, session=True, arrival_s=999.0, **limits)
     ended(world, "s", 1)

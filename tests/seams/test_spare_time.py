@@ -13,25 +13,17 @@ from typing import Any
 import pytest
 from cpu.prepared_world import keep_profile, make_model, store_of
 from seams.test_prepared_start import LLAMA, start
+from seams.test_prepared_start import plugin as plugin  # noqa: F401  a fixture
 
 from morphserve.integration.server import spare_time
 from morphserve.integration.server.spare_time import SpareTime
 from morphserve.integration.start import FOUND, IdleWork, idle_work
-from morphserve.plugin import register
 from morphserve.prepared import ProfileKey
 from morphserve.tools.prepare.cli import _parser
 
 pytestmark = pytest.mark.seams
 
 WHEN_IDLE = {"prepare": "when_idle"}
-
-
-@pytest.fixture(autouse=True)
-def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registered, as vLLM does it; VLLM_PLUGINS is put back after each test."""
-    monkeypatch.setenv("VLLM_PLUGINS", os.environ.get("VLLM_PLUGINS", ""))
-    monkeypatch.delenv("VLLM_PLUGINS")
-    register()
 
 
 @pytest.fixture

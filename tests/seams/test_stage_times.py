@@ -11,7 +11,8 @@ from seams.test_morph_hooks import CountingController, make_morph
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from morphserve.control import EngineView, Monitor
-from morphserve.integration.engine import hooks, traffic
+from morphserve.integration.engine import hooks
+from morphserve.integration.engine.requests import traffic
 from policies import StepLoad
 
 STAGE_S = 0.05  # of any batch

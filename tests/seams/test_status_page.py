@@ -13,7 +13,7 @@ from morphserve.control import EngineView, Health
 from morphserve.control.reload import Reloads
 from morphserve.integration.engine.histogram import TimeHistogram
 from morphserve.integration.engine.hooks import Morph
-from morphserve.integration.engine.request_limits import LateCount
+from morphserve.integration.engine.requests.request_limits import LateCount
 from morphserve.integration.engine.status import StatusPage
 from morphserve.status_view import UNTOLD, panels
 from policies import Promise

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from morphserve.config import parse_config
-from morphserve.default_ladder import Device, settle
+from morphserve.config import Device, parse_config, settle
 from morphserve.integration.offline import timed_engine
 from morphserve.integration.start import device, formats_over
 

@@ -21,17 +21,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from morphserve.config import MorphServeConfig, load_config, parse_policy, step_times_file
+from morphserve.control.reload.file import WatchedFiles
 from morphserve.control.reload.words import Told, changes, difference, message, without_values
 from morphserve.errors import ConfigError
 from policies import PolicySetup
 
 logger = logging.getLogger(__name__)
 
-WATCH_INTERVAL_S = 1.0
-_MAX_LOOKS = 5  # of a reload that is asked for, at a file that is being written
-
 Outcome = Literal["ok", "unchanged", "refused", "busy"]
-Stamp = tuple[tuple[int, int, int] | None, ...]  # (mtime_ns, size, inode) of each file; None = not there
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +76,7 @@ class PolicyReloader:
         self._setup_of = setup_of
         self._install = install
         self._wall_clock = wall_clock
-        self._pause = pause
-        self._seen: Stamp = ()
-        self._done: Stamp = ()
+        self._watched = WatchedFiles(self._files, pause)
         self.reloads = Reloads(setup.section.kind, "additional_config" if file is None else str(file))
 
     @property
@@ -91,17 +86,9 @@ class PolicyReloader:
 
     def look(self) -> None:
         """Take a file that has changed: once two looks agree, since an editor may be in the middle of writing it."""
-        stamp = self._stamp()
-        if stamp != self._seen:
-            self._seen = stamp
-            return
-        if stamp == self._done or _is_unfinished(stamp):
-            return  # seen to; or being written
-        loaded = self._load()
-        if self._stamp() != stamp:
-            return
-        is_first, self._done = not self._done, stamp
-        if not is_first or loaded != self._setup:
+        is_first = self._watched.is_new
+        loaded = self._watched.changed(self._load)
+        if loaded is not None and not (is_first and loaded == self._setup):
             self._take(loaded, f"{self._file} has changed")
 
     def reload(self, cause: str, sent: str = "") -> dict[str, Any]:
@@ -116,7 +103,7 @@ class PolicyReloader:
         elif sent:
             self._refuse(Told("the settings are in a file: edit it, and POST without a body"), cause)
         else:
-            self._take(self._load_settled(), cause)
+            self._take(self._watched.settled(self._load), cause)
         return self.answer()
 
     def answer(self) -> dict[str, Any]:
@@ -130,26 +117,10 @@ class PolicyReloader:
             "changed": now.note if now.last_outcome == "ok" else None,
         }
 
-    def _load_settled(self) -> PolicySetup | ConfigError:
-        """Return what `_load` finds in a file that nobody was writing meanwhile."""
-        stamp: Stamp = ()
-        for _ in range(_MAX_LOOKS):
-            last, stamp = stamp, self._stamp()
-            if stamp == last and not _is_unfinished(stamp):
-                loaded = self._load()
-                if self._stamp() == stamp:
-                    self._seen = self._done = stamp
-                    return loaded
-            self._pause(WATCH_INTERVAL_S)
-        what = "is empty, or not there" if _is_unfinished(stamp) else "is being written"
-        return Told(f"the settings' file {what}. Write it, and ask again.")
-
-    def _stamp(self) -> Stamp:
+    def _files(self) -> list[Path]:
         assert self._file is not None
-        files = [self._file]
-        if self._setup.section.kind == "slo" and (times := step_times_file(self._running)) is not None:
-            files.append(times.expanduser())
-        return tuple(map(_stamp_of, files))
+        times = step_times_file(self._running) if self._setup.section.kind == "slo" else None
+        return [self._file] if times is None else [self._file, times.expanduser()]
 
     def _load(self) -> PolicySetup | ConfigError:
         """Return the file's setup, or why not."""
@@ -176,6 +147,7 @@ class PolicyReloader:
             return ConfigError(message(e))
 
     def _take(self, loaded: PolicySetup | ConfigError, cause: str) -> None:
+        """Hand over a policy, however it came, unless it is no other or cannot be served; what came of it is noted."""
         if isinstance(loaded, ConfigError):
             self._refuse(loaded, cause)
             return
@@ -200,16 +172,3 @@ class PolicyReloader:
 
     def _note(self, outcome: Outcome, **fields: Any) -> None:
         self.reloads = replace(self.reloads, last_outcome=outcome, last_s=self._wall_clock(), **fields)
-
-
-def _stamp_of(file: Path) -> tuple[int, int, int] | None:
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
-
-
-def _is_unfinished(stamp: Stamp) -> bool:
-    """Return whether a file is being written: editors truncate, or move away, and then write."""
-    return any(file is None or file[1] == 0 for file in stamp)

@@ -8,15 +8,19 @@ from concurrent.futures import Future
 from queue import Empty, Queue
 from typing import Any
 
-from morphserve.control.reload.reloader import WATCH_INTERVAL_S, Outcome, PolicyReloader, Reloads
+from morphserve.control.reload.file import LOOK_INTERVAL_S
+from morphserve.control.reload.reloader import Outcome, PolicyReloader, Reloads
 
 logger = logging.getLogger(__name__)
 
 
 class ReloadWatch:
-    """The thread that looks once in a while, and when it is asked to."""
+    """The thread that looks once in a while, and when it is asked to.
 
-    def __init__(self, reloader: PolicyReloader, interval_s: float = WATCH_INTERVAL_S) -> None:
+    All reloads of an engine are its work, one at a time: by the file, and by `ask`, for a signal or a request.
+    """
+
+    def __init__(self, reloader: PolicyReloader, interval_s: float = LOOK_INTERVAL_S) -> None:
         self._reloader = reloader
         self._interval_s = interval_s
         self._asked: Queue[tuple[str, str, Future[dict[str, Any]]] | None] = Queue()

@@ -26,15 +26,13 @@ from morphserve.control import (
 from morphserve.errors import EngineLostError, OrderError
 from morphserve.integration.engine.block_pool import VllmBlockPool
 from morphserve.integration.engine.executor import RpcExecutor
-from morphserve.integration.engine.floors import FloorGate
 from morphserve.integration.engine.histogram import TimeHistogram
 from morphserve.integration.engine.idle_ticker import IdleTicker
 from morphserve.integration.engine.provenance import Provenance
 from morphserve.integration.engine.publish import publish_base
-from morphserve.integration.engine.receipts import Receipts
+from morphserve.integration.engine.requests import FloorGate, Receipts, StepInFlight, Traffic
 from morphserve.integration.engine.runtime import EngineRuntime
 from morphserve.integration.engine.status import StatusPage
-from morphserve.integration.engine.traffic import StepInFlight, Traffic
 from morphserve.integration.start import for_this_device, make_policy, policy_setup
 from policies import Floors, PolicySetup, promise_of
 

@@ -23,7 +23,7 @@ from morphserve.control import (
 from morphserve.errors import ConfigError
 from morphserve.integration import seams
 from morphserve.integration.describe import RankDescription
-from morphserve.integration.engine.block_pool import blocks_of_one_request, check_supported
+from morphserve.integration.engine.resizable import blocks_of_one_request, check_supported
 from morphserve.integration.start import check_given_blocks, config_file, served_ladder
 from morphserve.integration.worker import check_kinds, geometry_of, granularity_of
 from morphserve.profile_ladder import read_ladder

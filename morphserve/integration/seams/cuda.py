@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from morphserve.integration.seams.rows import Seam
 
-_OFFLOAD = "vllm.model_executor.offloader.base"
 _V1 = "vllm.v1.worker.gpu_model_runner"
 _V2 = "vllm.v1.worker.gpu.model_runner"
 _RUNNER_V1 = f"{_V1}:GPUModelRunner"

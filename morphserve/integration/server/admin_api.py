@@ -22,13 +22,13 @@ from fastapi.responses import JSONResponse
 from morphserve.control import ORDERS, Action, OrderBody, ReloadBody, parse_order
 from morphserve.errors import OrderError
 from morphserve.integration.server.access import Access
-from morphserve.integration.server.body import busy, text_of
+from morphserve.integration.server.body import alone, text_of
+from morphserve.integration.server.reload_api import reload_engines
 from morphserve.integration.server.status_api import LastStatuses, shown
 
 _MAX_BODY_BYTES = 4096
 _TIMEOUT_S = 10.0  # of each question to the engines
 _SHOWN = ("engine", "level", "target_level", "exposure_level", "deepest_level", "failed", "num_running", "num_waiting")
-_RELOAD_TIMEOUT_S = 60.0  # two looks at a file, a second apart, and a wait for who writes it
 _CODES = {"stale": 409, "late": 409, "refused": 422, "busy": 429, "failed": 503}  # by outcome
 
 Status = dict[str, Any]
@@ -48,7 +48,7 @@ class Engines(Protocol):
 
 def add_admin(router: APIRouter, last: LastStatuses, engines: Engines, access: Callable[[], Access]) -> None:
     """Add the routes."""
-    is_busy = asyncio.Lock()
+    door = asyncio.Lock()
 
     @router.get("/admin/state")
     async def state(request: Request) -> Response:
@@ -62,9 +62,7 @@ def add_admin(router: APIRouter, last: LastStatuses, engines: Engines, access: C
         access().check_change(request)
         if action not in ORDERS:
             raise HTTPException(404, f"no order of that name; there are {', '.join(ORDERS)}")
-        if is_busy.locked():  # before a byte of the body is read
-            raise busy("order")
-        async with is_busy:
+        async with alone(door, "order"):
             text = await text_of(request, _MAX_BODY_BYTES)
             try:
                 body = parse_order(cast(Action, action), text)
@@ -107,8 +105,7 @@ async def _order(engines: Engines, action: str, text: str, body: OrderBody) -> J
 async def _reload(engines: Engines, body: ReloadBody) -> Status:
     """Have all engines read their file, or take a policy that was sent; return the answer of one that has not."""
     sent = "" if body.policy is None else json.dumps({"policy": body.policy})
-    async with asyncio.timeout(_RELOAD_TIMEOUT_S):
-        answers = await engines.call("morphserve_reload", "POST /morphserve/admin/reload", sent)
+    answers = await reload_engines(engines.call, "POST /morphserve/admin/reload", sent)
     return next((answer for answer in answers if not answer["ok"]), {})
 
 

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from fastapi import HTTPException, Request
 
 _TIMEOUT_S = 10.0  # of whoever sends it a byte at a time
+
+
+@asynccontextmanager
+async def alone(lock: asyncio.Lock, what: str) -> AsyncIterator[None]:
+    """Let one in at a time, and refuse the others before a byte of their bodies is read.
+
+    Raises:
+        HTTPException: somebody is in.
+    """
+    if lock.locked():
+        raise busy(what)
+    async with lock:
+        yield
 
 
 async def text_of(request: Request, max_bytes: int) -> str:

@@ -10,8 +10,8 @@ after a resize: `morphserve:kv_blocks` is the one to watch.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import accumulate
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, get_args
@@ -28,10 +28,11 @@ from morphserve.integration.server.page import add_page
 from morphserve.integration.server.poll import SILENT_AFTER_S, StatusPoll
 from morphserve.integration.server.queue_limit import QueueLimit
 from morphserve.integration.server.receipt_door import ReceiptDoor, note_receipts
-from morphserve.integration.server.reload_api import add_route, on_hangup
+from morphserve.integration.server.reload_api import add_route, on_hangup, reload_engines
 from morphserve.integration.server.scrape import add_behind_shared, add_to_own
 from morphserve.integration.server.spare_time import SpareTime
 from morphserve.integration.server.status_api import LastStatuses, add_status
+from morphserve.integration.server.tasks import Tasks
 from morphserve.integration.start import read_settings
 from policies import OrderKind, Predictions
 
@@ -197,7 +198,8 @@ class MorphServeEndpoint:
         self._collector = StatusCollector(self._poll)
         self._client: Any = None
         self._spare_time = SpareTime(None)
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks = Tasks()
+        self._reload = partial(reload_engines, self.call)
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes; who may use them is known once `init_state` has read the settings, and until then nobody."""
@@ -226,8 +228,9 @@ class MorphServeEndpoint:
             self._limit_queues(statuses)
             spare_time.look(statuses)
 
-        self._tasks = [asyncio.create_task(run) for run in (self._poll.run(tell), spare_time.run())]
-        on_hangup(self._reload)
+        self._tasks.start(self._poll.run(tell))
+        self._tasks.start(spare_time.run())
+        on_hangup(self._reload, self._tasks)
 
     async def look(self) -> list[_Status]:
         """Ask every engine behind this API server for its status: what is shown from now on."""
@@ -239,10 +242,6 @@ class MorphServeEndpoint:
         """Return the status of every engine behind this API server, with what it does itself."""
         own = {"prepare": self._spare_time.as_json()}
         return [status | own for status in await self.call("morphserve_status")]
-
-    async def _reload(self, cause: str, sent: str = "") -> list[_Status]:
-        """Have every engine read its settings anew, or a policy that was sent; return what came of it in each."""
-        return await self.call("morphserve_reload", cause, sent)
 
     async def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
         """Call a utility method of every engine; the answers are in the order of the engines."""

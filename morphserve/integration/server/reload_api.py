@@ -1,6 +1,8 @@
-"""SIGHUP and `POST /morphserve/reload`: the engines read the policy from their YAML now, not within two seconds.
+"""The engines read the policy from their YAML now, not within two seconds: at SIGHUP, at `POST /morphserve/reload`, and
+as an order of `admin_api.py`. All three have `reload_engines` do it.
 
-Engines without a YAML take it from the body of the POST. One reload at a time, of all who ask.
+Engines without a YAML take the policy from the body of a POST. Each engine does one reload at a time, whoever asks
+(`control/reload/watch.py`), and tells the others that it is busy.
 """
 
 from __future__ import annotations
@@ -15,28 +17,40 @@ from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse
 
 from morphserve.integration.server.access import Access
-from morphserve.integration.server.body import busy, text_of
+from morphserve.integration.server.body import alone, busy, text_of
+from morphserve.integration.server.tasks import Tasks
 from morphserve.integration.start import hangup_is_free
 
 logger = logging.getLogger("vllm.morphserve")
 
 
+Call = Callable[..., Awaitable[list[dict[str, Any]]]]  # a utility method of every engine, by its name and arguments
+
+
 class Ask(Protocol):
-    """From the cause, and what was sent, to each engine's answer."""
+    """`reload_engines`, of the engines that there are."""
 
     def __call__(self, cause: str, sent: str = "") -> Awaitable[list[dict[str, Any]]]: ...
 
 
 _MAX_BODY_BYTES = 65_536
 _NOTHING = ("", "{}")  # what clients send that always send JSON, too
-_TIMEOUT_S = 60.0  # an engine answers between two steps, and one of a dead engine never
+_TIMEOUT_S = 60.0  # two looks at a file, a second apart, and a wait for who writes it; a dead engine answers never
 
-_tasks: set[asyncio.Task[None]] = set()  # the loop itself keeps none alive
+
+async def reload_engines(call: Call, cause: str, sent: str = "") -> list[dict[str, Any]]:
+    """Have every engine read its settings anew, or a policy that was sent; return what came of it in each.
+
+    Raises:
+        TimeoutError: one has not answered.
+    """
+    async with asyncio.timeout(_TIMEOUT_S):
+        return await call("morphserve_reload", cause, sent)
 
 
 def add_route(router: APIRouter, ask: Ask, access: Callable[[], Access]) -> None:
     """Add `POST /reload`: 200, 422 when an engine has refused the policy, 429 while another reload is under way."""
-    is_busy = asyncio.Lock()
+    door = asyncio.Lock()
 
     @router.post("/reload")
     async def reload(request: Request) -> JSONResponse:
@@ -45,9 +59,7 @@ def add_route(router: APIRouter, ask: Ask, access: Callable[[], Access]) -> None
         A server that was started without a YAML takes it from the body, in JSON or YAML: {"policy": {"kind": ...}}
         """
         access().check_change(request)
-        if is_busy.locked():  # before a byte of the body is read
-            raise busy("reload")
-        async with is_busy:
+        async with alone(door, "reload"):
             sent = await text_of(request, _MAX_BODY_BYTES)
             answer = await _reload_all("" if sent.strip() in _NOTHING else sent)
         if answer["outcome"] == "busy":  # one that SIGHUP or another API server has asked for
@@ -56,7 +68,7 @@ def add_route(router: APIRouter, ask: Ask, access: Callable[[], Access]) -> None
 
     async def _reload_all(sent: str) -> dict[str, Any]:
         try:
-            answers = await asyncio.wait_for(ask("POST /morphserve/reload", sent), _TIMEOUT_S)
+            answers = await ask("POST /morphserve/reload", sent)
         except TimeoutError as e:
             raise HTTPException(504, f"an engine has not answered for {_TIMEOUT_S:.0f} s") from e
         if not answers:
@@ -72,7 +84,7 @@ def combine(answers: list[dict[str, Any]]) -> dict[str, Any]:
     return whole if len(answers) == 1 else {**whole, "engines": answers}
 
 
-def on_hangup(ask: Ask) -> bool:
+def on_hangup(ask: Ask, tasks: Tasks) -> bool:
     """Reload at SIGHUP, unless the process has other plans for it. Needs the event loop of the main thread.
 
     Returns:
@@ -82,22 +94,16 @@ def on_hangup(ask: Ask) -> bool:
         return False
     loop = asyncio.get_running_loop()
     try:
-        loop.add_signal_handler(signal.SIGHUP, _start, loop, ask)
+        loop.add_signal_handler(signal.SIGHUP, lambda: tasks.start(_reload(ask)))
     except (RuntimeError, ValueError, NotImplementedError):  # another thread than the main one, or a loop without
         return False
     return True
 
 
-def _start(loop: asyncio.AbstractEventLoop, ask: Ask) -> None:
-    task = loop.create_task(_reload(ask))
-    _tasks.add(task)
-    task.add_done_callback(_tasks.discard)
-
-
 async def _reload(ask: Ask) -> None:
     """Ask the engines, which say themselves what came of it."""
     try:
-        answers = await asyncio.wait_for(ask("SIGHUP"), _TIMEOUT_S)
+        answers = await ask("SIGHUP")
     except Exception as e:
         logger.error("morphserve: SIGHUP reached no engine (%s: %s); the policy stays", type(e).__name__, e)
         return

@@ -12,9 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from morphserve.config import MorphServeConfig, load_config, parse_config
+from morphserve.config import Device, MorphServeConfig, Settled, load_config, max_kl, parse_config, settle
 from morphserve.control import DEFAULT_FORMATS, without_formats
-from morphserve.default_ladder import Device, Settled, max_kl, settle
 from morphserve.profile_ladder import read_ladder
 from policies import bits_of
 

@@ -73,6 +73,9 @@ def stored_times(
 ) -> Path | None:
     """Return the step times that `morphserve prepare` has taken of a model on this machine, of a lone rank.
 
+    Those of other cores than asked for are taken where there are none of these, with a WARNING: prepare leaves the
+    cores to vLLM, and a replay's server has one.
+
     Args:
         cache_dir: of the settings.
         model: directory or hub name.
@@ -85,10 +88,20 @@ def stored_times(
     if weights is None:
         return None
     own = dtype or model_dtype(str(directory)) or ""
-    place = Place(**this_machine(cpu_bind), dtype=own, tensor_parallel=1, pipeline_parallel=1,
-                  compiled=not enforce_eager, vllm=vllm_version())  # fmt: skip
-    findings = Findings()
-    found = find_times(Store(cache_dir, weights), place, findings)
+    asked, by_default = (
+        Place(**this_machine(cores), dtype=own, tensor_parallel=1, pipeline_parallel=1,
+              compiled=not enforce_eager, vllm=vllm_version())
+        for cores in (cpu_bind, None)
+    )  # fmt: skip
+    store, findings = Store(cache_dir, weights), Findings()
+    if (found := find_times(store, asked, findings)) is not None:
+        return found.file
+    if (found := find_times(store, by_default, Findings())) is not None:
+        log.warning(
+            "simulated with step times of cores %s, not %s: nobody has timed these. `morphserve calibrate --cpu-bind` "
+            "times them.", by_default.cores, asked.cores,
+        )  # fmt: skip
+        return found.file
     for why in findings.not_used:
         log.warning("not used: %s", why)
-    return None if found is None else found.file
+    return None

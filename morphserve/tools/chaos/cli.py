@@ -75,6 +75,8 @@ async def _run(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         say(f"{name}  skipped: {why}")
     wanted = [each for each in wanted if each.name not in skipped]
     references = {_as_stock(each): await runner.reference(each) for each in {_as_stock(e): e for e in wanted}.values()}
+    for (serve_args, num_ranks), reference in references.items():
+        say(f"canaries that a stock server answers alike ({num_ranks} ranks, {serve_args}): {sorted(reference)}")
     rows: list[dict[str, Any]] = []
     found = {"machine": describe_machine(), "model": Path(args.model).name, "scenarios": rows, "skipped": skipped}
     async for scenario, seen in runner.run(wanted):

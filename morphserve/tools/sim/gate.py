@@ -1,4 +1,4 @@
-"""Requests that must not be served below a level of their own, as `integration/engine/floors.py` treats them."""
+"""Requests that must not be served below a level of their own, as the engine's `FloorGate` treats them."""
 
 from __future__ import annotations
 

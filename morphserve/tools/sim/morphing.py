@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from morphserve.config import MorphServeConfig, step_times_file
+from morphserve.config import Device, MorphServeConfig, settle, step_times_file
 from morphserve.control import (
     DEFAULT_FORMATS,
     TIMED_BATCHES,
@@ -24,7 +24,6 @@ from morphserve.control import (
     optional_formats,
     without_formats,
 )
-from morphserve.default_ladder import Device, settle
 from morphserve.errors import ConfigError
 from morphserve.tools.sim.calibration import Calibration
 from morphserve.tools.sim.executor import SimExecutor

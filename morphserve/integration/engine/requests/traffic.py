@@ -12,7 +12,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
 from morphserve.control import EngineView, Monitor, WaitingRequest
-from morphserve.integration.engine.request_limits import LateCount, limits_of
+from morphserve.integration.engine.requests.request_limits import LateCount, limits_of
 from policies import Promise
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from morphserve.control.decision_log import DecisionLog
+from morphserve.control.decisions.decision_log import DecisionLog
+from morphserve.control.decisions.orders import Action, OrderBook, parse_order
 from morphserve.control.health import Counters
-from morphserve.control.orders import Action, OrderBook, parse_order
 from morphserve.errors import OrderError
 from policies import Decision, Ladder, Policy, PolicySetup, Predictions, Signals, ask, succeed
 

@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from morphserve.integration.engine.block_pool import VllmBlockPool
-from morphserve.integration.engine.traffic import Traffic
+from morphserve.integration.engine.requests.traffic import Traffic
 from policies import Floors
 
 if TYPE_CHECKING:

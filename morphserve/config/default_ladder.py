@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from morphserve.config import LadderConfig, LadderStep, MorphServeConfig
+from morphserve.config.sections import LadderConfig, LadderStep, MorphServeConfig
 from policies import bits_of
 
 # What a ladder may take by itself on a CPU, widest first: fast on every one that MorphServe serves on. No list of all

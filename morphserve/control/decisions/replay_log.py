@@ -18,7 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from morphserve.config import MorphServeConfig, load_config, step_times_file
-from morphserve.control.decision_log import SCHEMA, Header, Line, Mark, Row
+from morphserve.control.decisions.decision_log import SCHEMA, Header, Line, Mark, Row
 from morphserve.errors import ConfigError
 from morphserve.user_input import user_path
 from morphserve.version import __version__
