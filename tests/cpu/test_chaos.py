@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -25,6 +26,7 @@ from morphserve.tools.chaos.libraries import CACHE, SAYS, failing_library
 from morphserve.tools.chaos.load import CanaryAnswer, Traffic
 from morphserve.tools.chaos.report import report
 from morphserve.tools.chaos.scenarios import SCENARIOS, Scenario, by_server
+from morphserve.tools.chaos.stage import Stage
 from morphserve.tools.workload import OK, Snapshot
 
 pytestmark = pytest.mark.cpu
@@ -305,6 +307,7 @@ def test_a_call_fails_while_the_file_says_so(probe: Probe, tmp_path: Path, word:
     assert probe(_FAILS[word], "no-" + word).wait() == 0  # another word
     assert probe(_FAILS[word], word).wait() == 1
     said = (tmp_path / "said").read_text()
+    assert (tmp_path / "says.met").exists() == (word != "no-write")  # that one is known by how the start ends
     assert "OSError" in said and os.strerror(errno.ENOSPC if word == "no-write" else errno.ENOMEM) in said
 
 
@@ -322,6 +325,18 @@ def test_a_process_stops_itself_once(probe: Probe, tmp_path: Path, word: str) ->
     assert pid == process.pid and os.WIFSTOPPED(status) and not (tmp_path / "says").exists()
     processes.send([pid], signal.SIGCONT)
     assert process.wait() == 0
+
+
+def test_a_fault_waits_for_a_change_of_its_own() -> None:
+    """Guards: a rank killed at rest, because the first look at a server that has served others differs from none."""
+    looks: list[tuple[int, int] | None] = [None, None, (0, 6), (0, 6), (0, 6), (3, 7), (3, 7)]
+    left = iter(looks)
+    none: Any = None
+    stage = Stage(
+        none, none, 1, Path(), Path(), Path(), lambda: next(left, looks[-1]), Traffic(), Path(), ""
+    )  # fmt: skip
+    asyncio.run(stage.in_transition())
+    assert next(left, "the last look was met") in ((3, 7), "the last look was met")
 
 
 def test_an_adapter_is_what_vllm_loads(tmp_path: Path) -> None:

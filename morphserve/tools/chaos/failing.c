@@ -36,6 +36,21 @@ static int says(const char *word, long *number) {
     return 1;
 }
 
+/* Leave a file beside it: somebody has met what it says. */
+static void met(void) {
+    char path[4096];
+    int saved = errno;
+    snprintf(path, sizeof path, "%s.met", getenv("MORPHSERVE_CHAOS_SAYS"));
+    syscall(SYS_close, (int)syscall(SYS_openat, AT_FDCWD, path, O_WRONLY | O_CREAT | O_CLOEXEC, 0600));
+    errno = saved;
+}
+
+static int refused(void) {
+    met();
+    errno = ENOMEM;
+    return -1;
+}
+
 /* One process alone can remove the file. */
 static void stop_if(const char *word) {
     const char *path = getenv("MORPHSERVE_CHAOS_SAYS");
@@ -70,9 +85,12 @@ static void before_read(int file) {
     long milliseconds = 0;
     int saved = errno;
     if (says("slow-read", &milliseconds)) {
-        if (is_packed(file)) nap(milliseconds);
+        if (is_packed(file)) {
+            met();
+            nap(milliseconds);
+        }
     } else if (says("hang-read", NULL)) {
-        while (is_packed(file) && says("hang-read", NULL)) nap(10);
+        for (; is_packed(file) && says("hang-read", NULL); nap(10)) met();
     } else if (says("stop-read", NULL) && is_packed(file)) {
         stop_if("stop-read");
     }
@@ -108,17 +126,11 @@ int madvise(void *start, size_t bytes, int advice) {
     NEXT("madvise");
     if (bytes >= REGION && advice == MADV_DONTNEED) {
         stop_if("stop-unmap");
-        if (says("no-release", NULL)) {
-            errno = ENOMEM;
-            return -1;
-        }
+        if (says("no-release", NULL)) return refused();
     }
     if (bytes >= REGION && advice == POPULATE_WRITE) {
         stop_if("stop-map");
-        if (says("no-populate", NULL)) {
-            errno = ENOMEM;
-            return -1;
-        }
+        if (says("no-populate", NULL)) return refused();
     }
     return real(start, bytes, advice);
 }
@@ -133,7 +145,7 @@ void *mmap64(void *start, size_t bytes, int protection, int flags, int file, off
     static void *(*real)(void *, size_t, int, int, int, off64_t);
     NEXT("mmap64");
     if (is_refused(bytes, flags)) {
-        errno = ENOMEM;
+        refused();
         return MAP_FAILED;
     }
     return real(start, bytes, protection, flags, file, offset);

@@ -11,6 +11,8 @@ What it does says a file that is there while it does so (`Stage.broken`): a word
     stop-read, stop-unmap, stop-map
                    who first reads a packed file, releases or populates removes the file and stops itself (SIGSTOP)
     clock N        the time of day is N seconds more. What waits in the kernel for a time of day is not moved
+
+Who is refused, slowed down or held leaves a file of the same name with `.met` behind it.
 """
 
 from __future__ import annotations

@@ -135,9 +135,9 @@ class Runner:
             seen.snapshots = poller.snapshots
             polling = asyncio.create_task(poller.run(_POLL_S))
 
-            def levels() -> tuple[int, int]:
+            def levels() -> tuple[int, int] | None:
                 last = poller.snapshots[-1] if poller.snapshots else None
-                return (0, 0) if last is None else (last.level or 0, sum(last.transitions.values()))
+                return None if last is None else (last.level or 0, sum(last.transitions.values()))
 
             stage = Stage(
                 session, self._options(server), int(server.pid or 0), Path(self.server.model), directory / "morph.yaml",
@@ -200,7 +200,7 @@ async def _watch(stage: Stage, seen: Seen) -> None:
 async def _rest(seen: Seen, session: aiohttp.ClientSession, stage: Stage) -> None:
     """Wait for level 0, and ask all canaries there, at once."""
     begin = time.perf_counter()
-    if await until(lambda: stage.levels()[0] == 0, RESTORED_WITHIN_S):
+    if await until(lambda: stage.level == 0, RESTORED_WITHIN_S):
         seen.restored_s = time.perf_counter() - begin
         stage.traffic.canaries += await _ask_all(session, stage.options)
         await asyncio.sleep(1.0)

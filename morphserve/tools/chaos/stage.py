@@ -31,23 +31,39 @@ class Stage:
     model: Path
     config: Path  # the YAML
     cache: Path  # where packed layers lie
-    levels: Callable[[], tuple[int, int]]  # level and transitions begun, as last polled
+    levels: Callable[[], tuple[int, int] | None]  # level and transitions ended, as last polled; None: not yet
     traffic: Traffic
     break_file: Path  # what it says, the library in front of libc does (`libraries`)
     token: str  # that changes something
 
     async def in_transition(self) -> None:
         """Wait until the level is about to change, or has just changed."""
+        await until(lambda: self.levels() is not None, BURST_S)
         begun = self.levels()
         await until(lambda: self.levels() != begun, BURST_S)
 
     async def above_level_0(self) -> None:
         """Wait until layers are away."""
-        await until(lambda: self.levels()[0] > 0, BURST_S)
+        await until(lambda: self.level > 0, BURST_S)
+
+    @property
+    def level(self) -> int:
+        """As last polled."""
+        return (self.levels() or (0, 0))[0]
+
+    async def met(self) -> None:
+        """Wait until somebody has met what the library does."""
+        if not await until(self._met_file.exists, BURST_S):
+            raise AssertionError(f"nobody called what was to fail within {BURST_S:.0f} s: nothing was tried")
+
+    @property
+    def _met_file(self) -> Path:
+        return self.break_file.with_name(f"{self.break_file.name}.met")
 
     @contextmanager
     def broken(self, how: str) -> Iterator[None]:
         """Have the library in front of libc do something in the block."""
+        self._met_file.unlink(missing_ok=True)
         partial = self.break_file.with_suffix(".partial")
         partial.write_text(f"{how}\n", encoding="utf-8")
         partial.rename(self.break_file)

@@ -81,7 +81,7 @@ def _packed(cache: Path) -> Iterator[Path]:
 async def slow_disk(stage: Stage) -> None:
     """Have every read of a packed file take its time, for a while."""
     with stage.broken(f"slow-read {_READ_MS}"):
-        await stage.in_transition()
+        await stage.met()
         await stage.in_transition()
         await asyncio.sleep(FROZEN_S)
 
@@ -89,5 +89,5 @@ async def slow_disk(stage: Stage) -> None:
 async def hung_disk(stage: Stage) -> None:
     """Have reads of packed files not come back, for longer than one may take."""
     with stage.broken("hang-read"):
-        await stage.in_transition()
+        await stage.met()
         await asyncio.sleep(_HUNG_S)
