@@ -114,6 +114,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Any:
 
             attach_prepared(config)
             check_engine(config)
+            _trace(config)
             if _is_of_server(usage_context):
                 ignore_hangups()
         except MorphServeError as e:
@@ -136,6 +137,7 @@ def _activate(engine_args: Any) -> None:
         SeamError, ConfigError.
     """
     from morphserve.errors import ConfigError
+    from morphserve.integration.server import keep_all_receipts
 
     seams.require_all(_device_seams())
     read_settings(engine_args.additional_config)
@@ -150,6 +152,7 @@ def _activate(engine_args: Any) -> None:
     _keep_kv_from_growing(engine_args)
     install_engine_seams()
     seams.wrap(seams.ENDPOINT_PLUGINS, _load_endpoint_plugins)
+    seams.wrap(seams.CHOICE_OUTPUT, keep_all_receipts)
 
 
 def _keep_kv_from_growing(engine_args: Any) -> None:
@@ -201,6 +204,13 @@ def _load_endpoint_plugins(original: Callable[..., Any]) -> Any:
                 os.environ[_ALLOW_LIST] = before
 
     return load_endpoint_plugins
+
+
+def _trace(config: Any) -> None:
+    from morphserve.integration import spans
+
+    if spans.is_traced(config):
+        spans.install()
 
 
 def _is_of_server(usage_context: Any) -> bool:

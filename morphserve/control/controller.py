@@ -14,7 +14,7 @@ from morphserve.control.health import Counters, Health
 from morphserve.control.monitor import Monitor
 from morphserve.control.ranks import BlockPoolPort, EngineView, ExecutorPort, RanksUnknown
 from morphserve.control.runner import SwapRunner
-from morphserve.control.transition import Direction, Phase
+from morphserve.control.transition import Direction, Phase, TransitionHistory
 from morphserve.control.transition_book import TransitionBook
 from morphserve.errors import ConfigError, OrderError
 from policies import Ladder, Policy, PolicySetup
@@ -85,7 +85,8 @@ class Controller:
         self._layer_state = self._runner.layer_state
         self.counters = Counters(num_blocks_published=pool.num_kv_blocks, num_blocks_mapped=pool.num_kv_blocks)
         self._policy_host = PolicyHost(policy, ladder, self.counters, log, clock)
-        self._book = TransitionBook(config.transition, self.counters, self._layer_state, pool)
+        self._policy_host.kind = config.policy.kind
+        self._book = TransitionBook(config.transition, self.counters, self._layer_state, pool, self._policy_host)
         self._driven_s = 0.0  # when the transition was last worked on
         self.health = Health.RUNNING
         self.lost = ""  # why nothing may be served any more, in words
@@ -109,8 +110,13 @@ class Controller:
 
     @property
     def level_ahead(self) -> int:
-        """The deepest level that tokens count for, or will on the way that the policy has chosen."""
-        return max(self.effective_level, 0 if self.failed else self._policy_host.decision.level)
+        """The deepest level that tokens count for, or will at the end of the transition under way."""
+        return max(self.effective_level, 0 if self.failed else self.target_level)
+
+    @property
+    def history(self) -> TransitionHistory:
+        """The transitions that have ended, and who is told of each."""
+        return self._book.history
 
     @property
     def phase(self) -> Phase:
@@ -121,6 +127,11 @@ class Controller:
     def max_queued_tokens(self) -> int | None:
         """Requests beyond so many waiting prompt tokens are to be refused at the door; None = none are."""
         return None if self.failed else self._policy_host.max_queued_tokens
+
+    @property
+    def min_floor(self) -> int:
+        """Requests that ask not to be served below a shallower level are to be refused at the door; 0 = none are."""
+        return 0 if self.failed else self._policy_host.decision.min_floor
 
     @property
     def in_transition(self) -> bool:
@@ -170,6 +181,7 @@ class Controller:
             "failed": self.failed,
             "orders": self._policy_host.orders_as_json(),
             "max_queued_tokens": self.max_queued_tokens,
+            "min_floor": self.min_floor,
             "layers_by_format": self._layer_state.layers_by_format(),
             "num_kv_blocks": self._pool.num_kv_blocks,
             "used_kv_blocks": self._pool.num_used_blocks,
@@ -256,7 +268,7 @@ class Controller:
         if target is None or runner.replies.copies:
             return
         if self._book.under_way is None:
-            self._book.open(now, target, runner.revision + 1, self._policy_host.decision)
+            self._book.open(now, target, runner.revision + 1)
         runner.start(now, target)
         # An executor that answers at once commits here. The next swap batch still waits for the next
         # step boundary: two in one gap would double the pause.
@@ -279,6 +291,7 @@ class Controller:
         transition = self._book.under_way
         assert transition is not None
         end = self._runner.advance(now, self._is_wanted(transition.direction))
+        self._book.note_pause(self._runner.replies.pause_s)
         if end is None:
             return False
         if end.outcome == "committed":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Literal
@@ -17,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 Direction = Literal["degrade", "restore"]
 Outcome = Literal["committed", "aborted", "cancelled"]
+_NOT_LOGGED = ("revision", "kv_blocks_gained")  # the line begins with the one, and has what the other is made of
+_BARE = re.compile(r"[\w.:/+-]+", re.ASCII)  # a value that needs no quotes
 
 
 class Phase(Enum):
@@ -75,6 +79,17 @@ def check_move(revision: int, old: Phase, new: Phase) -> Phase:
     return next_state(f"transition r{revision}", _NEXT, old, new)
 
 
+@dataclass(frozen=True, slots=True)
+class TransitionEnd:
+    """How a transition has ended, when, and where: at `level`, with so many KV blocks published."""
+
+    outcome: Outcome
+    now_s: float
+    level: int
+    num_kv_blocks: int
+    error: str = ""
+
+
 @dataclass(slots=True)
 class Transition:
     """A change of level, from the first swap batch in one direction until idle again, or until the direction turns.
@@ -88,26 +103,32 @@ class Transition:
     started_s: float
     blocks_before: int
     from_level: int = 0
+    policy: str = ""  # of which kind, when it began
+    order: str | None = None  # of an operator, in force when it began
     num_layers: int = 0  # layer switches committed so far
     last_format: str = ""
+    longest_pause_s: float = 0.0  # that one command kept a rank from its next step
 
-    def log_end(
-        self, outcome: Outcome, level: int, seconds: float, num_kv_blocks: int, error: str = "", is_news: bool = True
-    ) -> None:
-        """Say in one line how it has ended, at `level` and with so many blocks published."""
-        milliseconds = seconds * 1000
-        if outcome == "aborted":
-            urgency = logging.WARNING if is_news else logging.INFO  # what keeps failing is one warning
-            logger.log(
-                urgency, "morph r%d: aborted at level %d after %.0f ms (%s)", self.revision, level, milliseconds, error
-            )
-        elif outcome == "cancelled":
-            logger.info("morph r%d: cancelled at level %d after %.0f ms", self.revision, level, milliseconds)
-        else:
-            logger.info(
-                "morph r%d: committed in %.0f ms, %d layers %s, %+d KV blocks",
-                self.revision, milliseconds, self.num_layers, self.last_format, num_kv_blocks - self.blocks_before,
-            )  # fmt: skip
+    def row(self, end: TransitionEnd) -> dict[str, Any]:
+        """Return what status, log and spans say of it; docs/watching.md explains the keys, which stay."""
+        return {
+            "revision": self.revision,
+            "direction": self.direction,
+            "outcome": end.outcome,
+            "from_level": self.from_level,
+            "to_level": end.level,
+            "num_layers": self.num_layers,
+            "format": self.last_format or None,
+            "kv_blocks_before": self.blocks_before,
+            "kv_blocks_after": end.num_kv_blocks,
+            "kv_blocks_gained": end.num_kv_blocks - self.blocks_before,
+            "seconds": end.now_s - self.started_s,
+            "pause_ms": 1e3 * self.longest_pause_s,
+            "policy": self.policy,
+            "order": self.order,
+            "reason": self.reason,
+            "error": end.error,
+        }
 
 
 class TransitionHistory:
@@ -116,6 +137,7 @@ class TransitionHistory:
     def __init__(self, size: int = 20) -> None:
         self._ended: deque[tuple[float, dict[str, Any]]] = deque(maxlen=size)
         self._failing: set[tuple[Direction, str]] = set()  # with the places, since it last reached a level
+        self.on_end: Callable[[dict[str, Any]], None] | None = None  # is told of each, and must not raise
 
     def is_news(self, direction: Direction, outcome: Outcome, place: str) -> bool:
         """Return whether an end is another than those before it, back to the last that has reached its level.
@@ -131,28 +153,32 @@ class TransitionHistory:
         self._failing.add((direction, place))
         return is_news
 
-    def add(
-        self, now_s: float, transition: Transition, outcome: Outcome, to_level: int, num_kv_blocks: int, error: str = ""
-    ) -> None:
-        """Remember a transition that has ended at `to_level`, with so many blocks published."""
-        t = transition
-        row = {
-            "revision": t.revision,
-            "direction": t.direction,
-            "outcome": outcome,
-            "from_level": t.from_level,
-            "to_level": to_level,
-            "reason": t.reason,
-            "error": error,
-            "seconds": now_s - t.started_s,
-            "num_layers": t.num_layers,
-            "kv_blocks_gained": num_kv_blocks - t.blocks_before,
-        }
-        self._ended.append((now_s, row))
+    def add(self, transition: Transition, end: TransitionEnd, log_level: int = logging.INFO) -> None:
+        """Remember a transition that has ended, and say so in one line."""
+        row = transition.row(end)
+        self._ended.append((end.now_s, row))
+        said = {key: value for key, value in row.items() if key not in _NOT_LOGGED}
+        logger.log(log_level, "morph r%d: %s", transition.revision, logfmt(said))
+        if self.on_end is not None:
+            self.on_end(row)
 
     def as_json(self, now_s: float) -> list[dict[str, Any]]:
         """Return them, the newest first, each with how long ago it ended."""
         return [{**row, "ended_ago_s": max(now_s - ended_s, 0.0)} for ended_s, row in reversed(self._ended)]
+
+
+def logfmt(row: Mapping[str, Any]) -> str:
+    """Return `key=value key=value`, one line whatever a text holds: one that is no single word is a JSON string."""
+    return " ".join(f"{key}={_logfmt_value(value)}" for key, value in row.items())
+
+
+def _logfmt_value(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    text = str(value)
+    return text if _BARE.fullmatch(text) else json.dumps(text)
 
 
 @dataclass(slots=True)

@@ -7,11 +7,11 @@ from typing import Any
 
 from morphserve.backoff import BackOff
 from morphserve.config import TransitionConfig
+from morphserve.control.decisions import PolicyHost
 from morphserve.control.health import Counters
 from morphserve.control.layer_state import LayerState
 from morphserve.control.ranks import BlockPoolPort
-from morphserve.control.transition import BatchEnd, Direction, Outcome, Transition, TransitionHistory
-from policies import Decision
+from morphserve.control.transition import BatchEnd, Direction, Outcome, Transition, TransitionEnd, TransitionHistory
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,9 @@ class DirectionBackOff:
 class TransitionBook:
     """One transition at a time, from its first line in the log to its last. Counts how each ends, remembers a few."""
 
-    def __init__(self, config: TransitionConfig, counters: Counters, state: LayerState, pool: BlockPoolPort) -> None:
+    def __init__(
+        self, config: TransitionConfig, counters: Counters, state: LayerState, pool: BlockPoolPort, host: PolicyHost
+    ) -> None:
         """Begin with none.
 
         Args:
@@ -78,17 +80,19 @@ class TransitionBook:
             counters: told of each end.
             state: the level that a transition has left, and reached.
             pool: what it has gained.
+            host: who decides.
         """
         self.under_way: Transition | None = None
         self.backoff = DirectionBackOff(config)
         self._counters = counters
         self._state = state
         self._pool = pool
-        self._history = TransitionHistory()
+        self._host = host
+        self.history = TransitionHistory()
 
-    def open(self, now_s: float, target: int, revision: int, decision: Decision) -> None:
+    def open(self, now_s: float, target: int, revision: int) -> None:
         """Begin one, on the way to what was decided; `target` is the next level on it."""
-        direction = self._state.direction(target)
+        direction, decision = self._state.direction(target), self._host.decision
         start = self._state.effective_level if direction == "restore" else self._state.current
         self.under_way = Transition(
             revision=revision,
@@ -97,6 +101,8 @@ class TransitionBook:
             started_s=now_s,
             blocks_before=self._pool.num_kv_blocks,
             from_level=start,
+            policy=self._host.kind,
+            order=self._host.order_kind,
         )
         logger.info("morph r%d: level %d -> %d (%s)", revision, start, decision.level, decision.reason)
 
@@ -107,18 +113,27 @@ class TransitionBook:
         self.under_way.last_format = end.format
         self._counters.num_layers_switched += end.num_layers
 
+    def note_pause(self, pause_s: float) -> None:
+        """Take in how long a command has kept a rank from its next step."""
+        assert self.under_way is not None
+        self.under_way.longest_pause_s = max(self.under_way.longest_pause_s, pause_s)
+
     def close(self, now_s: float, outcome: Outcome, error: str = "", place: str = "") -> None:
         """End the one under way where the engine is now; `place`: what has failed, of a few fixed names."""
-        t, num_kv_blocks, level = self.under_way, self._pool.num_kv_blocks, self._state.current
+        assert self.under_way is not None
+        if outcome == "committed":
+            self.backoff.succeeded(self.under_way.direction)
+        is_news = self.history.is_news(self.under_way.direction, outcome, place)  # what keeps failing is one warning
+        self._end(now_s, outcome, error, logging.WARNING if outcome == "aborted" and is_news else logging.INFO)
+
+    def _end(self, now_s: float, outcome: Outcome, error: str, log_level: int) -> None:
+        t = self.under_way
         assert t is not None
         self.under_way = None
-        self._history.add(now_s, t, outcome, level, num_kv_blocks, error)
         self._counters.count_transition(t.direction, outcome)
         self._counters.transition_seconds += now_s - t.started_s
-        is_news = self._history.is_news(t.direction, outcome, place)
-        t.log_end(outcome, level, now_s - t.started_s, num_kv_blocks, error, is_news)
-        if outcome == "committed":
-            self.backoff.succeeded(t.direction)
+        end = TransitionEnd(outcome, now_s, self._state.current, self._pool.num_kv_blocks, error)
+        self.history.add(t, end, log_level)
 
     def abort(self, now_s: float, end: BatchEnd) -> None:
         """End the one under way because a swap batch of it has failed, and start none for a while."""
@@ -133,11 +148,9 @@ class TransitionBook:
 
     def give_up(self, now_s: float, why: str) -> None:
         """End the one under way, if there is one, with an error that has been told of."""
-        if (t := self.under_way) is not None:
-            self.under_way = None
-            self._counters.count_transition(t.direction, "aborted")
-            self._history.add(now_s, t, "aborted", self._state.current, self._pool.num_kv_blocks, why)
+        if self.under_way is not None:
+            self._end(now_s, "aborted", why, logging.INFO)
 
     def as_json(self, now_s: float) -> list[dict[str, Any]]:
         """Return the ones that ended last, the newest first."""
-        return self._history.as_json(now_s)
+        return self.history.as_json(now_s)

@@ -259,8 +259,8 @@ def test_info_lines_only_at_start_and_end(caplog: pytest.LogCaptureFixture) -> N
         rig.go_to(6)
     assert [record.getMessage() for record in caplog.records][0] == "morph r1: level 0 -> 6 (script wants 6)"
     assert len(caplog.records) == 2
-    assert caplog.records[1].getMessage().startswith("morph r1: committed in ")
-    assert "16 layers w4" in caplog.records[1].getMessage()
+    assert caplog.records[1].getMessage().startswith("morph r1: direction=degrade outcome=committed ")
+    assert "num_layers=16 format=w4" in caplog.records[1].getMessage()
 
 
 def test_status_is_plain() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import fetch_prometheus
 import pytest
 import yaml
+from check_monitoring import NOT_MADE, TROUBLE, _judged
+from fetch_prometheus import find_tool
 
 from morphserve.commands import main
 from morphserve.shipped import MONITORING
@@ -17,8 +19,8 @@ from morphserve.shipped import MONITORING
 pytestmark = pytest.mark.cpu
 
 ALERTS, BOARD = MONITORING
-PROMTOOL = shutil.which("promtool")
-needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="no promtool here; Debian: apt install prometheus")
+PROMTOOL = find_tool("promtool")
+needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="no promtool here: python3 scripts/fetch_prometheus.py")
 RULES: list[dict[str, Any]] = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"][0]["rules"]
 
 # alert |-> series, a value a minute; when it must be silent, when it must fire, when it must be silent again (minutes)
@@ -38,6 +40,26 @@ SCENARIOS: dict[str, tuple[dict[str, str], tuple[int, int, int]]] = {
     "MorphServePredictionsDistrusted": ({'predictions{engine="0",state="distrusted"}': "0x5 1x30 0x9"}, (15, 30, 40)),
     "MorphServeDecisionsDropped": ({'decisions_dropped_total{engine="0"}': "0x5 0+9x5 54x40"}, (4, 9, 40)),
 }  # fmt: skip
+
+
+def test_each_alert_is_met_by_a_real_server_or_says_why_not() -> None:
+    """Guards: an alert that the check on a real server has never heard of."""
+    made = [name for _, names in TROUBLE for name in names]
+    assert sorted([*made, *NOT_MADE]) == sorted(SCENARIOS) and all(NOT_MADE.values())
+
+
+def test_the_check_fails_for_what_it_has_not_seen() -> None:
+    """Guards: a check on a real server that is content with a silent alert, one that stays, or an empty panel."""
+    fine = {"alert": "A", "how": "so", "fired_s": 1.0, "cleared_s": 2.0}
+    shown, metric = {"panel": "P", "query": "q", "series": 1}, {"alert": "N", "why": "", "series": {"m": 1}}
+    assert _judged([fine], [shown], [metric])["failed"] == []
+    for alerts, board, others, failed in (
+        ([{**fine, "fired_s": None}], [shown], [metric], "A"),
+        ([{**fine, "cleared_s": None}], [shown], [metric], "A"),
+        ([fine], [{**shown, "series": 0}], [metric], "q"),
+        ([fine], [shown], [{**metric, "series": {"m": 1, "k": 0}}], "N"),
+    ):
+        assert _judged(alerts, board, others)["failed"] == [failed]
 
 
 def promtool(*words: str | Path) -> None:
@@ -95,3 +117,61 @@ def test_the_files_are_written_once(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert (tmp_path / source.name).read_bytes() == source.read_bytes()
     assert main(["init", "--monitoring", str(tmp_path)]) == 1
     assert "alerts.yaml exists and is left as it is" in capsys.readouterr().err
+
+
+APT = """#!/bin/sh
+echo "$*" >> "$LOG"
+case "$*" in
+  *update*) touch "$LOG.lists" ;;
+  *download*) [ -e "$LOG.lists" ] || { echo "E: Unable to locate package prometheus" >&2; exit 100; }
+              touch prometheus_9.deb ;;
+esac
+"""
+DPKG = """#!/bin/sh
+mkdir -p "$3/usr/bin"
+for each in prometheus promtool; do echo '#!/bin/sh' > "$3/usr/bin/$each"; chmod +x "$3/usr/bin/$each"; done
+"""
+
+
+@pytest.fixture
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with a shell and an empty cache; what is in the directory is on its PATH."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("sh", "touch", "mkdir", "chmod"):
+        (programs / name).symlink_to(f"/bin/{name}")
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.setenv("LOG", str(tmp_path / "apt.log"))
+    monkeypatch.setenv("MORPHSERVE_CACHE", str(tmp_path / "cache"))
+    return programs
+
+
+def test_promtool_is_brought_where_apt_has_no_lists(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: CI on a fresh machine, where apt knows of no package before it has looked, skips the rules' tests for
+    ever; an update of the machine's own lists, which needs root."""
+    for name, text in (("apt-get", APT), ("dpkg-deb", DPKG)):
+        (bare / name).write_text(text)
+        (bare / name).chmod(0o755)
+    assert find_tool("promtool") is None and fetch_prometheus.main() == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(name, Path(path).name) for name, path in found.items()] == [(n, n) for n in ("prometheus", "promtool")]
+    assert subprocess.run([found["promtool"]], check=False).returncode == 0
+    first, update, again = (bare.parent / "apt.log").read_text().splitlines()
+    assert first == "download prometheus" and "Dir::State::Lists=" in update and "Dir::State::Lists=" in again
+    assert fetch_prometheus.main() == 0, "a second time it is there"
+    assert len((bare.parent / "apt.log").read_text().splitlines()) == 3
+    assert [path.name for path in (bare.parent / "cache").iterdir()] == ["prometheus"]
+
+
+def test_without_a_package_the_reason_is_one_line(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: a gate that fails, or says nothing, on a machine that has no apt or reaches no package."""
+    assert fetch_prometheus.main() == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "fetch_prometheus.py: no promtool: no apt-get here; put Prometheus 2.42 or later on PATH"
+    ]
+    for name in ("apt-get", "dpkg-deb"):
+        (bare / name).write_text("#!/bin/sh\necho 'E: no network' >&2; exit 100\n")
+        (bare / name).chmod(0o755)
+    assert fetch_prometheus.main() == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith("E: no network") and find_tool("promtool") is None

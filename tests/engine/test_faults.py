@@ -63,8 +63,9 @@ def broken(*args: Any, **kwargs: Any) -> Any:
     raise OSError("planted")
 
 
-def lines(logged: pytest.LogCaptureFixture, text: str) -> list[logging.LogRecord]:
-    return [r for r in logged.records if r.levelno >= logging.WARNING and text in r.getMessage()]
+def lines(logged: pytest.LogCaptureFixture, *texts: str) -> list[logging.LogRecord]:
+    warnings = [r for r in logged.records if r.levelno >= logging.WARNING]
+    return [r for r in warnings if all(text in r.getMessage() for text in texts)]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +205,7 @@ def test_a_failed_degrade_changes_nothing(
     assert (status["transitions"], status["phase"]) == ({"degrade_aborted": 1}, "idle")
     assert status["ledger"]["staging_bytes"] == 0 and status["ranks"]["0"]["staging_bytes"] == 0
     assert status["num_kv_blocks"] == status["mapped_kv_blocks"] == 49
-    aborted = lines(logged, "aborted at level 0")
+    aborted = lines(logged, "outcome=aborted", "to_level=0 ")
     assert len(aborted) == 1 and said in aborted[0].getMessage() and "600.0 s" in aborted[0].getMessage()
 
 
@@ -224,8 +225,8 @@ def test_a_failed_restore_keeps_the_level_and_its_blocks(
     # Levels are restored from the deep end: all that do not hold layer 2 are back.
     assert status["level"] == 1 and status["layers_by_format"] == {"base": 25, "w8": 5}
     assert status["num_kv_blocks"] == status["mapped_kv_blocks"] == status["ladder"][1]["num_kv_blocks"]
-    assert not status["failed"] and len(lines(logged, "aborted at level 1")) == 1
-    assert said in lines(logged, "aborted at level 1")[0].getMessage()
+    assert not status["failed"] and len(lines(logged, "outcome=aborted", "to_level=1 ")) == 1
+    assert said in lines(logged, "outcome=aborted", "to_level=1 ")[0].getMessage()
 
 
 def test_blocks_moved_by_half_are_computed_again(
@@ -310,7 +311,7 @@ def test_a_disk_that_stays_away_is_given_up(
     assert status["transitions"]["restore_aborted"] == 1 and status["errors"] == {"prepare": 1}
     assert (status["level"], status["layers_by_format"]) == (6, {"w8": 30})
     assert status["num_kv_blocks"] == status["mapped_kv_blocks"] == status["ladder"][6]["num_kv_blocks"]
-    (said,) = lines(logged, "aborted at level 6")
+    (said,) = lines(logged, "outcome=aborted", "to_level=6 ")
     assert "were not read in" in said.getMessage() and "cache_dir" in said.getMessage()
 
 

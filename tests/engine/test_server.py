@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import yaml
 from engine.harness import BATCH_TOKENS
+from otlp import PROTOCOL, Collector
 from prometheus_client.parser import text_string_to_metric_families
 
 from morphserve.cpu_tier import best_dtype
@@ -146,11 +147,25 @@ def serve(model: Path, directory: Path, settings: dict[str, Any] | None, *argume
         server.process.wait()
 
 
-def test_status_and_metrics_agree(demo_model: Path, variant_cache: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
+    """Where a server with `--otlp-traces-endpoint` sends its spans, as soon as they are made."""
+    monkeypatch.setenv(*PROTOCOL)
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
+    listening = Collector()
+    yield listening
+    listening.close()
+
+
+def test_status_and_metrics_agree(
+    demo_model: Path, variant_cache: Path, tmp_path: Path, collector: Collector
+) -> None:
     """Guards: a static level waits for the first request, or metrics and engine differ."""
-    policy = {"kind": "static", "level": "w8", "floors": {"keys": {"2bb80d537b1da3e3": 0}, "hold_s": 3600}}
+    who = {"keys": {"2bb80d537b1da3e3": 0}, "models": {"exact": 0}}
+    policy = {"kind": "static", "level": "w8", "floors": {**who, "hold_s": 0, "when_spent": "refuse"}}
     settings = {"cache_dir": str(variant_cache), "policy": policy}
-    with serve(demo_model, tmp_path, settings) as server:
+    arguments = ["--otlp-traces-endpoint", collector.url, "--served-model-name", "demo", "exact"]
+    with serve(demo_model, tmp_path, settings, *arguments) as server:
         server.wait_until_healthy()
         server.wait_for("level 6 without a request", lambda: server.status()["level"] == 6)
         body = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 12, "ignore_eos": True}
@@ -184,9 +199,21 @@ def test_status_and_metrics_agree(demo_model: Path, variant_cache: Path, tmp_pat
         assert receipt["output_tokens"] == {"6": 12} and receipt["reused_tokens"] == {}
         _check_streamed_receipts(server, body)
         _check_floors(server, body)
+        _check_spans(server, collector)
         assert server.processes()
         assert server.terminate() == 0
         assert server.processes() == []
+
+
+def _check_spans(server: Server, collector: Collector) -> None:
+    """Of a real engine's transition and of a request that asked for nothing, in the processes that make them."""
+    server.wait_for("spans", lambda: collector.spans("morphserve.transition") and collector.spans("llm_request"))
+    (_, transition), *_ = collector.spans("morphserve.transition")
+    assert transition["vllm.process_kind"] == "engine_core" and transition["morphserve.outcome"] == "committed"
+    assert (transition["morphserve.from_level"], transition["morphserve.to_level"]) == (0, 6)
+    (_, request), *_ = collector.spans("llm_request")
+    assert request["gen_ai.usage.completion_tokens"] == 12 and request["morphserve.degraded_share"] == 1.0
+    assert request["morphserve.level.min"] == request["morphserve.level.deepest"] == 6
 
 
 def _check_streamed_receipts(server: Server, body: dict[str, Any]) -> None:
@@ -203,16 +230,36 @@ def _check_streamed_receipts(server: Server, body: dict[str, Any]) -> None:
         header = server.headers(path, ask | {"vllm_xargs": {"morphserve_receipt": 1}})[HEADER]
         assert json.loads(header)["output_tokens"] == {"6": 12}
         assert HEADER not in server.headers(path, ask)
+        several = ask | {"n": 3, "temperature": 1.0, "vllm_xargs": {"morphserve_receipt": 1}}
+        *_, last, _, _ = server.get(path, several | {"stream": True}).split("\n\n")
+        streamed = json.loads(last.removeprefix("data: "))["morphserve"]
+        for told in (streamed, json.loads(server.headers(path, several)[HEADER])):
+            assert [receipt["output_tokens"] for receipt in told] == 3 * [{"6": 12}]
 
 
 def _check_floors(server: Server, body: dict[str, Any]) -> None:
-    """Whose key may ask is served at level 0, for which the engine comes back and then goes again; others at 6."""
+    """Whose key may ask, or who names a model that may, is served at level 0, for which the engine comes back and then
+    goes again; others at 6. While others are here and no seconds are left, he is refused before his answer begins."""
     asked = {**body, "vllm_xargs": {"morphserve_max_level": 0, "morphserve_receipt": 1}}
     assert json.loads(server.headers("/v1/completions", asked)[HEADER])["deepest_level"] == 6
-    told = json.loads(server.headers("/v1/completions", asked, key="secret")[HEADER])
-    assert told["output_tokens"] == {"0": 12} and told["full_precision"]
-    server.wait_for("level 6 again", lambda: server.status()["level"] == 6)
+    for ask, key in ((asked, "secret"), ({**asked, "model": "exact"}, "")):
+        server.wait_for("an open door", lambda: server.status()["min_floor"] == 0)  # the request before has ended
+        told = json.loads(server.headers("/v1/completions", ask, key=key)[HEADER])
+        assert told["output_tokens"] == {"0": 12} and told["full_precision"]
+        server.wait_for("level 6 again", lambda: server.status()["level"] == 6)
     assert server.status()["num_held"] == 0
+    with server._ask("/v1/completions", {**body, "max_tokens": 450, "stream": True}) as other:
+        other.readline()
+        server.wait_for("a shut door", lambda: server.status()["min_floor"] == 6)
+        for stream in (False, True):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                server.headers("/v1/completions", {**asked, "stream": stream}, key="secret")
+            assert refused.value.code == 503 and int(refused.value.headers["Retry-After"]) > 0
+            assert "policy.floors.hold_s" in json.loads(refused.value.read())["error"]["message"]
+        assert server.headers("/v1/completions", body)["Retry-After"] is None, "who asks for nothing is served"
+    server.wait_for("an open door", lambda: server.status()["min_floor"] == 0)
+    assert json.loads(server.headers("/v1/completions", asked, key="secret")[HEADER])["output_tokens"] == {"0": 12}
+    server.wait_for("level 6 again", lambda: server.status()["level"] == 6)
 
 
 def test_sigterm_in_mid_transition(demo_model: Path, variant_cache: Path, tmp_path: Path) -> None:
@@ -238,7 +285,7 @@ def test_sigterm_in_mid_transition(demo_model: Path, variant_cache: Path, tmp_pa
         for client in clients:
             client.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
         server.wait_for("a transition", lambda: "morph r1: level 0 ->" in server.log.read_text(), 0.002)
-        assert "committed in" not in server.log.read_text()
+        assert "outcome=" not in server.log.read_text()
         server.process.send_signal(signal.SIGTERM)
         # Engine core and worker end at once. The API server, stock or not, waits for its clients.
         ranks = ("EngineCore", "VLLM::Worker")  # the titles vLLM gives its processes
@@ -249,13 +296,13 @@ def test_sigterm_in_mid_transition(demo_model: Path, variant_cache: Path, tmp_pa
         assert server.processes() == []
 
 
-def test_start_that_fails_ends_with_the_cause(demo_model: Path, variant_cache: Path, tmp_path: Path) -> None:
+def test_start_that_fails_ends_with_the_cause(demo_model: Path, tmp_path: Path) -> None:
     """Guards: what a worker met stands somewhere in the log, and its last line is of a stack that says nothing."""
-    settings = {"cache_dir": str(variant_cache), "kernels": {"w8": "no_such_kernel"}}
-    with serve(demo_model, tmp_path, settings) as server:
+    (tmp_path / "variants").touch()
+    with serve(demo_model, tmp_path, {"cache_dir": str(tmp_path)}) as server:
         assert server.process.wait(START_TIMEOUT_S) == 1
         last = server.log.read_text().splitlines()[-1]
-        assert last.startswith("morphserve: error: ") and "no_such_kernel" in last
+        assert last.startswith("morphserve: error: ") and "cannot create the variant directory" in last
 
 
 def test_killed_worker_is_the_last_thing_said(demo_model: Path, variant_cache: Path, tmp_path: Path) -> None:

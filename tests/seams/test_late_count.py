@@ -59,14 +59,49 @@ def test_what_a_request_asked_for_goes_before_the_policys() -> None:
 
 
 def test_what_is_no_time_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Guards: a log that a client fills, a warning for each of its requests; or one as long as what it sent."""
+    """Guards: a log that a client fills, a warning for each of its requests; or one as long as what it sent; an error,
+    after which no policy is asked any more."""
     monkeypatch.setattr("morphserve.integration.engine.requests.request_limits._warned", set())
     caplog.set_level(logging.DEBUG, "vllm.morphserve")
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    for value in ("soon" * 1000, -1.0, 0, float("nan"), [1]):
+    for value in ("soon" * 1000, -1.0, 0, float("nan"), [1], 10**400):
         assert limits_of(request(tpot_s=value)) == NO_LIMITS  # type: ignore[arg-type]
-    assert [record.levelno for record in caplog.records] == [logging.WARNING] + 4 * [logging.DEBUG]
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] + 5 * [logging.DEBUG]
     assert len(caplog.records[0].getMessage()) < 250
+
+
+@pytest.mark.parametrize("num_output_tokens", [0, 3])
+def test_a_preempted_request_that_is_sent_as_new_has_come_before(num_output_tokens: int) -> None:
+    """Guards: the second model runner, to which vLLM sends preempted requests as new ones: each preemption would count
+    as a wait since the request came, and as a first token that was late."""
+    seen: list[str] = []
+    new, again = (lambda *_, word=word: seen.append(word) for word in ("new", "again"))
+    one = request("a", 0)
+    scheduler: Any = SimpleNamespace(requests={"a": one})
+    monitor: Any = SimpleNamespace(on_scheduled=new, on_resumed=again)
+    traffic = Traffic(scheduler, monitor)
+    sent = [SimpleNamespace(req_id="a")]
+    traffic.on_scheduled(sent, ())
+    if num_output_tokens:
+        one.num_output_tokens = num_output_tokens
+        traffic._awaiting_first_token.clear()
+    traffic.on_scheduled(sent, ())
+    assert seen == ["new", "again"] and list(traffic._awaiting_first_token) == ["a"] * (not num_output_tokens)
+
+
+@pytest.mark.parametrize("num_output_tokens", [0, 1])
+def test_who_leaves_before_its_first_token_is_not_kept(num_output_tokens: int) -> None:
+    """Guards: aborted requests with their prompts held until the next step, a night later; or an answer of one token,
+    which ends before its step is looked at, without a time to that token."""
+    one = request("a", 0)
+    manager = SimpleNamespace(get_block_ids=lambda name: ([1],))
+    scheduler: Any = SimpleNamespace(requests={"a": one}, kv_cache_manager=manager)
+    monitor: Any = SimpleNamespace(on_scheduled=lambda *_: None, on_finish=lambda *_: None)
+    traffic = Traffic(scheduler, monitor)
+    traffic.on_scheduled([SimpleNamespace(req_id="a")], ())
+    one.num_output_tokens = num_output_tokens
+    traffic.on_finish(one)
+    assert len(traffic._awaiting_first_token) == num_output_tokens
 
 
 def test_a_floor_is_judged_by() -> None:
@@ -101,7 +136,10 @@ def morph(monkeypatch: pytest.MonkeyPatch) -> Iterator[hooks.Morph]:
     rig, config = Rig(), parse_config({"policy": {"kind": "slo", "ttft_s": 4.0, "tpot_s": 0.4}})
     monkeypatch.setattr(hooks.Morph, "_make_controller", lambda self: rig.controller)
     limits = {"block_size": 16, "max_num_seqs": 32, "max_num_batched_tokens": 2048}
-    vllm_config = SimpleNamespace(cache_config=SimpleNamespace(**limits), scheduler_config=SimpleNamespace(**limits))
+    vllm_config = SimpleNamespace(
+        cache_config=SimpleNamespace(**limits), scheduler_config=SimpleNamespace(**limits),
+        observability_config=SimpleNamespace(otlp_traces_endpoint=None),
+    )  # fmt: skip
     engine_core = SimpleNamespace(model_executor=SimpleNamespace(collective_rpc=None))
     runtime: Any = SimpleNamespace(
         index=0, config=config, stated=config, config_file=None, vllm_config=vllm_config, ladder=rig.ladder,

@@ -23,7 +23,7 @@ _HOST = tuple(path for path in _CODE if path.parent.name != "cuda" and not path.
 _DEVICE = tuple(_CODE)
 _EVERY = (*seams.SEAMS, *seams.CUDA_SEAMS)
 # A list has `append` and the free queue too: by name alone, these say nothing.
-_COMMON = set().union(*map(dir, (list, dict, set, str, logging.Logger, object)))
+_COMMON = set().union(*map(dir, (list, dict, set, str, logging.Logger, BaseException, object)))
 # vLLM classes have attributes of these names, but the code means its own or another library's.
 _OURS = {
     "_cache",
@@ -48,6 +48,7 @@ _OURS |= {"inference_mode", "__getattr__"}  # torch's; of a door that loads late
 _OURS |= {"forward"}  # of our modules
 _OURS |= {"metrics"}  # our module, and what vLLM keeps of a request is not asked for
 _OURS |= {"worker", "monitor_workers"}  # our module; a function that logs, and the flag that starts it
+_OURS |= {"output_processor"}  # the module of two rows, not the object that others have
 _OURS |= {"abort"}  # of a rank's transition, not the client's
 _OURS |= {"name", "path"}  # of kernels, slots and seams; of files
 _ADDED = "morphserve_"  # what we add to their classes, as an engine started earlier in this process did

@@ -118,6 +118,11 @@ class OrderBook:
         return self._first + self._number
 
     @property
+    def kind(self) -> OrderKind | None:
+        """Of the order in force."""
+        return None if self._in_force is None else self._in_force.order.kind
+
+    @property
     def has_news(self) -> bool:
         """Whether a tick would find something else than the last one did. Any thread may ask."""
         held = self._in_force

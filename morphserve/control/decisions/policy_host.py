@@ -12,7 +12,7 @@ from morphserve.control.decisions.decision_log import DecisionLog
 from morphserve.control.decisions.orders import Action, OrderBook, parse_order
 from morphserve.control.health import Counters
 from morphserve.errors import OrderError
-from policies import Decision, Ladder, Policy, PolicySetup, Predictions, Signals, ask, succeed
+from policies import Decision, Ladder, OrderKind, Policy, PolicySetup, Predictions, Signals, ask, succeed
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +21,7 @@ _MEANS: dict[Predictions, str] = {
     "learning": "too few steps have been seen as yet, thresholds decide",
     "learned": "step times as learned from this engine's own steps decide",
     "distrusted": "they have been wrong of late, thresholds decide until they are right again",
+    "unkeepable": "of no use, as no level keeps the policy's promise even for a lone request; thresholds decide",
 }
 
 
@@ -49,12 +50,14 @@ class PolicyHost:
             clock: monotonic seconds, the one of the signals.
         """
         self.decision = Decision(0, "start at full precision")
+        self.kind = ""  # of the policy that is asked
         self._policy = policy
         self._num_levels = len(ladder)
         self._counters = counters
         self._orders = OrderBook(ladder, counters, clock)
         self._log = log
         self._predictions: Predictions | None = None  # last said
+        self._has_warned = False  # of this policy's promise
         self._next: deque[_Replacement] = deque(maxlen=1)  # put in by any thread, taken by the next tick
 
     @property
@@ -66,6 +69,11 @@ class PolicyHost:
     def max_queued_tokens(self) -> int | None:
         """Requests beyond so many waiting prompt tokens are to be refused at the door; None = none are."""
         return 0 if self._orders.closes_door else self.decision.max_queued_tokens
+
+    @property
+    def order_kind(self) -> OrderKind | None:
+        """What of an operator is in force; None = nothing is."""
+        return self._orders.kind
 
     def orders_as_json(self) -> dict[str, Any]:
         """Return what an operator has ordered, and what he may."""
@@ -141,6 +149,9 @@ class PolicyHost:
 
     def _note_predictions(self) -> None:
         predictions = self._policy.predictions
+        if predictions == "unkeepable" and not self._has_warned:
+            self._has_warned = True
+            logger.warning("morph: %s. Raise policy.ttft_s or policy.tpot_s", self.decision.reason)
         if predictions == self._predictions:
             return
         self._predictions = predictions
@@ -150,7 +161,8 @@ class PolicyHost:
     def _hand_over(self, level: int) -> None:
         new = self._next.popleft()
         succeed(new.policy, self._policy)
-        self._policy = new.policy
+        self._policy, self.kind = new.policy, new.setup.section.kind
+        self._has_warned = False
         logger.info("morph: another policy at level %d (%s)", level, new.note)
         if self._log is not None:
             self._log.policy_changed(new.note, new.setup)

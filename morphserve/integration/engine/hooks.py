@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from morphserve.control import (
     make_header,
 )
 from morphserve.errors import EngineLostError, OrderError
+from morphserve.integration import spans
 from morphserve.integration.engine.block_pool import VllmBlockPool
 from morphserve.integration.engine.executor import RpcExecutor
 from morphserve.integration.engine.histogram import TimeHistogram
@@ -76,6 +78,7 @@ class Morph:
         self.gate = FloorGate(scheduler, self.traffic, self.pool, Floors.of(self.setup.section.floors, runtime.ladder))
         self.log = self._open_log()
         self.controller = self._make_controller()
+        self._trace()
         self._page = StatusPage(runtime, self.executor, self.worst_forward_bytes)
         self._watch = self._watch_settings()
         self._idle_ticker: IdleTicker | None = None
@@ -107,6 +110,14 @@ class Morph:
             on_level=self._on_level,
         )
 
+    def _trace(self) -> None:
+        """Have transitions and the levels of requests in vLLM's traces, where it traces."""
+        runtime = self.runtime
+        if spans.is_traced(runtime.vllm_config):
+            costs = (0.0, *(level.expected_kl for level in runtime.ladder[1:]))
+            self.receipts.span_text = partial(spans.levels_as_text, costs)
+            self.controller.history.on_end = spans.TransitionSpans(runtime.index)
+
     def _watch_settings(self) -> ReloadWatch:
         """Return a thread that hands an edited policy to the controller, which asks it from its next tick on."""
         runtime = self.runtime
@@ -132,6 +143,7 @@ class Morph:
         """Let the controller act, before vLLM's own schedule()."""
         start = time.perf_counter()
         self.wake_due = False
+        self._guard(self.gate.take_out)
         if self.health is Health.RESTING:
             self._tick()
         else:
@@ -215,8 +227,13 @@ class Morph:
 
     @property
     def wants_step(self) -> bool:
-        """Whether an engine without other requests should make a step: in-process nothing wakes it for those held."""
-        return self.wake_due or (self._idle_ticker is None and self.gate.num_held > 0)
+        """Whether an engine without other requests should make a step.
+
+        For those held, too, where nothing else would wake it: in-process, and when it ends once it has no work.
+        """
+        if self.wake_due or not self.gate.num_held:
+            return self.wake_due
+        return self._idle_ticker is None or not self.runtime.engine_core.is_running()
 
     def _view(self) -> EngineView:
         """Return the queues; empty ones once reading them has failed."""
@@ -273,11 +290,13 @@ class Morph:
     def _on_turn_end(self, request: Request) -> None:
         self._between_turns.add(request.request_id)
         self.traffic.on_turn_end(request)
+        self.gate.on_finish(request)
         self.receipts.on_turn_end(request)
 
     def _on_turn(self, request: Request) -> None:
         self._between_turns.discard(request.request_id)
-        self.traffic.on_arrival(request)
+        if not self.gate.on_arrival(request):
+            self.traffic.on_arrival(request)
         self.receipts.on_turn(request)
 
     def _on_finish(self, request: Request) -> None:
@@ -297,10 +316,10 @@ class Morph:
     # -- idle ---------------------------------------------------------------------------------------
 
     def _claims_step(self) -> bool:
-        """Asked by the wake-up thread: a level above 0 waits to be restored, or a request for its level, and nothing
-        else makes steps."""
+        """Asked by the wake-up thread: a level above 0 waits to be restored, or the policy has not heard of a request
+        that waits for its level, and nothing else makes steps."""
         idle = not self._scheduler.has_unfinished_requests() and self._may_wake()
-        if idle and (self.controller.wants_wakeup or self.gate.num_held) and not self.wake_due:
+        if idle and (self.controller.wants_wakeup or self.gate.has_news) and not self.wake_due:
             self.wake_due = True
             return True
         return False
@@ -321,6 +340,7 @@ class Morph:
         page = self._page.render(self.controller.status(), self.tick_times, self.tokens_by_level)
         requests = {**asdict(self._view()), "late": self.traffic.late.as_json(time.time())}
         requests["num_held"] = self.gate.num_held
+        requests["floors"] = self.gate.for_door(self.controller.min_floor)
         return {**page, **requests, "policy": asdict(self._watch.reloads)}
 
     def order(self, action: Action, text: str, revision: int, is_rehearsal: bool, not_after_s: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from morphserve.control import Action
 from morphserve.integration import ending, seams
 from morphserve.integration.engine.hooks import Morph
 from morphserve.integration.engine.runtime import EngineRuntime
-from morphserve.integration.start import for_this_device, ladder_note, read_settings
+from morphserve.integration.start import for_this_device, ladder_note, settings_of
 from morphserve.integration.worker import check_weight_access
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def install() -> None:
 def _initialize_kv_caches(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
     def initialize_kv_caches(self: Any, vllm_config: VllmConfig) -> Any:
-        config = read_settings(vllm_config.additional_config)
+        config = settings_of(vllm_config)
         if config is not None:
             runtime = EngineRuntime(self, vllm_config, for_this_device(config, vllm_config), config)
             _RUNTIMES[id(vllm_config)] = runtime
@@ -104,9 +104,7 @@ def _reload(self: Any, cause: str, sent: str = "") -> Future[dict[str, Any]] | N
 def _order(
     self: Any, action: Action, text: str, revisions: list[list[int]], is_rehearsal: bool, not_after_s: float
 ) -> dict[str, Any] | None:
-    """Take an operator's order, which names a revision of each engine: a utility method of EngineCore."""
+    """Take an operator's order, which names a revision of each engine that it is for: a utility of EngineCore."""
     morph = getattr(self.scheduler, "morph", None)
-    if morph is None:
-        return None
-    revision = dict(map(tuple, revisions)).get(morph.runtime.index, 0)
-    return dict(morph.order(action, text, revision, is_rehearsal, not_after_s))
+    revision = None if morph is None else dict(map(tuple, revisions)).get(morph.runtime.index)
+    return None if revision is None else dict(morph.order(action, text, revision, is_rehearsal, not_after_s))

@@ -29,6 +29,7 @@ from morphserve.integration.seams.cuda import (
 )
 from morphserve.integration.seams.patch import Patch, patches, put, undo, wrap
 from morphserve.integration.seams.rows import (
+    CHOICE_OUTPUT,
     CLI_FLAGS,
     CLI_VALUES,
     CLIENT_GENERATE,
@@ -50,6 +51,8 @@ from morphserve.integration.seams.rows import (
     POOL_CACHE_PARTIAL,
     POOL_FREE,
     POOL_HIT,
+    REQUEST_SPAN,
+    REQUEST_SPAN_MAKER,
     SEAMS,
     WEIGHTS_LOADED,
     WORKER_START,
@@ -66,6 +69,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CAPTURE_V1",
     "CAPTURE_V2",
+    "CHOICE_OUTPUT",
     "CLI_FLAGS",
     "CLIENT_GENERATE",
     "CLI_VALUES",
@@ -94,6 +98,8 @@ __all__ = [
     "POOL_HIT",
     "Move",
     "Patch",
+    "REQUEST_SPAN",
+    "REQUEST_SPAN_MAKER",
     "SEAMS",
     "Seam",
     "SeamResult",

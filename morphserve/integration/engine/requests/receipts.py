@@ -10,10 +10,11 @@ client untouched. From there the API server puts it into streams and headers, to
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from morphserve.integration import spans
 from morphserve.integration.engine.provenance import Provenance
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ RECEIPT_ARG = "morphserve_receipt"
 PRECISION_ARG = "morphserve_precision"
 FULL = "full"
 TOKENS = "tokens"
-_MAX_SHOWN = 80  # characters of what a client has sent
 _MAX_RUNS = 1000  # of tokens at one level that a receipt tells apart: a level lives for many steps
 
 
@@ -40,6 +40,7 @@ class _Draft:
     request: Any
     demands_full: bool
     tells_tokens: bool
+    is_asked: bool = True  # by the client; else for the trace alone
     error: str = ""
     num_preemptions: int = -1  # at which this life of the request began; -1 = it has not begun
     num_computed_tokens: int = 0  # that are counted
@@ -73,7 +74,7 @@ class _Draft:
 
 
 class Receipts:
-    """Of the requests that asked for one; the others cost nothing.
+    """Of the requests that asked for one, and where vLLM traces of all; the others cost nothing.
 
     A step costs what is new in it. Only where the level changes those that have begun are walked through.
     """
@@ -83,26 +84,28 @@ class Receipts:
         self._block_size = block_size
         self._drafts: dict[str, _Draft] = {}
         self._begun: dict[str, _Draft] = {}  # those that have been scheduled, preempted ones too
-        self._has_warned = False
         self._level = 0  # of the step that was scheduled last
         self._level_of_outputs = 0  # of the step whose tokens came last
         self._sealed: dict[str, dict[str, Any]] = {}  # ended in the step whose outputs are being made
+        self._has_warned = False  # of a precision that is not known
+        self._traced: dict[str, str] = {}  # likewise: what their spans say
+        self.span_text: Callable[[Mapping[int, int], int], str] | None = None  # makes that; None = vLLM does not trace
 
     def on_arrival(self, request: Request) -> None:
         """Look at what the request asks for."""
         params = getattr(request, "sampling_params", None)
-        asked = getattr(params, "extra_args", None)
-        if not asked or not (asked.get(RECEIPT_ARG) or PRECISION_ARG in asked):
+        asked = getattr(params, "extra_args", None) or {}
+        is_asked = bool(asked.get(RECEIPT_ARG) or PRECISION_ARG in asked)
+        if not is_asked and self.span_text is None:
             return
         precision = asked.get(PRECISION_ARG)
-        draft = _Draft(request, precision == FULL, asked.get(RECEIPT_ARG) == TOKENS)
+        draft = _Draft(request, precision == FULL, asked.get(RECEIPT_ARG) == TOKENS, is_asked)
         if draft.demands_full:
             self._provenance.demand_full_precision(request.request_id)
         elif precision is not None:
-            shown = repr(precision)[:_MAX_SHOWN]
-            draft.error = f"{PRECISION_ARG} is {shown}, known is {FULL!r}; leave it out for the server's rule"
-            urgency = logging.DEBUG if self._has_warned else logging.WARNING  # clients may send as many as they like
-            logger.log(urgency, "morphserve: request %s: %s", request.request_id, draft.error)
+            draft.error = f"{PRECISION_ARG} is {precision!r:.80}, known is {FULL!r}; leave it out for the server's rule"
+            level = logging.DEBUG if self._has_warned else logging.WARNING  # clients may send as many as they like
+            logger.log(level, "morphserve: request %.80r: %s", request.request_id, draft.error)
             self._has_warned = True
         self._drafts[request.request_id] = draft
 
@@ -170,6 +173,10 @@ class Receipts:
             draft.count_computed(self._level)
             draft.count_output(self._level_of_outputs)
         deepest = max((*draft.reused, *draft.computed, *draft.output), default=0)
+        if self.span_text is not None:
+            self._traced[request.request_id] = self.span_text(draft.output, deepest)
+        if not draft.is_asked:
+            return
         self._sealed[request.request_id] = {
             "demanded": FULL if draft.demands_full else "any",
             "reuse_rule": self._provenance.rule,
@@ -184,13 +191,17 @@ class Receipts:
 
     def attach(self, outputs: Iterable[Any]) -> None:
         """Put the receipts of requests that have just ended into their last outputs (`EngineCoreOutput`s)."""
-        if not self._sealed:
+        if not self._sealed and not self._traced:
             return
         for output in outputs:
-            receipt = self._sealed.get(output.request_id) if output.finish_reason is not None else None
-            if receipt is not None:
+            if output.finish_reason is None:
+                continue
+            if (receipt := self._sealed.get(output.request_id)) is not None:
                 output.kv_transfer_params = {**(output.kv_transfer_params or {}), "morphserve": receipt}
+            if (levels := self._traced.get(output.request_id)) is not None:
+                output.trace_headers = spans.with_levels(output.trace_headers, levels)
         self._sealed.clear()  # what was aborted has nobody to tell
+        self._traced.clear()
 
     def _begin(self, draft: _Draft, count: int) -> None:
         request = draft.request

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -78,19 +79,23 @@ class Traffic:
         self._monitor.on_arrival(now, self._waiting(request))
 
     def on_scheduled(self, new: Sequence[Any], resumed: Iterable[str]) -> None:
-        """Note requests scheduled for the first time (`NewRequestData`), or again after a preemption (ids)."""
+        """Note requests scheduled for the first time (`NewRequestData`), or again after a preemption (ids).
+
+        vLLM's second model runner, which forgets what is preempted, is sent the latter as the former.
+        """
         if not new and not resumed:
             return
         now = time.monotonic()
-        for data in new:
-            request = self._scheduler.requests.get(data.req_id)
-            if request is not None:
+        again = set(resumed)
+        for request_id in chain((data.req_id for data in new), again):
+            if (request := self._scheduler.requests.get(request_id)) is None:
+                self._monitor.on_resumed(request_id)
+            elif request_id in again or request.num_output_tokens or request_id in self._awaiting_first_token:
+                self._monitor.on_resumed(request_id, limits_of(request).tpot_s)
+            else:
                 age_s = self._age_s(request, now)
-                self._monitor.on_scheduled(now, age_s, data.req_id, limits_of(request).tpot_s)
-                self._awaiting_first_token[data.req_id] = (request, now - age_s)
-        for request_id in resumed:
-            request = self._scheduler.requests.get(request_id)
-            self._monitor.on_resumed(request_id, None if request is None else limits_of(request).tpot_s)
+                self._monitor.on_scheduled(now, age_s, request_id, limits_of(request).tpot_s)
+                self._awaiting_first_token[request_id] = (request, now - age_s)
 
     def on_sent(
         self, output: SchedulerOutput, level: int, settled: bool, used_blocks: int, ahead: Collection[StepInFlight]
@@ -173,6 +178,8 @@ class Traffic:
         num_blocks = sum(map(len, self._scheduler.kv_cache_manager.get_block_ids(request.request_id)))
         now = time.monotonic()
         self._monitor.on_finish(num_blocks, now, request.request_id, request.num_output_tokens)
+        if not request.num_output_tokens:  # an idle engine makes no step that would look at it once more
+            self._awaiting_first_token.pop(request.request_id, None)
         self.late.on_finish(request, request.arrival_time + self._age_s(request, now))
         self._arrived_s.pop(request.request_id, None)
 
