@@ -31,8 +31,8 @@ class Controller:
         1. The scheduler never hands out a block that some rank has not mapped.
         2. No rank unmaps a block that the scheduler can still hand out.
         3. weights + KV + staging stay within the budget of every rank's ledger, also in mid-transition.
-        4. A rank that fails to prepare, or does not in time, leaves the old level in force on all ranks, one
-           WARNING and one count, and a back-off.
+        4. A rank that fails to prepare, or does not in time, leaves the old level in force on all ranks, one count
+           and a back-off; one WARNING until that direction has reached a level, however often it is tried.
         5. `tick` and `look_back` never raise: a controller that has failed finishes or undoes what is under way, and
            then leaves the engine at the level it has.
         6. No token of a step reaches anybody that ran after a rank has failed to do what cannot fail: its request is

@@ -47,7 +47,7 @@ class Reply:
     rank: int
     revision: int
     ok: bool
-    error: str = ""
+    error: str = ""  # where it is ok: why it has fewer KV blocks than it was asked for
     elapsed_s: float = 0.0  # by the rank's own clock, without what it waited for its turn
     num_kv_blocks: int = 0  # mapped on this rank now
     weight_bytes: int = 0  # resident morphable weights on this rank now

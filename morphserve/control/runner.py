@@ -56,6 +56,7 @@ class SwapRunner:
     phase: Phase = Phase.IDLE
     revision: int = 0
     short_grows: int = 0
+    _is_short: bool = False  # of memory, when ranks were last asked for KV blocks
     preemptions: Preemptions = field(default_factory=Preemptions)
     replies: ReplyTracker = field(default_factory=ReplyTracker)
     layer_state: LayerState = field(init=False)
@@ -366,14 +367,14 @@ class SwapRunner:
 
     def _grow(self, num_kv_blocks: int, replies: tuple[Reply, ...], again: bool = False) -> None:
         """Publish what every rank has mapped, which may be less than it was asked for; said once."""
-        mapped = min(reply.num_kv_blocks for reply in replies)
-        published = self.pool.num_kv_blocks
+        mapped, published = min(reply.num_kv_blocks for reply in replies), self.pool.num_kv_blocks
         if mapped < published:
             raise RanksUnknown(f"a rank has {mapped} KV blocks mapped, but {published} are published")
-        if mapped < num_kv_blocks and not again:
-            self.short_grows += 1
-            text = "morph: ranks mapped %d KV blocks of the %d asked for, and are asked again now and then"
-            logger.warning(text, mapped, num_kv_blocks)
+        was_short, self._is_short = self._is_short, mapped < num_kv_blocks
+        self.short_grows += self._is_short and not again
+        if self._is_short and not (again or was_short):  # one warning, however many swap batches get no more
+            text = "morph: ranks mapped %d KV blocks of the %d asked for, and are asked again now and then: %s"
+            logger.warning(text, mapped, num_kv_blocks, "; ".join(sorted({reply.error for reply in replies} - {""})))
         self.pool.grow(min(mapped, num_kv_blocks))
 
     def _answered(self, batch: SwapBatch) -> tuple[Reply, ...] | None:

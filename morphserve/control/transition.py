@@ -136,7 +136,22 @@ class TransitionHistory:
 
     def __init__(self, size: int = 20) -> None:
         self._ended: deque[tuple[float, dict[str, Any]]] = deque(maxlen=size)
+        self._failing: set[tuple[Direction, str]] = set()  # with the places, since it last reached a level
         self.on_end: Callable[[dict[str, Any]], None] | None = None  # is told of each, and must not raise
+
+    def is_news(self, direction: Direction, outcome: Outcome, place: str) -> bool:
+        """Return whether an end is another than those before it, back to the last that has reached its level.
+
+        Args:
+            place: what failed, of a few fixed names.
+        """
+        if outcome == "committed":
+            self._failing = {(failing, where) for failing, where in self._failing if failing != direction}
+        if outcome != "aborted":
+            return True
+        is_news = (direction, place) not in self._failing
+        self._failing.add((direction, place))
+        return is_news
 
     def add(self, transition: Transition, end: TransitionEnd, log_level: int = logging.INFO) -> None:
         """Remember a transition that has ended, and say so in one line."""

@@ -118,12 +118,13 @@ class TransitionBook:
         assert self.under_way is not None
         self.under_way.longest_pause_s = max(self.under_way.longest_pause_s, pause_s)
 
-    def close(self, now_s: float, outcome: Outcome, error: str = "") -> None:
-        """End the one under way where the engine is now."""
+    def close(self, now_s: float, outcome: Outcome, error: str = "", place: str = "") -> None:
+        """End the one under way where the engine is now; `place`: what has failed, of a few fixed names."""
         assert self.under_way is not None
         if outcome == "committed":
             self.backoff.succeeded(self.under_way.direction)
-        self._end(now_s, outcome, error, logging.WARNING if outcome == "aborted" else logging.INFO)
+        is_news = self.history.is_news(self.under_way.direction, outcome, place)  # what keeps failing is one warning
+        self._end(now_s, outcome, error, logging.WARNING if outcome == "aborted" and is_news else logging.INFO)
 
     def _end(self, now_s: float, outcome: Outcome, error: str, log_level: int) -> None:
         t = self.under_way
@@ -143,7 +144,7 @@ class TransitionBook:
         else:  # the drain timed out
             wait_s = self.backoff.drain_timed_out(now_s, end.num_kv_blocks, self._pool.num_used_blocks)
         room = "" if end.place else " or until there is room"
-        self.close(now_s, "aborted", f"{end.error}; no new attempt for {wait_s:.1f} s{room}")
+        self.close(now_s, "aborted", f"{end.error}; no new attempt for {wait_s:.1f} s{room}", end.place)
 
     def give_up(self, now_s: float, why: str) -> None:
         """End the one under way, if there is one, with an error that has been told of."""

@@ -8,6 +8,7 @@ different kernels may share a directory: the kernel is part of a layer's key.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -202,7 +203,8 @@ class VariantStore:
             try:
                 tensors = read_file(path, file, wanted, self._digests.get(row.file, {}))
             except OSError as error:
-                raise StoreError(f"cannot read {path}: {error}; {self._remedy}") from error
+                remedy = "Free memory: nothing is wrong with the file" if error.errno == errno.ENOMEM else self._remedy
+                raise StoreError(f"cannot read {path}: {error}; {remedy}") from error
         found = {key: list(tensor.shape) for key, tensor in flatten(tensors).items()}
         expected = {key: shape for key, shape in row.shapes.items() if wanted(key.partition("/")[0])}
         if found != expected:

@@ -9,6 +9,7 @@ import pytest
 
 from morphserve.config import MorphServeConfig, TransitionConfig
 from morphserve.control import Health, Phase
+from morphserve.control.transition import TransitionHistory
 from morphserve.control.transition_book import DirectionBackOff
 from morphserve.errors import IllegalTransition
 from tests.fakes import Rig
@@ -174,6 +175,31 @@ def test_what_keeps_failing_waits_longer_and_success_forgives() -> None:
         attempts(rig, 6.0)
         assert rig.controller.level == 0
         rig.go_to(1)
+
+
+def test_what_keeps_failing_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """Guards: a damaged file that is a warning a minute for days; a second fault that is none."""
+    config = TransitionConfig(max_layers_per_step=3, backoff_s=1.0, backoff_max_s=5.0)
+    rig = Rig(config=MorphServeConfig(transition=config))
+    works = rig.executor.fail
+    with caplog.at_level(logging.INFO):
+        for num_warnings in (1, 2):  # the second time it is news again: a transition has arrived meanwhile
+            rig.executor.fail = fail_prepare(0)  # type: ignore[assignment]
+            rig.script.level = 1
+            assert len(attempts(rig, 30.0)) > 5
+            said = [record for record in caplog.records if "outcome=aborted" in record.getMessage()]
+            assert [record.levelname for record in said].count("WARNING") == num_warnings
+            assert len(said) == rig.controller.counters.transitions["degrade", "aborted"]
+            rig.executor.fail = works
+            attempts(rig, 6.0)
+            assert rig.controller.level == 1
+            rig.go_to(0)
+    history = TransitionHistory()
+    assert [history.is_news(*each) for each in (
+        ("degrade", "aborted", "prepare"), ("degrade", "aborted", "prepare"), ("restore", "aborted", "prepare"),
+        ("degrade", "aborted", "rank_timeout"), ("degrade", "cancelled", ""), ("degrade", "aborted", "prepare"),
+        ("degrade", "committed", ""), ("degrade", "aborted", "prepare"),
+    )] == [True, False, True, True, True, False, True, True]  # fmt: skip
 
 
 def test_no_first_wait_is_no_leave_to_fail_at_every_step() -> None:

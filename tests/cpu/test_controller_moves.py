@@ -77,6 +77,8 @@ def test_blocks_that_had_no_memory_are_asked_for_again_at_rest(caplog: pytest.Lo
     """Guards: a level that keeps the blocks it got in a bad moment for as long as it lasts; a line for each attempt."""
     rig = Rig()
     rig.executor.map_at_most = BASE_BLOCKS + 3
+    rig.go_to(4)  # by several swap batches, none of which gets more
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
     rig.go_to(2)
     warnings, sent = len(caplog.records), len(rig.executor.sent)
     rig.step(20 * 60 * 5)  # five minutes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -141,6 +142,20 @@ def test_what_changed_after_the_start_is_refused(tmp_path: Path, where: str) -> 
     assert len(changed) == len(content) and changed != content
     path.write_bytes(content)
     assert digest(store.read(0, "base")) == digest(_layer())
+
+
+def test_a_want_of_memory_is_not_the_files_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against an operator who is told to delete a file because there was no memory to read it into."""
+    store = VariantStore.open(tmp_path, "fp")
+    store.write(0, "base", _layer())
+
+    def no_memory(*_: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr("quant_layers.store.layer_store.read_file", no_memory)
+    with pytest.raises(StoreError, match="cannot read .*Free memory") as met:
+        store.read(0, "base")
+    assert "delete" not in str(met.value)
 
 
 @pytest.mark.parametrize("position", [0, 9, 40])

@@ -61,6 +61,13 @@ def test_a_plan_that_was_passed_is_refused() -> None:
     assert commands.answer(0, Plan(0, (), 20), rank.commit, rank.figures, final=True).ok, "revision 0 stands outside"
 
 
+def test_what_there_was_no_memory_for_is_in_the_answer() -> None:
+    """Guards: a warning in the engine that cannot say why, and one more by each rank, which can."""
+    figures = Figures(4, 700, 30, short_of="no memory for 5 B")
+    reply = Commands().answer(0, Plan(1, (), 5), lambda: None, lambda: figures)
+    assert reply.ok and reply.error == "no memory for 5 B"
+
+
 @pytest.mark.parametrize(("error", "kv_moved"), [(RuntimeError("no"), True), (KVUnknown("half"), False)])
 def test_a_failure_is_an_answer(error: Exception, kv_moved: bool) -> None:
     """Guards: one rank's exception ends the engine, or copies that are half done pass for done."""

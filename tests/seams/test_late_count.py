@@ -13,7 +13,7 @@ from morphserve.config import parse_config
 from morphserve.control import NO_LIMITS
 from morphserve.integration.engine import hooks
 from morphserve.integration.engine.requests.request_limits import LateCount, limits_of
-from morphserve.integration.engine.requests.traffic import Traffic
+from morphserve.integration.engine.requests.traffic import StepInFlight, Traffic
 from policies import Promise, SloConfig, ThresholdConfig, promise_of
 from tests.fakes import Rig
 
@@ -185,3 +185,51 @@ def test_only_the_last_are_recent_and_nothing_is_kept() -> None:
     assert count.as_json(399.0)["recent"]["num_judged"] == 10
     assert count.as_json(403.6)["recent"] == {"num_judged": 0, "num_late": 0}  # 300 s after the last
     assert not count._first_token_s
+
+
+@pytest.mark.parametrize("ends_with_it", [False, True])
+@pytest.mark.parametrize("jump_s", [3600.0, -3600.0])
+def test_a_clock_that_is_set_ages_nobody(monkeypatch: pytest.MonkeyPatch, jump_s: float, ends_with_it: bool) -> None:
+    """Guards: a burst's answer, deeper levels and late requests, to an hour that nobody has waited."""
+    now = SimpleNamespace(wall_s=100.5, s=7.0)
+    clocks = SimpleNamespace(time=lambda: now.wall_s, monotonic=lambda: now.s)
+    monkeypatch.setattr("morphserve.integration.engine.requests.traffic.time", clocks)
+    waiter = request(tokens=0)
+    waiter.__dict__.update(num_preemptions=0, num_tokens=8, num_computed_tokens=0, is_finished=lambda: False)
+    told: list[float] = []
+    monitor: Any = SimpleNamespace(
+        on_arrival=lambda *_: None, on_scheduled=lambda _, wait_s, *rest: told.append(wait_s),
+        on_first_token=told.append, on_step=lambda *_: None, on_preemption=lambda *_: None, on_finish=lambda *_: None,
+    )  # fmt: skip
+    blocks = SimpleNamespace(get_block_ids=lambda _: [[1]])
+    scheduler: Any = SimpleNamespace(
+        policy=None, block_size=16, requests={"a": waiter}, waiting=_Queue(lambda: waiter), kv_cache_manager=blocks,
+        num_waiting_for_streaming_input=0, get_request_counts=lambda: (0, 1),
+    )  # fmt: skip
+    traffic = Traffic(scheduler, monitor)
+    traffic.late.promise = PROMISE
+    traffic.on_arrival(waiter)  # half a second after vLLM's front has stamped it
+    now.s, now.wall_s = 8.0, 101.5 + jump_s
+    assert traffic.view().oldest_wait_s == pytest.approx(1.5)
+    traffic.on_scheduled([SimpleNamespace(req_id="a")], [])
+    waiter.num_output_tokens = 1
+    if ends_with_it:  # its first token is its last
+        traffic.on_finish(waiter)
+    traffic.on_step(1, StepInFlight(0, num_tokens=8, num_seqs=1), ())
+    traffic.on_preemption(waiter)
+    waiter.num_preemptions = 1
+    now.s, now.wall_s = 8.25, 101.75
+    assert traffic.view().oldest_wait_s == pytest.approx(0.25)
+    if not ends_with_it:
+        traffic.on_finish(waiter)
+    assert told == pytest.approx([1.5, 1.5])
+    found = traffic.late.as_json(now.wall_s)
+    assert (found["num_judged"], found["num_late"]) == (1, 0) and not traffic._arrived_s
+
+
+class _Queue:
+    def __init__(self, peek_request: Any) -> None:
+        self.peek_request = peek_request
+
+    def __len__(self) -> int:
+        return 1

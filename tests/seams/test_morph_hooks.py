@@ -75,7 +75,9 @@ OUTPUT = SimpleNamespace(
     scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set()),
 )
 MODEL_OUTPUT = SimpleNamespace(sampled_token_ids=[[1]])
-REQUEST = SimpleNamespace(request_id="asked", num_tokens=3, num_computed_tokens=0, num_output_tokens=1, priority=0)
+REQUEST = SimpleNamespace(
+    request_id="asked", arrival_time=0.0, num_tokens=3, num_computed_tokens=0, num_output_tokens=1, priority=0
+)
 HOOKS: dict[str, tuple[Any, ...]] = {
     "before_schedule": (),
     "after_schedule": (OUTPUT,),

@@ -447,3 +447,16 @@ def test_a_precision_nobody_knows_is_named() -> None:
     receipts = Receipts(kv.provenance, BLOCK)
     receipt = served(kv, receipts, asking("r", PROMPT, **{PRECISION_ARG: "ful"}), [0])
     assert receipt is not None and "'ful'" in receipt["error"] and receipt["demanded"] == "any"
+
+
+def test_a_precision_nobody_knows_is_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards against a client that fills the log: a warning a request, or one as long as what it sent."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    kv = KVModel()
+    receipts = Receipts(kv.provenance, BLOCK)
+    for number in range(5):
+        receipts.on_arrival(asking(f"r{number}", PROMPT, **{PRECISION_ARG: "x" * 10_000}))
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1 and len(warnings[0].getMessage()) < 300

@@ -37,6 +37,7 @@ def nothing_is_left(world: World) -> bool:
         or morph.provenance._demanding
         or morph.traffic.late._first_token_s
         or morph.traffic._awaiting_first_token
+        or morph.traffic._arrived_s
         or monitor._waiting.cohorts()
         or world.signals().running_limits
     )

@@ -189,6 +189,25 @@ def test_a_poll_ends_when_it_is_cancelled(said: list[str], num_turns: int) -> No
     asyncio.run(serve())
 
 
+def test_an_engine_that_has_just_ended_is_no_news(said: list[str]) -> None:
+    """Guards: a warning at every stop of a server, between its engine's end and the poll's."""
+
+    async def serve() -> None:
+        engine, told = Engine(), []
+        asked = StatusPoll(lambda: engine.call_utility_all_async("morphserve_status"))
+        await asked.look()
+        engine.error = RuntimeError("the engine is dead")
+        task = asyncio.create_task(asked.run(told.append))
+        await until(lambda: len(told) == 1)
+        engine.error = None
+        await until(lambda: len(told) == 2)
+        assert not told[0] and told[1]
+        task.cancel()
+
+    asyncio.run(serve())
+    assert said == []
+
+
 def test_a_dead_engine_is_told_once(said: list[str]) -> None:
     """Guards: a poll that ends with the first error, or that writes a line twice a second until the server ends."""
 

@@ -17,6 +17,7 @@ logger = logging.getLogger("vllm.morphserve")
 POLL_INTERVAL_S = 0.5
 ANSWER_TIMEOUT_S = 3.0  # of an answer to somebody who must know what is so now, as who orders something
 SILENT_AFTER_S = 30.0  # one step of long prompts takes seconds on a CPU; from here on last figures are none
+_NO_ANSWER = "no answer"
 
 Status = dict[str, Any]
 
@@ -44,6 +45,7 @@ class StatusPoll:
         self._heard_s = 0.0  # when the question was put that `last` answers: the figures are no older
         self._asked_s: float | None = None  # when the poll has put the question that has no answer yet
         self._failed = False  # the poll's last question got none
+        self._told = False  # of it
 
     @property
     def statuses(self) -> list[Status]:
@@ -90,7 +92,7 @@ class StatusPoll:
     async def _ask_patiently(self) -> str:
         """Ask, and return why there is no answer; '' = there is one."""
         try:
-            return "" if await self._heard(SILENT_AFTER_S) else f"no answer for {SILENT_AFTER_S:.0f} s"
+            return "" if await self._heard(SILENT_AFTER_S) else f"{_NO_ANSWER} for {SILENT_AFTER_S:.0f} s"
         except Exception as e:  # the engine may be starting, stopping or dead
             return f"{type(e).__name__}: {e}"
 
@@ -111,12 +113,15 @@ class StatusPoll:
         return True
 
     def _note(self, problem: str) -> None:
-        if problem and not self._failed:
+        """Tell of a silence. One error is none yet: of a server that is told to stop the engine ends first."""
+        if problem and not self._told and (self._failed or problem.startswith(_NO_ANSWER)):
+            self._told = True
             logger.warning(
                 "morphserve: no status from the engine (%s); until it answers its metrics are their age alone, and a "
                 "policy's queue limit does not hold",
                 problem,
             )
-        if self._failed and not problem:
+        if self._told and not problem:
+            self._told = False
             logger.info("morphserve: the engine answers again")
         self._failed = bool(problem)

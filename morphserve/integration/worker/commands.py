@@ -28,6 +28,7 @@ class Figures:
     num_kv_blocks: int
     weight_bytes: int
     staging_bytes: int
+    short_of: str = ""  # why it has fewer KV blocks than it was asked for
 
 
 class Commands:
@@ -76,7 +77,7 @@ class Commands:
             rank=rank,
             revision=plan.revision,
             ok=ok,
-            error=error,
+            error=error or found.short_of,
             elapsed_s=elapsed_s,
             num_kv_blocks=found.num_kv_blocks,
             weight_bytes=found.weight_bytes,

@@ -7,7 +7,6 @@ addresses instead, through torch's own interposition (TorchFunctionMode).
 
 from __future__ import annotations
 
-import logging
 import math
 import mmap
 from collections.abc import Sequence
@@ -24,8 +23,6 @@ from morphserve.residence import Residence
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-logger = logging.getLogger("vllm.morphserve")
 
 
 def geometry_of(kv_cache_config: KVCacheConfig, page_bytes: int) -> KVGeometry:
@@ -110,7 +107,7 @@ class RankKV:
         geometry = geometry_of(kv_cache_config, residence.page_bytes or mmap.PAGESIZE)
         self._wait = residence.wait
         self._num_blocks = kv_cache_config.num_blocks
-        self._is_short = False  # of memory, the last time that blocks were asked for
+        self.short_of = ""  # why there was no memory for all blocks that were last asked for
         self._cache = residence.open_cache(geometry, base_num_blocks)
 
     def in_place_of_zeros(self) -> ZerosFrom:
@@ -145,10 +142,7 @@ class RankKV:
             self._cache.forget()  # what vLLM's warm-up wrote, anywhere in the range
             self._cache.map(num_blocks)  # all of them: nothing can be served with less than level 0's
             return
-        error = self._cache.map_at_most(num_blocks)
-        if error and not self._is_short:  # it is asked for again until it is there
-            logger.warning("morphserve: no more KV blocks: %s", error)
-        self._is_short = bool(error)
+        self.short_of = str(self._cache.map_at_most(num_blocks) or "")
 
     def unmap(self, num_blocks: int) -> None:
         """Give back the memory of blocks from `num_blocks` on."""

@@ -222,7 +222,7 @@ def _answer(
         return transition.outcome()
 
     def figures() -> Figures:
-        return Figures(kv.num_mapped, mine.swapper.resident_bytes, mine.swapper.staging_bytes)
+        return Figures(kv.num_mapped, mine.swapper.resident_bytes, mine.swapper.staging_bytes, kv.short_of)
 
     return mine.commands.answer(worker.rank, plan, run, figures, final=final, again=again)
 

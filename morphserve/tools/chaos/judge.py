@@ -25,6 +25,7 @@ class Seen:
     traffic: Traffic
     snapshots: Sequence[Snapshot] = ()
     log: str = ""
+    statuses: list[Mapping[str, Any]] = field(default_factory=list)  # now and then, all the time
     status: Mapping[str, Any] | None = None  # of the server at rest; None: it does not answer
     restored_s: float | None = None  # from the end of fault and load to level 0; None: not seen
     fault_s: float = 0.0  # when the fault began, by the traffic's clock
@@ -44,7 +45,7 @@ def judge(scenario: Scenario, seen: Seen, reference: Mapping[int, tuple[int, ...
     Args:
         reference: tokens of the canaries whose answer a stock server does not change under load, by prompt.
     """
-    found = [*_some(_answers(scenario, seen)), *_some(_canaries(seen, reference)), *_blocks(seen)]
+    found = [*_some(_answers(scenario, seen)), *_some(_canaries(seen, reference)), *_blocks(seen), *_ledgers(seen)]
     if seen.fault_error:
         found.append(seen.fault_error)
     if not scenario.ends:
@@ -82,7 +83,9 @@ def _canaries(seen: Seen, reference: Mapping[int, tuple[int, ...]]) -> Iterator[
     for answer in seen.traffic.canaries:
         if answer.status == "ok" and answer.levels is None:
             yield f"canary {answer.prompt}: no receipt"
-        elif answer.levels == {0} and answer.prompt in reference and answer.tokens != reference[answer.prompt]:
+        elif answer.is_mixed or answer.levels != {0} or answer.prompt not in reference:
+            continue
+        elif answer.tokens != reference[answer.prompt]:
             yield f"canary {answer.prompt}: other tokens at level 0 than stock's"
 
 
@@ -92,6 +95,23 @@ def _blocks(seen: Seen) -> Iterator[str]:
         if published is not None and backed is not None and published > backed:
             yield f"at {snapshot.t_s:.1f} s {published} blocks are published, {backed} backed"
             return
+
+
+def _ledgers(seen: Seen) -> Iterator[str]:
+    """Hold what is booked, and what ranks say that they have, against the budget of each."""
+    for status in seen.statuses:
+        for rank, ledger in enumerate(status["ledgers"]):
+            booked = sum(amount for account, amount in ledger.items() if account != "budget_bytes")
+            held = _held_bytes(status["ranks"].get(str(rank)), status["kv_block_bytes"])
+            if max(booked, held) > (budget := ledger["budget_bytes"]):
+                yield f"rank {rank} has {booked:,} bytes booked and holds {held:,}, its budget is {budget:,}"
+                return
+
+
+def _held_bytes(rank: Mapping[str, int] | None, kv_block_bytes: int) -> int:
+    if rank is None:  # it has answered no command yet
+        return 0
+    return rank["weight_bytes"] + rank["staging_bytes"] + rank["num_kv_blocks"] * kv_block_bytes
 
 
 def _rest(seen: Seen) -> Iterator[str]:
@@ -104,6 +124,10 @@ def _rest(seen: Seen) -> Iterator[str]:
         yield f"level {status['level']}, not 0, {RESTORED_WITHIN_S:.0f} s after the end of fault and load"
     elif status["num_kv_blocks"] != status["ladder"][0]["num_kv_blocks"]:
         yield f"{status['num_kv_blocks']} blocks at level 0, {status['ladder'][0]['num_kv_blocks']} at start"
+    elif set(status["layers_by_format"]) != {"base"}:
+        yield f"layers at level 0 are {status['layers_by_format']}"
+    if staged := sum(ledger["staging_bytes"] for ledger in status["ledgers"]):
+        yield f"{staged:,} bytes are staged, and nothing is under way"
     if status["failed"]:
         yield "the controller has failed"
     if status["num_running"] or status["num_waiting"]:
@@ -113,7 +137,9 @@ def _rest(seen: Seen) -> Iterator[str]:
 def figures(seen: Seen) -> dict[str, Any]:
     """Count what was seen, for the report."""
     at_zero = [answer for answer in seen.traffic.canaries if answer.levels == {0}]
-    transitions = (seen.status or {}).get("transitions", {})
+    before = seen.statuses[0]["transitions"] if seen.statuses else {}
+    after = (seen.status or {}).get("transitions", {})
+    transitions = {name: count - before.get(name, 0) for name, count in after.items()}
     return {
         "requests": len(seen.traffic.outcomes),
         "answered": sum(outcome.ok for outcome in seen.traffic.outcomes),
@@ -121,7 +147,8 @@ def figures(seen: Seen) -> dict[str, Any]:
         "canaries": len(seen.traffic.canaries),
         "canaries_at_level_0": len(at_zero),
         "deepest_level": max((snapshot.level or 0 for snapshot in seen.snapshots), default=0),
-        "transitions": dict(transitions),
+        "transitions": {name: count for name, count in transitions.items() if count},
         "restored_s": None if seen.restored_s is None else round(seen.restored_s, 1),
+        "num_warnings": len(seen.warnings),
         "warnings": seen.warnings[:_MAX_SHOWN],
     }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
+import secrets
 import signal
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -15,15 +17,25 @@ from typing import Any
 import aiohttp
 import yaml
 
-from morphserve.tools.bench import ClientOptions, Poller, Server, ServerOptions, serve, status_of
+from morphserve.tools.bench import ClientOptions, Poller, Server, ServerOptions, serve
 from morphserve.tools.chaos import processes
-from morphserve.tools.chaos.faults import Stage
 from morphserve.tools.chaos.judge import RESTORED_WITHIN_S, Seen
-from morphserve.tools.chaos.libraries import failing_library
-from morphserve.tools.chaos.load import CANARY_TOKENS, NUM_CANARIES, Traffic, Wave, ask_canary, canary_prompts, until
-from morphserve.tools.chaos.scenarios import Scenario
+from morphserve.tools.chaos.libraries import CACHE, SAYS, failing_library
+from morphserve.tools.chaos.load import (
+    CANARY_TOKENS,
+    REQUEST_TIMEOUT_S,
+    CanaryAnswer,
+    Traffic,
+    Wave,
+    ask_canary,
+    canary_prompts,
+    until,
+)
+from morphserve.tools.chaos.scenarios import SCENARIOS, Scenario, by_server
+from morphserve.tools.chaos.stage import Stage
+from morphserve.tools.workload import ReplayError
 
-_POLL_S = 0.1
+_POLL_S, _STATUS_S = 0.1, 0.5
 _END_S = 60.0  # of a server: its engine gone, its clients told
 # The load must move the level often: a fault in the middle of a transition is what is asked about.
 COMMON: Mapping[str, Any] = {
@@ -36,6 +48,8 @@ COMMON: Mapping[str, Any] = {
         "restore_after_s": 0.5,
     },
     "transition": {"max_layers_per_step": 2, "rank_timeout_s": 30.0, "backoff_s": 1.0},
+    "admin": {"token_file": "{directory}/admin.token"},
+    "decision_log": "{directory}/decisions.jsonl",
 }
 
 
@@ -60,13 +74,19 @@ class Runner:
     settings: Mapping[str, Any] = field(default_factory=dict)
     num_swings: int = 2  # of the wave, in each scenario
 
-    async def reference(self) -> dict[int, tuple[int, ...]]:
-        """Ask a stock server, alone and under load, and return the canaries that it always answers alike."""
-        with serve(self.server, self.directory / "stock.log") as server:
+    async def reference(self, scenario: Scenario = SCENARIOS[0]) -> dict[int, tuple[int, ...]]:
+        """Ask a stock server, alone, all at once and under load; return the canaries that it always answers alike.
+
+        Args:
+            scenario: whose arguments the server has, but for the plugin's.
+        """
+        with serve(self._server(scenario), self.directory / f"stock-{scenario.name}.log") as server:
             async with _client() as session:
                 options = self._options(server)
                 alone = [await ask_canary(session, options, i) for i in range(len(canary_prompts()))]
                 traffic = Traffic()
+                for _ in range(2):  # the second time with what the first has left in the cache
+                    traffic.canaries += await _ask_all(session, options)
                 async with Wave(session, options, traffic, seed=1).running() as wave:
                     await wave.swing(1)
         answers = [*alone, *traffic.canaries]
@@ -75,9 +95,7 @@ class Runner:
 
     async def run(self, scenarios: Sequence[Scenario]) -> AsyncIterator[tuple[Scenario, Seen]]:
         """Run scenarios, one after the other on one server where they leave it as it was."""
-        together = [each for each in scenarios if not each.alone]
-        groups = [together] if together else []
-        for group in [*groups, *([each] for each in scenarios if each.alone)]:
+        for group in by_server(scenarios):
             async for result in self._on_one_server(group):
                 yield result
 
@@ -87,23 +105,29 @@ class Runner:
         directory.mkdir(parents=True, exist_ok=True)
         log, config = directory / "server.log", directory / "morph.yaml"
         config.write_text(yaml.safe_dump(self._settings(first, directory)), encoding="utf-8")
+        with open(directory / "admin.token", "w", encoding="utf-8", opener=_for_owner) as token:
+            token.write(secrets.token_hex(16))
         own_args = ("--plugin", "morphserve", "--morphserve-config", str(config))
-        seen: list[Seen] = []
-        with serve(self._prepared(first, directory), log, own_args) as server:
-            cache = Path(str(self._settings(first, directory).get("cache_dir", directory)))
-            for scenario in group:
-                said = len(log.read_text(encoding="utf-8", errors="replace"))
-                seen.append(await self._stage(scenario, server, config, cache))
-                is_last = scenario is group[-1]
-                if is_last:
-                    await _end(seen[-1], server, asked=not scenario.ends)
-                else:
-                    seen[-1].exit_ended = True  # that is for the last one to show
-                seen[-1].log = log.read_text(encoding="utf-8", errors="replace")[said:]
-        for scenario, each in zip(group, seen, strict=True):
-            yield scenario, each
+        options = self._server(first, directory)
+        refused = _start_on_full_disk(options, directory, own_args) if first.full_at_start else ""
+        num_seen = 0
+        try:
+            with serve(options, log, own_args) as server:
+                for scenario in group:
+                    said = len(log.read_text(encoding="utf-8", errors="replace"))
+                    seen = await self._stage(scenario, server, directory)
+                    seen.exit_ended = True  # which the last one has to show
+                    if scenario is group[-1]:
+                        await _end(seen, server, asked=not scenario.ends)
+                    seen.log = log.read_text(encoding="utf-8", errors="replace")[said:]
+                    seen.fault_error = (refused if scenario is first else "") or seen.fault_error
+                    num_seen += 1
+                    yield scenario, seen
+        except ReplayError as e:  # the other servers' scenarios go on
+            for scenario in group[num_seen:]:
+                yield scenario, Seen(Traffic(), fault_error=str(e))
 
-    async def _stage(self, scenario: Scenario, server: Server, config: Path, cache: Path) -> Seen:
+    async def _stage(self, scenario: Scenario, server: Server, directory: Path) -> Seen:
         traffic = Traffic()
         seen = Seen(traffic)
         async with _client() as session:
@@ -111,55 +135,80 @@ class Runner:
             seen.snapshots = poller.snapshots
             polling = asyncio.create_task(poller.run(_POLL_S))
 
-            def levels() -> tuple[int, int]:
+            def levels() -> tuple[int, int] | None:
                 last = poller.snapshots[-1] if poller.snapshots else None
-                return (0, 0) if last is None else (last.level or 0, sum(last.transitions.values()))
+                return None if last is None else (last.level or 0, sum(last.transitions.values()))
 
             stage = Stage(
-                session, self._options(server), int(server.pid or 0), config, cache, levels, traffic,
-                config.parent / "fail",
+                session, self._options(server), int(server.pid or 0), Path(self.server.model), directory / "morph.yaml",
+                Path(str(self._settings(scenario, directory).get("cache_dir", directory))), levels, traffic,
+                directory / "says", (directory / "admin.token").read_text(encoding="utf-8"),
             )  # fmt: skip
+            watching = asyncio.create_task(_watch(stage, seen))
             async with Wave(session, stage.options, traffic, seed=len(scenario.name)).running() as wave:
-                swinging = asyncio.create_task(wave.swing(self.num_swings))
-                seen.fault_s = time.perf_counter() - traffic.zero
-                try:
-                    await scenario.fault(stage)
-                except (AssertionError, OSError, ValueError) as e:
-                    seen.fault_error = f"{type(e).__name__}: {e}"
-                if scenario.ends:
-                    swinging.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await swinging
+                await self._break(scenario, stage, wave, seen)
             if not scenario.ends:
                 await _rest(seen, session, stage)
-            polling.cancel()
-            await asyncio.gather(polling, return_exceptions=True)
+            for task in (polling, watching):
+                task.cancel()
+            await asyncio.gather(polling, watching, return_exceptions=True)
         return seen
 
-    def _settings(self, scenario: Scenario, directory: Path) -> dict[str, Any]:
-        own = {key: str(value).format(directory=directory) for key, value in scenario.settings.items()}
-        return {**COMMON, **self.settings, **own}
+    async def _break(self, scenario: Scenario, stage: Stage, wave: Wave, seen: Seen) -> None:
+        """Do what the scenario is about, under a load that lasts at least as long."""
+        is_over = False
+        swinging = asyncio.create_task(wave.swing(self.num_swings, lambda: not is_over))
+        seen.fault_s = time.perf_counter() - stage.traffic.zero
+        try:
+            await scenario.fault(stage)
+        except (AssertionError, OSError, ValueError) as e:
+            seen.fault_error = f"{type(e).__name__}: {e}"
+        is_over = True
+        if scenario.ends:
+            swinging.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await swinging
 
-    def _prepared(self, scenario: Scenario, directory: Path) -> ServerOptions:
-        if not scenario.fails_in_libc:
-            return self.server
-        library = failing_library(directory)
-        more = (("LD_PRELOAD", str(library)), ("MORPHSERVE_CHAOS_FAIL", str(directory / "fail")))
-        return replace(self.server, more_environment=more)
+    def _settings(self, scenario: Scenario, directory: Path) -> dict[str, Any]:
+        return {**_filled(COMMON, directory), **self.settings, **_filled(scenario.settings, directory)}
+
+    def _server(self, scenario: Scenario, directory: Path | None = None) -> ChaosServer:
+        """Return the server of a scenario: with the library where it is told a directory for that."""
+        args, binds = scenario.serve_args, self.server.cpu_bind
+        if scenario.num_ranks > 1:
+            args = (*args, "--tensor-parallel-size", str(scenario.num_ranks))
+            binds = "|".join(str(core) for core in range(scenario.num_ranks))
+        more = scenario.environment
+        if scenario.has_library and directory is not None:
+            library = str(failing_library(directory))
+            more += (("LD_PRELOAD", library), (SAYS, str(directory / "says")), (CACHE, str(directory / "cache")))
+        extra_args = (*self.server.extra_args, *args)
+        return replace(self.server, extra_args=extra_args, cpu_bind=binds, more_environment=more)
 
     def _options(self, server: Server) -> ClientOptions:
-        return ClientOptions(url=server.url, model=self.server.served_model_name, request_timeout_s=90.0)
+        return ClientOptions(url=server.url, model=self.server.served_model_name, request_timeout_s=REQUEST_TIMEOUT_S)
+
+
+async def _watch(stage: Stage, seen: Seen) -> None:
+    """Look at the status until cancelled."""
+    while True:
+        if (status := await stage.status()) is not None:
+            seen.statuses.append(status)
+        await asyncio.sleep(_STATUS_S)
 
 
 async def _rest(seen: Seen, session: aiohttp.ClientSession, stage: Stage) -> None:
-    """Wait for level 0, and ask the canaries once more there."""
+    """Wait for level 0, and ask all canaries there, at once."""
     begin = time.perf_counter()
-    if await until(lambda: stage.levels()[0] == 0, RESTORED_WITHIN_S):
+    if await until(lambda: stage.level == 0, RESTORED_WITHIN_S):
         seen.restored_s = time.perf_counter() - begin
-        for i in range(NUM_CANARIES):
-            stage.traffic.canaries.append(await ask_canary(session, stage.options, i))
+        stage.traffic.canaries += await _ask_all(session, stage.options)
         await asyncio.sleep(1.0)
-    seen.status = await status_of(stage.options.url)
+    seen.status = await stage.status_from_now()
+
+
+async def _ask_all(session: aiohttp.ClientSession, options: ClientOptions) -> list[CanaryAnswer]:
+    return await asyncio.gather(*(ask_canary(session, options, prompt) for prompt in range(len(canary_prompts()))))
 
 
 async def _end(seen: Seen, server: Server, asked: bool) -> None:
@@ -176,5 +225,31 @@ async def _end(seen: Seen, server: Server, asked: bool) -> None:
 @contextlib.asynccontextmanager
 async def _client() -> AsyncIterator[aiohttp.ClientSession]:
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+    # A connection that is kept may be closed by the server just as the next request is written into it.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         yield session
+
+
+def _start_on_full_disk(options: ChaosServer, directory: Path, own_args: tuple[str, ...]) -> str:
+    """Start a server that cannot write below its cache; return what is wrong with how it ends, '' if nothing is."""
+    says = directory / "says"
+    says.write_text("no-write\n", encoding="utf-8")
+    try:
+        with serve(options, directory / "full.log", own_args):
+            return "the server started although it could not write its cache"
+    except ReplayError as e:
+        return "" if os.strerror(errno.ENOSPC) in str(e) else f"a full disk is not named: {e}"
+    finally:
+        says.unlink()
+
+
+def _filled(settings: Any, directory: Path) -> Any:
+    """Return settings with the directory in the place of its name."""
+    if isinstance(settings, Mapping):
+        return {key: _filled(value, directory) for key, value in settings.items()}
+    return settings.format(directory=directory) if isinstance(settings, str) else settings
+
+
+def _for_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

@@ -46,15 +46,17 @@ class StepInFlight:
 class Traffic:
     """Constant cost per event; a step costs what is new in it, and those that still wait for a first token.
 
-    vLLM stamps arrivals with the wall clock, the monitor's own is monotonic.
+    vLLM stamps arrivals with the wall clock, which may be set meanwhile. So a request's age is looked at once, when it
+    comes here, and counts by the monotonic clock from then on, which is the monitor's own.
     """
 
     def __init__(self, scheduler: Scheduler, monitor: Monitor) -> None:
         self._scheduler = scheduler
         self._monitor = monitor
         self.late = LateCount(Promise())
-        self._awaiting_first_token: dict[str, Any] = {}  # by request id
-        self._last_preemption_wall_s = 0.0
+        self._awaiting_first_token: dict[str, tuple[Any, float]] = {}  # by request id, with when it arrived
+        self._arrived_s: dict[str, float] = {}  # live request |-> monotonic
+        self._last_preemption_s = 0.0
 
     def view(self) -> EngineView:
         """Return the queues as they are now."""
@@ -66,13 +68,15 @@ class Traffic:
             head = waiting.peek_request()
             # A preempted request is put back at the head with the arrival time it always had; what it
             # waits for began when it was preempted.
-            since = self._last_preemption_wall_s if head.num_preemptions else head.arrival_time
-            oldest = max(0.0, time.time() - since)
+            now = time.monotonic()
+            oldest = now - self._last_preemption_s if head.num_preemptions else self._age_s(head, now)
         return EngineView(num_waiting, num_running, oldest)
 
     def on_arrival(self, request: Request) -> None:
         """Note a request that entered the waiting queue."""
-        self._monitor.on_arrival(time.monotonic(), self._waiting(request))
+        now = time.monotonic()
+        self._arrived_s.setdefault(request.request_id, now - max(0.0, time.time() - request.arrival_time))
+        self._monitor.on_arrival(now, self._waiting(request))
 
     def on_scheduled(self, new: Sequence[Any], resumed: Iterable[str]) -> None:
         """Note requests scheduled for the first time (`NewRequestData`), or again after a preemption (ids).
@@ -81,7 +85,7 @@ class Traffic:
         """
         if not new and not resumed:
             return
-        now, wall = time.monotonic(), time.time()
+        now = time.monotonic()
         again = set(resumed)
         for request_id in chain((data.req_id for data in new), again):
             if (request := self._scheduler.requests.get(request_id)) is None:
@@ -89,9 +93,9 @@ class Traffic:
             elif request_id in again or request.num_output_tokens or request_id in self._awaiting_first_token:
                 self._monitor.on_resumed(request_id, limits_of(request).tpot_s)
             else:
-                wait_s = max(0.0, wall - request.arrival_time)
-                self._monitor.on_scheduled(now, wait_s, request_id, limits_of(request).tpot_s)
-                self._awaiting_first_token[request_id] = request
+                age_s = self._age_s(request, now)
+                self._monitor.on_scheduled(now, age_s, request_id, limits_of(request).tpot_s)
+                self._awaiting_first_token[request_id] = (request, now - age_s)
 
     def on_sent(
         self, output: SchedulerOutput, level: int, settled: bool, used_blocks: int, ahead: Collection[StepInFlight]
@@ -136,21 +140,22 @@ class Traffic:
         )  # fmt: skip
         if not self._awaiting_first_token:
             return
-        wall = time.time()
-        still: dict[str, Any] = {}
-        for request_id, request in self._awaiting_first_token.items():
+        now = time.monotonic()
+        still: dict[str, tuple[Any, float]] = {}
+        for request_id, (request, arrived_s) in self._awaiting_first_token.items():
             if request.num_output_tokens > 0:
-                self._monitor.on_first_token(max(0.0, wall - request.arrival_time))
+                age_s = now - arrived_s
+                self._monitor.on_first_token(age_s)
                 if not request.is_finished():
-                    self.late.on_first_token(request, wall)
+                    self.late.on_first_token(request, request.arrival_time + age_s)
             elif not request.is_finished():
-                still[request_id] = request
+                still[request_id] = (request, arrived_s)
         self._awaiting_first_token = still
 
     def on_preemption(self, request: Request, forced: bool = False) -> None:
         """Note that a running request lost its blocks: `forced` by a restore, or for want of memory."""
-        self._last_preemption_wall_s = time.time()
-        self._monitor.on_preemption(time.monotonic(), self._waiting(request), forced)
+        self._last_preemption_s = now = time.monotonic()
+        self._monitor.on_preemption(now, self._waiting(request), forced)
 
     def on_floor(self, level: int, number: int) -> None:
         """Note requests that must not be served below a level; `number` below 0: that they have ended."""
@@ -171,16 +176,22 @@ class Traffic:
     def on_finish(self, request: Request) -> None:
         """Note a request that ends; its blocks are still its own."""
         num_blocks = sum(map(len, self._scheduler.kv_cache_manager.get_block_ids(request.request_id)))
-        self._monitor.on_finish(num_blocks, time.monotonic(), request.request_id, request.num_output_tokens)
+        now = time.monotonic()
+        self._monitor.on_finish(num_blocks, now, request.request_id, request.num_output_tokens)
         if not request.num_output_tokens:  # an idle engine makes no step that would look at it once more
             self._awaiting_first_token.pop(request.request_id, None)
-        self.late.on_finish(request, time.time())
+        self.late.on_finish(request, request.arrival_time + self._age_s(request, now))
+        self._arrived_s.pop(request.request_id, None)
 
     def on_turn_end(self, request: Request) -> None:
         """Note that a session's turn has stopped, which is the end of a request with these tokens and these limits."""
         if self._awaiting_first_token.pop(request.request_id, None) is not None and request.num_output_tokens:
-            self._monitor.on_first_token(max(0.0, time.time() - request.arrival_time))
+            self._monitor.on_first_token(self._age_s(request, time.monotonic()))
         self.on_finish(request)
+
+    def _age_s(self, request: Request, now_s: float) -> float:
+        """Return how long ago it arrived; one that was never told of, 0."""
+        return now_s - self._arrived_s.get(request.request_id, now_s)
 
     def _waiting(self, request: Request) -> WaitingRequest:
         """Return a request as the queue sees it: what is to compute, by priority where the scheduler goes by that."""
