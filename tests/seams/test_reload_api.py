@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +32,7 @@ from morphserve.integration.server.access import Access
 from morphserve.integration.server.body import text_of
 from morphserve.integration.server.reload_api import on_hangup
 from morphserve.integration.server.tasks import Tasks
-from morphserve.integration.start.hangup import _IGNORED_BY
+from morphserve.integration.start.hangup import _IGNORED_BY, hangup_is_free, ignore_hangups
 from morphserve.integration.start.settings import config_file
 from morphserve.plugin import register
 
@@ -214,6 +214,24 @@ def test_a_server_and_what_it_starts_ignore_hangups(
     assert signal.getsignal(signal.SIGHUP) is (signal.SIG_IGN if is_server else signal.SIG_DFL)
     code = "import signal; signal.raise_signal(signal.SIGHUP)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == (0 if is_server else -signal.SIGHUP)
+
+
+@pytest.mark.parametrize("theirs", [signal.SIG_IGN, print], ids=["nohup", "a handler"])
+def test_who_has_taken_hangups_before_us_keeps_them(theirs: Any, hangup: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a server under nohup that reloads at a SIGHUP it was told to ignore; a host whose handler is lost."""
+    monkeypatch.setenv(_IGNORED_BY, "")
+    signal.signal(signal.SIGHUP, theirs)
+    ignore_hangups()
+    assert signal.getsignal(signal.SIGHUP) is theirs and not hangup_is_free()
+
+
+def test_an_engine_may_be_made_in_any_thread(hangup: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a server set up by another thread than the main one, which alone may touch signals, that does not
+    start."""
+    monkeypatch.setenv(_IGNORED_BY, "")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(ignore_hangups).result()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize(
