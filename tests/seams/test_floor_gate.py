@@ -252,6 +252,19 @@ def held_at_level_1(model: Path, **settings: Any) -> FloorWorld:
     return world
 
 
+@pytest.mark.parametrize("shallowest", [None, 1])
+def test_who_may_not_ask_any_more_is_let_go(model: Path, shallowest: int | None) -> None:
+    """Guards: requests that wait for a level which a reload has forbidden, while the policy knows of none."""
+    world = held_at_level_1(model)
+    world.levels.clear()
+    world.morph.gate.floors = type(world.morph.gate.floors)(world.morph.runtime.ladder, shallowest, {}, {})
+    world.step()
+    assert world.morph.gate.num_held == 0
+    assert world.morph.monitor._max_levels == ({} if shallowest is None else {shallowest: 2})
+    world.run_dry()
+    assert world.morph.controller.level == 1 and not world.morph.monitor._max_levels
+
+
 def test_an_error_while_they_are_let_in_loses_none(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: requests that are in no queue any more, whose clients wait for ever, after an error of ours."""
     world = held_at_level_1(model)

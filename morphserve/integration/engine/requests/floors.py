@@ -26,13 +26,14 @@ class FloorGate:
 
     The policy knows that they are here, and goes no deeper as long as its budget lasts. When it does all the same they
     are preempted, and wait here. Of a session only its turns count: between two of them nobody waits for a token.
-    A step costs two comparisons; a change of the level one look at all that are here, as does a step before which some
+    A step costs three comparisons; a change of the level one look at all that are here, as does a step before which some
     have come that must wait, however many.
     """
 
     def __init__(self, scheduler: Scheduler, traffic: Traffic, pool: VllmBlockPool, floors: Floors) -> None:
         """Be open, at level 0. `floors`: who may ask for what; may be replaced at any time."""
         self.floors = floors
+        self._judged_by = floors  # those that are here
         self._scheduler = scheduler
         self._traffic = traffic
         self._pool = pool
@@ -86,6 +87,8 @@ class FloorGate:
         Call it before vLLM schedules, and after the policy was asked.
         """
         self.has_news = False
+        if self._judged_by is not self.floors:
+            self._judge_anew()
         if level == self._level:
             return
         is_deeper, self._level = level > self._level, level
@@ -100,6 +103,23 @@ class FloorGate:
             self.take_out()
         elif self._held:
             self._let_in([request for request in self._held.values() if self._levels[request.request_id][1] >= level])
+
+    def _judge_anew(self) -> None:
+        """Let go of whom the floors that a reload has brought let ask for less: nothing is held up for them any more."""
+        self._judged_by = self.floors
+        for request, own in list(self._levels.values()):
+            level = self._level_of(request)
+            if level is not None and level <= own:
+                continue  # who might ask for more now came when he might not
+            self._traffic.on_floor(own, -1)
+            if level is None:
+                del self._levels[request.request_id]
+            else:
+                self._levels[request.request_id] = (request, level)
+                self._traffic.on_floor(level, 1)
+        free = [r for name, r in self._held.items() if name not in self._levels or self._levels[name][1] >= self._level]
+        if free:
+            self._let_in(free)
 
     def open(self) -> None:
         """Let all in, for good: nobody decides on levels any more."""
