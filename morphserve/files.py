@@ -69,7 +69,7 @@ class RotatingFile:
             return found.st_size == 0
         next_fd = _open_to_append(beside := self._file.with_name(self._file.name + ".new"))
         try:
-            if found.st_nlink:
+            if found.st_nlink and self._file.exists():  # else the last try got so far, and no further
                 for number in range(self._num_older, 0, -1):
                     with suppress(FileNotFoundError):
                         os.replace(self._older(number - 1), self._older(number))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -251,3 +252,27 @@ def test_a_line_that_does_not_fit_leaves_nothing(name: str, room: int, tmp_path:
     file.append(b"three\n")
     file.close()
     assert [text.strip() for text in _texts(tmp_path / name)] == [b"one", b"three"]
+
+
+def test_a_rename_that_fails_pushes_no_file_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: each try to begin another file takes an older one, until none is left."""
+    file = RotatingFile(tmp_path / "log", 8, 3)
+    for text in (b"oldest--\n", b"older---\n"):
+        file.append(text)
+        file.turn_page()
+    file.append(b"newest--\n")
+    rename = os.replace
+
+    def fails(source: Path, target: Path) -> None:
+        if source.suffix == ".new":
+            raise OSError(errno.EIO, "a disk that fails")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    for _ in range(3):
+        with pytest.raises(OSError, match="a disk that fails"):
+            file.turn_page()
+    monkeypatch.setattr(os, "replace", rename)
+    assert file.turn_page()
+    file.close()
+    assert [(tmp_path / f"log.{number}").read_bytes() for number in (1, 2)] == [b"newest--\n", b"older---\n"]

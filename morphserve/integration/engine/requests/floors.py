@@ -26,8 +26,8 @@ class FloorGate:
 
     The policy knows that they are here, and goes no deeper as long as its budget lasts. When it does all the same they
     are preempted, and wait here. Of a session only its turns count: between two of them nobody waits for a token.
-    A step costs three comparisons; a change of the level one look at all that are here, as does a step before which some
-    have come that must wait, however many.
+    A step costs three comparisons; a change of the level or of the rules one look at all that are here, as does a step
+    before which some have come that must wait, however many.
     """
 
     def __init__(self, scheduler: Scheduler, traffic: Traffic, pool: VllmBlockPool, floors: Floors) -> None:
@@ -105,7 +105,7 @@ class FloorGate:
             self._let_in([request for request in self._held.values() if self._levels[request.request_id][1] >= level])
 
     def _judge_anew(self) -> None:
-        """Let go of whom the floors that a reload has brought let ask for less: nothing is held up for them any more."""
+        """Let go of those whom a reload lets ask for less: nothing is held up for them any more."""
         self._judged_by = self.floors
         for request, own in list(self._levels.values()):
             level = self._level_of(request)
