@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from morphserve.control import Health
 from morphserve.errors import EngineLostError
+from morphserve.integration.engine.block_pool import VllmBlockPool
 from morphserve.integration.engine.hooks import Morph
 from morphserve.integration.engine.requests.traffic import StepInFlight, Traffic
 
@@ -133,6 +135,22 @@ def test_what_is_computed_again_is_no_lack_of_memory(is_discarding: bool) -> Non
     pool = SimpleNamespace(is_discarding=is_discarding)
     make_morph(monitor=monitor, _scheduler=SimpleNamespace(policy=None), pool=pool).on_preemption(REQUEST)
     assert seen == [is_discarding]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_what_vllm_preempts_to_compute_it_again_is_told_apart(works: bool) -> None:
+    """Guards: the same, where nobody says that KV is thrown away now, or where it is said for good; and a cache that
+    vLLM could not empty taken for an empty one."""
+    pool, seen = object.__new__(VllmBlockPool), []
+
+    def reset(reset_running_requests: bool) -> bool:
+        seen.append((pool.is_discarding, reset_running_requests))
+        return works
+
+    pool._scheduler = SimpleNamespace(reset_prefix_cache=reset, requests={})
+    with nullcontext() if works else pytest.raises(RuntimeError, match="has not reset"):
+        pool.discard_contents()
+    assert seen == [(True, True)] and not pool.is_discarding
 
 
 def test_an_engine_whose_ranks_differ_ends() -> None:
