@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from math import inf
 
+_SECOND_S = 1.0  # after a first failure that was not waited for: twice nothing would be nothing for ever
+
 
 class BackOff:
     """The waits after failures: each is twice as long as the one before, up to a limit."""
@@ -27,7 +29,7 @@ class BackOff:
     def failed(self, now_s: float) -> float:
         """Return how long nothing may start, in seconds."""
         wait_s = self._next_wait_s
-        self._next_wait_s = min(2 * wait_s, self._longest_s)
+        self._next_wait_s = min(2 * wait_s or _SECOND_S, self._longest_s)
         return self.hold(now_s + wait_s) - now_s
 
     def hold(self, until_s: float) -> float:

@@ -137,6 +137,7 @@ def _activate(engine_args: Any) -> None:
         SeamError, ConfigError.
     """
     from morphserve.errors import ConfigError
+    from morphserve.integration.server import keep_all_receipts
 
     seams.require_all(_device_seams())
     read_settings(engine_args.additional_config)
@@ -151,6 +152,7 @@ def _activate(engine_args: Any) -> None:
     _keep_kv_from_growing(engine_args)
     install_engine_seams()
     seams.wrap(seams.ENDPOINT_PLUGINS, _load_endpoint_plugins)
+    seams.wrap(seams.CHOICE_OUTPUT, keep_all_receipts)
 
 
 def _keep_kv_from_growing(engine_args: Any) -> None:

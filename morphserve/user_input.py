@@ -70,6 +70,18 @@ def read_token(file: Path) -> str:
     return token
 
 
+def read_tokens(admin: Path | None, read: Path | None) -> tuple[str | None, str | None]:
+    """Return the token that changes something, and the one that looks; None of no file.
+
+    Raises:
+        ConfigError: see `read_token`; or the two are the same, so that whoever may look could change something.
+    """
+    tokens = None if admin is None else read_token(admin), None if read is None else read_token(read)
+    if admin is not None and tokens[0] == tokens[1]:
+        raise ConfigError(f"token files {admin} and {read} hold the same token. Give {read} another, or leave it out.")
+    return tokens
+
+
 def read_yaml(file: Path, what: str) -> Any:
     """Return the value in a YAML file; None of one that has only comments or nothing in it.
 

@@ -11,16 +11,20 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+# YAML reads `no` and `off` as False, which would be level 0: the opposite of what is meant by a floor of `no`.
+_Level = Annotated[int, Field(strict=True)] | str
+
+
 class FloorsConfig(_Section):
     """Who may ask for a level that its request is not served below (`morphserve_max_level`), and for how long."""
 
-    shallowest: int | str | None = Field(
+    shallowest: _Level | None = Field(
         None, description="the shallowest level that anybody may ask for: 0, 8bit and the like; null = nobody may ask"
     )
-    adapters: dict[str, int | str] = Field(
+    adapters: dict[str, _Level] = Field(
         default_factory=dict, description="by LoRA adapter's name: the same for its requests"
     )
-    keys: dict[Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")], int | str] = Field(
+    keys: dict[Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")], _Level] = Field(
         default_factory=dict,
         description="by the first 16 digits of an API key's SHA-256: the same, whatever adapter its requests are for",
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from policies.config import FloorsConfig
 from policies.levels import resolve_level
-from policies.types import Decision, Ladder, Policy, Predictions, Signals
+from policies.types import Decision, Ladder, Order, Policy, Predictions, Signals
 
 _HOUR_S = 3600.0
 _BACK_SHARE = 0.1  # of an hour's seconds: once they are spent, nothing is held up until so many are back
@@ -67,12 +67,17 @@ def _spec(asked: object) -> int | str:
     raise ValueError(f"{asked!r:.40} is no level")
 
 
+def _is_ordered(order: Order | None, level: int | None) -> bool:
+    """Return whether an operator holds the level, whoever is here."""
+    return order is not None and (order.is_exact or level is None or order.level <= level)
+
+
 class FloorPolicy:
     """Another policy, held at the level that the requests which are here may not be served below.
 
     1. While one is here, and seconds are left, no deeper level is asked for than the shallowest of theirs.
-    2. Only time in which the other policy wants a deeper level for somebody else is paid for. Once all of an hour's is
-       spent, that one decides, and they wait, until a tenth is back or nobody else is here.
+    2. Only time in which the other policy wants a deeper level for somebody else, and no order forbids it, is paid for.
+       Once all of an hour's is spent, that one decides, and they wait, until a tenth is back or nobody else is here.
     """
 
     def __init__(self, inner: Policy, hold_s_per_hour: float) -> None:
@@ -102,7 +107,7 @@ class FloorPolicy:
         self._pay(s.now_s)
         is_held = wanted.level > (wanted.level if s.max_level is None else s.max_level)
         is_held = is_held and (s.max_level_alone or not self.is_spent)
-        self._held = is_held and not s.max_level_alone
+        self._held = is_held and not s.max_level_alone and not _is_ordered(s.order, s.max_level)
         if not is_held or s.max_level is None:
             decision = wanted
         else:

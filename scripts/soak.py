@@ -1,4 +1,4 @@
-"""Does anything add up in half an hour of bursts?
+"""Does anything add up in hours of morphing, and is every answer right?
 
 A door of `morphserve soak`: --help has its options, columns and an example.
 """

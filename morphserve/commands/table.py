@@ -45,7 +45,7 @@ COMMANDS = (
     Command("drain", "tools.admin.drain", "let nobody in, and empty it before maintenance"),
     Command("resume", "tools.admin.resume", "end what was ordered: its policy decides again"),
     Command("replay-log", "commands.replay_log", "ask a policy again what a decision log says it was asked"),
-    Command("soak", "commands.soak", "bursts for half an hour: does anything add up"),
+    Command("soak", "tools.soak.cli", "hours of morphing beside stock: does anything add up", "replay"),
     Command("chaos", "tools.chaos.cli", "break things beside a loaded server: does every answer still come", "replay"),
     Command("gpu-check", "tools.gpucheck.cli", "what of the NVIDIA path holds on this machine", "cuda"),
 )

@@ -110,8 +110,8 @@ class Controller:
 
     @property
     def level_ahead(self) -> int:
-        """The deepest level that tokens count for, or will on the way that the policy has chosen."""
-        return max(self.effective_level, 0 if self.failed else self._policy_host.decision.level)
+        """The deepest level that tokens count for, or will at the end of the transition under way."""
+        return max(self.effective_level, 0 if self.failed else self.target_level)
 
     @property
     def history(self) -> TransitionHistory:

@@ -95,7 +95,8 @@ def note(error: BaseException | str) -> None:
         problem = Problem("", error) if isinstance(error, str) else _problem(error)
         # In one write, so that those of several processes do not mix; the line end before it ends what was cut off.
         record = f"\n{json.dumps([problem.kind, problem.said])}\n".encode()
-        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        # /tmp is everybody's, and cleaned by some systems while a server runs: a link there is somebody else's.
+        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             os.write(descriptor, record)
         finally:

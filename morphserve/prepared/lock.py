@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import socket
 from pathlib import Path
 from typing import IO
@@ -22,9 +23,9 @@ def take_model(directory: Path) -> IO[str]:
 
     Raises:
         TakenError: another process has it.
-        OSError: no file can be made there.
+        OSError: no file can be made there, or it is a link, which may point at anybody's file.
     """
-    file = (directory / "lock").open("a", encoding="utf-8")
+    file = os.fdopen(os.open(directory / "lock", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:

@@ -96,11 +96,10 @@ class RankTransition:
         """
         if self._is_reading():
             return True
-        if self._job is None:
-            return False
-        if not self._job.done():
+        if self._is_at_work():
             return True
-        self._job.result()
+        if self._job is not None:
+            self._job.result()
         return False
 
     def wait(self) -> None:
@@ -135,7 +134,7 @@ class RankTransition:
         if has_layers:
             self._swapper.commit()
             switched()
-        elif num_kv_blocks == self._kv.num_mapped:
+        elif num_kv_blocks == self._kv.num_mapped and not self._is_at_work():
             self._job = None  # blocks were copied, that is all: nothing of an earlier command is asked for again
             return
 
@@ -213,6 +212,10 @@ class RankTransition:
             self._finish()  # what a kernel made of the tensors, too
 
         self._submit(bring)
+
+    def _is_at_work(self) -> bool:
+        """Return whether an earlier command's work is still under way, which may yet map or unmap."""
+        return self._job is not None and not self._job.done()
 
     def _submit(self, work: Callable[[], None]) -> None:
         self._job = None  # what an earlier one raised goes first

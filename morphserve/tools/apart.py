@@ -73,10 +73,11 @@ def run_apart(command: Sequence[str], failed: str, what: str, progress: Progress
     Raises:
         ProfilingError: it failed, with the cause; or it ended well without a document.
     """
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}  # nothing is imported from where somebody happens to stand
     last, log = "", deque[str](maxlen=_LOG_LINES)  # vLLM logs to stdout, and its stacks go to stderr
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
     ):
         assert process.stdout is not None
         try:

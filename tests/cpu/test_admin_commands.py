@@ -32,12 +32,11 @@ def token_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file.write_text(f"{TOKEN}\n")
     file.chmod(0o600)
     monkeypatch.setenv("MORPHSERVE_TOKEN_FILE", str(file))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
     return file
 
 
 @contextmanager
-def taking(heard: list[Any], code: int = 200, answer: dict[str, Any] | None = None) -> Iterator[str]:
+def taking(heard: list[Any], code: int = 200, answer: Any = None) -> Iterator[str]:
     """The address of a server at revision 7, and what it has heard: path and body of orders."""
 
     class Handler(QuietHandler):
@@ -51,7 +50,7 @@ def taking(heard: list[Any], code: int = 200, answer: dict[str, Any] | None = No
             heard.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
             self._say(code, answer or {"ok": True, "error": None, "revision": 8, "engines": [PINNED]})
 
-        def _say(self, code: int, document: dict[str, Any]) -> None:
+        def _say(self, code: int, document: Any) -> None:
             self.say(code, json.dumps(document).encode())
 
     with serving(Handler) as url:
@@ -109,6 +108,15 @@ def test_a_refusal_is_one_sentence(
     assert said in printed.err and printed.err.count("\n") == 1 and printed.out == ""
     assert main_of(name)([*arguments, "--url", url]) == 1
     assert "no server answers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("answer", [{"hello": "world"}, {"revision": 8}, [1, 2]])
+def test_another_server_on_that_port_is_told_in_one_sentence(answer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: a traceback where something answers that is no MorphServe, or only looks like it."""
+    with taking([], 200, answer) as url:
+        assert main_of("resume")(["--url", url]) == 1
+    printed = capsys.readouterr()
+    assert "answers, but not as MorphServe" in printed.err and printed.err.count("\n") == 1 and printed.out == ""
 
 
 def test_a_pin_without_an_end_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

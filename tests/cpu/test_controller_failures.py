@@ -176,6 +176,17 @@ def test_what_keeps_failing_waits_longer_and_success_forgives() -> None:
         rig.go_to(1)
 
 
+def test_no_first_wait_is_no_leave_to_fail_at_every_step() -> None:
+    """Guards: `backoff_s: 0`, whose double is 0 too: a damaged file costs KV and a warning at every step."""
+    config = TransitionConfig(max_layers_per_step=3, backoff_s=0.0, backoff_max_s=5.0)
+    rig = Rig(config=MorphServeConfig(transition=config))
+    rig.executor.fail = fail_prepare(0)  # type: ignore[assignment]
+    rig.script.level = 1
+    times = attempts(rig, 14.0)
+    gaps = [after - before for before, after in pairwise(times)]
+    assert gaps == pytest.approx([0.0, 1.0, 2.0, 4.0, 5.0], abs=0.3)
+
+
 def wake_ups(rig: Rig, seconds: float) -> int:
     """How often an idle engine is woken over so many seconds: it makes no other steps."""
     until_s, num_woken = rig.now_s + seconds, 0
@@ -203,6 +214,18 @@ def test_an_idle_engine_is_woken_for_attempts_and_no_more(num_ranks: int, start:
     assert rig.controller.counters.errors["prepare"] >= 12 and rig.controller.level == start
     rig.executor.fail = lambda command, plan, r: ""
     assert wake_ups(rig, 61.0) and rig.controller.level == target
+
+
+def test_a_level_that_cannot_be_had_is_not_ahead() -> None:
+    """Guards: requests that must not be served at a deeper level wait for as long as the way there keeps failing, while
+    all others are served at level 0."""
+    rig = Rig()
+    rig.executor.fail = fail_prepare(0)  # type: ignore[assignment]
+    rig.script.level = 3
+    rig.step()
+    assert rig.controller.phase is Phase.PREPARING and rig.controller.level_ahead == 3
+    rig.step(20)
+    assert rig.controller.phase is Phase.IDLE and rig.controller.level_ahead == 0
 
 
 def test_a_failing_restore_does_not_keep_from_degrading() -> None:

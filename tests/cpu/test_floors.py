@@ -11,12 +11,13 @@ from cpu.test_slo_parts import LIMITS, QUIET
 from cpu.test_slo_rules import LADDER, crowded
 from pydantic import ValidationError
 
-from morphserve.config import MorphServeConfig, parse_config
+from morphserve.config import MorphServeConfig, parse_config, parse_policy
 from morphserve.control import EngineView, Monitor
+from morphserve.errors import ConfigError
 from morphserve.shipped import workload_file
 from morphserve.tools.sim import Simulated, simulate
 from morphserve.tools.workload import Slo, WorkloadSpec, load_workload
-from policies import Decision, Floors, Signals, SloConfig, StaticConfig, build_policy
+from policies import Decision, Floors, Order, Signals, SloConfig, StaticConfig, build_policy
 from policies.config import FloorsConfig
 from policies.floors import FloorPolicy
 
@@ -66,6 +67,21 @@ def test_the_budget_is_of_time_in_which_a_deeper_level_is_wanted() -> None:
     assert asked(FloorPolicy(Wants(3), 0.0), 0.0, 0) == 3, "no budget"
 
 
+@pytest.mark.parametrize(
+    ("order", "pays"),
+    [
+        (Order("pin", 0, "o"), False), (Order("pin", 3, "o"), False), (Order("max", 1, "o"), False),
+        (Order("max", 2, "o"), True), (None, True),
+    ],
+)  # fmt: skip
+def test_what_an_operator_orders_costs_them_nothing(order: Order | None, pays: bool) -> None:
+    """Guards: an hour's seconds that are spent while an order holds the level, and are gone when it ends."""
+    policy = FloorPolicy(Wants(3), 60.0)
+    for second in range(20):
+        policy.decide(replace(QUIET, now_s=float(second), max_level=1, order=order))
+    assert (policy.left_s < 60.0) is pays
+
+
 def test_where_nobody_else_is_nobody_is_held_up() -> None:
     """Guards: requests that, once the budget is spent, are let in, taken for a load, and sent back, again and again."""
     for hold_s in (0.0, 60.0):
@@ -107,6 +123,13 @@ def test_a_keys_level_goes_before_the_adapters() -> None:
     assert [floors.level_of(0, adapter, other) for adapter in (None, "a")] == [None, 2]
     with pytest.raises(ValidationError):
         FloorsConfig.model_validate({"keys": {"secret": 0}})
+
+
+@pytest.mark.parametrize("section", ["shallowest: no", "adapters: {a: off}", "keys: {0123456789abcdef: false}"])
+def test_no_is_not_level_0(section: str) -> None:
+    """Guards: an operator who lets nobody ask, in the words that YAML has for it, lets everybody ask for everything."""
+    with pytest.raises(ConfigError, match="floors"):
+        parse_policy(f"policy: {{kind: slo, floors: {{{section}}}}}", "body")
 
 
 @pytest.mark.parametrize("wish", ["w3", "", True, 0.5, float("nan"), float("inf"), -1, 99, [0], "9" * 5000])

@@ -73,7 +73,7 @@ FAILS: list[tuple[tuple[str, ...], str]] = [
     (("prepare", "m", "--text", "{tmp}/none"), "--text {tmp}/none: No such file or directory"),
     (("prepare", "m", "--cache-dir", UNDER_A_FILE[0]), UNDER_A_FILE[1]),
     (("prepare", "m", "--cache-dir", NOWHERE), NO_HOME),
-    (("soak", "m", "--config", "{tmp}/empty.yaml"), "is empty"),
+    (("soak", "--read", "{tmp}/none"), "No such file or directory"),
     (("gpu-check", "--out", UNDER_A_FILE[0]), UNDER_A_FILE[1]),
 ]  # fmt: skip
 
@@ -89,7 +89,7 @@ USAGE: list[tuple[tuple[str, ...], str]] = [
     (("calibrate", "m", "--rounds", "0"), "0 is too few"),
     (("quantize", "m", "--out", "x", "--samples", "-1"), "-1 is too few"),
     (("prepare", "m", "--windows", "0"), "0 is too few"),
-    (("soak", "m", "--minutes", "nan"), "nan is out of bounds, must be above 0"),
+    (("soak", "--minutes", "nan"), "nan is out of bounds, must be above 0"),
     (("gpu-check", "--minutes", "inf"), "inf is out of bounds"),
     (("status", "--url", "ftp://x"), "is no address of a server"),
     (("watch", "--interval", "-1"), "-1"),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from cpu.prepared_world import PLACE, TIMES, keep_profile, make_model
 
+from morphserve.config import load_config
 from morphserve.errors import ProfilingError
 from morphserve.prepared import TAKEN, ProfileKey, Store, take_model, weights_fingerprint
 from morphserve.tools.prepare import main, request, stages
@@ -28,6 +29,7 @@ class Machine:
         self.asked: list[str] = []
         self.commands: list[list[str]] = []
         self.job: Any = None
+        self.settings: Any = None  # of what times steps
         self.dies_at = ""
         self.with_profile = True
 
@@ -41,6 +43,7 @@ class Machine:
         if "quantizing" in what:
             out.mkdir()
             return {"checkpoint": str(out)}
+        self.settings = load_config(command[command.index("--config") + 1])
         out.write_text(json.dumps(TIMES.document()))
         return {"place": asdict(PLACE)}
 
@@ -95,6 +98,13 @@ def test_all_parts_are_made_once(model: Path, machine: Machine, capsys: pytest.C
     assert prepare(model) == 0
     out = capsys.readouterr().out
     assert len(machine.asked) == 3 and "prepared already" in out and json.loads(out.splitlines()[-1])["made"] == []
+
+
+def test_steps_are_timed_with_what_was_made(model: Path, machine: Machine, tmp_path: Path) -> None:
+    """Guards: steps timed with another profile, or in another cache, where a name means something in YAML."""
+    cache = tmp_path / "cache: of #1"
+    assert main([str(model), "--dtype", "bfloat16", "--cache-dir", str(cache)]) == 0
+    assert machine.settings.cache_dir == cache and machine.settings.profile == machine.job.out
 
 
 def test_a_machine_without_memory_for_the_weights_is_refused(

@@ -73,6 +73,12 @@ def test_a_command_of_its_own_says_how_far_it_is_and_why_it_ended() -> None:
         run("import sys; print('many lines'); sys.exit('no room for the KV cache')")
 
 
+def test_a_command_of_its_own_imports_nothing_from_where_it_is_run() -> None:
+    """Guards: a module that somebody has put into the directory in which a command, or an idle server, stands."""
+    code = "import json, sys; print(json.dumps({'path': sys.path}))"
+    assert "" not in run_apart([sys.executable, "-c", code], "it failed", "it", lambda *_: None)["path"]
+
+
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     """Guards: a picture that fails at the end of an hour of profiling."""
     from morphserve.tools.profile.plots import plot_frontier, plot_orders

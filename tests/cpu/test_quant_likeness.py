@@ -128,6 +128,14 @@ def test_a_layer_that_gives_nothing_is_no_evidence() -> None:
     look()(0, "w8", half(MLP, empty, norms()), half(MLP, empty, norms()))
 
 
+def test_what_overflows_already_is_no_evidence() -> None:
+    """Guards: a model whose own half precision overflows on random rows, and that cannot start or change for it."""
+    loud = {name: weight * 1e30 for name, weight in weights().items()}
+    look()(0, "w8", half(MLP, weights(), norms()), half(MLP, loud, norms()))
+    with pytest.raises(KernelError):
+        look()(0, "w8", half(MLP, loud, norms()), half(MLP, weights(), norms()))
+
+
 def test_what_is_refused_leaves_everything_as_it_was(tmp_path: Path) -> None:
     """Guards: garbage that stays staged, or in use, after it was found; a good format that pays for a bad one."""
     world = World(tmp_path)

@@ -7,8 +7,8 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,32 @@ def test_attempts_do_not_pile_up_behind_a_disk_that_is_away(rank: _Rank) -> None
     rank.transition.abort()
     rank.let_go()
     assert rank.num_reads == 1  # the others were cancelled before they began
+
+
+class _Later(Executor):
+    """Does what it is given when it is told to, in order."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Callable[[], None]] = []
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        self.jobs.append(lambda: done.set_result(work(*args, **kwargs)))
+        return done
+
+    def run(self) -> None:
+        while self.jobs:
+            self.jobs.pop(0)()
+
+
+def test_blocks_that_are_asked_for_while_they_go_come_back(tmp_path: Path) -> None:
+    """Guards: a rank that looks at its blocks before its own work has unmapped them, and says that all are there."""
+    kv, background = _KV(10), _Later()
+    transition = RankTransition(World(tmp_path).swapper, kv, background)
+    transition.commit(False, 8)
+    transition.commit(False, 10)  # another rank had failed to move blocks
+    background.run()
+    assert not transition.outcome() and kv.num_mapped == 10
 
 
 def test_what_comes_of_a_read_that_was_given_up_is_dropped(rank: _Rank, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from morphserve import user_input
 from morphserve.errors import ConfigError
-from morphserve.user_input import read_token
+from morphserve.user_input import read_token, read_tokens
 
 TOKEN = "0123456789abcdef"
 
@@ -91,3 +91,17 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     for name, why in (("pipe", "chmod 600"), (".", "Is a directory"), ("gone", "No such file")):
         with pytest.raises(ConfigError, match=why):
             read_token(tmp_path / name)
+
+
+def test_who_may_look_may_not_change_something_by_the_same_token(tmp_path: Path) -> None:
+    """Guards: a copy of one token in both files, with which the credential of a dashboard drains the server."""
+    admin, read = tmp_path / "admin", tmp_path / "read"
+    for file, text in ((admin, TOKEN), (read, f"{TOKEN}\n")):
+        file.write_text(text)
+        file.chmod(0o600)
+    assert read_tokens(None, None) == (None, None) and read_tokens(None, read) == (None, TOKEN)
+    with pytest.raises(ConfigError, match="hold the same token. Give .*read another") as refused:
+        read_tokens(admin, read)
+    assert TOKEN not in str(refused.value)
+    read.write_text(TOKEN[::-1])
+    assert read_tokens(admin, read) == (TOKEN, TOKEN[::-1])

@@ -8,7 +8,6 @@ import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,14 @@ from morphserve.tools.watch.watch import LineView, watch
 pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def token(tmp_path: Path) -> Path:
+    file = tmp_path / "token"
+    file.write_text("0123456789abcdef\n")
+    file.chmod(0o600)
+    return file
 
 
 class EndsAfter:
@@ -273,11 +280,27 @@ def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(command.make_view(), LineView)
 
 
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Servers of the tests are here."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    yield
+def test_a_token_for_this_machine_goes_through_no_proxy(token: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a token that the proxy of the environment gets to see, or a server here that nobody reaches."""
+    asked: list[Any] = []
+    with answering(b"", 502, asked) as proxy, answering(json.dumps(recorded("calm")).encode()) as url:
+        monkeypatch.setenv("http_proxy", proxy)
+        assert fetch_status(url, token) == recorded("calm")
+        assert fetch_status(url.replace("127.0.0.1", "localhost"), token) == recorded("calm")
+    assert asked == []
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_token_is_shown_to_the_server_that_was_named_alone(code: int, token: Path) -> None:
+    """Guards: a token that a redirect takes to another server."""
+    asked: list[Any] = []
+    with (
+        answering(json.dumps(recorded("calm")).encode(), heard=asked) as other,
+        answering(b"", code, location=f"{other}/morphserve/status") as url,
+        pytest.raises(NoStatus, match=f"sends whoever asks elsewhere .HTTP {code}."),
+    ):
+        fetch_status(url, token)
+    assert asked == []
 
 
 def test_fetch_gives_what_was_told() -> None:
@@ -289,12 +312,10 @@ def test_fetch_gives_what_was_told() -> None:
 @pytest.mark.parametrize("how", ["option", "environment"])
 @pytest.mark.parametrize("main", [status_main, watch_main])
 def test_a_token_is_shown(
-    main: Any, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    main: Any, how: str, token: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Guards: a server with a token that no command can look at; a token on a command line, for `ps` to show."""
-    file, asked = tmp_path / "token", []
-    file.write_text("0123456789abcdef\n")
-    file.chmod(0o600)
+    file, asked = token, list[Any]()
 
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt

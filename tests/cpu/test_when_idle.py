@@ -323,3 +323,12 @@ def test_locks_are_held_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         with take(), pytest.raises(TakenError, match="another"):
             take()
         take().close()
+
+
+def test_a_lock_is_no_way_to_files_elsewhere(tmp_path: Path) -> None:
+    """Guards: a link in a cache that several users write into, through which one makes another create files."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "lock").symlink_to(tmp_path / "made")
+    with pytest.raises(OSError, match="symbolic links"):
+        take_model(tmp_path / "cache")
+    assert not (tmp_path / "made").exists()

@@ -27,14 +27,14 @@ def replicas() -> dict[str, Any]:
 
 
 @contextmanager
-def answering(body: bytes, code: int = 200, heard: list[Any] | None = None) -> Iterator[str]:
+def answering(body: bytes, code: int = 200, heard: list[Any] | None = None, location: str = "") -> Iterator[str]:
     """The address of a server that gives this answer to everything; `heard` gets the headers of each question."""
 
     class Handler(QuietHandler):
         def do_GET(self) -> None:
             if heard is not None:
                 heard.append(self.headers)
-            self.say(code, body)
+            self.say(code, body, *([("Location", location)] if location else []))
 
     with serving(Handler) as url:
         yield url
@@ -43,9 +43,10 @@ def answering(body: bytes, code: int = 200, heard: list[Any] | None = None) -> I
 class QuietHandler(BaseHTTPRequestHandler):
     """What both kinds of servers of tests have: an answer whole, and no line on stderr."""
 
-    def say(self, code: int, body: bytes) -> None:
+    def say(self, code: int, body: bytes, *headers: tuple[str, str]) -> None:
         self.send_response(code)
-        self.send_header("Content-Length", str(len(body)))
+        for name, value in (("Content-Length", str(len(body))), *headers):
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 

@@ -13,6 +13,7 @@ import pytest
 from kv_resize import MapError
 from morphserve.integration.worker import worker as worker_module
 from morphserve.integration.worker.state import rank as this_rank
+from morphserve.residence import RankTransition
 
 _PLANTED = pytest.MonkeyPatch()
 _EVENTS: list[tuple[str, int]] = []
@@ -69,6 +70,21 @@ def fail_switch(worker: Any, rank: int) -> None:
 
     if worker.rank == rank:
         _PLANTED.setattr(this_rank().swapper, "commit", refuse)
+
+
+def read_late(worker: Any, rank: int, num_answers: int) -> None:
+    """On one rank, layers are still read when it is asked for them so many times."""
+    if worker.rank != rank:
+        return
+    is_reading, left = RankTransition._is_reading, [num_answers]
+
+    def late(self: Any) -> bool:
+        if self._reading is None or not left[0]:
+            return is_reading(self)
+        left[0] -= 1
+        return True
+
+    _PLANTED.setattr(RankTransition, "_is_reading", late)
 
 
 def half_moved(worker: Any, rank: int) -> None:

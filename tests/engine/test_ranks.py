@@ -291,7 +291,9 @@ def test_a_rank_that_moves_nothing_is_seen(llm: Any, stock_rounds: list[Any], me
     llm.reset_prefix_cache()
 
 
-@pytest.mark.parametrize(("level", "target", "layer", "fmt"), [(0, W4, 1, "w8"), (W8, 0, 5, "base")])
+@pytest.mark.parametrize(
+    ("level", "target", "layer", "fmt", "late"), [(0, W4, 1, "w8", 0), (W8, 0, 5, "base", 0), (0, W4, 1, "w8", 8)]
+)
 def test_one_rank_that_cannot_prepare_stops_all(
     llm: Any,
     stock_rounds: list[Any],
@@ -300,12 +302,15 @@ def test_one_rank_that_cannot_prepare_stops_all(
     target: int,
     layer: int,
     fmt: str,
+    late: int,
 ) -> None:
-    """Guards the vote: rank 0 switches alone, keeps what it staged, or the KV given up is lost to both."""
+    """Guards the vote: rank 0 switches alone, keeps what it staged, or the KV given up is lost to both; and rank 1's
+    word, where rank 0 still reads: forgotten, both would be told to switch, and the engine would end."""
     go(llm, level)
     expected, ranks, before = run(llm), state(llm), morph_of(llm).status()
     llm.reset_prefix_cache()
     path = Path(rpc(llm, rank_probe.variant_file, layer, fmt)[1])
+    rpc(llm, rank_probe.read_late, 0, late)
     with truncated(path):
         follow(llm, {0: level, 4: target})
         assert run(llm) == expected

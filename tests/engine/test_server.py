@@ -228,6 +228,11 @@ def _check_streamed_receipts(server: Server, body: dict[str, Any]) -> None:
         header = server.headers(path, ask | {"vllm_xargs": {"morphserve_receipt": 1}})[HEADER]
         assert json.loads(header)["output_tokens"] == {"6": 12}
         assert HEADER not in server.headers(path, ask)
+        several = ask | {"n": 3, "temperature": 1.0, "vllm_xargs": {"morphserve_receipt": 1}}
+        *_, last, _, _ = server.get(path, several | {"stream": True}).split("\n\n")
+        streamed = json.loads(last.removeprefix("data: "))["morphserve"]
+        for told in (streamed, json.loads(server.headers(path, several)[HEADER])):
+            assert [receipt["output_tokens"] for receipt in told] == 3 * [{"6": 12}]
 
 
 def _check_floors(server: Server, body: dict[str, Any]) -> None:
@@ -274,13 +279,13 @@ def test_sigterm_in_mid_transition(demo_model: Path, variant_cache: Path, tmp_pa
         assert server.processes() == []
 
 
-def test_start_that_fails_ends_with_the_cause(demo_model: Path, variant_cache: Path, tmp_path: Path) -> None:
+def test_start_that_fails_ends_with_the_cause(demo_model: Path, tmp_path: Path) -> None:
     """Guards: what a worker met stands somewhere in the log, and its last line is of a stack that says nothing."""
-    settings = {"cache_dir": str(variant_cache), "kernels": {"w8": "no_such_kernel"}}
-    with serve(demo_model, tmp_path, settings) as server:
+    (tmp_path / "variants").touch()
+    with serve(demo_model, tmp_path, {"cache_dir": str(tmp_path)}) as server:
         assert server.process.wait(START_TIMEOUT_S) == 1
         last = server.log.read_text().splitlines()[-1]
-        assert last.startswith("morphserve: error: ") and "no_such_kernel" in last
+        assert last.startswith("morphserve: error: ") and "cannot create the variant directory" in last
 
 
 def test_killed_worker_is_the_last_thing_said(demo_model: Path, variant_cache: Path, tmp_path: Path) -> None:

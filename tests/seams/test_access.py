@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from cpu.watched import recorded
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.testclient import TestClient
 from seams.asked import ADMIN, LOCAL, READ, app_of, bearer, client_of, endpoint_of, told
 from starlette.middleware.cors import CORSMiddleware
@@ -89,6 +90,7 @@ def test_vllms_open_door_to_pages_is_none_to_the_status(path: str) -> None:
         (LOCAL, "http://localhost:8000", {"X-Forwarded-For": "127.0.0.1"}, 403),
         (LOCAL, "http://localhost:8000", {"Forwarded": "for=192.0.2.7"}, 403),
         (LOCAL, "http://localhost:8000", {"Via": "1.1 proxy"}, 403),
+        (LOCAL, "http://localhost:8000", {"X-Forwarded-Port": "443"}, 403),
     ],
 )
 def test_without_a_token_the_status_is_for_this_machine(peer: Any, url: str, headers: Any, status: int) -> None:
@@ -96,6 +98,15 @@ def test_without_a_token_the_status_is_for_this_machine(peer: Any, url: str, hea
     was made to point here."""
     client = client_of(endpoint_of(statuses=[recorded("calm")]), peer, url)
     assert {client.get(path, headers=headers).status_code for path in READS} == {status}
+
+
+@pytest.mark.parametrize(("version", "may"), [("1.0", False), ("1.1", True), ("2", True)])
+def test_a_proxy_that_adds_no_header_is_none_of_this_machine(version: str, may: bool) -> None:
+    """Guards: the status for all the world behind nginx as it is installed, which says of itself nothing but that."""
+    scope = {"type": "http", "http_version": version, "headers": [(b"host", b"127.0.0.1:8000")], "client": LOCAL}
+    with nullcontext() if may else pytest.raises(HTTPException) as refused:
+        assert Access().check_read(Request(scope)) is False
+    assert refused is None or refused.value.status_code == 403
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,15 @@ def test_only_what_ends_a_process_is_written_down(file: Path) -> None:
     assert ending.cause() == "lower it"
 
 
+def test_nothing_is_written_through_a_link(file: Path, tmp_path: Path) -> None:
+    """Guards: a file of the server's user, into which another one of the machine has its end written."""
+    (mine := tmp_path / "mine").write_text("mine")
+    file.unlink()
+    file.symlink_to(mine)
+    ending.note("it ended")
+    assert mine.read_text() == "mine" and ending.cause() is None
+
+
 def test_unarmed_process_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: an engine without MorphServe raises other errors than vLLM's own."""
     monkeypatch.delenv(ending._FILE, raising=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,70 @@ def test_who_may_not_ask_is_served_as_all_are(model: Path) -> None:
     world.policy.level = 2
     for number, asked in enumerate((0, "8bit", "none", [1])):
         world.add(str(number), PROMPT, 3, morphserve_max_level=asked)
+    world.add("key", PROMPT, 3, morphserve_max_level=0, morphserve_key=[1])
     for _ in range(20):
         world.step()
     assert world.morph.controller.level == 2
     world.run_dry()
+
+
+def held_at_level_1(model: Path, **settings: Any) -> FloorWorld:
+    """Two requests that wait for level 0, and nothing else to do."""
+    world = FloorWorld(model, 0.0, **settings)
+    world.policy.level = 1
+    for _ in range(20):
+        world.step()
+    for name in ("a", "b"):
+        world.add_at(name, PROMPT, 4, 0)
+    return world
+
+
+def test_an_error_while_they_are_let_in_loses_none(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: requests that are in no queue any more, whose clients wait for ever, after an error of ours."""
+    world = held_at_level_1(model)
+    monkeypatch.setattr(world.morph.monitor, "on_let_in", lambda request_id: 1 // 0)
+    world.morph.health = Health.RESTING
+    for _ in range(3):
+        world.morph.before_schedule()
+    assert world.morph.gate.num_held == 0 and [r.request_id for r in world.scheduler.waiting] == ["a", "b"]
+
+
+def test_one_that_has_ended_is_not_let_in(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a request that its client has left, and whose end an error of ours kept from the gate, is scheduled."""
+    world = held_at_level_1(model)
+    monkeypatch.setattr(world.morph.traffic, "on_finish", lambda request: 1 // 0)
+    world.abort("a")
+    world.morph.before_schedule()
+    assert world.morph.health is Health.RESTING and [r.request_id for r in world.scheduler.waiting] == ["b"]
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_an_engine_that_is_to_end_serves_them_first(
+    model: Path, monkeypatch: pytest.MonkeyPatch, is_running: bool
+) -> None:
+    """Guards: `--shutdown-timeout`, which gives requests time to end: those that wait for their level are cut off when
+    the others are done; or an engine that never sleeps while they wait."""
+    world = held_at_level_1(model)
+    monkeypatch.setattr(world.morph, "_idle_ticker", object())
+    monkeypatch.setattr(world.morph.runtime.engine_core, "is_running", lambda: is_running, raising=False)
+    world.morph.wake_due = False
+    assert world.scheduler.has_requests() is not is_running
+
+
+def test_who_waits_wakes_the_engine_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a request that waits for a level whose restore keeps failing, and keeps a core busy as long as it waits;
+    or one that nobody tells the policy of."""
+    world = held_at_level_1(model, transition={"max_layers_per_step": 2, "max_pause_ms": 1e6, "backoff_s": 600.0})
+    (rank,) = world.ranks.ranks
+    obey = rank.obey
+
+    def refuses(method: str, plan: Any) -> Any:
+        reply = obey(method, replace(plan, layer_formats=()))
+        return replace(reply, ok=False, error="damaged") if plan.layer_formats else reply
+
+    monkeypatch.setattr(rank, "obey", refuses)
+    assert world.morph._claims_step(), "the policy must hear of it"
+    for _ in range(20):
+        world.step()
+    assert world.morph.controller.counters.transitions[("restore", "aborted")] == 1
+    assert world.morph.gate.num_held == 2 and not world.morph._claims_step()

@@ -13,6 +13,7 @@ from morphserve.config import parse_config
 from morphserve.control import NO_LIMITS
 from morphserve.integration.engine import hooks
 from morphserve.integration.engine.requests.request_limits import LateCount, limits_of
+from morphserve.integration.engine.requests.traffic import Traffic
 from policies import Promise, SloConfig, ThresholdConfig, promise_of
 from tests.fakes import Rig
 
@@ -58,14 +59,34 @@ def test_what_a_request_asked_for_goes_before_the_policys() -> None:
 
 
 def test_what_is_no_time_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Guards: a log that a client fills, a warning for each of its requests; or one as long as what it sent."""
+    """Guards: a log that a client fills, a warning for each of its requests; or one as long as what it sent; an error,
+    after which no policy is asked any more."""
     monkeypatch.setattr("morphserve.integration.engine.requests.request_limits._warned", set())
     caplog.set_level(logging.DEBUG, "vllm.morphserve")
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    for value in ("soon" * 1000, -1.0, 0, float("nan"), [1]):
+    for value in ("soon" * 1000, -1.0, 0, float("nan"), [1], 10**400):
         assert limits_of(request(tpot_s=value)) == NO_LIMITS  # type: ignore[arg-type]
-    assert [record.levelno for record in caplog.records] == [logging.WARNING] + 4 * [logging.DEBUG]
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] + 5 * [logging.DEBUG]
     assert len(caplog.records[0].getMessage()) < 250
+
+
+@pytest.mark.parametrize("num_output_tokens", [0, 3])
+def test_a_preempted_request_that_is_sent_as_new_has_come_before(num_output_tokens: int) -> None:
+    """Guards: the second model runner, to which vLLM sends preempted requests as new ones: each preemption would count
+    as a wait since the request came, and as a first token that was late."""
+    seen: list[str] = []
+    new, again = (lambda *_, word=word: seen.append(word) for word in ("new", "again"))
+    one = request("a", 0)
+    scheduler: Any = SimpleNamespace(requests={"a": one})
+    monitor: Any = SimpleNamespace(on_scheduled=new, on_resumed=again)
+    traffic = Traffic(scheduler, monitor)
+    sent = [SimpleNamespace(req_id="a")]
+    traffic.on_scheduled(sent, ())
+    if num_output_tokens:
+        one.num_output_tokens = num_output_tokens
+        traffic._awaiting_first_token.clear()
+    traffic.on_scheduled(sent, ())
+    assert seen == ["new", "again"] and list(traffic._awaiting_first_token) == ["a"] * (not num_output_tokens)
 
 
 def test_a_floor_is_judged_by() -> None:

@@ -18,6 +18,8 @@ import pytest
 import torch
 import vllm
 import vllm.plugins
+from checkpoints import quantization_config
+from safetensors.torch import save_file
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -213,6 +215,12 @@ def test_active_with_the_plugin(models: dict[str, str]) -> None:
         ({"policy": {"kind": "static", "level": "w2"}}, ["'w2'", "8bit, 4bit", "(base, w8)"]),
         ({"policy": {"kind": "threshold", "max_level": 99}}, ["level 99", "0 to 1", "Give one of these"]),
         ({"kv": {"base_num_blocks": 8}}, ["8 blocks", "needs 9 blocks", "Raise kv.base_num_blocks"]),
+        ({"kernels": {"w8": "no_such_kernel"}}, ["kernels: w8", "'no_such_kernel'", "w8a8_onednn", "Name one of them"]),
+        ({"kernels": {"w4": "w8a8_vnni"}}, ["kernels: w4", "'w8a8_vnni'", "w4a16"]),
+        ({"cache_dir": "/dev/null"}, ["cache_dir: /dev/null", "no directory that this user can write to"]),
+        ({"cache_dir": "/dev/null/a/b"}, ["cache_dir: /dev/null/a/b: /dev/null is no directory"]),
+        ({"decision_log": "/dev/null/a.jsonl"}, ["decision_log: /dev/null: /dev/null is no directory"]),
+        ({"variants": {"w4": "/no/such/checkpoint"}}, ["variants: w4", "/no/such/checkpoint", "Give either"]),
     ],
 )
 def test_bad_settings_are_refused(models: dict[str, str], settings: dict[str, Any], said: list[str]) -> None:
@@ -221,6 +229,26 @@ def test_bad_settings_are_refused(models: dict[str, str], settings: dict[str, An
         engine_args(models["llama"], settings).create_engine_config()
     for part in said:
         assert part in str(refused.value)
+
+
+def test_places_that_cannot_be_written_to_are_refused(models: dict[str, str], tmp_path: Path) -> None:
+    """Guards: minutes of loading before somebody opens the decision log; or a refusal of what will be made."""
+    with pytest.raises(ConfigError, match="decision_log: .* is no file that this user can write to"):
+        engine_args(models["llama"], {"decision_log": str(tmp_path)}).create_engine_config()
+    made = {"decision_log": str(tmp_path / "a" / "log.jsonl"), "cache_dir": str(tmp_path / "b" / "c")}
+    engine_args(models["llama"], made).create_engine_config()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_model_is_refused(models: dict[str, str], tmp_path: Path) -> None:
+    """Guards: minutes of loading before somebody looks at the checkpoint that a format's layers are to come from."""
+    with pytest.raises(ConfigError, match="variants: w4: .*config.json has no quantization_config"):
+        engine_args(models["llama"], {"variants": {"w4": models["llama"]}}).create_engine_config()
+    other = {**MODELS["llama"], "hidden_size": 128, "quantization_config": quantization_config("awq", 32)}
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    save_file({"model.layers.0.mlp.up_proj.qweight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match="variants: w4: .*hidden_size 128 instead of 64"):
+        engine_args(models["llama"], {"variants": {"w4": str(tmp_path)}}).create_engine_config()
 
 
 @pytest.mark.parametrize(

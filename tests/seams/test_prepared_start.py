@@ -18,7 +18,8 @@ from cpu.prepared_world import TIMES, keep_profile, keep_times, make_model, stor
 from vllm.engine.arg_utils import EngineArgs
 
 from morphserve.config import parse_config
-from morphserve.integration.start import FOUND, for_this_device, ladder_note, read_settings
+from morphserve.integration.offline.served import main as served_main
+from morphserve.integration.start import FOUND, for_this_device, ladder_note, read_settings, settings_of
 from morphserve.plugin import register
 from morphserve.prepared import ProfileKey, Store
 
@@ -90,6 +91,33 @@ def test_what_was_prepared_is_used_in_every_process(
     assert after.compute_hash() == before.compute_hash()
     (said,) = [record for record in logged.records if record.name == "test.prepared"]
     assert said.levelname == "INFO" and str(profile) in said.message and str(times) in said.message
+
+
+def test_what_a_server_would_be_is_asked_without_a_cache(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: a model that cannot be prepared into a --cache-dir because the home directory cannot be written to."""
+    monkeypatch.setenv("MORPHSERVE_CACHE", "/dev/null/x")
+    words = ("--dtype", "bfloat16", "--max-model-len", "128", "--skip-tokenizer-init")
+    assert served_main(["--model", str(model), *words]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["formats"] == ["w8", "w4"]
+
+
+def test_settings_are_those_of_the_start_in_every_process(model: Path, tmp_path: Path) -> None:
+    """Guards: a file that is edited while weights load: another ladder in a rank than in the engine, or a server that
+    ends after minutes of loading because it was half written when its door was opened."""
+    file = tmp_path / "morph.yaml"
+    file.write_text("transition: {max_layers_per_step: 7}\n")
+    asked = {"morphserve": {"config_file": str(file)}}
+    config = EngineArgs(
+        model=str(model), dtype="bfloat16", skip_tokenizer_init=True, max_model_len=128, additional_config=asked
+    ).create_engine_config()
+    for text in ("transition: {max_layers_per_step: 2}\n", "transition: ["):
+        file.write_text(text)
+        for each in (config, copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+            settings = settings_of(each)
+            assert settings is not None and settings.transition.max_layers_per_step == 7
+    assert settings_of(EngineArgs(model=str(model), skip_tokenizer_init=True).create_engine_config()) is None
 
 
 @pytest.mark.parametrize(
@@ -175,8 +203,9 @@ def test_damage_and_other_weights_never_stop_a_start(
         make_model(tmp_path / "other", seed=1)
         (tmp_path / "other" / "model-0.safetensors").replace(model / "model-0.safetensors")
     elif harm == "a file":
-        cache = tmp_path / "no_directory"
-        cache.write_text("")
+        cache = tmp_path / "another"
+        cache.mkdir()
+        (cache / "prepared").touch()
     else:
         more = {"load_format": "dummy"}
     with logged.at_level(logging.INFO, "test.prepared"):

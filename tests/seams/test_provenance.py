@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -358,6 +359,22 @@ def test_a_receipt_proves_full_precision() -> None:
     strict = served(kv, receipts, asking("strict", PROMPT, **{PRECISION_ARG: "full"}), [0])
     assert strict is not None and strict["reused_tokens"] == {} and strict["full_precision"]
     assert strict["demanded"] == "full" and strict["computed_tokens"] == {"0": 9}
+
+
+def test_a_precision_that_is_not_known_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Guards: a client that fills the disk of the log, by a line a request or by a line of megabytes; an id that a
+    client has chosen, with a line in it that looks like another's."""
+    kv = KVModel()
+    receipts = Receipts(kv.provenance, BLOCK)
+    logged = logging.getLogger("test.receipts")
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr("morphserve.integration.engine.requests.receipts.logger", logged)
+        for name in ("r\nERROR all is lost", "s", "t"):
+            request = asking(name, PROMPT, **{PRECISION_ARG: "half " * 1_000_000})
+            told = served(kv, receipts, request, [0])
+            assert told is not None and "known is 'full'" in told["error"] and len(told["error"]) < 250
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "\n" not in line and len(line) < 400
 
 
 def test_a_life_that_was_preempted_does_not_count() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from copy import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +14,13 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.testclient import TestClient
 from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from morphserve.integration import seams
-from morphserve.integration.server.receipt_door import HEADER, ReceiptDoor, note_receipts
+from morphserve.integration.server.receipt_door import HEADER, ReceiptDoor, keep_all_receipts, note_receipts
 
 RECEIPT = {
     "output_tokens": {"0": 2, "3": 1}, "deepest_level": 3, "full_precision": False, "token_levels": [[0, 2], [3, 1]],
@@ -24,32 +29,42 @@ CHUNK = {"id": "cmpl-1", "object": "text_completion", "created": 7, "model": "de
 
 
 class Client:
-    """The engine's client as far as the door knows it: each request makes three outputs, the last with its receipt."""
+    """The engine's client as far as the door knows it: each request makes four outputs, the last with its receipts."""
 
-    def __init__(self, num_receipts: int = 1) -> None:
-        self.num_receipts, self.closed = num_receipts, 0
+    def __init__(self, receipts: Any = RECEIPT) -> None:
+        self.receipts, self.closed = receipts, 0
 
     async def generate(self, prompt: Any, sampling_params: Any, request_id: str) -> AsyncIterator[Any]:
         try:
             for number in range(3):
                 yield SimpleNamespace(kv_transfer_params=None, number=number)
-            asked = sampling_params.extra_args or {}
-            for number in range(self.num_receipts):
-                receipt = {"morphserve": {**RECEIPT, "reused_tokens": {"0": number}}}
-                yield SimpleNamespace(kv_transfer_params=receipt if asked.get("morphserve_receipt") else None, number=3)
+            asked = (sampling_params.extra_args or {}).get("morphserve_receipt")
+            yield SimpleNamespace(kv_transfer_params={"morphserve": self.receipts} if asked else None, number=3)
         finally:
             self.closed += 1
 
 
-def app_of(client: Client, **asked: Any) -> TestClient:
+def receipt_of(number: int, level: int = 3) -> dict[str, Any]:
+    return {**RECEIPT, "reused_tokens": {"0": number}, "deepest_level": level}
+
+
+def app_of(client: Client, num_choices: int = 1, **asked: Any) -> TestClient:
     """An API that answers as vLLM's does, behind the door."""
     app = FastAPI()
     seams.wrap(seams.CLIENT_GENERATE, note_receipts, on=client)
-    params = SamplingParams(extra_args=asked or None)
+    params = SamplingParams(n=num_choices, temperature=1.0, extra_args=asked or None)
 
     @app.post("/whole")
     async def whole() -> JSONResponse:
         return JSONResponse({"outputs": [output.number async for output in client.generate("", params, "r")]})
+
+    @app.post("/prompts")
+    async def prompts() -> JSONResponse:
+        first, second = (client.generate(prompt, params, prompt) for prompt in ("a", "b"))
+        client.receipts = receipt_of(2)
+        numbers = [output.number async for output in second]  # ends first
+        client.receipts = receipt_of(1)
+        return JSONResponse({"outputs": numbers + [output.number async for output in first]})
 
     @app.post("/stream")
     async def stream() -> StreamingResponse:
@@ -79,8 +94,7 @@ def test_a_stream_has_its_receipt_before_its_end() -> None:
     text = app_of(Client(), morphserve_receipt=1).post("/stream").text
     *_, chunk, done, rest = text.split("\n\n")
     assert (done, rest) == ("data: [DONE]", "")
-    receipt = {**RECEIPT, "reused_tokens": {"0": 0}}
-    assert json.loads(chunk.removeprefix("data: ")) == {**CHUNK, "choices": [], "morphserve": receipt}
+    assert json.loads(chunk.removeprefix("data: ")) == {**CHUNK, "choices": [], "morphserve": RECEIPT}
     assert text.count("data: ") == 6
 
 
@@ -95,10 +109,116 @@ def test_who_asks_for_none_gets_what_vllm_sends(asked: dict[str, Any]) -> None:
 
 def test_an_answer_of_many_choices_has_a_short_header() -> None:
     """Guards: a header so long that a proxy refuses the answer; receipts of some choices lost."""
-    found = json.loads(app_of(Client(3), morphserve_receipt=1).post("/whole").headers[HEADER])
+    three = [receipt_of(number) for number in range(3)]
+    found = json.loads(app_of(Client(three), 3, morphserve_receipt=1).post("/whole").headers[HEADER])
     assert [receipt["reused_tokens"] for receipt in found] == [{"0": 0}, {"0": 1}, {"0": 2}]
-    found = json.loads(app_of(Client(500), morphserve_receipt=1).post("/whole").headers[HEADER])
+    many = [receipt_of(number) for number in range(500)]
+    found = json.loads(app_of(Client(many), 500, morphserve_receipt=1).post("/whole").headers[HEADER])
     assert found == {"receipts": 500, "deepest_level": 3, "full_precision": False}
+
+
+def test_a_choice_without_a_receipt_is_seen() -> None:
+    """Guards: full precision said of an answer of which one choice has told nothing; receipts that move up a place."""
+    some = [receipt_of(0, level=0), None, receipt_of(2, level=0)]
+    client = app_of(Client(some), 3, morphserve_receipt=1)
+    found = json.loads(client.post("/whole").headers[HEADER])
+    assert found[1] is None and found[2]["reused_tokens"] == {"0": 2}
+    chunk = client.post("/stream").text.split("\n\n")[-3]
+    assert json.loads(chunk.removeprefix("data: "))["morphserve"] == some
+    many = [*(receipt_of(number, level=0) for number in range(99)), None]
+    found = json.loads(app_of(Client(many), 100, morphserve_receipt=1).post("/whole").headers[HEADER])
+    assert found == {"receipts": 99, "deepest_level": 0, "full_precision": False}
+
+
+def test_receipts_stand_in_the_order_of_their_prompts() -> None:
+    """Guards: the receipt of one prompt taken for another's, because that one has ended first; one of two lost."""
+    found = json.loads(app_of(Client(), morphserve_receipt=1).post("/prompts").headers[HEADER])
+    assert [receipt["reused_tokens"] for receipt in found] == [{"0": 1}, {"0": 2}]
+
+
+# ---- several choices, as vLLM joins them
+
+
+class Choices:
+    """An answer of several choices in vLLM's own output processor, as the engine's client has it."""
+
+    def __init__(self, kind: RequestOutputKind, num_choices: int = 3) -> None:
+        asked = {"morphserve_receipt": 1}
+        params = SamplingParams(n=num_choices, temperature=1.0, output_kind=kind, extra_args=asked, detokenize=False)
+        request = EngineCoreRequest("r", [1, 2], None, params, None, 0.0, None, None, None, external_req_id="r")
+        self.processor = OutputProcessor(None, log_stats=False)
+        self.queue = RequestOutputCollector(kind, "r")
+        parent = ParentRequest(request)
+        for index in range(num_choices):
+            name, own = parent.get_child_info(index)
+            child = copy(request)
+            child.request_id, child.sampling_params = name, own
+            self.processor.add_request(child, None, parent, index, self.queue)
+
+    def step(self, *choices: int, ends: dict[int, dict[str, Any] | None] | None = None) -> None:
+        """One token of each of `choices`; those of `ends` end with it, and tell that receipt."""
+        ends = ends or {}
+        told = {index: receipt and {"morphserve": receipt} for index, receipt in ends.items()}
+        self.processor.process_outputs(
+            [
+                EngineCoreOutput(
+                    f"{index}_r", [7], finish_reason=FinishReason.LENGTH if index in ends else None,
+                    kv_transfer_params=told.get(index),
+                )
+                for index in (*choices, *ends)
+            ]
+        )  # fmt: skip
+
+    def told(self) -> Any:
+        """What the client's next output says of receipts."""
+        output = self.queue.get_nowait()
+        assert output is not None
+        return (output.kv_transfer_params or {}).get("morphserve")
+
+
+@pytest.fixture
+def joined() -> Iterator[None]:
+    patch = seams.wrap(seams.CHOICE_OUTPUT, keep_all_receipts)
+    yield
+    if patch is not None:
+        patch.undo()
+
+
+@pytest.mark.parametrize("kind", [RequestOutputKind.FINAL_ONLY, RequestOutputKind.DELTA])
+def test_each_of_several_choices_has_its_receipt(joined: None, kind: RequestOutputKind) -> None:
+    """Guards: full precision said of an answer whose other choices came from quantized layers: vLLM hands on what the
+    choice that ends last has told, and of a client that lags not even that."""
+    choices = Choices(kind)
+    choices.step(0, 1, 2)
+    choices.step(0, 2, ends={1: receipt_of(1)})
+    choices.step(2, ends={0: receipt_of(0)})
+    choices.step(ends={2: receipt_of(2, level=0)})
+    assert choices.told() == [receipt_of(0), receipt_of(1), receipt_of(2, level=0)]
+
+
+@pytest.mark.parametrize("kind", [RequestOutputKind.FINAL_ONLY, RequestOutputKind.DELTA])
+def test_a_choice_that_tells_nothing_takes_no_other_along(joined: None, kind: RequestOutputKind) -> None:
+    """Guards: receipts of all lost because the last choice ends in the API server, at a stop string, and has none."""
+    choices = Choices(kind)
+    choices.step(ends={0: receipt_of(0), 1: None})
+    choices.step(ends={2: None})
+    assert choices.told() == [receipt_of(0), None, None]
+
+
+def test_a_client_that_goes_meets_no_error(joined: None) -> None:
+    """Guards: an abort, for which vLLM names its arguments, ends the task that makes everybody's outputs."""
+    choices = Choices(RequestOutputKind.DELTA)
+    choices.step(0, 1, ends={2: receipt_of(2)})
+    assert choices.told() == [None, None, receipt_of(2)]
+    assert choices.processor.abort_requests(["r"], internal=False)
+    assert choices.told() == [None, None, receipt_of(2)]
+
+
+def test_choices_that_ask_for_none_are_told_nothing(joined: None) -> None:
+    """Guards: a list of nothing in the answers of others."""
+    choices = Choices(RequestOutputKind.FINAL_ONLY)
+    choices.step(ends={0: None, 1: None, 2: None})
+    assert choices.told() is None
 
 
 def test_nothing_stands_between_those_who_ask_for_none() -> None:

@@ -78,3 +78,36 @@ def test_a_failure_is_told_when_all_ranks_are_done() -> None:
     transport.sent[1][1].set_result([reply(0, 0.0, ok=False, error="no pages"), reply(1, 0.0)])
     replies = ticket.poll()
     assert replies is not None and [r.ok for r in replies] == [False, True]
+
+
+@pytest.mark.parametrize("command", ["prepare", "abort"])
+def test_a_failure_that_a_rank_tells_once_is_kept(command: str) -> None:
+    """Guards: a rank whose files are damaged says so, is asked again because another one still reads, and then has
+    nothing to report: all are told to switch, and the engine ends."""
+    transport = Transport()
+    ticket = getattr(RpcExecutor(transport, 3), command)(PLAN)
+    transport.sent[0][1].set_result(
+        [reply(0, 0.1, ok=False, error="damaged", kv_moved=False), reply(1, 0.0, pending=True), reply(2, 0.0)]
+    )
+    assert ticket.poll() is None
+    later = [reply(0, 0.2, num_kv_blocks=40), reply(1, 0.0, ok=False, error="late"), reply(2, 0.0)]
+    transport.sent[1][1].set_result(later)
+    replies = ticket.poll()
+    assert replies is not None and len(transport.sent) == 2
+    assert [(r.ok, r.error, r.kv_moved) for r in replies] == [
+        (False, "damaged", False), (False, "late", True), (True, "", True),
+    ]  # fmt: skip
+    assert replies[0].num_kv_blocks == 40 and round(replies[0].elapsed_s, 9) == 0.3
+
+
+def test_a_failed_commit_is_told_while_another_rank_is_at_work() -> None:
+    """Guards: tokens of the steps that run meanwhile, on KV that one rank has moved by half or on ranks of two levels:
+    they reach clients before anybody looks."""
+    transport = Transport()
+    ticket = RpcExecutor(transport, 2, in_background=True).commit(PLAN)
+    transport.sent[0][1].set_result(
+        [reply(0, 0.1, ok=False, error="half", kv_moved=False), reply(1, 0.0, pending=True, num_kv_blocks=50)]
+    )
+    replies = ticket.poll()
+    assert replies is not None and ticket.poll() == replies and len(transport.sent) == 1
+    assert [(r.ok, r.error, r.kv_moved) for r in replies] == [(False, "half", False), (True, "", True)]

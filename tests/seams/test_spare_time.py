@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,6 +64,14 @@ def test_the_child_prepares_for_this_very_server(
     assert work_of(start(model, cache, WHEN_IDLE)).command[-1] != "--enforce-eager"
     assert not {"MORPHSERVE_ENDING_FILE", "PROMETHEUS_MULTIPROC_DIR"} & set(work.environment)
     assert work.environment["HOME_OF_MINE"] == "h" and work.environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
+
+
+def test_the_child_runs_nothing_that_lies_where_the_server_stands(model: Path, tmp_path: Path) -> None:
+    """Guards: a module that anybody has put into a directory in which a server was started, as /tmp."""
+    work = work_of(start(model, tmp_path / "cache", WHEN_IDLE))
+    (tmp_path / "argparse.py").write_text("raise SystemExit('planted')")
+    done = subprocess.run([*work.command, "--help"], cwd=tmp_path, env=work.environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "--tensor-parallel-size" in done.stdout, done.stderr
 
 
 def test_what_is_there_is_not_made(model: Path, tmp_path: Path) -> None:

@@ -21,11 +21,16 @@ from morphserve.control import Plan, Reply, Ticket
 if TYPE_CHECKING:
     from vllm.v1.executor import Executor
 
+COMMIT = "morphserve_commit"
 PAUSE_SAMPLES = 512  # bounded: the status page reports percentiles of the latest
 
 
 class RpcTicket:
-    """Replies of all ranks to one command."""
+    """Replies of all ranks to one command.
+
+    A rank that has failed is asked again with those that are not done, and then speaks of what it did before: its
+    failure stays. A failed commit is told at once, as steps run meanwhile on ranks that differ.
+    """
 
     def __init__(
         self, call: Callable[[str, Plan], Any], method: str, plan: Plan, num_ranks: int, pauses: deque[float]
@@ -37,6 +42,8 @@ class RpcTicket:
         self._pauses = pauses
         self._elapsed_s = [0.0] * num_ranks  # that each rank's steps have stood still for this command
         self._pause_s = 0.0  # the longest of these
+        self._failed: dict[int, Reply] = {}  # by the rank's place; the first word of each
+        self._waits_for_all = method != COMMIT
         self._replies: tuple[Reply, ...] | None = None
         self._future = call(method, plan)
 
@@ -46,7 +53,7 @@ class RpcTicket:
             replies = self._taken()
             self._pause_s = max([self._pause_s, *(r.elapsed_s for r in replies)])
             self._elapsed_s = [a + r.elapsed_s for a, r in zip(self._elapsed_s, replies, strict=True)]
-            if any(reply.pending for reply in replies):
+            if any(reply.pending for reply in replies) and (self._waits_for_all or not self._failed):
                 self._future = self._call("morphserve_progress", self._plan)
             else:
                 self._pauses.append(self._pause_s)
@@ -55,12 +62,22 @@ class RpcTicket:
 
     def _taken(self) -> tuple[Reply, ...]:
         try:
-            return tuple(self._future.result())
+            replies = tuple(self._future.result())
         except Exception as e:  # whatever the transport raised, the controller must hear of it
             error = f"{type(e).__name__}: {e}"
-            return tuple(
+            replies = tuple(
                 Reply(rank, self._plan.revision, False, error, kv_moved=False) for rank in range(self._num_ranks)
             )
+        for place, reply in enumerate(replies):
+            if not reply.ok:
+                self._failed.setdefault(place, reply)
+        return tuple(self._with_failure(place, reply) for place, reply in enumerate(replies))
+
+    def _with_failure(self, place: int, reply: Reply) -> Reply:
+        """Return what a rank says now, and that it has failed, if it has."""
+        if (first := self._failed.get(place)) is None:
+            return reply
+        return replace(reply, ok=False, error=first.error, kv_moved=first.kv_moved and reply.kv_moved)
 
 
 class RpcExecutor:
@@ -81,7 +98,7 @@ class RpcExecutor:
         return self._send("morphserve_prepare", plan)
 
     def commit(self, plan: Plan) -> Ticket:
-        return self._send("morphserve_commit", plan)
+        return self._send(COMMIT, plan)
 
     def abort(self, plan: Plan) -> Ticket:
         return self._send("morphserve_abort", plan)

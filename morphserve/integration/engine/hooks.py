@@ -226,8 +226,13 @@ class Morph:
 
     @property
     def wants_step(self) -> bool:
-        """Whether an engine without other requests should make a step: in-process nothing wakes it for those held."""
-        return self.wake_due or (self._idle_ticker is None and self.gate.num_held > 0)
+        """Whether an engine without other requests should make a step.
+
+        For those held, too, where nothing else would wake it: in-process, and when it ends once it has no work.
+        """
+        if self.wake_due or not self.gate.num_held:
+            return self.wake_due
+        return self._idle_ticker is None or not self.runtime.engine_core.is_running()
 
     def _view(self) -> EngineView:
         """Return the queues; empty ones once reading them has failed."""
@@ -308,10 +313,10 @@ class Morph:
     # -- idle ---------------------------------------------------------------------------------------
 
     def _claims_step(self) -> bool:
-        """Asked by the wake-up thread: a level above 0 waits to be restored, or a request for its level, and nothing
-        else makes steps."""
+        """Asked by the wake-up thread: a level above 0 waits to be restored, or the policy has not heard of a request
+        that waits for its level, and nothing else makes steps."""
         idle = not self._scheduler.has_unfinished_requests() and self._may_wake()
-        if idle and (self.controller.wants_wakeup or self.gate.num_held) and not self.wake_due:
+        if idle and (self.controller.wants_wakeup or self.gate.has_news) and not self.wake_due:
             self.wake_due = True
             return True
         return False

@@ -17,7 +17,7 @@ from morphserve.control import Action
 from morphserve.integration import ending, seams
 from morphserve.integration.engine.hooks import Morph
 from morphserve.integration.engine.runtime import EngineRuntime
-from morphserve.integration.start import for_this_device, ladder_note, read_settings
+from morphserve.integration.start import for_this_device, ladder_note, settings_of
 from morphserve.integration.worker import check_weight_access
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def install() -> None:
 def _initialize_kv_caches(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
     def initialize_kv_caches(self: Any, vllm_config: VllmConfig) -> Any:
-        config = read_settings(vllm_config.additional_config)
+        config = settings_of(vllm_config)
         if config is not None:
             runtime = EngineRuntime(self, vllm_config, for_this_device(config, vllm_config), config)
             _RUNTIMES[id(vllm_config)] = runtime

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -19,7 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="served", conflict_handler="resolve"))
     args = EngineArgs.from_cli_args(parser.parse_args(argv))
-    args.additional_config = {KEY: {"policy": {"kind": "static", "level": 0}, "prepared": False}}
+    # Nothing is kept, so that a place for it must be no matter: whoever asks may have another one.
+    settings = {"policy": {"kind": "static", "level": 0}, "prepared": False, "cache_dir": tempfile.gettempdir()}
+    args.additional_config = {KEY: settings}
     config = args.create_engine_config()
     place: Place = getattr(config, FOUND).place
     document = {

@@ -29,6 +29,7 @@ from morphserve.integration.seams.cuda import (
 )
 from morphserve.integration.seams.patch import Patch, patches, put, undo, wrap
 from morphserve.integration.seams.rows import (
+    CHOICE_OUTPUT,
     CLI_FLAGS,
     CLI_VALUES,
     CLIENT_GENERATE,
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CAPTURE_V1",
     "CAPTURE_V2",
+    "CHOICE_OUTPUT",
     "CLI_FLAGS",
     "CLIENT_GENERATE",
     "CLI_VALUES",

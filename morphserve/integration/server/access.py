@@ -16,10 +16,11 @@ from hashlib import sha256
 from fastapi import HTTPException, Request
 
 from morphserve.config import AdminConfig
-from morphserve.user_input import read_token
+from morphserve.user_input import read_tokens
 
 # What a proxy adds. Behind one the peer's address is the proxy's, and says nothing of who asks.
-_FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
+_FORWARDED = ("forwarded", "via", "x-forwarded-", "x-real-ip")  # a name begins so
+_OF_PROXIES = "1.0"  # of HTTP: nginx speaks it to what is behind it, by default, and adds no header; no browser does
 _MEDIA_TYPES = ("application/json", "application/yaml")  # none of them can a page of another origin send unasked
 
 
@@ -37,7 +38,7 @@ class Access:
         Raises:
             ConfigError: a token's file cannot be used.
         """
-        return cls(*(file and read_token(file) for file in (config.token_file, config.read_token_file)))
+        return cls(*read_tokens(config.token_file, config.read_token_file))
 
     def check_read(self, request: Request) -> bool:
         """Let somebody see the status; return whether with what files say.
@@ -90,7 +91,7 @@ def _is_local(request: Request) -> bool:
 
     The name is looked at because a page's own host name can be made to point to 127.0.0.1.
     """
-    if any(name in request.headers for name in _FORWARDED):
+    if request.scope.get("http_version") == _OF_PROXIES or any(n.startswith(_FORWARDED) for n in request.headers):
         return False
     peer = request.client.host if request.client else ""  # a Unix socket has none
     host = request.headers.get("Host", "")

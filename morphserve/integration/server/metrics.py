@@ -33,7 +33,7 @@ from morphserve.integration.server.scrape import add_behind_shared, add_to_own
 from morphserve.integration.server.spare_time import SpareTime
 from morphserve.integration.server.status_api import LastStatuses, add_status
 from morphserve.integration.server.tasks import Tasks
-from morphserve.integration.start import read_settings
+from morphserve.integration.start import settings_of
 from policies import OrderKind, Predictions
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ class MorphServeEndpoint:
         self._client = engine_client
         if engine_client is None:
             return
-        settings = read_settings(getattr(engine_client.vllm_config, "additional_config", None))
+        settings = settings_of(engine_client.vllm_config)
         self._access = Access.of((settings or MorphServeConfig()).admin)
         add_to_own(self._collector)
         self._queue_limit = QueueLimit(engine_client)

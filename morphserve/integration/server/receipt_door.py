@@ -1,8 +1,9 @@
 """Receipts for everyone: before the end of a stream, and in a header of a whole answer. And whose request it is.
 
-vLLM hands a receipt to the client in the body of a whole answer alone. Here it is taken from what the engine's client
-yields, and put where a client of any kind finds it, as `usage` is: into a chunk of its own with no choices, before
-`data: [DONE]`; and into `X-MorphServe-Receipt`. Answers that ask for none pass through as they are.
+vLLM hands a receipt to the client in the body of a whole answer alone, and of several choices that of the one which
+ends last. Here those of all choices are kept together, taken from what the engine's client yields, and put where a
+client of any kind finds them, as `usage` is: into a chunk of its own with no choices, before `data: [DONE]`; and into
+`X-MorphServe-Receipt`. Answers that ask for none pass through as they are.
 
 The engine knows no API keys: a request that asks not to be served below a level is marked with a digest of its own.
 """
@@ -10,11 +11,13 @@ The engine knows no API keys: a request that asks not to be served below a level
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, MutableMapping
 from contextlib import aclosing
 from contextvars import ContextVar
 from hashlib import sha256
+from itertools import chain
 from typing import Any
 
 HEADER = "X-MorphServe-Receipt"
@@ -24,9 +27,13 @@ _DONE = b"data: [DONE]"
 _MAX_LEVEL, _KEY = "morphserve_max_level", "morphserve_key"
 _KEY_DIGITS = 16  # of its SHA-256, as `policy.floors.keys` has them
 _CHUNK_KEYS = ("id", "object", "created", "model")  # of a chunk, as clients know it
+_OURS = "morphserve"  # in `kv_transfer_params`
+_OF_CHOICES = "morphserve_receipts"  # attribute of vLLM's record of an answer of several choices
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
+Receipt = dict[str, Any]
+Outputs = AsyncGenerator[Any, None]
 
 
 class _Answer:
@@ -35,18 +42,23 @@ class _Answer:
     def __init__(self, send: Send, headers: Iterable[tuple[bytes, bytes]]) -> None:
         self._send = send
         self._headers = headers  # of its request
-        self.is_asked = False
-        self.receipts: list[dict[str, Any]] = []  # one for each choice, in the order of their ends
+        self._by_prompt: list[list[Receipt | None]] = []  # a row for each prompt, in it one for each choice
         self._chunk = b""  # the last one
+
+    def add_prompt(self, num_choices: int) -> list[Receipt | None]:
+        """Return what to note the receipts of one more prompt in, by choice."""
+        row: list[Receipt | None] = [None] * num_choices
+        self._by_prompt.append(row)
+        return row
 
     async def send(self, message: Message) -> None:
         """Pass a part of the answer on, with the receipts where it is the one for them."""
-        if self.is_asked:
+        if self._by_prompt:
             body = message.get("body", b"")
-            if message["type"] == "http.response.start" and self.receipts:
-                message = {**message, "headers": [*message["headers"], (HEADER.lower().encode(), self._header())]}
-            elif body.startswith(_DONE) and self.receipts:
-                message = {**message, "body": self._last_chunk() + body}
+            if message["type"] == "http.response.start" and any(receipts := self._receipts):
+                message = {**message, "headers": [*message["headers"], (HEADER.lower().encode(), _header(receipts))]}
+            elif body.startswith(_DONE) and any(receipts := self._receipts):
+                message = {**message, "body": self._last_chunk(receipts) + body}
             elif body.startswith(b"data: {"):
                 self._chunk = body
         await self._send(message)
@@ -58,23 +70,19 @@ class _Answer:
         scheme, _, key = shown.partition(b" ")
         return sha256(key).hexdigest()[:_KEY_DIGITS] if scheme.lower() == b"bearer" and key else None
 
-    def _header(self) -> bytes:
-        """Return the receipts in a line, without what has an entry for every change of the level."""
-        short = [{key: value for key, value in receipt.items() if key != "token_levels"} for receipt in self.receipts]
-        line = _compact(short[0] if len(short) == 1 else short)
-        if len(line) > _MAX_HEADER_BYTES:
-            deepest = max(receipt["deepest_level"] for receipt in short)
-            line = _compact({"receipts": len(short), "deepest_level": deepest, "full_precision": deepest == 0})
-        return line
+    @property
+    def _receipts(self) -> list[Receipt | None]:
+        """One for each choice, in their order; None of one that has not told any."""
+        return list(chain(*self._by_prompt))
 
-    def _last_chunk(self) -> bytes:
+    def _last_chunk(self, receipts: list[Receipt | None]) -> bytes:
         try:
             before = json.loads(self._chunk.removeprefix(b"data: "))
         except ValueError:  # cut in two by somebody between
             before = {}
         known = {key: before[key] for key in _CHUNK_KEYS if key in before}
-        receipts = self.receipts[0] if len(self.receipts) == 1 else self.receipts
-        return b"data: " + _compact({**known, "choices": [], "morphserve": receipts}) + b"\n\n"
+        told = receipts[0] if len(receipts) == 1 else receipts
+        return b"data: " + _compact({**known, "choices": [], _OURS: told}) + b"\n\n"
 
 
 _current: ContextVar[_Answer | None] = ContextVar("morphserve_answer", default=None)
@@ -98,11 +106,11 @@ class ReceiptDoor:
             _current.reset(mark)
 
 
-def note_receipts(original: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncGenerator[Any, None]]:
+def note_receipts(original: Callable[..., Outputs]) -> Callable[..., Outputs]:
     """Wrap the engine client's `generate`: it notes receipts where a request asks for one, and marks whose it is."""
 
     @functools.wraps(original)
-    def generate(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+    def generate(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Outputs:
         answer, asked = _current.get(), getattr(sampling_params, "extra_args", None)
         if not asked or not any(key.startswith(_ASKS) for key in asked):
             return original(prompt, sampling_params, *args, **kwargs)
@@ -110,21 +118,63 @@ def note_receipts(original: Callable[..., AsyncGenerator[Any, None]]) -> Callabl
         if _MAX_LEVEL in asked and answer is not None and (key := answer.key) is not None:
             asked[_KEY] = key
         outputs = original(prompt, sampling_params, *args, **kwargs)
-        if answer is None:
-            return outputs
-        answer.is_asked = True
-        return _noting(outputs, answer.receipts)
+        return outputs if answer is None else _noting(outputs, answer.add_prompt(sampling_params.n))
 
     return generate
 
 
-async def _noting(outputs: AsyncGenerator[Any, None], receipts: list[dict[str, Any]]) -> AsyncGenerator[Any, None]:
+async def _noting(outputs: Outputs, receipts: list[Receipt | None]) -> Outputs:
     async with aclosing(outputs):  # whose client goes has the engine's request aborted by that
         async for output in outputs:
-            receipt = (output.kv_transfer_params or {}).get("morphserve")
-            if receipt is not None and receipt not in receipts[-1:]:
-                receipts.append(receipt)
+            told = (output.kv_transfer_params or {}).get(_OURS)
+            if told is not None:
+                receipts[:] = told if isinstance(told, list) else [told]
             yield output
+
+
+def keep_all_receipts(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap what makes a client's output: of several choices the last one has the receipts of all, in a list.
+
+    vLLM hands on what the choice that ends last has told; and where it joins two outputs of a stream, the later one's.
+    """
+
+    shape = inspect.signature(original)
+
+    @functools.wraps(original)
+    def make_request_output(state: Any, *args: Any, **named: Any) -> Any:
+        if state.parent_req is None:
+            return original(state, *args, **named)
+        call = shape.bind(state, *args, **named)
+        if call.arguments["finish_reason"] is not None:
+            _add_siblings(state, call.arguments)
+        return original(*call.args, **call.kwargs)
+
+    return make_request_output
+
+
+def _add_siblings(state: Any, given: dict[str, Any]) -> None:
+    """Let the end of one of several choices tell what has been told of all so far."""
+    told = given.get("kv_transfer_params") or {}
+    receipts: list[Receipt | None] | None = getattr(state.parent_req, _OF_CHOICES, None)
+    if receipts is None:
+        if _OURS not in told:
+            return
+        receipts = [None] * state.parent_req.n
+        setattr(state.parent_req, _OF_CHOICES, receipts)
+    receipts[state.request_index] = told.get(_OURS)
+    given["kv_transfer_params"] = {**told, _OURS: receipts}
+
+
+def _header(receipts: list[Receipt | None]) -> bytes:
+    """Return the receipts in a line, without what has an entry for every change of the level."""
+    short = [told and {key: value for key, value in told.items() if key != "token_levels"} for told in receipts]
+    line = _compact(short[0] if len(short) == 1 else short)
+    if len(line) > _MAX_HEADER_BYTES:
+        known = [told for told in receipts if told is not None]
+        deepest = max(told["deepest_level"] for told in known)
+        is_full = deepest == 0 and len(known) == len(receipts)
+        line = _compact({"receipts": len(known), "deepest_level": deepest, "full_precision": is_full})
+    return line
 
 
 def _compact(value: Any) -> bytes:

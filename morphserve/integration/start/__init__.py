@@ -20,6 +20,7 @@ from morphserve.integration.start.settings import (
     ladder_note,
     read_settings,
     served_ladder,
+    settings_of,
 )
 from morphserve.late import late
 
@@ -70,6 +71,7 @@ __all__ = [
     "read_settings",
     "served_ladder",
     "serving_residence",
+    "settings_of",
 ]
 
 _LATE = {

@@ -9,9 +9,10 @@ from morphserve.control import RankBytes, build_ladder, check_floor, ladder_form
 from morphserve.errors import ConfigError
 from morphserve.integration.start.device import check_platform, device_type, serving_residence
 from morphserve.integration.start.device_checks import check_device, check_graph_buffers
-from morphserve.integration.start.settings import for_this_device, read_settings
+from morphserve.integration.start.settings import for_this_device, settings_of
+from morphserve.integration.start.sources import check_places, check_sources
 from morphserve.profile_ladder import read_ladder
-from morphserve.user_input import read_token
+from morphserve.user_input import read_tokens
 from policies import BASE_FORMAT, EngineLimits, Ladder, Policy, PolicySetup, load_step_times
 from quant_layers import FORMATS, split_format
 
@@ -29,17 +30,17 @@ def check_engine(vllm_config: VllmConfig) -> None:
     Raises:
         ConfigError: value, limit, remedy.
     """
-    config = read_settings(vllm_config.additional_config)
+    config = settings_of(vllm_config)
     if config is None:
         return
     check_platform()
     check_formats(config, FORMATS)
-    for file in (config.admin.token_file, config.admin.read_token_file):
-        if file is not None:
-            read_token(file)  # which the API server does once weights are loaded
+    read_tokens(config.admin.token_file, config.admin.read_token_file)  # as the API server, once weights are loaded
+    check_places(config, with_cache=not serving_residence().in_pages)
     _check_model(vllm_config)
     _check_features(vllm_config)
     _check_lora(config, vllm_config)
+    check_sources(config, vllm_config.model_config, device_type())
     config = for_this_device(config, vllm_config)
     if serving_residence().in_pages:
         check_device(vllm_config)

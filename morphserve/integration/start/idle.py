@@ -11,7 +11,7 @@ from morphserve.config import MorphServeConfig
 from morphserve.hub import local_files
 from morphserve.integration.start.device import is_cuda
 from morphserve.integration.start.prepared import READABLE
-from morphserve.integration.start.settings import FOUND, read_settings, with_prepared
+from morphserve.integration.start.settings import FOUND, settings_of, with_prepared
 from morphserve.prepared import Place, weights_fingerprint
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 # Of the server, and of no use or harm to an engine beside it: where its own processes write how they end, and metrics.
 _OWN_VARIABLES = ("MORPHSERVE_ENDING_FILE", "PROMETHEUS_MULTIPROC_DIR")
-_KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+# For the child: the least of a KV cache; and no import of what lies in the directory in which the server was started.
+_CHILDS_VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONSAFEPATH": "1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ def idle_work(vllm_config: VllmConfig) -> IdleWork | None:
     Raises:
         ConfigError: the settings cannot be read.
     """
-    config = read_settings(vllm_config.additional_config)
+    config = settings_of(vllm_config)
     if config is None or config.prepare is None:
         return None
     if with_prepared(config, vllm_config).profile is not None:
@@ -63,7 +64,7 @@ def idle_work(vllm_config: VllmConfig) -> IdleWork | None:
         return IdleWork(why_not=f"{why_not}. {remedy}", is_missing=True)
     environment = {key: value for key, value in os.environ.items() if key not in _OWN_VARIABLES}
     place: Place = getattr(vllm_config, FOUND).place
-    return IdleWork(_command(str(directory), place, config, vllm_config), environment | {_KV_SPACE: "1"})
+    return IdleWork(_command(str(directory), place, config, vllm_config), environment | _CHILDS_VARIABLES)
 
 
 def _obstacle(vllm_config: VllmConfig) -> str:

@@ -14,7 +14,7 @@ from morphserve.config import MorphServeConfig, step_times_file
 from morphserve.errors import ConfigError
 from morphserve.hub import local_files
 from morphserve.integration.start.device import is_cuda
-from morphserve.integration.start.settings import FOUND, for_this_device, formats_over, read_settings
+from morphserve.integration.start.settings import FOUND, STATED, for_this_device, formats_over, read_settings
 from morphserve.prepared import (
     Findings,
     Place,
@@ -36,7 +36,7 @@ READABLE = ("auto", "safetensors", "hf")  # load formats with which the files ar
 
 
 def attach_prepared(vllm_config: VllmConfig) -> None:
-    """Look up what was prepared, say what was found, and leave it with the config.
+    """Look up what was prepared, say what was found, and leave it with the config, and with the settings.
 
     Raises:
         ConfigError: the settings, or MORPHSERVE_CPU_TIER, cannot be read.
@@ -44,6 +44,7 @@ def attach_prepared(vllm_config: VllmConfig) -> None:
     config = read_settings(vllm_config.additional_config)
     if config is None:
         return
+    setattr(vllm_config, STATED, config)
     found = Prepared(place_of(vllm_config))
     if config.prepared:
         findings = Findings()

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 KEY = "morphserve"
 CONFIG_FILE = "config_file"
-FOUND = "morphserve_prepared"  # attribute of VllmConfig, none of its fields: what prepared.py has found for the engine
+# Attributes of VllmConfig, none of its fields: the settings, and what prepared.py has found for the engine.
+STATED, FOUND = "morphserve_settings", "morphserve_prepared"
 
 
 def is_active(additional_config: Any) -> bool:
@@ -44,6 +45,18 @@ def read_settings(additional_config: Any) -> MorphServeConfig | None:
     if (file := config_file(additional_config)) is not None:
         return load_config(file)
     return parse_config({} if raw is None else raw, source='additional_config["morphserve"]')
+
+
+def settings_of(vllm_config: VllmConfig | None) -> MorphServeConfig | None:
+    """Return the settings as they were when the engine's config was made, or None when MorphServe was not asked for.
+
+    A file that is edited while weights load would else be one thing to a rank, and another to the engine.
+
+    Raises:
+        ConfigError: see `load_config`; of a config that was made elsewhere.
+    """
+    stated: MorphServeConfig | None = getattr(vllm_config, STATED, None)
+    return read_settings(getattr(vllm_config, "additional_config", None)) if stated is None else stated
 
 
 def for_this_device(config: MorphServeConfig, vllm_config: VllmConfig) -> MorphServeConfig:

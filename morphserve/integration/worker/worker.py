@@ -16,7 +16,7 @@ from morphserve.control import Plan, Reply
 from morphserve.errors import ConfigError
 from morphserve.integration import seams
 from morphserve.integration.describe import RankDescription
-from morphserve.integration.start import for_this_device, read_settings, serving_residence
+from morphserve.integration.start import for_this_device, serving_residence, settings_of
 from morphserve.integration.worker import headroom
 from morphserve.integration.worker.commands import Figures, KVUnknown
 from morphserve.integration.worker.cuda.hooks import install_cuda_seams, show_graphs
@@ -62,7 +62,7 @@ def _weights_loaded(original: Callable[..., Any]) -> Any:
         from vllm.distributed import get_world_group
 
         vllm_config = get_current_vllm_config_or_none()
-        config = read_settings(getattr(vllm_config, "additional_config", None))
+        config = settings_of(vllm_config)
         if (old := rank().residence) is not None:  # of an earlier engine of this process: its memory is wanted
             begin(Rank())
             old.close()

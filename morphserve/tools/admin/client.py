@@ -13,7 +13,7 @@ from typing import Any
 
 from morphserve.errors import ConfigError
 from morphserve.tools.command import command_parser, fail, finish, say
-from morphserve.tools.watch import add_server, token_headers
+from morphserve.tools.watch import add_server, open_url, token_headers
 
 _TIMEOUT_S = 30.0
 _MAX_BYTES = 1 << 20
@@ -74,8 +74,11 @@ def send(url: str, token_file: Path | None, action: str, body: dict[str, Any]) -
 def _ask(question: urllib.request.Request) -> dict[str, Any]:
     place = question.full_url
     try:
-        with urllib.request.urlopen(question, timeout=_TIMEOUT_S) as answer:
-            return dict(json.loads(answer.read(_MAX_BYTES)))
+        with open_url(question, _TIMEOUT_S) as answer:
+            told = json.loads(answer.read(_MAX_BYTES))
+        if not (isinstance(told, dict) and told.keys() >= {"revision", "engines"}):
+            raise ValueError
+        return told
     except urllib.error.HTTPError as e:
         with e:
             raise NotOrdered(f"{place}: {_why(e)} (HTTP {e.code})") from e
@@ -88,6 +91,8 @@ def _ask(question: urllib.request.Request) -> dict[str, Any]:
 
 def _why(error: urllib.error.HTTPError) -> str:
     """Return what the server says, or what its code means."""
+    if 300 <= error.code < 400:
+        return "it sends whoever asks elsewhere, where no token is shown; name that with --url"
     try:
         told = json.loads(error.read(_MAX_BYTES))
         return str(told.get("error") or told["detail"])

@@ -7,5 +7,6 @@ server consists of, `judge` holds what was seen against what must hold, `run` br
 """
 
 from morphserve.tools.chaos.cli import main
+from morphserve.tools.chaos.processes import CORE, WORKER, command_lines, has_ended
 
-__all__ = ["main"]
+__all__ = ["CORE", "WORKER", "command_lines", "has_ended", "main"]

@@ -3,7 +3,7 @@
 Profiles its layers on text (which to swap first, into what, and the input scales with which 8 bits lose least),
 measures the levels that follow in the kernels that serve them, and times engine steps. Each finished part is kept,
 named by what it was measured of, and a server that is started with the same options finds it by itself. A run that was
-killed goes on where it was.
+killed goes on where it was. The exit status is 75 where another process prepares the same model.
 
     morphserve prepare MODEL
     vllm serve MODEL --plugin morphserve

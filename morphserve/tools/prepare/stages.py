@@ -231,8 +231,8 @@ class Preparation:
         r = self._request
         with tempfile.TemporaryDirectory() as scratch:
             out, config = Path(scratch) / "step_times.json", Path(scratch) / "config.yaml"
-            with_profile = "" if profile is None else f"profile: {profile}\n"
-            config.write_text(f"cache_dir: {self._cache_dir}\n{with_profile}", encoding="utf-8")
+            settings = {"cache_dir": str(self._cache_dir), **({} if profile is None else {"profile": str(profile)})}
+            config.write_text(json.dumps(settings), encoding="utf-8")  # which is YAML whatever directories are called
             command = [sys.executable, "-m", "morphserve.tools.profile.calibrate", r.model, "--out", str(out)]
             command += ["--config", str(config), "--dtype", r.dtype, *r.parallel_words]
             command += ["--cpu-bind", os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")]

@@ -190,6 +190,8 @@ def _lone_ttft_s(url: str, number: int) -> float:
     """Seconds to the first token of a request that is alone and answered whole."""
     import urllib.request
 
+    from morphserve.tools.watch import open_url
+
     body = {
         "model": "demo", "prompt": [100 + (number * 31 + i) % 1000 for i in range(_LONE_TOKENS)],
         "max_tokens": 24, "temperature": 0.0, "ignore_eos": True, "stream": True,
@@ -198,7 +200,7 @@ def _lone_ttft_s(url: str, number: int) -> float:
         f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     start = time.perf_counter()
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with open_url(request, 60.0) as response:
         arrivals = [time.perf_counter() - start for line in response if line.startswith(b"data: {")]
     return arrivals[0]
 

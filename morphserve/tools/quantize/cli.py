@@ -86,8 +86,8 @@ def _environment(directory: Path, prog: str) -> Path | None:
     """Return the environment's interpreter; install what is missing."""
     python = directory / "bin" / "python"
     stamp = directory / "installed"
-    if stamp.exists() and stamp.read_text() == " ".join(PACKAGES):
-        return python
+    if python.exists() and stamp.exists() and stamp.read_text() == " ".join(PACKAGES):
+        return python  # which is gone where the Python that it was made with is
     sys.stderr.write(f"{prog}: installing {PACKAGES[0]} into {directory}: a few minutes, once\n")
     for command in (
         [sys.executable, "-m", "venv", str(directory)],

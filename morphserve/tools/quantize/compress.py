@@ -28,10 +28,10 @@ def main(job: dict[str, Any]) -> int:
         model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(job["model"])
         rows = [row for file in job["text"] for row in _windows(tokenizer, Path(file), job["samples"], job["length"])]
+        group_size = _group_size(model, job["group_sizes"])
     except (ValueError, OSError) as error:
         sys.stderr.write(f"{job['prog']}: {' '.join(str(error).split())}\n")
         return 1
-    group_size = _group_size(model, job["group_sizes"])
     weights = QuantizationArgs(
         num_bits=4, type="int", strategy="group", group_size=group_size, symmetric=job["method"] == "gptq"
     )
@@ -79,13 +79,23 @@ def _modifiers(method: str, scheme: object, grid: int) -> list[object]:
 
 
 def _group_size(model: Any, sizes: list[int]) -> int:
-    """Return the first size, largest first, that divides the inputs of every decoder linear; a lone one as it is."""
+    """Return the first size, largest first, that divides the inputs of every decoder linear; a lone one as it is.
+
+    Raises:
+        ValueError: none does.
+    """
     import torch
 
     if len(sizes) == 1:
         return sizes[0]
     inputs = {m.in_features for m in model.modules() if isinstance(m, torch.nn.Linear)}
-    return next(size for size in sizes if all(k % size == 0 for k in inputs))
+    fitting = (size for size in sizes if all(k % size == 0 for k in inputs))
+    if (found := next(fitting, None)) is None:
+        raise ValueError(
+            f"no group size of {', '.join(map(str, sizes))} divides the inputs of all linears ({sorted(inputs)}): this "
+            "model has no W4. Serve it with w8"
+        )
+    return found
 
 
 def _do_without_pinned_memory() -> None:

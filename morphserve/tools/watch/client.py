@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import ipaddress
 import json
 import os
 import time
@@ -63,6 +64,33 @@ def server_url(text: str) -> str:
     return url.rstrip("/")
 
 
+def open_url(question: str | urllib.request.Request, timeout_s: float) -> Any:
+    """Ask a server, as `urllib.request.urlopen` does; a context manager with the answer.
+
+    It alone is asked, as a token is nobody else's: a redirect is an `HTTPError`, and what is on this machine is reached
+    by no proxy, whatever the environment says of proxies.
+
+    Raises:
+        URLError: as `urlopen` does, or another OSError.
+    """
+    request = question if isinstance(question, urllib.request.Request) else urllib.request.Request(question)
+    no_proxies = [urllib.request.ProxyHandler({})] if _is_this_machine(request.full_url) else []
+    return urllib.request.build_opener(_StaysHere, *no_proxies).open(request, timeout=timeout_s)
+
+
+class _StaysHere(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: Any) -> None:
+        return None
+
+
+def _is_this_machine(url: str) -> bool:
+    host = urllib.parse.urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def fetch_status(url: str, token_file: Path | None = None) -> dict[str, Any]:
     """Return what `GET /morphserve/status` answers.
 
@@ -71,7 +99,7 @@ def fetch_status(url: str, token_file: Path | None = None) -> dict[str, Any]:
     """
     try:
         question = urllib.request.Request(f"{url}/morphserve/status", headers=token_headers(token_file))
-        with urllib.request.urlopen(question, timeout=_TIMEOUT_S) as answer:
+        with open_url(question, _TIMEOUT_S) as answer:
             document = json.loads(answer.read(_MAX_BYTES))
     except urllib.error.HTTPError as e:
         with e:
@@ -117,4 +145,6 @@ def _refusal(url: str, code: int) -> str:
         return f"{url} wants a token, or another one (HTTP {code}). Name its file by --token-file, or in {TOKEN_FILE}."
     if code == 403:
         return f"{url} does not show its status to everybody (HTTP {code}). Ask on its own machine, or give it a token."
+    if 300 <= code < 400:
+        return f"{url} sends whoever asks elsewhere (HTTP {code}), where no token is shown. Name that with --url."
     return f"{url} answers with HTTP {code} instead of a status. Its log says why."

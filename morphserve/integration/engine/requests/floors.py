@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from morphserve.integration.engine.block_pool import VllmBlockPool
@@ -36,6 +37,7 @@ class FloorGate:
         self._levels: dict[str, tuple[Request, int]] = {}  # those that are here: request id |-> request, its level
         self._held: dict[str, Request] = {}  # those of them that wait here, in the order in which they came
         self._has_warned = False
+        self.has_news = False  # the policy has not been asked since somebody began to wait here
 
     @property
     def num_held(self) -> int:
@@ -51,7 +53,7 @@ class FloorGate:
         self._traffic.on_floor(level, 1)
         if level >= self._level:
             return False
-        self._hold(request)
+        self._hold([request])
         return True
 
     def on_finish(self, request: Request) -> None:
@@ -62,14 +64,17 @@ class FloorGate:
             self._traffic.on_floor(known[1], -1)
 
     def enforce(self, level: int) -> None:
-        """Let those in that may run at `level`, and take those out that may not. Call it before vLLM schedules."""
+        """Let those in that may run at `level`, and take those out that may not.
+
+        Call it before vLLM schedules, and after the policy was asked.
+        """
+        self.has_news = False
         if level == self._level:
             return
         is_deeper, self._level = level > self._level, level
         if is_deeper:
-            for request, own in list(self._levels.values()):
-                if own < level and request.request_id not in self._held:
-                    self._send_back(request)
+            here = [request for request, own in self._levels.values() if own < level]
+            self._take_out([request for request in here if request.request_id not in self._held])
         elif self._held:
             self._let_in([request for request in self._held.values() if self._levels[request.request_id][1] >= level])
 
@@ -79,22 +84,28 @@ class FloorGate:
         if self._held:
             self._let_in(list(self._held.values()))
 
-    def _let_in(self, requests: list[Request]) -> None:
+    def _let_in(self, requests: Sequence[Request]) -> None:
+        """Put them into vLLM's queue first: whatever comes of the rest, none is lost."""
         for request in requests:
             del self._held[request.request_id]
-            self._traffic.on_let_in(request)
         # They have waited longest; vLLM's queue puts them in front one by one.
-        self._scheduler.waiting.prepend_requests(reversed(requests))
+        self._scheduler.waiting.prepend_requests(request for request in reversed(requests) if not request.is_finished())
+        for request in requests:
+            self._traffic.on_let_in(request)
 
-    def _send_back(self, request: Request) -> None:
-        if request in self._scheduler.running:
-            self._pool.send_back(request)
-        self._hold(request)
+    def _take_out(self, requests: Sequence[Request]) -> None:
+        running = set(self._scheduler.running)
+        for request in requests:
+            if request in running:
+                self._pool.send_back(request)
+        self._hold(requests)
 
-    def _hold(self, request: Request) -> None:
-        self._traffic.on_held(request)
-        self._scheduler.waiting.remove_request(request)
-        self._held[request.request_id] = request
+    def _hold(self, requests: Sequence[Request]) -> None:
+        self._scheduler.waiting.remove_requests(requests)
+        self._held.update((request.request_id, request) for request in requests)
+        self.has_news = bool(requests)
+        for request in requests:
+            self._traffic.on_held(request)
 
     def _level_of(self, request: Request) -> int | None:
         asked: Any = getattr(getattr(request, "sampling_params", None), "extra_args", None)
@@ -104,8 +115,8 @@ class FloorGate:
         try:
             name = None if adapter is None else adapter.lora_name
             return self.floors.level_of(asked[MAX_LEVEL_ARG], name, asked.get(KEY_ARG))
-        except ValueError as e:
+        except (ValueError, TypeError) as e:  # in-process nobody has looked at the types
             level = logging.DEBUG if self._has_warned else logging.WARNING  # clients may send as many as they like
-            logger.log(level, "morphserve: request %s: %s: %s", request.request_id, MAX_LEVEL_ARG, e)
+            logger.log(level, "morphserve: request %.80r: %s: %s", request.request_id, MAX_LEVEL_ARG, e)
             self._has_warned = True
             return None

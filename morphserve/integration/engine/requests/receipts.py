@@ -87,6 +87,7 @@ class Receipts:
         self._level = 0  # of the step that was scheduled last
         self._level_of_outputs = 0  # of the step whose tokens came last
         self._sealed: dict[str, dict[str, Any]] = {}  # ended in the step whose outputs are being made
+        self._has_warned = False  # of a precision that is not known
         self._traced: dict[str, str] = {}  # likewise: what their spans say
         self.span_text: Callable[[Mapping[int, int], int], str] | None = None  # makes that; None = vLLM does not trace
 
@@ -102,8 +103,10 @@ class Receipts:
         if draft.demands_full:
             self._provenance.demand_full_precision(request.request_id)
         elif precision is not None:
-            draft.error = f"{PRECISION_ARG} is {precision!r}, known is {FULL!r}; leave it out for the server's rule"
-            logger.warning("morphserve: request %s: %s", request.request_id, draft.error)
+            draft.error = f"{PRECISION_ARG} is {precision!r:.80}, known is {FULL!r}; leave it out for the server's rule"
+            level = logging.DEBUG if self._has_warned else logging.WARNING  # clients may send as many as they like
+            logger.log(level, "morphserve: request %.80r: %s", request.request_id, draft.error)
+            self._has_warned = True
         self._drafts[request.request_id] = draft
 
     def on_turn(self, request: Request) -> None:

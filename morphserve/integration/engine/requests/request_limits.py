@@ -38,12 +38,12 @@ def _seconds(asked: dict[str, Any], name: str, request: Request) -> float | None
         return None
     try:
         seconds = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last of an int that no float can be
         seconds = math.nan
     if not (math.isfinite(seconds) and seconds > 0):
         logger.log(
             logging.DEBUG if name in _warned else logging.WARNING,  # clients may send as many as they like
-            "morphserve: request %s: %s is %.80r, must be seconds above 0; the server's own limit counts",
+            "morphserve: request %.80r: %s is %.80r, must be seconds above 0; the server's own limit counts",
             request.request_id, name, value,
         )  # fmt: skip
         _warned.add(name)

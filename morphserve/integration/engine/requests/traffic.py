@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -74,19 +75,23 @@ class Traffic:
         self._monitor.on_arrival(time.monotonic(), self._waiting(request))
 
     def on_scheduled(self, new: Sequence[Any], resumed: Iterable[str]) -> None:
-        """Note requests scheduled for the first time (`NewRequestData`), or again after a preemption (ids)."""
+        """Note requests scheduled for the first time (`NewRequestData`), or again after a preemption (ids).
+
+        vLLM's second model runner, which forgets what is preempted, is sent the latter as the former.
+        """
         if not new and not resumed:
             return
         now, wall = time.monotonic(), time.time()
-        for data in new:
-            request = self._scheduler.requests.get(data.req_id)
-            if request is not None:
+        again = set(resumed)
+        for request_id in chain((data.req_id for data in new), again):
+            if (request := self._scheduler.requests.get(request_id)) is None:
+                self._monitor.on_resumed(request_id)
+            elif request_id in again or request.num_output_tokens or request_id in self._awaiting_first_token:
+                self._monitor.on_resumed(request_id, limits_of(request).tpot_s)
+            else:
                 wait_s = max(0.0, wall - request.arrival_time)
-                self._monitor.on_scheduled(now, wait_s, data.req_id, limits_of(request).tpot_s)
-                self._awaiting_first_token[data.req_id] = request
-        for request_id in resumed:
-            request = self._scheduler.requests.get(request_id)
-            self._monitor.on_resumed(request_id, None if request is None else limits_of(request).tpot_s)
+                self._monitor.on_scheduled(now, wait_s, request_id, limits_of(request).tpot_s)
+                self._awaiting_first_token[request_id] = request
 
     def on_sent(
         self, output: SchedulerOutput, level: int, settled: bool, used_blocks: int, ahead: Collection[StepInFlight]

@@ -11,8 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 from morphserve.endings import cause_in, how_it_ended, one_line, sentence
 from morphserve.tools.options import as_flag, option
 from morphserve.tools.sim import ServerSpec
+from morphserve.tools.watch import open_url
 from morphserve.tools.workload import ReplayError
 
 log = logging.getLogger(__name__)
@@ -226,9 +225,9 @@ def _wait_healthy(
 
 def _healthy(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+        with open_url(f"{url}/health", 5.0) as response:
             return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
+    except OSError:
         return False
 
 

@@ -1,0 +1,216 @@
+"""What `morphserve soak` calls wrong: each thing that must hold, not holding once; and its model of known answers."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from morphserve.tools.soak import answer, make_model
+from morphserve.tools.soak.judge import report
+from morphserve.tools.soak.load import GIVEN_UP, Ask, Books, draw_burst
+from morphserve.tools.soak.recall import DISTANCE, NUM_TOKENS
+from morphserve.tools.soak.trend import percentile, slope
+from morphserve.tools.workload import OK, Outcome
+
+pytestmark = pytest.mark.cpu
+
+
+def _prompt(seed: int, length: int = DISTANCE + 20) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randrange(NUM_TOKENS) for _ in range(length)]
+
+
+@pytest.fixture(scope="module")
+def recall(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The model, as transformers runs it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    directory = make_model(tmp_path_factory.mktemp("recall") / "model")
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+
+
+def test_the_model_answers_as_the_books_expect(recall: Any) -> None:
+    """Guards: books that call every answer wrong, or a model whose tokens hang on a rounding."""
+    import torch
+
+    prompts = [_prompt(seed) for seed in range(4)]
+    with torch.inference_mode():
+        made = recall.generate(torch.tensor(prompts), max_new_tokens=70, min_new_tokens=70, do_sample=False)
+        logits = recall(torch.tensor(prompts)).logits[:, -1].float()
+    assert [row[len(prompts[0]) :].tolist() for row in made] == [answer(prompt, 70) for prompt in prompts]
+    first, second = logits.topk(2).values.unbind(-1)
+    assert bool((second < 0.3 * first).all()), "the right token does not lead by far"
+
+
+def test_a_short_prompt_says_nothing() -> None:
+    """Guards: answers that are guessed at where the model would have looked before the beginning."""
+    with pytest.raises(AssertionError, match="more than 125 are needed"):
+        answer(_prompt(0, DISTANCE), 1)
+
+
+def _end(ask: Ask, tokens: list[int] | None = None, error: str = "") -> Outcome:
+    outcome = Outcome(0, 0.0, len(ask.prompt), ask.num_tokens, error=error)
+    if tokens is not None:
+        outcome.status, outcome.token_ids, outcome.output_tokens = OK, tokens, len(tokens)
+    return outcome
+
+
+def test_every_request_is_booked_once() -> None:
+    """Guards: a request that was lost, cut or answered wrongly and is in no count."""
+    asks = draw_burst(random.Random(1))
+    right = [answer(ask.prompt, ask.num_tokens) for ask in asks]
+    books = Books()
+    for ask, tokens in zip(asks, right, strict=True):
+        books.enter(ask, _end(ask, tokens))
+    assert (books.sent, books.answered, books.tokens) == (16, 16, sum(map(len, right)))
+    assert not books.faults
+    wrong = [*right[0][:-1], (right[0][-1] + 1) % NUM_TOKENS]
+    books.enter(asks[0], _end(asks[0], wrong))
+    books.enter(asks[1], _end(asks[1], error="the stream ended after 3 of 9 tokens"))
+    leaver = next(ask for ask in asks if ask.kind == GIVEN_UP)
+    books.enter(leaver, _end(leaver))
+    books.enter(leaver, _end(leaver, error="ServerDisconnectedError"))
+    assert (books.sent, books.answered, books.lost, books.wrong, books.given_up) == (20, 17, 2, 1, 1)
+    assert [fault.split(":")[0] for fault in books.faults] == ["wrong", "lost", "lost"]
+
+
+@pytest.mark.parametrize(("output", "wrong"), [({"0": 5, "3": 4}, 0), ({"0": 5, "3": 5}, 1), ({}, 1)])
+def test_a_receipt_is_of_its_answer(output: dict[str, int], wrong: int) -> None:
+    """Guards: receipts that count other tokens than those that came."""
+    ask = Ask(tuple(_prompt(2)), 9)
+    books = Books()
+    receipt = {"output_tokens": output, "computed_tokens": {"0": 100}, "reused_tokens": {}}
+    books.enter(ask, _end(ask, answer(ask.prompt, 9)), receipt)
+    assert books.wrong == wrong
+    assert sum(books.receipts.values()) == 1
+
+
+def test_a_slope_knows_how_sure_it_is() -> None:
+    """Guards: noise that is called a leak, and a leak that drowns in noise."""
+    draw = random.Random(0)
+    leak = [(60.0 * i, 500 + 3.0 * i / 60 + draw.gauss(0, 0.5)) for i in range(60)]
+    flat = [(60.0 * i, 500 + draw.gauss(0, 0.5)) for i in range(60)]
+    found, stock = slope(leak), slope(flat)
+    assert found is not None and stock is not None
+    beyond = found.beyond(stock)
+    assert abs(beyond.per_hour - 3.0) < 3 * beyond.error and 0.1 < beyond.error < 0.6
+    assert abs(stock.per_hour) < 3 * stock.error
+    assert slope(leak[:2]) is None and slope([(5.0, 1.0)] * 4) is None
+
+
+def test_percentiles_lie_in_their_bucket() -> None:
+    """Guards: a 99th percentile of a bucket that nothing fell into, and one without an upper edge."""
+    edges = (1.0, 2.0, 4.0)
+    assert percentile(edges, [50, 0, 50, 0], 0.99) == pytest.approx(3.96)
+    assert percentile(edges, [0, 10, 0, 0], 0.5) == pytest.approx(1.5)
+    assert percentile(edges, [0, 0, 0, 7], 0.99) == 4.0
+    assert percentile(edges, [0, 0, 0, 0], 0.99) is None
+
+
+def _status(minute: int) -> dict[str, Any]:
+    return {
+        "level": 0, "num_kv_blocks": 64, "mapped_kv_blocks": 64, "num_running": 0, "num_waiting": 0, "failed": False,
+        "transitions": {"degrade_committed": 10 * minute}, "transition_seconds": 0.1 * minute, "errors": {},
+        "tokens_by_level": {"0": 5}, "pause_ms": {"p50": 1.0, "max": 2.0},
+        "controller_time": {
+            "edges_s": [1e-5, 1e-4, 1e-3], "counts": [990 * minute, 10 * minute, 0, 0], "sum_s": 0.01 * minute
+        },
+    }  # fmt: skip
+
+
+def good() -> list[dict[str, Any]]:
+    """Forty minutes in which nothing grew and every answer was right."""
+    rows: list[dict[str, Any]] = []
+    for minute in range(41):
+        for side in ("morphserve", "stock"):
+            processes = [
+                {
+                    "role": role, "pid": 1, "rss_kib": 400_000 + minute % 3, "anonymous_kib": 200_000, "num_fds": 30,
+                    "num_threads": 9, "cpu_s": 20.0 * minute,
+                }
+                for role in ("api", "core")
+            ]  # fmt: skip
+            counts = {"sent": 32 * minute, "answered": 30 * minute, "given_up": 2 * minute, "lost": 0, "wrong": 0}
+            row = {"t_s": 60.0 * minute, "side": side, "processes": processes, **counts, "tokens": 1, "receipts": {}}
+            rows.append({**row, "faults": [], **({"status": _status(minute)} if side == "morphserve" else {})})
+    return [*rows, {"end": True, "left_over": []}]
+
+
+def _each(rows: list[dict[str, Any]], change: Callable[[dict[str, Any]], None], side: str = "morphserve") -> None:
+    for row in rows:
+        if row.get("side") == side:
+            change(row)
+
+
+def _leaks(rows: list[dict[str, Any]]) -> None:
+    _each(rows, lambda row: row["processes"][1].update(rss_kib=400_000 + int(row["t_s"])))  # 3.5 MiB an hour
+
+
+def _loses(rows: list[dict[str, Any]]) -> None:
+    rows[-3].update(lost=1, answered=rows[-3]["answered"] - 1, faults=["lost: error, 3 of 9 tokens"])
+
+
+def _errs(rows: list[dict[str, Any]]) -> None:
+    rows[-3].update(wrong=1, faults=["wrong: 1 of 9 tokens, the first at 8, 9 came"])
+
+
+def _forgets(rows: list[dict[str, Any]]) -> None:
+    rows[-3].update(answered=rows[-3]["answered"] - 1)
+
+
+def _opens(rows: list[dict[str, Any]]) -> None:
+    rows[-3]["processes"][0]["num_fds"] = 31
+
+
+def _slows(rows: list[dict[str, Any]]) -> None:
+    for row in rows[60:]:
+        if row.get("status"):
+            row["status"]["controller_time"]["counts"][2] += int(row["t_s"])
+
+
+def _says(**more: Any) -> Callable[[list[dict[str, Any]]], None]:
+    return lambda rows: rows[-3]["status"].update(more)
+
+
+def _orphans(rows: list[dict[str, Any]]) -> None:
+    rows[-1]["left_over"] = ["VLLM::EngineCore"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_leaks, "rss grows by 3.5"),
+        (_loses, "1 lost, 0 wrong of 1280: lost: error"),
+        (_errs, "0 lost, 1 wrong"),
+        (_forgets, "the books do not add up"),
+        (_opens, "morphserve api: 31 open files, 30 in the first half"),
+        (_slows, "99th percentile"),
+        (_says(level=2), "at rest, at 2400 s: not at level 0"),
+        (_says(failed=True), "the controller has failed"),
+        (_says(num_running=1), "requests are left"),
+        (_says(num_kv_blocks=65), "more blocks published than mapped"),
+        (_says(num_kv_blocks=63), "at rest there were [63, 64] blocks"),
+        (_orphans, "1 processes outlived"),
+    ],
+)
+def test_each_thing_that_must_hold_is_looked_at(change: Callable[[Any], None], words: str) -> None:
+    """Guards: a soak that is green whatever the server does."""
+    rows = good()
+    assert report(rows, 20.0)["violations"] == []
+    changed = copy.deepcopy(rows)
+    change(changed)
+    violations = report(changed, 20.0)["violations"]
+    assert any(words in violation for violation in violations), violations
+
+
+def test_what_stock_grows_by_too_is_not_ours() -> None:
+    """Guards: a verdict on vLLM's own growth."""
+    rows = good()
+    for side in ("morphserve", "stock"):
+        _each(rows, lambda row: row["processes"][1].update(rss_kib=400_000 + int(row["t_s"])), side)
+    assert report(rows, 20.0)["violations"] == []
