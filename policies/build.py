@@ -31,7 +31,8 @@ def build_policy(
     """
     floors = Floors.of(config.floors, ladder)
     policy = _build(config, ladder, times, limits)
-    return FloorPolicy(policy, config.floors.hold_s) if floors.are_allowed else policy
+    section = config.floors
+    return FloorPolicy(policy, section.hold_s, section.when_spent == "refuse") if floors.are_allowed else policy
 
 
 def _build(

@@ -21,15 +21,19 @@ class FloorsConfig(_Section):
     shallowest: _Level | None = Field(
         None, description="the shallowest level that anybody may ask for: 0, 8bit and the like; null = nobody may ask"
     )
-    adapters: dict[str, _Level] = Field(
-        default_factory=dict, description="by LoRA adapter's name: the same for its requests"
+    models: dict[str, _Level] = Field(
+        default_factory=dict,
+        description="the same by what a client names as its model: an adapter, or one of the server's own names",
     )
     keys: dict[Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")], _Level] = Field(
         default_factory=dict,
-        description="by the first 16 digits of an API key's SHA-256: the same, whatever adapter its requests are for",
+        description="by the first 16 digits of an API key's SHA-256: the same, whatever model its requests name",
     )
     hold_s: float = Field(
-        60.0, ge=0, description="seconds an hour that they may hold up a deeper level; then they wait until it is over"
+        60.0, ge=0, description="seconds an hour that they may hold up a deeper level that the load asks for"
+    )
+    when_spent: Literal["wait", "refuse"] = Field(
+        "wait", description="then they wait until it is over, or new ones are refused until then (503)"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from policies.config import FloorsConfig
 from policies.levels import resolve_level
@@ -18,7 +19,7 @@ class Floors:
 
     ladder: Ladder
     shallowest: int | None  # that anybody may ask for; None = nobody may
-    by_adapter: dict[str, int]
+    by_model: dict[str, int]  # what a client names as its model
     by_key: dict[str, int]
 
     @classmethod
@@ -29,34 +30,43 @@ class Floors:
             ValueError: the ladder has no such level.
         """
         shallowest = None if section.shallowest is None else resolve_level(ladder, section.shallowest)
-        by_adapter, by_key = (
+        by_model, by_key = (
             {name: resolve_level(ladder, level) for name, level in levels.items()}
-            for levels in (section.adapters, section.keys)
+            for levels in (section.models, section.keys)
         )
-        return cls(ladder, shallowest, by_adapter, by_key)
+        return cls(ladder, shallowest, by_model, by_key)
 
     @property
     def are_allowed(self) -> bool:
         """Whether anybody may ask."""
-        return self.shallowest is not None or bool(self.by_adapter or self.by_key)
+        return self.shallowest is not None or bool(self.by_model or self.by_key)
 
-    def level_of(self, asked: object, adapter: str | None = None, key: str | None = None) -> int | None:
+    def level_of(self, asked: object, model: str | None = None, key: str | None = None) -> int | None:
         """Return the deepest level that a request may run at; None = any.
 
         Args:
             asked: what it has asked for, a level's index or name.
-            adapter: the LoRA adapter it is for, None without one.
+            model: as its client has named it; None if nobody knows.
             key: of its client, as the section names it; None if nobody knows.
 
         Raises:
             ValueError: there is no such level.
         """
-        cap = self.shallowest if adapter is None else self.by_adapter.get(adapter, self.shallowest)
+        cap = self.shallowest if model is None else self.by_model.get(model, self.shallowest)
         cap = cap if key is None else self.by_key.get(key, cap)
         if asked is None or cap is None:
             return None
         level = max(resolve_level(self.ladder, _spec(asked)), cap)
         return level if level < len(self.ladder) - 1 else None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return who may ask for which level, as plain values."""
+        return {"shallowest": self.shallowest, "models": self.by_model, "keys": self.by_key}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], ladder: Ladder) -> Floors:
+        """Return what `as_json` has told of."""
+        return cls(ladder, values["shallowest"], values["models"], values["keys"])
 
 
 def _spec(asked: object) -> int | str:
@@ -78,12 +88,14 @@ class FloorPolicy:
     1. While one is here, and seconds are left, no deeper level is asked for than the shallowest of theirs.
     2. Only time in which the other policy wants a deeper level for somebody else, and no order forbids it, is paid for.
        Once all of an hour's is spent, that one decides, and they wait, until a tenth is back or nobody else is here.
+    3. Where they are not to wait, new ones that would are refused meanwhile.
     """
 
-    def __init__(self, inner: Policy, hold_s_per_hour: float) -> None:
-        """Ask `inner` from now on."""
+    def __init__(self, inner: Policy, hold_s_per_hour: float, refuses: bool = False) -> None:
+        """Ask `inner` from now on. `refuses`: new ones rather than let them wait."""
         self.inner = inner
         self._per_hour = hold_s_per_hour
+        self._refuses = refuses
         self.left_s = hold_s_per_hour
         self.is_spent = hold_s_per_hour <= 0
         self._held = False  # since the last question, others too
@@ -113,6 +125,8 @@ class FloorPolicy:
         else:
             why = f"held at level {s.max_level} for requests that ask for it; else level {wanted.level}"
             decision = replace(wanted, level=s.max_level, reason=why, is_final=False)  # they end
+        if self._refuses and self.is_spent and not s.max_level_alone and wanted.level > 0:
+            decision = replace(decision, min_floor=wanted.level, is_final=False)  # until the others have ended
         # The same object while nothing changes: a new one each time would be a new log line.
         self._last = self._last if self._last == decision else decision
         return self._last

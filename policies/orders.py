@@ -26,4 +26,4 @@ def obey(decision: Decision, order: Order | None, max_level: int) -> Decision:
     level = min(order.level, max_level)
     reason = order.reason if level == order.level else f"{order.reason}; the policy allows level {level}"
     is_final = order.is_exact or decision.is_final
-    return Decision(level, reason, decision.max_queued_tokens, is_final)
+    return Decision(level, reason, decision.max_queued_tokens, min(decision.min_floor, level), is_final)

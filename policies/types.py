@@ -164,13 +164,14 @@ class Decision:
     level: int
     reason: str
     max_queued_tokens: int | None = None  # refuse requests beyond this queue; None = take all
+    min_floor: int = 0  # refuse requests that ask not to be served below a shallower level than this; 0 = take all
     # The policy will never say anything else: an idle engine need not ask it. No part of the answer, so not compared.
     is_final: bool = field(default=False, compare=False)
 
 
 # Step times as calibrated; learned from the engine's own steps, or from too few of them as yet; either, but wrong of
-# late. While learning and while distrusted, thresholds decide.
-Predictions = Literal["calibrated", "learning", "learned", "distrusted"]
+# late, or of no use: no level keeps the promise. While learning, distrusted or unkeepable, thresholds decide.
+Predictions = Literal["calibrated", "learning", "learned", "distrusted", "unkeepable"]
 
 
 class Policy(Protocol):

@@ -129,6 +129,11 @@ class Controller:
         return None if self.failed else self._policy_host.max_queued_tokens
 
     @property
+    def min_floor(self) -> int:
+        """Requests that ask not to be served below a shallower level are to be refused at the door; 0 = none are."""
+        return 0 if self.failed else self._policy_host.decision.min_floor
+
+    @property
     def in_transition(self) -> bool:
         """Whether the next step has something to do here, whatever the policy says."""
         if self.health in _ENDED:
@@ -176,6 +181,7 @@ class Controller:
             "failed": self.failed,
             "orders": self._policy_host.orders_as_json(),
             "max_queued_tokens": self.max_queued_tokens,
+            "min_floor": self.min_floor,
             "layers_by_format": self._layer_state.layers_by_format(),
             "num_kv_blocks": self._pool.num_kv_blocks,
             "used_kv_blocks": self._pool.num_used_blocks,

@@ -136,7 +136,7 @@ class SwapRunner:
             batch.end = kv_was_unknown(failed)
         if self.phase is Phase.DRAINING:
             self._drain(batch, wanted)
-        if self.phase is Phase.SHRINKING and not self.replies.copies:
+        if self.phase is Phase.SHRINKING:
             self._await_unmap(batch, wanted)
         if self.phase is Phase.PREPARING:
             self._await_prepare(batch, wanted)

@@ -128,8 +128,10 @@ def _prepare(s: Status) -> Line | None:
 
 
 def _refusing(s: Status) -> Line | None:
-    limit = s["max_queued_tokens"]
-    return None if limit is None else Line("Door", f"refuses requests beyond {limit:,} queued tokens", tone="bad")
+    limit, floor = s["max_queued_tokens"], s.get("min_floor")  # servers before this one have none
+    parts = [] if limit is None else [f"requests beyond {limit:,} queued tokens"]
+    parts += [f"requests that may not be served at level {floor}"] if floor else []
+    return Line("Door", f"refuses {' and '.join(parts)}", tone="bad") if parts else None
 
 
 def _errors(s: Status) -> Line:

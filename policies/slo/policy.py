@@ -13,6 +13,7 @@ from policies.slo.level_times import CalibratedTimes, LearnedTimes, LevelTimes
 from policies.slo.limits import QualityBudget, TokenBucket
 from policies.slo.moves import LAYERS_PER_STEP, layers_between
 from policies.slo.predictor import Load, Prediction, Predictor, Typical
+from policies.slo.reach import Reach
 from policies.slo.targets import fill_in
 from policies.step_times import StepTimes
 from policies.threshold import ThresholdPolicy
@@ -46,6 +47,7 @@ class SloPolicy:
     1. Degrades only while KV is what binds, and only for requests that the deeper level saves.
     2. Level changes stay within the token bucket; a way down is always paid for before a way up is taken.
     3. When predictions have been wrong, thresholds decide until they are right again. So they do in a brief overload.
+    4. So they do while no level keeps the promise even for a lone request: nothing that it says of levels is of use.
     """
 
     def __init__(self, config: SloConfig, ladder: Ladder, times: StepTimes | None, limits: EngineLimits) -> None:
@@ -68,6 +70,7 @@ class SloPolicy:
         self._usable = [level.num_kv_blocks - 1 for level in ladder]
         self._costs = [_cost(level.expected_kl, level.index, ladder) for level in ladder]
         self._predictor = Predictor(self._usable, self._times, limits)
+        self._reach = Reach(self._predictor, len(self._ladder))
         self._limits = limits
         self.correction = Correction(self._times, config.ttft_s)
         self._forecast = ArrivalForecast()
@@ -95,6 +98,8 @@ class SloPolicy:
             return "learning"
         if self.distrusts:
             return "distrusted"
+        if self._reach.why_not:
+            return "unkeepable"
         return "calibrated" if isinstance(self._times, CalibratedTimes) else "learned"
 
     @property
@@ -122,15 +127,18 @@ class SloPolicy:
         by_threshold = self._fallback.decide(s)  # always asked, so that its dwell is right when it must take over
         heading = min(s.target_level, len(self._ladder) - 1)
         load = self._load(s, 1.0)
+        if self._times.is_settled and self._reach.weigh(load):
+            self._last = replace(self._last, reason=self._reach.why_not)  # so that it is said where nothing changes
         here = self._predictor.predict(heading, load, self._delay_s(s, heading))
         if self._times.is_settled and s.waiting and not s.waiting[-1].has_token:
             self.correction.watch(s.waiting[-1], s.now_s + here.last_wait_s)  # trust can come back, too
         self.dwell.decay(s.now_s)
         if self.budget.exhausted:
             decision = self._spent(s, heading, load)
-        elif self.distrusts or not self._times.is_settled:
-            self._max_queued_tokens = None  # nobody is refused on a prediction that was wrong
-            decision = self._follow(s, heading, by_threshold)
+        elif self.distrusts or self._reach.why_not or not self._times.is_settled:
+            self._max_queued_tokens = None  # nobody is refused on a prediction that was wrong, or a promise that is
+            reasons = (self._reach.why_not, by_threshold.reason)
+            decision = self._follow(s, heading, replace(by_threshold, reason="; ".join(filter(None, reasons))))
         else:
             decision = self._think(s, heading, load, by_threshold)
         if decision.max_queued_tokens != self._max_queued_tokens:
@@ -175,7 +183,7 @@ class SloPolicy:
 
     def _spent(self, s: Signals, heading: int, load: Load) -> Decision:
         """Go to level 0 because the quality budget is spent, and refuse new requests there if need be."""
-        if self._is_calm(s, load, 0):
+        if self._is_calm(s, load, 0) or self._reach.why_not:
             self._max_queued_tokens = None
         else:
             self._shed([self._predictor.predict(0, load, self._delay_s(s, 0))], load)

@@ -148,6 +148,12 @@ class Predictor:
         is_kept = kept_by_any([outlook.tally for outlook in outlooks])
         return [outlook.settled(is_kept) for outlook in outlooks]
 
+    def alone_s(self, level: int, load: Load) -> tuple[float, float]:
+        """Return what a usual request takes to its first token, and for each further one, with nobody else here."""
+        time, typical = self._times[level], load.typical
+        ttft_s = time.seconds(1, typical.prompt_tokens - 1, typical.prompt_tokens)
+        return load.factor * ttft_s, load.factor * time.seconds(1, 0, typical.mean_context)
+
     def _outlook(self, level: int, load: Load, delay_s: float) -> _Outlook:
         s, typical, time = load.signals, load.typical, self._times[level]
         usable = self._usable[level]

@@ -78,7 +78,8 @@ def test_row_is_whole(tmp_path: Path) -> None:
     assert second["signals"]["last_step"] == {
         "seconds": 0.125, "num_seqs": 4, "prefill_tokens": 0, "context_tokens": 100, "level": 1,
     }  # fmt: skip
-    assert second["decision"] == {"level": 1, "reason": "because", "max_queued_tokens": 700, "is_final": False}
+    decision = {"level": 1, "reason": "because", "max_queued_tokens": 700, "min_floor": 0, "is_final": False}
+    assert second["decision"] == decision
 
 
 def test_unwritable_path_is_refused_at_start(tmp_path: Path) -> None:

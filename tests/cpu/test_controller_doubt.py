@@ -10,6 +10,8 @@ import pytest
 
 from morphserve.config import MorphServeConfig
 from morphserve.control import Health, Phase, Plan, Reply
+from morphserve.control.doubt import Doubt
+from morphserve.control.ranks import RankFigures, ReplyTracker
 from morphserve.control.runner import SwapRunner
 from tests.fakes import FakeRank, Rig
 from tests.rank_rules import FakeTicket
@@ -81,12 +83,13 @@ def test_kv_that_a_rank_may_have_moved_by_half_is_computed_again(
     """Guards: answers from the wrong blocks after copies failed on one rank, alone or together with the unmapping; or
     a server that never morphs again because of it."""
     rig = live_at_level_3(kv={"migrate_blocks_per_step": 2 if not shrinks else 256})
-    blocks = rig.pool.num_kv_blocks
+    blocks, num_sent = rig.pool.num_kv_blocks, len(rig.executor.sent)
     fails(rig, "commit", rank=rank, copies=True, shrinks=shrinks)
     rig.script.level = 2
     with caplog.at_level(logging.WARNING):
         until(rig, lambda: ("restore", "aborted") in rig.controller.counters.transitions)
     assert rig.pool.num_discards == 1 and sorted(rig.pool.preempted) == [0, 1, 2]
+    assert shrinks or all(plan.num_kv_blocks == blocks for _, plan in rig.executor.sent[num_sent:]), "unmapped, too"
     assert rig.controller.health is Health.RUNNING and rig.controller.level == 3
     assert rig.controller.counters.errors == {"kv_unknown": 1}
     assert rig.pool.num_kv_blocks == blocks == rig.ledgers.num_kv_blocks
@@ -114,6 +117,58 @@ def test_copies_of_a_drain_that_was_given_up_count_too(caplog: pytest.LogCapture
     recovers(rig)
 
 
+def test_nothing_is_unmapped_before_all_have_copied() -> None:
+    """Guards: a step under way that reads blocks that are gone, on a rank that has yet to copy what lived there."""
+    rig = live_at_level_3(kv={"migrate_blocks_per_step": 4})
+    blocks, num_sent = rig.pool.num_kv_blocks, len(rig.executor.sent)
+    rig.script.level = 2
+    for _ in range(4):  # in which no rank answers
+        rig.now_s += 0.05
+        rig.tick()
+    assert rig.controller.phase is Phase.DRAINING and len(rig.executor.sent) > num_sent
+    assert all(plan.copies and plan.num_kv_blocks == blocks for _, plan in rig.executor.sent[num_sent:])
+    rig.executor.run_commands()
+    rig.tick()
+    assert rig.controller.phase is Phase.SHRINKING, "all had been moved: it was the answers that were waited for"
+
+
+def test_copies_that_fail_one_after_the_other_are_one_fault() -> None:
+    """Guards: requests that are computed again once more for copies that were given up with the rest."""
+    rig = live_at_level_3(kv={"migrate_blocks_per_step": 2})
+    fails(rig, "commit", rank=1, copies=True)
+    rig.script.level = 2
+    for _ in range(3):
+        rig.now_s += 0.05
+        rig.tick()
+    assert len(rig.controller._runner.replies.copies) > 1
+    for _ in range(4):
+        assert step(rig)
+    assert rig.pool.num_discards == 1 and rig.controller.counters.errors == {"kv_unknown": 1}
+    assert not rig.executor.num_undrained, "taken off the ring all the same"
+
+
+def test_who_is_lost_looks_at_nothing_more() -> None:
+    """Guards: requests preempted, and more errors told, by a controller that ends the engine, once more of a rank's
+    answers have come."""
+    rig = live_at_level_3(kv={"migrate_blocks_per_step": 2})
+    obey = rig.executor._obey
+
+    def lose(command: str, plan: Plan, rank: FakeRank) -> Reply:
+        reply = obey(command, plan, rank)
+        return replace(reply, ok=False, error="gone", weight_bytes=0) if plan.copies else reply
+
+    rig.executor._obey = lose  # type: ignore[method-assign]
+    rig.script.level = 2
+    for _ in range(3):
+        rig.tick()
+    rig.executor.run_commands()
+    for _ in range(3):
+        rig.controller.look_back()
+        rig.tick()
+    assert rig.controller.health is Health.LOST and rig.controller.counters.errors == {"ranks_unknown": 1}
+    assert not rig.pool.num_discards
+
+
 def test_a_lone_rank_that_has_moved_blocks_by_half_goes_on() -> None:
     """Guards: an engine that ends, or that serves from the wrong blocks, where its one rank has changed no layer."""
     rig = live_at_level_3(num_ranks=1)
@@ -134,14 +189,15 @@ def test_a_lone_rank_that_has_moved_blocks_by_half_goes_on() -> None:
     recovers(rig)
 
 
-def test_a_lone_rank_that_stops_after_the_switch_ends_the_engine() -> None:
-    """Guards: layers that are not what anybody counts them for, behind KV that was thrown away for nothing."""
+@pytest.mark.parametrize("kv_moved", [False, True])
+def test_a_lone_rank_that_stops_after_the_switch_ends_the_engine(kv_moved: bool) -> None:
+    """Guards: layers that are not what anybody counts them for, behind KV that was thrown away for nothing, or kept."""
     rig = live_at_level_3(num_ranks=1)
     obey = rig.executor._obey
 
     def half_done(command: str, plan: Plan, rank: FakeRank) -> Reply:
         reply = obey(command, plan, rank)
-        return replace(reply, ok=False, error="table", kv_moved=False) if command == "alone" else reply
+        return replace(reply, ok=False, error="table", kv_moved=kv_moved) if command == "alone" else reply
 
     rig.executor._obey = half_done  # type: ignore[method-assign]
     rig.script.level = 0
@@ -170,6 +226,7 @@ def test_a_rank_that_fails_its_commit_ends_the_engine(rank: int, start: int, tar
     assert controller.counters.errors == {"ranks_unknown": 1}
     direction = "degrade" if target > start else "restore"
     assert controller.counters.transitions[(direction, "aborted")] == 1
+    assert controller.status()["recent_transitions"][0]["error"] == f"rank {rank}: lost"
     num_sent = len(rig.executor.sent)
     assert rig.executor.sent[num_sent - 1][0] == "commit" and num_sent > sent
     for _ in range(3):
@@ -200,7 +257,12 @@ def test_a_look_back_takes_no_vote() -> None:
     rig.executor.fail = lambda command, plan, rank: "no memory" if command == "prepare" and rank else ""
     rig.script.level = 1
     for _ in range(8):
-        assert step(rig)
+        rig.now_s += 0.05
+        rig.tick()
+        rig.executor.run_commands()
+        num_sent = len(rig.executor.sent)
+        rig.controller.look_back()
+        assert len(rig.executor.sent) == num_sent, "commands go with the next step"
     assert rig.controller.counters.errors == {"prepare": 1} and rig.controller.health is Health.RUNNING
 
 
@@ -218,6 +280,18 @@ def test_kv_alone_must_be_in_doubt(figures: dict[str, int]) -> None:
     rig.script.level = 2
     until(rig, lambda: False)
     assert "gone" in rig.controller.lost and not rig.pool.num_discards
+
+
+def test_a_rank_is_held_against_its_own_last_word() -> None:
+    """Guards: an engine that ends because what the ledger counts is a bound; and a rank of which nobody has heard yet
+    whose weights are taken for right, whatever they are."""
+    rig = Rig()
+    judge = Doubt(rig.pool, rig.ledgers, ReplyTracker())
+    booked = rig.ledgers[0]["weights"]
+    said = Reply(0, 1, False, "planted", num_kv_blocks=rig.pool.num_kv_blocks, weight_bytes=booked)
+    assert judge.is_sound((said,)) and not judge.is_sound((replace(said, weight_bytes=booked - 8),))
+    judge.replies.before[0] = RankFigures(said.num_kv_blocks, booked - 8, 0)
+    assert judge.is_sound((replace(said, weight_bytes=booked - 8),)) and not judge.is_sound((said,))
 
 
 def test_kv_that_cannot_be_thrown_away_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,6 +362,103 @@ def test_what_is_served_from_is_known_where_forgetting_or_regrowing_fails(comman
         assert step(rig)
     assert rig.controller.health is Health.DEAD and rig.controller.counters.errors == {"controller": 1}
     assert rig.controller.level == 3 and not rig.pool.num_discards
+
+
+@pytest.mark.parametrize("figures", [{"num_kv_blocks": 0}, {"weight_bytes": 0}])
+@pytest.mark.parametrize("phase", [Phase.SHRINKING, Phase.ABORTING, Phase.REGROWING])
+@pytest.mark.parametrize("is_dead", [False, True])
+def test_what_is_served_from_must_be_known_where_what_cannot_fail_does(
+    is_dead: bool, phase: Phase, figures: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a rank that has lost weights, or blocks that are served, while it was to forget or to map, is served
+    from on; also where an error of ours has come in between."""
+    rig = live_at_level_3()
+    obey = rig.executor._obey
+
+    def lose(command: str, plan: Plan, rank: FakeRank) -> Reply:
+        reply = obey(command, plan, rank)
+        is_it = rig.controller.phase is phase and rank.index == 1
+        return replace(reply, ok=False, error="gone", **figures) if is_it else reply
+
+    rig.executor._obey = lose  # type: ignore[method-assign]
+    rig.executor.fail = lambda command, plan, rank: "no memory" if command == "prepare" else ""
+    rig.script.level = 2
+    for _ in range(20):
+        rig.now_s += 0.05
+        rig.tick()
+        if rig.controller.phase is phase:
+            break
+        rig.executor.run_commands()
+        rig.controller.look_back()
+    assert rig.controller.phase is phase
+    if is_dead:
+        monkeypatch.setattr(SwapRunner, "advance", lambda *args: 1 // 0)
+        rig.tick()
+        assert rig.controller.health is Health.DEAD
+    until(rig, lambda: False)
+    assert rig.controller.health is Health.LOST and "gone" in rig.controller.lost
+
+
+def test_blocks_that_a_rank_has_not_mapped_end_the_engine() -> None:
+    """Guards: a rank that says yes to a switch, and has fewer blocks than are published, is served from on."""
+    rig = Rig()
+    obey = rig.executor._obey
+
+    def forgets(command: str, plan: Plan, rank: FakeRank) -> Reply:
+        reply = obey(command, plan, rank)
+        is_it = command == "commit" and plan.layer_formats and rank.index == 1
+        return replace(reply, num_kv_blocks=rig.pool.num_kv_blocks - 1) if is_it else reply
+
+    rig.executor._obey = forgets  # type: ignore[method-assign]
+    rig.script.level = 1
+    until(rig, lambda: False)
+    assert rig.controller.health is Health.LOST and "are published" in rig.controller.lost
+
+
+def test_no_swap_batch_begins_while_copies_are_on_their_way() -> None:
+    """Guards: layers that switch above KV of which nobody knows yet whether it was copied."""
+    rig = live_at_level_3(kv={"migrate_blocks_per_step": 2})
+    rig.script.level = 2
+    rig.tick()
+    for level in (3, 4, 4):
+        rig.script.level = level
+        num_sent = len(rig.executor.sent)
+        rig.tick()
+        assert len(rig.executor.sent) == num_sent and rig.controller.phase is Phase.IDLE
+    rig.executor.run_commands()
+    rig.tick()
+    assert rig.executor.sent[-1][0] == "prepare"
+
+
+def test_copies_that_fail_after_an_error_of_ours_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a controller that has died of something else leaves the KV that a rank moved by half to be read."""
+    rig = live_at_level_3(kv={"migrate_blocks_per_step": 2})
+    fails(rig, "commit", rank=1, copies=True)
+    for level in (2, 3):
+        rig.script.level = level
+        rig.tick()
+    monkeypatch.setattr(SwapRunner, "grow_again", lambda *args, **more: 1 // 0)
+    rig.tick()
+    assert rig.controller.health is Health.DEAD and not rig.pool.num_discards
+    rig.executor.run_commands()
+    rig.controller.look_back()
+    assert rig.pool.num_discards == 1 and rig.controller.health is Health.DEAD
+
+
+def test_an_error_of_ours_leaves_nothing_staged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: the memory of layers that nobody will switch to, kept for good; and answers that come late left on the
+    ring, which has ten places."""
+    rig = Rig()
+    rig.script.level = 1
+    rig.tick()
+    assert rig.controller.phase is Phase.PREPARING
+    monkeypatch.setattr(SwapRunner, "advance", lambda *args: 1 // 0)
+    rig.tick()
+    assert rig.controller.health is Health.DEAD and rig.executor.sent[-1][0] == "abort"
+    rig.executor.run_commands()
+    rig.controller.look_back()
+    assert not any(rank.staged for rank in rig.executor.ranks)
+    assert not rig.controller._runner.replies.late
 
 
 @pytest.mark.parametrize("same_bytes", [True, False])

@@ -48,7 +48,9 @@ VALUES: dict[object, st.SearchStrategy[Any]] = {
     Order | None: st.none() | st.builds(Order, st.sampled_from(get_args(OrderKind)), st.integers(), st.text()),
 }
 any_signals = st.builds(Signals, **{name: VALUES[hint] for name, hint in get_type_hints(Signals).items()})
-decisions = st.builds(Decision, st.integers(), st.text(), st.none() | st.integers(), st.booleans())
+decisions = st.builds(
+    Decision, st.integers(), st.text(), st.none() | st.integers(), min_floor=st.integers(), is_final=st.booleans()
+)
 
 
 @given(any_signals, decisions)

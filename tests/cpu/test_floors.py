@@ -20,6 +20,7 @@ from morphserve.tools.workload import Slo, WorkloadSpec, load_workload
 from policies import Decision, Floors, Order, Signals, SloConfig, StaticConfig, build_policy
 from policies.config import FloorsConfig
 from policies.floors import FloorPolicy
+from policies.orders import obey
 
 HARD = load_workload(WorkloadSpec(workload_file("hybB.jsonl")))
 LADDER_SECTION = {
@@ -92,8 +93,34 @@ def test_where_nobody_else_is_nobody_is_held_up() -> None:
         assert policy.left_s == hold_s
 
 
+def test_those_that_would_wait_are_refused_where_they_are_not_to_wait() -> None:
+    """Guards: requests that wait although the operator has them refused; a refusal of those that would be served, of
+    any while seconds are left or nobody else is here, or for as long as an engine sleeps."""
+    waits, refuses = (FloorPolicy(Wants(3), 10.0, is_refusing) for is_refusing in (False, True))
+    floors: list[tuple[int, int]] = []
+    for second in range(20):
+        signals = replace(QUIET, now_s=float(second), max_level=0)
+        floors.append((waits.decide(signals).min_floor, refuses.decide(signals).min_floor))
+    spent = floors.index((0, 3))
+    assert spent in range(10, 13) and set(floors[:spent]) == {(0, 0)} and set(floors[spent:]) == {(0, 3)}
+    assert not refuses.decide(replace(QUIET, now_s=20.0)).is_final, "or an engine that falls asleep refuses for ever"
+    alone = refuses.decide(replace(QUIET, now_s=21.0, max_level_alone=True))
+    assert alone.min_floor == 0 and alone.is_final
+    refuses.inner = Wants(0)
+    assert refuses.decide(replace(QUIET, now_s=22.0)).min_floor == 0, "the load asks for nothing deeper"
+    assert FloorPolicy(Wants(2), 0.0, True).decide(QUIET).min_floor == 2, "no budget"
+
+
+def test_an_order_that_lifts_the_level_opens_the_door() -> None:
+    """Guards: requests refused for a level that the load asks for and an operator does not allow."""
+    refuses = FloorPolicy(Wants(3), 0.0, True)
+    for kind, level, left in (("pin", 0, 0), ("max", 1, 1), ("max", 3, 3)):
+        order = Order(kind, level, "an order")  # type: ignore[arg-type]
+        assert obey(refuses.decide(QUIET), order, 3).min_floor == left
+
+
 @pytest.mark.parametrize(
-    ("section", "wish", "adapter", "level"),
+    ("section", "wish", "model", "level"),
     [
         ({}, 0, None, None),
         ({"shallowest": 0}, 0, None, 0),
@@ -103,29 +130,32 @@ def test_where_nobody_else_is_nobody_is_held_up() -> None:
         ({"shallowest": "8bit"}, 0, None, 1),
         ({"shallowest": 0}, None, None, None),
         ({"shallowest": 0}, "deepest", None, None),
-        ({"adapters": {"a": 0}}, 0, None, None),
-        ({"adapters": {"a": 0}}, 0, "a", 0),
-        ({"shallowest": 0, "adapters": {"a": 2}}, 0, "a", 2),
-        ({"shallowest": 1, "adapters": {"a": 0}}, 0, "b", 1),
+        ({"models": {"a": 0}}, 0, None, None),
+        ({"models": {"a": 0}}, 0, "a", 0),
+        ({"shallowest": 0, "models": {"a": 2}}, 0, "a", 2),
+        ({"shallowest": 1, "models": {"a": 0}}, 0, "b", 1),
     ],
 )
-def test_what_the_operator_allows(section: dict[str, Any], wish: object, adapter: str | None, level: int) -> None:
-    """Guards: a client that holds the level up without leave, or shallower than it may."""
-    assert Floors.of(FloorsConfig.model_validate(section), LADDER).level_of(wish, adapter) == level
+def test_what_the_operator_allows(section: dict[str, Any], wish: object, model: str | None, level: int) -> None:
+    """Guards: a client that holds the level up without leave, or shallower than it may; the same one when the API
+    server is told."""
+    floors = Floors.of(FloorsConfig.model_validate(section), LADDER)
+    assert floors.level_of(wish, model) == level
+    assert Floors.from_json(floors.as_json(), LADDER).level_of(wish, model) == level
 
 
-def test_a_keys_level_goes_before_the_adapters() -> None:
+def test_a_keys_level_goes_before_the_models() -> None:
     """Guards: an API key that is taken for another's, or that opens less than it should."""
-    section = FloorsConfig.model_validate({"adapters": {"a": 2}, "keys": {"0123456789abcdef": 0}})
+    section = FloorsConfig.model_validate({"models": {"a": 2}, "keys": {"0123456789abcdef": 0}})
     floors = Floors.of(section, LADDER)
     known, other = "0123456789abcdef", "f" * 16
-    assert [floors.level_of(0, adapter, known) for adapter in (None, "a")] == [0, 0]
-    assert [floors.level_of(0, adapter, other) for adapter in (None, "a")] == [None, 2]
+    assert [floors.level_of(0, model, known) for model in (None, "a")] == [0, 0]
+    assert [floors.level_of(0, model, other) for model in (None, "a")] == [None, 2]
     with pytest.raises(ValidationError):
         FloorsConfig.model_validate({"keys": {"secret": 0}})
 
 
-@pytest.mark.parametrize("section", ["shallowest: no", "adapters: {a: off}", "keys: {0123456789abcdef: false}"])
+@pytest.mark.parametrize("section", ["shallowest: no", "models: {a: off}", "keys: {0123456789abcdef: false}"])
 def test_no_is_not_level_0(section: str) -> None:
     """Guards: an operator who lets nobody ask, in the words that YAML has for it, lets everybody ask for everything."""
     with pytest.raises(ConfigError, match="floors"):
@@ -170,10 +200,9 @@ def test_the_monitor_knows_the_shallowest() -> None:
     assert [alone(number) for number in (1, 2)] == [True, False]
 
 
-def run(share: float, hold_s: float, policy: str = "slo", **server: Any) -> Simulated:
-    config: MorphServeConfig = parse_config(
-        {"ladder": LADDER_SECTION, "policy": {"kind": policy, "floors": {"shallowest": 0, "hold_s": hold_s}}}
-    )
+def run(share: float, hold_s: float, policy: str = "slo", when_spent: str = "wait", **server: Any) -> Simulated:
+    floors = {"shallowest": 0, "hold_s": hold_s, "when_spent": when_spent}
+    config: MorphServeConfig = parse_config({"ladder": LADDER_SECTION, "policy": {"kind": policy, "floors": floors}})
     every = round(1 / share) if share else 0
     return simulate(
         HARD, replace(SERVER, **server), config, CALIBRATION,
@@ -193,6 +222,19 @@ def test_none_of_their_tokens_comes_from_a_deeper_level(policy: str, hold_s: flo
         assert request.max_level is None or levels <= {0}
         assert request.generated == request.output_tokens, f"{request.name} is lost"
     assert done.status is not None and not done.status["failed"]
+
+
+@pytest.mark.parametrize("policy", ["slo", "threshold"])
+def test_who_is_refused_is_told_at_once_and_the_others_are_served(policy: str) -> None:
+    """Guards: a door that refuses nobody, everybody, or those that ask for nothing; one that stays shut after a
+    burst; answers of those that were let in cut short."""
+    done = run(0.1, 0.0, policy, "refuse")
+    refused = {request.index for request in done.refused}
+    asking = {request.index for request in done.requests if request.max_level is not None}
+    assert refused and refused < asking
+    assert all(r.generated == r.output_tokens for r in done.requests if r.index not in refused)
+    assert max(asking - refused) > min(refused), "once the burst is over they are taken again"
+    assert not run(0.1, 3600.0, policy, "refuse").refused, "as long as seconds are left"
 
 
 def test_a_budget_bounds_what_they_cost_the_others() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from cpu.test_slo_parts import QUIET
 from cpu.test_slo_rules import LADDER, made
 
 from morphserve.control import EngineView, Monitor, RequestLimits, WaitingRequest
@@ -14,7 +16,8 @@ IMPOSSIBLE = RequestLimits(1e-9, 1e-9)
 NONE = RequestLimits()
 USUAL = RequestLimits(2.0, 0.15)  # what everyone is promised
 TICK_S = 0.05
-NO_FLOOR = {"min_ttft_s": 1e-3, "min_tpot_s": 1e-3}
+# Below what IMPOSSIBLE asks for: no floor drops it, so what is seen is that no level keeps it.
+NO_FLOOR = {"min_ttft_s": 1e-10, "min_tpot_s": 1e-10}
 
 
 class Engine:
@@ -37,6 +40,12 @@ class Engine:
         for _ in range(number):
             self.waiting += 1
             self.monitor.on_arrival(self.now, WaitingRequest(f"w{self.waiting}", 64, limits))
+
+    def go(self) -> None:
+        """Serve the last that waits, at once and whole."""
+        self.monitor.on_scheduled(self.now, TICK_S, f"w{self.waiting}")
+        self.monitor.on_finish(1, self.now, f"w{self.waiting}")
+        self.waiting -= 1
 
     def tick(self) -> Decision:
         self.now += TICK_S
@@ -90,6 +99,35 @@ def test_one_that_runs_is_not_all_that_run() -> None:
     assert engine.seconds_to_level_0() is not None
 
 
+def test_those_that_come_with_a_limit_that_no_level_keeps_hold_off_no_restore() -> None:
+    """Guards: a client that sends a short request twice a second, each with a limit of 1e-9 s, and so keeps everybody
+    at W4 for as long as it likes."""
+    seconds = []
+    for limits in (NONE, IMPOSSIBLE, RequestLimits(ttft_s=1e-9)):
+        engine = Engine(made(**NO_FLOOR), level=3)
+        engine.run(2, 4)
+        for tick in range(400):
+            if tick % 10 == 0:
+                engine.wait(1, limits)
+            elif tick % 10 == 1:
+                engine.go()
+            if engine.tick().level == 0:
+                seconds.append(tick * TICK_S)
+                break
+        else:
+            raise AssertionError(f"{limits} holds level {engine.level}")
+    assert seconds == 3 * [seconds[0]] and seconds[0] < 10.0
+
+
+def test_a_queue_of_them_shuts_no_door() -> None:
+    """Guards: others told 503 because a queue of impossible limits is late at each level."""
+    for limits in (USUAL, IMPOSSIBLE):
+        engine = Engine(made(shed=True, **NO_FLOOR), level=0)
+        engine.run(4, 4)
+        engine.wait(16, limits)
+        assert [engine.tick().max_queued_tokens for _ in range(15)] == 15 * [None], limits
+
+
 @pytest.mark.parametrize("number", [1, 4])
 def test_those_that_wait_with_a_limit_that_no_level_keeps_change_nothing(number: int) -> None:
     """Guards: a queue of impossible limits that degrades the engine, or that has other clients refused at the door."""
@@ -101,6 +139,42 @@ def test_those_that_wait_with_a_limit_that_no_level_keeps_change_nothing(number:
         engine.wait(4 - number)
         answers.append([(d.level, d.max_queued_tokens) for d in (engine.tick() for _ in range(30))])
     assert answers[0] == answers[1] and answers[0][-1] == (0, None)
+
+
+@pytest.mark.parametrize("fields", [{"ttft_s": 1e-3}, {"tpot_s": 1e-3}, {"ttft_s": 1e-9, "tpot_s": 1e-9}])
+def test_a_policys_promise_that_no_level_keeps_counts_for_none(fields: dict[str, float]) -> None:
+    """Guards: a figure in the YAML that holds an engine deep for as long as anybody runs, and has all others refused;
+    predictions that nobody can use called good."""
+    usual, found = after_a_burst(NONE), after_a_burst(NONE, **fields)
+    assert usual is not None and found is not None and found < 10.0
+    engine = Engine(made(shed=True, **fields), level=0)
+    engine.run(4, 4)
+    engine.wait(30)
+    deepest = max(engine.tick().level for _ in range(40))
+    assert engine.decision.max_queued_tokens is None and engine.policy.predictions == "unkeepable"
+    assert deepest > 0, "a burst is a burst all the same"
+    engine = Engine(made(shed=True, quality_budget=50.0, **fields), level=0)
+    engine.policy.budget.exhausted, engine.policy.budget._left = True, 0.0
+    engine.run(4, 4)
+    engine.wait(30)
+    assert [engine.tick().max_queued_tokens for _ in range(20)] == 20 * [None]
+
+
+def test_a_promise_that_just_one_level_keeps_is_one() -> None:
+    """Guards: a strict promise of the operator's that is taken for one that no level keeps; one that counts and does
+    not, in turn, from request to request."""
+    policy = made(tpot_s=0.0095)  # 13 ms at level 0, 8 ms in W8
+    engine = Engine(policy, level=1)
+    engine.run(1, 4)
+    assert [engine.tick().level for _ in range(60)] == 60 * [1] and policy.predictions == "calibrated"
+    policy = made(ttft_s=0.02)
+    told = []
+    for number in range(40):  # W8 takes 19.9 ms to the first token, then 20.2, and so on
+        policy.decide(replace(QUIET, now_s=100.0 + number, prompt_tokens=84.0 + 2 * (number % 2)))
+        told.append(policy.predictions)
+    assert told == ["calibrated", *39 * ["unkeepable"]]
+    policy.decide(replace(QUIET, now_s=200.0, prompt_tokens=40.0))
+    assert policy.predictions == "calibrated"
 
 
 def test_a_burst_of_them_is_a_burst_like_any_other() -> None:

@@ -187,6 +187,30 @@ def test_a_change_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     assert rig.controller.status()["predictions"] == "learned" and rig.controller.level == 0
 
 
+def test_a_promise_that_no_level_keeps_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Guards: an operator who is not told that his YAML asks for the impossible, or at every step; a warning before
+    anything was measured."""
+    rig = Rig()
+    impossible = replace(LEARNED, section=SloConfig(kind="slo", tpot_s=1e-4))
+    rig = Rig(policy=impossible.build(rig.ladder))
+    rig.pool.allocate(1, 1)
+
+    def warned(count: int) -> list[str]:
+        for _ in range(count):
+            rig.step()
+            rig.monitor.on_step(rig.now_s, 1, 1, 0, 100, 0)
+        return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+    assert not warned(20)
+    (line,) = warned(100)
+    assert "tpot_s of 0.0001 s" in line and "a lone request takes 0.05" in line and "Raise policy.ttft_s" in line
+    assert rig.controller.status()["predictions"] == "unkeepable"
+    rig.controller.replace_policy(impossible.build(rig.ladder), "edited", impossible)
+    assert len(warned(10)) == 2, "another policy's is another promise"
+    rig.controller.replace_policy(LEARNED.build(rig.ladder), "edited", LEARNED)
+    assert len(warned(10)) == 2 and rig.controller.status()["predictions"] == "learned"
+
+
 # ---- another policy, and a log of both
 
 

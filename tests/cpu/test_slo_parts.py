@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from policies import Cohort, EngineLimits, LayerMove, Signals, StepLoad, StepTime
+from policies import Cohort, EngineLimits, LayerMove, OwnLimit, Signals, StepLoad, StepTime
 from policies.slo.correction import Correction
 from policies.slo.forecast import ArrivalForecast
 from policies.slo.level_times import CalibratedTimes
@@ -206,3 +206,10 @@ def test_a_slow_level_pays_for_those_it_would_lose() -> None:
     assert Predictor((150,), times(slow), LIMITS).predict(0, load(late_soon), 0.0).requests == pytest.approx(12 + 10)
     preempted = replace(late_soon, tpot_s=0.05, waiting=(Cohort(12, 768, 98.1, 98.2, has_token=True),))
     assert Predictor((150,), times(slow), LIMITS).predict(0, load(preempted), 0.0).requests == pytest.approx(12 + 10)
+
+
+def test_limits_of_more_than_run_speak_for_those_that_run() -> None:
+    """Guards: a step that has ended requests whose limits still make up for others."""
+    s = replace(QUIET, num_running=2, used_kv_blocks=8, running_limits=(OwnLimit(60.0, 5),))
+    found = Predictor((150,), times(StepTime(5.0, 0.01, 0.001, 0.0)), LIMITS).predict(0, load(s), 0.0)
+    assert (found.violations, found.requests) == pytest.approx((0, 2))

@@ -208,6 +208,13 @@ def test_each_thing_that_must_hold_is_looked_at(change: Callable[[Any], None], w
     assert any(words in violation for violation in violations), violations
 
 
+def test_memory_that_stands_still_needs_no_stock() -> None:
+    """Guards: a verdict on how much a stock server's memory scatters."""
+    rows = good()
+    _each(rows, lambda row: row["processes"][1].update(rss_kib=400_000 + 9999 * (int(row["t_s"]) // 60 % 7)), "stock")
+    assert report(rows, 20.0)["violations"] == []
+
+
 def test_what_stock_grows_by_too_is_not_ours() -> None:
     """Guards: a verdict on vLLM's own growth."""
     rows = good()

@@ -115,6 +115,8 @@ def test_trouble_is_told_in_its_tone() -> None:
     assert line("Errors", failed=True, errors={"policy": 1}).tone == "bad"
     assert line("Errors", errors={"prepare": 2}) == Line("Errors", "2 prepare", tone="warn")
     assert line("Door", max_queued_tokens=4096).text == "refuses requests beyond 4,096 queued tokens"
+    assert line("Door", min_floor=3).text == "refuses requests that may not be served at level 3"
+    assert "and requests that" in line("Door", max_queued_tokens=4096, min_floor=3).text
     policy = {**recorded("burst")["policy"], "last_error": "morph.yaml: not valid YAML"}
     assert line("Policy", policy=policy).tone == "bad" and panel(policy=policy).tone == "bad"
     assert line("Policy", predictions="learning").text == "slo, predictions learning"

@@ -152,3 +152,26 @@ def test_limits_of_requests_cost_the_same_however_many_run() -> None:
         book.remove(str(number))
         book.limits()
     assert book.limits() == ()
+
+
+def test_priorities_join_before_limits_do() -> None:
+    """Guards: a full table of as many limits as there are, at two priorities, in which the nearest join, whoever."""
+    book, limits_s = WaitingBook(), [2.0**octave for octave in range(-7, 8)]
+    for priority in (0, 1):
+        for number, ttft_s in enumerate(limits_s):
+            request = WaitingRequest(f"{priority} {number}", 8, RequestLimits(ttft_s=ttft_s), priority)
+            book.add(request, number * 10.0)
+    cohorts = book.cohorts()
+    assert len(cohorts) == 24 and sum(cohort.num_requests for cohort in cohorts) == 30
+    assert {cohort.ttft_s for cohort in cohorts} == set(limits_s)
+
+
+def test_no_rounding_outlives_its_requests() -> None:
+    """Guards: limits that drift for as long as a server runs."""
+    book, limits_s = LimitBook(), (0.07, 0.1, 0.11, 0.12)
+    for limit_s in limits_s:
+        book.add(str(limit_s), limit_s)
+    for limit_s in limits_s:
+        book.remove(str(limit_s))
+    book.add("another", 0.1)
+    assert book.limits()[0].limit_s == 0.1

@@ -161,9 +161,11 @@ def test_status_and_metrics_agree(
     demo_model: Path, variant_cache: Path, tmp_path: Path, collector: Collector
 ) -> None:
     """Guards: a static level waits for the first request, or metrics and engine differ."""
-    policy = {"kind": "static", "level": "w8", "floors": {"keys": {"2bb80d537b1da3e3": 0}, "hold_s": 3600}}
+    who = {"keys": {"2bb80d537b1da3e3": 0}, "models": {"exact": 0}}
+    policy = {"kind": "static", "level": "w8", "floors": {**who, "hold_s": 0, "when_spent": "refuse"}}
     settings = {"cache_dir": str(variant_cache), "policy": policy}
-    with serve(demo_model, tmp_path, settings, "--otlp-traces-endpoint", collector.url) as server:
+    arguments = ["--otlp-traces-endpoint", collector.url, "--served-model-name", "demo", "exact"]
+    with serve(demo_model, tmp_path, settings, *arguments) as server:
         server.wait_until_healthy()
         server.wait_for("level 6 without a request", lambda: server.status()["level"] == 6)
         body = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 12, "ignore_eos": True}
@@ -236,13 +238,28 @@ def _check_streamed_receipts(server: Server, body: dict[str, Any]) -> None:
 
 
 def _check_floors(server: Server, body: dict[str, Any]) -> None:
-    """Whose key may ask is served at level 0, for which the engine comes back and then goes again; others at 6."""
+    """Whose key may ask, or who names a model that may, is served at level 0, for which the engine comes back and then
+    goes again; others at 6. While others are here and no seconds are left, he is refused before his answer begins."""
     asked = {**body, "vllm_xargs": {"morphserve_max_level": 0, "morphserve_receipt": 1}}
     assert json.loads(server.headers("/v1/completions", asked)[HEADER])["deepest_level"] == 6
-    told = json.loads(server.headers("/v1/completions", asked, key="secret")[HEADER])
-    assert told["output_tokens"] == {"0": 12} and told["full_precision"]
-    server.wait_for("level 6 again", lambda: server.status()["level"] == 6)
+    for ask, key in ((asked, "secret"), ({**asked, "model": "exact"}, "")):
+        server.wait_for("an open door", lambda: server.status()["min_floor"] == 0)  # the request before has ended
+        told = json.loads(server.headers("/v1/completions", ask, key=key)[HEADER])
+        assert told["output_tokens"] == {"0": 12} and told["full_precision"]
+        server.wait_for("level 6 again", lambda: server.status()["level"] == 6)
     assert server.status()["num_held"] == 0
+    with server._ask("/v1/completions", {**body, "max_tokens": 450, "stream": True}) as other:
+        other.readline()
+        server.wait_for("a shut door", lambda: server.status()["min_floor"] == 6)
+        for stream in (False, True):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                server.headers("/v1/completions", {**asked, "stream": stream}, key="secret")
+            assert refused.value.code == 503 and int(refused.value.headers["Retry-After"]) > 0
+            assert "policy.floors.hold_s" in json.loads(refused.value.read())["error"]["message"]
+        assert server.headers("/v1/completions", body)["Retry-After"] is None, "who asks for nothing is served"
+    server.wait_for("an open door", lambda: server.status()["min_floor"] == 0)
+    assert json.loads(server.headers("/v1/completions", asked, key="secret")[HEADER])["output_tokens"] == {"0": 12}
+    server.wait_for("level 6 again", lambda: server.status()["level"] == 6)
 
 
 def test_sigterm_in_mid_transition(demo_model: Path, variant_cache: Path, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tomllib
 import venv
@@ -93,8 +92,8 @@ def installed(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
     subprocess.run([*pip, "--no-deps", str(wheel)], check=True)
     (site,) = (environment / "lib").glob("python3*/site-packages")
     # Lines of a .pth go on the path behind the environment's own; those of the directories named are not read, so that
-    # the checkout's editable install is not found.
-    (site / "vllm.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # the checkout's editable install is not found. There are two where another vLLM is laid over the environment.
+    (site / "vllm.pth").write_text("\n".join(path for path in sys.path if Path(path).name == "site-packages") + "\n")
     # Nothing is left to fetch, or it fails; `cpu` and `cuda` ask for what the set-up may have had to remove.
     subprocess.run([*pip, "--dry-run", "morphserve[replay,tune,profile,ops]"], check=True)
     (environment / "bin" / "vllm").write_text(f"#!{python}\n{CONSOLE_SCRIPT}")

@@ -191,6 +191,25 @@ def test_the_status_says_how_old_it_is() -> None:
     assert status["age_s"] == 1.0 and status["exposure_level"] == recorded("burst")["exposure_level"]
 
 
+def test_a_document_is_written_once_an_answer_and_old_ones_go() -> None:
+    """Guards: each look writes the status anew; or an engine that is silent leaves a document a second of it."""
+    endpoint, now, made = endpoint_of(), [100.0], []
+    endpoint._poll._clock = lambda: now[0]
+    told(endpoint, [recorded("calm")], 100.0)
+
+    def make(age_s: float) -> dict[str, Any]:
+        made.append(age_s)
+        return {"level": 0}
+
+    for _ in range(50):
+        assert endpoint._last.document("status", make).body == b'{"age_s":0.000,"level":0}'
+    assert made == [0.0]
+    for second in range(10, 1010):
+        now[0] = 100.0 + second
+        endpoint._last.document("status", make)
+    assert len(made) == 1001 and len(endpoint._last._written) <= 64
+
+
 # ---- from the settings
 
 

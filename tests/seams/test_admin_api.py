@@ -98,7 +98,7 @@ def test_a_passed_revision_is_a_409_that_says_the_one_in_force() -> None:
     again = client.post("/morphserve/admin/pin", json=sent)
     assert again.status_code == 409 and not again.json()["ok"] and again.json()["revision"] == revision_of(client)
     assert again.json()["engines"][1]["order"]["level"] == 1
-    assert replicas.calls.count("morphserve_order") == 2, "a rehearsal and the order, once"
+    assert replicas.calls.count("morphserve_order") == 3, "a rehearsal, then the first engine, then the other"
 
 
 def test_engines_take_an_order_together_or_not_at_all() -> None:
@@ -214,6 +214,53 @@ def test_an_order_at_a_time() -> None:
             return [(await first).status_code, second.status_code]
 
     assert asyncio.run(both()) == [200, 429]
+
+
+def test_of_two_api_servers_orders_at_once_one_is_taken_everywhere() -> None:
+    """Guards: two operators at two API servers, each of whom has one replica and is told that he has none; a server
+    that goes on to show the revision before."""
+    replicas = Replicas(2)
+    rehearsed = asyncio.Barrier(2)
+
+    def server(is_second: bool) -> MorphServeEndpoint:
+        """One whose commands reach the engines in an order of its own, as sockets have none between them."""
+
+        async def call(method: str, *args: Any) -> list[Any]:
+            if method != "morphserve_order":
+                return await replicas.call(method, *args)
+            is_rehearsal, answers = args[3], {}
+            if is_rehearsal:
+                await rehearsed.wait()
+            for index in (1, 0) if is_second else (0, 1):
+                answers[index] = wiring._order(replicas.cores[index], *args)
+                await asyncio.sleep(0)
+            return [answers[0], answers[1]]
+
+        return endpoint_of(call, BOTH)
+
+    async def both() -> list[Any]:
+        servers = [server(False), server(True)]
+        named = sum(rig.controller.status()["orders"]["revision"] for rig in replicas.rigs)
+        clients = [
+            httpx.AsyncClient(transport=httpx.ASGITransport(app_of(one)), base_url="http://x", headers=bearer())
+            for one in servers
+        ]
+        body = {"revision": named, "for_s": 60}
+        sent = [
+            client.post("/morphserve/admin/pin", json={**body, "level": level})
+            for client, level in zip(clients, (1, 3), strict=True)
+        ]
+        done = await asyncio.gather(*sent)
+        for one in servers:
+            await one.look()
+        return [*done, *[(await client.get("/morphserve/admin/state")).json() for client in clients]]
+
+    first, second, *states = asyncio.run(both())
+    assert sorted((first.status_code, second.status_code)) == [200, 409]
+    taken = 1 if first.status_code == 200 else 3
+    assert [rig.controller.level for rig in replicas.rigs] == [taken, taken]
+    (done,) = (one for one in (first, second) if one.status_code == 200)
+    assert states[0]["revision"] == states[1]["revision"] == done.json()["revision"]
 
 
 def test_an_engine_that_hangs_is_said_and_takes_nothing_late(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,128 @@ def test_held_requests_are_no_load(model: Path) -> None:
     assert world.tokens["a"] == world.expected["a"]
 
 
+def test_a_session_asks_for_its_turns(model: Path) -> None:
+    """Guards: a session that asks and is served below its level; one that holds the level between two turns, in which
+    nobody waits for a token; a turn that was sent while the one before it ran, held in vLLM's queue or lost from it."""
+    world = FloorWorld(model, 0.0, kv={"max_preemptions": 4, "drain_timeout_s": 1e6})
+    gate, monitor = world.morph.gate, world.morph.monitor
+    ends: list[Any] = []
+
+    def run(until: int) -> None:
+        for _ in range(200):
+            world.step()
+            ends[:] = [one for one in world.outputs if one.finish_reason is not None]
+            if len(ends) >= until:
+                return
+        raise AssertionError("the turn did not end")
+
+    world.levels["s"] = 0
+    world.add("s", PROMPT, 4, session=True, morphserve_max_level=0)
+    assert monitor._max_levels == {0: 1}
+    world.add("s", [7, 8], 4, session=True, morphserve_max_level=0)  # waits for the turn before it
+    run(2)
+    assert not gate._levels and not monitor._max_levels, "between two turns"
+    world.policy.level = 1
+    world.add("other", PROMPT, 50)  # alone the session would be served at once
+    for _ in range(20):
+        world.step()
+    assert world.morph.controller.level == 1
+    world.add("s", [9], 4, session=True, morphserve_max_level=0)
+    world.step()
+    assert gate.num_held == 1 and monitor._max_levels == {0: 1}
+    view = world.morph.traffic.view()
+    assert (view.num_waiting, view.num_running) == (0, 1), "it waits for a level, with its KV"
+    world.policy.level = 0
+    run(4)
+    assert gate.num_held == 0 and not monitor._max_levels
+    world.add("another", PROMPT, 50)
+    world.add("s", [3], 30, session=True, morphserve_max_level=0)
+    for _ in range(4):
+        world.step()
+    world.policy.level = 1  # in the middle of its turn
+    for _ in range(20):
+        world.step()
+    assert gate.num_held == 1 and world.morph.controller.level == 1
+    world.end_session("s")
+    world.policy.level = 0
+    for _ in range(100):
+        world.step()
+    assert not world.scheduler.requests and not gate._levels and not gate._leaving
+    assert [len(tokens) for tokens in world.tokens.values()] == [4 + 4 + 4 + 30, 50, 50]
+
+
+def test_a_held_turn_of_who_goes_is_forgotten(model: Path) -> None:
+    """Guards: a client that goes while its turn waits for a level, before or after it has left vLLM's queue."""
+    world = FloorWorld(model, 0.0)
+    world.policy.level = 1
+    world.add("other", PROMPT, 50)
+    for _ in range(20):
+        world.step()
+    for number in range(4):
+        world.add_at(f"r{number}", PROMPT, 4, 0)
+        if number % 2:
+            world.step()
+    for number in (0, 1, 3):
+        world.abort(f"r{number}")
+    gate = world.morph.gate
+    assert list(gate._held) == ["r2"] and gate._leaving <= {world.scheduler.requests["r2"]}
+    world.policy.level = 0
+    world.run_dry()
+    assert not world.scheduler.requests and not gate._levels
+
+
+def test_what_a_step_costs_does_not_depend_on_how_many_wait(model: Path) -> None:
+    """Guards: a pause of everybody at a client's choice: a walk over thousands of held requests at each step, or over
+    the queue for each of them."""
+
+    class Counting:
+        """vLLM's queue, which counts how often somebody has walked over it."""
+
+        def __init__(self, queue: Any) -> None:
+            self.queue, self.walks = queue, 0
+
+        def remove_requests(self, requests: Any) -> None:
+            self.walks += 1
+            self.queue.remove_requests(requests)
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ("remove_request", "remove", "index", "count"):
+                self.walks += 1
+            return getattr(self.queue, name)
+
+        def __len__(self) -> int:
+            return len(self.queue)
+
+    calls = []
+    for number in (3, 300):
+        world = FloorWorld(model, 0.0)
+        world.policy.level = 1
+        for _ in range(20):
+            world.step()
+        queue = world.scheduler.waiting = Counting(world.scheduler.waiting)
+        for index in range(number):
+            world.add_at(f"r{index}", PROMPT, 4, 0)
+        gate, morph = world.morph.gate, world.morph
+        gate.take_out()
+        assert queue.walks == 1 and gate.num_held == number and not len(queue)
+        calls.append(calls_of(lambda gate=gate: (gate.take_out(), gate.enforce(1))))
+        calls.append(calls_of(lambda morph=morph: morph.traffic.view()))
+        assert queue.walks == 1
+        world.scheduler.waiting = queue.queue
+    assert calls[:2] == calls[2:]
+
+
+def calls_of(do: Any) -> int:
+    """How many functions are called, ours and others'."""
+    seen = []
+    sys.setprofile(lambda frame, event, arg: seen.append(event) if event in ("call", "c_call") else None)
+    try:
+        do()
+    finally:
+        sys.setprofile(None)
+    return len(seen)
+
+
 def test_nobody_waits_for_a_level_that_nobody_decides_on(model: Path) -> None:
     """Guards: requests that wait for ever after an error has ended morphing."""
     world = FloorWorld(model, 0.0)
@@ -107,8 +230,9 @@ def test_who_may_not_ask_is_served_as_all_are(model: Path) -> None:
     world = FloorWorld(model, 1e9)
     world.morph.gate.floors = type(world.morph.gate.floors)(world.morph.runtime.ladder, None, {}, {})
     world.policy.level = 2
+    marks = {"morphserve_key": ["no key"], "morphserve_model": {"no": "model"}}  # an API server writes none of these
     for number, asked in enumerate((0, "8bit", "none", [1])):
-        world.add(str(number), PROMPT, 3, morphserve_max_level=asked)
+        world.add(str(number), PROMPT, 3, morphserve_max_level=asked, **marks)
     world.add("key", PROMPT, 3, morphserve_max_level=0, morphserve_key=[1])
     for _ in range(20):
         world.step()
@@ -124,6 +248,7 @@ def held_at_level_1(model: Path, **settings: Any) -> FloorWorld:
         world.step()
     for name in ("a", "b"):
         world.add_at(name, PROMPT, 4, 0)
+    world.morph.gate.take_out()  # which the step does that vLLM makes for them
     return world
 
 

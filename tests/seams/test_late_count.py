@@ -89,6 +89,21 @@ def test_a_preempted_request_that_is_sent_as_new_has_come_before(num_output_toke
     assert seen == ["new", "again"] and list(traffic._awaiting_first_token) == ["a"] * (not num_output_tokens)
 
 
+@pytest.mark.parametrize("num_output_tokens", [0, 1])
+def test_who_leaves_before_its_first_token_is_not_kept(num_output_tokens: int) -> None:
+    """Guards: aborted requests with their prompts held until the next step, a night later; or an answer of one token,
+    which ends before its step is looked at, without a time to that token."""
+    one = request("a", 0)
+    manager = SimpleNamespace(get_block_ids=lambda name: ([1],))
+    scheduler: Any = SimpleNamespace(requests={"a": one}, kv_cache_manager=manager)
+    monitor: Any = SimpleNamespace(on_scheduled=lambda *_: None, on_finish=lambda *_: None)
+    traffic = Traffic(scheduler, monitor)
+    traffic.on_scheduled([SimpleNamespace(req_id="a")], ())
+    one.num_output_tokens = num_output_tokens
+    traffic.on_finish(one)
+    assert len(traffic._awaiting_first_token) == num_output_tokens
+
+
 def test_a_floor_is_judged_by() -> None:
     """Guards: requests with an impossible limit counted as late, which the operator does not let them ask for."""
     deaf = Promise(2.0, 0.1, heeds_requests=False)
@@ -121,7 +136,10 @@ def morph(monkeypatch: pytest.MonkeyPatch) -> Iterator[hooks.Morph]:
     rig, config = Rig(), parse_config({"policy": {"kind": "slo", "ttft_s": 4.0, "tpot_s": 0.4}})
     monkeypatch.setattr(hooks.Morph, "_make_controller", lambda self: rig.controller)
     limits = {"block_size": 16, "max_num_seqs": 32, "max_num_batched_tokens": 2048}
-    vllm_config = SimpleNamespace(cache_config=SimpleNamespace(**limits), scheduler_config=SimpleNamespace(**limits))
+    vllm_config = SimpleNamespace(
+        cache_config=SimpleNamespace(**limits), scheduler_config=SimpleNamespace(**limits),
+        observability_config=SimpleNamespace(otlp_traces_endpoint=None),
+    )  # fmt: skip
     engine_core = SimpleNamespace(model_executor=SimpleNamespace(collective_rpc=None))
     runtime: Any = SimpleNamespace(
         index=0, config=config, stated=config, config_file=None, vllm_config=vllm_config, ladder=rig.ladder,

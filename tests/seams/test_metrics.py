@@ -21,6 +21,7 @@ from vllm.plugins.endpoint_plugins import interface
 
 from morphserve.integration.server.metrics import StatusCollector
 from morphserve.integration.server.poll import StatusPoll
+from morphserve.integration.server.scrape import add_to_own
 from morphserve.shipped import MONITORING
 
 pytestmark = pytest.mark.seams
@@ -101,7 +102,7 @@ def test_engines_are_told_apart() -> None:
     assert [labels for labels, value in states.items() if value] == [
         ("morphserve:predictions", "engine=1", "state=learned")
     ]
-    assert len(states) == 8
+    assert len(states) == 10
     assert [found["morphserve:order", f"engine={engine}", "kind=pin"] for engine in (0, 1)] == [0, 1]
     assert found["morphserve:order", "engine=1", "kind=drain"] == 0
     assert found["morphserve:orders_total", "engine=1", "kind=pin", "outcome=taken"] == 3
@@ -154,3 +155,19 @@ def test_each_of_several_api_servers_has_all_metrics(tmp_path: Path, monkeypatch
         assert families["vllm:prompt_tokens"].samples[0].value == 7.0
         assert [sample.value for sample in families["morphserve:level"].samples] == [0.0, 3.0]
     assert len(families) == len({line.split()[2] for line in page.text.splitlines() if line.startswith("# TYPE")})
+
+
+def test_a_lone_api_server_says_each_figure_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: the page of a lone API server without our figures, or with each family twice, which no scraper takes."""
+    registry = CollectorRegistry()
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    for owner in ("vllm.v1.metrics.prometheus", "morphserve.integration.server.scrape"):
+        monkeypatch.setattr(f"{owner}.REGISTRY", registry)
+    endpoint, app = endpoint_of(statuses=[status(0, 2)]), FastAPI()
+    monkeypatch.setattr("vllm.plugins.load_endpoint_plugins", lambda tasks: [endpoint])
+    vllm_metrics.attach_router(app)
+    interface.attach_endpoint_plugins(app, ("generate",))
+    add_to_own(endpoint._collector)
+    page = TestClient(app, base_url="http://127.0.0.1", client=LOCAL).get("/metrics").text
+    assert page.count("# TYPE morphserve:level gauge") == 1
+    assert 'morphserve:level{engine="0"} 2.0' in page

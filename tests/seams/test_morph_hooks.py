@@ -57,7 +57,8 @@ def make_morph(**parts: Any) -> Any:
         "_in_flight": {},
         "pool": SimpleNamespace(num_used_blocks=0, is_discarding=False),
         "gate": SimpleNamespace(
-            on_arrival=lambda request: False, on_finish=str, enforce=str, open=lambda: None, num_held=0
+            on_arrival=lambda request: False, on_finish=str, take_out=lambda: None, enforce=str, open=lambda: None,
+            num_held=0,
         ),
         "_heap_used": False,
         "_between_turns": set(),

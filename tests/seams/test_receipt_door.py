@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.testclient import TestClient
 from vllm import SamplingParams
@@ -55,7 +55,8 @@ def app_of(client: Client, num_choices: int = 1, **asked: Any) -> TestClient:
     params = SamplingParams(n=num_choices, temperature=1.0, extra_args=asked or None)
 
     @app.post("/whole")
-    async def whole() -> JSONResponse:
+    async def whole(request: Request) -> JSONResponse:
+        await request.body()
         return JSONResponse({"outputs": [output.number async for output in client.generate("", params, "r")]})
 
     @app.post("/prompts")
@@ -231,8 +232,9 @@ def test_nothing_stands_between_those_who_ask_for_none() -> None:
         assert outputs.ag_code is code
 
 
-def test_the_engine_is_told_whose_key_it_was() -> None:
-    """Guards: a client that writes another's key into its request; a key that travels for who asks for no level."""
+def test_the_engine_is_told_whose_it_was() -> None:
+    """Guards: a client that writes another's key or model into its request; either that travels for who asks for no
+    level; what is no name taken for one."""
     seen: list[Any] = []
 
     class Recorder(Client):
@@ -242,14 +244,26 @@ def test_the_engine_is_told_whose_key_it_was() -> None:
 
     digest = "2bb80d537b1da3e3"  # printf %s secret | sha256sum | cut -c 1-16
     shown = {"Authorization": "Bearer secret"}
+    asks = {"morphserve_max_level": 0}
     for asked, headers, key in (
-        ({"morphserve_max_level": 0, "morphserve_key": "forged"}, shown, digest),
-        ({"morphserve_max_level": 0, "morphserve_key": digest}, {}, None),
-        ({"morphserve_max_level": 0, "morphserve_key": digest}, {"Authorization": "Basic secret"}, None),
+        ({**asks, "morphserve_key": "forged"}, shown, digest),
+        ({**asks, "morphserve_key": digest}, {}, None),
+        ({**asks, "morphserve_key": digest}, {"Authorization": "Basic secret"}, None),
         ({"morphserve_receipt": 1, "morphserve_key": digest}, shown, None),
     ):
         app_of(Recorder(), **asked).post("/whole", headers=headers)
         assert seen.pop().get("morphserve_key") == key
+    for asked, content, model in (
+        ({**asks, "morphserve_model": "forged"}, b'{"model": "exact", "prompt": "Hello"}', "exact"),
+        ({**asks, "morphserve_model": "forged"}, b'{"prompt": "Hello"}', None),
+        (asks, b'{"model": ["exact"]}', None),
+        (asks, b'["model"]', None),
+        (asks, b"no JSON", None),
+        (asks, b"[" * 100_000, None),
+        ({"morphserve_receipt": 1, "morphserve_model": "exact"}, b'{"model": "exact"}', None),
+    ):
+        app_of(Recorder(), **asked).post("/whole", content=content)
+        assert seen.pop().get("morphserve_model") == model
 
 
 def test_a_client_that_goes_ends_its_request() -> None:

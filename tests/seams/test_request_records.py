@@ -95,11 +95,16 @@ class Crowd:
             self.sessions.discard(name)
             self.world.end_session(name)
             return
-        if name != new and self.world.scheduler.requests[name].num_tokens > 40:
-            return  # as long as may be
+        if name != new and self._is_busy(self.world.scheduler.requests[name]):
+            return
         self.sessions.add(name)
         self.world.add(name, self._prompt(3), 3, session=True, **self.random.choice(ASKS[:4]))
         del self.world.expected[name]  # of several turns
+
+    @staticmethod
+    def _is_busy(session: Any) -> bool:
+        """Return whether it is as long as may be, or has a turn that waits."""
+        return bool(session.num_tokens > 40 or session.streaming_queue)
 
     def leave(self) -> None:
         """Let all that is here come to its end, at level 0."""

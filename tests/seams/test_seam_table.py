@@ -23,7 +23,7 @@ _HOST = tuple(path for path in _CODE if path.parent.name != "cuda" and not path.
 _DEVICE = tuple(_CODE)
 _EVERY = (*seams.SEAMS, *seams.CUDA_SEAMS)
 # A list has `append` and the free queue too: by name alone, these say nothing.
-_COMMON = set().union(*map(dir, (list, dict, set, str, logging.Logger, object)))
+_COMMON = set().union(*map(dir, (list, dict, set, str, logging.Logger, BaseException, object)))
 # vLLM classes have attributes of these names, but the code means its own or another library's.
 _OURS = {
     "_cache",

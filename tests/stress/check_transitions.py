@@ -9,7 +9,8 @@ tells.
 
 Runs in pieces, each a new engine; rows add up in --out. --plant breaks something that must be found.
 
-Output columns: transitions so far in this piece, a second, requests, lost, wrong, blocks copied, other memory (MiB).
+Output columns: transitions so far in this piece, a second, requests, lost, wrong, blocks copied, memory beside weights
+and KV cache (MiB), of that what the allocator has given out, Python objects.
 Last stdout line: one JSON document, of all pieces in --out. Exit status 1 if anything is lost or wrong.
 
     python tests/stress/check_transitions.py --out DIR --transitions 25000 --minutes 13
@@ -20,6 +21,8 @@ Last stdout line: one JSON document, of all pieces in --out. Exit status 1 if an
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import logging
 import os
@@ -29,7 +32,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 _ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(_ROOT), str(_ROOT / "tests")]
@@ -96,7 +99,8 @@ class Drive:
         self._first: dict[int, Any] = {}
         self._policy = Wander(len(engine.ladder) - 1, draw)
         self.num_committed = 0  # transitions, all of them beside live requests
-        self.other_mib = 0.0
+        self.other_mib = self.heap_mib = 0.0
+        self.num_objects = 0  # that Python's collector knows of
         self._count_copies()
 
     def _count_copies(self) -> None:
@@ -190,6 +194,23 @@ class Drive:
         published = morph.pool.num_kv_blocks * morph.runtime.kv_block_bytes
         self.worst_off = max(self.worst_off, abs(memory["kv_resident_bytes"] / published - 1))
         self.other_mib = (memory["anonymous"] - memory["weight_bytes"] - memory["kv_resident_bytes"]) / 2**20
+        gc.collect()
+        self.num_objects, self.heap_mib = len(gc.get_objects()), _heap_bytes() / 2**20
+
+
+def _heap_bytes() -> int:
+    """Return what the allocator of this process has given out and not got back: no fragments, no free lists."""
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = _MallInfo
+    info = libc.mallinfo2()
+    return int(info.uordblks + info.hblkhd)
+
+
+class _MallInfo(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((f"unused_{i}", ctypes.c_size_t) for i in range(4)),
+        *((name, ctypes.c_size_t) for name in ("hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")),
+    ]
 
 
 def _fingerprint(llm: Any) -> list[Any]:
@@ -246,7 +267,8 @@ def _piece(args: argparse.Namespace, number: int) -> None:
             rows.write(json.dumps(row) + "\n")
             rows.flush()
             columns = (row["committed"], row["per_s"], row["sent"], row["lost"], row["wrong"], row["copied"])
-            print(*columns, round(row["other_mib"], 2), sep="  ", flush=True)
+            memory = (round(row["other_mib"], 2), round(row["heap_mib"], 2), row["objects"])
+            print(*columns, *memory, sep="  ", flush=True)
             if engine.morph.controller.failed:
                 break
 
@@ -260,7 +282,8 @@ def _row(args: argparse.Namespace, number: int, drive: Drive, seconds: float) ->
         "per_s": round(drive.num_committed / seconds, 1), "steps": sum(status["controller_time"]["counts"]),
         **{key: books[key] for key in ("sent", "answered", "given_up", "lost", "wrong", "tokens", "faults")},
         "looks_changed": drive.num_changed, "copied": drive.num_copied, "kv_resident_off_worst": drive.worst_off,
-        "other_mib": drive.other_mib, "errors": status["errors"], "failed": bool(status["failed"]),
+        "other_mib": drive.other_mib, "heap_mib": drive.heap_mib, "objects": drive.num_objects,
+        "errors": status["errors"], "failed": bool(status["failed"]),
         "layers_switched": status["counters"]["num_layers_switched"],
     }  # fmt: skip
 

@@ -21,6 +21,7 @@ _MEANS: dict[Predictions, str] = {
     "learning": "too few steps have been seen as yet, thresholds decide",
     "learned": "step times as learned from this engine's own steps decide",
     "distrusted": "they have been wrong of late, thresholds decide until they are right again",
+    "unkeepable": "of no use, as no level keeps the policy's promise even for a lone request; thresholds decide",
 }
 
 
@@ -56,6 +57,7 @@ class PolicyHost:
         self._orders = OrderBook(ladder, counters, clock)
         self._log = log
         self._predictions: Predictions | None = None  # last said
+        self._has_warned = False  # of this policy's promise
         self._next: deque[_Replacement] = deque(maxlen=1)  # put in by any thread, taken by the next tick
 
     @property
@@ -147,6 +149,9 @@ class PolicyHost:
 
     def _note_predictions(self) -> None:
         predictions = self._policy.predictions
+        if predictions == "unkeepable" and not self._has_warned:
+            self._has_warned = True
+            logger.warning("morph: %s. Raise policy.ttft_s or policy.tpot_s", self.decision.reason)
         if predictions == self._predictions:
             return
         self._predictions = predictions
@@ -157,6 +162,7 @@ class PolicyHost:
         new = self._next.popleft()
         succeed(new.policy, self._policy)
         self._policy, self.kind = new.policy, new.setup.section.kind
+        self._has_warned = False
         logger.info("morph: another policy at level %d (%s)", level, new.note)
         if self._log is not None:
             self._log.policy_changed(new.note, new.setup)

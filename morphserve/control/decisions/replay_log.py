@@ -320,4 +320,5 @@ def _summary(found: Replay, policy: str | None) -> str:
 
 def _in_words(decision: Decision) -> str:
     limit = "" if decision.max_queued_tokens is None else f", at most {decision.max_queued_tokens} tokens queued"
-    return f"level {decision.level} ({decision.reason}){limit}"
+    floor = f", none that asks for a level above {decision.min_floor}" if decision.min_floor else ""
+    return f"level {decision.level} ({decision.reason}){limit}{floor}"

@@ -143,6 +143,7 @@ class Morph:
         """Let the controller act, before vLLM's own schedule()."""
         start = time.perf_counter()
         self.wake_due = False
+        self._guard(self.gate.take_out)
         if self.health is Health.RESTING:
             self._tick()
         else:
@@ -289,11 +290,13 @@ class Morph:
     def _on_turn_end(self, request: Request) -> None:
         self._between_turns.add(request.request_id)
         self.traffic.on_turn_end(request)
+        self.gate.on_finish(request)
         self.receipts.on_turn_end(request)
 
     def _on_turn(self, request: Request) -> None:
         self._between_turns.discard(request.request_id)
-        self.traffic.on_arrival(request)
+        if not self.gate.on_arrival(request):
+            self.traffic.on_arrival(request)
         self.receipts.on_turn(request)
 
     def _on_finish(self, request: Request) -> None:
@@ -337,6 +340,7 @@ class Morph:
         page = self._page.render(self.controller.status(), self.tick_times, self.tokens_by_level)
         requests = {**asdict(self._view()), "late": self.traffic.late.as_json(time.time())}
         requests["num_held"] = self.gate.num_held
+        requests["floors"] = self.gate.for_door(self.controller.min_floor)
         return {**page, **requests, "policy": asdict(self._watch.reloads)}
 
     def order(self, action: Action, text: str, revision: int, is_rehearsal: bool, not_after_s: float) -> dict[str, Any]:

@@ -104,9 +104,7 @@ def _reload(self: Any, cause: str, sent: str = "") -> Future[dict[str, Any]] | N
 def _order(
     self: Any, action: Action, text: str, revisions: list[list[int]], is_rehearsal: bool, not_after_s: float
 ) -> dict[str, Any] | None:
-    """Take an operator's order, which names a revision of each engine: a utility method of EngineCore."""
+    """Take an operator's order, which names a revision of each engine that it is for: a utility of EngineCore."""
     morph = getattr(self.scheduler, "morph", None)
-    if morph is None:
-        return None
-    revision = dict(map(tuple, revisions)).get(morph.runtime.index, 0)
-    return dict(morph.order(action, text, revision, is_rehearsal, not_after_s))
+    revision = None if morph is None else dict(map(tuple, revisions)).get(morph.runtime.index)
+    return None if revision is None else dict(morph.order(action, text, revision, is_rehearsal, not_after_s))

@@ -5,7 +5,8 @@
 
 One order at a time, of at most 4 KiB of flat JSON, which must come within ten seconds and be taken within ten more. A
 passed revision is refused (409), and with it whatever is sent a second time. All engines check an order before one of
-them takes it.
+them takes it; the first of them takes it before the others, so that of two API servers' orders at once one is refused
+everywhere.
 """
 
 from __future__ import annotations
@@ -86,11 +87,13 @@ async def _order(engines: Engines, action: str, text: str, body: OrderBody) -> J
         return JSONResponse({"ok": False, "error": error, **now}, 409)
     seen = [[status["engine"], status["orders"]["revision"]] for status in statuses]
     refused: Status = {}
-    for is_rehearsal in (True, False):
+    for is_rehearsal, asked in ((True, seen), (False, seen[:1]), (False, seen[1:])):
+        if not asked:
+            break
         async with asyncio.timeout(_TIMEOUT_S):
             # An engine that hangs must not take it when nobody waits for the answer any more.
             not_after_s = time.time() + _TIMEOUT_S
-            answers = await engines.call("morphserve_order", action, text, seen, is_rehearsal, not_after_s)
+            answers = await engines.call("morphserve_order", action, text, asked, is_rehearsal, not_after_s)
         refused = next((answer for answer in answers if not answer["ok"]), {})
         if refused:
             break

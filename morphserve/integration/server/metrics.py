@@ -24,6 +24,7 @@ from morphserve.config import MorphServeConfig
 from morphserve.integration import seams
 from morphserve.integration.server.access import Access
 from morphserve.integration.server.admin_api import add_admin
+from morphserve.integration.server.floor_door import FloorDoor
 from morphserve.integration.server.page import add_page
 from morphserve.integration.server.poll import SILENT_AFTER_S, StatusPoll
 from morphserve.integration.server.queue_limit import QueueLimit
@@ -157,7 +158,7 @@ _FAMILIES: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, 
     (
         GaugeMetricFamily,
         "predictions",
-        "1 for what kind slo predicts from; while learning or distrusted, thresholds decide.",
+        "1 for what kind slo predicts from; while learning, distrusted or unkeepable, thresholds decide.",
         ("state",),
         _predictions,
     ),
@@ -195,6 +196,7 @@ class MorphServeEndpoint:
         self._last = LastStatuses(self._poll)
         self._access = Access()
         self._queue_limit = QueueLimit(None)
+        self._floors = FloorDoor()
         self._collector = StatusCollector(self._poll)
         self._client: Any = None
         self._spare_time = SpareTime(None)
@@ -210,7 +212,7 @@ class MorphServeEndpoint:
         add_page(router, self._last, lambda: self._access)
         app.include_router(router)
         add_behind_shared(app, self._collector)
-        app.add_middleware(ReceiptDoor)
+        app.add_middleware(ReceiptDoor, floors=self._floors)
 
     async def init_state(self, engine_client: EngineClient, state: Any, args: Any) -> None:
         self._client = engine_client
@@ -224,11 +226,7 @@ class MorphServeEndpoint:
         if hasattr(engine_client, "generate"):
             seams.wrap(seams.CLIENT_GENERATE, note_receipts, on=engine_client)
 
-        def tell(statuses: list[_Status]) -> None:
-            self._limit_queues(statuses)
-            spare_time.look(statuses)
-
-        self._tasks.start(self._poll.run(tell))
+        self._tasks.start(self._poll.run(self._tell))
         self._tasks.start(spare_time.run())
         on_hangup(self._reload, self._tasks)
 
@@ -241,7 +239,9 @@ class MorphServeEndpoint:
     async def _ask(self) -> list[_Status]:
         """Return the status of every engine behind this API server, with what it does itself."""
         own = {"prepare": self._spare_time.as_json()}
-        return [status | own for status in await self.call("morphserve_status")]
+        statuses = [status | own for status in await self.call("morphserve_status")]
+        self._floors.hear(statuses)
+        return statuses
 
     async def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
         """Call a utility method of every engine; the answers are in the order of the engines."""
@@ -250,6 +250,13 @@ class MorphServeEndpoint:
             return []
         answers = await core.call_utility_all_async(method, *args)
         return sorted((answer for answer in answers if answer is not None), key=itemgetter("engine"))
+
+    def _tell(self, statuses: list[_Status]) -> None:
+        """Let all know who go by what the engines said; none = they are silent."""
+        self._limit_queues(statuses)
+        self._spare_time.look(statuses)
+        if not statuses:
+            self._floors.hear(statuses)
 
     def _limit_queues(self, statuses: list[_Status]) -> None:
         """Let vLLM take what each engine allows to wait; while engines are silent all is taken, unless they drain."""

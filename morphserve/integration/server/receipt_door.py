@@ -5,7 +5,7 @@ ends last. Here those of all choices are kept together, taken from what the engi
 client of any kind finds them, as `usage` is: into a chunk of its own with no choices, before `data: [DONE]`; and into
 `X-MorphServe-Receipt`. Answers that ask for none pass through as they are.
 
-The engine knows no API keys: a request that asks not to be served below a level is marked with a digest of its own.
+Requests that ask not to be served below a level pass `floor_door.py` on the way.
 """
 
 from __future__ import annotations
@@ -13,24 +13,22 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
-from hashlib import sha256
 from itertools import chain
 from typing import Any
+
+from morphserve.integration.server.floor_door import MAX_LEVEL_ARG, FloorDoor, Message, Sender, forget_marks
 
 HEADER = "X-MorphServe-Receipt"
 _MAX_HEADER_BYTES = 2048  # of an answer of many choices; servers and proxies take 4 to 8 KiB of headers
 _ASKS = "morphserve_"  # what a request's arguments for us begin with
 _DONE = b"data: [DONE]"
-_MAX_LEVEL, _KEY = "morphserve_max_level", "morphserve_key"
-_KEY_DIGITS = 16  # of its SHA-256, as `policy.floors.keys` has them
 _CHUNK_KEYS = ("id", "object", "created", "model")  # of a chunk, as clients know it
 _OURS = "morphserve"  # in `kv_transfer_params`
 _OF_CHOICES = "morphserve_receipts"  # attribute of vLLM's record of an answer of several choices
 
-Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 Receipt = dict[str, Any]
 Outputs = AsyncGenerator[Any, None]
@@ -39,9 +37,10 @@ Outputs = AsyncGenerator[Any, None]
 class _Answer:
     """One answer on its way to the client."""
 
-    def __init__(self, send: Send, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    def __init__(self, send: Send, sender: Sender, floors: FloorDoor) -> None:
         self._send = send
-        self._headers = headers  # of its request
+        self.sender = sender
+        self.floors = floors
         self._by_prompt: list[list[Receipt | None]] = []  # a row for each prompt, in it one for each choice
         self._chunk = b""  # the last one
 
@@ -53,6 +52,8 @@ class _Answer:
 
     async def send(self, message: Message) -> None:
         """Pass a part of the answer on, with the receipts where it is the one for them."""
+        if (wait_s := self.sender.retry_after_s) is not None and message.get("status") == 503:
+            message = {**message, "headers": [*message["headers"], (b"retry-after", b"%d" % wait_s)]}
         if self._by_prompt:
             body = message.get("body", b"")
             if message["type"] == "http.response.start" and any(receipts := self._receipts):
@@ -62,13 +63,6 @@ class _Answer:
             elif body.startswith(b"data: {"):
                 self._chunk = body
         await self._send(message)
-
-    @property
-    def key(self) -> str | None:
-        """The digest of the API key that the client has shown; None = none."""
-        shown = next((value for name, value in self._headers if name == b"authorization"), b"")
-        scheme, _, key = shown.partition(b" ")
-        return sha256(key).hexdigest()[:_KEY_DIGITS] if scheme.lower() == b"bearer" and key else None
 
     @property
     def _receipts(self) -> list[Receipt | None]:
@@ -91,14 +85,17 @@ _current: ContextVar[_Answer | None] = ContextVar("morphserve_answer", default=N
 class ReceiptDoor:
     """ASGI middleware that lets what the engine yields find the answer that it belongs to."""
 
-    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+    def __init__(self, app: Callable[..., Awaitable[None]], floors: FloorDoor | None = None) -> None:
         self._app = app
+        self._floors = floors or FloorDoor()
 
     async def __call__(self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        answer = _Answer(send, scope.get("headers", ()))
+        answer = _Answer(send, Sender(scope.get("headers", ())), self._floors)
+        if self._floors.heeds_models:
+            receive = answer.sender.listen(receive)
         mark = _current.set(answer)
         try:
             await self._app(scope, receive, answer.send)
@@ -107,16 +104,17 @@ class ReceiptDoor:
 
 
 def note_receipts(original: Callable[..., Outputs]) -> Callable[..., Outputs]:
-    """Wrap the engine client's `generate`: it notes receipts where a request asks for one, and marks whose it is."""
+    """Wrap the engine client's `generate`: it notes receipts where a request asks for one; some pass another door."""
 
     @functools.wraps(original)
     def generate(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Outputs:
         answer, asked = _current.get(), getattr(sampling_params, "extra_args", None)
         if not asked or not any(key.startswith(_ASKS) for key in asked):
             return original(prompt, sampling_params, *args, **kwargs)
-        asked.pop(_KEY, None)  # which clients could write themselves
-        if _MAX_LEVEL in asked and answer is not None and (key := answer.key) is not None:
-            asked[_KEY] = key
+        forget_marks(asked)
+        if MAX_LEVEL_ARG in asked and answer is not None:
+            adapter = kwargs.get("lora_request")
+            answer.floors.admit(asked, answer.sender, None if adapter is None else adapter.lora_name)
         outputs = original(prompt, sampling_params, *args, **kwargs)
         return outputs if answer is None else _noting(outputs, answer.add_prompt(sampling_params.n))
 

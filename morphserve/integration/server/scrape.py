@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 from fastapi import FastAPI, Request, Response
@@ -19,10 +18,8 @@ def _is_shared() -> bool:
 
 
 def add_to_own(collector: Collector) -> None:
-    """Add to the /metrics of a lone API server what `collector` has."""
-    if not _is_shared():
-        with contextlib.suppress(ValueError):  # a second app in this process: already registered
-            REGISTRY.register(collector)
+    """Add to the /metrics of a lone API server what `collector` has; of several none reads its registry."""
+    REGISTRY.register(collector)
 
 
 def add_behind_shared(app: FastAPI, collector: Collector) -> None:

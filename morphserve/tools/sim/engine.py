@@ -23,7 +23,7 @@ class SimEngine:
         now_s: since the start of the workload; below 0 while the controller settles before it.
         ends: when each step ended, by its number.
         levels: that each step's tokens count for.
-        refused: by the queue limit.
+        refused: at the door.
         timed_out: the client gave up on them.
     """
 
@@ -136,13 +136,13 @@ class SimEngine:
         self._due_s = min(self._recorder.due_s, self._next_arrival_s(), self._next_timeout_s(), self._next_cutoff_s())
 
     def _admit(self, until_s: float) -> None:
-        """Bring requests to the server's door, where those beyond the queue limit are refused."""
+        """Bring requests to the server's door, where some are refused: beyond a queue limit, or a level's."""
         limit = self._queue_limit()
         requests = self._requests
         while self._next < len(requests) and requests[self._next].arrival_s <= until_s:
             request = requests[self._next]
             self._next += 1
-            if limit is not None and self._queued_tokens >= limit:
+            if (limit is not None and self._queued_tokens >= limit) or self._asks_too_much(request):
                 request.state = State.DONE
                 self.refused.append(request)
                 continue
@@ -158,6 +158,11 @@ class SimEngine:
         own = self._server.max_num_queued_tokens
         policys = None if self._morphing is None else self._morphing.controller.max_queued_tokens
         return min((limit for limit in (own, policys) if limit is not None), default=None)
+
+    def _asks_too_much(self, request: SimRequest) -> bool:
+        """Return whether a request asks for a level that the policy holds up for nobody new."""
+        own = request.max_level
+        return own is not None and self._morphing is not None and own < self._morphing.controller.min_floor
 
     def _time_out(self, now_s: float) -> None:
         while self._next_timeout_s() <= now_s:

@@ -18,13 +18,16 @@ logger = logging.getLogger("vllm.morphserve")
 
 MAX_LEVEL_ARG = "morphserve_max_level"
 KEY_ARG = "morphserve_key"  # whose request it is: the API server's word, never the client's
+MODEL_ARG = "morphserve_model"  # what he has named as its model: likewise
 
 
 class FloorGate:
     """Keeps them out of vLLM's queue while the engine is below their level, or about to be.
 
     The policy knows that they are here, and goes no deeper as long as its budget lasts. When it does all the same they
-    are preempted, and wait here. A step costs one comparison; a change of the level a look at all that are here.
+    are preempted, and wait here. Of a session only its turns count: between two of them nobody waits for a token.
+    A step costs two comparisons; a change of the level one look at all that are here, as does a step before which some
+    have come that must wait, however many.
     """
 
     def __init__(self, scheduler: Scheduler, traffic: Traffic, pool: VllmBlockPool, floors: Floors) -> None:
@@ -36,6 +39,7 @@ class FloorGate:
         self._level = 0
         self._levels: dict[str, tuple[Request, int]] = {}  # those that are here: request id |-> request, its level
         self._held: dict[str, Request] = {}  # those of them that wait here, in the order in which they came
+        self._leaving: set[Request] = set()  # of these, who is in one of vLLM's queues until the next step
         self._has_warned = False
         self.has_news = False  # the policy has not been asked since somebody began to wait here
 
@@ -44,8 +48,13 @@ class FloorGate:
         """Requests that wait for another level."""
         return len(self._held)
 
+    def for_door(self, min_floor: int) -> dict[str, Any]:
+        """Return what the API server must know: little, unless it is to refuse those below `min_floor`."""
+        levels = {"levels": self.floors.as_json()} if min_floor else {}
+        return {"min_floor": min_floor, "heeds_models": bool(self.floors.by_model), **levels}
+
     def on_arrival(self, request: Request) -> bool:
-        """Take in a request that has entered vLLM's queue; return whether it waits here instead."""
+        """Take in a request, or a turn, that enters vLLM's queue; return whether it waits here instead."""
         level = self._level_of(request)
         if level is None or request.request_id in self._levels:
             return False
@@ -57,11 +66,19 @@ class FloorGate:
         return True
 
     def on_finish(self, request: Request) -> None:
-        """Forget a request that ends, wherever it waits."""
+        """Forget a request or a turn that ends, wherever it waits."""
         known = self._levels.pop(request.request_id, None)
         if known is not None:
             self._held.pop(request.request_id, None)
+            self._leaving.discard(request)
             self._traffic.on_floor(known[1], -1)
+
+    def take_out(self) -> None:
+        """Take out of vLLM's queues who waits here. Call it before anything is read of them."""
+        if self._leaving:
+            for queue in (self._scheduler.waiting, self._scheduler.kv_holding_waiting):  # the latter: turns of sessions
+                queue.remove_requests(self._leaving)
+            self._leaving = set()
 
     def enforce(self, level: int) -> None:
         """Let those in that may run at `level`, and take those out that may not.
@@ -73,8 +90,14 @@ class FloorGate:
             return
         is_deeper, self._level = level > self._level, level
         if is_deeper:
+            running = set(self._scheduler.running)
             here = [request for request, own in self._levels.values() if own < level]
-            self._take_out([request for request in here if request.request_id not in self._held])
+            sent_back = [request for request in here if request.request_id not in self._held]
+            for request in sent_back:
+                if request in running:
+                    self._pool.send_back(request)
+            self._hold(sent_back)
+            self.take_out()
         elif self._held:
             self._let_in([request for request in self._held.values() if self._levels[request.request_id][1] >= level])
 
@@ -85,36 +108,32 @@ class FloorGate:
             self._let_in(list(self._held.values()))
 
     def _let_in(self, requests: Sequence[Request]) -> None:
-        """Put them into vLLM's queue first: whatever comes of the rest, none is lost."""
+        """Put them into vLLM's queues first: whatever comes of the rest, none is lost."""
+        self.take_out()
         for request in requests:
             del self._held[request.request_id]
-        # They have waited longest; vLLM's queue puts them in front one by one.
-        self._scheduler.waiting.prepend_requests(request for request in reversed(requests) if not request.is_finished())
+        ready = [request for request in reversed(requests) if not request.is_finished()]
+        # They have waited longest; vLLM's queues put them in front one by one.
+        for queue, holds_kv in ((self._scheduler.kv_holding_waiting, True), (self._scheduler.waiting, False)):
+            queue.prepend_requests([request for request in ready if (request.num_computed_tokens > 0) is holds_kv])
         for request in requests:
             self._traffic.on_let_in(request)
 
-    def _take_out(self, requests: Sequence[Request]) -> None:
-        running = set(self._scheduler.running)
-        for request in requests:
-            if request in running:
-                self._pool.send_back(request)
-        self._hold(requests)
-
     def _hold(self, requests: Sequence[Request]) -> None:
-        self._scheduler.waiting.remove_requests(requests)
         self._held.update((request.request_id, request) for request in requests)
+        self._leaving.update(requests)
         self.has_news = bool(requests)
         for request in requests:
             self._traffic.on_held(request)
 
     def _level_of(self, request: Request) -> int | None:
         asked: Any = getattr(getattr(request, "sampling_params", None), "extra_args", None)
-        if not asked or MAX_LEVEL_ARG not in asked or request.resumable:  # a session is here between its turns, too
+        if not asked or MAX_LEVEL_ARG not in asked:
             return None
         adapter = getattr(request, "lora_request", None)
         try:
-            name = None if adapter is None else adapter.lora_name
-            return self.floors.level_of(asked[MAX_LEVEL_ARG], name, asked.get(KEY_ARG))
+            model = asked.get(MODEL_ARG) if adapter is None else adapter.lora_name
+            return self.floors.level_of(asked[MAX_LEVEL_ARG], model, asked.get(KEY_ARG))
         except (ValueError, TypeError) as e:  # in-process nobody has looked at the types
             level = logging.DEBUG if self._has_warned else logging.WARNING  # clients may send as many as they like
             logger.log(level, "morphserve: request %.80r: %s: %s", request.request_id, MAX_LEVEL_ARG, e)

@@ -172,6 +172,8 @@ class Traffic:
         """Note a request that ends; its blocks are still its own."""
         num_blocks = sum(map(len, self._scheduler.kv_cache_manager.get_block_ids(request.request_id)))
         self._monitor.on_finish(num_blocks, time.monotonic(), request.request_id, request.num_output_tokens)
+        if not request.num_output_tokens:  # an idle engine makes no step that would look at it once more
+            self._awaiting_first_token.pop(request.request_id, None)
         self.late.on_finish(request, time.time())
 
     def on_turn_end(self, request: Request) -> None:
