@@ -7,15 +7,16 @@ emptied and asked the same few prompts at level 0 and at two other levels: token
 bit, what that level gave when the engine was new. Model `random` is for that alone: there the last bit of every weight
 tells.
 
-Runs in pieces, each a new engine; rows add up in --out. --plant breaks something that must be found.
+Runs in pieces, each a new engine; rows add up in --out. At the end of each piece something is broken, which must be
+found: blocks that are not copied, tables that are not rewritten, a request that the engine forgets.
 
 Output columns: transitions so far in this piece, a second, requests, lost, wrong, blocks copied, memory beside weights
 and KV cache (MiB), of that what the allocator has given out, Python objects.
-Last stdout line: one JSON document, of all pieces in --out. Exit status 1 if anything is lost or wrong.
+Last stdout line: one JSON document, of all pieces in --out. Exit status 1 if anything is lost or wrong, or if what was
+broken was not found.
 
     python tests/stress/check_transitions.py --out DIR --transitions 25000 --minutes 13
     python tests/stress/check_transitions.py --out DIR --ranks 2 --transitions 10000
-    python tests/stress/check_transitions.py --out DIR --plant copy --transitions 500
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,8 +45,9 @@ from policies import Decision, Signals  # noqa: E402
 
 _LIVE = 5  # requests: level 0's blocks hold them at their longest, so that every way back finds room
 _BLOCKS, _BLOCK_TOKENS, _MAX_TOKENS = 64, 32, 512
-PLANTS = ("copy", "rewrite_block_tables", "lose")
 _EVERY = 1000  # transitions between two looks at an empty engine
+_EVERY_S = 60.0  # or so long, where they are slow
+_PROOF = 300  # transitions with something broken
 _STUCK_STEPS = 5_000  # without a request that ends
 _SETTINGS = {
     "ladder": {
@@ -89,6 +92,7 @@ class Drive:
         self.books = Books() if is_known else Books(expected=None)
         self.worst_off = 0.0
         self.num_copied = 0
+        self.forgets_one = False  # on purpose, to see that it is missed
         self.num_changed = 0  # looks at the empty engine that differed
         self._draw = draw
         self._asks: dict[str, Ask] = {}
@@ -123,11 +127,12 @@ class Drive:
         return sum(count for (_, outcome), count in counted.items() if outcome == "committed")
 
     def go(self, count: int) -> None:
-        """Make so many transitions more under load, then end all requests."""
+        """Make so many transitions more under load, or what a minute brings; then end all requests."""
         morph = self.engine.morph
         morph.controller.replace_policy(self._policy, "wandering", morph.setup)
         begin = self._committed()
-        while self._committed() < begin + count and not morph.controller.failed:
+        until_s = time.monotonic() + _EVERY_S
+        while self._committed() < begin + count and time.monotonic() < until_s and not morph.controller.failed:
             self._fill()
             self._step()
         while self._asks and self._quiet_steps < _STUCK_STEPS:
@@ -171,6 +176,10 @@ class Drive:
     def _book(self, output: Any) -> None:
         self._quiet_steps = 0
         ask = self._asks.pop(output.request_id)
+        if self.forgets_one and self._asks:
+            self.forgets_one = False
+            forgotten = next(name for name, ask in self._asks.items() if ask.kind != GIVEN_UP)
+            self.engine.engine.abort_request([forgotten])
         tokens = list(output.outputs[0].token_ids)
         outcome = Outcome(0, 0.0, len(ask.prompt), ask.num_tokens, token_ids=tokens, output_tokens=len(tokens))
         if output.outputs[0].finish_reason == "length" and len(tokens) == ask.num_tokens:
@@ -254,8 +263,6 @@ def _piece(args: argparse.Namespace, number: int) -> None:
     draw = random.Random(args.seed + number)
     with _start(args) as engine, (args.out / "rows.jsonl").open("a", encoding="utf-8") as rows:
         drive = Drive(engine, draw, args.model == "recall")
-        if args.plant:
-            _plant(args.plant, drive)
         drive.look()
         wandering_s = 0.0
         while drive.num_committed < args.transitions and time.monotonic() - begin < 60 * args.minutes:
@@ -270,14 +277,17 @@ def _piece(args: argparse.Namespace, number: int) -> None:
             memory = (round(row["other_mib"], 2), round(row["heap_mib"], 2), row["objects"])
             print(*columns, *memory, sep="  ", flush=True)
             if engine.morph.controller.failed:
-                break
+                return
+        # What is on the ranks can be broken from here where the one rank is this process.
+        breaks = ("request", *(("copy", "rewrite_block_tables") if args.ranks == 1 and args.model == "recall" else ()))
+        rows.write(json.dumps({**row, "found": _prove(drive, breaks)}) + "\n")
 
 
 def _row(args: argparse.Namespace, number: int, drive: Drive, seconds: float) -> dict[str, Any]:
     status = drive.engine.morph.status()
     books = drive.books.as_json()
     return {
-        "piece": number, "model": args.model, "ranks": args.ranks, "planted": args.plant,
+        "piece": number, "model": args.model, "ranks": args.ranks, "found": None,
         "committed": drive.num_committed, "transitions": dict(drive.transitions), "seconds": round(seconds, 1),
         "per_s": round(drive.num_committed / seconds, 1), "steps": sum(status["controller_time"]["counts"]),
         **{key: books[key] for key in ("sent", "answered", "given_up", "lost", "wrong", "tokens", "faults")},
@@ -288,21 +298,35 @@ def _row(args: argparse.Namespace, number: int, drive: Drive, seconds: float) ->
     }  # fmt: skip
 
 
-def _plant(what: str, drive: Drive) -> None:
-    """Break what a rank in this process does, or have the engine forget a request now and then."""
+def _prove(drive: Drive, breaks: tuple[str, ...]) -> dict[str, int]:
+    """Break one thing after the other, and return how many requests were lost or wrong by it."""
+    found = {}
+    kept, expected = drive.books, drive.books.expected
+    for what in breaks:
+        drive.books = Books(expected=expected)
+        with _broken(what, drive):
+            drive.go(_PROOF)
+        found[what] = drive.books.lost + drive.books.wrong
+        drive.engine.llm.reset_prefix_cache()
+    drive.books = kept
+    return found
+
+
+@contextmanager
+def _broken(what: str, drive: Drive) -> Iterator[None]:
+    """Have the rank skip something, or the engine forget a request."""
     from morphserve.integration.worker.kv import RankKV
 
-    if what != "lose":
+    if what != "request":
+        right = getattr(RankKV, what)
         setattr(RankKV, what, lambda self, *args, **kwargs: None)
+        try:
+            yield
+        finally:
+            setattr(RankKV, what, right)
         return
-    book = drive._book
-
-    def forget_the_next(output: Any) -> None:
-        book(output)
-        if drive.books.sent % 50 == 0:
-            drive.engine.engine.abort_request([next(iter(drive._asks))])
-
-    drive._book = forget_the_next  # type: ignore[method-assign]
+    drive.forgets_one = True
+    yield
 
 
 def _last_rows(out: Path) -> Iterator[dict[str, Any]]:
@@ -319,14 +343,16 @@ def total(rows: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     summed = ("committed", "seconds", "steps", "sent", "answered", "given_up", "lost", "wrong", "tokens")
     for row in rows:
-        key = f"{row['model']}, ranks {row['ranks']}" + (f", without {row['planted']}" if row["planted"] else "")
-        part = found.setdefault(key, {"pieces": 0, "transitions": Counter(), "errors": Counter(), "faults": []})
+        key = f"{row['model']}, ranks {row['ranks']}"
+        new = {"pieces": 0, "transitions": Counter(), "errors": Counter(), "faults": [], "found": []}
+        part = found.setdefault(key, new)
         part["pieces"] += 1
         for name in (*summed, "looks_changed", "copied", "layers_switched"):
             part[name] = part.get(name, 0) + row[name]
         part["transitions"].update(row["transitions"])
         part["errors"].update(row["errors"])
         part["faults"] += row["faults"][:3]
+        part["found"].append(row.get("found"))
         part["kv_resident_off_worst"] = max(part.get("kv_resident_off_worst", 0.0), row["kv_resident_off_worst"])
         part["failed"] = part.get("failed", False) or row["failed"]
         part["per_s"] = round(part["committed"] / max(part["seconds"], 1e-9), 1)
@@ -340,7 +366,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=13.0, help="that this piece may take")
     parser.add_argument("--model", choices=("recall", "random"), default="recall")
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--plant", choices=PLANTS, help="break this")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.out = args.out.resolve()
@@ -353,7 +378,8 @@ def main(argv: list[str] | None = None) -> int:
     document = total(list(_last_rows(args.out)))
     print(json.dumps(document))
     bad = ("lost", "wrong", "looks_changed", "failed")
-    return int(any(part[name] for part in document.values() for name in bad))
+    missed = any(not all(found.values()) for part in document.values() for found in part["found"] if found)
+    return int(missed or any(part[name] for part in document.values() for name in bad))
 
 
 if __name__ == "__main__":
