@@ -173,6 +173,10 @@ def _slows(rows: list[dict[str, Any]]) -> None:
             row["status"]["controller_time"]["counts"][2] += int(row["t_s"])
 
 
+def _stalls(rows: list[dict[str, Any]]) -> None:
+    _each(rows, lambda row: row["status"]["controller_time"].update(counts=[0, 0, 0, int(row["t_s"])]))
+
+
 def _says(**more: Any) -> Callable[[list[dict[str, Any]]], None]:
     return lambda rows: rows[-3]["status"].update(more)
 
@@ -189,7 +193,8 @@ def _orphans(rows: list[dict[str, Any]]) -> None:
         (_errs, "0 lost, 1 wrong"),
         (_forgets, "the books do not add up"),
         (_opens, "morphserve api: 31 open files, 30 in the first half"),
-        (_slows, "99th percentile"),
+        (_slows, "99th percentile was 10.0 us in the first quarter, "),
+        (_stalls, "nobody knows whether it grew"),
         (_says(level=2), "at rest, at 2400 s: not at level 0"),
         (_says(failed=True), "the controller has failed"),
         (_says(num_running=1), "requests are left"),

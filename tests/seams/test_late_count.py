@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from seams.logged import records_of
 
 from morphserve.config import parse_config
 from morphserve.control import NO_LIMITS
@@ -66,8 +67,9 @@ def test_what_is_no_time_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: p
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     for value in ("soon" * 1000, -1.0, 0, float("nan"), [1], 10**400):
         assert limits_of(request(tpot_s=value)) == NO_LIMITS  # type: ignore[arg-type]
-    assert [record.levelno for record in caplog.records] == [logging.WARNING] + 5 * [logging.DEBUG]
-    assert len(caplog.records[0].getMessage()) < 250
+    records = records_of(caplog)
+    assert [record.levelno for record in records] == [logging.WARNING] + 5 * [logging.DEBUG]
+    assert len(records[0].getMessage()) < 250
 
 
 @pytest.mark.parametrize("num_output_tokens", [0, 3])

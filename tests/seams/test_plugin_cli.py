@@ -20,6 +20,7 @@ import vllm
 import vllm.plugins
 from checkpoints import quantization_config
 from safetensors.torch import save_file
+from seams.logged import records_of
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -389,7 +390,7 @@ def test_a_format_that_computes_something_else_stops_the_start(stored: Any) -> N
 
 
 def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    return [record.getMessage() for record in records_of(caplog) if record.levelno >= logging.WARNING]
 
 
 def test_a_shape_that_the_first_kernels_refuse_goes_to_one_behind_them(
@@ -456,8 +457,7 @@ def test_a_foreign_version_stops_the_start(
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     for _ in range(2):
         engine_args(models["llama"], {}).create_engine_config()
-    # vLLM's logging may hand a record to several handlers: one warning is one record.
-    (warned,) = {id(r): r for r in caplog.records if UNPROVEN_VLLM in r.getMessage()}.values()
+    (warned,) = [record for record in records_of(caplog) if UNPROVEN_VLLM in record.getMessage()]
     assert warned.levelno == logging.WARNING and vllm.__version__ in warned.getMessage()
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from seams.logged import records_of
 from seams.pool_harness import BLOCK, KVModel, make_request
 
 from morphserve.integration.engine.provenance import CLEAN, Span
@@ -458,5 +459,5 @@ def test_a_precision_nobody_knows_is_one_warning(
     receipts = Receipts(kv.provenance, BLOCK)
     for number in range(5):
         receipts.on_arrival(asking(f"r{number}", PROMPT, **{PRECISION_ARG: "x" * 10_000}))
-    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    warnings = [record for record in records_of(caplog) if record.levelno >= logging.WARNING]
     assert len(warnings) == 1 and len(warnings[0].getMessage()) < 300

@@ -14,6 +14,7 @@ from opentelemetry.util._once import Once
 from otlp import PROTOCOL, Collector
 from seams import async_world
 from seams.async_world import World
+from seams.logged import records_of
 from seams.test_async_scheduler import model as model  # noqa: F401  a fixture
 from vllm import SamplingParams, tracing
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
@@ -225,7 +226,7 @@ def test_a_span_that_fails_is_said_once_and_stops_nothing(
     for _ in range(40):
         world.step()
     assert world.morph.controller.level == 0 and not world.morph.controller.failed
-    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    warnings = [record.getMessage() for record in records_of(caplog) if record.levelno >= logging.WARNING]
     said = [text for text in warnings if text.startswith("morph")]
     assert said == ["morphserve: a transition's span failed, no further ones are made"]
 
