@@ -73,6 +73,7 @@ def arm(is_cli: bool) -> None:
         return
     listen()
     seams.wrap(seams.ENGINE_START, _cli_with_cause if is_cli else _with_cause)
+    seams.wrap(seams.CORE_LIVENESS, _with_killed_core)
 
 
 def listen() -> None:
@@ -134,6 +135,22 @@ def _with_cause(original: Callable[..., Any]) -> Any:
             if found is None or _FILE not in os.environ:
                 raise
             raise EngineEndedError(sentence(found)) from e
+
+    return wait
+
+
+def _with_killed_core(original: Callable[..., Any]) -> Any:
+    """Around what waits for an engine core's end: one that was killed has left no word, and vLLM says no code."""
+
+    @functools.wraps(original)
+    def wait(manager: Any) -> Any:
+        try:
+            return original(manager)
+        finally:
+            name = manager.failed_proc_name  # who ended first, unless the server was asked to
+            codes = [process.exitcode for process in manager.processes if process.name == name]
+            if codes:
+                note(f"Proc {name} died unexpectedly (exit code: {codes[0]})")  # behind what it said itself
 
     return wait
 

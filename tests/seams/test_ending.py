@@ -8,11 +8,14 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import vllm.v1.engine.core as core
 import vllm.v1.executor.multiproc_executor as executor
+from vllm.v1.engine.utils import CoreEngineProcManager
 
 from morphserve.endings import PREFIX
 from morphserve.errors import ConfigError, EngineEndedError
@@ -100,6 +103,27 @@ def test_error_of_a_waiting_process_says_the_cause(file: Path) -> None:
     file.unlink()
     with pytest.raises(RuntimeError, match="See stack trace"):  # a cleaned /tmp
         ending._with_cause(fail)()
+
+
+@pytest.mark.parametrize(
+    ("code", "asked", "said"),
+    [(-9, False, "EngineCore was killed (SIGKILL)"), (-9, True, None), (0, False, None), (-15, False, None)],
+)
+def test_a_killed_engine_core_is_told_of(
+    file: Path, monkeypatch: pytest.MonkeyPatch, code: int, asked: bool, said: str | None
+) -> None:
+    """Guards: an engine core that the system has killed, which leaves no word, ends the server without one; an end that
+    somebody asked for, or at which vLLM has killed what was left, told as a failure."""
+    manager = object.__new__(CoreEngineProcManager)
+    manager.processes = [SimpleNamespace(name="EngineCore", sentinel=1, exitcode=code)]  # type: ignore[list-item]
+    manager.manager_stopped, manager.failed_proc_name = threading.Event(), None
+    monkeypatch.setattr("vllm.v1.engine.utils.connection.wait", lambda *_, **__: [1])
+    monkeypatch.setattr(manager, "shutdown", lambda: None)
+    if asked:
+        manager.manager_stopped.set()
+    ending._with_killed_core(CoreEngineProcManager.monitor_engine_liveness)(manager)
+    found = ending.cause()
+    assert found is None if said is None else said in (found or "")
 
 
 class Speechless(Exception):
