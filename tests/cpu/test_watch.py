@@ -141,6 +141,25 @@ def test_watching_goes_on_without_the_server_and_ends_as_it_is_then(monkeypatch:
     assert watch("http://x", 1.0, EndsAfter(2), answers(recorded("burst"), None)) == 1
 
 
+def test_ctrl_c_where_python_drops_its_exception_ends_the_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a view that goes on when the key was pressed during a finalizer."""
+    monkeypatch.setattr(command.time, "sleep", lambda seconds: None)
+
+    class Finalized:
+        def __del__(self) -> None:
+            with suppress(KeyboardInterrupt):  # as Python does here, with a line on stderr
+                os.kill(os.getpid(), signal.SIGINT)
+
+    def fetch(url: str) -> dict[str, Any]:
+        if len(view.shown) == 2:
+            Finalized()
+        return recorded("calm")
+
+    view = EndsAfter(9)
+    assert watch("http://x", 1.0, view, fetch) == 0
+    assert len(view.shown) == 2 and not view.is_open
+
+
 def test_ctrl_c_between_two_looks_gives_the_screen_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a terminal that stays in the view's screen."""
 

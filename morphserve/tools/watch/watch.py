@@ -9,10 +9,13 @@ Ctrl-C ends it: with 0, or with 1 where the server does not answer by then. A se
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from types import FrameType
 from typing import Any, Protocol
 
 from morphserve.status_view import Panel, panels
@@ -85,8 +88,8 @@ def watch(url: str, interval_s: float, view: View, fetch: Fetch = fetch_status) 
     """
     shown, error, seen_s = panels(fetch(url)), "", time.monotonic()
     try:
-        with view:
-            while True:
+        with _interrupted() as is_interrupted, view:
+            while not is_interrupted():
                 now_s = time.monotonic()
                 view.show(shown, error, now_s - seen_s)
                 time.sleep(interval_s)
@@ -96,7 +99,24 @@ def watch(url: str, interval_s: float, view: View, fetch: Fetch = fetch_status) 
                 except NoStatus as e:
                     error = str(e)
     except KeyboardInterrupt:
-        return 1 if error else 0
+        pass
+    return 1 if error else 0
+
+
+@contextmanager
+def _interrupted() -> Iterator[Callable[[], bool]]:
+    """Yield what says whether somebody has pressed Ctrl-C: Python drops its exception in a finalizer or a callback."""
+    pressed: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        signal.default_int_handler(number, frame)
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "morphserve watch") -> int:
