@@ -24,13 +24,13 @@ def test_what_must_hold_holds(demo_model: Path, variant_cache: Path, tmp_path: P
     )  # fmt: skip
     runner = Runner(server, tmp_path, {"cache_dir": str(variant_cache)}, num_swings=1)
 
-    async def run() -> list[tuple[Scenario, Seen]]:
-        return [result async for result in runner.run([each for each in SCENARIOS if each.is_short])]
+    async def run() -> tuple[dict[int, tuple[int, ...]], list[tuple[Scenario, Seen]]]:
+        known = await runner.reference()
+        return known, [result async for result in runner.run([each for each in SCENARIOS if each.is_short])]
 
-    results = asyncio.run(run())
+    reference, results = asyncio.run(run())
     assert len(results) == 2
-    answers = [answer for _, seen in results for answer in seen.traffic.canaries if answer.levels == {0}]
-    reference = {answer.prompt: answer.tokens for answer in answers if len(answer.tokens) == 24}
+    answers = [a for _, seen in results for a in seen.traffic.canaries if a.levels == {0} and a.prompt in reference]
     assert {scenario.name: judge(scenario, seen, reference) for scenario, seen in results} == {
         scenario.name: [] for scenario, _ in results
     }

@@ -76,7 +76,7 @@ async def _run(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     wanted = [each for each in wanted if each.name not in skipped]
     references = {_as_stock(each): await runner.reference(each) for each in {_as_stock(e): e for e in wanted}.values()}
     for (serve_args, num_ranks), reference in references.items():
-        say(f"canaries that a stock server answers alike ({num_ranks} ranks, {serve_args}): {sorted(reference)}")
+        say(f"canaries that a stock server is sure of ({num_ranks} ranks, {serve_args}): {sorted(reference)}")
     rows: list[dict[str, Any]] = []
     found = {"machine": describe_machine(), "model": Path(args.model).name, "scenarios": rows, "skipped": skipped}
     async for scenario, seen in runner.run(wanted):
@@ -89,7 +89,7 @@ def _row(scenario: Scenario, seen: Seen, reference: Mapping[int, tuple[int, ...]
     """Judge a scenario, and say what came of it."""
     violations = judge(scenario, seen, reference)
     if not reference:
-        violations.append("no canary is answered alike by a stock server under load: tokens cannot be judged")
+        violations.append("a stock server is sure of no canary, or changes each under load: tokens cannot be judged")
     row = {"name": scenario.name, "question": scenario.question, "violations": violations, **figures(seen)}
     counts = f"{row['answered']}/{row['requests']}  {row['canaries_at_level_0']}/{row['canaries']}"
     verdict = "; ".join(violations) or "holds"

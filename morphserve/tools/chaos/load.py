@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,9 @@ from morphserve.tools.workload import Outcome
 NUM_CLIENTS, NUM_CANARIES = 14, 2
 ON_S, OFF_S = 8.0, 6.0
 CANARY_TOKENS = 24
+# Nats between the two most probable tokens that no rounding takes away. A batch of another shape adds up in another
+# order; a logit of 32 to 64 is then the next bfloat16, 0.25 away, and so may the other be. Twice that.
+CLEAR_MARGIN = 1.0
 REQUEST_TIMEOUT_S = 300.0  # on a machine that others use, too; what is lost never comes
 _RECEIPT = {"morphserve_receipt": 1}
 _PAUSE_S = 0.2  # of a client that was refused, before it asks again
@@ -37,6 +40,7 @@ class CanaryAnswer:
     levels: frozenset[int] | None = None
     status: str = "error"
     is_mixed: bool = False  # with requests for an adapter, which stock vLLM 0.32 on a CPU then gives to everybody
+    is_clear: bool = False  # no rounding changes any of its tokens; False = margins were not asked for
 
 
 @dataclass(slots=True)
@@ -64,17 +68,25 @@ class Traffic:
             self.num_mixings += 1
 
 
-def canary_prompts(seed: int = 0, count: int = 4) -> list[list[int]]:
-    """Return the canaries' prompts, as token ids."""
+def canary_prompts(seed: int = 0, count: int = 8, period: int = 6, num_tokens: int = 42) -> list[list[int]]:
+    """Return the canaries' prompts, as token ids: a few drawn ones, over and over.
+
+    A model goes on with what repeats, and is sure of it. What follows drawn tokens alone is a guess: the two most
+    probable tokens of some position are next to equal in all of them, and rounding chooses.
+    """
     draw = random.Random(seed)
-    return [[draw.randrange(100, 5000) for _ in range(24)] for _ in range(count)]
+    return [([draw.randrange(100, 5000) for _ in range(period)] * num_tokens)[:num_tokens] for _ in range(count)]
 
 
-async def ask_canary(session: aiohttp.ClientSession, options: ClientOptions, prompt: int) -> CanaryAnswer:
-    """Send one canary and read its tokens and its receipt."""
+async def ask_canary(
+    session: aiohttp.ClientSession, options: ClientOptions, prompt: int, with_margins: bool = False
+) -> CanaryAnswer:
+    """Send one canary and read its tokens, its receipt and, where asked for, whether it is clear."""
     body = completion_body(options, canary_prompts()[prompt], CANARY_TOKENS) | {
         "stream": False, "return_token_ids": True, "vllm_xargs": _RECEIPT,
     }  # fmt: skip
+    if with_margins:
+        body["logprobs"] = 2
     del body["stream_options"]
     answer = CanaryAnswer(prompt)
     try:
@@ -83,12 +95,24 @@ async def ask_canary(session: aiohttp.ClientSession, options: ClientOptions, pro
                 document = await got.json()
                 answer.tokens = tuple(document["choices"][0]["token_ids"])
                 answer.levels = _levels(document.get("kv_transfer_params"))
+                if with_margins:
+                    answer.is_clear = _is_clear(document["choices"][0]["logprobs"]["top_logprobs"])
                 answer.status = "ok"
             else:
                 answer.status = f"http_{got.status}"
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError) as e:
         answer.status = f"error: {type(e).__name__}"
     return answer
+
+
+def _is_clear(top_logprobs: Sequence[Mapping[str, float]]) -> bool:
+    """Return whether the most probable token of each position is so by CLEAR_MARGIN.
+
+    Args:
+        top_logprobs: the two or more most probable tokens of each position with their log probabilities, in nats.
+    """
+    ranked = (sorted(position.values(), reverse=True) for position in top_logprobs)
+    return all(first - second >= CLEAR_MARGIN for first, second, *_ in ranked)
 
 
 def _levels(params: Any) -> frozenset[int] | None:

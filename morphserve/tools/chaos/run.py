@@ -75,7 +75,9 @@ class Runner:
     num_swings: int = 2  # of the wave, in each scenario
 
     async def reference(self, scenario: Scenario = SCENARIOS[0]) -> dict[int, tuple[int, ...]]:
-        """Ask a stock server, alone, all at once and under load; return the canaries that it always answers alike.
+        """Ask a stock server, alone, all at once and under load; return the canaries whose answers are known.
+
+        Known is what it always answers alike and would answer alike in whatever batch: the load here is one of many.
 
         Args:
             scenario: whose arguments the server has, but for the plugin's.
@@ -83,14 +85,14 @@ class Runner:
         with serve(self._server(scenario), self.directory / f"stock-{scenario.name}.log") as server:
             async with _client() as session:
                 options = self._options(server)
-                alone = [await ask_canary(session, options, i) for i in range(len(canary_prompts()))]
+                alone = [await ask_canary(session, options, i, with_margins=True) for i in range(len(canary_prompts()))]
                 traffic = Traffic()
                 for _ in range(2):  # the second time with what the first has left in the cache
                     traffic.canaries += await _ask_all(session, options)
                 async with Wave(session, options, traffic, seed=1).running() as wave:
                     await wave.swing(1)
         answers = [*alone, *traffic.canaries]
-        kept = {each.prompt: each.tokens for each in alone if len(each.tokens) == CANARY_TOKENS}
+        kept = {each.prompt: each.tokens for each in alone if each.is_clear and len(each.tokens) == CANARY_TOKENS}
         return {i: t for i, t in kept.items() if {each.tokens for each in answers if each.prompt == i} == {t}}
 
     async def run(self, scenarios: Sequence[Scenario]) -> AsyncIterator[tuple[Scenario, Seen]]:
