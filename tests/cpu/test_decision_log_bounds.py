@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import logging
 import os
 import threading
@@ -164,6 +165,28 @@ def test_a_full_disk_costs_rows_and_one_warning(
     assert len(said) == 2 and "File too large" in said[0] and f"written again; {log.num_dropped}" in said[1]
 
 
+def test_a_disk_that_is_full_again_and_again_is_one_warning(
+    turns: Turns, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards: two lines for each row that finds room, on a disk of which somebody frees a little at a time."""
+    caplog.set_level(logging.INFO)
+    path, signals, policy = tmp_path / "log", load(8, 60), THRESHOLD.build(LADDER)
+    log = DecisionLog(path, make_header(THRESHOLD, LADDER))
+    turns.finish_batch()
+    for start in range(0, 60, 20):
+        with file_size(path.stat().st_size):
+            ask(log, policy, signals[start : start + 10])
+            turns.go_on()
+            turns.finish_batch()
+        ask(log, policy, signals[start + 10 : start + 20])
+        turns.go_on()
+        turns.finish_batch()
+    turns.go_on()
+    log.close()
+    assert len([record for record in caplog.records if "decision_log" in record.getMessage()]) == 1
+    assert 0 < log.num_dropped <= 30
+
+
 def test_a_disk_that_is_full_at_the_start(turns: Turns, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Guards: rows without the line that says which policy was asked, because that one found no room."""
     path = tmp_path / "log"
@@ -254,8 +277,25 @@ def test_a_line_that_does_not_fit_leaves_nothing(name: str, room: int, tmp_path:
     assert [text.strip() for text in _texts(tmp_path / name)] == [b"one", b"three"]
 
 
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@NAMES
+def test_a_full_file_is_closed(name: str, tmp_path: Path) -> None:
+    """Guards: a descriptor more for each full file, and what goes keeps its bytes on the disk; a member without end."""
+    file = RotatingFile(tmp_path / name, 8, 2)
+    before = open_files()
+    for _ in range(5):
+        file.append(b"one line\n")
+        assert file.turn_page() and open_files() == before
+    file.close()
+    whole = (tmp_path / f"{name}.1").read_bytes()
+    assert (gzip.decompress(whole) if name.endswith("gz") else whole) == b"one line\n"
+
+
 def test_a_rename_that_fails_pushes_no_file_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: each try to begin another file takes an older one, until none is left."""
+    """Guards: each try to begin another file takes an older one, until none is left, or a descriptor."""
     file = RotatingFile(tmp_path / "log", 8, 3)
     for text in (b"oldest--\n", b"older---\n"):
         file.append(text)
@@ -269,9 +309,11 @@ def test_a_rename_that_fails_pushes_no_file_out(tmp_path: Path, monkeypatch: pyt
         rename(source, target)
 
     monkeypatch.setattr(os, "replace", fails)
+    before = open_files()
     for _ in range(3):
         with pytest.raises(OSError, match="a disk that fails"):
             file.turn_page()
+    assert open_files() == before, "a try each second"
     monkeypatch.setattr(os, "replace", rename)
     assert file.turn_page()
     file.close()

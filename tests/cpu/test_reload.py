@@ -129,6 +129,19 @@ def test_other_file_of_the_same_content_changes_nothing(tmp_path: Path) -> None:
     assert desk.taken == [] and desk.reloader.reloads.reloads == 0
 
 
+def test_a_file_that_takes_the_place_of_one_of_its_size_and_time_is_seen(tmp_path: Path) -> None:
+    """Guards: a policy put in place with its time kept, as `cp -p`, `rsync -t` and archives do, and never served."""
+    desk = Desk(tmp_path)
+    desk.look()
+    found, beside = desk.file.stat(), tmp_path / "beside"
+    beside.write_text(EDITED)
+    os.utime(beside, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert beside.stat().st_size == found.st_size
+    beside.replace(desk.file)
+    desk.look()
+    assert len(desk.taken) == 1
+
+
 def test_half_written_file_is_left_alone(tmp_path: Path) -> None:
     """Guards: what an editor has written so far is served, or refused with an ERROR a second later proven wrong."""
     desk = Desk(tmp_path)

@@ -127,6 +127,7 @@ def test_what_files_say_is_for_who_shows_a_token() -> None:
     """Guards: where files lie, and what stands in them, for every process of a shared machine."""
     status = recorded("restored")
     status["policy"] = {**status["policy"], "source": "/home/me/morph.yaml", "last_error": "swordfish"}
+    status["prepare"] = {"state": "off", "part": "", "note": "/home/me/model: swordfish", "begins_in_s": None}
     status["recent_transitions"] = [{**status["recent_transitions"][0], "outcome": "aborted", "error": "swordfish"}]
     bare = client_of(endpoint_of(statuses=[status]))
     for path in READS:

@@ -140,6 +140,29 @@ def test_a_reload_is_an_order_like_the_others() -> None:
     assert len(replicas.sent) == 2
 
 
+def test_a_reload_that_is_refused_is_said() -> None:
+    """Guards: an operator who is told that his policy is in force, which an engine has refused."""
+    replicas = Replicas()
+
+    async def call(method: str, *args: Any) -> list[Any]:
+        if method == "morphserve_reload":
+            return [{"ok": False, "outcome": "refused", "error": "no such level", "engine": 0}]
+        return await replicas.call(method, *args)
+
+    endpoint = replicas.endpoint()
+    endpoint._client.engine_core.call_utility_all_async = call
+    done = order(client_of(endpoint, headers=bearer()), "reload")
+    assert done.status_code == 422 and not done.json()["ok"] and done.json()["error"] == "no such level"
+
+
+def test_a_drained_server_is_at_level_0() -> None:
+    """Guards: a server called empty that still holds what it took from its layers, or in mid-transition."""
+    status = {**dict.fromkeys(admin_api._SHOWN, 0), "orders": {"revision": 1, "order": {"kind": "drain"}}}
+    for level, kind, is_empty in ((2, "drain", False), (0, "drain", True), (0, "pin", False)):
+        told = {**status, "exposure_level": level, "orders": {"revision": 1, "order": {"kind": kind}}}
+        assert admin_api.state_of([told])["engines"][0]["drained"] is is_empty
+
+
 @pytest.mark.parametrize("action", ORDERS)
 def test_to_look_is_not_to_order(action: str) -> None:
     """Guards: the token to read orders something; an order without one, of a page, or of no known kind."""
@@ -285,6 +308,27 @@ def test_an_engine_that_hangs_is_said_and_takes_nothing_late(monkeypatch: pytest
     assert late is not None and (late["ok"], late["outcome"]) == (False, "late")
     assert isinstance(replicas.rigs[0].controller, Controller)
     assert replicas.rigs[0].controller.status()["orders"]["order"] is None
+
+
+def test_an_engine_that_hangs_with_an_order_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: an engine that has told its status and then hangs: its operator waits for ever, or it takes the order
+    when nobody waits any more."""
+    replicas = Replicas()
+    endpoint = replicas.endpoint()
+    client = client_of(endpoint, headers=bearer())
+    named, limits = revision_of(client), []
+
+    async def hang(method: str, *args: Any) -> list[Any]:
+        if method == "morphserve_order":
+            limits.append(args[-1] - time.time())
+            await asyncio.Event().wait()
+        return await replicas.call(method, *args)
+
+    endpoint._client.engine_core.call_utility_all_async = hang
+    monkeypatch.setattr(admin_api, "_TIMEOUT_S", 0.05)
+    done = client.post("/morphserve/admin/drain", json={"revision": named})
+    assert done.status_code == 504 and "has not answered" in done.json()["detail"]
+    assert len(limits) == 1 and limits[0] < 1.0
 
 
 def test_a_stock_engine_takes_no_order(monkeypatch: pytest.MonkeyPatch) -> None:

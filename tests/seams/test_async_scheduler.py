@@ -153,3 +153,28 @@ def test_receipts_count_each_token_at_the_level_of_its_step(model: Path, seed: i
     world = CountingWorld(model, kv={"max_preemptions": 2, "migrate_blocks_per_step": 3, "drain_timeout_s": 1e6})
     drive(world, seed, 200)
     assert world.num_receipts > 20 and len({*world.levels.values()}) > 2
+
+
+def test_blocks_of_a_burst_leave_the_prefix_cache(model: Path) -> None:
+    """Guards: what quantized layers wrote keeps its room in the cache after a burst, though nobody may reuse it."""
+    world = World(model, 1)
+    world.policy.level = 2
+    for _ in range(20):
+        world.step()
+    world.add("r", [1, 2, 3, 4, 5, 6, 7, 8, 9], 8)
+    world.run_dry()
+    assert world.morph.provenance._written
+    world.policy.level = 0
+    for _ in range(40):
+        world.step()
+    assert world.morph.controller.level == 0 and not world.morph.provenance._written
+
+
+def test_an_error_in_the_books_of_the_prefix_cache_is_counted(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a server that reuses no prefix any more, and whose operators see nothing of it."""
+    world = World(model, 1)
+    monkeypatch.setattr(world.morph.provenance, "_set_level", lambda level: 1 // 0)
+    world.policy.level = 1
+    for _ in range(20):
+        world.step()
+    assert world.morph.status()["errors"] == {"provenance": 1}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from seams.async_world import VOCABULARY, World
 from seams.test_async_scheduler import model as model
 
 from morphserve.control import Health
+from morphserve.integration.engine.requests import floors
 from policies.floors import FloorPolicy
 
 pytestmark = pytest.mark.seams
@@ -238,6 +241,41 @@ def test_who_may_not_ask_is_served_as_all_are(model: Path) -> None:
         world.step()
     assert world.morph.controller.level == 2
     world.run_dry()
+
+
+def test_what_is_no_level_is_one_warning(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a client that fills the log with what it asks for."""
+    lines: list[str] = []
+    monkeypatch.setattr(floors.logger, "log", lambda level, text, *args: lines.append(logging.getLevelName(level)))
+    world = FloorWorld(model, 1e9)
+    for number in range(5):
+        world.add(str(number), PROMPT, 3, morphserve_max_level="none")
+    assert lines[0] == "WARNING" and set(lines[1:]) == {"DEBUG"}
+
+
+def test_who_may_run_at_the_level_is_not_sent_back(model: Path) -> None:
+    """Guards: requests that wait, though the level that the load asks for is the one that they allow."""
+    world = FloorWorld(model, 0.0)
+    world.add_at("a", PROMPT, 50, 1)
+    world.add("other", PROMPT, 50)
+    world.policy.level = 1
+    for _ in range(30):
+        world.step()
+        assert world.morph.gate.num_held == 0
+    assert world.morph.controller.level == 1
+    world.run_dry()
+
+
+@pytest.mark.parametrize(("name", "level"), [("tuned", 1), ("other", None)])
+def test_an_adapter_is_what_its_client_calls_the_model(model: Path, name: str, level: int | None) -> None:
+    """Guards: the operator's level of an adapter taken for that of the model under it."""
+    gate = FloorWorld(model, 0.0).morph.gate
+    gate.floors = replace(gate.floors, shallowest=None, by_model={"tuned": 1, "base": 0})
+    params = SimpleNamespace(extra_args={"morphserve_max_level": 0, "morphserve_model": "base"})
+    asked: Any = SimpleNamespace(sampling_params=params, lora_request=SimpleNamespace(lora_name=name), request_id="r")
+    assert gate._level_of(asked) == level
+    asked.lora_request = None
+    assert gate._level_of(asked) == 0
 
 
 def held_at_level_1(model: Path, **settings: Any) -> FloorWorld:

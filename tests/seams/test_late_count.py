@@ -155,7 +155,8 @@ def morph(monkeypatch: pytest.MonkeyPatch) -> Iterator[hooks.Morph]:
 
 def test_the_promise_is_that_of_the_policy_that_is_asked(morph: hooks.Morph) -> None:
     """Guards: requests judged by the limits of a policy that is no longer asked, or that was refused; by none from the
-    start."""
+    start. Or let to ask for levels that a reload has forbidden."""
+    assert not morph.gate.floors.are_allowed
     assert morph.traffic.late.promise == Promise(4.0, 0.4, 1.0, 0.1)
     for sent, is_taken, promise in (
         ("{kind: slo, ttft_s: 3.0, tpot_s: 0.2}", True, Promise(3.0, 0.2, 0.75, 0.05)),
@@ -164,6 +165,8 @@ def test_the_promise_is_that_of_the_policy_that_is_asked(morph: hooks.Morph) -> 
     ):
         answer = morph.reload("POST", f"policy: {sent}").result(30)
         assert (answer["ok"], morph.traffic.late.promise) == (is_taken, promise), answer["error"]
+    assert morph.reload("POST", "policy: {kind: threshold, floors: {shallowest: 0}}").result(30)["ok"]
+    assert morph.gate.floors.are_allowed
 
 
 def test_an_answer_of_one_token_and_one_that_never_came() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from seams.asked import LOCAL, client_of, endpoint_of
 from vllm.entrypoints.serve.instrumentator import metrics as vllm_metrics
 from vllm.plugins.endpoint_plugins import interface
 
-from morphserve.integration.server.metrics import StatusCollector
+from morphserve.integration.server import metrics
+from morphserve.integration.server.metrics import MorphServeEndpoint, StatusCollector
 from morphserve.integration.server.poll import StatusPoll
 from morphserve.integration.server.scrape import add_to_own
 from morphserve.shipped import MONITORING
@@ -155,6 +157,30 @@ def test_each_of_several_api_servers_has_all_metrics(tmp_path: Path, monkeypatch
         assert families["vllm:prompt_tokens"].samples[0].value == 7.0
         assert [sample.value for sample in families["morphserve:level"].samples] == [0.0, 3.0]
     assert len(families) == len({line.split()[2] for line in page.text.splitlines() if line.startswith("# TYPE")})
+
+
+def test_a_server_adds_its_figures_to_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a start after which /metrics has nothing of ours."""
+    registry = CollectorRegistry()
+    monkeypatch.setattr("morphserve.integration.server.scrape.REGISTRY", registry)
+    monkeypatch.setattr(metrics, "on_hangup", lambda ask, tasks: False)
+
+    async def answer(method: str) -> list[Any]:
+        return [{**status(0, 2), "max_queued_tokens": None}]
+
+    async def start() -> str:
+        endpoint = MorphServeEndpoint()
+        engine: Any = SimpleNamespace(
+            engine_core=SimpleNamespace(call_utility_all_async=answer),
+            vllm_config=SimpleNamespace(additional_config=None),
+        )
+        await endpoint.init_state(engine, None, None)
+        await endpoint.look()
+        for task in endpoint._tasks:
+            task.cancel()
+        return generate_latest(registry).decode()
+
+    assert 'morphserve:level{engine="0"} 2.0' in asyncio.run(start())
 
 
 def test_a_lone_api_server_says_each_figure_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,6 +162,14 @@ def test_an_engine_whose_ranks_differ_ends() -> None:
             call()
 
 
+def test_ranks_are_looked_at_before_a_step_is_read() -> None:
+    """Guards: clients get the tokens of a step for which a rank had failed to do what cannot fail."""
+    morph = make_morph(_in_flight={id(OUTPUT): StepInFlight(0)})
+    morph.controller.look_back = lambda: setattr(morph.controller, "lost", "rank 1: planted")
+    with pytest.raises(EngineLostError, match="rank 1: planted"):
+        morph.before_update(OUTPUT)
+
+
 def test_what_ends_the_process_is_let_through() -> None:
     """Guards: Ctrl-C during a hook is swallowed."""
 

@@ -24,6 +24,7 @@ from seams.logged import records_of
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.output_processor import RequestState
 
 from morphserve.__main__ import main
 from morphserve.config import parse_config
@@ -201,6 +202,7 @@ def test_active_with_the_plugin(models: dict[str, str]) -> None:
     assert config.scheduler_config.scheduler_cls == SCHEDULER_CLS
     assert config.parallel_config.worker_extension_cls == WORKER_EXTENSION_CLS
     assert [p.name for p in vllm.plugins.load_endpoint_plugins(("generate",))] == ["morphserve"]
+    assert hasattr(RequestState.make_request_output, "__wrapped__"), "or of several choices one has a receipt"
     assert "VLLM_PLUGINS" not in os.environ, "with which vLLM's resolver of adapters would download"
 
 
@@ -221,6 +223,7 @@ def test_active_with_the_plugin(models: dict[str, str]) -> None:
         ({"cache_dir": "/dev/null"}, ["cache_dir: /dev/null", "no directory that this user can write to"]),
         ({"cache_dir": "/dev/null/a/b"}, ["cache_dir: /dev/null/a/b: /dev/null is no directory"]),
         ({"decision_log": "/dev/null/a.jsonl"}, ["decision_log: /dev/null: /dev/null is no directory"]),
+        ({"admin": {"token_file": "/nowhere/token"}}, ["token file /nowhere/token", "No such file"]),
         ({"variants": {"w4": "/no/such/checkpoint"}}, ["variants: w4", "/no/such/checkpoint", "Give either"]),
     ],
 )

@@ -404,6 +404,8 @@ def test_who_asks_for_nothing_gets_nothing() -> None:
     receipts = Receipts(kv.provenance, BLOCK)
     assert served(kv, receipts, asking("a", PROMPT, other=1), [0]) is None
     assert served(kv, receipts, make_request("b", PROMPT), [0]) is None
+    receipts.on_arrival(make_request("c", PROMPT))
+    assert not receipts._drafts, "nor does it cost anything"
 
 
 class Counted(dict[str, Any]):

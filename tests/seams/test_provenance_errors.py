@@ -23,7 +23,8 @@ def hits(kv: KVModel, name: str) -> int:
 
 @pytest.mark.parametrize("rule", ["any", "not_worse", "exact"])
 @pytest.mark.parametrize(
-    "method", ["_admits", "_note_found", "_begin_slots", "_end_slots", "_remember", "_remember_all", "_set_level"]
+    "method",
+    ["_admits", "_note_found", "_begin_slots", "_end_slots", "_remember", "_remember_all", "_set_level", "_sweep"],
 )
 def test_an_error_of_ours_ends_reuse_and_nothing_else(
     rule: Any, method: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -39,6 +40,7 @@ def test_an_error_of_ours_ends_reuse_and_nothing_else(
     kv.set_level(2)
     hits(kv, "asks")
     assert kv.step(make_request("during", [3, *PROMPT]))
+    kv.provenance.sweep()
     monkeypatch.undo()
     assert told == [1] and kv.provenance.failed
     assert len(caplog.records) == 1 and "no prefix is reused" in caplog.text and "planted" in caplog.text
@@ -50,6 +52,27 @@ def test_an_error_of_ours_ends_reuse_and_nothing_else(
     for name in ("before", "during"):
         kv.end(name)
     assert told == [1]
+
+
+def test_an_error_of_ours_at_a_part_of_a_block_stays_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: the same in the second way into the prefix cache, for block hashes that are finer than blocks."""
+    kv = KVModel()
+    kv.set_level(1)
+    request = make_request("r", PROMPT[:BLOCK])
+    assert kv.step(request)
+    monkeypatch.setattr(kv.provenance, "_remember", broken)
+    assert kv.pool.cache_partial_block(request, kv.pool.blocks[30], BLOCK, 0, BLOCK)
+    assert kv.provenance.failed
+
+
+def test_vllms_own_error_while_it_frees_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: blocks that vLLM has not freed, of which nobody hears because a shrink lasts."""
+    kv = KVModel()
+    assert kv.step(make_request("r", PROMPT))
+    kv.port.begin_shrink(20)
+    monkeypatch.setattr(kv.pool, "free_block_queue", None)
+    with pytest.raises(AttributeError):
+        kv.manager.free(kv.requests["r"])
 
 
 def test_vllms_own_errors_pass(monkeypatch: pytest.MonkeyPatch) -> None:

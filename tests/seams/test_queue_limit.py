@@ -60,6 +60,8 @@ def test_api_servers_share_the_limit() -> None:
     at.vllm_config = SimpleNamespace(parallel_config=ParallelConfig(_api_process_count=2, _api_process_rank=0))
     QueueLimit(at).apply([100, 200])
     assert at.scheduler_config.max_num_queued_tokens == 150
+    QueueLimit(at).apply([1, 0])
+    assert at.scheduler_config.max_num_queued_tokens == 1, "0 would refuse whoever comes to an empty server"
 
 
 def test_engines_add_up() -> None:

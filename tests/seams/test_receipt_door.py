@@ -44,6 +44,10 @@ class Client:
             self.closed += 1
 
 
+async def nothing(*_: Any) -> dict[str, Any]:
+    return {}
+
+
 def receipt_of(number: int, level: int = 3) -> dict[str, Any]:
     return {**RECEIPT, "reused_tokens": {"0": number}, "deepest_level": level}
 
@@ -227,9 +231,17 @@ def test_nothing_stands_between_those_who_ask_for_none() -> None:
     client = Client()
     code = client.generate.__code__
     seams.wrap(seams.CLIENT_GENERATE, note_receipts, on=client)
-    for asked in (None, {"morphserve_receipt": 1}):  # nor where no HTTP request is behind it
+
+    def stands_between(asked: dict[str, Any] | None) -> bool:
         outputs: Any = client.generate("", SamplingParams(extra_args=asked), "r")
-        assert outputs.ag_code is code
+        return outputs.ag_code is not code
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        found = [stands_between(asked) for asked in (None, {"other": 1}, {"morphserve_receipt": 1})]
+        assert found == [False, False, True]
+
+    asyncio.run(ReceiptDoor(app)({"type": "http", "method": "POST"}, nothing, nothing))  # type: ignore[arg-type]
+    assert not stands_between({"morphserve_receipt": 1}), "nor where no HTTP request is behind it"
 
 
 def test_the_engine_is_told_whose_it_was() -> None:
@@ -275,9 +287,7 @@ def test_a_client_that_goes_ends_its_request() -> None:
         outputs: Any = client.generate("", SamplingParams(extra_args={"morphserve_receipt": 1}), "r")
         await anext(outputs)
         await outputs.aclose()
-
-    async def nothing(*_: Any) -> dict[str, Any]:
-        return {}
+        assert client.closed == 1, "at once, not when somebody collects it"
 
     asyncio.run(ReceiptDoor(app)({"type": "http", "method": "POST"}, nothing, nothing))  # type: ignore[arg-type]
     assert client.closed == 1

@@ -96,6 +96,20 @@ def test_one_reload_at_a_time_and_the_others_are_told_so() -> None:
 POLICY = b'{"policy": {"kind": "static"}}'
 
 
+def test_an_engine_that_answers_no_reload_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: an engine that hangs keeps whoever asks waiting for ever, and all others out."""
+
+    async def hang(method: str, *args: Any) -> list[Any]:
+        await asyncio.Event().wait()
+        return []
+
+    monkeypatch.setattr(reload_api, "_TIMEOUT_S", 0.01)
+    client = client_of(endpoint_of(hang, Access(admin=ADMIN)), headers=bearer())
+    for _ in range(2):
+        done = client.post("/morphserve/reload")
+        assert done.status_code == 504 and "has not answered" in done.json()["detail"]
+
+
 def test_a_body_reaches_the_engines_whole_or_not_at_all() -> None:
     """Guards: a policy that is cut, or that nobody gets; a body that fills the memory of the API server."""
     sent: list[str] = []

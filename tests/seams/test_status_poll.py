@@ -138,6 +138,61 @@ def test_who_asks_does_not_lengthen_the_queue_of_an_engine_that_hangs() -> None:
     asyncio.run(serve())
 
 
+def test_a_silent_engine_is_asked_by_the_poll_alone(said: list[str]) -> None:
+    """Guards: an engine for which the poll has given up, and has just asked once more, asked by each order as well."""
+
+    async def serve() -> None:
+        engine, told = Engine(), []
+        asked = StatusPoll(lambda: engine.call_utility_all_async("morphserve_status"))
+        engine.goes_on = asyncio.Event()
+        task = asyncio.create_task(asked.run(told.append))
+        await until(lambda: bool(told))
+        num_asked = engine.num_asked
+        with pytest.raises(TimeoutError):
+            await asked.look()
+        assert engine.num_asked == num_asked
+        task.cancel()
+
+    asyncio.run(serve())
+
+
+def test_figures_are_as_old_as_their_question() -> None:
+    """Guards: an engine that takes ten seconds for each answer, whose figures look like those of now."""
+
+    async def serve() -> None:
+        engine, clock = Engine(), Clock()
+        asked = StatusPoll(lambda: engine.call_utility_all_async("morphserve_status"), clock)
+        engine.goes_on = asyncio.Event()
+        task = asyncio.create_task(asked.look())
+        await until(lambda: engine.num_asked == 1)
+        clock.now_s += 10.0
+        engine.goes_on.set()
+        await task
+        assert asked.age_s == 10.0
+
+    asyncio.run(serve())
+
+
+def test_a_listener_that_fails_ends_no_poll(said: list[str]) -> None:
+    """Guards: a status that stands still for good, since who is told of it has met an error once."""
+
+    async def serve() -> None:
+        engine, told = Engine(), []
+
+        def fails(statuses: list[Any]) -> None:
+            told.append(statuses)
+            raise OSError("planted")
+
+        asked = StatusPoll(lambda: engine.call_utility_all_async("morphserve_status"))
+        task = asyncio.create_task(asked.run(fails))
+        await until(lambda: len(told) == 4)
+        task.cancel()
+
+    asyncio.run(serve())
+    (line,) = said
+    assert "OSError: planted" in line
+
+
 def test_a_door_that_an_operator_has_shut_stays_shut(said: list[str]) -> None:
     """Guards: an engine that hangs while it drains, and whose requests are taken again for that."""
 
