@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 
@@ -68,6 +69,21 @@ def test_rate_over_the_window() -> None:
     assert rate.rate(109.0) == pytest.approx(20 / 9, rel=0.1)
     assert rate.rate(120.0) == 0.0
     assert rate.rate(1e7) == 0.0
+
+
+def test_a_long_gap_costs_no_more_than_the_window() -> None:
+    """Guards: a step that takes seconds after a quiet week, for each half second of it."""
+    emptied: list[int] = []
+
+    class Seen(list[int]):
+        def __setitem__(self, at: Any, value: Any) -> None:
+            emptied.append(at)
+            super().__setitem__(at, value)
+
+    rate = WindowRate()
+    rate.add(0.0)
+    rate._buckets = Seen(rate._buckets)
+    assert rate.rate(100_000.0) == 0.0 and len(emptied) == len(rate._buckets)
 
 
 def test_steady_rate_is_found() -> None:

@@ -277,6 +277,12 @@ def test_stale_entries_are_forgotten() -> None:
     for number in range(50):
         written_at(kv, 1, [number] * 20)
     assert len(kv.provenance._written) <= 2 * len(kv.pool.blocks)
+    gone: list[Any] = []
+    for _ in range(500):  # those of blocks that were unmapped, and made anew
+        gone.append(SimpleNamespace(block_hash=b"hash"))
+        kv.provenance._remember(gone[-1], Span(1, 1))
+        gone[-1].block_hash = None
+    assert len(kv.provenance._written) <= 2 * len(kv.pool.blocks)
 
 
 @pytest.mark.parametrize("level", [0, 1])
