@@ -186,7 +186,7 @@ def test_the_monitor_knows_the_shallowest() -> None:
     monitor, found = Monitor(), []
     for level, number in ((2, 1), (0, 1), (0, 1), (0, -1), (0, -1), (2, -1)):
         monitor.on_floor(level, number)
-        found.append(min(monitor._max_levels, default=None))
+        found.append(monitor.snapshot(1.0, EngineView(0, 1, 0.0), 10, 3, 1, 1).max_level)
     assert found == [2, 0, 0, 0, 2, None]
     monitor.on_floor(0, 2)
     monitor.on_held("a")

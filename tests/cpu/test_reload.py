@@ -16,7 +16,7 @@ from morphserve.config import load_config, parse_config, step_times_file
 from morphserve.control import DecisionLog, Phase, make_header
 from morphserve.control.decisions.replay_log import replay
 from morphserve.control.reload import PolicyReloader, ReloadWatch
-from morphserve.control.reload.file import LOOK_INTERVAL_S
+from morphserve.control.reload.file import LOOK_INTERVAL_S, WatchedFiles
 from morphserve.errors import ConfigError
 from morphserve.files import write_whole
 from policies import (
@@ -231,6 +231,20 @@ def test_asked_for_an_empty_file(tmp_path: Path) -> None:
     assert not answer["ok"] and "is empty" in answer["error"] and desk.taken == []
     desk.file.unlink()
     assert "not there" in desk.reloader.reload("SIGHUP")["error"]
+
+
+def test_asked_for_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
+    """Guards: half of the old file and half of the new one, taken because somebody has asked just then."""
+    desk, writes = Desk(tmp_path), [EDITED]
+
+    def read() -> str:
+        found = desk.file.read_text()
+        if writes:
+            desk.write(writes.pop())
+        return found
+
+    assert WatchedFiles(lambda: [desk.file], desk._pause).settled(read) == EDITED
+
 
 
 def test_asked_for_a_file_that_is_being_written(tmp_path: Path) -> None:
