@@ -122,6 +122,14 @@ def _warned_twice(seen: Seen) -> None:
     seen.log = WARNING * 2
 
 
+def _erred(seen: Seen) -> None:
+    seen.log = WARNING.replace("WARNING", "ERROR")
+
+
+def _no_fault_was_met(seen: Seen) -> None:
+    seen.fault_error = "nobody has met the fault"
+
+
 def _runs_on(seen: Seen) -> None:
     seen.exit_ended = False
 
@@ -143,11 +151,14 @@ def _orphan(seen: Seen) -> None:
         (_says(failed=True), "has failed"),
         (_says(num_kv_blocks=50), "50 blocks at level 0, 49 at start"),
         (_says(num_running=1), "1 requests run"),
+        (_says(num_waiting=1), "1 wait"),
         (_says(layers_by_format={"base": 28, "w8": 2}), "layers at level 0 are"),
         (_says(ledgers=[{"budget_bytes": 9, "staging_bytes": 4}]), "4 bytes are staged"),
         (_overbooked, "rank 0 has 1,001 bytes booked"),
         (_holds_too_much, "holds 1,001"),
         (_warned, "1 warnings, 0 allowed"),
+        (_erred, "1 warnings, 0 allowed"),
+        (_no_fault_was_met, "nobody has met the fault"),
         (_runs_on, "did not end in time"),
         (_orphan, "1 processes outlived"),
     ],
@@ -348,24 +359,6 @@ def test_an_adapter_is_what_vllm_loads(tmp_path: Path) -> None:
     shapes = {tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith("q_proj.lora_B.weight")}
     assert len(tensors) == 6 and shapes == {(8, 8)}
     assert json.loads((directory / "adapter_config.json").read_text())["r"] == 8
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_processes_of_a_session() -> None:
-    """Guards: an orphan that nobody sees, or a dead process that counts as one."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"],
-        start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert child.stdout is not None and child.stdout.readline()
-    assert list(processes.command_lines(child.pid)) == [child.pid] and not processes.has_ended(child.pid)
-    assert processes.with_title(child.pid, processes.WORKER) == []
-    processes.send([child.pid], signal.SIGKILL)
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and not buried
-    assert processes.command_lines(child.pid) == {} and processes.has_ended(child.pid)
-    child.communicate()
-    assert processes.has_ended(child.pid)
-    processes.send([child.pid], signal.SIGKILL)  # nobody is there: nothing happens
 
 
 def test_the_table_of_faults_names_what_there_is() -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import random
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from morphserve.tools.soak import answer, make_model
+from morphserve.errors import MorphServeError
+from morphserve.tools.bench import ClientOptions
+from morphserve.tools.soak import answer, make_model, run
 from morphserve.tools.soak.judge import report
-from morphserve.tools.soak.load import GIVEN_UP, Ask, Books, draw_burst
+from morphserve.tools.soak.load import GIVEN_UP, WHOLE, Ask, Books, Client, draw_burst
 from morphserve.tools.soak.recall import DISTANCE, NUM_TOKENS
-from morphserve.tools.soak.trend import percentile, slope
+from morphserve.tools.soak.trend import Slope, percentile, slope
 from morphserve.tools.workload import OK, Outcome
 
 pytestmark = pytest.mark.cpu
@@ -77,6 +84,48 @@ def test_every_request_is_booked_once() -> None:
     books.enter(leaver, _end(leaver, error="ServerDisconnectedError"))
     assert (books.sent, books.answered, books.lost, books.wrong, books.given_up) == (20, 17, 2, 1, 1)
     assert [fault.split(":")[0] for fault in books.faults] == ["wrong", "lost", "lost"]
+    for _ in range(100):
+        books.enter(asks[1], _end(asks[1], error="gone"))
+    assert books.lost == 102 and len(books.faults) == 20, "hours of a dead server would fill the memory"
+
+
+class _Session:
+    """Answers a request with one document, or none."""
+
+    def __init__(self, status: int, document: Any) -> None:
+        self.status, self._document = status, document
+
+    def post(self, url: str, json: Any) -> _Session:
+        return self
+
+    async def __aenter__(self) -> _Session:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        return None
+
+    async def json(self) -> Any:
+        if isinstance(self._document, Exception):
+            raise self._document
+        return self._document
+
+
+@pytest.mark.parametrize(
+    ("status", "cut", "lost"),
+    [(200, None, ""), (200, 8, "the answer was cut"), (500, None, "http_500"), (200, OSError("reset"), "OSError")],
+)
+def test_an_answer_in_one_piece_is_booked_as_it_came(status: int, cut: Any, lost: str) -> None:
+    """Guards: an answer that was cut, refused or never came, and counts as answered."""
+    ask = Ask(tuple(_prompt(4)), 9, WHOLE)
+    tokens = answer(ask.prompt, 9)[:cut] if isinstance(cut, int | None) else []
+    receipt = {"output_tokens": {"0": 9}, "computed_tokens": {"0": 145}, "reused_tokens": {}}
+    document = {"choices": [{"token_ids": tokens}], "kv_transfer_params": {"morphserve": receipt}}
+    session: Any = _Session(status, cut if isinstance(cut, Exception) else document)
+    client = Client(session, ClientOptions("http://127.0.0.1:1", "m"))
+    asyncio.run(client.burst([ask]))
+    books = client.books
+    assert (books.sent, books.answered, books.lost, books.wrong) == (1, int(not lost), int(bool(lost)), 0)
+    assert lost in "".join(books.faults) and books.receipts == ({} if lost else {"0": 1})
 
 
 @pytest.mark.parametrize(("output", "wrong"), [({"0": 5, "3": 4}, 0), ({"0": 5, "3": 5}, 1), ({}, 1)])
@@ -103,6 +152,12 @@ def test_a_slope_knows_how_sure_it_is() -> None:
     assert slope(leak[:2]) is None and slope([(5.0, 1.0)] * 4) is None
 
 
+def test_a_difference_is_no_surer_than_its_parts() -> None:
+    """Guards: a growth beyond stock's that is all noise of the stock server."""
+    found = Slope(3.0, 0.3, 40).beyond(Slope(1.0, 0.4, 30))
+    assert (found.per_hour, found.num_samples) == (2.0, 30) and found.error == pytest.approx(0.5)
+
+
 def test_percentiles_lie_in_their_bucket() -> None:
     """Guards: a 99th percentile of a bucket that nothing fell into, and one without an upper edge."""
     edges = (1.0, 2.0, 4.0)
@@ -110,6 +165,22 @@ def test_percentiles_lie_in_their_bucket() -> None:
     assert percentile(edges, [0, 10, 0, 0], 0.5) == pytest.approx(1.5)
     assert percentile(edges, [0, 0, 0, 7], 0.99) == 4.0
     assert percentile(edges, [0, 0, 0, 0], 0.99) is None
+
+
+def test_a_server_that_has_ended_ends_the_run(tmp_path: Path) -> None:
+    """Guards: hours of errors of a server that is gone."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    side: Any = SimpleNamespace(server=SimpleNamespace(pid=gone.pid), client=None)
+    soak = run._Soak(run.Plan(tmp_path, minutes=1.0), {"morphserve": side}, None)
+    with pytest.raises(MorphServeError, match="the server morphserve ended after 0 min"):
+        asyncio.run(soak.run())
+
+
+def test_a_row_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
+    """Guards: a traceback in a look at a run that is under way."""
+    (tmp_path / run.SAMPLES).write_text('{"t_s": 1}\n{"t_s": ')
+    assert list(run.read_rows(tmp_path)) == [{"t_s": 1}]
 
 
 def _status(minute: int) -> dict[str, Any]:
@@ -181,6 +252,16 @@ def _says(**more: Any) -> Callable[[list[dict[str, Any]]], None]:
     return lambda rows: rows[-3]["status"].update(more)
 
 
+def _goes_silent(rows: list[dict[str, Any]]) -> None:
+    rows[-3]["status"] = None
+
+
+def _may_leak(rows: list[dict[str, Any]]) -> None:
+    """0.8 MiB an hour is allowed; with a hundred KiB of noise nobody can say that it is no more."""
+    draw = random.Random(3)
+    _each(rows, lambda row: row["processes"][1].update(rss_kib=int(400_000 + row["t_s"] * 0.23 + draw.gauss(0, 400))))
+
+
 def _orphans(rows: list[dict[str, Any]]) -> None:
     rows[-1]["left_over"] = ["VLLM::EngineCore"]
 
@@ -189,6 +270,7 @@ def _orphans(rows: list[dict[str, Any]]) -> None:
     ("change", "words"),
     [
         (_leaks, "rss grows by 3.5"),
+        (_may_leak, "rss grows by "),
         (_loses, "1 lost, 0 wrong of 1280: lost: error"),
         (_errs, "0 lost, 1 wrong"),
         (_forgets, "the books do not add up"),
@@ -198,6 +280,8 @@ def _orphans(rows: list[dict[str, Any]]) -> None:
         (_says(level=2), "at rest, at 2400 s: not at level 0"),
         (_says(failed=True), "the controller has failed"),
         (_says(num_running=1), "requests are left"),
+        (_says(num_waiting=1), "requests are left"),
+        (_goes_silent, "no status at 2400 s"),
         (_says(num_kv_blocks=65), "more blocks published than mapped"),
         (_says(num_kv_blocks=63), "at rest there were [63, 64] blocks"),
         (_orphans, "1 processes outlived"),
@@ -211,6 +295,13 @@ def test_each_thing_that_must_hold_is_looked_at(change: Callable[[Any], None], w
     change(changed)
     violations = report(changed, 20.0)["violations"]
     assert any(words in violation for violation in violations), violations
+
+
+def test_a_warm_up_is_no_leak() -> None:
+    """Guards: a verdict on what a server takes once, when its first requests come."""
+    rows = good()
+    _each(rows, lambda row: row["processes"][1].update(rss_kib=400_000 + min(int(row["t_s"]), 900)))
+    assert report(rows, 20.0)["violations"] == []
 
 
 def test_memory_that_stands_still_needs_no_stock() -> None:
