@@ -246,6 +246,25 @@ def test_what_never_loads_is_built_once_more_and_no_oftener(tmp_path: Path, monk
     assert len(built) == 2
 
 
+def test_what_another_process_has_built_again_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: ranks that start together on a damaged library, and delete what the first of them has built again."""
+    library, sound, tries = tmp_path / "small.so", tmp_path / "sound", 0
+
+    def load(path: Path) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            os.replace(sound, library)
+            raise OSError("invalid ELF header")
+
+    library.write_text("damaged")
+    sound.write_text("sound")
+    monkeypatch.setattr(native, "build", lambda *_: library)
+    monkeypatch.setattr(torch.ops, "load_library", load)
+    native.load("small", [], tmp_path)
+    assert tries == 2 and library.read_text() == "sound"
+
+
 def test_a_compiler_that_takes_too_long_ends_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -222,3 +222,27 @@ def test_a_cancelled_job_does_not_run() -> None:
     hold.set()
     last.result()
     assert first.result() and ran == [2]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_of_a_read_outlives_who_asked(fails: bool) -> None:
+    """Guards: half a layer that stays in memory until the next transition, beside the KV blocks that it was to pay."""
+
+    class Layer:
+        """Stands for its tensors."""
+
+    gone = threading.Event()
+
+    def read() -> Layer:
+        layer = Layer()
+        weakref.finalize(layer, gone.set)
+        if fails:
+            raise StoreError("damaged")
+        return layer
+
+    reader = Reader()
+    done: Future[Any] | None = reader.submit(read)
+    assert done is not None and isinstance(done.exception(), StoreError) == fails
+    if not fails:
+        done = None
+    assert gone.wait(10)
