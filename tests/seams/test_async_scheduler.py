@@ -82,6 +82,20 @@ def test_no_token_comes_of_blocks_that_a_rank_has_moved_by_half(model: Path, num
     assert counters.errors.keys() == {"kv_unknown"} and counters.transitions.get(("restore", "committed"), 0) > 0
 
 
+def test_who_is_sent_back_between_two_steps_goes_on_in_the_next(model: Path) -> None:
+    """Guards: a request that a restore or a floor has preempted, and that has room again at once: its rank, which has
+    taken it out of its batch, would get no tokens to go on from."""
+    world = World(model, 1)
+    for name in ("a", "b"):
+        world.add(name, [1, 2, 3, 4, 5], 20)
+    for _ in range(6):
+        world.step()
+    assert world.morph.pool.preempt_one() and len(world.scheduler.running) == 1
+    world.step()
+    assert len(world.scheduler.running) == 2, "it was not resumed at once: nothing was tried"
+    world.run_dry()
+
+
 def test_a_command_that_overtakes_a_step_is_seen(model: Path) -> None:
     """Guards the test above: with ranks that carry commands out before the step under way, it must fail."""
     world = World(model, 1)
