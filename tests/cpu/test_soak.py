@@ -257,9 +257,10 @@ def _goes_silent(rows: list[dict[str, Any]]) -> None:
 
 
 def _may_leak(rows: list[dict[str, Any]]) -> None:
-    """0.8 MiB an hour is allowed; with a hundred KiB of noise nobody can say that it is no more."""
-    draw = random.Random(3)
-    _each(rows, lambda row: row["processes"][1].update(rss_kib=int(400_000 + row["t_s"] * 0.23 + draw.gauss(0, 400))))
+    """0.8 MiB an hour is allowed; of what scatters so much nobody can say that it is no more."""
+    _each(rows, lambda row: row["processes"][1].update(
+        rss_kib=int(400_000 + 0.23 * row["t_s"] + 300 * (-1) ** (row["t_s"] // 60))
+    ))  # fmt: skip
 
 
 def _orphans(rows: list[dict[str, Any]]) -> None:
@@ -270,7 +271,7 @@ def _orphans(rows: list[dict[str, Any]]) -> None:
     ("change", "words"),
     [
         (_leaks, "rss grows by 3.5"),
-        (_may_leak, "rss grows by "),
+        (_may_leak, "rss grows by 0.8"),
         (_loses, "1 lost, 0 wrong of 1280: lost: error"),
         (_errs, "0 lost, 1 wrong"),
         (_forgets, "the books do not add up"),
