@@ -19,6 +19,11 @@ from morphserve.integration.worker.refusals import _TARGETS, refuse_weight_acces
 pytestmark = pytest.mark.seams
 
 GIB = 1 << 30
+# What vLLM's worker does to weights within a transfer alone, which is refused at the start.
+_ONLY_IN_A_TRANSFER = {
+    "init_weight_transfer_engine", "shutdown_weight_transfer_engine", "supports_draft_weight_updates",
+    "start_draft_weight_update", "finish_weight_update",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -55,6 +60,14 @@ def test_weights_are_left_alone_while_layers_come_and_go(
     with pytest.raises(ConfigError, match=f"{method}: .* swapped out .* Restart the server"):
         getattr(worker, method)()
     assert called == [method]
+
+
+def test_every_way_to_the_weights_is_known() -> None:
+    """Guards: a method of vLLM's worker that takes or gives weights and is in no list, a new one or one left out."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    ways = {name for name in dir(Worker) if ("weight" in name or name.startswith("save_")) and not name.startswith("_")}
+    assert ways - _ONLY_IN_A_TRANSFER == set(_TARGETS)
 
 
 def test_the_worker_of_every_device_refuses(restored_seams: None) -> None:

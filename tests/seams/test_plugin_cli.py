@@ -42,7 +42,7 @@ from morphserve.plugin import (
 )
 from morphserve.residence import HostResidence
 from morphserve.version import UNPROVEN_VLLM
-from quant_layers import LinearSlot, Part, VariantStore, half_of
+from quant_layers import LinearSlot, Part, StoreError, VariantStore, half_of
 
 SIZES = dict(
     hidden_size=64,
@@ -355,6 +355,23 @@ def test_a_base_that_is_not_what_was_loaded_is_made_again(stored: Any, caplog: p
     assert "layer 0 'base': proj/weight is not what was loaded" in said
 
 
+def test_what_was_made_again_is_verified_too(stored: Any) -> None:
+    """Guards: a layer that was made again at the start, and from then on is read without being looked at."""
+    files = stored()
+
+    def change() -> None:
+        for file in files:
+            file.write_bytes(file.read_bytes()[:-10] + bytes(10))
+
+    def read(layers: Any) -> None:
+        change()
+        with pytest.raises(StoreError, match="changed since it was verified"):
+            layers._parts.store.read(0, "base")
+
+    change()
+    stored(read)
+
+
 class _Loaded:
     """What vLLM made of the weight of `stored`."""
 
@@ -387,6 +404,16 @@ def test_a_format_that_computes_something_else_stops_the_start(stored: Any) -> N
     stored(write_another)
     with pytest.raises(ConfigError, match=r"layer 0: proj in w8 compute something else .*delete .*ladder.steps"):
         stored(_look)
+
+
+def test_the_wait_for_files_has_bounds_of_its_own() -> None:
+    """Guards: steps that stand still for as long as a pause may be, while a disk is away; a rank that waits for its
+    files until its controller has given it up."""
+    for given, pause_s, timeout_s in (({"max_pause_ms": 20, "rank_timeout_s": 8}, 0.02, 4.0),
+                                      ({"max_pause_ms": 9000, "rank_timeout_s": 20}, 1.0, 10.0)):  # fmt: skip
+        config = parse_config({"transition": given})
+        patience = rank_layers.RankLayers(config, SimpleNamespace(), 0, HostResidence()).patience
+        assert (patience.pause_s, patience.timeout_s) == (pause_s, timeout_s)
 
 
 def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
