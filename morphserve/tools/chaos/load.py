@@ -68,7 +68,7 @@ class Traffic:
             self.num_mixings += 1
 
 
-def canary_prompts(seed: int = 0, count: int = 8, period: int = 6, num_tokens: int = 42) -> list[list[int]]:
+def canary_prompts(seed: int = 0, count: int = 4, period: int = 6, num_tokens: int = 36) -> list[list[int]]:
     """Return the canaries' prompts, as token ids: a few drawn ones, over and over.
 
     A model goes on with what repeats, and is sure of it. What follows drawn tokens alone is a guess: the two most
