@@ -238,8 +238,8 @@ def test_a_passed_revision_orders_nothing() -> None:
 
 
 def test_a_request_of_before_a_restart_orders_nothing() -> None:
-    """Guards: a revision that begins at 0 again, or where it began when a clock that was set back said the same, so that
-    what was recorded yesterday is an order of today."""
+    """Guards: a revision that begins at 0 again, or by a clock that was set back where it began before, so that what was
+    recorded yesterday is an order of today."""
     body, seen = parse_order("resume", '{"revision": 1}'), set()
     for _ in range(30):
         book = OrderBook(Rig().ladder, Counters(), lambda: 0.0)
