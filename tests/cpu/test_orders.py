@@ -238,7 +238,7 @@ def test_a_passed_revision_orders_nothing() -> None:
 
 
 def test_a_request_of_before_a_restart_orders_nothing() -> None:
-    """Guards: a revision that begins at 0 again, or by a clock that was set back where it began before, so that what was
+    """Guards: a revision that begins at 0 again, or where it began before, by a clock that was set back: what was
     recorded yesterday is an order of today."""
     body, seen = parse_order("resume", '{"revision": 1}'), set()
     for _ in range(30):
