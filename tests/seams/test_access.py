@@ -16,6 +16,7 @@ from seams.asked import ADMIN, LOCAL, READ, app_of, bearer, client_of, endpoint_
 from starlette.middleware.cors import CORSMiddleware
 
 from morphserve.errors import ConfigError
+from morphserve.integration.server import access as access_module
 from morphserve.integration.server import metrics
 from morphserve.integration.server.access import Access
 from morphserve.integration.server.metrics import MorphServeEndpoint
@@ -46,6 +47,27 @@ def test_only_its_own_token_changes_something(path: str, shown: str) -> None:
     headers = {"Authorization": shown, "Content-Type": "application/json"}
     done = client_of(endpoint_of(access=BOTH)).post(path, headers=headers)
     assert done.status_code == 401 and done.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_who_is_refused_is_told_of_once_a_minute(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    """Guards: somebody who tries tokens unseen, or fills the disk with lines; a token, or a line of his, in the log."""
+    now_s = [1000.0]
+    monkeypatch.setattr(access_module.time, "monotonic", lambda: now_s[0])
+    client = client_of(endpoint_of(access=BOTH, statuses=[recorded("calm")]), OUTSIDE)
+    with caplog.at_level("WARNING", "vllm.morphserve"):
+        assert client.get("/morphserve/status", headers=bearer(READ)).status_code == 200
+        assert client.post("/morphserve/reload", headers=bearer() | {"Content-Type": "text/plain"}).status_code == 415
+        assert not caplog.records
+        for _ in range(30):
+            assert client.post("/morphserve/admin/pin", headers=bearer("wrong-token")).status_code == 401
+            assert client.get("/morphserve/status", headers={"Origin": "http://a"}).status_code == 403
+            now_s[0] += 0.5
+        assert len(caplog.records) == 1
+        now_s[0] += 60.0
+        client.post("/morphserve/admin/pin%0Amorph: all is well", headers=bearer("wrong-token"))
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "192.0.2.7" in first and "401" in first and "POST /morphserve/admin/pin" in first
+    assert "60 requests" in second and "\n" not in second and "wrong" not in caplog.text
 
 
 @pytest.mark.parametrize("path", CHANGES)
