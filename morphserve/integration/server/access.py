@@ -11,7 +11,7 @@ import hmac
 import ipaddress
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -34,7 +34,8 @@ _MEDIA_TYPES = ("application/json", "application/yaml")  # none of them can a pa
 class Refusals:
     """Tells of those who are refused, in one line a minute at most."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._num = 0  # since the last line
         self._not_before_s = 0.0
 
@@ -45,7 +46,7 @@ class Refusals:
             yield
         except HTTPException as e:
             self._num += 1
-            now_s = time.monotonic()
+            now_s = self._clock()
             if now_s >= self._not_before_s:
                 client = request.client.host if request.client else "a Unix socket"
                 what = repr(f"{request.method} {request.url.path}"[:_MAX_SAID])
@@ -61,7 +62,7 @@ class Access:
 
     admin: str | None = None
     read: str | None = None
-    _refusals: Refusals = field(default_factory=Refusals, compare=False, repr=False)
+    refusals: Refusals = field(default_factory=Refusals, compare=False, repr=False)
 
     @classmethod
     def of(cls, config: AdminConfig) -> Access:
@@ -78,7 +79,7 @@ class Access:
         Raises:
             HTTPException: he may not.
         """
-        with self._refusals.told(request):
+        with self.refusals.told(request):
             _refuse_other_origins(request)
             if self.admin or self.read:
                 _check_bearer(request, (self.admin, self.read))
@@ -95,7 +96,7 @@ class Access:
         Raises:
             HTTPException: he may not, or a web page could have sent it.
         """
-        with self._refusals.told(request):
+        with self.refusals.told(request):
             _refuse_other_origins(request)
             if not self.admin:
                 raise HTTPException(403, "nothing can be changed from outside here: there is no admin.token_file")
