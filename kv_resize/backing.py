@@ -114,7 +114,9 @@ class HostBacking:
         self._check_pages(ranges)
         wanted = sum(end - start for start, end in ranges)
         available = available_bytes()
-        if available is not None and wanted * self.num_sharers + self.keep_free_bytes > available:
+        if available is not None and self._needs(wanted) > available:
+            wanted -= self.resident_bytes(ranges)  # a walk over them all, so only where it may matter
+        if available is not None and self._needs(wanted) > available:
             # Linux grants memory it does not have and then kills the process that uses it.
             shared = f" on each of {self.num_sharers} ranks" if self.num_sharers > 1 else ""
             raise BackingError(
@@ -133,6 +135,10 @@ class HostBacking:
             if not self._can_populate:
                 # One write per page; adding zero keeps what a page shared with a live block holds.
                 self._whole[start : end : self.page_bytes].add_(0)
+
+    def _needs(self, wanted_bytes: int) -> int:
+        """Return what must be available so that so many bytes may be taken."""
+        return wanted_bytes * self.num_sharers + self.keep_free_bytes
 
     def release(self, ranges: Sequence[ByteRange]) -> None:
         """Give pages back to the system."""

@@ -84,7 +84,8 @@ class ElasticCache:
             self.backing.populate(wanted)
         except BackingError as e:
             ours = self.geometry.release_ranges(old, num_blocks)  # none of it was resident
-            possible = old + self.backing.resident_bytes(ours) // self.block_bytes
+            if e.available_bytes is None:
+                possible = old + self.backing.resident_bytes(ours) // self.block_bytes
             self.backing.release(ours)
             if e.available_bytes is not None:
                 possible = self._num_possible(num_blocks, e.available_bytes)
@@ -112,14 +113,14 @@ class ElasticCache:
         return ""
 
     def _num_possible(self, num_blocks: int, available_bytes: int) -> int:
-        """Return the most blocks, below `num_blocks`, whose missing pages `available_bytes` pay for."""
+        """Return the most blocks, below `num_blocks`, whose missing pages `available_bytes` pay for.
 
-        def is_too_many(count: int) -> bool:
-            pages = self.geometry.populate_ranges(self._num_mapped, count)
-            return total(pages) - self.backing.resident_bytes(pages) > available_bytes
-
-        counts = range(self._num_mapped, num_blocks)
-        return counts[bisect_left(counts, True, key=is_too_many) - 1]
+        Behind the last mapped block nothing is resident but the rest of its pages: one block more tells those.
+        """
+        old, pages_of = self._num_mapped, self.geometry.populate_ranges
+        paid_bytes = available_bytes + self.backing.resident_bytes(pages_of(old, old + 1))
+        counts = range(old, num_blocks)
+        return counts[bisect_left(counts, True, key=lambda count: total(pages_of(old, count)) > paid_bytes) - 1]
 
     def forget(self) -> None:
         """Give back whatever memory there is behind blocks that are not mapped: somebody wrote to them."""

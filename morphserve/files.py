@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import stat
 import zlib
 from collections.abc import Iterator
@@ -16,12 +17,12 @@ _GZIP_WINDOW = zlib.MAX_WBITS | 16  # 16: with gzip's own header and end
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Yield a path beside `file` to write to; what was written takes its place when the block ends well."""
-    partial = file.with_name(file.name + ".partial")
+    """Yield a path beside `file` that is its caller's alone; what is there takes its place when the block ends well."""
+    partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
         os.replace(partial, file)
-    except BaseException:  # only then: after the move that name may be another process's
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
 

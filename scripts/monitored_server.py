@@ -121,9 +121,12 @@ class Stage:
 
 
 @contextlib.contextmanager
-def pinned(stage: Stage) -> Iterator[None]:
-    """Hold a level below full precision."""
+def paused(stage: Stage) -> Iterator[None]:
+    """Pause at a level below full precision."""
     stage.order("pin", "8bit", "--for", "600", "--cause", "check")
+    while not stage.query("query", query="morphserve:level > 0")["result"]:
+        time.sleep(0.5)
+    stage.order("pause", "--cause", "check")
     yield
     stage.order("restore")
     stage.order("resume")
@@ -200,7 +203,7 @@ def _core(stage: Stage) -> int:
 
 # What brings it about |-> the alerts.
 TROUBLE: tuple[tuple[Callable[[Stage], AbstractContextManager[None]], tuple[str, ...]], ...] = (
-    (pinned, ("MorphServeStaysDegraded",)),
+    (paused, ("MorphServeStaysDegraded",)),
     (refused_policy, ("MorphServePolicyRefused",)),
     (changed_layers, ("MorphServeTransitionsAborted", "MorphServeErrors")),
     (no_files, ("MorphServeDecisionsDropped",)),

@@ -112,6 +112,7 @@ class RankRules(ABC, Generic[R]):
             num_kv_blocks=self._mapped(rank),
             weight_bytes=self._weight_bytes(rank),
             staging_bytes=self._staging_bytes(rank),
+            kv_moved=not (error and plan.copies and command == "commit"),  # it has done nothing of it
         )
 
     def _prepare(self, plan: Plan, rank: R) -> None:

@@ -59,7 +59,7 @@ from morphserve.control.ladder import (
 from morphserve.control.monitor import Monitor
 from morphserve.control.ranks import BlockPoolPort, EngineView, ExecutorPort, Plan, Reply, ShrinkProgress, Ticket
 from morphserve.control.reload import PolicyReloader, ReloadWatch
-from morphserve.control.transition import Phase
+from morphserve.control.transition import Direction, ErrorPlace, Outcome, Phase
 from morphserve.control.waiting import NO_LIMITS, RequestLimits, WaitingRequest
 
 __all__ = [
@@ -69,7 +69,9 @@ __all__ = [
     "Counters",
     "DEFAULT_FORMATS",
     "DecisionLog",
+    "Direction",
     "EngineView",
+    "ErrorPlace",
     "ExecutorPort",
     "Health",
     "LayerTimes",
@@ -79,6 +81,7 @@ __all__ = [
     "OrderBody",
     "NO_LIMITS",
     "ORDERS",
+    "Outcome",
     "Phase",
     "Plan",
     "PolicyReloader",

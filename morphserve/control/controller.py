@@ -14,7 +14,7 @@ from morphserve.control.health import Counters, Health
 from morphserve.control.monitor import Monitor
 from morphserve.control.ranks import BlockPoolPort, EngineView, ExecutorPort, RanksUnknown
 from morphserve.control.runner import SwapRunner
-from morphserve.control.transition import Direction, Phase, TransitionHistory
+from morphserve.control.transition import Direction, ErrorPlace, Phase, TransitionHistory
 from morphserve.control.transition_book import TransitionBook
 from morphserve.errors import ConfigError, OrderError
 from policies import Ladder, Policy, PolicySetup
@@ -224,7 +224,7 @@ class Controller:
         if self.health in _ENDED:
             self._look_at_answers()
             return
-        place = "clock"
+        place: ErrorPlace = "clock"
         try:
             now = self._clock()
             if not self.failed:
@@ -344,12 +344,12 @@ class Controller:
 
     # ---- errors
 
-    def fail(self, place: str) -> None:
+    def fail(self, place: ErrorPlace) -> None:
         """Rest because what feeds the controller broke outside of it: the same as an error of the policy."""
         if not self.failed:
             self._fail(place)
 
-    def _fail(self, place: str) -> None:
+    def _fail(self, place: ErrorPlace) -> None:
         """Undo or finish, then rest: the policy or what feeds it is broken; ranks and pool are fine."""
         self.counters.count_error(place)
         self.health = self.health.to(Health.RESTING)

@@ -36,6 +36,20 @@ class Doubt:
         self.replies.drop_copies()
         return f"{failed}; what was in the KV cache is computed again"
 
+    def end_of(self, replies: tuple[Reply, ...]) -> BatchEnd:
+        """Return the end of a swap batch with which a rank has failed before it changed a layer.
+
+        What all have moved whole is kept.
+
+        Raises:
+            RanksUnknown: as `discard_kv`.
+        """
+        if not all(reply.kv_moved for reply in replies):
+            return kv_was_unknown(self.discard_kv(replies))
+        if not self.is_sound(replies):
+            raise RanksUnknown(failures(replies))
+        return BatchEnd("aborted", error=failures(replies))
+
     def is_sound(self, replies: tuple[Reply, ...]) -> bool:
         """Return whether by their own words all have the weights that they had, and what is published mapped.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from morphserve.control.transition import Direction, Outcome
+from morphserve.control.transition import Direction, ErrorPlace, Outcome
 from morphserve.errors import next_state
 
 
@@ -66,7 +66,7 @@ class Counters:
     short_grows: int = 0  # a rank mapped fewer blocks than asked
     forced_preemptions: int = 0  # requests that a shrink without room has preempted
     decisions_dropped: int = 0  # that the decision log should have, and has not
-    errors: dict[str, int] = field(default_factory=dict)  # by place
+    errors: dict[ErrorPlace, int] = field(default_factory=dict)
     orders: dict[str, int] = field(default_factory=dict)  # of operators, by kind and what became of them, KIND_OUTCOME
 
     def count_transition(self, direction: Direction, outcome: Outcome) -> None:
@@ -79,6 +79,6 @@ class Counters:
         key = f"{kind}_{outcome}"
         self.orders[key] = self.orders.get(key, 0) + 1
 
-    def count_error(self, place: str) -> None:
-        """Count an error that was caught; `place` is one of a few fixed names."""
+    def count_error(self, place: ErrorPlace) -> None:
+        """Count an error that was caught."""
         self.errors[place] = self.errors.get(place, 0) + 1

@@ -145,7 +145,8 @@ class Monitor:
         self._waiting = WaitingBook()
         self._running = LimitBook()  # of those that bring one
         self._max_levels: dict[int, int] = {}  # level |-> requests that must not be served below it
-        self._held: set[str] = set()  # those of them that neither run nor wait to, as the level is deeper
+        # those of them that neither run nor wait to, as the level is deeper |-> whether they have arrived
+        self._held: dict[str, bool] = {}
         self._last_step_s: float | None = None
         self._last_step: StepLoad | None = None
         self._now_s = 0.0  # newest time seen, for events that carry none
@@ -171,15 +172,19 @@ class Monitor:
         if tpot_limit_s is not None:
             self._running.add(request_id, tpot_limit_s)
 
-    def on_held(self, request_id: str) -> None:
-        """Take in that a request neither runs nor waits to, as the level is too deep for it."""
-        self._held.add(request_id)
+    def on_held(self, request_id: str, has_arrived: bool = False) -> None:
+        """Take in that a request, of which `on_arrival` has told or has not, waits for another level and not to run."""
+        self._held[request_id] = has_arrived
         self._waiting.remove(request_id)
         self._running.remove(request_id)
 
-    def on_let_in(self, request_id: str) -> None:
-        """Take in that a request is held no more; it arrives, or waits after its preemption, from now on."""
-        self._held.discard(request_id)
+    def on_let_in(self, now: float, request: WaitingRequest) -> None:
+        """Take in that a request is held no more, and waits from now on: as one that arrives, unless it has already."""
+        if self._held.pop(request.request_id, False):
+            self._now_s = now
+            self._waiting.add(request, now)
+        else:
+            self.on_arrival(now, request)
 
     def on_floor(self, level: int, number: int) -> None:
         """Take in that requests came that must not be served below a level; ended, where `number` is below 0."""
@@ -210,7 +215,7 @@ class Monitor:
     def on_finish(self, num_blocks: int, now: float, request_id: str = "", output_tokens: int = 0) -> None:
         """Take in that a request ended, for whatever reason, holding `num_blocks`; 0 = it never ran."""
         self._now_s = now
-        self._held.discard(request_id)
+        self._held.pop(request_id, None)
         self._waiting.remove(request_id)
         self._running.remove(request_id)
         if num_blocks > 0:

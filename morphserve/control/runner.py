@@ -254,7 +254,7 @@ class SwapRunner:
         if replies is None:
             return
         if failures(replies):
-            batch.end = kv_was_unknown(self._doubt.discard_kv(replies))
+            batch.end = self._doubt.end_of(replies)
         else:
             self.ledgers.book_kv(batch.blocks_after)
         if wanted and batch.end is None:
@@ -290,10 +290,9 @@ class SwapRunner:
         if replies is None:
             return
         if failed := failures(replies):
-            if not batch.plan.alone or not self._doubt.is_sound(replies):
+            if not batch.plan.alone:
                 raise RanksUnknown(failed)
-            moved = all(reply.kv_moved for reply in replies)
-            batch.end = BatchEnd("aborted", error=failed) if moved else kv_was_unknown(self._doubt.discard_kv(replies))
+            batch.end = self._doubt.end_of(replies)
             self.layer_state.is_between = batch.was_between
             self._undo(batch)
             return

@@ -19,6 +19,11 @@ logger = logging.getLogger(__name__)
 
 Direction = Literal["degrade", "restore"]
 Outcome = Literal["committed", "aborted", "cancelled"]
+# where an error was caught; metrics have them all from the start, so that a first one is seen to come
+ErrorPlace = Literal[
+    "prepare", "rank_timeout", "kv_unknown", "ranks_unknown", "controller", "wind_down", "drain_replies", "clock",
+    "monitor", "policy", "hooks", "on_level", "provenance", "decision_log",
+]  # fmt: skip
 _NOT_LOGGED = ("revision", "kv_blocks_gained")  # the line begins with the one, and has what the other is made of
 _BARE = re.compile(r"[\w.:/+-]+", re.ASCII)  # a value that needs no quotes
 
@@ -208,7 +213,7 @@ class BatchEnd:
     num_layers: int = 0
     format: str = ""
     error: str = ""
-    place: str = "prepare"  # what an abort counts as among the errors; "" = as none
+    place: ErrorPlace | Literal[""] = "prepare"  # what an abort counts as among the errors; "" = as none
     num_kv_blocks: int = 0  # that a drain was to get down to and has not
 
 

@@ -175,18 +175,25 @@ def _take_directory(directory: Path) -> None:
     """Create the directory of libraries, or close it to others.
 
     Raises:
-        OSError: it is another user's, or cannot be created.
+        OSError: it is another user's, or a link, or cannot be created.
     """
     private_directory(directory)
     if only_ours(directory):
         return
-    found = directory.lstat()
-    if found.st_uid != os.geteuid():
-        raise PermissionError(
-            f"{directory} belongs to user {found.st_uid} or is open to others, this is user {os.geteuid()}, and a "
-            "library that is loaded runs. Set MORPHSERVE_CACHE, and cache_dir, to a directory of your own"
-        )
-    directory.chmod(stat.S_IMODE(found.st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
+    remedy = "a library that is loaded runs. Set MORPHSERVE_CACHE, and cache_dir, to a directory of your own"
+    if directory.is_symlink():
+        raise PermissionError(f"{directory} is a link, and {remedy}")
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(descriptor)
+        if found.st_uid != os.geteuid():
+            raise PermissionError(
+                f"{directory} belongs to user {found.st_uid} or is open to others, this is user {os.geteuid()}, "
+                f"and {remedy}"
+            )
+        os.fchmod(descriptor, stat.S_IMODE(found.st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
+    finally:
+        os.close(descriptor)
 
 
 def _seal(library: Path) -> None:

@@ -98,6 +98,27 @@ def test_kv_that_a_rank_may_have_moved_by_half_is_computed_again(
     recovers(rig)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_kv_that_all_have_moved_whole_is_kept(rank: int) -> None:
+    """Guards: all that runs computed again where a rank has copied everything and then could not unmap."""
+    rig = live_at_level_3()
+    blocks, obey = rig.pool.num_kv_blocks, rig.executor._obey
+
+    def keeps_memory(command: str, plan: Plan, of: FakeRank) -> Reply:
+        if command != "commit" or of.index != rank or plan.num_kv_blocks >= of.mapped:
+            return obey(command, plan, of)
+        return replace(obey(command, replace(plan, num_kv_blocks=of.mapped), of), ok=False, error="MADV_DONTNEED")
+
+    rig.executor._obey = keeps_memory  # type: ignore[method-assign]
+    rig.script.level = 2
+    until(rig, lambda: ("restore", "aborted") in rig.controller.counters.transitions)
+    assert rig.pool.num_discards == 0 and not rig.pool.preempted
+    assert rig.controller.health is Health.RUNNING and rig.controller.counters.errors == {"prepare": 1}
+    assert rig.pool.num_kv_blocks == blocks == rig.ledgers.num_kv_blocks
+    rig.executor._obey = obey  # type: ignore[method-assign]
+    recovers(rig)
+
+
 def test_copies_of_a_drain_that_was_given_up_count_too(caplog: pytest.LogCaptureFixture) -> None:
     """Guards: the answer to copies that comes when nothing is under way any more is looked at by nobody."""
     rig = live_at_level_3(kv={"migrate_blocks_per_step": 2})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -40,17 +40,21 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path: Path, error:
     assert file.read_text() == "old"
 
 
-def test_what_another_process_has_begun_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: of two engines that keep a figure in one file, the first to end removes what the second is writing."""
-    file, move = tmp_path / "figures.json", os.replace
-
-    def move_then_begin(source: Path, target: Path) -> None:
-        move(source, target)
-        source.write_text("theirs")
-
-    monkeypatch.setattr(os, "replace", move_then_begin)
-    write_whole(file, "ours")
-    assert file.with_name("figures.json.partial").read_text() == "theirs"
+@pytest.mark.parametrize("fails", [True, False])
+def test_two_who_write_one_file_do_not_meet(tmp_path: Path, fails: bool) -> None:
+    """Guards: of two engines that keep a figure in one file, each goes on in what the other has begun: half of both, or
+    no file where the first to end has moved or removed it."""
+    file = tmp_path / "figures.json"
+    with replacing(file) as theirs:
+        theirs.write_text("the")
+        with suppress(ValueError), replacing(file) as ours:
+            assert ours.parent == theirs.parent == tmp_path
+            ours.write_text("ours")
+            if fails:
+                raise ValueError
+        assert fails or file.read_text() == "ours"
+        theirs.write_text(theirs.read_text() + "irs")
+    assert file.read_text() == "theirs" and list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -221,6 +221,25 @@ def test_what_there_is_memory_for_is_mapped(monkeypatch: pytest.MonkeyPatch, sha
     assert cache.num_mapped == 103 and cache.resident_bytes() == cache.mapped_bytes
 
 
+def test_a_short_growth_asks_little_of_the_system_and_takes_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a walk over gigabytes of page tables for each guess at how many blocks would fit, between two steps; a
+    guess that counts pages which blocks that are mapped have paid for, and is refused as a whole where it is tried."""
+    g = KVGeometry.layer_outermost(4, 10_000, 140, PAGE)
+    backing = HostBacking(g.size_bytes)
+    cache = ElasticCache(backing, g, 4)
+    missing = [sum(b - a for a, b in g.populate_ranges(4, n)) - 4 * PAGE for n in range(5, 141)]  # a page of each layer
+    asked: list[int] = []
+    ask = backing.resident_bytes
+    monkeypatch.setattr(backing, "resident_bytes", lambda r: (asked.append(sum(b - a for a, b in r)), ask(r))[1])
+    for num_blocks in (90, 60):
+        monkeypatch.setattr(kv_resize.backing, "available_bytes", lambda n=num_blocks: missing[n - 5])
+        assert "are available" in cache.map_at_most(140)
+        assert cache.num_mapped == num_blocks
+        assert sum(asked) < 2 * g.size_bytes
+        cache.unmap(4)
+        asked.clear()
+
+
 _KEPT = """
 import errno, mmap
 from kv_resize import BackingError, HostBacking

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections import namedtuple
 from collections.abc import Sequence
@@ -171,6 +173,29 @@ def test_a_damaged_profile_is_made_again(
     assert [each.directory for each in Store(model.parent / "cache", weights_fingerprint(model) or "").profiles()] == [
         profile
     ]
+
+
+@pytest.mark.parametrize("is_lasting", [True, False])
+@pytest.mark.parametrize("file", ["manifest.json", "smoothing.safetensors"])
+def test_a_profile_that_cannot_be_read_now_is_kept(
+    model: Path, machine: Machine, file: str, is_lasting: bool, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Guards: hours of measuring deleted because a network disk was away for a moment, or a limit was reached."""
+    prepare(model)
+    profile, num_asked = Path(last(capsys)["profile"]), len(machine.asked)
+    failures, real = iter([True] * (9 if is_lasting else 1)), Path.open
+
+    def away(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if self == profile / file and next(failures, False):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", away)
+        assert prepare(model) == 1
+    assert str(profile) in (said := capsys.readouterr().err) and "It stays" in said
+    assert len(machine.asked) == num_asked and prepare(model) == 0 and len(machine.asked) == num_asked
 
 
 def test_a_profile_of_another_text_is_named(

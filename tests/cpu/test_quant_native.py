@@ -224,6 +224,17 @@ def test_a_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pyt
         native.load("small", _units(tmp_path), directory)
 
 
+def test_a_directory_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    """Guards: a link in the cache that has a start change the mode of a directory anywhere, which others share."""
+    shared, directory = tmp_path / "shared", tmp_path / "native"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    directory.symlink_to(shared)
+    with pytest.raises(OSError, match="native is a link.*MORPHSERVE_CACHE"):
+        native.build("small", _units(tmp_path), directory)
+    assert shared.stat().st_mode & 0o7777 == 0o1777 and not list(shared.iterdir())
+
+
 @needs_compiler
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     """Guards: a link in the cache that has a start empty, or create, a file anywhere."""

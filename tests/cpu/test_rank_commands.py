@@ -80,6 +80,15 @@ def test_a_failure_is_an_answer(error: Exception, kv_moved: bool) -> None:
     assert reply.error == f"{type(error).__name__}: {error}"
 
 
+def test_a_plan_that_is_refused_has_moved_nothing() -> None:
+    """Guards: blocks that have new names, of which a rank that has refused them says that it has copied the KV."""
+    commands, rank = Commands(), Rank()
+    commands.answer(0, Plan(3, (), 5), rank.commit, rank.figures, final=True)
+    for copies, kv_moved in (((), True), (((7, 2),), False)):
+        reply = commands.answer(0, Plan(2, (), 5, copies), rank.commit, rank.figures, final=True)
+        assert (reply.ok, reply.kv_moved) == (False, kv_moved) and "refused" in reply.error
+
+
 @pytest.mark.parametrize("error", [StoreError("PATH is damaged; delete it"), TimeoutError("the disk is away")])
 def test_what_the_controller_says_whole_is_said_once(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     """Guards: a traceback for each attempt at a damaged file, beside the one warning that names it."""

@@ -16,6 +16,7 @@ from seams.asked import ADMIN, LOCAL, READ, app_of, bearer, client_of, endpoint_
 from starlette.middleware.cors import CORSMiddleware
 
 from morphserve.errors import ConfigError
+from morphserve.integration.server import access as access_module
 from morphserve.integration.server import metrics
 from morphserve.integration.server.access import Access
 from morphserve.integration.server.metrics import MorphServeEndpoint
@@ -46,6 +47,29 @@ def test_only_its_own_token_changes_something(path: str, shown: str) -> None:
     headers = {"Authorization": shown, "Content-Type": "application/json"}
     done = client_of(endpoint_of(access=BOTH)).post(path, headers=headers)
     assert done.status_code == 401 and done.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_who_is_refused_is_told_of_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: somebody who tries tokens unseen, or fills the disk with lines; a token, or a line of his, in the log."""
+    lines: list[str] = []
+    log = SimpleNamespace(warning=lambda text, *args: lines.append(text % args))
+    monkeypatch.setattr(access_module, "logger", log)
+    now_s = [1000.0]
+    access = Access(ADMIN, READ, access_module.Refusals(lambda: now_s[0]))
+    client = client_of(endpoint_of(access=access, statuses=[recorded("calm")]), OUTSIDE)
+    assert client.get("/morphserve/status", headers=bearer(READ)).status_code == 200
+    assert client.post("/morphserve/reload", headers=bearer() | {"Content-Type": "text/plain"}).status_code == 415
+    assert not lines
+    for _ in range(30):
+        assert client.post("/morphserve/admin/pin", headers=bearer("wrong-token")).status_code == 401
+        assert client.get("/morphserve/status", headers={"Origin": "http://a"}).status_code == 403
+        now_s[0] += 0.5
+    assert len(lines) == 1
+    now_s[0] += 60.0
+    client.post("/morphserve/admin/pin%0Amorph: all is well", headers=bearer("wrong-token"))
+    first, second = lines
+    assert "192.0.2.7" in first and "401" in first and "POST /morphserve/admin/pin" in first
+    assert "60 requests" in second and "\n" not in second and "wrong" not in first + second
 
 
 @pytest.mark.parametrize("path", CHANGES)
@@ -103,7 +127,9 @@ def test_without_a_token_the_status_is_for_this_machine(peer: Any, url: str, hea
 @pytest.mark.parametrize(("version", "may"), [("1.0", False), ("1.1", True), ("2", True)])
 def test_a_proxy_that_adds_no_header_is_none_of_this_machine(version: str, may: bool) -> None:
     """Guards: the status for all the world behind nginx as it is installed, which says of itself nothing but that."""
-    scope = {"type": "http", "http_version": version, "headers": [(b"host", b"127.0.0.1:8000")], "client": LOCAL}
+    headers = [(b"host", b"127.0.0.1:8000")]
+    asked = {"method": "GET", "path": "/morphserve/status", "query_string": b"", "headers": headers}
+    scope = {"type": "http", "http_version": version, "client": LOCAL, **asked}
     with nullcontext() if may else pytest.raises(HTTPException) as refused:
         assert Access().check_read(Request(scope)) is False
     assert refused is None or refused.value.status_code == 403

@@ -15,7 +15,7 @@ from seams.asked import ADMIN, LOCAL, READ, app_of, bearer, client_of, endpoint_
 from morphserve.control import ORDERS, Controller
 from morphserve.integration.engine import wiring
 from morphserve.integration.engine.hooks import Morph
-from morphserve.integration.server import admin_api, body
+from morphserve.integration.server import admin_api, body, reload_api
 from morphserve.integration.server.access import Access
 from morphserve.integration.server.metrics import MorphServeEndpoint
 from tests.fakes import Rig
@@ -329,6 +329,27 @@ def test_an_engine_that_hangs_with_an_order_is_said(monkeypatch: pytest.MonkeyPa
     done = client.post("/morphserve/admin/drain", json={"revision": named})
     assert done.status_code == 504 and "has not answered" in done.json()["detail"]
     assert len(limits) == 1 and limits[0] < 1.0
+
+
+@pytest.mark.parametrize("limit_s", [0.01, 0.02])
+@pytest.mark.parametrize("action", ["drain", "reload"])
+def test_who_hangs_is_said_with_how_long_was_waited(
+    action: str, limit_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: ten seconds in the answer to an order that has waited a minute for a file to be read."""
+    replicas = Replicas()
+
+    async def call(method: str, *args: Any) -> list[Any]:
+        if (method == "morphserve_reload") == (action == "reload") and method != "morphserve_status":
+            await asyncio.Event().wait()
+        return await replicas.call(method, *args)
+
+    client = client_of(endpoint_of(call, BOTH), headers=bearer())
+    monkeypatch.setattr(reload_api, "_TIMEOUT_S", limit_s if action == "reload" else 60.0)
+    monkeypatch.setattr(admin_api, "_TIMEOUT_S", limit_s if action == "drain" else 10.0)
+    named = sum(rig.controller.status()["orders"]["revision"] for rig in replicas.rigs)
+    done = client.post(f"/morphserve/admin/{action}", json={"revision": named})
+    assert done.status_code == 504 and f"for {limit_s} s; look at the state" in done.json()["detail"]
 
 
 def test_a_stock_engine_takes_no_order(monkeypatch: pytest.MonkeyPatch) -> None:

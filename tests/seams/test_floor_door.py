@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -148,6 +149,47 @@ def test_names_of_models_are_listened_for_where_they_matter() -> None:
         assert served.ask(0, key="secret", model="exact").status_code == 200
         marks = served.seen.pop()
         assert (marks.get(MODEL_ARG), marks[KEY_ARG]) == (model, KEY)
+
+
+@pytest.mark.parametrize(("asks", "is_lazy"), [(True, False), (False, False), (True, True), (None, False)])
+def test_a_body_is_not_kept_for_as_long_as_its_answer(asks: bool | None, is_lazy: bool) -> None:
+    """Guards: the prompts of all who stream, a second time in memory; no name of the model where vLLM asks its engine
+    only when the answer has begun.
+
+    `asks`: for a level, None = the engine is not asked at all.
+    """
+    door, seen = FloorDoor(), []
+    body = json.dumps({"model": "exact", "prompt": "a" * 1000}).encode()
+
+    async def engine(prompt: Any, sampling_params: Any) -> Any:
+        seen.append(dict(sampling_params.extra_args))
+        yield SimpleNamespace(kv_transfer_params=None)
+
+    generate = note_receipts(engine)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert (await receive())["body"] == body
+        if is_lazy:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(0 if asks is None else 2):  # prompts
+            args = {"morphserve_receipt": True, **({"morphserve_max_level": 0} if asks else {})}
+            async for _ in generate("", SamplingParams(extra_args=args)):
+                pass
+        if not is_lazy:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"a part", "more_body": True})
+        counts.append(sys.getrefcount(body))
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": body}
+
+    async def send(message: Any) -> None:
+        pass
+
+    counts = [sys.getrefcount(body)]
+    asyncio.run(ReceiptDoor(app, door)({"type": "http", "method": "POST"}, receive, send))
+    assert counts[1] == counts[0]
+    assert [marks.get(MODEL_ARG) for marks in seen] == {True: 2 * ["exact"], False: 2 * [None], None: []}[asks]
 
 
 def test_what_is_the_doors_stands_in_no_status() -> None:

@@ -93,6 +93,29 @@ def test_held_requests_are_no_load(model: Path) -> None:
     assert world.tokens["a"] == world.expected["a"]
 
 
+@pytest.mark.parametrize("when", ["before", "waiting", "running"])
+def test_who_is_held_arrives_once(model: Path, when: str) -> None:
+    """Guards: a forecast of twice the load, as each request that is let in counts as one more; of less, as it counts as
+    none. `when`: the level becomes too deep before it comes, while it waits, or while it runs."""
+    world = FloorWorld(model, 0.0, kv={"max_preemptions": 4, "drain_timeout_s": 1e6})
+    world.add("other", PROMPT, 50)  # alone it would be served at once
+    world.policy.level = int(when == "before")
+    for _ in range(20 if when == "before" else 0):
+        world.step()
+    world.add_at("a", PROMPT, 30, 0)
+    for _ in range(3 if when == "running" else 0):
+        world.step()
+    world.policy.level = 1
+    for _ in range(10):
+        world.step()
+    monitor = world.morph.monitor
+    assert world.morph.gate.num_held == 1 and monitor._num_arrivals == 1 + (when != "before")
+    world.policy.level = 0
+    world.run_dry()
+    assert world.tokens["a"] == world.expected["a"] and not len(monitor._waiting) and not monitor._held
+    assert monitor._num_arrivals == 2
+
+
 def test_a_session_asks_for_its_turns(model: Path) -> None:
     """Guards: a session that asks and is served below its level; one that holds the level between two turns, in which
     nobody waits for a token; a turn that was sent while the one before it ran, held in vLLM's queue or lost from it."""
@@ -306,7 +329,7 @@ def test_who_may_not_ask_any_more_is_let_go(model: Path, shallowest: int | None)
 def test_an_error_while_they_are_let_in_loses_none(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: requests that are in no queue any more, whose clients wait for ever, after an error of ours."""
     world = held_at_level_1(model)
-    monkeypatch.setattr(world.morph.monitor, "on_let_in", lambda request_id: 1 // 0)
+    monkeypatch.setattr(world.morph.monitor, "on_let_in", lambda now, request: 1 // 0)
     world.morph.health = Health.RESTING
     for _ in range(3):
         world.morph.before_schedule()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -20,6 +21,7 @@ from seams.asked import LOCAL, client_of, endpoint_of
 from vllm.entrypoints.serve.instrumentator import metrics as vllm_metrics
 from vllm.plugins.endpoint_plugins import interface
 
+from morphserve.control import Direction, ErrorPlace, Outcome
 from morphserve.integration.server import metrics
 from morphserve.integration.server.metrics import MorphServeEndpoint, StatusCollector
 from morphserve.integration.server.poll import StatusPoll
@@ -85,6 +87,18 @@ def test_alerts_and_board_name_metrics_that_there_are() -> None:
     assert of_state <= {value.partition("=")[2] for value in values} | {"aborted"}  # see `Outcome`
 
 
+def test_counters_of_alerts_are_there_before_they_count() -> None:
+    """Guards: a counter that is first seen at 1, in which nobody sees that it has risen."""
+    found = samples([status(0, 0)])
+    for direction, outcome in product(get_args(Direction), get_args(Outcome)):
+        labels = f"direction={direction}", "engine=0", f"outcome={outcome}"
+        assert found.pop(("morphserve:transitions_total", *labels)) == 0
+    for place in get_args(ErrorPlace):
+        assert found.pop(("morphserve:errors_total", "engine=0", f"where={place}")) == 0
+    assert not {labels[0] for labels in found} & {"morphserve:transitions_total", "morphserve:errors_total"}
+    assert samples([status(1, 3)])["morphserve:errors_total", "engine=1", "where=prepare"] == 3
+
+
 def test_engines_are_told_apart() -> None:
     """Guards: replicas whose figures are added up, overwrite each other, or make two families of one name."""
     found = samples([status(0, 0), status(1, 3)])
@@ -105,6 +119,8 @@ def test_engines_are_told_apart() -> None:
         ("morphserve:predictions", "engine=1", "state=learned")
     ]
     assert len(states) == 10
+    kinds = {labels[2]: value for labels, value in found.items() if labels[:2] == ("morphserve:policy", "engine=0")}
+    assert kinds == {"kind=static": 0, "kind=threshold": 1, "kind=slo": 0}
     assert [found["morphserve:order", f"engine={engine}", "kind=pin"] for engine in (0, 1)] == [0, 1]
     assert found["morphserve:order", "engine=1", "kind=drain"] == 0
     assert found["morphserve:orders_total", "engine=1", "kind=pin", "outcome=taken"] == 3

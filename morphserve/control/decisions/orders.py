@@ -10,7 +10,7 @@ in force changes nothing, and a request that is sent again is refused.
 from __future__ import annotations
 
 import logging
-import time
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _LONGEST_S = 86_400.0
 _RESTORE_S = 60.0  # after which a restore that finds no room is given up
 _ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"  # as it stands in the log
+_MAX_FIRST = 2**48  # drawn; of 32 replicas the sum is a number that all JSON readers know exactly
 _MAX_WORDS = 300  # characters of an answer about what somebody has sent
 
 Action = Literal["pin", "max", "restore", "pause", "resume", "drain", "reload"]
@@ -96,18 +97,12 @@ class _InForce:
 class OrderBook:
     """The order in force, and the revision that the next one must name. The engine's thread alone changes it."""
 
-    def __init__(
-        self,
-        ladder: Ladder,
-        counters: Counters,
-        clock: Callable[[], float],
-        wall_clock: Callable[[], float] = time.time,
-    ) -> None:
-        """Start without an order, at a revision that no server before has had."""
+    def __init__(self, ladder: Ladder, counters: Counters, clock: Callable[[], float]) -> None:
+        """Start without an order, at a revision that no server before has had, whatever the clock says."""
         self._ladder = ladder
         self._counters = counters
         self._clock = clock
-        self._first = int(wall_clock()) * 1000
+        self._first = secrets.randbelow(_MAX_FIRST)
         self._number = 0  # of orders and ends of orders so far
         self._in_force: _InForce | None = None
         self._is_news = False  # no tick has seen it

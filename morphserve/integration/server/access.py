@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from collections.abc import Iterable
-from dataclasses import dataclass
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from hashlib import sha256
 
 from fastapi import HTTPException, Request
@@ -18,10 +21,39 @@ from fastapi import HTTPException, Request
 from morphserve.config import AdminConfig
 from morphserve.user_input import read_tokens
 
+logger = logging.getLogger("vllm.morphserve")
+
+_BETWEEN_LINES_S = 60.0
+_MAX_SAID = 80  # characters of a path
 # What a proxy adds. Behind one the peer's address is the proxy's, and says nothing of who asks.
 _FORWARDED = ("forwarded", "via", "x-forwarded-", "x-real-ip")  # a name begins so
 _OF_PROXIES = "1.0"  # of HTTP: nginx speaks it to what is behind it, by default, and adds no header; no browser does
 _MEDIA_TYPES = ("application/json", "application/yaml")  # none of them can a page of another origin send unasked
+
+
+class Refusals:
+    """Tells of those who are refused, in one line a minute at most."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._num = 0  # since the last line
+        self._not_before_s = 0.0
+
+    @contextmanager
+    def told(self, request: Request) -> Iterator[None]:
+        """Let a refusal out, and tell of it: of the address, and never of what was shown."""
+        try:
+            yield
+        except HTTPException as e:
+            self._num += 1
+            now_s = self._clock()
+            if now_s >= self._not_before_s:
+                client = request.client.host if request.client else "a Unix socket"
+                what = repr(f"{request.method} {request.url.path}"[:_MAX_SAID])
+                said = "morphserve: %d requests since the last such line were refused; now %s from %s with %d"
+                logger.warning(said, self._num, what, client, e.status_code)
+                self._num, self._not_before_s = 0, now_s + _BETWEEN_LINES_S
+            raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +62,7 @@ class Access:
 
     admin: str | None = None
     read: str | None = None
+    refusals: Refusals = field(default_factory=Refusals, compare=False, repr=False)
 
     @classmethod
     def of(cls, config: AdminConfig) -> Access:
@@ -46,13 +79,16 @@ class Access:
         Raises:
             HTTPException: he may not.
         """
-        _refuse_other_origins(request)
-        if self.admin or self.read:
-            _check_bearer(request, (self.admin, self.read))
-            return True
-        if not _is_local(request):
-            raise HTTPException(403, "without a token the status is for this machine alone. Set admin.read_token_file")
-        return False
+        with self.refusals.told(request):
+            _refuse_other_origins(request)
+            if self.admin or self.read:
+                _check_bearer(request, (self.admin, self.read))
+                return True
+            if not _is_local(request):
+                raise HTTPException(
+                    403, "without a token the status is for this machine alone. Set admin.read_token_file"
+                )
+            return False
 
     def check_change(self, request: Request) -> None:
         """Let somebody change something.
@@ -60,10 +96,11 @@ class Access:
         Raises:
             HTTPException: he may not, or a web page could have sent it.
         """
-        _refuse_other_origins(request)
-        if not self.admin:
-            raise HTTPException(403, "nothing can be changed from outside here: there is no admin.token_file")
-        _check_bearer(request, (self.admin,))
+        with self.refusals.told(request):
+            _refuse_other_origins(request)
+            if not self.admin:
+                raise HTTPException(403, "nothing can be changed from outside here: there is no admin.token_file")
+            _check_bearer(request, (self.admin,))
         media_type = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if media_type not in _MEDIA_TYPES:
             raise HTTPException(415, f"Content-Type must be one of {', '.join(_MEDIA_TYPES)}")

@@ -23,7 +23,7 @@ from fastapi.responses import JSONResponse
 from morphserve.control import ORDERS, Action, OrderBody, ReloadBody, parse_order
 from morphserve.errors import OrderError
 from morphserve.integration.server.access import Access
-from morphserve.integration.server.body import alone, text_of
+from morphserve.integration.server.body import alone, answered_within, text_of
 from morphserve.integration.server.reload_api import reload_engines
 from morphserve.integration.server.status_api import LastStatuses, shown
 
@@ -72,12 +72,12 @@ def add_admin(router: APIRouter, last: LastStatuses, engines: Engines, access: C
             try:
                 return await _order(engines, action, text, body)
             except TimeoutError as e:
-                raise HTTPException(504, f"an engine has not answered for {_TIMEOUT_S:.0f} s; look at the state") from e
+                raise HTTPException(504, f"{e}; look at the state") from e
 
 
 async def _order(engines: Engines, action: str, text: str, body: OrderBody) -> JSONResponse:
     """Have all engines check an order, then take it."""
-    async with asyncio.timeout(_TIMEOUT_S):
+    async with answered_within(_TIMEOUT_S):
         statuses = await engines.look()
     if not statuses:
         raise HTTPException(503, "the engine runs without MorphServe")
@@ -90,7 +90,7 @@ async def _order(engines: Engines, action: str, text: str, body: OrderBody) -> J
     for is_rehearsal, asked in ((True, seen), (False, seen[:1]), (False, seen[1:])):
         if not asked:
             break
-        async with asyncio.timeout(_TIMEOUT_S):
+        async with answered_within(_TIMEOUT_S):
             # An engine that hangs must not take it when nobody waits for the answer any more.
             not_after_s = time.time() + _TIMEOUT_S
             answers = await engines.call("morphserve_order", action, text, asked, is_rehearsal, not_after_s)
@@ -99,7 +99,7 @@ async def _order(engines: Engines, action: str, text: str, body: OrderBody) -> J
             break
     if action == "reload" and not refused:
         refused = await _reload(engines, cast(ReloadBody, body))
-    async with asyncio.timeout(_TIMEOUT_S):  # so that what is shown, and the door, follow at once
+    async with answered_within(_TIMEOUT_S):  # so that what is shown, and the door, follow at once
         now = state_of(await engines.look())
     code = _CODES[refused["outcome"]] if refused else 200
     return JSONResponse({"ok": not refused, "error": refused.get("error"), **now}, code)

@@ -45,6 +45,20 @@ async def text_of(request: Request, max_bytes: int) -> str:
         raise HTTPException(422, f"the body is not UTF-8 text ({e.reason} at byte {e.start})") from e
 
 
+@asynccontextmanager
+async def answered_within(limit_s: float) -> AsyncIterator[None]:
+    """Wait for engines so long.
+
+    Raises:
+        TimeoutError: one has not answered; it says for how long.
+    """
+    try:
+        async with asyncio.timeout(limit_s):
+            yield
+    except TimeoutError as e:
+        raise TimeoutError(f"an engine has not answered for {limit_s:g} s") from e
+
+
 def busy(what: str) -> HTTPException:
     """Return the refusal of a second one while the first is under way."""
     return HTTPException(429, f"another {what} is under way. Ask again when it has answered", {"Retry-After": "1"})

@@ -31,9 +31,10 @@ class Sender:
     """What HTTP says of who has sent a request."""
 
     def __init__(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Know the headers; the body only if `listen` hears it."""
+        """Know the headers; the body only if `listen` hears it, and only until the model is known or needs not be."""
         self._headers = headers
         self._body: list[bytes] = []
+        self._model: str | None = None
         self.retry_after_s: int | None = None  # it was refused
 
     def listen(self, receive: Callable[[], Awaitable[Message]]) -> Callable[[], Awaitable[Message]]:
@@ -57,12 +58,19 @@ class Sender:
     @property
     def model(self) -> str | None:
         """What was named as the model; None = nothing, or nobody has listened."""
-        try:
-            body = json.loads(b"".join(self._body))
-        except (ValueError, RecursionError):
-            return None
-        name = body.get("model") if isinstance(body, dict) else None
-        return name if isinstance(name, str) else None
+        if self._body:
+            try:
+                body = json.loads(b"".join(self._body))
+            except (ValueError, RecursionError):
+                body = None
+            name = body.get("model") if isinstance(body, dict) else None
+            self._model = name if isinstance(name, str) else None
+            self.forget_body()
+        return self._model
+
+    def forget_body(self) -> None:
+        """Hold on to the body no longer: it may be large, and its answer long in coming."""
+        self._body = []
 
 
 class FloorDoor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, product
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -21,6 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from morphserve.config import MorphServeConfig
+from morphserve.control import Direction, ErrorPlace, Outcome
 from morphserve.integration import seams
 from morphserve.integration.server.access import Access
 from morphserve.integration.server.admin_api import add_admin
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
 PREFIX = "morphserve:"
+_POLICY_KINDS = ("static", "threshold", "slo")
 
 
 _Status = dict[str, Any]
@@ -109,7 +111,16 @@ def _longest_pause(s: _Status) -> list[_Row]:
 
 
 def _transitions(s: _Status) -> list[_Row]:
-    return [(tuple(key.split("_", 1)), count) for key, count in s["transitions"].items()]
+    every = product(get_args(Direction), get_args(Outcome))
+    return [(labels, s["transitions"].get("_".join(labels), 0)) for labels in every]
+
+
+def _errors(s: _Status) -> list[_Row]:
+    return [((place,), s["errors"].get(place, 0)) for place in get_args(ErrorPlace)]
+
+
+def _policy(s: _Status) -> list[_Row]:
+    return [((kind,), float(s["policy"]["kind"] == kind)) for kind in _POLICY_KINDS]
 
 
 def _predictions(s: _Status) -> list[_Row]:
@@ -171,6 +182,7 @@ _FAMILIES: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, 
     ),
     (CounterMetricFamily, "tokens", "Generated tokens by morph level.", ("level",), _by("tokens_by_level")),
     (CounterMetricFamily, "transition_seconds", "Time spent in transitions.", (), _one("transition_seconds")),
+    (GaugeMetricFamily, "policy", "1 for the kind of policy that decides.", ("kind",), _policy),
     (CounterMetricFamily, "policy_reloads", "Policies taken from an edited file.", ("outcome",), _reloads),
     (GaugeMetricFamily, "order", "1 for what an operator has ordered and is in force.", ("kind",), _order),
     (CounterMetricFamily, "orders", "Orders of operators, and their ends.", ("kind", "outcome"), _orders),
@@ -181,7 +193,7 @@ _FAMILIES: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, 
         (),
         _one("decisions_dropped"),
     ),
-    (CounterMetricFamily, "errors", "Errors by the part they came from.", ("where",), _by("errors")),
+    (CounterMetricFamily, "errors", "Errors by the part they came from.", ("where",), _errors),
 )
 
 

@@ -54,6 +54,7 @@ class _Answer:
         """Pass a part of the answer on, with the receipts where it is the one for them."""
         if (wait_s := self.sender.retry_after_s) is not None and message.get("status") == 503:
             message = {**message, "headers": [*message["headers"], (b"retry-after", b"%d" % wait_s)]}
+        _ = self.sender.model  # vLLM may ask its engine only now
         if self._by_prompt:
             body = message.get("body", b"")
             if message["type"] == "http.response.start" and any(receipts := self._receipts):
@@ -109,6 +110,8 @@ def note_receipts(original: Callable[..., Outputs]) -> Callable[..., Outputs]:
     @functools.wraps(original)
     def generate(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Outputs:
         answer, asked = _current.get(), getattr(sampling_params, "extra_args", None)
+        if answer is not None and MAX_LEVEL_ARG not in (asked or ()):
+            answer.sender.forget_body()
         if not asked or not any(key.startswith(_ASKS) for key in asked):
             return original(prompt, sampling_params, *args, **kwargs)
         forget_marks(asked)

@@ -17,7 +17,7 @@ from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse
 
 from morphserve.integration.server.access import Access
-from morphserve.integration.server.body import alone, busy, text_of
+from morphserve.integration.server.body import alone, answered_within, busy, text_of
 from morphserve.integration.server.tasks import Tasks
 from morphserve.integration.start import hangup_is_free
 
@@ -44,7 +44,7 @@ async def reload_engines(call: Call, cause: str, sent: str = "") -> list[dict[st
     Raises:
         TimeoutError: one has not answered.
     """
-    async with asyncio.timeout(_TIMEOUT_S):
+    async with answered_within(_TIMEOUT_S):
         return await call("morphserve_reload", cause, sent)
 
 
@@ -70,7 +70,7 @@ def add_route(router: APIRouter, ask: Ask, access: Callable[[], Access]) -> None
         try:
             answers = await ask("POST /morphserve/reload", sent)
         except TimeoutError as e:
-            raise HTTPException(504, f"an engine has not answered for {_TIMEOUT_S:.0f} s") from e
+            raise HTTPException(504, str(e)) from e
         if not answers:
             raise HTTPException(503, "the engine runs without MorphServe")
         return combine(answers)

@@ -62,12 +62,13 @@ class Commands:
         try:
             # Revision 0 stands outside of every transition: it publishes level 0's blocks at start.
             if 0 < plan.revision <= self.revision and not again:
+                kv_moved = not plan.copies
                 raise ValueError(f"plan r{plan.revision} came after r{self.revision}: refused")
             if final:
                 self.revision = max(self.revision, plan.revision)
             pending = bool(action())
         except Exception as e:
-            ok, error, kv_moved = False, f"{type(e).__name__}: {e}", not isinstance(e, KVUnknown)
+            ok, error, kv_moved = False, f"{type(e).__name__}: {e}", kv_moved and not isinstance(e, KVUnknown)
             # What the controller's warning says whole needs no traceback: a file, a disk, memory, a format.
             level = logging.DEBUG if isinstance(e, _SAID_WHOLE) else logging.ERROR
             logger.log(level, "morphserve: rank %d, plan r%d failed", rank, plan.revision, exc_info=True)

@@ -87,6 +87,7 @@ class Preparation:
             self._check_disk(windows * len(texts) if wanted["profile"] else 0, bool(sources))
             self._check_memory(served.in_pages)
         if wanted["profile"]:
+            self._remove_damaged(self._store.profile_at(key))
             checkpoints = {fmt: self._checkpoint(fmt, how, texts) for fmt, how in sources.items()}
             profile = self._make_profile(key, texts, windows, checkpoints, served.in_pages)
         if wanted["times"]:
@@ -119,6 +120,23 @@ class Preparation:
                 "`morphserve profile`; name it as `profile` in the settings"
             )
         return found.directory
+
+    def _remove_damaged(self, profile: Path) -> None:
+        """Make room for a profile where one lies that was not found: what is only out of reach took hours to make."""
+        from quant_layers import ProfileError, read_profile
+
+        if not profile.exists():
+            return
+        why = f"{profile} could not be read a moment ago"
+        try:
+            read_profile(profile)
+        except ProfileError as e:
+            cause = e.__cause__
+            if not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError | NotADirectoryError):
+                shutil.rmtree(profile)
+                return
+            why = f"{profile} cannot be read ({cause.strerror})"
+        raise ProfilingError(f"{why}. It stays. Try again; if it is not to come back, move it away.")
 
     def _times(self, place: Place) -> Path | None:
         return next((each.file for each in self._store.times() if each.place == place), None)
@@ -222,8 +240,6 @@ class Preparation:
         words = ["--dtype", r.dtype, *r.parallel_words, "--cache-dir", str(self._cache_dir)]
         words += [] if r.enforce_eager else ["--compiled"]
         words += [word for fmt, path in checkpoints.items() for word in ("--variant", f"{fmt}={path}")]
-        if job.out.exists():
-            shutil.rmtree(job.out)  # damaged: else it would have been found
         run_profile(job, words, (), self._progress)
         return job.out
 

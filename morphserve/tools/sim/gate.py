@@ -28,7 +28,7 @@ class SimGate:
         self._monitor.on_floor(request.max_level, 1)
         if request.max_level >= self._level:
             return False
-        self._hold(scheduler, request)
+        self._hold(scheduler, request, has_arrived=False)
         return True
 
     def on_finish(self, request: SimRequest) -> None:
@@ -51,16 +51,15 @@ class SimGate:
             for request, own in self._here.items():
                 if own < level and request not in self._held:
                     scheduler.send_back(request)
-                    self._hold(scheduler, request)
+                    self._hold(scheduler, request, has_arrived=True)
             return
         ready = [request for request in self._held if self._here[request] >= level]
         for request in ready:
             del self._held[request]
-            self._monitor.on_let_in(request.name)
             self._tell_let_in(request)
         scheduler.waiting.extendleft(reversed(ready))
 
-    def _hold(self, scheduler: SimScheduler, request: SimRequest) -> None:
+    def _hold(self, scheduler: SimScheduler, request: SimRequest, has_arrived: bool) -> None:
         scheduler.waiting.remove(request)
-        self._monitor.on_held(request.name)
+        self._monitor.on_held(request.name, has_arrived)
         self._held[request] = None

@@ -158,9 +158,8 @@ class Morphing:
     def _on_let_in(self, request: SimRequest) -> None:
         now_s = self._clock()
         if request.preemptions:
-            self.on_preemption(now_s, request, forced=True)
-        else:
-            self.monitor.on_arrival(now_s, WaitingRequest(request.name, request.prompt_tokens))
+            self._last_preemption_s = now_s
+        self.monitor.on_let_in(now_s, self._waiting(request))
 
     def on_scheduled(self, now_s: float, batch: Batch) -> None:
         """Tell the monitor of a step that was planned."""
@@ -175,8 +174,10 @@ class Morphing:
     def on_preemption(self, now_s: float, request: SimRequest, forced: bool = False) -> None:
         """Tell the monitor of a preemption: `forced` by a way to a shallower level, or for want of memory."""
         self._last_preemption_s = now_s
-        waiting = WaitingRequest(request.name, request.num_tokens, has_token=request.generated > 0)
-        self.monitor.on_preemption(now_s, waiting, forced)
+        self.monitor.on_preemption(now_s, self._waiting(request), forced)
+
+    def _waiting(self, request: SimRequest) -> WaitingRequest:
+        return WaitingRequest(request.name, request.num_tokens, has_token=request.generated > 0)
 
     def on_completed(self, now_s: float, batch: Batch, level: int | None) -> None:
         """Tell the monitor of a step that has ended.

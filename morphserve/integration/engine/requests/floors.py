@@ -63,7 +63,7 @@ class FloorGate:
         self._traffic.on_floor(level, 1)
         if level >= self._level:
             return False
-        self._hold([request])
+        self._hold([request], has_arrived=False)
         return True
 
     def on_finish(self, request: Request) -> None:
@@ -99,7 +99,7 @@ class FloorGate:
             for request in sent_back:
                 if request in running:
                     self._pool.send_back(request)
-            self._hold(sent_back)
+            self._hold(sent_back, has_arrived=True)
             self.take_out()
         elif self._held:
             self._let_in([request for request in self._held.values() if self._levels[request.request_id][1] >= level])
@@ -139,12 +139,12 @@ class FloorGate:
         for request in requests:
             self._traffic.on_let_in(request)
 
-    def _hold(self, requests: Sequence[Request]) -> None:
+    def _hold(self, requests: Sequence[Request], has_arrived: bool) -> None:
         self._held.update((request.request_id, request) for request in requests)
         self._leaving.update(requests)
         self.has_news = bool(requests)
         for request in requests:
-            self._traffic.on_held(request)
+            self._traffic.on_held(request, has_arrived)
 
     def _level_of(self, request: Request) -> int | None:
         asked: Any = getattr(getattr(request, "sampling_params", None), "extra_args", None)

@@ -75,7 +75,7 @@ class Traffic:
     def on_arrival(self, request: Request) -> None:
         """Note a request that entered the waiting queue."""
         now = time.monotonic()
-        self._arrived_s.setdefault(request.request_id, now - max(0.0, time.time() - request.arrival_time))
+        self._note_arrival(request, now)
         self._monitor.on_arrival(now, self._waiting(request))
 
     def on_scheduled(self, new: Sequence[Any], resumed: Iterable[str]) -> None:
@@ -161,17 +161,18 @@ class Traffic:
         """Note requests that must not be served below a level; `number` below 0: that they have ended."""
         self._monitor.on_floor(level, number)
 
-    def on_held(self, request: Request) -> None:
-        """Note that a request waits for another level, which is nothing that a deeper one could help."""
-        self._monitor.on_held(request.request_id)
+    def on_held(self, request: Request, has_arrived: bool) -> None:
+        """Note that a request, told of or not, waits for another level: nothing that a deeper one could help."""
+        self._monitor.on_held(request.request_id, has_arrived)
 
     def on_let_in(self, request: Request) -> None:
         """Note that a request waits in vLLM's queue that waited for another level."""
-        self._monitor.on_let_in(request.request_id)
+        now = time.monotonic()
         if request.num_preemptions:
-            self.on_preemption(request, forced=True)
+            self._last_preemption_s = now
         else:
-            self.on_arrival(request)
+            self._note_arrival(request, now)
+        self._monitor.on_let_in(now, self._waiting(request))
 
     def on_finish(self, request: Request) -> None:
         """Note a request that ends; its blocks are still its own."""
@@ -188,6 +189,9 @@ class Traffic:
         if self._awaiting_first_token.pop(request.request_id, None) is not None and request.num_output_tokens:
             self._monitor.on_first_token(self._age_s(request, time.monotonic()))
         self.on_finish(request)
+
+    def _note_arrival(self, request: Request, now_s: float) -> None:
+        self._arrived_s.setdefault(request.request_id, now_s - max(0.0, time.time() - request.arrival_time))
 
     def _age_s(self, request: Request, now_s: float) -> float:
         """Return how long ago it arrived; one that was never told of, 0."""
