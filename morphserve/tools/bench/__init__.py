@@ -6,7 +6,7 @@ from morphserve.tools.bench.cli import main
 from morphserve.tools.bench.load.client import ClientOptions, completion_body, send
 from morphserve.tools.bench.load.scrape import Poller, status_of
 from morphserve.tools.bench.load.server import Server, ServerOptions, serve
-from morphserve.tools.bench.paired import ClosedLoop, PairedResult, compare_idle
+from morphserve.tools.bench.paired import ClosedLoop, PairedResult, compare_idle, half_width
 from morphserve.tools.bench.prepared import with_prepared
 from morphserve.tools.bench.report.tables import percent
 
@@ -19,6 +19,7 @@ __all__ = [
     "ServerOptions",
     "compare_idle",
     "completion_body",
+    "half_width",
     "main",
     "percent",
     "send",

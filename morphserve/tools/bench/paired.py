@@ -31,6 +31,11 @@ def _t975(freedom: int) -> float:
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
+def half_width(ratios: Sequence[float]) -> float:
+    """Return half the width of the 95 % confidence interval of the mean of two or more ratios (paired t)."""
+    return _t975(len(ratios) - 1) * statistics.stdev(ratios) / math.sqrt(len(ratios))
+
+
 @dataclass(frozen=True, slots=True)
 class ClosedLoop:
     """A fixed number of clients, each sending its next request when the one before is answered."""
@@ -60,8 +65,7 @@ class PairedResult:
     @property
     def lower(self) -> float:
         """Lower 97.5 % confidence bound of the mean ratio (paired t)."""
-        n = len(self.ratios)
-        return self.mean - _t975(n - 1) * statistics.stdev(self.ratios) / math.sqrt(n)
+        return self.mean - half_width(self.ratios)
 
     def as_json(self) -> dict[str, Any]:
         return {
