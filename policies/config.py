@@ -107,6 +107,9 @@ class SloConfig(_PolicySection):
         description="never deeper than this: 8bit, 4bit and the like = no format of fewer bits; 'deepest', an index, "
         "or a format's name; null = mode's",
     )
+    nats_per_saved_request: float | None = Field(
+        None, gt=0, description="KL, nats summed over tokens, that it may cost to keep one request's promise"
+    )
     transitions_per_minute: float = Field(
         20.0, gt=0, description="token bucket: that many changes of the level on average, a third of them at once"
     )

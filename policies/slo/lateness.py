@@ -127,3 +127,8 @@ def chance_late(predicted: float, limit: float, sigma: float) -> float:
     if abs(distance) > 6 * sigma:
         return 1.0 if distance > 0 else 0.0
     return 0.5 * erfc(-distance / (max(sigma, 1e-6) * _SQRT2))
+
+
+def either(one: float, other: float) -> float:
+    """Return the probability that at least one of two independent things happens."""
+    return one + other - one * other

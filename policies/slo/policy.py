@@ -7,6 +7,7 @@ from dataclasses import replace
 from policies.config import SloConfig, ThresholdConfig
 from policies.dwell import Dwell
 from policies.promise import promise_of
+from policies.slo.choice import Terms, lasting, quick_end
 from policies.slo.correction import Correction
 from policies.slo.forecast import ArrivalForecast
 from policies.slo.level_times import CalibratedTimes, LearnedTimes, LevelTimes
@@ -20,16 +21,10 @@ from policies.threshold import ThresholdPolicy
 from policies.types import Decision, EngineLimits, Ladder, Predictions, Signals, StepLoad
 
 _THINK_S = 0.05  # predictions are made anew this often at most; a preemption cannot wait
-_WORTH_REQUESTS = 0.5  # a round trip must save so many
-_WORTH_IF_DEAREST = 3.0  # and so many more for the whole cost of the deepest level
-_WORTH_SHARE = 0.1  # and such a share of those that would be late: a smaller one is within the error
+_GUESSED_KL = 0.03  # nats per token of the deepest level, where nobody measured them: as 8 bits on all layers cost
 _HORIZON_PER_WAIT = 4.0  # arrivals are counted so many times as far ahead as the oldest request has waited,
 _MAX_HORIZON_S = 15.0  # so far at most
 _PROMPT_S = 0.1  # who fits is admitted within
-_AS_FAST = 0.97  # of the requests per second that a shallower level serves
-_QUICKER = 0.95  # a queue that much shorter is worth a drain
-_LONG_QUEUE = 4.0  # promised waits: an overload with more of them ahead will last
-_WORSE = 1.3  # times as many late at a deeper level are not within the error of the prediction
 _AHEAD = 2.0  # a deeper level is entered so many times before the KV cache is full as the way there takes,
 _AHEAD_S = 0.2  # which is so much more than predicted
 _SAFETY = 1.15  # arrivals and errors are taken so much larger before a restore
@@ -46,7 +41,8 @@ class SloPolicy:
 
     1. Degrades only while KV is what binds, and only for requests that the deeper level saves.
     2. Level changes stay within the token bucket; a way down is always paid for before a way up is taken.
-    3. When predictions have been wrong, thresholds decide until they are right again. So they do in a brief overload.
+    3. When predictions have been wrong, thresholds decide until they are right again, up to the level that computes
+       fastest.
     4. So they do while no level keeps the promise even for a lone request: nothing that it says of levels is of use.
     """
 
@@ -137,10 +133,12 @@ class SloPolicy:
             decision = self._spent(s, heading, load)
         elif self.distrusts or self._reach.why_not or not self._times.is_settled:
             self._max_queued_tokens = None  # nobody is refused on a prediction that was wrong, or a promise that is
+            most = max(heading, quick_end(self._predictor, load, len(self._ladder)) or self.targets.max_level)
+            by_threshold = replace(by_threshold, level=min(by_threshold.level, most))
             reasons = (self._reach.why_not, by_threshold.reason)
             decision = self._follow(s, heading, replace(by_threshold, reason="; ".join(filter(None, reasons))))
         else:
-            decision = self._think(s, heading, load, by_threshold)
+            decision = self._think(s, heading, load)
         if decision.max_queued_tokens != self._max_queued_tokens:
             decision = replace(decision, max_queued_tokens=self._max_queued_tokens)
         self._last = decision
@@ -148,28 +146,22 @@ class SloPolicy:
 
     # ---- the decision
 
-    def _think(self, s: Signals, heading: int, load: Load, by_threshold: Decision) -> Decision:
+    def _think(self, s: Signals, heading: int, load: Load) -> Decision:
         if self._is_calm(s, load, heading):
             self._max_queued_tokens = None
             return self._stay(heading, "nothing to do")
         ways = [(level, self._delay_s(s, level)) for level in range(len(self._ladder))]
         predictions = self._predictor.compare(ways, load)
         here = predictions[heading]
-        best = self._cheapest(predictions, load)
+        terms = self._terms(load, here)
+        best = terms.best(predictions, self.targets.target)
         self._shed(predictions, load)
-        binds = here.binds and not self._wait_elsewhere(s, load)
-        if binds and self._thresholds_decide(predictions, best, heading, by_threshold, load):
-            return self._follow(s, heading, by_threshold)
         if best > heading:
             self._fits_since = [None] * len(self._ladder)  # no shallower one does
-            saved = here.violations - predictions[best].violations
-            if not binds:
+            binds = here.binds and not self._wait_elsewhere(s, load)
+            if best > terms.quick_end and not binds:
                 return self._stay(heading, f"late {here.share:.0%}, but KV does not bind")
-            dearer = (self._costs[best] - self._costs[heading]) / max(self._costs[-1], 1e-9)
-            worth = _WORTH_REQUESTS + _WORTH_IF_DEAREST * max(dearer, 0.0)
-            if saved < max(worth, _WORTH_SHARE * here.violations):
-                return self._stay(heading, f"level {best} would save {saved:.1f} requests")
-            if self._has_time(s, heading, best, load):
+            if best > terms.lasting and binds and self._has_time(s, heading, best, load):
                 return self._stay(heading, f"level {best} is not needed yet")
             if self._bucket.level < 1.0:
                 return self._stay(heading, "too many changes of the level lately")
@@ -215,23 +207,6 @@ class SloPolicy:
         else:
             self._max_queued_tokens = None
 
-    def _thresholds_decide(
-        self, predictions: list[Prediction], best: int, heading: int, by_threshold: Decision, load: Load
-    ) -> bool:
-        """Return whether thresholds decide: no level keeps the promise, and the queue may be a short one.
-
-        Full caches preempt in ways that no closed form ranks. As long as a burst may end soon, room is worth more than
-        speed, and thresholds, which go by the blocks that are held, have fewer late. Not where compute is so short that
-        a deeper level would only make it worse.
-        """
-        here, there = predictions[heading], predictions[min(by_threshold.level, len(predictions) - 1)]
-        if self._keeps_promise(predictions[best]) or here.last_wait_s > _LONG_QUEUE * load.ttft_s:
-            return False
-        return by_threshold.level <= heading or there.violations <= _WORSE * here.violations
-
-    def _keeps_promise(self, prediction: Prediction) -> bool:
-        return prediction.violations <= self.targets.target * max(prediction.requests, 1.0)
-
     def _has_time(self, s: Signals, heading: int, level: int, load: Load) -> bool:
         """Return whether free blocks outlast the way to `level`, with those who wait admitted and nobody ending."""
         size = self._limits.block_size
@@ -245,20 +220,15 @@ class SloPolicy:
         free = self._usable[min(s.level, len(self._usable) - 1)] - s.used_kv_blocks
         return free >= 2 * load.typical.final_blocks and s.oldest_wait_s > max(_PROMPT_S, 3 * s.step_s)
 
-    def _cheapest(self, predictions: list[Prediction], load: Load) -> int:
-        """Return the level of least quality cost within the target, else among those that do about as well as any can.
-
-        Where no level keeps the promise, demand is above supply, and what counts is how many requests a level serves
-        per second. One that serves fewer than a shallower level offers room for a moment and a longer queue after it.
-        """
-        levels = [level for level, prediction in enumerate(predictions) if self._keeps_promise(prediction)]
-        if not levels:
-            rates = [self._predictor.release_rate(level, load) for level in range(len(predictions))]
-            sound = [level for level, rate in enumerate(rates) if rate >= _AS_FAST * max(rates[: level + 1])]
-            fewest = min(predictions[level].violations for level in sound)
-            about = self.targets.target * max(predictions[0].requests, 1.0)
-            levels = [level for level in sound if predictions[level].violations <= fewest + about]
-        return min(levels, key=lambda level: (self._costs[level], level))
+    def _terms(self, load: Load, here: Prediction) -> Terms:
+        s, output = load.signals, load.typical.output_tokens
+        each = min(load.horizon_s / max(here.tpot_s, 1e-4), output)
+        tokens = (s.num_running + s.num_waiting) * each + load.arrival_rate * load.horizon_s * output / 2
+        end = quick_end(self._predictor, load, len(self._ladder))
+        return Terms(
+            self.targets.nats_per_saved_request, self._costs, tokens, end,
+            lasting(self._predictor, load, self._forecast.slow, end),
+        )  # fmt: skip
 
     def _rested(self, s: Signals, heading: int) -> int:
         """Return the shallowest level that would do with air, and has throughout the dwell."""
@@ -267,13 +237,15 @@ class SloPolicy:
         ways = [*((level, self._delay_s(s, level)) for level in range(heading)), (heading, 0.0)]
         predictions = self._predictor.compare(ways, load)
         chosen, here = heading, predictions[heading]
+        terms = self._terms(load, here)
+        most = terms.total(heading, here)
         for level in reversed(range(heading)):
             prediction = predictions[level]
             holds = s.used_kv_blocks <= _FILL_AFTER_RESTORE * self._usable[level]
-            late = not self._keeps_promise(prediction)
-            # Deeper is not always faster: in an overload all are late, and a level that computes faster is less.
-            quicker = prediction.last_wait_s < _QUICKER * here.last_wait_s and prediction.violations <= here.violations
-            if not quicker and (not holds or late or prediction.binds):
+            late = not prediction.keeps(self.targets.target) or level < terms.lasting
+            # In an overload all are late, and a level that computes faster is less.
+            does = holds and terms.total(level, prediction) <= most and (not late or level == terms.quick_end)
+            if not does:
                 self._fits_since[level] = None
                 continue
             since = self._fits_since[level]
@@ -343,4 +315,4 @@ def _cost(expected_kl: float | None, index: int, ladder: Ladder) -> float:
     """Return nats per token; where nobody measured them, deeper is worse."""
     if all(level.expected_kl is not None or level.index == 0 for level in ladder):
         return expected_kl or 0.0
-    return float(index)
+    return _GUESSED_KL * index / (len(ladder) - 1)

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 
 from policies.promise import Promise
-from policies.slo.lateness import Late, Moment, Tally, chance_late, kept_by_any, parts_of
+from policies.slo.lateness import Late, Moment, Tally, chance_late, either, kept_by_any, parts_of
 from policies.slo.level_times import LevelTimes
 from policies.types import Cohort, EngineLimits, Signals
 
@@ -57,6 +58,10 @@ class Prediction:
     last_wait_s: float  # of the last request that waits, from now to its first token
     tpot_s: float
 
+    def keeps(self, target: float) -> bool:
+        """Return whether no larger share than that of the requests breaks its promise."""
+        return self.violations <= target * max(self.requests, 1.0)
+
     @property
     def share(self) -> float:
         """Expected violations as a share of the requests, [0, 1]."""
@@ -95,6 +100,7 @@ class _Queue:
     prefill_s: float  # a token
     step_s: float
     tpot_s: float
+    slow: float  # chance that everyone's limit on the time per token is broken by who is served
     sigma: float
 
     def wait_s(self, ahead: float, tokens_ahead: float) -> float:
@@ -110,7 +116,7 @@ class _Queue:
             wait = self.wait_s(ahead + (part.num_requests - 1) / 2, tokens + part.num_tokens / 2)
             ahead, tokens = ahead + part.num_requests, tokens + part.num_tokens
             weight = part.num_requests * (_LOST_WEIGHT if part.is_lost else 1.0)
-            violations += weight * chance_late(wait, part.left_s, self.sigma)
+            violations += weight * either(chance_late(wait, part.left_s, self.sigma), self.slow)
             requests += weight
         return Late(violations, requests)
 
@@ -166,10 +172,11 @@ class Predictor:
         tpot_s = self.tpot_s(level, load, max(crowd, 1.0))
         prefill_s = time.per_prefill_token_s * load.factor
         step_s = time.seconds(max(s.num_running, 1), 0, s.num_running * typical.mean_context) * load.factor
-        queue = _Queue(delay_s, room, release, prefill_s, step_s, tpot_s, load.sigma)
+        slow = chance_late(tpot_s, load.tpot_s, load.step_sigma)
+        queue = _Queue(delay_s, room, release, prefill_s, step_s, tpot_s, slow, load.sigma)
         tally = Tally()
         ahead, tokens = self._waiting(queue, load, tally)
-        coming = self._forecast(level, load, room - ahead, release, delay_s)
+        coming = self._forecast(level, load, room - ahead, queue)
         tally.add(coming)
         squeezed = self._running(load, seats, release, tpot_s, tally)
         binds = squeezed or ahead > room or (coming.requests > 0 and self._overflows(load, room - ahead, release))
@@ -208,16 +215,24 @@ class Predictor:
 
     def _steady(self, level: int, load: Load) -> float:
         """Return how many run side by side once arrivals and ends balance (Little's law); many where they never do."""
-        time, typical, rate = self._times[level], load.typical, load.arrival_rate * load.factor
-        share = rate * (
-            time.per_prefill_token_s * typical.prompt_tokens
-            + typical.output_tokens * (time.per_seq_s + time.per_context_token_s * typical.mean_context)
-        )
-        if share >= 1.0:
-            return float(self._limits.max_num_seqs)
-        return rate * typical.output_tokens * time.base_s / (1.0 - share)
+        tpot_s = self.lasting_tpot_s(level, load, load.arrival_rate)
+        return load.arrival_rate * load.typical.output_tokens * tpot_s if tpot_s < inf else self._limits.max_num_seqs
 
-    def _forecast(self, level: int, load: Load, room: float, release: float, delay_s: float) -> Late:
+    def lasting_tpot_s(self, level: int, load: Load, rate: float) -> float:
+        """Return the time per output token once arrivals at a rate and ends balance; infinite where they never do."""
+        time, typical = self._times[level], load.typical
+        each_s = time.per_prefill_token_s * typical.prompt_tokens + typical.output_tokens * (
+            time.per_seq_s + time.per_context_token_s * typical.mean_context
+        )
+        share = rate * load.factor * each_s
+        return load.factor * time.base_s / (1.0 - share) if share < 1.0 else inf
+
+    def full_step_s(self, level: int, load: Load) -> float:
+        """Return the time of a step of as many sequences as the engine lets run, without their prefill."""
+        most = self._limits.max_num_seqs
+        return self._times[level].seconds(most, 0, most * load.typical.mean_context)
+
+    def _forecast(self, level: int, load: Load, room: float, at: _Queue) -> Late:
         """Return expected violations among those that come within the horizon, and how many come."""
         number = load.arrival_rate * load.horizon_s
         if number <= 0:
@@ -226,11 +241,11 @@ class Predictor:
         prefill_s = load.typical.prompt_tokens * self._times[level].per_prefill_token_s * load.factor
         for point in range(_FORECAST_POINTS):
             at_s = (point + 0.5) / _FORECAST_POINTS * load.horizon_s
-            queue = load.arrival_rate * at_s - room - release * at_s
-            wait = max(delay_s - at_s, 0.0) + prefill_s
+            queue = load.arrival_rate * at_s - room - at.release * at_s
+            wait = max(at.delay_s - at_s, 0.0) + prefill_s
             if queue > 0:
-                wait += queue / release
-            late += each * chance_late(wait, load.ttft_s, load.sigma)
+                wait += queue / at.release
+            late += each * either(chance_late(wait, load.ttft_s, load.sigma), at.slow)
         return Late(late, number)
 
     def _overflows(self, load: Load, room: float, release: float) -> bool:

@@ -16,13 +16,14 @@ class SloTargets:
     target: float
     horizon_s: float
     dwell_s: float
+    nats_per_saved_request: float
     max_level: int
 
 
-_PRESETS: dict[str, tuple[float, float, float]] = {  # target, horizon_s, dwell_s
-    "accuracy": (0.05, 2.0, 0.5),
-    "default": (0.01, 3.0, 1.0),
-    "performance": (0.002, 6.0, 3.0),
+_PRESETS: dict[str, tuple[float, float, float, float]] = {  # target, horizon_s, dwell_s, nats_per_saved_request
+    "accuracy": (0.05, 2.0, 0.5, 100.0),
+    "default": (0.01, 3.0, 1.0, 300.0),
+    "performance": (0.002, 6.0, 3.0, 1000.0),
 }
 
 
@@ -32,10 +33,11 @@ def fill_in(config: SloConfig, ladder: Ladder) -> SloTargets:
     Raises:
         ValueError: `max_level` is not on the ladder.
     """
-    target, horizon_s, dwell_s = _PRESETS[config.mode]
+    target, horizon_s, dwell_s, nats = _PRESETS[config.mode]
     return SloTargets(
         target if config.target is None else config.target,
         horizon_s if config.horizon_s is None else config.horizon_s,
         dwell_s if config.dwell_s is None else config.dwell_s,
+        nats if config.nats_per_saved_request is None else config.nats_per_saved_request,
         max_level_of(config, ladder),
     )

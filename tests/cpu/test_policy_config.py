@@ -73,7 +73,7 @@ def test_annotated_values_are_the_defaults() -> None:
     policy, thresholds = (load_config(YAML / f"{name}.yaml").policy for name in ("default", "threshold"))
     assert isinstance(policy, SloConfig) and isinstance(thresholds, ThresholdConfig)
     bare = SloConfig(kind="slo")
-    filled = {name: None for name in ("target", "horizon_s", "dwell_s", "max_level")}
+    filled = {name: None for name in ("target", "horizon_s", "dwell_s", "nats_per_saved_request", "max_level")}
     assert policy.model_copy(update=filled) == bare and slo_targets(policy, ladder) == slo_targets(bare, ladder)
     assert fill_in(thresholds, ladder) == fill_in(ThresholdConfig(kind="threshold"), ladder)
 

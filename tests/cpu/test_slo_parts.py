@@ -74,6 +74,28 @@ def test_an_hour_of_silence_costs_one_update() -> None:
     assert forecast.rate(3.0) < 0.1
 
 
+def test_the_first_seconds_count_as_they_are() -> None:
+    """Guards: traffic that begins taken for a fifth of what it is, for a quarter of a minute."""
+    forecast = ArrivalForecast()
+    feed(forecast, 1.7, 0.0, 6.0, 0)
+    assert forecast.slow == pytest.approx(1.7, abs=0.8)
+    lone = ArrivalForecast()
+    lone.update(0.0, 0)
+    lone.update(0.3, 1)
+    assert lone.slow < 0.5, "one request is not three a second"
+
+
+def test_a_rate_that_grows_fourfold_is_seen_where_few_come() -> None:
+    """Guards: an alarm in standard deviations of a quarter second, which 1.6 a second after 0.4 never raises."""
+    alarms = 0
+    for seed in range(20):
+        forecast = ArrivalForecast()
+        count = feed(forecast, 0.4, 0.0, 60.0, 0, seed)
+        feed(forecast, 1.6, 60.0, 8.0, count, 100 + seed)
+        alarms += forecast.alarm
+    assert alarms >= 10, "it ends when the slow average has come as far"
+
+
 def steps(correction: Correction, factor: float, count: int, noise: float = 0.0) -> None:
     rng = random.Random(1)
     for number in range(count):

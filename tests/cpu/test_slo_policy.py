@@ -68,15 +68,17 @@ def test_a_draining_tail_enters_nothing(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(15))
-def test_long_prompts_that_wait_for_compute_enter_nothing(seed: int) -> None:
-    """Guards: a queue that waits for prefill taken for one that waits for KV."""
+def test_long_prompts_that_wait_for_compute_enter_nothing_slower(seed: int) -> None:
+    """Guards: a queue that waits for prefill taken for one that waits for KV; W8 computes faster, W4 does not."""
     rng, at, made = random.Random(seed), 0.0, []
     for _ in range(60):
         at += rng.expovariate(2.6)
         made.append((at, rng.randint(900, 2000), rng.randint(5, 20)))
     server = SimServer(num_blocks=1500, block_size=32, max_model_len=4096)
-    result = run(workload(made), SLO, server, seed=seed)
-    assert result.transitions == 0
+    load = workload(made)
+    result = run(load, SLO, server, seed=seed)
+    assert {level for level, tokens in result.tokens_by_level.items() if tokens} <= {"0", "1"}
+    assert violations(result) <= violations(run(load, None, server, seed=seed))
 
 
 @pytest.mark.parametrize("seed", range(4))

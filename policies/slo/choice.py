@@ -1,0 +1,65 @@
+"""Which level is worth its cost: the price of a late request against nats per token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from policies.slo.predictor import Load, Prediction, Predictor
+
+_AS_QUICK = 1.02  # times the quickest shallower level's step: within what such measurements scatter
+_LASTS = 1.0  # times the arrivals of the last seconds are what compute must keep up with, if they last
+_SAVED = 1.0  # requests that a level which computes slower must save
+_SAVED_SHARE = 0.5  # and so many of those that would be late: half is beyond the error of a prediction
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """The terms on which levels are compared: of one load, the same for all."""
+
+    price: float  # nats per request that is saved
+    costs: Sequence[float]  # by level, nats per token
+    tokens: float  # within the horizon
+    quick_end: int  # the last of the levels of which each computes as fast as those before it
+    lasting: int  # the shallowest of these whose compute keeps up if the load lasts
+
+    def total(self, level: int, prediction: Prediction) -> float:
+        """Return what a level costs within the horizon, in nats."""
+        return self.price * prediction.violations + self.costs[level] * self.tokens
+
+    def best(self, predictions: Sequence[Prediction], target: float) -> int:
+        """Return the level that costs least.
+
+        Where not even that one keeps the promise the quickest is taken at once: what it does not serve now is late
+        soon. A level that computes slower is for those that its room saves, and must save them: a crowd that it lets in
+        has its tokens late.
+        """
+        totals = [self.total(level, prediction) for level, prediction in enumerate(predictions)]
+        best = min(range(self.quick_end + 1), key=lambda level: (totals[level], level))
+        best = max(best, self.lasting)
+        if not predictions[best].keeps(target):
+            best = self.quick_end
+        slower = [level for level in range(self.quick_end + 1, len(totals)) if totals[level] < totals[best]]
+        if not slower:
+            return best
+        deeper = min(slower, key=lambda level: (totals[level], level))
+        late = predictions[best].violations
+        return deeper if late - predictions[deeper].violations > max(_SAVED, _SAVED_SHARE * late) else best
+
+
+def quick_end(predictor: Predictor, load: Load, num_levels: int) -> int:
+    """Return the last of the levels of which each computes as fast as those before it, however many run."""
+    usual = [predictor.full_step_s(level, load) for level in range(num_levels)]
+    end, quickest = 0, usual[0]
+    while end + 1 < num_levels and usual[end + 1] <= _AS_QUICK * quickest:
+        end += 1
+        quickest = min(quickest, usual[end])
+    return end
+
+
+def lasting(predictor: Predictor, load: Load, rate: float, end: int) -> int:
+    """Return the shallowest level up to `end` whose compute keeps up with so many requests per second; else `end`."""
+    for level in range(end):
+        if predictor.lasting_tpot_s(level, load, _LASTS * rate) <= load.tpot_s:
+            return level
+    return end
