@@ -93,7 +93,7 @@ def test_a_limit_that_a_level_keeps_counts() -> None:
 
 def test_one_that_runs_is_not_all_that_run() -> None:
     """Guards: the limit of one running request by which all of them are judged: 6 late ones where 1 is."""
-    engine = Engine(made(**NO_FLOOR, target=0.2), level=1)
+    engine = Engine(made(**NO_FLOOR, target=0.2, nats_per_saved_request=1.0), level=1)
     engine.run(1, 1, RequestLimits(tpot_s=0.014))  # 15 ms at level 0, 9 in W8
     engine.run(5, 1)
     assert engine.seconds_to_level_0() is not None

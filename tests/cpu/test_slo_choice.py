@@ -101,6 +101,7 @@ def test_a_burst_goes_to_all_of_the_quick_format_at_once() -> None:
     waiting = (Cohort(200, 12_800, 98.2, 99.9),)
     blocks = LADDER[0].num_kv_blocks
     burst = replace(
-        QUIET, used_kv_blocks=blocks - 1, num_waiting=200, num_running=8, oldest_wait_s=1.8, waiting=waiting, step_s=0.02
+        QUIET, used_kv_blocks=blocks - 1, num_waiting=200, num_running=8, oldest_wait_s=1.8, waiting=waiting,
+        step_s=0.02,
     )  # fmt: skip
     assert policy.decide(burst).level == ALL_W8
