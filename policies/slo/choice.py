@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from policies.slo.predictor import Load, Prediction, Predictor
 
 _AS_QUICK = 1.02  # times the quickest shallower level's step: within what such measurements scatter
-_LASTS = 1.0  # times the arrivals of the last seconds are what compute must keep up with, if they last
 _SAVED = 1.0  # requests that a level which computes slower must save
 _SAVED_SHARE = 0.5  # and so many of those that would be late: half is beyond the error of a prediction
 
@@ -60,6 +59,6 @@ def quick_end(predictor: Predictor, load: Load, num_levels: int) -> int:
 def lasting(predictor: Predictor, load: Load, rate: float, end: int) -> int:
     """Return the shallowest level up to `end` whose compute keeps up with so many requests per second; else `end`."""
     for level in range(end):
-        if predictor.lasting_tpot_s(level, load, _LASTS * rate) <= load.tpot_s:
+        if predictor.lasting_tpot_s(level, load, rate) <= load.tpot_s:
             return level
     return end

@@ -40,6 +40,7 @@ def test_what_a_request_is_worth_decides() -> None:
     assert CHEAP.best(late(0.3, 0.0, 0.0), 0.01) == 1, "10 nats for 30"
     assert CHEAP.best(late(0.05, 0.0, 0.0), 0.01) == 0
     assert replace(CHEAP, price=1000.0).best(late(0.05, 0.0, 0.0), 0.01) == 1
+    assert replace(CHEAP, lasting=1).best(late(0.0, 0.0, 0.0), 0.01) == 1, "no shallower one keeps up"
 
 
 def test_a_slower_level_must_save_more_than_the_error() -> None:
@@ -81,6 +82,7 @@ def test_compute_that_does_not_keep_up_asks_for_a_quicker_level() -> None:
     found = [lasting(made, load(), rate, ALL_W8) for rate in rates]
     assert found == sorted(found) and set(found) == set(range(ALL_W8 + 1))
     tpot_s = [made.lasting_tpot_s(0, load(), rate) for rate in (0.0, 1.0, 1000.0)]
+    assert lasting(made, replace(load(), tpot_s=0.99 * tpot_s[1]), 1.0, ALL_W8) > 0, "it keeps up, and is late"
     assert tpot_s == [pytest.approx(0.012), pytest.approx(tpot_s[1]), float("inf")] and tpot_s[1] > 0.012
 
 
