@@ -86,13 +86,14 @@ class Server:
                 pytest.fail(f"exit code {self.process.wait(0.05)}:\n{self.log.read_text()[-4000:]}")
 
     def metrics(self) -> dict[tuple[str, str], float]:
-        """morphserve:* samples by (name, value of the first label beside `engine`)."""
-        return {
-            (sample.name.removeprefix("morphserve:"), _first_label(sample.labels)): sample.value
-            for family in text_string_to_metric_families(self.get("/metrics"))
-            if family.name.startswith("morphserve:")
-            for sample in family.samples
-        }
+        """morphserve:* samples by (name, value of the first label beside `engine`), the sum over further labels."""
+        found: dict[tuple[str, str], float] = {}
+        for family in text_string_to_metric_families(self.get("/metrics")):
+            if family.name.startswith("morphserve:"):
+                for sample in family.samples:
+                    key = sample.name.removeprefix("morphserve:"), _first_label(sample.labels)
+                    found[key] = found.get(key, 0) + sample.value
+        return found
 
     def wait_for(self, what: str, check: Callable[[], bool], interval_s: float = 0.1) -> None:
         """Ask until `check` holds; the wait between two questions ends early if the server dies."""
