@@ -39,7 +39,7 @@ _QUEUE_SHARE = 0.5  # and those who wait are to be served within that share of t
 class SloPolicy:
     """A policy that predicts: deeper when that saves requests, shallower when that would have done for a dwell.
 
-    1. Degrades only while KV is what binds, and only for requests that the deeper level saves.
+    1. Takes the level of least cost; one that computes slower only while KV binds, and for requests that it saves.
     2. Level changes stay within the token bucket; a way down is always paid for before a way up is taken.
     3. When predictions have been wrong, thresholds decide until they are right again, up to the level that computes
        fastest.
