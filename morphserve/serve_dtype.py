@@ -52,7 +52,7 @@ def resolve_dtype(asked: str, model: str | None) -> str | None:
         return None
     sys.stderr.write(
         f"Every engine runs in float32: this CPU (tier {cpu_tier.tier()}) has no bf16 instructions and would compute "
-        "bf16 several times slower. --dtype bfloat16 (make: DTYPE=bfloat16) overrides.\n"
+        "bf16 several times slower. --dtype bfloat16 overrides.\n"
     )
     return "float32"
 

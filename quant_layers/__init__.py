@@ -16,7 +16,7 @@ from quant_layers.kernels.marlin import W4A16Marlin, W8A16Marlin
 from quant_layers.kernels.registry import CANDIDATES, FORMATS, Kernel, register
 from quant_layers.kernels.selftest import KernelReport, by_preference, check_kernel, choose, probe
 from quant_layers.likeness import FirstLook, HalfLayer
-from quant_layers.private import private_directory
+from quant_layers.private import only_ours, private_directory
 from quant_layers.sources.checkpoint import Checkpoint, ImportedLayer, tensor_files
 from quant_layers.sources.profile import Profile, ProfileLevel, base_fingerprint, read_profile, write_profile
 from quant_layers.sources.sensitivity import Change, Move, QuadraticCost, Unit, greedy, layer_importance_order
@@ -79,6 +79,7 @@ __all__ = [
     "LoadedPart",
     "Move",
     "Native",
+    "only_ours",
     "Part",
     "PartSource",
     "private_directory",

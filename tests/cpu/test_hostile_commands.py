@@ -17,6 +17,7 @@ UNDER_A_FILE = ("{tmp}/file/x", "Not a directory. Give a place that exists and c
 SIMULATE = ("simulate", "--workload", "convD", "--compare", "stock,morphserve")
 TUNE = ("tune", "--config", "demo", "--dev", "convD", "--held-out", "convE")
 
+NO_MODEL = "model: '{tmp}/no/such/model' is neither a directory nor a hub repository"
 # words of the command line, words of the message; status 1: the command understood, and what it names is no good
 FAILS: list[tuple[tuple[str, ...], str]] = [
     (("init", NOWHERE), NO_HOME),
@@ -33,6 +34,7 @@ FAILS: list[tuple[tuple[str, ...], str]] = [
     (("replay", "--workload", NOWHERE, "--dry-run"), NO_HOME),
     (("replay", "--workload", "{tmp}/none.jsonl", "--dry-run"), "No such file or directory"),
     (("replay", "--workload", "{tmp}/file", "--dry-run"), "are none of the known layouts"),
+    (("replay", "--workload", "conv_whole", "--dry-run"), "is a list of windows: `morphserve sweep --window"),
     (("replay", "--workload", "convD", "--rate-scale", "1e-300", "--dry-run"), "must be 1e-06 to 1e+06"),
     (("replay", "--workload", "convD", "--model", "m", "--config", "demo", "--out", UNDER_A_FILE[0]), UNDER_A_FILE[1]),
     ((*SIMULATE, "--config", "demo", "--step-times", NOWHERE, "--out", "{tmp}/new"), "home directory"),
@@ -67,6 +69,9 @@ FAILS: list[tuple[tuple[str, ...], str]] = [
     (("calibrate", "m", "--out", "{tmp}/none/times.json"), "No such file or directory. Give a place"),
     (("calibrate", "m", "--out", "{tmp}"), "--out {tmp} is a directory"),
     (("calibrate", "m", "--out", NOWHERE), NO_HOME),
+    (("measure-kl", "{tmp}/no/such/model"), NO_MODEL),
+    (("chaos", "{tmp}/no/such/model"), NO_MODEL),
+    (("quantize", "{tmp}/no/such/model", "--out", "{tmp}/new", "--environment", "{tmp}/env"), NO_MODEL),
     (("quantize", "m", "--out", UNDER_A_FILE[0]), UNDER_A_FILE[1]),
     (("quantize", "m", "--out", "{tmp}/new", "--text", "{tmp}/none"), "--text {tmp}/none: No such file or directory"),
     (("quantize", "m", "--out", "{tmp}/new", "--environment", NOWHERE), NO_HOME),
@@ -134,5 +139,5 @@ def test_a_command_line_that_is_wrong(words: tuple[str, ...], said: str, capsys:
 def test_every_command_that_takes_a_file_is_here() -> None:
     """Guards: a new command that nobody has given nonsense."""
     tried = {words[0] for words, _ in [*FAILS, *USAGE]}
-    without = {"demo", "check", "chaos", "pin", "restore", "pause", "resume", "drain"}
+    without = {"demo", "check", "pin", "restore", "pause", "resume", "drain"}
     assert {command.name for command in COMMANDS} - tried == without, "these take no file of the user's but a token"

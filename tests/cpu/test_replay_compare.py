@@ -20,6 +20,7 @@ import pytest
 from cpu import replay_fakes
 from cpu.replay_fakes import CORPUS, encode
 
+from morphserve.config import parse_config
 from morphserve.errors import ConfigError
 from morphserve.tools.bench import main, paired
 from morphserve.tools.bench.comparison import Comparison, derived_config
@@ -164,28 +165,33 @@ def test_repeats_are_interleaved_and_folded(tmp_path: Path) -> None:
     assert stock["ttft_p50_s"] == pytest.approx(sum(both) / 2)
 
 
+def test_no_config_is_what_a_server_without_one_does(tmp_path: Path) -> None:
+    """Guards: a user who must write a file to see what he gets without one."""
+    asked = replace(comparison(tmp_path, "stock", "morphserve"), config=None)
+    asked.check()
+    derived, default = (parse_config(each, "here") for each in (asked.derived("morphserve", tmp_path), {}))
+    assert derived.model_dump(exclude={"policy"}) == default.model_dump(exclude={"policy"})
+    assert derived.policy.kind == default.policy.kind
+
+
 @pytest.mark.parametrize(
     ("names", "config", "error"),
     [
         (("stock", "fp8"), "kv: {}", ReplayError),
         (("stock", "stock"), "kv: {}", ReplayError),
         ((), "kv: {}", ReplayError),
-        (("stock", "morphserve"), None, ReplayError),
         (("stock", "morphserve"), "polcy: {}", ConfigError),
         (("stock", "static_w9"), "kv: {}", ReplayError),
         (("stock", "morphserve"), "policy: {kind: slo}\nstep_times: /none.json", ReplayError),
     ],
 )
 def test_impossible_comparisons_are_refused_first(
-    tmp_path: Path, names: tuple[str, ...], config: str | None, error: type[Exception]
+    tmp_path: Path, names: tuple[str, ...], config: str, error: type[Exception]
 ) -> None:
     """Guards the user's minutes: what fails at the second server must be refused before the first."""
     asked = comparison(tmp_path, *names)
-    if config is None:
-        asked = replace(asked, config=None)
-    else:
-        assert asked.config is not None
-        asked.config.write_text(config, encoding="utf-8")
+    assert asked.config is not None
+    asked.config.write_text(config, encoding="utf-8")
     with pytest.raises(error):
         asked.check()
     assert not (tmp_path / "out").exists()

@@ -82,7 +82,6 @@ def test_a_workload_by_seed_needs_no_file(
         (["--step-times", "x", "--out", "o", "--policy", "../a=x.yaml"], "a name is of letters"),
         (["--step-times", "x", "--out", "o", "--policy", "a=x", "--policy", "a=y"], "give each name once"),
         (["--step-times", "x", "--out", "o", "--policy", "a=none.yaml", "--compare", "a"], "none.yaml"),
-        (["--step-times", "x", "--out", "o", "--compare", "morphserve"], "needs --config"),
     ],
 )
 def test_bad_options_are_explained(

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import stat
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
@@ -31,6 +32,7 @@ from morphserve.config import parse_config
 from morphserve.errors import ConfigError, SeamError
 from morphserve.integration import seams
 from morphserve.integration.seams import check
+from morphserve.integration.start import settings_of
 from morphserve.integration.worker import layers as rank_layers
 from morphserve.integration.worker import sources
 from morphserve.integration.worker.worker import install_worker_seams
@@ -242,6 +244,33 @@ def test_places_that_cannot_be_written_to_are_refused(models: dict[str, str], tm
     made = {"decision_log": str(tmp_path / "a" / "log.jsonl"), "cache_dir": str(tmp_path / "b" / "c")}
     engine_args(models["llama"], made).create_engine_config()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_home_that_cannot_be_written_to_is_got_round_with_one_warning(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards: no server in a container without a writable home, one that packs where others can write, or a second
+    directory for each start."""
+    monkeypatch.delenv("MORPHSERVE_CACHE", raising=False)
+    monkeypatch.setattr("morphserve.integration.start.places.cache_root", lambda: Path("/dev/null/cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("morphserve.integration.start.places.logger", logging.getLogger("test.places"))
+    settings = {"cache_dir": "/dev/null/cache"}
+    for _ in range(2):
+        caplog.clear()
+        stated = settings_of(engine_args(models["llama"], settings).create_engine_config())
+        assert stated is not None and stated.cache_dir == tmp_path / f"morphserve-{os.geteuid()}"
+        (warning,) = [text for text in _warnings(caplog) if "/dev/null is no directory" in text]
+        assert "MORPHSERVE_CACHE" in warning and str(stated.cache_dir) in warning
+    assert stat.S_IMODE(stated.cache_dir.stat().st_mode) == 0o700
+    with pytest.raises(ConfigError, match="prepare: when_idle: what is made must be kept"):
+        engine_args(models["llama"], {**settings, "prepare": "when_idle"}).create_engine_config()
+    stated.cache_dir.chmod(0o777)
+    with pytest.raises(ConfigError, match="open to others. Set cache_dir, or MORPHSERVE_CACHE"):
+        engine_args(models["llama"], settings).create_engine_config()
+    monkeypatch.setenv("MORPHSERVE_CACHE", "/dev/null/cache")
+    with pytest.raises(ConfigError, match="cache_dir: /dev/null/cache: /dev/null is no directory .* Give another"):
+        engine_args(models["llama"], settings).create_engine_config()
 
 
 def test_a_checkpoint_of_another_model_is_refused(models: dict[str, str], tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from morphserve.control import RankBytes, build_ladder, check_floor, ladder_form
 from morphserve.errors import ConfigError
 from morphserve.integration.start.device import check_platform, device_type, serving_residence
 from morphserve.integration.start.device_checks import check_device, check_graph_buffers
-from morphserve.integration.start.settings import for_this_device, settings_of
-from morphserve.integration.start.sources import check_places, check_sources
+from morphserve.integration.start.places import check_log, with_cache
+from morphserve.integration.start.settings import STATED, for_this_device, settings_of
+from morphserve.integration.start.sources import check_sources
 from morphserve.profile_ladder import read_ladder
 from morphserve.user_input import read_tokens
 from policies import BASE_FORMAT, EngineLimits, Ladder, Policy, PolicySetup, load_step_times
@@ -25,7 +26,7 @@ _PROPOSERS = ("ngram",)
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
-    """Refuse what MorphServe cannot serve.
+    """Refuse what MorphServe cannot serve; leave the settings with a cache directory that can be written.
 
     Raises:
         ConfigError: value, limit, remedy.
@@ -36,7 +37,10 @@ def check_engine(vllm_config: VllmConfig) -> None:
     check_platform()
     check_formats(config, FORMATS)
     read_tokens(config.admin.token_file, config.admin.read_token_file)  # as the API server, once weights are loaded
-    check_places(config, with_cache=not serving_residence().in_pages)
+    check_log(config.decision_log)
+    if not serving_residence().in_pages:  # which keeps nothing there
+        config = with_cache(config)
+        setattr(vllm_config, STATED, config)
     _check_model(vllm_config)
     _check_features(vllm_config)
     _check_lora(config, vllm_config)

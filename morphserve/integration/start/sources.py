@@ -1,17 +1,15 @@
-"""Kernels, checkpoints and places that the settings name. What is wrong with one of them is said before weights load.
+"""Kernels and checkpoints that the settings name. What is wrong with one of them is said before weights load.
 
 What only a rank can find out it says later: that a kernel does not pass its test, that tensors do not fit.
 """
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from morphserve.config import MorphServeConfig
 from morphserve.errors import ConfigError
 from morphserve.hub import find_files
-from morphserve.user_input import user_path
 from quant_layers import Checkpoint, QuantError, by_preference
 
 if TYPE_CHECKING:
@@ -43,26 +41,3 @@ def check_sources(config: MorphServeConfig, model: ModelConfig, device: str) -> 
             Checkpoint.open(directory).check_shape(model.hf_text_config.to_dict())
         except QuantError as e:
             raise ConfigError(f"variants: {fmt}: {e}") from e
-
-
-def check_places(config: MorphServeConfig, with_cache: bool) -> None:
-    """Refuse places that could not be written to; nothing is made.
-
-    Args:
-        config: the settings.
-        with_cache: layers are kept there, as they are not in pages of a device.
-
-    Raises:
-        ConfigError: value, limit, remedy.
-    """
-    log, cache = config.decision_log, config.cache_dir if with_cache else None
-    for key, named in (("cache_dir", cache), ("decision_log", log and log.parent)):
-        if named is None:
-            continue
-        place = user_path(named).absolute()
-        while not os.path.lexists(place):
-            place = place.parent  # what is missing is made
-        if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-            raise ConfigError(f"{key}: {named}: {place} is no directory that this user can write to. Give another.")
-    if log is not None and (file := user_path(log)).exists() and not (file.is_file() and os.access(file, os.W_OK)):
-        raise ConfigError(f"decision_log: {log} is no file that this user can write to. Give another.")

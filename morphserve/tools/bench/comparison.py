@@ -15,7 +15,7 @@ from morphserve import cpu_tier
 from morphserve.config import load_config, parse_config, step_times_file
 from morphserve.control import ladder_formats
 from morphserve.serve_dtype import model_dtype
-from morphserve.shipped import config_file
+from morphserve.shipped import DEFAULT_CONFIG, config_file
 from morphserve.tools.bench.load.measure import Measurement
 from morphserve.tools.bench.load.server import ServerOptions
 from morphserve.tools.options import option
@@ -54,7 +54,7 @@ class Comparison:
     )
     # The static runs derive theirs from it.
     config: Path | None = option(
-        "MorphServe config of the morphserve run and the static baselines",
+        "MorphServe config of the morphserve run and the static baselines; default: as with no settings at all",
         default=None,
         type=config_file,
         metavar="YAML",
@@ -82,7 +82,7 @@ class Comparison:
             is_simulated: step times come from elsewhere.
 
         Raises:
-            ReplayError: unknown or repeated run names, a missing --config, a format or step times that are not there.
+            ReplayError: unknown or repeated run names, a format or step times that are not there.
             ConfigError: a config that MorphServe would refuse.
         """
         own = [name for name, _ in self.policies]
@@ -135,21 +135,14 @@ class Comparison:
             )  # fmt: skip
 
     def config_of(self, name: str) -> Path:
-        """Return the YAML that the user gave for a run with the plugin.
-
-        Raises:
-            ReplayError: there is none.
-        """
-        path = dict(self.policies).get(name, self.config)
-        if path is None:
-            raise ReplayError(f"--compare {','.join(self.names)} needs --config with a MorphServe YAML.")
-        return path
+        """Return the YAML of a run with the plugin: what a server without one does, where the user gave none."""
+        return dict(self.policies).get(name, self.config or DEFAULT_CONFIG)
 
     def derived(self, name: str, directory: Path) -> dict[str, Any]:
         """Return the config of a run whose files are in `directory`; empty for stock.
 
         Raises:
-            ReplayError, ConfigError: there is none, or MorphServe would refuse it.
+            ConfigError: MorphServe would refuse it.
         """
         return {} if name == STOCK else derived_config(self.config_of(name), name, directory, self.promise)
 
@@ -157,7 +150,7 @@ class Comparison:
         """Make `directory` with the config of a run in it, and return the file; None for stock, which has no config.
 
         Raises:
-            ReplayError, ConfigError: see `derived`.
+            ConfigError: see `derived`.
         """
         config = self.derived(name, directory)
         directory.mkdir(parents=True, exist_ok=True)

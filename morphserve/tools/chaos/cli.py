@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from morphserve.hub import find_files
 from morphserve.tools.chaos.judge import Seen, figures, judge
 from morphserve.tools.chaos.report import report
 from morphserve.tools.chaos.run import ChaosServer, Runner
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve chaos") -> i
     found: dict[str, Any] = {}
 
     def job() -> dict[str, Any]:
+        args.model = str(find_files(args.model, "model"))
         directory = args.out or Path(tempfile.mkdtemp(prefix="morphserve-chaos-"))
         directory.mkdir(parents=True, exist_ok=True)
         say(f"logs: {directory}")

@@ -165,7 +165,9 @@ def _checked(args: argparse.Namespace) -> tuple[list[dict[int, str]], dict[str, 
         known = [kernel.name for kernel in CANDIDATES if kernel.canonical.format == fmt]
         if name not in known:
             raise ConfigError(f"--kernel {fmt}={name}: kernels of {fmt} are {', '.join(known)}. Take one of these.")
-    return read_levels(args.levels, FORMATS), variants, kernels
+    levels = read_levels(args.levels, FORMATS)
+    find_files(args.model, "model")
+    return levels, variants, kernels
 
 
 def by_format(pairs: Sequence[str], option: str, known: Collection[str]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from morphserve.cache import cache_root
 from morphserve.errors import ConfigError
+from morphserve.hub import find_files
 from morphserve.shipped import TEXT, text_file
 from morphserve.tools.checks import at_least, check_directory, check_texts
 from morphserve.tools.command import command_parser, fail
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve quantize") -
         check_texts(args.text, "--text")
         environment = user_path(args.environment)
         check_directory(environment, "--environment")
+        find_files(args.model, "model")
     except ConfigError as e:
         return fail(prog, e)
     python = _environment(environment, prog)

@@ -45,6 +45,8 @@ def read_trace(path: str | Path, seed: int = 0) -> list[TraceRequest]:
         WorkloadError: unreadable or empty file, unknown columns, a bad line (with its number).
     """
     file = user_path(path)
+    if file.suffix in (".yaml", ".yml"):
+        raise WorkloadError(f"{file} is a list of windows: `morphserve sweep --window {path}` takes it.")
     with _opened(file) as stream:
         is_jsonl = file.suffix in (".jsonl", ".json")
         requests = _in_order(_read_jsonl(stream, file) if is_jsonl else _read_csv(stream, file, seed), file)
