@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -261,6 +263,19 @@ def test_checks_of_memory_survive_an_optimized_python() -> None:
     kept, outside = done.stdout.splitlines()
     assert "EINVAL" in kept and "mlockall" in kept
     assert f"row {1 << 40}" in outside
+
+
+def test_pages_that_cannot_be_counted_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: what a vector that nobody has written holds, taken for the resident pages that a growth need not pay."""
+    backing = HostBacking(4 * PAGE)
+
+    def refuse(*_: object) -> int:
+        ctypes.set_errno(errno.EAGAIN)
+        return -1
+
+    monkeypatch.setattr(kv_resize.backing, "_libc", SimpleNamespace(mincore=refuse))
+    with pytest.raises(BackingError, match=f"mincore of {4 * PAGE:,} B: EAGAIN"):
+        backing.resident_bytes([(0, 4 * PAGE)])
 
 
 def test_kernel_without_populate_keeps_live_bytes() -> None:

@@ -36,7 +36,7 @@ SCENARIOS: dict[str, tuple[dict[str, str], tuple[int, int, int]]] = {
     "MorphServeErrors": ({'errors_total{engine="0",where="prepare"}': "2x20 3x40"}, (19, 25, 50)),
     "MorphServeStaysDegraded": (
         {'level{engine="0"}': "0x5 4x70 0x20", 'policy{engine="0",kind="static"}': "0x95",
-         'order{engine="0",kind="pin"}': "0x95", 'order{engine="0",kind="pause"}': "1x95"}, (30, 70, 80)),
+         'order{engine="0",kind="pin"}': "0x95", 'order{engine="0",kind="pause"}': "1x95"}, (62, 70, 80)),
     "MorphServePolicyRefused": ({'policy_reloads_total{engine="0",outcome="refused"}': "0x5 1x40"}, (4, 8, 30)),
     "MorphServePredictionsDistrusted": ({'predictions{engine="0",state="distrusted"}': "0x5 1x30 0x9"}, (15, 30, 40)),
     "MorphServeDecisionsDropped": ({'decisions_dropped_total{engine="0"}': "0x5 0+9x5 54x40"}, (4, 9, 40)),

@@ -16,8 +16,8 @@ import pytest
 import torch
 from quant_world import NUM_LAYERS, World
 
-from morphserve.residence import AtOnce, Patience, RankTransition, Reader, StoredParts
-from quant_layers import StoreError
+from morphserve.residence import AtOnce, PartsKey, Patience, RankTransition, Reader, StoredParts
+from quant_layers import BASE, StoreError, VariantStore
 
 
 class _KV:
@@ -246,3 +246,41 @@ def test_nothing_of_a_read_outlives_who_asked(fails: bool) -> None:
     if not fails:
         done = None
     assert gone.wait(10)
+
+
+# ---- what a start makes of its files
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [("changed", "has sha256"), ("missing", "found 'No such file or directory'"), ("other", "is not what was loaded")],
+)
+def test_what_is_damaged_again_ends_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, said: str
+) -> None:
+    """Guards: a disk that damages what a start has just made again, and layers that are then read unseen: what was
+    never verified has no digests to be held against."""
+    write, num_written = VariantStore.write, 0
+
+    def write_to_a_bad_disk(store: VariantStore, layer: int, fmt: str, tensors: Any, kernel: str = "") -> Any:
+        nonlocal num_written
+        num_written += 1
+        if damage == "other":
+            tensors = {"down": {"weight": torch.zeros(8, 8)}}
+        row = write(store, layer, fmt, tensors, kernel)
+        file = store.directory / row.file
+        if damage == "missing":
+            file.unlink()
+        elif damage == "changed":
+            file.write_bytes(file.read_bytes()[:-4] + bytes(4))
+        return row
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("nothing is built")
+
+    monkeypatch.setattr(VariantStore, "write", write_to_a_bad_disk)
+    parts = StoredParts(VariantStore.open(tmp_path, "fp"), PartsKey(tmp_path, lambda: "fp", {}, {}), never)
+    parts.keep(0, BASE, lambda: {"down": {"weight": torch.ones(8, 8)}})
+    with pytest.raises(StoreError, match=rf"{said}.*; delete .*, and the next start builds it again"):
+        parts.seal()
+    assert num_written == 2  # once more, and no more
