@@ -13,12 +13,12 @@ import pytest
 from cpu.sim_world import CALIBRATION, SERVER, config, workload
 
 from morphserve.config import MorphServeConfig, parse_config
+from morphserve.control import Controller, EngineView
 from morphserve.errors import ConfigError
 from morphserve.tools.bench import main
 from morphserve.tools.clairvoyant import Frontier, Point, SearchOptions, World, find, search
 from morphserve.tools.clairvoyant.world import Limit
 from morphserve.tools.sim import Schedule, simulate
-from morphserve.tools.sim.morphing import ScheduledMorphing
 from morphserve.tools.workload import Slo, WorkloadSpec, load_workload
 
 DEMO = Path(__file__).parents[2] / "policies" / "yaml" / "demo.yaml"
@@ -47,19 +47,25 @@ def test_what_a_policy_wanted_makes_the_same_run_again(asynchronous: bool) -> No
             assert len(done.schedule.levels) >= 3
 
 
-def test_a_tick_after_a_failed_transition_is_never_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a wait that a drain's time-out began, and whose end a tick sees while nothing else is wanted."""
-    own = config()
-    patient = own.transition.model_copy(update={"backoff_s": 60.0, "backoff_max_s": 60.0})
-    hasty = own.kv.model_copy(update={"drain_timeout_s": 0.01})
-    settings = own.model_copy(update={"transition": patient, "kv": hasty})
-    crowds = workload([(start + i / 50, 100, 200) for start in (0.0, 20.0) for i in range(17)])
-    schedule = Schedule((0.0, 1.5, 2.2, 21.5), (1, 0, 1, 0))
-    done = simulate(crowds, SERVER, settings, CALIBRATION, schedule=schedule)
-    assert done.status is not None and done.status["counters"]["transitions"]["restore_aborted"] == 2
-    monkeypatch.setattr(ScheduledMorphing, "_has_aborted", True)  # from the start: no tick is left out
-    ticked = simulate(crowds, SERVER, settings, CALIBRATION, schedule=schedule)
-    assert ticked.ends == done.ends and ticked.levels == done.levels
+def test_ticks_are_left_out_until_a_transition_was_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a search ten times as slow; a wait after an aborted transition, whose end only a tick sees."""
+    ticks, whole = [0], Controller.tick
+
+    def counted(self: Controller, view: EngineView) -> None:
+        ticks[0] += 1
+        whole(self, view)
+
+    monkeypatch.setattr(Controller, "tick", counted)
+    crowds = workload([(start + i / 50, 100, 150) for start in (0.0, 20.0) for i in range(20)])
+    own, found = config(), []
+    for drain_timeout_s in (60.0, 0.01):
+        settings = own.model_copy(update={"kv": own.kv.model_copy(update={"drain_timeout_s": drain_timeout_s})})
+        ticks[0] = 0
+        done = simulate(crowds, SERVER, settings, CALIBRATION, schedule=Schedule((0.0, 1.5, 1.6), (1, 0, 1)))
+        assert done.status is not None
+        found.append(("restore_aborted" in done.status["counters"]["transitions"], ticks[0] / done.num_steps))
+    (calm, few), (aborted, many) = found
+    assert not calm and few < 0.2 and aborted and many > 0.5
 
 
 def test_the_best_of_a_tiny_load_is_found() -> None:
