@@ -52,7 +52,7 @@ class SearchOptions:
 def search(
     world: World, starts: Sequence[Point], targets: Sequence[int], end_s: float, options: SearchOptions, seed: int = 0
 ) -> Frontier:
-    """Return the best runs found; none of the starts, and no level that never changes, beats all of them.
+    """Return the best runs found: at least as good as each of the starts, and as each level that never changes.
 
     Args:
         world: whose levels are searched.
