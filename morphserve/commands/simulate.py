@@ -6,6 +6,15 @@ and last stdout line are those of `morphserve replay`.
 
     morphserve simulate --workload convD --step-times step_times.json \\
         --compare stock,morphserve,mine --config demo --policy mine=mine.yaml --out reports/sim
+
+With --clairvoyant a search that knows the future looks for the levels by time that cost the least KL, at no more late
+requests than each run has: OUT/clairvoyant.md says what each run costs beyond that (its regret), and where the nats go.
+It is a schedule that can be done, so a regret is at least what is said; docs/tuning.md tells how to read it. The last
+line on stdout has "clairvoyant": {"frontier", "policies": [{"name", "late", "expected_kl_per_token", "regret", "best",
+"schedule"}, ...]}, a schedule as pairs of seconds and level.
+
+    morphserve simulate --workload convD --step-times step_times.json --compare stock,morphserve,static_w8 \\
+        --config demo --clairvoyant --out reports/bound
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ from typing import Any
 
 from morphserve.errors import MorphServeError
 from morphserve.serve_dtype import AUTO, model_dtype, resolve_dtype
-from morphserve.tools.bench import simulated
+from morphserve.tools.bench import clairvoyant, simulated
 from morphserve.tools.bench.comparison import Comparison
 from morphserve.tools.bench.fit import Given, fit
 from morphserve.tools.bench.fitted import run_fitted
@@ -94,6 +94,8 @@ def _replay(args: argparse.Namespace) -> dict[str, Any]:
     settle_dtype(args)
     comparison = comparison_of(args, str(args.workload), workload, with_text=not args.simulate)
     comparison.check(is_simulated=args.simulate)
+    if args.clairvoyant:
+        clairvoyant.searched(args, comparison)  # before any run: what cannot be searched
     with ConsoleProgress(enabled=not args.quiet) as progress:
         comparison, results = _run(args, spec, comparison, progress)
     from morphserve.tools.bench.report.report import write_report  # matplotlib: not before it is needed
@@ -102,7 +104,10 @@ def _replay(args: argparse.Namespace) -> dict[str, Any]:
     summary = summarize(what.workload, str(args.workload), what.slo, results)
     page = write_report(summary, results, args.out)
     sys.stderr.write(f"{summary.headline}\n{page}\n")
-    return summary.document(str(page))
+    document = summary.document(str(page))
+    if args.clairvoyant:
+        document["clairvoyant"] = clairvoyant.find_best(args, comparison)
+    return document
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -112,6 +117,7 @@ def _check(args: argparse.Namespace) -> None:
         MorphServeError: an option is missing, or two contradict each other.
     """
     simulated.check_options(args)
+    clairvoyant.check_options(args)
     if not args.simulate and (args.out is None or (args.tokenizer or args.model) is None):
         raise MorphServeError("--out DIR and --model DIR (or, with --url, --tokenizer DIR) are needed to replay.")
     if not args.simulate and args.url is None and args.model is None:

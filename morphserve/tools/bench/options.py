@@ -8,7 +8,7 @@ from typing import Any
 
 from morphserve.serve_dtype import add_dtype_option
 from morphserve.shipped import TEXT, text_file
-from morphserve.tools.bench import simulated
+from morphserve.tools.bench import clairvoyant, simulated
 from morphserve.tools.bench.comparison import Comparison
 from morphserve.tools.bench.load.client import ClientOptions
 from morphserve.tools.bench.load.measure import Measurement
@@ -29,7 +29,9 @@ def build_parser(description: str | None, prog: str) -> argparse.ArgumentParser:
     run_options(group)
     _single_options(group)
     server_options(parser.add_argument_group("servers (the same for all runs)"))
-    simulated.simulation_options(parser.add_argument_group("simulation"))
+    group = parser.add_argument_group("simulation")
+    simulated.simulation_options(group)
+    clairvoyant.clairvoyant_options(group)
     return parser
 
 

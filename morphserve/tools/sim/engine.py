@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 
 from morphserve.tools.sim.morphing import Morphing
@@ -20,6 +20,7 @@ class SimEngine:
     """A model of vLLM's engine core: the same in the same order, on a clock of its own.
 
     Attributes:
+        requests: all of the workload, in the order of their arrival.
         now_s: since the start of the workload; below 0 while the controller settles before it.
         ends: when each step ended, by its number.
         levels: that each step's tokens count for.
@@ -36,7 +37,7 @@ class SimEngine:
         self.timed_out: list[SimRequest] = []
         self.tokens_by_level = [0]
         self._server = server
-        self._requests = requests
+        self.requests = requests
         self._pace = pace
         self._scheduler = scheduler
         self._morphing: Morphing | None = None
@@ -52,8 +53,10 @@ class SimEngine:
         self._due_s = 0.0  # of the next thing that is no step
         self._cutoff_s = requests[-1].arrival_s + server.cutoff_s
 
-    def run(self, recorder: Recorder, morphing: Morphing | None) -> None:
-        """Run the whole workload, and until level 0 after it."""
+    def run(
+        self, recorder: Recorder, morphing: Morphing | None, give_up: Callable[[SimEngine], bool] | None = None
+    ) -> None:
+        """Run the whole workload, and until level 0 after it; `give_up`: see `simulate`."""
         self._recorder, self._morphing = recorder, morphing
         if morphing is not None:
             self.tokens_by_level.extend([0] * (len(morphing.ladder) - 1))
@@ -64,6 +67,8 @@ class SimEngine:
         while True:
             if self._due_s <= self.now_s:
                 self._happen()
+                if give_up is not None and give_up(self):
+                    break
             if not scheduler.running and not scheduler.waiting and not in_flight:
                 if not self._idle():
                     break
@@ -131,14 +136,14 @@ class SimEngine:
                 self._morphing.on_arrival(now_s, request, self._scheduler)
         self._time_out(now_s)
         if now_s >= self._cutoff_s:
-            for request in self._requests:
+            for request in self.requests:
                 self._abort(request)
         self._due_s = min(self._recorder.due_s, self._next_arrival_s(), self._next_timeout_s(), self._next_cutoff_s())
 
     def _admit(self, until_s: float) -> None:
         """Bring requests to the server's door, where some are refused: beyond a queue limit, or a level's."""
         limit = self._queue_limit()
-        requests = self._requests
+        requests = self.requests
         while self._next < len(requests) and requests[self._next].arrival_s <= until_s:
             request = requests[self._next]
             self._next += 1
@@ -166,7 +171,7 @@ class SimEngine:
 
     def _time_out(self, now_s: float) -> None:
         while self._next_timeout_s() <= now_s:
-            request = self._requests[self._oldest]
+            request = self.requests[self._oldest]
             if self._abort(request):
                 self.timed_out.append(request)
             self._oldest += 1
@@ -184,15 +189,15 @@ class SimEngine:
         return True
 
     def _next_arrival_s(self) -> float:
-        return self._requests[self._next].arrival_s if self._next < len(self._requests) else inf
+        return self.requests[self._next].arrival_s if self._next < len(self.requests) else inf
 
     def _next_timeout_s(self) -> float:
         """Return the next time-out of those that have come: they come in order, so they time out in order."""
-        while self._oldest < self._next and self._requests[self._oldest].state is State.DONE:
+        while self._oldest < self._next and self.requests[self._oldest].state is State.DONE:
             self._oldest += 1
         if self._oldest == self._next:
             return inf
-        return self._requests[self._oldest].arrival_s + self._server.request_timeout_s
+        return self.requests[self._oldest].arrival_s + self._server.request_timeout_s
 
     def _next_cutoff_s(self) -> float:
         return self._cutoff_s if self.now_s < self._cutoff_s else inf
@@ -202,7 +207,7 @@ class SimEngine:
     def _idle(self) -> bool:
         """Go to the next request; False = none comes, and level 0 is reached or was waited for long enough."""
         morphing, server = self._morphing, self._server
-        last = self._next == len(self._requests)
+        last = self._next == len(self.requests)
         give_up_s = self.now_s + server.restore_wait_s if last else inf
         while self._next_arrival_s() > self.now_s:
             until_s = self._next_arrival_s()

@@ -31,9 +31,10 @@ from morphserve.tools.sim.gate import SimGate
 from morphserve.tools.sim.pace import Pace
 from morphserve.tools.sim.pool import SimPool
 from morphserve.tools.sim.request import Batch, SimRequest
+from morphserve.tools.sim.schedule import Asked, Schedule, SchedulePolicy
 from morphserve.tools.sim.scheduler import SimScheduler
 from morphserve.tools.sim.server import SimServer
-from policies import BASE_FORMAT, EngineLimits, Ladder, PolicySetup, StepTime, bits_of
+from policies import BASE_FORMAT, EngineLimits, Ladder, Policy, PolicySetup, StepTime, bits_of
 
 _MAX_WARM_UP_TICKS = 10_000
 
@@ -107,7 +108,7 @@ class Morphing:
         known = step_times_file(config) is not None  # a server without such a file learns its times, so does this one
         setup = PolicySetup(config.policy, calibration.times if known else None, limits)
         try:
-            policy = setup.build(ladder)
+            policy = self._asked(setup, ladder)
         except ValueError as e:
             raise ConfigError(f"policy: {e}") from e
         self.ladder = ladder
@@ -125,6 +126,16 @@ class Morphing:
         self._block_size = server.block_size
         self._clock = clock
         self._last_preemption_s = 0.0
+
+    def _asked(self, setup: PolicySetup, ladder: Ladder) -> Policy:
+        """Build who is asked for the level."""
+        self._policy = Asked(setup.build(ladder))
+        return self._policy
+
+    @property
+    def schedule(self) -> Schedule:
+        """The levels that were wanted so far."""
+        return self._policy.schedule
 
     # ---- before a step
 
@@ -238,3 +249,57 @@ class Morphing:
             "tokens_by_level": {str(level): tokens for level, tokens in enumerate(tokens_by_level)},
             "pause_ms": {"max": 1e3 * counters["max_pause_s"]},
         }
+
+
+class ScheduledMorphing(Morphing):
+    """The same, following a schedule.
+
+    What that wants depends on nothing that the monitor counts, so nobody tells the monitor; and a tick that would find
+    the engine where it is wanted is left out. The run is the same, in a tenth of the time.
+    """
+
+    def __init__(self, schedule: Schedule, *args: Any) -> None:
+        """Start at level 0; the rest is of `Morphing`."""
+        self._schedule = schedule
+        super().__init__(*args)
+
+    def _asked(self, setup: PolicySetup, ladder: Ladder) -> Policy:
+        self._follows = SchedulePolicy(self._schedule, ladder)
+        return self._follows
+
+    @property
+    def schedule(self) -> Schedule:
+        """The levels that are wanted."""
+        return self._schedule
+
+    def tick(self, scheduler: SimScheduler) -> float:
+        controller = self.controller
+        if (
+            not controller.in_transition
+            and self._follows.wanted(self._clock()) == controller.level == controller.effective_level
+            and not self._has_aborted
+        ):
+            return 0.0
+        return super().tick(scheduler)
+
+    @property
+    def _has_aborted(self) -> bool:
+        """Whether the controller may wait after a failure, which each tick may end."""
+        return any(outcome == "aborted" for _, outcome in self.controller.counters.transitions)
+
+    def on_arrival(self, now_s: float, request: SimRequest, scheduler: SimScheduler) -> None:
+        self.gate.on_arrival(scheduler, request)
+
+    def on_scheduled(self, now_s: float, batch: Batch) -> None:
+        for request in batch.preempted:
+            self.on_preemption(now_s, request)
+
+    def on_preemption(self, now_s: float, request: SimRequest, forced: bool = False) -> None:
+        self._last_preemption_s = now_s
+
+    def on_completed(self, now_s: float, batch: Batch, level: int | None) -> None:
+        for request in batch.ends:
+            self.gate.on_finish(request)
+
+    def on_finish(self, now_s: float, request: SimRequest, num_blocks: int) -> None:
+        self.gate.on_finish(request)

@@ -41,6 +41,11 @@ class SimRequest:
     max_level: int | None = None  # it must not be served below that
 
     @property
+    def is_done(self) -> bool:
+        """Whether it has ended, was aborted or refused."""
+        return self.state is State.DONE
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that must be in the KV cache before its next token. Not while it decodes."""
         return self.prompt_tokens + self.generated

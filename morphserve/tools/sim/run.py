@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -13,12 +13,13 @@ from morphserve.control import ProfileLadder, check_floor
 from morphserve.errors import ConfigError
 from morphserve.tools.sim.calibration import Calibration
 from morphserve.tools.sim.engine import SimEngine
-from morphserve.tools.sim.morphing import Morphing, plan_ladder
+from morphserve.tools.sim.morphing import Morphing, ScheduledMorphing, plan_ladder
 from morphserve.tools.sim.pace import Pace
 from morphserve.tools.sim.pool import SimPool
 from morphserve.tools.sim.prefix import CachingScheduler, PromptContents
 from morphserve.tools.sim.recorder import Recorder
 from morphserve.tools.sim.request import SimRequest, State
+from morphserve.tools.sim.schedule import Schedule
 from morphserve.tools.sim.scheduler import SimScheduler
 from morphserve.tools.sim.server import SimServer
 from morphserve.tools.workload import (
@@ -52,6 +53,7 @@ class Simulated:
     timed_out: list[SimRequest]
     series: list[Snapshot]
     status: dict[str, Any] | None  # None: stock vLLM
+    schedule: Schedule  # the levels that were wanted
     _replayed: Replayed | None = None  # cache
 
     @property
@@ -71,15 +73,7 @@ class Simulated:
 
     def violation_rate(self, slo: Slo) -> float:
         """Return the share of the requests sent that broke a promise: refused, timed out and unfinished ones did."""
-        good = 0
-        ends = self.ends
-        for request in self.requests:
-            if request.state is not State.DONE or request.generated < request.output_tokens:
-                continue
-            first_s, last_s = ends[request.first_step], ends[request.last_step]
-            gaps = max(request.output_tokens - 1, 1)
-            sent_s = request.arrival_s - self.offset_s
-            good += first_s - sent_s <= slo.ttft_s and (last_s - first_s) / gaps <= slo.tpot_s
+        good = sum(is_good(each, self.ends, each.arrival_s - self.offset_s, slo) for each in self.requests)
         return 1.0 - good / len(self.requests)
 
     @property
@@ -135,6 +129,21 @@ class Simulated:
         return outcome
 
 
+def is_good(request: SimRequest, ends: Sequence[float], sent_s: float, slo: Slo) -> bool:
+    """Return whether a request of a run that is over for it kept its promises.
+
+    Args:
+        ends: of the steps, by number.
+        sent_s: when the client sent it.
+        slo: the promises.
+    """
+    if request.state is not State.DONE or request.generated < request.output_tokens:
+        return False
+    first_s, last_s = ends[request.first_step], ends[request.last_step]
+    gaps = max(request.output_tokens - 1, 1)
+    return first_s - sent_s <= slo.ttft_s and (last_s - first_s) / gaps <= slo.tpot_s
+
+
 def simulate(
     workload: Workload,
     server: SimServer,
@@ -145,6 +154,8 @@ def simulate(
     seed: int = 0,
     profile: ProfileLadder | None = None,
     asking: Callable[[int], object] = lambda index: None,
+    schedule: Schedule | None = None,
+    give_up: Callable[[SimEngine], bool] | None = None,
 ) -> Simulated:
     """Send the workload once.
 
@@ -157,6 +168,9 @@ def simulate(
         seed: of `server.step_noise`; without noise nothing is drawn.
         profile: what the profile that `config` names says about the ladder.
         asking: from a request's index to its `morphserve_max_level`, None without one.
+        schedule: followed in place of the config's policy.
+        give_up: asked at each arrival and each snapshot whether what follows is of no interest; the rest of the run is
+            then left out.
 
     Raises:
         ConfigError: what the server would refuse at start, or a speed that is none.
@@ -181,19 +195,20 @@ def simulate(
         floors = Floors.of(config.policy.floors, ladder)
         for request in requests:
             request.max_level = floors.level_of(asking(request.index), None)
-        morphing = Morphing(config, server, calibration, ladder, pool, pace, lambda: engine.now_s)
+        parts = (config, server, calibration, ladder, pool, pace, lambda: engine.now_s)
+        morphing = Morphing(*parts) if schedule is None else ScheduledMorphing(schedule, *parts)
         tell = partial(morphing.on_preemption, forced=True)
         scheduler.on_forced_preemption = lambda request: tell(engine.now_s, request)
     recorder = Recorder(server.snapshot_s, pool, scheduler, morphing, engine.tokens_by_level)
     try:
-        engine.run(recorder, morphing)
+        engine.run(recorder, morphing, give_up)
     finally:
         if morphing is not None:
             morphing.close()
     status = None if morphing is None else morphing.status(engine.tokens_by_level)
     return Simulated(
         workload, server, offset_s, requests, engine.ends, engine.levels, engine.refused, engine.timed_out,
-        recorder.series, status,
+        recorder.series, status, Schedule.constant(0) if morphing is None else morphing.schedule,
     )  # fmt: skip
 
 
