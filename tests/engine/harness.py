@@ -211,7 +211,9 @@ def renew(llm: Any) -> None:
         pool.finish_shrink()
     runner = morph.controller._runner
     layers = tuple((layer, "base") for layer in range(len(runner.layer_state.formats)))
-    replies = morph.executor.commit(Plan(runner.next_revision(), layers, base, alone=True)).poll()
+    ticket, end_s = morph.executor.commit(Plan(runner.next_revision(), layers, base, alone=True)), time.monotonic() + 60
+    while (replies := ticket.poll()) is None and time.monotonic() < end_s:
+        time.sleep(0.01)  # where files are slow to come, a rank goes on in its next command
     assert replies is not None and all(reply.ok for reply in replies), replies
     if pool.num_kv_blocks < base:
         pool.grow(base)
