@@ -274,6 +274,18 @@ def test_a_failing_restore_does_not_keep_from_degrading() -> None:
     assert len(attempts(rig, 10.0)) == 1 and rig.controller.level == 1
 
 
+def test_a_failure_holds_off_the_other_direction_for_a_first_wait() -> None:
+    """Guards: ranks that have just failed are asked at the very next step for the way back, and then for the way on."""
+    config = TransitionConfig(max_layers_per_step=3, backoff_s=2.0, backoff_max_s=1000.0)
+    rig = Rig(config=MorphServeConfig(transition=config))
+    rig.go_to(1)
+    rig.executor.fail = fail_prepare(0)  # type: ignore[assignment]
+    rig.script.level = 0
+    assert len(attempts(rig, 1.0)) == 1
+    rig.script.level = 2
+    assert attempts(rig, 2.0) == pytest.approx([1.0], abs=0.3)
+
+
 def test_policy_error_fails_and_unfences(caplog: pytest.LogCaptureFixture) -> None:
     """Guards: a broken policy kills the engine, leaves a fence, or is asked again."""
     rig = Rig()

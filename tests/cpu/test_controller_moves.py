@@ -80,11 +80,12 @@ def test_blocks_that_had_no_memory_are_asked_for_again_at_rest(caplog: pytest.Lo
     rig.go_to(4)  # by several swap batches, none of which gets more
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     rig.go_to(2)
-    warnings, sent = len(caplog.records), len(rig.executor.sent)
+    warnings, sent, short = len(caplog.records), len(rig.executor.sent), rig.controller.counters.short_grows
     rig.step(20 * 60 * 5)  # five minutes
     assert len(rig.executor.sent) - sent == 7  # after 5, 10, 20, 40 and then each 60 s
     assert all(plan.layer_formats == () and plan.copies == () for _, plan in rig.executor.sent[sent:])
     assert len(caplog.records) == warnings and rig.pool.num_kv_blocks == BASE_BLOCKS + 3
+    assert rig.controller.counters.short_grows == short, "of levels that were short, not of attempts"
     rig.executor.map_at_most = BASE_BLOCKS + 5
     rig.step(20 * 61)
     assert rig.pool.num_kv_blocks == BASE_BLOCKS + 5

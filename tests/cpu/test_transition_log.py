@@ -57,6 +57,7 @@ def test_a_transition_is_one_line_that_says_all(logged: pytest.LogCaptureFixture
     assert int(degrade["num_layers"]) == row["num_layers"] > 0 and degrade["format"] == "w8"
     assert float(degrade["seconds"]) == pytest.approx(row["seconds"], abs=6e-4) and row["seconds"] > 0
     assert restore["format"] == "base" and restore["direction"] == "restore"
+    assert (restore["from_level"], restore["to_level"]) == ("3", "0")
 
 
 def test_the_pause_is_the_longest_of_this_transition(logged: pytest.LogCaptureFixture) -> None:

@@ -62,6 +62,7 @@ def test_stages_and_replicas_may_start(allowed: SimpleNamespace) -> None:
         (engine(distributed_executor_backend="ray", world_size=2), "'ray' with 2 ranks"),
         (engine(enable_expert_parallel=True), "expert parallel"),
         (engine(nnodes=2, world_size=4), "ranks on 2 hosts are not proven, on 1 they are. Leave out --nnodes"),
+        (engine(distributed_executor_backend="uni", world_size=2), "'uni' with 2 ranks"),
     ],
 )
 def test_what_cannot_work_is_refused_at_start(refused: SimpleNamespace, words: str) -> None:
