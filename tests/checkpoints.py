@@ -147,3 +147,18 @@ def _base_parts(weight: Tensor, kind: str) -> Iterator[tuple[str, Tensor]]:
     yield "weight_scale", scale
     if "static" in kind:
         yield "input_scale", torch.full((1,), 8.0 / largest)
+
+
+def first_layers(model: Path, out: Path, num_layers: int) -> Path:
+    """The first decoder layers of a Llama in safetensors, with all the rest of its directory."""
+    shutil.copytree(model, out, ignore=shutil.ignore_patterns("*.safetensors*"))
+    kept: dict[str, Tensor] = {}
+    for file in sorted(model.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            _, is_layer, rest = name.partition(".layers.")
+            if not is_layer or int(rest.split(".")[0]) < num_layers:
+                kept[name] = tensor
+    save_file(kept, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "num_hidden_layers": num_layers}))
+    return out

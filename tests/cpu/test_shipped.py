@@ -20,7 +20,8 @@ pytestmark = pytest.mark.cpu
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("morphserve", "policies", "quant_layers", "kv_resize")
 CHECKOUT = re.compile(  # `make PYTHON=` is said by the set-up of a checkout alone
-    r"scripts/\w+\.py|scripts/(workloads|corpus)|policies/yaml|\[cpu\]'|pip install -e|make:? (setup|(?!PYTHON=)[A-Z]+=)"
+    r"scripts/\w+\.py|scripts/(workloads|corpus)|policies/yaml|\[cpu\]'|pip install -e|"
+    r"make:? (setup|(?!PYTHON=)[A-Z]+=)"
 )
 
 

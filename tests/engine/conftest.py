@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from checkpoints import first_layers
 from engine import stock_runs
 from engine.rank_harness import CORES, make_model
 
@@ -31,20 +30,7 @@ def no_stock_process_left() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def short_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first `SHORT_LAYERS` layers of the demo model: real weights, a third of the time to compile or profile."""
-    from safetensors.torch import load_file, save_file
-
-    out = tmp_path_factory.mktemp("short") / "model"
-    shutil.copytree(demo_model, out, ignore=shutil.ignore_patterns("*.safetensors*"))
-    kept = {}
-    for file in sorted(demo_model.glob("*.safetensors")):
-        for name, tensor in load_file(file).items():
-            _, is_layer, rest = name.partition(".layers.")
-            if not is_layer or int(rest.split(".")[0]) < SHORT_LAYERS:
-                kept[name] = tensor
-    save_file(kept, out / "model.safetensors", {"format": "pt"})
-    config = json.loads((demo_model / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({**config, "num_hidden_layers": SHORT_LAYERS}))
-    return out
+    return first_layers(demo_model, tmp_path_factory.mktemp("short") / "model", SHORT_LAYERS)
 
 
 @pytest.fixture(scope="session")
