@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 _HOUR_S = 3600.0
 _BACK_SHARE = 0.1  # of an hour's seconds: once they are spent, so many must be back before any counts
 
@@ -15,6 +17,10 @@ class HoldBudget:
         self.left_s = per_hour_s
         self.is_spent = per_hour_s <= 0
         self._last_s: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what is left, as plain values."""
+        return {"per_hour_s": self.per_hour_s, "left_s": self.left_s, "is_spent": self.is_spent}
 
     def pay(self, now_s: float, has_held: bool) -> None:
         """Refill for the time since the last call, which `has_held` says is to be paid for."""
