@@ -13,7 +13,19 @@ from cpu.test_slo_rules import LADDER, made
 
 from morphserve.control import DecisionLog, EngineView, Monitor, RequestLimits, WaitingRequest, make_header
 from morphserve.control.decisions.replay_log import replay
-from policies import Decision, Order, PolicySetup, Promise, SloConfig, SloPolicy, ThresholdConfig, promise_of
+from policies import (
+    Decision,
+    Order,
+    PolicySetup,
+    Promise,
+    SloConfig,
+    SloPolicy,
+    ThresholdConfig,
+    build_policy,
+    promise_of,
+)
+from policies.config import FloorsConfig
+from tests.fakes import Rig
 
 IMPOSSIBLE = RequestLimits(1e-9, 1e-9)
 NONE = RequestLimits()
@@ -316,3 +328,13 @@ def test_a_log_of_them_replays(tmp_path: Path) -> None:
     log.close()
     found = replay(tmp_path / "log")
     assert found.agrees and found.compared == 400 and len(found.logged_levels) > 1, found
+
+
+def test_the_status_says_what_is_left() -> None:
+    """Guards: seconds that an operator cannot see; those of floors shown as those of limits."""
+    floors = FloorsConfig(shallowest=0, hold_s=5.0)
+    policy = build_policy(SloConfig(kind="slo", floors=floors, limits_hold_s=9.0), LADDER, CALIBRATION.times, LIMITS)
+    full = {name: {"per_hour_s": s, "left_s": s, "is_spent": False} for name, s in (("floors", 5.0), ("limits", 9.0))}
+    assert Rig(policy=policy).controller.status()["holds"] == full
+    assert Rig(policy=made()).controller.status()["holds"].keys() == {"limits"}
+    assert Rig().controller.status()["holds"] == {}
