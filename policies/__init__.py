@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from policies.build import build_policy, succeed
+from policies.build import build_policy, hold_budgets, succeed
 from policies.config import PolicyConfig, SloConfig, StaticConfig, ThresholdConfig
 from policies.floors import Floors
 from policies.levels import max_level_of, resolve_level
@@ -60,6 +60,7 @@ __all__ = [
     "ask",
     "bits_of",
     "build_policy",
+    "hold_budgets",
     "load_step_times",
     "max_level_of",
     "parse_step_times",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from policies.config import SloConfig, StaticConfig, ThresholdConfig
 from policies.floors import FloorPolicy, Floors
+from policies.hold_budget import HoldBudget
 from policies.slo import SloPolicy
 from policies.static import StaticPolicy
 from policies.step_times import StepTimes
@@ -48,6 +49,14 @@ def _build(
     if limits is None:
         raise ValueError("policy.kind slo needs the engine's limits. Hand them over, or take kind threshold.")
     return SloPolicy(config, ladder, times, limits)
+
+
+def hold_budgets(policy: Policy) -> dict[str, HoldBudget]:
+    """Return for how long requests may still decide the level of all, by what they bring."""
+    outer, inner = {}, policy
+    if isinstance(policy, FloorPolicy):
+        outer, inner = {"floors": policy.budget}, policy.inner
+    return {**outer, "limits": inner.own_limits.budget} if isinstance(inner, SloPolicy) else outer
 
 
 def succeed(policy: Policy, last: Policy) -> None:

@@ -95,6 +95,9 @@ class SloConfig(_PolicySection):
         None, gt=0, description="a stricter limit that a request brings counts for nothing; null = a quarter of ttft_s"
     )
     min_tpot_s: float | None = Field(None, gt=0, description="likewise; null = a quarter of tpot_s")
+    limits_hold_s: float = Field(
+        60.0, ge=0, description="seconds an hour that stricter ones may hold a deeper level than those above ask for"
+    )
     target: float | None = Field(
         None, gt=0, lt=1, description="share of requests that may be predicted to break a promise"
     )

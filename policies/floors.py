@@ -6,11 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from policies.config import FloorsConfig
+from policies.hold_budget import HoldBudget
 from policies.levels import resolve_level
 from policies.types import Decision, Ladder, Order, Policy, Predictions, Signals
-
-_HOUR_S = 3600.0
-_BACK_SHARE = 0.1  # of an hour's seconds: once they are spent, nothing is held up until so many are back
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +92,9 @@ class FloorPolicy:
     def __init__(self, inner: Policy, hold_s_per_hour: float, refuses: bool = False) -> None:
         """Ask `inner` from now on. `refuses`: new ones rather than let them wait."""
         self.inner = inner
-        self._per_hour = hold_s_per_hour
+        self.budget = HoldBudget(hold_s_per_hour)
         self._refuses = refuses
-        self.left_s = hold_s_per_hour
-        self.is_spent = hold_s_per_hour <= 0
         self._held = False  # since the last question, others too
-        self._last_s: float | None = None
         self._last = Decision(0, "")
 
     @property
@@ -116,28 +111,17 @@ class FloorPolicy:
         """Return the level to serve at now."""
         s = signals
         wanted = self.inner.decide(s)
-        self._pay(s.now_s)
+        self.budget.pay(s.now_s, self._held)
         is_held = wanted.level > (wanted.level if s.max_level is None else s.max_level)
-        is_held = is_held and (s.max_level_alone or not self.is_spent)
+        is_held = is_held and (s.max_level_alone or not self.budget.is_spent)
         self._held = is_held and not s.max_level_alone and not _is_ordered(s.order, s.max_level)
         if not is_held or s.max_level is None:
             decision = wanted
         else:
             why = f"held at level {s.max_level} for requests that ask for it; else level {wanted.level}"
             decision = replace(wanted, level=s.max_level, reason=why, is_final=False)  # they end
-        if self._refuses and self.is_spent and not s.max_level_alone and wanted.level > 0:
+        if self._refuses and self.budget.is_spent and not s.max_level_alone and wanted.level > 0:
             decision = replace(decision, min_floor=wanted.level, is_final=False)  # until the others have ended
         # The same object while nothing changes: a new one each time would be a new log line.
         self._last = self._last if self._last == decision else decision
         return self._last
-
-    def _pay(self, now_s: float) -> None:
-        elapsed_s = 0.0 if self._last_s is None else max(now_s - self._last_s, 0.0)
-        self._last_s = now_s
-        spent_s = elapsed_s if self._held else 0.0
-        left_s = self.left_s - spent_s + elapsed_s * self._per_hour / _HOUR_S
-        self.left_s = min(max(left_s, 0.0), self._per_hour)
-        if self.left_s <= 0:
-            self.is_spent = True
-        elif self.left_s >= _BACK_SHARE * self._per_hour:
-            self.is_spent = False

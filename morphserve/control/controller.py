@@ -176,6 +176,7 @@ class Controller:
             "wanted_level": decision.level,
             "reason": decision.reason,
             "predictions": self._policy_host.predictions,
+            "holds": self._policy_host.holds_as_json(),
             "phase": self.phase.name.lower(),
             "revision": self._runner.revision,
             "failed": self.failed,

@@ -76,10 +76,12 @@ class Store:
         Raises:
             MorphServeError: the disk refuses.
         """
+        from quant_layers import private_directory  # torch: only where something is made
+
         file = self.times_at(TimesKey(place))
         entry = {**document, _KEY: {"weights": self.weights, "place": asdict(place), "when": when}}
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
+            private_directory(file.parent)
             write_whole(file, json.dumps(sealed(entry), indent=1) + "\n")
         except OSError as e:
             raise MorphServeError(f"{file}: {e.strerror}. Give a cache_dir that can be written.") from e

@@ -117,6 +117,16 @@ def _order(s: Status) -> Line | None:
     return Line("Order", f"{what}, {left}", order.get("cause", ""), "warn")
 
 
+def _holds(s: Status) -> Line | None:
+    used = {name: hold for name, hold in s.get("holds", {}).items() if hold["left_s"] < hold["per_hour_s"]}
+    if not used:
+        return None
+    spent = [name for name, hold in used.items() if hold["is_spent"]]
+    text = ", ".join(f"{name} {hold['left_s']:.0f} s of {hold['per_hour_s']:g} an hour" for name, hold in used.items())
+    note = f"spent: {' and '.join(spent)} count for nothing until a tenth is back" if spent else "left to hold others"
+    return Line("Holds", text, note, "warn" if spent else "")
+
+
 def _prepare(s: Status) -> Line | None:
     prepare = s.get("prepare")
     if prepare is None:
@@ -153,6 +163,7 @@ LINES: tuple[tuple[str, Callable[[Status], Line | None]], ...] = (
     ("Transitions", _transitions),
     ("Policy", _policy),
     ("Order", _order),
+    ("Holds", _holds),
     ("Prepare", _prepare),
     ("Door", _refusing),
     ("Errors", _errors),

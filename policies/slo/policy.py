@@ -13,8 +13,10 @@ from policies.slo.forecast import ArrivalForecast
 from policies.slo.level_times import CalibratedTimes, LearnedTimes, LevelTimes
 from policies.slo.limits import QualityBudget, TokenBucket
 from policies.slo.moves import LAYERS_PER_STEP, layers_between
+from policies.slo.own_limits import OwnLimits
 from policies.slo.predictor import Load, Prediction, Predictor, Typical
 from policies.slo.reach import Reach
+from policies.slo.rested import Rested
 from policies.slo.targets import fill_in
 from policies.step_times import StepTimes
 from policies.threshold import ThresholdPolicy
@@ -81,7 +83,8 @@ class SloPolicy:
         self._fallback = ThresholdPolicy(ThresholdConfig(kind="threshold", max_level=self.targets.max_level), ladder)
         self.distrusts = False
         self.dwell = Dwell(self.targets.dwell_s)
-        self._fits_since: list[float | None] = [None] * len(self._ladder)
+        self.own_limits = OwnLimits(config.limits_hold_s, len(self._ladder))
+        self._rested = Rested(len(self._ladder))
         self._thought_s = float("-inf")
         self._preemptions = 0
         self._max_queued_tokens: int | None = None
@@ -122,6 +125,8 @@ class SloPolicy:
         self._weigh_trust()
         by_threshold = self._fallback.decide(s)  # always asked, so that its dwell is right when it must take over
         heading = min(s.target_level, len(self._ladder) - 1)
+        if self.own_limits.pay(s.now_s):
+            self._last = replace(self._last, reason=self.own_limits.why_not)  # said where nothing changes, too
         load = self._load(s, 1.0)
         if self._times.is_settled and self._reach.weigh(load):
             self._last = replace(self._last, reason=self._reach.why_not)  # so that it is said where nothing changes
@@ -130,6 +135,7 @@ class SloPolicy:
             self.correction.watch(s.waiting[-1], s.now_s + here.last_wait_s)  # trust can come back, too
         self.dwell.decay(s.now_s)
         if self.budget.exhausted:
+            self.own_limits.follow(heading)
             decision = self._spent(s, heading, load)
         elif self.distrusts or self._reach.why_not or not self._times.is_settled:
             self._max_queued_tokens = None  # nobody is refused on a prediction that was wrong, or a promise that is
@@ -147,31 +153,50 @@ class SloPolicy:
     # ---- the decision
 
     def _think(self, s: Signals, heading: int, load: Load) -> Decision:
+        own = self.own_limits
         if self._is_calm(s, load, heading):
             self._max_queued_tokens = None
+            own.follow(heading)
             return self._stay(heading, "nothing to do")
-        ways = [(level, self._delay_s(s, level)) for level in range(len(self._ladder))]
-        predictions = self._predictor.compare(ways, load)
+        compared = self._predictor.compare([(k, self._delay_s(s, k)) for k in range(len(self._ladder))], load)
+        predictions = compared.promised if own.count else compared.usual
         here = predictions[heading]
         terms = self._terms(load, here)
-        best = terms.best(predictions, self.targets.target)
         self._shed(predictions, load)
+        best, why_not = self._asked(s, heading, s.level, predictions, terms, load)
+        own.level = min(own.level, heading)
+        usual, not_usual = self._asked(s, own.level, own.level, compared.usual, terms, load)
+        is_deeper = usual > own.level and not not_usual
+        shallower = self._shallower(s, heading, best, usual)
+        own.level = usual if is_deeper else own.level
+        own.weigh(best if best > heading and not why_not else shallower, compared.has_stricter, s.order)
         if best > heading:
-            self._fits_since = [None] * len(self._ladder)  # no shallower one does
-            binds = here.binds and not self._wait_elsewhere(s, load)
-            if best > terms.quick_end and not binds:
-                return self._stay(heading, f"late {here.share:.0%}, but KV does not bind")
-            if best > terms.lasting and binds and self._has_time(s, heading, best, load):
-                return self._stay(heading, f"level {best} is not needed yet")
+            if why_not:
+                return self._stay(heading, why_not)
             if self._bucket.level < 1.0:
                 return self._stay(heading, "too many changes of the level lately")
             what = f"late {here.share:.0%} -> {predictions[best].share:.0%} of {here.requests:.0f}"
-            return self._go(s, best, f"{what}, wait {here.last_wait_s:.1f} s, tpot {here.tpot_s * 1000:.0f} ms")
-        if heading > 0:
-            level = self._rested(s, heading)
-            if level < heading and self._bucket.level >= 2.0:
-                return self._go(s, level, f"level {level} has been predicted to do for {self.dwell.seconds:.1f} s")
+            why = f"{what}, wait {here.last_wait_s:.1f} s, tpot {here.tpot_s * 1000:.0f} ms"
+            return self._go(s, best, "; ".join(filter(None, (why, own.why))))
+        if shallower < heading and self._bucket.level >= 2.0:
+            why = f"level {shallower} has been predicted to do for {self.dwell.seconds:.1f} s"
+            return self._go(s, shallower, "; ".join(filter(None, (why, own.why_not if compared.has_stricter else ""))))
         return self._stay(heading, f"late {here.share:.0%}")
+
+    def _asked(
+        self, s: Signals, level: int, at: int, predictions: list[Prediction], terms: Terms, load: Load
+    ) -> tuple[int, str]:
+        """Return the level to go to from `level`, and why not, if it is deeper and not needed; blocks are of `at`."""
+        best = terms.best(predictions, self.targets.target)
+        if best <= level:
+            return best, ""
+        here = predictions[level]
+        binds = here.binds and not self._wait_elsewhere(s, at, load)
+        if best > terms.quick_end and not binds:
+            return best, f"late {here.share:.0%}, but KV does not bind"
+        if best > terms.lasting and binds and self._has_time(s, level, best, load):
+            return best, f"level {best} is not needed yet"
+        return best, ""
 
     def _spent(self, s: Signals, heading: int, load: Load) -> Decision:
         """Go to level 0 because the quality budget is spent, and refuse new requests there if need be."""
@@ -183,7 +208,8 @@ class SloPolicy:
 
     def _follow(self, s: Signals, heading: int, asked: Decision) -> Decision:
         """Do what the thresholds ask for, within the token bucket."""
-        self._fits_since = [None] * len(self._ladder)
+        self.own_limits.follow(heading)
+        self._rested.forget()
         if asked.level == heading or self._bucket.level < (1.0 if asked.level > heading else 2.0):
             return self._stay(heading, asked.reason)
         return self._go(s, asked.level, asked.reason)
@@ -215,9 +241,9 @@ class SloPolicy:
         taken_per_s = s.num_running / size / max(s.step_s, 1e-3) + load.arrival_rate * prompt_blocks
         return free > taken_per_s * _AHEAD * (self._delay_s(s, level) + _AHEAD_S)
 
-    def _wait_elsewhere(self, s: Signals, load: Load) -> bool:
+    def _wait_elsewhere(self, s: Signals, level: int, load: Load) -> bool:
         """Return whether requests wait although the next ones would fit: for prefill, or for max_num_seqs."""
-        free = self._usable[min(s.level, len(self._usable) - 1)] - s.used_kv_blocks
+        free = self._usable[min(level, len(self._usable) - 1)] - s.used_kv_blocks
         return free >= 2 * load.typical.final_blocks and s.oldest_wait_s > max(_PROMPT_S, 3 * s.step_s)
 
     def _terms(self, load: Load, here: Prediction) -> Terms:
@@ -230,30 +256,51 @@ class SloPolicy:
             lasting(self._predictor, load, self._forecast.slow, end),
         )  # fmt: skip
 
-    def _rested(self, s: Signals, heading: int) -> int:
-        """Return the shallowest level that would do with air, and has throughout the dwell."""
+    def _shallower(self, s: Signals, heading: int, best: int, usual: int) -> int:
+        """Return the shallowest level that would do with air, and has throughout the dwell.
+
+        The same is found out of the level that everyone's promise alone would ask for.
+
+        Args:
+            s: as they are.
+            heading: where the engine is, or is on its way to.
+            best: level to go to from there; a deeper one begins the dwell anew.
+            usual: likewise by everyone's promise alone.
+        """
+        own, dwell_s = self.own_limits, self.dwell.seconds
+        if best > heading:
+            self._rested.forget()
+        if usual > own.level:
+            own.rested.forget()
+        if heading == 0 or (best > heading and usual > own.level):
+            return heading
         load = self._load(s, _SAFETY)
-        now = s.now_s
         ways = [*((level, self._delay_s(s, level)) for level in range(heading)), (heading, 0.0)]
-        predictions = self._predictor.compare(ways, load)
-        chosen, here = heading, predictions[heading]
-        terms = self._terms(load, here)
-        most = terms.total(heading, here)
-        for level in reversed(range(heading)):
-            prediction = predictions[level]
-            holds = s.used_kv_blocks <= _FILL_AFTER_RESTORE * self._usable[level]
-            late = not prediction.keeps(self.targets.target) or level < terms.lasting
+        compared = self._predictor.compare(ways, load)
+        predictions = compared.promised if own.count else compared.usual
+        terms = self._terms(load, predictions[heading])
+        if usual <= own.level:
+            does = self._does(s, own.level, compared.usual, terms)
+            own.level = own.rested.shallowest(s.now_s, does, self._costs, dwell_s)
+        if best > heading:
+            return heading
+        does = self._does(s, heading, predictions, terms)
+        return self._rested.shallowest(s.now_s, does, self._costs, dwell_s)
+
+    def _does(self, s: Signals, heading: int, predictions: list[Prediction], terms: Terms) -> list[bool]:
+        """Return whether each level shallower than `heading` would do."""
+        most = terms.total(heading, predictions[heading])
+
+        def does(level: int) -> bool:
+            late = not predictions[level].keeps(self.targets.target) or level < terms.lasting
             # In an overload all are late, and a level that computes faster is less.
-            does = holds and terms.total(level, prediction) <= most and (not late or level == terms.quick_end)
-            if not does:
-                self._fits_since[level] = None
-                continue
-            since = self._fits_since[level]
-            if since is None:
-                self._fits_since[level] = now
-            elif now - since >= self.dwell.seconds and self._costs[level] <= self._costs[chosen]:
-                chosen = level
-        return chosen
+            return (
+                s.used_kv_blocks <= _FILL_AFTER_RESTORE * self._usable[level]
+                and terms.total(level, predictions[level]) <= most
+                and (not late or level == terms.quick_end)
+            )
+
+        return [does(level) for level in range(heading)]
 
     # ---- parts
 
@@ -300,7 +347,7 @@ class SloPolicy:
             self.correction.forget()
             if level > s.target_level:
                 self.dwell.degraded(s.now_s)
-                self._fits_since = [None] * len(self._ladder)
+                self._rested.forget()
             else:
                 self.dwell.restored(s.now_s)
             return Decision(level, reason)

@@ -69,6 +69,19 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
+class Comparison:
+    """Predictions of some levels, in the order asked for."""
+
+    promised: list[Prediction]  # each request by its own promise, where a level keeps that
+    usual: list[Prediction]  # none by a stricter one than everyone's; the same list where that makes no difference
+
+    @property
+    def has_stricter(self) -> bool:
+        """Whether a stricter promise than everyone's counts."""
+        return self.usual is not self.promised
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """The state of the engine that all levels' predictions start from."""
 
@@ -145,14 +158,17 @@ class Predictor:
 
     def predict(self, level: int, load: Load, delay_s: float) -> Prediction:
         """Predict `level`, reached in `delay_s`."""
-        return self.compare([(level, delay_s)], load)[0]
+        return self.compare([(level, delay_s)], load).promised[0]
 
-    def compare(self, ways: Sequence[tuple[int, float]], load: Load) -> list[Prediction]:
+    def compare(self, ways: Sequence[tuple[int, float]], load: Load) -> Comparison:
         """Predict levels, each reached in so many seconds; a request's own promise that none of them keeps counts for
         none."""
         outlooks = [self._outlook(level, load, delay_s) for level, delay_s in ways]
         is_kept = kept_by_any([outlook.tally for outlook in outlooks])
-        return [outlook.settled(is_kept) for outlook in outlooks]
+        promised = [outlook.settled(is_kept) for outlook in outlooks]
+        if not any(is_kept):
+            return Comparison(promised, promised)
+        return Comparison(promised, [outlook.settled([False] * len(is_kept)) for outlook in outlooks])
 
     def alone_s(self, level: int, load: Load) -> tuple[float, float]:
         """Return what a usual request takes to its first token, and for each further one, with nobody else here."""

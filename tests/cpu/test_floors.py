@@ -58,7 +58,7 @@ def test_the_budget_is_of_time_in_which_a_deeper_level_is_wanted() -> None:
     policy = FloorPolicy(Wants(1), 60.0)
     for second in range(1000):
         assert asked(policy, float(second), 1) == 1  # as deep as wanted: nothing is held up
-    assert policy.left_s == 60.0
+    assert policy.budget.left_s == 60.0
     policy.inner = Wants(3)
     held = [asked(policy, 1000.0 + second, 1) for second in range(200)]
     spent = held.index(3)
@@ -80,7 +80,7 @@ def test_what_an_operator_orders_costs_them_nothing(order: Order | None, pays: b
     policy = FloorPolicy(Wants(3), 60.0)
     for second in range(20):
         policy.decide(replace(QUIET, now_s=float(second), max_level=1, order=order))
-    assert (policy.left_s < 60.0) is pays
+    assert (policy.budget.left_s < 60.0) is pays
 
 
 def test_where_nobody_else_is_nobody_is_held_up() -> None:
@@ -90,7 +90,7 @@ def test_where_nobody_else_is_nobody_is_held_up() -> None:
         for second in range(200):
             alone = replace(QUIET, now_s=float(second), max_level=0, max_level_alone=True)
             assert policy.decide(alone).level == 0
-        assert policy.left_s == hold_s
+        assert policy.budget.left_s == hold_s
 
 
 def test_those_that_would_wait_are_refused_where_they_are_not_to_wait() -> None:

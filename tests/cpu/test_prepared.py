@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -185,6 +187,17 @@ def test_a_profile_with_a_checkpoint_brings_it_along(store: Store) -> None:
 
 
 # -- step times
+
+
+def test_step_times_are_kept_for_their_user_alone(model: Path, tmp_path: Path) -> None:
+    """Guards: a cache directory that the first entry opens to every user of the machine, who may then write there."""
+    before = os.umask(0)
+    try:
+        kept = keep_times(store_of(model, tmp_path / "new" / "cache"))
+    finally:
+        os.umask(before)
+    made = [path for path in kept.parents if path.is_relative_to(tmp_path / "new")]
+    assert len(made) > 2 and {stat.S_IMODE(path.stat().st_mode) for path in made} == {0o700}
 
 
 def test_step_times_are_those_of_the_place(store: Store) -> None:

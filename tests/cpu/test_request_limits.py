@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from cpu.test_slo_parts import QUIET
+from cpu.sim_world import CALIBRATION
+from cpu.test_slo_parts import LIMITS, QUIET
 from cpu.test_slo_rules import LADDER, made
 
-from morphserve.control import EngineView, Monitor, RequestLimits, WaitingRequest
-from policies import Decision, Promise, SloConfig, SloPolicy, ThresholdConfig, promise_of
+from morphserve.control import DecisionLog, EngineView, Monitor, RequestLimits, WaitingRequest, make_header
+from morphserve.control.decisions.replay_log import replay
+from policies import (
+    Decision,
+    Order,
+    PolicySetup,
+    Promise,
+    SloConfig,
+    SloPolicy,
+    ThresholdConfig,
+    build_policy,
+    promise_of,
+)
+from policies.config import FloorsConfig
+from tests.fakes import Rig
 
 IMPOSSIBLE = RequestLimits(1e-9, 1e-9)
 NONE = RequestLimits()
@@ -27,6 +42,8 @@ class Engine:
         self.policy, self.monitor = policy, Monitor()
         self.level, self.now, self.decision = level, 100.0, Decision(level, "")
         self.running = self.waiting = self.used = 0
+        self.order: Order | None = None
+        self.log: DecisionLog | None = None
 
     def run(self, number: int, blocks: int, limits: RequestLimits = NONE) -> None:
         """Let requests run that hold so many blocks each."""
@@ -54,7 +71,10 @@ class Engine:
         blocks = LADDER[self.level].num_kv_blocks
         self.monitor.on_step(self.now, self.running)
         signals = self.monitor.snapshot(self.now, view, blocks, self.used, self.level, self.level)
+        signals = signals if self.order is None else replace(signals, order=self.order)
         self.decision = self.policy.decide(signals)
+        if self.log is not None:
+            self.log.record(signals, self.decision)
         self.level = self.decision.level
         return self.decision
 
@@ -206,3 +226,115 @@ def test_what_the_operator_allows() -> None:
     deaf = promise_of(SloConfig(kind="slo", request_limits=False))
     assert deaf.own_ttft_s(1.0) is None is deaf.own_tpot_s(1.0) and deaf.ttft_s == 2.0
     assert promise_of(ThresholdConfig(kind="threshold")) == Promise()
+
+
+STRICT = RequestLimits(tpot_s=0.013)  # six take longer at level 0 and less in W8; the floor is a quarter of 50 ms
+
+
+def six_of_which_one(limits: RequestLimits, **fields: Any) -> Engine:
+    """Six that run at level 1, one of them with a limit of its own; everyone is promised 50 ms per token."""
+    engine = Engine(made(tpot_s=0.05, **fields), level=1)
+    engine.run(1, 1, limits)
+    engine.run(5, 1)
+    return engine
+
+
+def seconds_above_0(engine: Engine, seconds: int) -> float:
+    return sum(engine.tick().level > 0 for _ in range(int(seconds / TICK_S))) * TICK_S
+
+
+def test_one_strict_limit_holds_everybody_no_longer_than_its_budget() -> None:
+    """Guards: one client that has everybody served in W8 for as long as its request runs."""
+    engine = six_of_which_one(STRICT)
+    budget = engine.policy.own_limits.budget
+    while not budget.is_spent:
+        assert engine.tick().level == 1
+    assert 60.0 < engine.now - 100.0 < 65.0 and "60 s an hour" in engine.decision.reason
+    assert seconds_above_0(engine, 60) < 5.0 and budget.is_spent and "60 s an hour" in engine.decision.reason
+    engine.now += 270.0
+    engine.tick()
+    assert budget.left_s < 5.9 and seconds_above_0(engine, 5) == 0.0 and budget.is_spent, "not before a tenth is back"
+    engine.now += 100.0
+    assert 5.0 < seconds_above_0(engine, 60) < 14.0 and "60 s an hour" in engine.decision.reason
+    reference = six_of_which_one(STRICT, limits_hold_s=3600.0)
+    assert seconds_above_0(reference, 120) == 120.0, "without a bound"
+
+
+def test_within_the_budget_a_strict_limit_counts() -> None:
+    """Guards: a budget that strict limits have not even while it is full; a reason that does not say for whom."""
+    engine = six_of_which_one(STRICT)
+    assert seconds_above_0(engine, 6) == 6.0
+    engine = Engine(made(tpot_s=0.05), level=0)
+    engine.run(1, 1, STRICT)
+    engine.run(5, 1)
+    engine.wait(1)
+    engine.tick()
+    assert engine.level > 0 and "limits stricter" in engine.decision.reason, engine.decision
+    usual = six_of_which_one(NONE)
+    assert seconds_above_0(usual, 30) == seconds_above_0(six_of_which_one(STRICT, limits_hold_s=0.0), 30) < 5.0
+
+
+def test_the_budget_is_of_strict_limits_that_hold_a_level() -> None:
+    """Guards: seconds that are spent by looser limits, by everyone's promise, or by an operator's order."""
+    for limits in (NONE, RequestLimits(tpot_s=0.06), RequestLimits(tpot_s=0.05), IMPOSSIBLE):
+        engine = six_of_which_one(limits)
+        seconds_above_0(engine, 30)
+        assert engine.policy.own_limits.budget.left_s == 60.0, limits
+    for limits in (NONE, STRICT):
+        engine = Engine(made(tpot_s=0.014), level=1)  # what everyone is promised asks for it
+        engine.run(6, 1, limits)
+        assert seconds_above_0(engine, 90) == 90.0 and engine.policy.own_limits.budget.left_s == 60.0
+    engine = six_of_which_one(STRICT)
+    engine.order = Order("pin", 1, "an order")
+    seconds_above_0(engine, 30)
+    assert engine.policy.own_limits.budget.left_s == 60.0
+    engine.order = None
+    seconds_above_0(engine, 10)
+    assert engine.policy.own_limits.budget.left_s < 52.0
+
+
+def test_a_level_that_everyones_promise_has_left_behind_is_paid_for() -> None:
+    """Guards: a level that a burst has asked for, and that one strict limit keeps long after it, for nothing."""
+    engine = six_of_which_one(STRICT)
+    engine.policy.own_limits.follow(1)
+    assert 60.0 < seconds_above_0(engine, 90) < 70.0
+
+
+def test_strict_limits_that_come_and_go_are_paid_for() -> None:
+    """Guards: a client that sends a short strict request once a second, so that no dwell ever ends, for nothing."""
+    engine = six_of_which_one(STRICT)
+    spent_s = 0.0
+    for tick in range(int(150 / TICK_S)):
+        if tick % 20 == 10:
+            engine.monitor.on_finish(1, engine.now, "r1")
+            engine.running -= 1
+        elif tick and tick % 20 == 0:
+            engine.monitor.on_arrival(engine.now, WaitingRequest("r1", 64, STRICT))
+            engine.monitor.on_scheduled(engine.now, 0.0, "r1", STRICT.tpot_s)
+            engine.running += 1
+        spent_s += TICK_S * (engine.tick().level > 0)
+    assert engine.policy.own_limits.budget.is_spent and 60.0 < spent_s < 75.0
+
+
+def test_a_log_of_them_replays(tmp_path: Path) -> None:
+    """Guards: a budget that runs by anything but what the log has."""
+    setup = PolicySetup(SloConfig(kind="slo", tpot_s=0.05, limits_hold_s=10.0), CALIBRATION.times, LIMITS)
+    log = DecisionLog(tmp_path / "log", make_header(setup, LADDER))
+    engine = six_of_which_one(STRICT)
+    policy = setup.build(LADDER)
+    assert isinstance(policy, SloPolicy)
+    engine.policy, engine.log = policy, log
+    assert 10.0 < seconds_above_0(engine, 20) < 16.0
+    log.close()
+    found = replay(tmp_path / "log")
+    assert found.agrees and found.compared == 400 and len(found.logged_levels) > 1, found
+
+
+def test_the_status_says_what_is_left() -> None:
+    """Guards: seconds that an operator cannot see; those of floors shown as those of limits."""
+    floors = FloorsConfig(shallowest=0, hold_s=5.0)
+    policy = build_policy(SloConfig(kind="slo", floors=floors, limits_hold_s=9.0), LADDER, CALIBRATION.times, LIMITS)
+    full = {name: {"per_hour_s": s, "left_s": s, "is_spent": False} for name, s in (("floors", 5.0), ("limits", 9.0))}
+    assert Rig(policy=policy).controller.status()["holds"] == full
+    assert Rig(policy=made()).controller.status()["holds"].keys() == {"limits"}
+    assert Rig().controller.status()["holds"] == {}

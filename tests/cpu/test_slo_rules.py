@@ -111,9 +111,9 @@ def test_the_door_opens_again_while_the_budget_is_spent() -> None:
 def test_a_dwell_begins_anew_when_a_deeper_level_is_needed() -> None:
     """Guards: a restore on one good prediction, because a shallower level would have done long ago."""
     policy = without_tokens(made())  # so that it stays where it is
-    policy._fits_since = [90.0] * len(LADDER)
+    policy._rested.since_s = [90.0] * len(LADDER)
     policy.decide(crowded())
-    assert policy._fits_since == [None] * len(LADDER)
+    assert policy._rested.since_s == [None] * len(LADDER)
 
 
 def test_quiet_time_shrinks_a_dwell_that_has_grown() -> None:

@@ -110,6 +110,15 @@ def test_what_a_server_does_with_spare_time_is_told() -> None:
         assert "Prepare" not in [each.label for each in panel(**other).lines]
 
 
+def test_time_that_requests_hold_others_is_told() -> None:
+    """Guards: an operator who cannot see why strict limits have stopped to count, or a line where nothing was spent."""
+    full, part = ({"per_hour_s": 60.0, "left_s": left_s, "is_spent": False} for left_s in (60.0, 41.6))
+    assert "Holds" not in [each.label for each in panel(holds={"limits": full}).lines]
+    assert line("Holds", holds={"floors": full, "limits": part}).text == "limits 42 s of 60 an hour"
+    spent = line("Holds", holds={"limits": {**part, "left_s": 2.0, "is_spent": True}})
+    assert spent.tone == "warn" and "spent: limits" in spent.note
+
+
 def test_trouble_is_told_in_its_tone() -> None:
     """Guards: a server that gave up, refuses requests or has refused an edited file looks like any other."""
     assert line("Errors", failed=True, errors={"policy": 1}).tone == "bad"

@@ -12,6 +12,7 @@ import pytest
 from engine.harness import follow, generate, morph_of, settle
 
 from morphserve.control.transition_book import DirectionBackOff
+from morphserve.integration.worker import keeps_weights
 
 # Read before an engine has bound this process to a core.
 CORES = sorted(os.sched_getaffinity(0))
@@ -83,7 +84,7 @@ def make_model(directory: Path, num_layers: int = NUM_LAYERS) -> Path:
 
 def rpc(llm: Any, method: str | Callable[..., Any], *args: Any) -> list[Any]:
     """Every rank's answer, in the order of ranks."""
-    return llm.collective_rpc(method, args=args)
+    return llm.collective_rpc(method if isinstance(method, str) else keeps_weights(method), args=args)
 
 
 def run(llm: Any, prompts: tuple[Any, ...] = PROMPTS) -> list[Any]:

@@ -13,6 +13,7 @@ from engine.harness import engine, follow, generate, morph_of, need_kernel, sett
 from engine.rank_harness import NUM_LAYERS, PARALLEL, PROMPTS, needs_two_cores
 
 from morphserve.errors import ConfigError
+from morphserve.integration.worker import keeps_weights
 from morphserve.integration.worker.ops import opaque_linear
 from morphserve.residence.host_memory import FREED_WEIGHTS_RETURN, resident_bytes
 from quant_layers import trim, write_profile
@@ -69,7 +70,7 @@ def test_level_0_is_stock_and_comes_back(tiny_llama: Path, tmp_path: Path, kind:
     with engine(model, tmp_path / "variants", all_layers("w4"), **PLAIN) as llm:
         base, swapped, restored = down_and_back(llm)
         full, quarter = (level.weight_bytes for level in morph_of(llm).runtime.ladder)
-        kept = llm.collective_rpc(tensors_kept)[0]
+        kept = llm.collective_rpc(keeps_weights(tensors_kept))[0]
     assert kept == {"bias"}, "swapped out, a weight stays in the model"
     assert quarter < 0.67 * full  # small rows: scales and biases weigh more than in a real model
     assert swapped != base

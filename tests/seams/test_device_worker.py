@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from morphserve.config import MorphServeConfig
 from morphserve.errors import ConfigError
 from morphserve.integration import seams
+from morphserve.integration.offline import logit_meter
 from morphserve.integration.start import device_budget as budget
 from morphserve.integration.worker.cuda.workspace import SharedWorkspace
-from morphserve.integration.worker.refusals import _TARGETS, refuse_weight_access
+from morphserve.integration.worker.refusals import _TARGETS, keeps_weights, refuse_weight_access
 
 pytestmark = pytest.mark.seams
 
@@ -86,7 +88,7 @@ def test_the_worker_of_every_device_refuses(restored_seams: None) -> None:
     assert any((patch.owner, patch.name) == (Worker, "determine_available_memory") for patch in seams.patches())
 
 
-@pytest.mark.parametrize("method", [*_TARGETS, "check_health"])
+@pytest.mark.parametrize("method", [*_TARGETS, "load_model", "apply_model", "check_health"])
 def test_the_engine_refuses_before_it_asks_its_ranks(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """Guards: of several ranks that refuse vLLM reads the first answer, and takes the others for those to the next
     command; and a refusal of everything, or of engines without MorphServe."""
@@ -101,12 +103,27 @@ def test_the_engine_refuses_before_it_asks_its_ranks(monkeypatch: pytest.MonkeyP
     ours = SimpleNamespace(scheduler=SimpleNamespace(morph=object()))
     if method == "check_health":
         call(ours, method)
-        call(ours, lambda worker: None)
+        call(ours, keeps_weights(lambda worker: None))
+        call(ours, logit_meter.install)
         assert len(sent) == 4
         return
     with pytest.raises(ConfigError, match=f"{method}: MorphServe swaps decoder layers"):
         call(ours, method)
     assert len(sent) == 2
+
+
+def test_the_engine_refuses_functions_that_it_does_not_know() -> None:
+    """Guards: weights that a function of a caller's loads on each rank, and that last until the next restore."""
+    from morphserve.integration.engine import wiring
+
+    sent: list[Any] = []
+    call = wiring._collective_rpc(lambda self, method, *args, **kwargs: sent.append(method))
+    ours = SimpleNamespace(scheduler=SimpleNamespace(morph=object()))
+    for function in (lambda worker: None, functools.partial(logit_meter.install), SimpleNamespace()):
+        with pytest.raises(ConfigError, match="function .*: MorphServe swaps .* morphserve_keeps_weights = True"):
+            call(ours, function)
+        call(SimpleNamespace(scheduler=SimpleNamespace()), function)
+    assert len(sent) == 3
 
 
 def fixed(num_bytes: int | None, of_graphs: int) -> Any:

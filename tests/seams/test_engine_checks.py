@@ -78,7 +78,7 @@ def check_features(
 ) -> None:
     parallel = SimpleNamespace(
         distributed_executor_backend="uni", world_size=1, pipeline_parallel_size=1, data_parallel_size=1,
-        data_parallel_backend="mp", enable_expert_parallel=False, nnodes=1,
+        data_parallel_size_local=1, data_parallel_backend="mp", enable_expert_parallel=False, nnodes=1,
         enable_fault_tolerance=enable_fault_tolerance,
     )  # fmt: skip
     model = SimpleNamespace(enable_sleep_mode=enable_sleep_mode)

@@ -20,6 +20,7 @@ def engine(mode: CompilationMode = CompilationMode.DYNAMO_TRACE_ONCE, **parallel
         "distributed_executor_backend": "mp",
         "world_size": 1,
         "data_parallel_size": 1,
+        "data_parallel_size_local": parallel.get("data_parallel_size", 1),
         "data_parallel_backend": "mp",
         "pipeline_parallel_size": 1,
         "enable_expert_parallel": False,
@@ -63,6 +64,7 @@ def test_stages_and_replicas_may_start(allowed: SimpleNamespace) -> None:
         (engine(enable_expert_parallel=True), "expert parallel"),
         (engine(nnodes=2, world_size=4), "ranks on 2 hosts are not proven, on 1 they are. Leave out --nnodes"),
         (engine(distributed_executor_backend="uni", world_size=2), "'uni' with 2 ranks"),
+        (engine(data_parallel_size=4, data_parallel_size_local=2), "4 replicas, 2 of them .*-size-local"),
     ],
 )
 def test_what_cannot_work_is_refused_at_start(refused: SimpleNamespace, words: str) -> None:

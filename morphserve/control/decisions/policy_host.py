@@ -12,7 +12,7 @@ from morphserve.control.decisions.decision_log import DecisionLog
 from morphserve.control.decisions.orders import Action, OrderBook, parse_order
 from morphserve.control.health import Counters
 from morphserve.errors import OrderError
-from policies import Decision, Ladder, OrderKind, Policy, PolicySetup, Predictions, Signals, ask, succeed
+from policies import Decision, Ladder, OrderKind, Policy, PolicySetup, Predictions, Signals, ask, hold_budgets, succeed
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,10 @@ class PolicyHost:
     def predictions(self) -> Predictions | None:
         """What the policy's predictions are made of; None = it makes none."""
         return self._policy.predictions
+
+    def holds_as_json(self) -> dict[str, Any]:
+        """Return for how long requests may still decide the level of all, by what they bring."""
+        return {name: budget.as_json() for name, budget in hold_budgets(self._policy).items()}
 
     def replace(self, policy: Policy, note: str, setup: PolicySetup) -> None:
         """Ask `policy` from the next tick on. Any thread may call; of two before one tick the later counts.

@@ -75,7 +75,7 @@ def _get_kv_cache_configs(original: Callable[..., Any]) -> Any:
 def _collective_rpc(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
     def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(method, str) and hasattr(getattr(self, "scheduler", None), "morph"):
+        if hasattr(getattr(self, "scheduler", None), "morph"):
             check_weight_access(method)
         return original(self, method, *args, **kwargs)
 

@@ -154,6 +154,12 @@ def _check_features(vllm_config: VllmConfig) -> None:
             f"ranks on {v.parallel_config.nnodes} hosts are not proven, on 1 they are",
             "--nnodes",
         ),
+        (
+            v.parallel_config.data_parallel_size_local < v.parallel_config.data_parallel_size,
+            f"{v.parallel_config.data_parallel_size} replicas, {v.parallel_config.data_parallel_size_local} of them on "
+            "this host, are not proven, all on one are",
+            "--data-parallel-size-local, --data-parallel-rank and --data-parallel-start-rank",
+        ),
     ):
         if bad:
             raise ConfigError(f"not supported together with MorphServe: {what}. Leave out {remedy}.")

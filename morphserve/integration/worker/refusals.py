@@ -19,19 +19,37 @@ _TARGETS = (
     "save_sharded_state",
     "save_tensorized_model",
 )
+# vLLM itself loads the model by the first, at start; the second hands the model to a function.
+_NOT_BY_RPC = ("load_model", "apply_model")
+_KEEPS_WEIGHTS = "morphserve_keeps_weights"
 
 
-def check_weight_access(name: str) -> None:
-    """Refuse a method of workers that is about the weights.
+def keeps_weights(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a function of workers as one that leaves their weights alone, so that `collective_rpc` takes it."""
+    setattr(function, _KEEPS_WEIGHTS, True)
+    return function
+
+
+def check_weight_access(method: str | Callable[..., Any]) -> None:
+    """Refuse a method of workers that is about the weights, and a function that may be.
 
     Raises:
         ConfigError: it is one.
     """
-    if name in _TARGETS:
+    if isinstance(method, str):
+        _refuse(method, method in (*_TARGETS, *_NOT_BY_RPC), "")
+        return
+    name, module = getattr(method, "__qualname__", repr(method)), getattr(method, "__module__", None) or ""
+    is_known = module.split(".")[0] == "morphserve" or getattr(method, _KEEPS_WEIGHTS, False)
+    _refuse(f"function {name}", not is_known, f"; one that leaves weights alone says so by {_KEEPS_WEIGHTS} = True")
+
+
+def _refuse(what: str, is_refused: bool, remedy: str) -> None:
+    if is_refused:
         raise ConfigError(
-            f"{name}: MorphServe swaps decoder layers, and those that are swapped out are not in the model's "
+            f"{what}: MorphServe swaps decoder layers, and those that are swapped out are not in the model's "
             "parameters; a restore brings back the weights of the start. Restart the server with the new weights, or "
-            "start without --plugin morphserve."
+            f"start without --plugin morphserve{remedy}."
         )
 
 
