@@ -17,7 +17,7 @@ from typing import Any
 
 from morphserve.errors import MorphServeError
 from morphserve.integration import ending, seams
-from morphserve.integration.start import CONFIG_FILE, KEY, ignore_hangups, is_active, read_settings
+from morphserve.integration.start import CONFIG_FILE, KEY, check_frontend, ignore_hangups, is_active, read_settings
 from morphserve.user_input import user_path
 
 logger = logging.getLogger("vllm.morphserve")
@@ -77,6 +77,8 @@ def _from_cli_args(original: Callable[..., Any]) -> Any:
     @functools.wraps(function)
     def from_cli_args(cls: type, args: argparse.Namespace) -> Any:
         _settings_from_cli(args)
+        if is_active(getattr(args, "additional_config", None)):
+            _check_frontend(args)
         return function(cls, args)
 
     return classmethod(from_cli_args)
@@ -99,6 +101,13 @@ def _settings_from_cli(args: argparse.Namespace) -> None:
     except MorphServeError as e:
         _exit(str(e))
     args.additional_config = additional
+
+
+def _check_frontend(args: argparse.Namespace) -> None:
+    try:
+        check_frontend(args)
+    except MorphServeError as e:
+        _exit(str(e))
 
 
 def _create_engine_config(original: Callable[..., Any]) -> Any:
@@ -137,7 +146,7 @@ def _activate(engine_args: Any) -> None:
         SeamError, ConfigError.
     """
     from morphserve.errors import ConfigError
-    from morphserve.integration.server import keep_all_receipts
+    from morphserve.integration.server import forget_forged_marks, keep_all_receipts
 
     seams.require_all(_device_seams())
     read_settings(engine_args.additional_config)
@@ -153,6 +162,7 @@ def _activate(engine_args: Any) -> None:
     install_engine_seams()
     seams.wrap(seams.ENDPOINT_PLUGINS, _load_endpoint_plugins)
     seams.wrap(seams.CHOICE_OUTPUT, keep_all_receipts)
+    seams.wrap(seams.CLIENT_GENERATE, forget_forged_marks)
 
 
 def _keep_kv_from_growing(engine_args: Any) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from vllm import tracing
 
 from morphserve.integration import seams
+from morphserve.integration.spared import Spared
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -29,6 +30,7 @@ _HEADER = "morphserve"  # W3C names none that begins so, and vLLM sends none of 
 _PREFIX = "morphserve."
 _TRANSITION = "morphserve.transition"
 
+_spared = Spared("the levels in a request's span")
 _of_request: ContextVar[dict[str, Any]] = ContextVar("morphserve_span_of_request")
 
 
@@ -104,7 +106,10 @@ class TransitionSpans:
 def _do_tracing(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def do_tracing(self: Any, engine_core_output: Any, *args: Any, **kwargs: Any) -> None:
-        mark = _of_request.set(_take_levels(engine_core_output))
+        levels: dict[str, Any] = {}
+        with _spared:
+            levels = _take_levels(engine_core_output)
+        mark = _of_request.set(levels)
         try:
             original(self, engine_core_output, *args, **kwargs)
         finally:
@@ -128,8 +133,9 @@ def _take_levels(output: Any) -> dict[str, Any]:
 def _instrument_manual(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def instrument_manual(*args: Any, **kwargs: Any) -> None:
-        if "attributes" in kwargs and (levels := _of_request.get({})):
-            kwargs["attributes"] = {**(kwargs["attributes"] or {}), **levels}
+        with _spared:
+            if "attributes" in kwargs and (levels := _of_request.get({})):
+                kwargs["attributes"] = {**(kwargs["attributes"] or {}), **levels}
         original(*args, **kwargs)
 
     return instrument_manual

@@ -126,6 +126,18 @@ def test_a_pin_without_an_end_is_wrong_usage(capsys: pytest.CaptureFixture[str])
     assert ended.value.code == 2 and "--for" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["nan", "inf", "-1", "0", "soon"])
+@pytest.mark.parametrize("command", [["pin", "2"], ["restore"], ["pause"]])
+def test_what_is_no_time_is_wrong_usage(command: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: a typo that travels to the server, and may be no JSON there."""
+    name, *words = command
+    heard: list[Any] = []
+    with taking(heard) as url, pytest.raises(SystemExit) as ended:
+        main_of(name)([*words, f"--for={text}", "--url", url])
+    assert ended.value.code == 2 and not heard
+    assert f"argument --for: {text!r}: give a number of seconds above 0, a day" in capsys.readouterr().err
+
+
 def test_a_token_that_others_can_read_is_not_sent(token_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards: a token that was copied with the wrong mode, and works."""
     token_file.chmod(0o644)

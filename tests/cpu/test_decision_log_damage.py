@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import gzip
+import os
 import subprocess
 import threading
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from cpu.log_world import LADDER, SETUPS, SLO, THRESHOLD, ask, assert_problem, load, patient, row, write
 
 from morphserve.__main__ import main
 from morphserve.control import DecisionLog, make_header
+from morphserve.control.decisions import replay_log
 from morphserve.control.decisions.decision_log import Header, Mark, Row, to_text
 from morphserve.control.decisions.replay_log import LogError, read_log, replay
 from policies import (
@@ -221,3 +226,39 @@ def test_unreadable_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     """Guards: a traceback."""
     assert main(["replay-log", str(tmp_path / "none")]) == 1
     assert "none: No such file or directory. Give a readable file." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "pipe"])
+def test_what_has_no_end_is_no_log(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: a command that reads until there is no memory, or that waits for a writer."""
+    file = tmp_path / name
+    if name == "pipe":
+        os.mkfifo(file)
+    assert main(["replay-log", str(file)]) == 1
+    assert f"{name}: Not a regular file. Give a readable file." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["log", "log.gz"])
+def test_a_line_that_goes_on_and_on_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a file of some kilobytes that unpacks to all of the memory there is."""
+    monkeypatch.setattr(replay_log, "_LONGEST_LINE", 1000)
+    monkeypatch.setattr(replay_log, "_CHUNK_BYTES", 10)
+    decompressobj, unpacked = zlib.decompressobj, []
+
+    def counting(**named: int) -> Any:
+        stream = decompressobj(**named)
+
+        def decompress(part: bytes) -> bytes:
+            unpacked.append(len(text := stream.decompress(part)))
+            return text
+
+        return SimpleNamespace(decompress=decompress)
+
+    monkeypatch.setattr(zlib, "decompressobj", counting)
+    text = b"0" * 1_000_000
+    (tmp_path / name).write_bytes(gzip.compress(text) if name == "log.gz" else text)
+    assert main(["replay-log", str(tmp_path / name)]) == 1
+    assert "line 1 is longer than 1,000 bytes, which none of a log is. Give a file" in capsys.readouterr().err
+    assert sum(unpacked) < 100_000

@@ -336,6 +336,29 @@ def test_an_error_while_they_are_let_in_loses_none(model: Path, monkeypatch: pyt
     assert world.morph.gate.num_held == 0 and [r.request_id for r in world.scheduler.waiting] == ["a", "b"]
 
 
+def test_a_queue_that_does_not_take_them_loses_none(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: requests that have left the one queue, and that an error has kept from the other."""
+    world = held_at_level_1(model)
+    queue, refusals = type(world.scheduler.waiting), [True, False, True]  # of the first call, and of the third
+
+    def refusing(take: Any) -> Any:
+        def prepend(self: Any, what: Any) -> None:
+            if refusals and refusals.pop(0):
+                raise MemoryError
+            take(self, what)
+
+        return prepend
+
+    for name in ("prepend_request", "prepend_requests"):
+        monkeypatch.setattr(queue, name, refusing(getattr(queue, name)))
+    world.morph.health = Health.RESTING
+    for _ in range(3):
+        world.morph.before_schedule()
+        waiting = [r.request_id for r in world.scheduler.waiting]
+        assert sorted([*waiting, *world.morph.gate._held]) == ["a", "b"], "in one of them, and in one only"
+    assert waiting == ["a", "b"] and not refusals
+
+
 def test_one_that_has_ended_is_not_let_in(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a request that its client has left, and whose end an error of ours kept from the gate, is scheduled."""
     world = held_at_level_1(model)

@@ -23,8 +23,10 @@ from checkpoints import quantization_config
 from safetensors.torch import save_file
 from seams.logged import records_of
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestState
 
 from morphserve.__main__ import main
@@ -187,6 +189,38 @@ def test_settings_from_two_places_are_an_error(tmp_path: Path) -> None:
         AsyncEngineArgs.from_cli_args(args)
 
 
+RUST = "VLLM_USE_RUST_FRONTEND"
+
+
+@pytest.mark.parametrize("asked", [["--plugin", "morphserve"], ["--additional-config", '{"morphserve": {}}']])
+@pytest.mark.parametrize(
+    ("value", "rust", "words"),
+    [
+        ([], "1", f"{RUST}=1: vLLM's Rust .* Unset {RUST}."),
+        (["--grpc"], "0", "--grpc: vLLM's gRPC .* Leave out --grpc."),
+    ],
+)
+def test_a_front_end_that_has_nothing_of_ours_is_refused(
+    asked: list[str], value: list[str], rust: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a server without metrics, orders and reload, and no word of it; a stock one that is refused."""
+    monkeypatch.setenv(RUST, rust)
+    parser = FlexibleArgumentParser()
+    commands = parser.add_subparsers(dest="subparser")
+    ServeSubcommand().subparser_init(commands)
+
+    def args(*arguments: str) -> argparse.Namespace:
+        given = parser.parse_args(["serve", str(Path(__file__).parent), *arguments])
+        given.model = given.model_tag  # as `vllm serve` does
+        return given
+
+    with pytest.raises(SystemExit, match=f"^morphserve: error: {words}"):
+        AsyncEngineArgs.from_cli_args(args(*value, *asked))
+    AsyncEngineArgs.from_cli_args(args(*value))
+    monkeypatch.setenv(RUST, "0")
+    AsyncEngineArgs.from_cli_args(args(*asked))
+
+
 # ---- the engine's configuration
 
 
@@ -205,6 +239,7 @@ def test_active_with_the_plugin(models: dict[str, str]) -> None:
     assert config.parallel_config.worker_extension_cls == WORKER_EXTENSION_CLS
     assert [p.name for p in vllm.plugins.load_endpoint_plugins(("generate",))] == ["morphserve"]
     assert hasattr(RequestState.make_request_output, "__wrapped__"), "or of several choices one has a receipt"
+    assert hasattr(AsyncLLM.generate, "__wrapped__"), "or where no door is marks are forged"
     assert "VLLM_PLUGINS" not in os.environ, "with which vLLM's resolver of adapters would download"
 
 

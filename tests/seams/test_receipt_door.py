@@ -19,8 +19,16 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from morphserve.integration import seams
-from morphserve.integration.server.receipt_door import HEADER, ReceiptDoor, keep_all_receipts, note_receipts
+from morphserve.integration import seams, spared
+from morphserve.integration.server import receipt_door
+from morphserve.integration.server.receipt_door import (
+    HEADER,
+    ReceiptDoor,
+    forget_forged_marks,
+    keep_all_receipts,
+    note_receipts,
+)
+from morphserve.integration.spared import Spared
 
 RECEIPT = {
     "output_tokens": {"0": 2, "3": 1}, "deepest_level": 3, "full_precision": False, "token_levels": [[0, 2], [3, 1]],
@@ -226,6 +234,77 @@ def test_choices_that_ask_for_none_are_told_nothing(joined: None) -> None:
     assert choices.told() is None
 
 
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What an error of ours is told by, while nobody has been told of one."""
+    said: list[str] = []
+    monkeypatch.setattr(receipt_door, "_spared", Spared("a receipt"))
+    monkeypatch.setattr(spared.logger, "warning", lambda text, *args, **more: said.append(text % args))
+    return said
+
+
+def fails(*_: Any) -> Any:
+    raise RuntimeError("an error of ours")
+
+
+def test_an_error_of_ours_costs_the_receipts_of_the_choices(
+    joined: None, monkeypatch: pytest.MonkeyPatch, lines: list[str]
+) -> None:
+    """Guards: one error in the task that makes everybody's outputs, which vLLM ends, and with it all requests."""
+    monkeypatch.setattr(receipt_door, "_add_siblings", fails)
+    choices = Choices(RequestOutputKind.FINAL_ONLY)
+    choices.step(0, 1, 2)
+    choices.step(ends={number: receipt_of(number) for number in range(3)})
+    output = choices.queue.get_nowait()
+    assert [choice.token_ids for choice in output.outputs] == [[7, 7]] * 3  # type: ignore[union-attr]
+    assert len(lines) == 1 and "an error costs a receipt" in lines[0]
+
+
+@pytest.mark.parametrize(("part", "path"), [("_header", "/whole"), ("_compact", "/stream")])
+def test_an_error_of_ours_costs_the_receipt_of_an_answer(
+    part: str, path: str, monkeypatch: pytest.MonkeyPatch, lines: list[str]
+) -> None:
+    """Guards: an answer that its client does not get, for what was to be told with it."""
+    monkeypatch.setattr(receipt_door, part, fails)
+    for _ in range(2):
+        answer = app_of(Client(), morphserve_receipt=1).post(path)
+        assert answer.status_code == 200 and HEADER not in answer.headers and "morphserve" not in answer.text
+        assert answer.text.endswith("data: [DONE]\n\n") or answer.json() == {"outputs": [0, 1, 2, 3]}
+    assert len(lines) == 1
+
+
+def test_an_output_that_nobody_can_read_is_handed_on(lines: list[str]) -> None:
+    """Guards: an answer cut off by what stands between the engine's client and its caller."""
+
+    class Unreadable(Client):
+        async def generate(self, prompt: Any, sampling_params: Any, request_id: str) -> AsyncIterator[Any]:
+            for number in range(3):
+                yield SimpleNamespace(number=number)
+
+    answer = app_of(Unreadable(), morphserve_receipt=1).post("/whole")
+    assert answer.json() == {"outputs": [0, 1, 2]} and len(lines) == 1
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_an_answer_without_headers_gets_ours(refused: bool) -> None:
+    """Guards: an application that leaves out what ASGI lets it leave out, and its answer with it."""
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        answer = receipt_door._current.get()
+        assert answer is not None
+        answer.sender.retry_after_s = 5 if refused else None
+        answer.add_prompt(1)[0] = receipt_of(1)
+        await send({"type": "http.response.start", "status": 503 if refused else 200})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(ReceiptDoor(app)({"type": "http", "method": "POST"}, nothing, send))  # type: ignore[arg-type]
+    names = {name.decode() for name, _ in sent[0]["headers"]}
+    assert names == {HEADER.lower()} | ({"retry-after"} if refused else set())
+
+
 def test_nothing_stands_between_those_who_ask_for_none() -> None:
     """Guards: one generator more for each token of everybody."""
     client = Client()
@@ -276,6 +355,27 @@ def test_the_engine_is_told_whose_it_was() -> None:
     ):
         app_of(Recorder(), **asked).post("/whole", content=content)
         assert seen.pop().get("morphserve_model") == model
+
+
+def test_nobody_forges_a_mark_where_no_door_is() -> None:
+    """Guards: another's key or model in a file of `vllm run-batch`, which has no HTTP; marks of the door's own lost."""
+    seen: list[Any] = []
+
+    class Recorder(Client):
+        @forget_forged_marks
+        async def generate(self, prompt: Any, sampling_params: Any, request_id: str) -> AsyncIterator[Any]:
+            seen.append(dict(sampling_params.extra_args or {}))
+            yield SimpleNamespace(kv_transfer_params=None, number=0)
+
+    async def run() -> None:
+        for asked in (None, {"morphserve_max_level": 0, "morphserve_key": "forged", "morphserve_model": "forged"}):
+            async for _ in Recorder().generate("", SamplingParams(extra_args=asked), "r"):
+                pass
+
+    asyncio.run(run())
+    assert seen == [{}, {"morphserve_max_level": 0}]
+    app_of(Recorder(), morphserve_max_level=0).post("/whole", headers={"Authorization": "Bearer secret"})
+    assert seen[-1]["morphserve_key"] == "2bb80d537b1da3e3"
 
 
 def test_a_client_that_goes_ends_its_request() -> None:

@@ -23,7 +23,8 @@ from vllm.v1.metrics.stats import IterationStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from morphserve import plugin
-from morphserve.integration import seams, spans
+from morphserve.integration import seams, spans, spared
+from morphserve.integration.spared import Spared
 
 pytestmark = pytest.mark.seams
 
@@ -184,6 +185,34 @@ def test_an_output_without_levels_has_vllms_span(headers: dict[str, str] | None,
     front.take([EngineCoreOutput("a", [1, 2], finish_reason=1, trace_headers=headers)])
     ((_, attributes),) = sent(collector, "llm_request")
     assert not [key for key in attributes if key.startswith("morphserve")]
+
+
+@pytest.mark.parametrize("part", ["_take_levels", "_of_request"])
+def test_an_error_of_ours_costs_levels_and_no_span(
+    part: str, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: one error in the task that makes everybody's outputs, which vLLM ends, and with it all requests."""
+    lines: list[str] = []
+    monkeypatch.setattr(spans, "_spared", Spared("the levels"))
+    monkeypatch.setattr(spared.logger, "warning", lambda text, *args, **more: lines.append(text % args))
+
+    class Failing:
+        """The function that takes levels, or the variable that they wait in."""
+
+        set, reset = spans._of_request.set, spans._of_request.reset
+
+        def __call__(self, output: Any) -> Any:
+            raise RuntimeError("an error of ours")
+
+        get = __call__
+
+    monkeypatch.setattr(spans, part, Failing())
+    spans.install()
+    front = Front()
+    for name in ("a", "b"):
+        front.expect(name, 2)
+        front.take([EngineCoreOutput(name, [1, 2], finish_reason=1, trace_headers={"morphserve": "{}"})])
+    assert len(sent(collector, "llm_request")) == 2 and len(lines) == 1
 
 
 @pytest.mark.usefixtures("started")

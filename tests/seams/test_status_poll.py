@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from seams.test_metrics import status
 
 from morphserve.integration.server import metrics, poll, spare_time
-from morphserve.integration.server.metrics import MorphServeEndpoint
+from morphserve.integration.server.metrics import MorphServeEndpoint, StatusCollector
 from morphserve.integration.server.poll import StatusPoll
 
 pytestmark = pytest.mark.seams
@@ -101,7 +101,7 @@ def test_an_engine_that_hangs_does_not_look_healthy(said: list[str]) -> None:
             engine.goes_on = asyncio.Event()
             await until(lambda: door.max_num_queued_tokens is None)
             clock.now_s += 40.0
-            assert names(endpoint) == age and endpoint._poll.ages_s == {0: 40.0}
+            assert names(endpoint) == age and endpoint._poll.ages_s == {"0": 40.0}
             (page,) = endpoint._poll.last
             assert page["exposure_level"] == 3 and endpoint._poll.age_s == 40.0
             engine.goes_on.set()
@@ -221,7 +221,30 @@ def test_an_engine_that_has_never_answered_has_no_figures(said: list[str]) -> No
         asked = StatusPoll(lambda: engine.call_utility_all_async("morphserve_status"))
         with pytest.raises(TimeoutError):
             await asked.look()
-        assert asked.statuses == [] and asked.ages_s == {}
+        assert asked.statuses == [] and asked.ages_s == {}, "nobody polls: of a server without an engine, too"
+
+    asyncio.run(serve())
+
+
+def test_an_engine_that_has_never_answered_grows_old() -> None:
+    """Guards: no alert of an engine that has hung since its start."""
+
+    async def serve() -> None:
+        clock, engine = Clock(), Engine()
+        clock.now_s = 100.0
+        engine.goes_on = asyncio.Event()
+        asked = StatusPoll(lambda: engine.call_utility_all_async("morphserve_status"), clock)
+        clock.now_s = 200.0  # the server starts
+        task = asyncio.create_task(asked.run(lambda statuses: None))
+        await until(lambda: engine.num_asked == 1)
+        clock.now_s = 240.0
+        assert asked.ages_s == {"unknown": 40.0} and asked.age_s == 40.0
+        (family,) = StatusCollector(asked).collect()
+        assert [(each.labels, each.value) for each in family.samples] == [({"engine": "unknown"}, 40.0)]
+        engine.goes_on.set()
+        await until(lambda: bool(asked.last))
+        assert asked.ages_s == {"0": 40.0}  # as old as the question
+        task.cancel()
 
     asyncio.run(serve())
 

@@ -5,8 +5,11 @@ A line that cannot be used, or a gap, is a problem: what comes after it proves n
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import stat
 import sys
 import zlib
 from collections.abc import Iterator
@@ -28,6 +31,7 @@ LINE: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="event
 # Where a gzip member starts, of Python or gzip(1): 44 fixed bits, so no other bytes of a log will look like it.
 _MEMBER = re.compile(rb"(?=\x1f\x8b\x08[\0\x08].{4}[\0\2\4][\3\xff])", re.DOTALL)
 _CHUNK_BYTES = 1 << 16
+_LONGEST_LINE = 1 << 24  # bytes; a header with its step times has some thousands
 
 
 class LogError(ValueError):
@@ -38,9 +42,15 @@ def read_log(file: Path) -> Iterator[tuple[int, Line | LogError]]:
     """Read lines with their numbers, from 1; for one that cannot be used, the error that says why.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, or is none: a device, a pipe.
+        ConfigError: it has a line that no log has.
     """
     for at, text in enumerate(_texts(file), start=1):
+        if len(text) > _LONGEST_LINE:
+            raise ConfigError(
+                f"decision log {file}: line {at} is longer than {_LONGEST_LINE:,} bytes, which none of a log is. "
+                "Give a file that MorphServe has written."
+            )
         if text.strip():
             try:
                 yield at, LINE.validate_json(text)
@@ -66,9 +76,11 @@ def _why(text: bytes, error: ValidationError) -> str:
 
 def _texts(file: Path) -> Iterator[bytes]:
     """Yield the lines. Of a gzip file each member for itself: one that a kill has torn ends where the next starts."""
-    with file.open("rb") as raw:
+    with open(file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as raw:  # a pipe: no wait
+        if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file")
         if raw.peek(2)[:2] != b"\x1f\x8b":
-            yield from raw
+            yield from iter(lambda: raw.readline(_LONGEST_LINE + 1), b"")
             return
         packed = raw.read()
     for member in _MEMBER.split(packed):
@@ -77,6 +89,8 @@ def _texts(file: Path) -> Iterator[bytes]:
             for at in range(0, len(member), _CHUNK_BYTES):
                 *lines, rest = (rest + stream.decompress(member[at : at + _CHUNK_BYTES])).split(b"\n")
                 yield from lines
+                if len(rest) > _LONGEST_LINE:  # a line that goes on and on is told of before it is whole
+                    break
         except zlib.error:
             rest = rest or b"?"  # at least a line that is damaged
         if rest:

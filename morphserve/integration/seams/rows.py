@@ -115,7 +115,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("sched_queue", "vllm.v1.core.sched.request_queue:RequestQueue.peek_request", (), "age of the oldest"),
     Seam("sched_hold", "vllm.v1.core.sched.request_queue:RequestQueue.remove_requests", ("requests",),
          "who must not be served at this level waits elsewhere"),
-    Seam("sched_let_in", "vllm.v1.core.sched.request_queue:RequestQueue.prepend_requests", ("requests",),
+    Seam("sched_let_in", "vllm.v1.core.sched.request_queue:RequestQueue.prepend_request", ("request",),
          "and comes back to the head of the queue"),
     Seam("adapter", "vllm.lora.request:LoRARequest", (), "whose request it is", ("lora_name",)),
     Seam("sched_output", f"{_OUTPUT}:SchedulerOutput", (), "who starts in this step, and what runs",

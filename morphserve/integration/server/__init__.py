@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from morphserve.integration.server.receipt_door import keep_all_receipts
+from morphserve.integration.server.receipt_door import forget_forged_marks, keep_all_receipts
 
-__all__ = ["keep_all_receipts"]
+__all__ = ["forget_forged_marks", "keep_all_receipts"]

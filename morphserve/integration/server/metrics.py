@@ -65,7 +65,7 @@ class StatusCollector(Collector):
             doc = f"Since the engine last answered; beyond {SILENT_AFTER_S:.0f} s it has no other morphserve metric."
             age = GaugeMetricFamily(PREFIX + "status_age_seconds", doc, labels=["engine"])
             for engine, age_s in ages_s.items():
-                age.add_metric([str(engine)], age_s)
+                age.add_metric([engine], age_s)
             yield age
         if not statuses:
             return

@@ -18,6 +18,7 @@ POLL_INTERVAL_S = 0.5
 ANSWER_TIMEOUT_S = 3.0  # of an answer to somebody who must know what is so now, as who orders something
 SILENT_AFTER_S = 30.0  # one step of long prompts takes seconds on a CPU; from here on last figures are none
 _NO_ANSWER = "no answer"
+_UNKNOWN = "unknown"  # which engines there are, until they have answered
 
 Status = dict[str, Any]
 
@@ -42,7 +43,8 @@ class StatusPoll:
         self._ask = ask
         self._clock = clock
         self.last: list[Status] = []  # however old
-        self._heard_s = 0.0  # when the question was put that `last` answers: the figures are no older
+        self._heard_s = clock()  # when the question was put that `last` answers: the figures are no older
+        self._runs = False
         self._asked_s: float | None = None  # when the poll has put the question that has no answer yet
         self._failed = False  # the poll's last question got none
         self._told = False  # of it
@@ -53,13 +55,15 @@ class StatusPoll:
         return [] if self._failed or self.age_s > SILENT_AFTER_S else self.last
 
     @property
-    def ages_s(self) -> dict[int, float]:
-        """Of each engine that has ever answered, how old its last figures are."""
-        return {status["engine"]: self.age_s for status in self.last}
+    def ages_s(self) -> dict[str, float]:
+        """Of each engine how old its last figures are; before the first answer, for how long there has been none."""
+        if self._runs and not self.last:
+            return {_UNKNOWN: self.age_s}
+        return {str(status["engine"]): self.age_s for status in self.last}
 
     @property
     def age_s(self) -> float:
-        """How old the last figures are at most."""
+        """How old the last figures are at most; before the first answer, since when the poll runs."""
         return max(self._clock() - self._heard_s, 0.0)
 
     async def look(self) -> list[Status]:
@@ -78,6 +82,9 @@ class StatusPoll:
         Args:
             tell: gets the statuses after each question, none while the engines are silent.
         """
+        self._runs = True
+        if not self.last:
+            self._heard_s = self._clock()
         while True:
             self._asked_s = self._clock()
             problem = await self._ask_patiently()

@@ -20,6 +20,7 @@ from itertools import chain
 from typing import Any
 
 from morphserve.integration.server.floor_door import MAX_LEVEL_ARG, FloorDoor, Message, Sender, forget_marks
+from morphserve.integration.spared import Spared
 
 HEADER = "X-MorphServe-Receipt"
 _MAX_HEADER_BYTES = 2048  # of an answer of many choices; servers and proxies take 4 to 8 KiB of headers
@@ -32,6 +33,8 @@ _OF_CHOICES = "morphserve_receipts"  # attribute of vLLM's record of an answer o
 Send = Callable[[Message], Awaitable[None]]
 Receipt = dict[str, Any]
 Outputs = AsyncGenerator[Any, None]
+
+_spared = Spared("a receipt")  # vLLM makes everybody's outputs in one task, which an error would end
 
 
 class _Answer:
@@ -52,18 +55,23 @@ class _Answer:
 
     async def send(self, message: Message) -> None:
         """Pass a part of the answer on, with the receipts where it is the one for them."""
+        with _spared:
+            message = self._with_ours(message)
+        await self._send(message)
+
+    def _with_ours(self, message: Message) -> Message:
         if (wait_s := self.sender.retry_after_s) is not None and message.get("status") == 503:
-            message = {**message, "headers": [*message["headers"], (b"retry-after", b"%d" % wait_s)]}
+            message = _with_header(message, b"retry-after", b"%d" % wait_s)
         _ = self.sender.model  # vLLM may ask its engine only now
         if self._by_prompt:
             body = message.get("body", b"")
             if message["type"] == "http.response.start" and any(receipts := self._receipts):
-                message = {**message, "headers": [*message["headers"], (HEADER.lower().encode(), _header(receipts))]}
+                message = _with_header(message, HEADER.lower().encode(), _header(receipts))
             elif body.startswith(_DONE) and any(receipts := self._receipts):
                 message = {**message, "body": self._last_chunk(receipts) + body}
             elif body.startswith(b"data: {"):
                 self._chunk = body
-        await self._send(message)
+        return message
 
     @property
     def _receipts(self) -> list[Receipt | None]:
@@ -124,12 +132,25 @@ def note_receipts(original: Callable[..., Outputs]) -> Callable[..., Outputs]:
     return generate
 
 
+def forget_forged_marks(original: Callable[..., Outputs]) -> Callable[..., Outputs]:
+    """Wrap `generate` of every engine client: where no door marks requests, as in `vllm run-batch`, none is marked."""
+
+    @functools.wraps(original)
+    def generate(client: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Outputs:
+        if _current.get() is None and (asked := getattr(sampling_params, "extra_args", None)):
+            forget_marks(asked)
+        return original(client, prompt, sampling_params, *args, **kwargs)
+
+    return generate
+
+
 async def _noting(outputs: Outputs, receipts: list[Receipt | None]) -> Outputs:
     async with aclosing(outputs):  # whose client goes has the engine's request aborted by that
         async for output in outputs:
-            told = (output.kv_transfer_params or {}).get(_OURS)
-            if told is not None:
-                receipts[:] = told if isinstance(told, list) else [told]
+            with _spared:
+                told = (output.kv_transfer_params or {}).get(_OURS)
+                if told is not None:
+                    receipts[:] = told if isinstance(told, list) else [told]
             yield output
 
 
@@ -145,10 +166,12 @@ def keep_all_receipts(original: Callable[..., Any]) -> Callable[..., Any]:
     def make_request_output(state: Any, *args: Any, **named: Any) -> Any:
         if state.parent_req is None:
             return original(state, *args, **named)
-        call = shape.bind(state, *args, **named)
-        if call.arguments["finish_reason"] is not None:
-            _add_siblings(state, call.arguments)
-        return original(*call.args, **call.kwargs)
+        with _spared:
+            call = shape.bind(state, *args, **named)
+            if call.arguments["finish_reason"] is not None:
+                _add_siblings(state, call.arguments)
+            args, named = call.args[1:], call.kwargs
+        return original(state, *args, **named)
 
     return make_request_output
 
@@ -164,6 +187,10 @@ def _add_siblings(state: Any, given: dict[str, Any]) -> None:
         setattr(state.parent_req, _OF_CHOICES, receipts)
     receipts[state.request_index] = told.get(_OURS)
     given["kv_transfer_params"] = {**told, _OURS: receipts}
+
+
+def _with_header(message: Message, name: bytes, value: bytes) -> Message:
+    return {**message, "headers": [*message.get("headers", ()), (name, value)]}
 
 
 def _header(receipts: list[Receipt | None]) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from morphserve.integration.start.frontend import check_frontend
 from morphserve.integration.start.hangup import hangup_is_free, ignore_hangups
 from morphserve.integration.start.settings import (
     CONFIG_FILE,
@@ -52,6 +53,7 @@ __all__ = [
     "check_device",
     "check_engine",
     "check_fixed_kv",
+    "check_frontend",
     "check_given_blocks",
     "check_platform",
     "config_file",

@@ -8,6 +8,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,22 @@ def order_parser(doc: str | None, prog: str) -> argparse.ArgumentParser:
 def add_for(parser: argparse.ArgumentParser, otherwise: str = "") -> None:
     """Add how long it holds; `otherwise`: what is so without the option, which is required where nothing is."""
     words = "; ".join(filter(None, ("seconds that it holds, a day at most", otherwise)))
-    parser.add_argument("--for", dest="for_s", type=float, required=not otherwise, metavar="S", help=words)
+    parser.add_argument("--for", dest="for_s", type=_seconds, required=not otherwise, metavar="S", help=words)
+
+
+def _seconds(text: str) -> float:
+    """Read a time that an order can hold; the longest is the server's to say.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    try:
+        for_s = float(text)
+    except ValueError:
+        for_s = nan
+    if not 0 < for_s < inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number of seconds above 0, a day (86400) at most")
+    return for_s
 
 
 def run_order(action: str, args: argparse.Namespace, prog: str, keys: Sequence[str] = ("for_s",)) -> int:

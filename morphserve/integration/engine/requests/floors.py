@@ -128,14 +128,14 @@ class FloorGate:
             self._let_in(list(self._held.values()))
 
     def _let_in(self, requests: Sequence[Request]) -> None:
-        """Put them into vLLM's queues first: whatever comes of the rest, none is lost."""
+        """Put them into vLLM's queues first: whatever comes of the rest, each waits there or here, and not in both."""
         self.take_out()
-        for request in requests:
+        for request in reversed(requests):  # They have waited longest: in front of the others, one by one.
+            if not request.is_finished():
+                holds_kv = request.num_computed_tokens > 0
+                queue = self._scheduler.kv_holding_waiting if holds_kv else self._scheduler.waiting
+                queue.prepend_request(request)
             del self._held[request.request_id]
-        ready = [request for request in reversed(requests) if not request.is_finished()]
-        # They have waited longest; vLLM's queues put them in front one by one.
-        for queue, holds_kv in ((self._scheduler.kv_holding_waiting, True), (self._scheduler.waiting, False)):
-            queue.prepend_requests([request for request in ready if (request.num_computed_tokens > 0) is holds_kv])
         for request in requests:
             self._traffic.on_let_in(request)
 
