@@ -105,7 +105,7 @@ def test_the_engine_refuses_before_it_asks_its_ranks(monkeypatch: pytest.MonkeyP
         call(ours, method)
         call(ours, keeps_weights(lambda worker: None))
         call(ours, logit_meter.install)
-        assert len(sent) == 4
+        assert len(sent) == 5
         return
     with pytest.raises(ConfigError, match=f"{method}: MorphServe swaps decoder layers"):
         call(ours, method)

@@ -213,7 +213,7 @@ SEAMS: tuple[Seam, ...] = (
     WORKER_WEIGHTS := Seam("worker_weights", "vllm.v1.worker.gpu_worker:Worker", (),
          "a CPU's worker too: weights are not to be written or read while layers are away: refused",
          ("reload_weights", "start_weight_update", "update_weights", "reset_weights", "compute_weight_checksums",
-          "save_sharded_state", "save_tensorized_model")),
+          "save_sharded_state", "save_tensorized_model", "load_model", "apply_model")),
     ENGINE_RPC := Seam("engine_rpc", "vllm.v1.engine.core:EngineCore.collective_rpc", ("method",),
          "the same, before it is sent: of several ranks that refuse, vLLM would read one answer and keep the others"),
     KV_ALLOC := Seam("kv_alloc", "vllm.v1.worker.gpu_model_runner:allocate_kv_cache",
