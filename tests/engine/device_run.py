@@ -15,6 +15,8 @@ import pytest
 from engine.harness import PROMPTS, compilations, engine, follow, generate, morph_of, settle
 from engine.rank_harness import CONFIG, PARALLEL, W4, W8, needs_two_cores, run
 
+from morphserve.cpu_tier import best_dtype
+
 
 def steps(layers_per_level: int) -> dict[str, Any]:
     return {"ladder": {"steps": [{"format": fmt, "layers_per_level": layers_per_level} for fmt in ("w8", "w4")]}}
@@ -103,3 +105,29 @@ def test_levels_are_measured_in_pages(short_model: Path, variant_cache: Path) ->
         layers = range(model.num_layers)
         base, w8, w4 = measure_levels(model, [{}, dict.fromkeys(layers, "w8"), dict.fromkeys(layers, "w4")], [ids])
         assert base["kl"] == 0.0 and 0 < w8["kl"] < w4["kl"]
+
+
+def test_steps_are_timed_in_pages(tiny_llama: Path, variant_cache: Path) -> None:
+    """Guards: a calibration of a host's worker for what a device serves; formats that are timed and never entered; a
+    move whose pauses nobody notes, as they happen beside the steps; pages that do not come back."""
+    from morphserve.config import parse_config
+    from morphserve.integration.offline.timed_engine import TimedEngine
+
+    config = parse_config({"cache_dir": str(variant_cache), "ladder": {"steps": [{"format": "w8"}, {"format": "w4"}]}})
+    with TimedEngine(
+        str(tiny_llama), config, block_size=32, max_model_len=128, max_num_seqs=8, dtype=best_dtype(),
+        enforce_eager=True, skip_tokenizer_init=True,
+    ) as timed:  # fmt: skip
+        assert timed.morph.executor.in_background
+        pages = timed.engine.collective_rpc("morphserve_memory")
+        for level in (0, 1, 2):
+            timed.go_to(level)
+            timed.visit()
+        timed.go_to(0)
+        assert timed.engine.collective_rpc("morphserve_memory") == pages
+        assert timed.formats == ("base", "w8", "w4") and timed.ratios("w4").keys() == {1, 2, 4, 8}
+        assert all(step.seconds > 0 for steps in timed.steps.values() for step in steps)
+        assert all(max(step.num_seqs for step in steps) == 8 for steps in timed.steps.values())
+        assert timed.move().degrade_s > 0 and timed.move().restore_s > 0
+        sizes = timed.rank_bytes().layers
+        assert all(sum(sizes["w4"]) < sum(sizes[fmt]) for fmt in ("base", "w8"))

@@ -15,7 +15,7 @@ from engine.rank_harness import CORES
 
 CASES = Path(__file__).with_name("device_run.py")
 ROOT = CASES.parents[2]
-NUM_CASES = 4 if len(CORES) > 1 else 3  # one has two ranks
+NUM_CASES = 5 if len(CORES) > 1 else 4  # one has two ranks
 
 
 def test_on_fake_pages(demo_model: Path) -> None:
