@@ -191,6 +191,9 @@ def test_status_and_metrics_agree(
         server.get("/v1/completions", limited)
         late = server.status()["late"]
         assert (late["num_judged"], late["num_late"], late["num_late_ttft"], late["num_late_tpot"]) == (1, 1, 1, 0)
+        metrics = server.metrics()
+        assert metrics["requests_judged_total", ""] == metrics["requests_late_total", "ttft"] == 1
+        assert metrics["requests_late_total", "both"] == metrics["requests_held_total", ""] == 0
         (shown,) = json.loads(server.get("/morphserve/view"))["panels"]
         assert UNTOLD not in {shown["summary"], *(line["text"] for line in shown["lines"] + shown["bars"])}
         assert "<title>MorphServe</title>" in server.get("/morphserve")
@@ -200,6 +203,10 @@ def test_status_and_metrics_agree(
         assert receipt["output_tokens"] == {"6": 12} and receipt["reused_tokens"] == {}
         _check_streamed_receipts(server, body)
         _check_floors(server, body)
+        counts = server.metrics()
+        assert counts["requests_refused_total", "floor"] == 2 and counts["requests_refused_total", "shed"] == 0
+        assert counts["requests_held_total", ""] == server.status()["num_held_total"] > 0
+        assert counts["num_requests_held", ""] == 0
         _check_spans(server, collector)
         assert server.processes()
         assert server.terminate() == 0

@@ -33,7 +33,7 @@ def status(rig: Rig, tokens: list[int], costs: list[float | None], **parts: Any)
         "tokens_by_level": tokens + [0] * (len(ladder) - len(tokens)),
         "traffic": SimpleNamespace(view=lambda: EngineView(3, 5, 0.7), late=LateCount(Promise(2.0, 0.15))),
         "_page": StatusPage(runtime, SimpleNamespace(pauses=[0.02]), 0),
-        "gate": SimpleNamespace(num_held=0, for_door=lambda min_floor: {"min_floor": min_floor}),
+        "gate": SimpleNamespace(num_held=0, num_held_total=0, for_door=lambda min_floor: {"min_floor": min_floor}),
         "_watch": SimpleNamespace(reloads=Reloads("slo", "morph.yaml")),
         **parts,
     }

@@ -339,7 +339,7 @@ class Morph:
         """Plain values for the status page and the metrics."""
         page = self._page.render(self.controller.status(), self.tick_times, self.tokens_by_level)
         requests = {**asdict(self._view()), "late": self.traffic.late.as_json(time.time())}
-        requests["num_held"] = self.gate.num_held
+        requests |= {"num_held": self.gate.num_held, "num_held_total": self.gate.num_held_total}
         requests["floors"] = self.gate.for_door(self.controller.min_floor)
         return {**page, **requests, "policy": asdict(self._watch.reloads)}
 
