@@ -54,7 +54,9 @@ def status(engine: int, level: int) -> dict[str, Any]:
         "transition_seconds": 0.5 * level,
         "decisions_dropped": 7 * level,
         "errors": {"prepare": level} if level else {},
-        "policy": {"kind": "threshold", "source": "a", "reloads": level, "refused": 2 * level, "last_error": None},
+        "policy": dict(
+            kind="threshold", source="a", serves="aa", reloads=level, refused=2 * level, last_error=None
+        ),
         "recent_transitions": [],
         "orders": {"revision": 1, "order": {"kind": "pin", "level": 1} if level else None},
         "counters": {"orders": {"pin_taken": level} if level else {}},

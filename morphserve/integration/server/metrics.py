@@ -30,7 +30,7 @@ from morphserve.integration.server.page import add_page
 from morphserve.integration.server.poll import SILENT_AFTER_S, StatusPoll
 from morphserve.integration.server.queue_limit import QueueLimit
 from morphserve.integration.server.receipt_door import ReceiptDoor, note_receipts
-from morphserve.integration.server.reload_api import add_route, on_hangup, reload_engines
+from morphserve.integration.server.reload_api import Sameness, add_route, on_hangup, reload_engines
 from morphserve.integration.server.scrape import PREFIX, Refusals, add_behind_shared, add_to_own
 from morphserve.integration.server.spare_time import SpareTime
 from morphserve.integration.server.status_api import LastStatuses, add_status
@@ -235,6 +235,7 @@ class MorphServeEndpoint:
         self._collector = StatusCollector(self._poll)
         self._client: Any = None
         self._spare_time = SpareTime(None)
+        self._sameness = Sameness()
         self._tasks = Tasks()
         self._reload = partial(reload_engines, self.call)
 
@@ -293,6 +294,7 @@ class MorphServeEndpoint:
         """Let all know who go by what the engines said; none = they are silent."""
         self._limit_queues(statuses)
         self._spare_time.look(statuses)
+        self._sameness.look(statuses)
         if not statuses:
             self._floors.hear(statuses)
 
