@@ -22,10 +22,10 @@ class PolicySetup:
     times: StepTimes | None = None  # None where the kind does not predict: then their file may change as it likes
     limits: EngineLimits | None = None
 
-    @property
-    def learns_times(self) -> bool:
-        """Whether the policy learns step times, which its successor takes over."""
-        return self.section.kind == "slo" and self.times is None
+    def inherits(self, last: PolicySetup) -> bool:
+        """Return whether the policy goes on from what another one has seen, see `succeed`."""
+        have_floors = self.section.floors.are_allowed and last.section.floors.are_allowed
+        return have_floors or self.section.kind == last.section.kind == "slo"
 
     @property
     def digest(self) -> str:

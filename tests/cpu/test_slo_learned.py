@@ -259,4 +259,4 @@ def test_what_was_learned_in_a_gap_is_not_made_up(tmp_path: Path) -> None:
 
 def test_limits_come_from_the_engine() -> None:
     """Guards: a learner that is asked without knowing a block's size."""
-    assert LEARNED.limits == LIMITS and LEARNED.learns_times and not SLO.learns_times
+    assert LEARNED.limits == LIMITS and LEARNED.times is None is not SLO.times

@@ -8,7 +8,8 @@ the server started with is refused as a whole. A refused file changes nothing.
 What comes of it is told without a value of the file, which whoever asks need not be allowed to read; the log has them.
 
 A new policy has seen nothing yet: dwell times, forecasts, the token bucket and the quality budget of kind slo start
-anew. The level and the transition under way are the engine's and stay; so do the step times that kind slo has learned.
+anew. The level and the transition under way are the engine's and stay; so do the step times that kind slo has learned,
+and what is left of the seconds that requests may hold others up, whatever an hour has now.
 """
 
 from __future__ import annotations
