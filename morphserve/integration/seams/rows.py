@@ -82,6 +82,8 @@ SEAMS: tuple[Seam, ...] = (
          ("unready_proc_handles",), "says that a worker failed, not why"),
     ENGINE_START := Seam("engine_start", "vllm.v1.engine.utils:wait_for_engine_startup", (),
          "says that the engine failed, not why"),
+    SERVE_HTTP := Seam("serve_http", "vllm.entrypoints.launchers.api_server.entry:serve_http", (),
+         "a lone API server whose engine has died ends with status 0"),
     CORE_LIVENESS := Seam("core_liveness", "vllm.v1.engine.utils:CoreEngineProcManager.monitor_engine_liveness", (),
          "says that an engine core is gone, not how"),
     Seam("core_manager", "vllm.v1.engine.utils:CoreEngineProcManager", (), "who ended, and with which code",

@@ -68,7 +68,7 @@ SCENARIOS = (
     Scenario("disconnects", clients.disconnects, is_short=True),
     # Each of the four words that can be of no sense is told of once, however often it comes.
     Scenario("hostile-limits", clients.hostile_limits, max_warnings=4),
-    Scenario("hostile-limits-slo", clients.held_requests, max_warnings=5, settings=_SLO),  # levels are words, too
+    Scenario("hostile-limits-slo", clients.held_requests, max_warnings=4, settings=_SLO),
     Scenario("receipts", clients.many_receipts),
     Scenario("features", clients.all_features),
     Scenario("flood", clients.flood),
