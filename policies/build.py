@@ -60,7 +60,9 @@ def hold_budgets(policy: Policy) -> dict[str, HoldBudget]:
 
 
 def succeed(policy: Policy, last: Policy) -> None:
-    """Let a policy that has seen nothing know what the one in office before it has learned of the machine."""
+    """Let a policy that has seen nothing know what the one in office before it has learned, and what is spent."""
+    if isinstance(policy, FloorPolicy) and isinstance(last, FloorPolicy):
+        policy.budget.take_over(last.budget)
     policy, last = (p.inner if isinstance(p, FloorPolicy) else p for p in (policy, last))
     if isinstance(policy, SloPolicy) and isinstance(last, SloPolicy):
         policy.take_over(last)

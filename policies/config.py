@@ -36,6 +36,11 @@ class FloorsConfig(_Section):
         "wait", description="then they wait until it is over, or new ones are refused until then (503)"
     )
 
+    @property
+    def are_allowed(self) -> bool:
+        """Whether anybody may ask."""
+        return self.shallowest is not None or bool(self.models or self.keys)
+
 
 class _PolicySection(_Section):
     floors: FloorsConfig = Field(FloorsConfig(), description="levels that requests may ask not to be served below")

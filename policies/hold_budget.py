@@ -22,6 +22,12 @@ class HoldBudget:
         """Return what is left, as plain values."""
         return {"per_hour_s": self.per_hour_s, "left_s": self.left_s, "is_spent": self.is_spent}
 
+    def take_over(self, last: HoldBudget) -> None:
+        """Go on from another budget: what is spent of an hour stays so, whatever an hour has now."""
+        self._last_s = last._last_s
+        self.left_s = max(self.per_hour_s - (last.per_hour_s - last.left_s), 0.0)
+        self.is_spent = self.left_s <= 0 or (last.is_spent and self.left_s < _BACK_SHARE * self.per_hour_s)
+
     def pay(self, now_s: float, has_held: bool) -> None:
         """Refill for the time since the last call, which `has_held` says is to be paid for."""
         elapsed_s = 0.0 if self._last_s is None else max(now_s - self._last_s, 0.0)

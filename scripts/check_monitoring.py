@@ -47,6 +47,7 @@ _RATE_WINDOW = "30s"
 NOT_MADE = {
     "MorphServeFailed": "only an error in MorphServe's own code, which this does not plant",
     "MorphServeBlocksNotBacked": "must never be",
+    "MorphServeRequestsRefused": "only policies that refuse; tests/engine/test_server.py has one that does",
 }
 
 

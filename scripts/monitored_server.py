@@ -92,9 +92,16 @@ class Stage:
             client.start()
         self.clients += before
 
-    def _ask(self, number: int, num_tokens: int) -> None:
+    def ask_in_vain(self) -> None:
+        """Send requests with a limit that no server keeps, one after the other, for some seconds."""
+        until = time.monotonic() + 5.0
+        while time.monotonic() < until:
+            self._ask(0, 1, morphserve_ttft_s=1e-6)
+
+    def _ask(self, number: int, num_tokens: int, **asked: float) -> None:
         prompt = [100 + (number * 31 + k) % 1000 for k in range(120)]
         body = {"model": "demo", "prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True}
+        body |= {"vllm_xargs": asked} if asked else {}
         request = urllib.request.Request(
             f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -181,6 +188,13 @@ def wrong_times(stage: Stage) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def late_requests(stage: Stage) -> Iterator[None]:
+    """Ask for answers sooner than they can be."""
+    stage.ask_in_vain()
+    yield
+
+
+@contextlib.contextmanager
 def hanging(stage: Stage) -> Iterator[None]:
     """Stop the engine's process."""
     core = _core(stage)
@@ -208,5 +222,6 @@ TROUBLE: tuple[tuple[Callable[[Stage], AbstractContextManager[None]], tuple[str,
     (changed_layers, ("MorphServeTransitionsAborted", "MorphServeErrors")),
     (no_files, ("MorphServeDecisionsDropped",)),
     (wrong_times, ("MorphServePredictionsDistrusted",)),
+    (late_requests, ("MorphServeRequestsLate",)),
     (hanging, ("MorphServeEngineSilent",)),
 )

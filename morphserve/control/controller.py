@@ -208,15 +208,23 @@ class Controller:
         Raises:
             ConfigError: no policy is asked any more.
         """
-        if self.failed:
-            raise ConfigError("MorphServe gave up after an error, no policy is asked any more. Restart the server.")
+        self.check_asks()
         self._policy_host.replace(policy, note, setup)
 
-    def order(self, action: Action, text: str, revision: int, is_rehearsal: bool) -> None:
+    def check_asks(self) -> None:
+        """Say whether a policy is asked.
+
+        Raises:
+            ConfigError: none is any more.
+        """
+        if self.failed:
+            raise ConfigError("MorphServe gave up after an error, no policy is asked any more. Restart the server.")
+
+    def order(self, action: Action, text: str, revision: int, is_rehearsal: bool, refusal: str = "") -> None:
         """Put an operator's order in force from the next tick on, see `PolicyHost.order`."""
         if self.failed:
             raise OrderError("failed", "MorphServe gave up after an error and takes no order. Restart the server")
-        self._policy_host.order(action, text, revision, self.target_level, is_rehearsal)
+        self._policy_host.order(action, text, revision, self.target_level, is_rehearsal, refusal)
 
     # ---- one step
 

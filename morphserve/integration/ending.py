@@ -74,6 +74,8 @@ def arm(is_cli: bool) -> None:
     listen()
     seams.wrap(seams.ENGINE_START, _cli_with_cause if is_cli else _with_cause)
     seams.wrap(seams.CORE_LIVENESS, _with_killed_core)
+    if is_cli:
+        seams.wrap(seams.SERVE_HTTP, _with_status)
 
 
 def listen() -> None:
@@ -153,6 +155,26 @@ def _with_killed_core(original: Callable[..., Any]) -> Any:
                 note(f"Proc {name} died unexpectedly (exit code: {codes[0]})")  # behind what it said itself
 
     return wait
+
+
+def _with_status(original: Callable[..., Any]) -> Any:
+    """Around what serves until the end: a lone API server says by its status, too, that its engine has died.
+
+    Of several, vLLM's own process above them does.
+    """
+
+    @functools.wraps(original)
+    async def serve(*args: Any, **kwargs: Any) -> Any:
+        rest = await original(*args, **kwargs)  # awaited once the engine is shut down
+
+        async def end() -> None:
+            await rest
+            if cause() is not None:
+                raise SystemExit(1)
+
+        return end()
+
+    return serve
 
 
 def _static_with_cause(original: Callable[..., Any]) -> Any:

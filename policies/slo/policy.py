@@ -83,7 +83,7 @@ class SloPolicy:
         self._fallback = ThresholdPolicy(ThresholdConfig(kind="threshold", max_level=self.targets.max_level), ladder)
         self.distrusts = False
         self.dwell = Dwell(self.targets.dwell_s)
-        self.own_limits = OwnLimits(config.limits_hold_s, len(self._ladder))
+        self.own_limits = OwnLimits(config.limits_hold_s, len(self._ladder), self._promise)
         self._rested = Rested(len(self._ladder))
         self._thought_s = float("-inf")
         self._preemptions = 0
@@ -107,7 +107,9 @@ class SloPolicy:
         return 0 if self.budget.exhausted else self.targets.max_level
 
     def take_over(self, last: SloPolicy) -> None:
-        """Go on with the step times that another policy has learned, if both learn them."""
+        """Go on with what another policy has left for limits to hold, and the step times that it has learned, if both
+        learn them."""
+        self.own_limits.budget.take_over(last.own_limits.budget)
         if isinstance(self._times, LearnedTimes) and isinstance(last._times, LearnedTimes):
             self._times.take_over(last._times)
 
@@ -169,7 +171,7 @@ class SloPolicy:
         is_deeper = usual > own.level and not not_usual
         shallower = self._shallower(s, heading, best, usual)
         own.level = usual if is_deeper else own.level
-        own.weigh(best if best > heading and not why_not else shallower, compared.has_stricter, s.order)
+        own.weigh(best if best > heading and not why_not else shallower, compared.has_stricter, s)
         if best > heading:
             if why_not:
                 return self._stay(heading, why_not)

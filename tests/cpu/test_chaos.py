@@ -241,7 +241,7 @@ def test_scenarios_have_names_and_questions() -> None:
 
 def test_scenarios_share_servers_that_are_alike() -> None:
     """Guards: a scenario on what another has broken, or without what it needs; or one that nobody runs."""
-    own = {"settings": {"cache_dir": "x"}}
+    own = {"settings": {"cache_dir": "x", "policy": {"kind": "slo"}}}
     damage, ender = scenario(leaves_damage=True, **own), scenario(ends=True)
     plain, library = scenario(), scenario(has_library=True)
     groups = by_server([ender, damage, plain, scenario(**own), damage, library, plain])
@@ -373,4 +373,6 @@ def test_the_table_of_faults_names_what_there_is() -> None:
     last_cells = " ".join(row.rpartition(" | ")[2] for row in faults.splitlines() if row.startswith("| "))
     named = set(re.findall(r"`([a-z-]+)`", last_cells)) - {"read"}
     assert named == {each.name for each in SCENARIOS} - {"nothing"}
-    assert all(cell.strip(" -") for row in faults.splitlines() if row.startswith("| ") for cell in row.split("|")[1:-1])
+    _, *table = [row.split("|")[1:-1] for row in faults.splitlines() if row.startswith("| ")]
+    assert len(table) > 14 and {len(row) for row in table} == {4}
+    assert all("`" in cell or len(cell.split()) > 4 for _, *cells in table for cell in cells), "a name, or a reason"

@@ -39,6 +39,11 @@ SCENARIOS: dict[str, tuple[dict[str, str], tuple[int, int, int]]] = {
          'order{engine="0",kind="pin"}': "0x95", 'order{engine="0",kind="pause"}': "1x95"}, (62, 70, 80)),
     "MorphServePolicyRefused": ({'policy_reloads_total{engine="0",outcome="refused"}': "0x5 1x40"}, (4, 8, 30)),
     "MorphServePredictionsDistrusted": ({'predictions{engine="0",state="distrusted"}': "0x5 1x30 0x9"}, (15, 30, 40)),
+    "MorphServeRequestsLate": (
+        {'requests_late_total{engine="0",limit="ttft"}': "0x5 1+1x40 41x40",
+         'requests_late_total{engine="0",limit="both"}': "0x5 1+1x40 41x40",
+         'requests_judged_total{engine="0"}': "0+10x100"}, (15, 40, 70)),
+    "MorphServeRequestsRefused": ({'requests_refused_total{reason="floor"}': "0x5 1+1x40 41x40"}, (15, 40, 65)),
     "MorphServeDecisionsDropped": ({'decisions_dropped_total{engine="0"}': "0x5 0+9x5 54x40"}, (4, 9, 40)),
 }  # fmt: skip
 
@@ -51,6 +56,12 @@ SILENT: tuple[tuple[str, dict[str, str]], ...] = (
     # somebody has asked for the level
     ("MorphServeStaysDegraded", {**_LOW, 'policy{engine="0",kind="static"}': "1x120"}),
     ("MorphServeStaysDegraded", {**_LOW, 'order{engine="0",kind="pin"}': "1x120"}),
+    ("MorphServeRequestsRefused", {'requests_refused_total{reason="drain"}': "0+1x120"}),
+    # few, and none
+    ("MorphServeRequestsLate", {'requests_late_total{engine="0",limit="tpot"}': "0+1x120",
+                                'requests_judged_total{engine="0"}': "0+20x120"}),
+    ("MorphServeRequestsLate", {'requests_late_total{engine="0",limit="tpot"}': "9x120",
+                                'requests_judged_total{engine="0"}': "50x120"}),
 )
 
 

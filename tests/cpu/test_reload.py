@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,16 @@ class Desk:
         self.rig = Rig()
         running = load_config(self.file)
         self.reloader = PolicyReloader(
-            self.file, running, setup_of(running), setup_of=setup_of, install=self._install, wall_clock=lambda: 7.0,
+            self.file, running, setup_of(running), setup_of=setup_of, build=self._build, wall_clock=lambda: 7.0,
             pause=self._pause,
         )  # fmt: skip
 
-    def _install(self, setup: PolicySetup, note: str) -> None:
+    def _build(self, setup: PolicySetup) -> Callable[[str], None]:
         try:
             setup.build(self.rig.ladder)
         except ValueError as e:
             raise ConfigError(f"policy: {e}") from e
-        self.taken.append((setup, note))
+        return lambda note: self.taken.append((setup, note))
 
     def _pause(self, seconds: float) -> None:
         self.pauses.append(seconds)
@@ -125,6 +126,7 @@ def test_other_file_of_the_same_content_changes_nothing(tmp_path: Path) -> None:
     assert desk.taken == [] and desk.reloader.reloads.last_outcome == "unchanged"
     assert desk.reloader.reload("SIGHUP") == {
         "ok": True, "outcome": "unchanged", "error": None, "kind": "threshold", "changed": None,
+        "serves": desk.reloader.reloads.serves,
     }  # fmt: skip
     assert desk.taken == [] and desk.reloader.reloads.reloads == 0
 
@@ -302,7 +304,7 @@ def test_one_reload_at_a_time(tmp_path: Path) -> None:
     """Guards: who asks without waiting fills a queue, and the engine parses YAML for minutes."""
     desk = Desk(tmp_path)
     going, asked = threading.Event(), threading.Event()
-    desk.reloader.reload = lambda cause, sent: (asked.set(), going.wait(30), {"ok": True})[2]  # type: ignore[method-assign,assignment,misc]
+    desk.reloader.reload = lambda cause, sent, is_rehearsal: (asked.set(), going.wait(30), {"ok": True})[2]  # type: ignore[method-assign,assignment,misc]
     watch = ReloadWatch(desk.reloader, interval_s=30)
     first = watch.ask("POST")
     assert asked.wait(30)
@@ -377,7 +379,7 @@ def test_settings_without_a_file() -> None:
     config = parse_config({})
     before = set(threading.enumerate())
     watch = ReloadWatch(
-        PolicyReloader(None, config, setup_of(config), setup_of=setup_of, install=lambda setup, note: None)
+        PolicyReloader(None, config, setup_of(config), setup_of=setup_of, build=lambda setup: lambda note: None)
     )
     assert set(threading.enumerate()) <= before
     answer = watch.ask("SIGHUP").result(0)
@@ -392,14 +394,14 @@ class Counter:
         self.taken: list[PolicySetup] = []
         config, ladder = parse_config({"ladder": {"order": "back_to_front"}}), Rig().ladder
 
-        def install(setup: PolicySetup, note: str) -> None:
+        def build(setup: PolicySetup) -> Callable[[str], None]:
             try:
                 setup.build(ladder)
             except ValueError as e:
                 raise ConfigError(f"policy: {e}") from e
-            self.taken.append(setup)
+            return lambda note: self.taken.append(setup)
 
-        self.reloader = PolicyReloader(None, config, setup_of(config), setup_of=setup_of, install=install)
+        self.reloader = PolicyReloader(None, config, setup_of(config), setup_of=setup_of, build=build)
 
 
 @pytest.mark.parametrize(
@@ -415,7 +417,10 @@ def test_a_policy_that_is_sent_is_taken(sent: str) -> None:
     desk = Counter()
     watch = ReloadWatch(desk.reloader)
     answer = watch.ask("POST", sent).result(30)
-    assert answer == {"ok": True, "outcome": "ok", "error": None, "kind": "static", "changed": "policy.kind"}
+    (setup,) = desk.taken
+    assert answer == {
+        "ok": True, "outcome": "ok", "error": None, "kind": "static", "changed": "policy.kind", "serves": setup.digest,
+    }  # fmt: skip
     assert watch.ask("POST", sent).result(30)["outcome"] == "unchanged" and len(desk.taken) == 1
     watch.close()
     for thread in threading.enumerate():
@@ -451,6 +456,31 @@ def test_a_bad_policy_that_is_sent_changes_nothing(sent: str, words: str) -> Non
     assert re.search(words, answer["error"]) and "\n" not in answer["error"], answer["error"][:600]
     assert len(answer["error"]) < 700 and answer["kind"] == "slo"
     assert desk.reloader.reloads.refused == 1
+
+
+@pytest.mark.parametrize("sent", ["policy: {kind: static}", "policy: {kind: static, level: 77}", "policy: ["])
+def test_a_rehearsal_says_what_would_come_of_it(sent: str) -> None:
+    """Guards: replicas of which one refuses a policy that the others have taken meanwhile; a rehearsal that is content
+    with what cannot be built, and one that counts as a reload."""
+    desk = Counter()
+    before = desk.reloader.reloads
+    answer = desk.reloader.reload("POST", sent, is_rehearsal=True)
+    assert desk.taken == [] and answer["serves"] == before.serves and answer["kind"] == "slo"
+    if answer["ok"]:
+        assert answer["outcome"] == "checked" and desk.reloader.reloads == before
+    again = desk.reloader.reload("POST", sent)
+    assert again["ok"] == answer["ok"] == (sent == "policy: {kind: static}") and again["error"] == answer["error"]
+    assert len(desk.taken) == desk.reloader.reloads.reloads == int(again["ok"])
+    assert (again["serves"] != before.serves) == again["ok"]
+
+
+def test_what_is_served_has_one_digest() -> None:
+    """Guards: replicas said to differ whose files name the same in another order; others said to be alike."""
+    def digest(text: str) -> str:
+        return setup_of(parse_config({"policy": {"kind": "static", **json.loads(text)}})).digest
+
+    one, other = ('{"floors": {"models": {"a": 1, "b": 2}}}', '{"floors": {"models": {"b": 2, "a": 1}}}')
+    assert digest(one) == digest(other) != digest("{}") and len(digest(one)) == 8
 
 
 def test_a_file_is_not_overruled(tmp_path: Path) -> None:

@@ -14,17 +14,23 @@ from cpu.test_slo_rules import LADDER, made
 from morphserve.control import DecisionLog, EngineView, Monitor, RequestLimits, WaitingRequest, make_header
 from morphserve.control.decisions.replay_log import replay
 from policies import (
+    Cohort,
     Decision,
     Order,
+    OwnLimit,
+    Policy,
     PolicySetup,
     Promise,
     SloConfig,
     SloPolicy,
     ThresholdConfig,
     build_policy,
+    hold_budgets,
     promise_of,
+    succeed,
 )
 from policies.config import FloorsConfig
+from policies.slo.own_limits import OwnLimits
 from tests.fakes import Rig
 
 IMPOSSIBLE = RequestLimits(1e-9, 1e-9)
@@ -247,9 +253,11 @@ def test_one_strict_limit_holds_everybody_no_longer_than_its_budget() -> None:
     """Guards: one client that has everybody served in W8 for as long as its request runs."""
     engine = six_of_which_one(STRICT)
     budget = engine.policy.own_limits.budget
-    while not budget.is_spent:
+    for _ in range(int(120 / TICK_S)):
+        if budget.is_spent:
+            break
         assert engine.tick().level == 1
-    assert 60.0 < engine.now - 100.0 < 65.0 and "60 s an hour" in engine.decision.reason
+    assert budget.is_spent and 60.0 < engine.now - 100.0 < 65.0 and "60 s an hour" in engine.decision.reason
     assert seconds_above_0(engine, 60) < 5.0 and budget.is_spent and "60 s an hour" in engine.decision.reason
     engine.now += 270.0
     engine.tick()
@@ -291,6 +299,76 @@ def test_the_budget_is_of_strict_limits_that_hold_a_level() -> None:
     engine.order = None
     seconds_above_0(engine, 10)
     assert engine.policy.own_limits.budget.left_s < 52.0
+
+
+def test_who_runs_alone_pays_nothing() -> None:
+    """Guards: a client that has the server to itself spends an hour's seconds in which it holds up nobody, and has none
+    left when others come; one that goes on for nothing when they have come."""
+    engine = Engine(made(tpot_s=0.05), level=1)
+    engine.run(6, 1, STRICT)
+    budget = engine.policy.own_limits.budget
+    assert seconds_above_0(engine, 20) == 20.0 and budget.left_s == 60.0
+    engine.run(1, 1)
+    assert seconds_above_0(engine, 10) > 9.0 and 49.0 < budget.left_s < 51.5
+
+
+def waits(ttft_s: float | None = None, tpot_s: float | None = None, has_token: bool = False) -> Cohort:
+    return Cohort(1, 64, 99.0, 99.0, ttft_s, tpot_s, has_token)
+
+
+@pytest.mark.parametrize(
+    ("running", "limits", "waiting", "is_alone"),
+    [
+        (2, (OwnLimit(0.03, 2),), (), True),
+        (2, (OwnLimit(0.03, 1), OwnLimit(0.02, 1)), (waits(1.0),), True),
+        (0, (), (), True),
+        (3, (OwnLimit(0.03, 2),), (), False),
+        (2, (OwnLimit(0.03, 1), OwnLimit(0.06, 1)), (), False),  # looser than everyone's
+        (2, (OwnLimit(0.03, 1), OwnLimit(0.001, 1)), (), False),  # below the operator's floor: everyone's
+        (1, (OwnLimit(0.03, 1),), (waits(),), False),
+        (1, (OwnLimit(0.03, 1),), (waits(3.0),), False),
+        (1, (OwnLimit(0.03, 1),), (waits(None, 0.03, True),), True),
+        (1, (OwnLimit(0.03, 1),), (waits(1.0, None, True),), False),  # its first token is out
+    ],
+)
+def test_who_is_alone(running: int, limits: tuple[OwnLimit, ...], waiting: tuple[Cohort, ...], is_alone: bool) -> None:
+    """Guards: one of those that are here overlooked, who is held at a level for others and for nothing."""
+    own = OwnLimits(60.0, 3, Promise(2.0, 0.05, 0.5, 0.0125))
+    signals = replace(QUIET, num_running=running, running_limits=limits, waiting=waiting, num_waiting=len(waiting))
+    own.weigh(1, True, signals)
+    own.pay(100.0)
+    own.pay(130.0)
+    assert own.budget.left_s == (60.0 if is_alone else 30.5)
+
+
+def test_a_reload_refills_nothing() -> None:
+    """Guards: an hour's seconds anew with each edit of the settings; others than an hour has now."""
+    floors = {"floors": FloorsConfig(shallowest=0, hold_s=20.0)}
+
+    def left(policy: Policy) -> dict[str, float]:
+        return {name: budget.left_s for name, budget in hold_budgets(policy).items()}
+
+    def policy(limits_hold_s: float, **section: Any) -> Policy:
+        config = SloConfig(kind="slo", tpot_s=0.05, limits_hold_s=limits_hold_s, **section)
+        return build_policy(config, LADDER, CALIBRATION.times, LIMITS)
+
+    last = policy(60.0, **floors)
+    spent_s = {"floors": 15.0, "limits": 55.0}
+    for name, budget in hold_budgets(last).items():
+        budget.pay(100.0, False)
+        budget.left_s -= spent_s[name]
+    for limits_hold_s, expected in ((60.0, 5.0), (100.0, 45.0), (30.0, 0.0)):
+        new = policy(limits_hold_s, **floors)
+        succeed(new, last)
+        assert left(new) == {"floors": 5.0, "limits": expected}
+        assert hold_budgets(new)["limits"].is_spent is (expected == 0.0)
+        hold_budgets(new)["limits"].pay(100.0, True)
+        assert left(new)["limits"] == expected, "time goes on from the last look"
+    hold_budgets(last)["limits"].is_spent = True
+    for limits_hold_s, is_spent in ((60.0, True), (100.0, False)):
+        new = policy(limits_hold_s)
+        succeed(new, last)
+        assert hold_budgets(new)["limits"].is_spent is is_spent and hold_budgets(new).keys() == {"limits"}
 
 
 def test_a_level_that_everyones_promise_has_left_behind_is_paid_for() -> None:

@@ -18,7 +18,19 @@ from morphserve.control.decisions.replay_log import replay
 from morphserve.tools.sim import Calibration, Simulated, simulate
 from morphserve.tools.workload.metrics import Slo
 from morphserve.tools.workload.workload import Workload
-from policies import Cohort, LayerMove, SloConfig, SloPolicy, StepLoad, StepTime, StepTimes, succeed
+from policies import (
+    Cohort,
+    LayerMove,
+    PolicySetup,
+    SloConfig,
+    SloPolicy,
+    StaticConfig,
+    StepLoad,
+    StepTime,
+    StepTimes,
+    succeed,
+)
+from policies.config import FloorsConfig
 from tests.cpu.test_slo_parts import QUIET
 from tests.fakes import Rig
 
@@ -245,6 +257,16 @@ def test_a_log_with_a_reload_replays(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("patient")
+def test_what_a_policy_goes_on_from() -> None:
+    """Guards: a replay that is sure of a policy whose predecessor it does not know: of its step times, or of the
+    seconds that requests have spent; one that is never sure again."""
+    floors = FloorsConfig(keys={"0123456789abcdef": 0})
+    static, open_door = (PolicySetup(StaticConfig(kind="static", floors=f)) for f in (FloorsConfig(), floors))
+    assert LEARNED.inherits(SLO) and SLO.inherits(LEARNED) and open_door.inherits(open_door)
+    for one, other in ((SLO, static), (static, SLO), (static, static), (static, open_door), (open_door, SLO)):
+        assert not one.inherits(other)
+
+
 def test_what_was_learned_in_a_gap_is_not_made_up(tmp_path: Path) -> None:
     """Guards: differences reported of a policy whose knowledge stands in rows that were dropped."""
     path, signals = tmp_path / "log", load(4, 300)
@@ -259,4 +281,4 @@ def test_what_was_learned_in_a_gap_is_not_made_up(tmp_path: Path) -> None:
 
 def test_limits_come_from_the_engine() -> None:
     """Guards: a learner that is asked without knowing a block's size."""
-    assert LEARNED.limits == LIMITS and LEARNED.learns_times and not SLO.learns_times
+    assert LEARNED.limits == LIMITS and LEARNED.times is None is not SLO.times

@@ -191,6 +191,9 @@ def test_status_and_metrics_agree(
         server.get("/v1/completions", limited)
         late = server.status()["late"]
         assert (late["num_judged"], late["num_late"], late["num_late_ttft"], late["num_late_tpot"]) == (1, 1, 1, 0)
+        metrics = server.metrics()
+        assert metrics["requests_judged_total", ""] == metrics["requests_late_total", "ttft"] == 1
+        assert metrics["requests_late_total", "both"] == metrics["requests_held_total", ""] == 0
         (shown,) = json.loads(server.get("/morphserve/view"))["panels"]
         assert UNTOLD not in {shown["summary"], *(line["text"] for line in shown["lines"] + shown["bars"])}
         assert "<title>MorphServe</title>" in server.get("/morphserve")
@@ -200,6 +203,10 @@ def test_status_and_metrics_agree(
         assert receipt["output_tokens"] == {"6": 12} and receipt["reused_tokens"] == {}
         _check_streamed_receipts(server, body)
         _check_floors(server, body)
+        counts = server.metrics()
+        assert counts["requests_refused_total", "floor"] == 2 and counts["requests_refused_total", "shed"] == 0
+        assert counts["requests_held_total", ""] == server.status()["num_held_total"] > 0
+        assert counts["num_requests_held", ""] == 0
         _check_spans(server, collector)
         assert server.processes()
         assert server.terminate() == 0
@@ -313,7 +320,7 @@ def test_killed_worker_is_the_last_thing_said(demo_model: Path, variant_cache: P
         server.wait_until_healthy()
         (worker,) = (pid for pid, line in server.command_lines().items() if "VLLM::Worker" in line)
         os.kill(worker, signal.SIGKILL)
-        server.process.wait(EXIT_TIMEOUT_S)
+        assert server.process.wait(EXIT_TIMEOUT_S) == 1, "or a supervisor takes it for a wish"
         last = server.log.read_text().splitlines()[-1]
         assert last.startswith("morphserve: error: vLLM's process ")
         # The second, where vLLM asks for the exit status before the system has it.

@@ -43,7 +43,7 @@ class Replicas:
         if method == "morphserve_status":
             return [self._status(index) for index in range(len(self.rigs))]
         if method == "morphserve_reload":
-            self.sent.append(args[1])
+            self.sent += [] if args[2] else [args[1]]
             return [{"ok": True, "outcome": "ok", "error": None, "engine": i} for i in range(len(self.rigs))]
         assert method == "morphserve_order"
         return [wiring._order(core, *args) for core in self.cores]
@@ -52,7 +52,7 @@ class Replicas:
         rig = self.rigs[index]
         rig.step(30)
         status = rig.controller.status()
-        policy = {"source": "a", "last_error": None}
+        policy = {"source": "a", "last_error": None, "serves": "aa"}
         return {**status, "engine": index, "num_running": len(rig.pool.held), "num_waiting": 0, "policy": policy}
 
     def endpoint(self) -> MorphServeEndpoint:
@@ -140,19 +140,29 @@ def test_a_reload_is_an_order_like_the_others() -> None:
     assert len(replicas.sent) == 2
 
 
-def test_a_reload_that_is_refused_is_said() -> None:
-    """Guards: an operator who is told that his policy is in force, which an engine has refused."""
-    replicas = Replicas()
+@pytest.mark.parametrize("when", ["rehearsal", "reload"])
+def test_a_reload_that_is_refused_is_said(when: str) -> None:
+    """Guards: an operator who is told that his policy is in force, which an engine has refused; one replica that has
+    taken it; an order that counts as taken, and passes a revision, before anybody knows whether its policy is."""
+    replicas = Replicas(2)
 
     async def call(method: str, *args: Any) -> list[Any]:
-        if method == "morphserve_reload":
-            return [{"ok": False, "outcome": "refused", "error": "no such level", "engine": 0}]
-        return await replicas.call(method, *args)
+        answers = await replicas.call(method, *args)
+        if method == "morphserve_reload" and args[2] == (when == "rehearsal"):
+            return [answers[0], {"ok": False, "outcome": "refused", "error": "no such level", "engine": 1}]
+        return answers
 
     endpoint = replicas.endpoint()
     endpoint._client.engine_core.call_utility_all_async = call
-    done = order(client_of(endpoint, headers=bearer()), "reload")
+    client = client_of(endpoint, headers=bearer())
+    before = revision_of(client)
+    done = order(client, "reload")
     assert done.status_code == 422 and not done.json()["ok"] and done.json()["error"] == "no such level"
+    counts = [rig.controller.counters.orders for rig in replicas.rigs]
+    if when == "rehearsal":
+        assert counts == [{}, {"reload_refused": 1}] and revision_of(client) == before and len(replicas.sent) == 0
+    else:  # what it had found before is another: as rare as a file that is written in that moment
+        assert counts == [{"reload_taken": 1}, {"reload_taken": 1, "reload_refused": 1}]
 
 
 def test_a_drained_server_is_at_level_0() -> None:

@@ -198,6 +198,43 @@ except RuntimeError:
 """
 
 
+SERVED = """
+import asyncio, uvloop
+from vllm.entrypoints.launchers.api_server import entry
+from morphserve.integration import seams
+async def closed():
+    sys.stderr.write("closed" + chr(10))
+async def until_the_end(app, port):
+    return closed()
+patch = next(patch for patch in seams.patches() if patch.row is seams.SERVE_HTTP)
+patch.undo()
+entry.serve_http = until_the_end
+ending.arm(is_cli=True)
+if {fails}:
+    ending.note(ConfigError("w9 has no kernel here. Leave it out."))
+async def run_server_worker():
+    shutdown_task = await entry.serve_http("app", port=1)
+    try:
+        await shutdown_task
+    finally:
+        sys.stderr.write("socket" + chr(10))
+uvloop.run(run_server_worker())
+"""
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_server_whose_engine_has_died_does_not_end_well(fails: bool, tmp_path: Path) -> None:
+    """Guards: status 0, which a supervisor that restarts on failure takes for a wish; status 1 of a server that was
+    asked to end; one that ends before all is closed, or that says nothing of why."""
+    call = SERVED.format(fails=fails)
+    command = [sys.executable, "-c", COMMAND.format(cli=True, call=call, fails=False)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_env(tmp_path))
+    said = done.stderr.splitlines()
+    assert said[-3:-1] == ["closed", "socket"] and done.returncode == int(fails), done.stderr
+    assert said[-1] == (f"{PREFIX}w9 has no kernel here. Leave it out." if fails else "leaks")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("cli", "call", "code", "last"),
     [

@@ -21,6 +21,7 @@ from morphserve.integration import seams
 from morphserve.integration.server import floor_door
 from morphserve.integration.server.floor_door import KEY_ARG, MODEL_ARG, FloorDoor
 from morphserve.integration.server.receipt_door import ReceiptDoor, note_receipts
+from morphserve.integration.server.scrape import Refusals
 
 KEY = "2bb80d537b1da3e3"  # printf %s secret | sha256sum | cut -c 1-16
 LADDER = [
@@ -84,7 +85,7 @@ class Served:
 def test_who_is_refused_is_told_why_and_when_to_come_back(stream: bool) -> None:
     """Guards: an answer that has begun when it turns out that there is none; a 500, or a 503 without a reason; a
     request that reaches the engine all the same."""
-    door = FloorDoor()
+    door = FloorDoor(Refusals())
     door.hear([status(3)])
     served = Served(door)
     answer = served.ask(0, stream=stream)
@@ -92,6 +93,7 @@ def test_who_is_refused_is_told_why_and_when_to_come_back(stream: bool) -> None:
     said = answer.json()["error"]
     assert said["code"] == 503 and "morphserve_max_level" in said["message"] and "hold_s" in said["message"]
     assert "level 0" in said["message"] and "level 3" in said["message"] and not served.seen
+    assert door._refusals.counter.labels("floor")._value.get() == 1
     taken = served.ask(stream=stream)
     assert taken.status_code == 200 and "7" in taken.text and "Retry-After" not in taken.headers
 
@@ -116,7 +118,7 @@ def test_who_is_refused_is_told_why_and_when_to_come_back(stream: bool) -> None:
 )
 def test_those_are_refused_who_would_wait(asked: dict[str, Any], levels: dict[str, Any], is_taken: bool) -> None:
     """Guards: a door that judges otherwise than the engine: who would not wait refused, or who would let in."""
-    door = FloorDoor()
+    door = FloorDoor(Refusals())
     door.hear([status(3, heeds_models="models" in levels, **levels)])
     assert (Served(door).ask(**asked).status_code == 200) is is_taken
 
@@ -130,7 +132,7 @@ def test_the_door_follows_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
         info=lambda text: lines.append(f"INFO {text}"),
     )
     monkeypatch.setattr(floor_door, "logger", log)
-    door = FloorDoor()
+    door = FloorDoor(Refusals())
     served, codes = Served(door), []
     for statuses in ([], [status(3)], [status(2)], [], [status(2), status()], [status(2), status(1)], [status()]):
         door.hear(statuses)
@@ -141,7 +143,7 @@ def test_the_door_follows_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_names_of_models_are_listened_for_where_they_matter() -> None:
     """Guards: a copy of every body for nothing; no name in the engine where the operator goes by names."""
-    door = FloorDoor()
+    door = FloorDoor(Refusals())
     served = Served(door)
     for said, model in ((None, "exact"), (False, None), (True, "exact")):
         if said is not None:
@@ -158,7 +160,7 @@ def test_a_body_is_not_kept_for_as_long_as_its_answer(asks: bool | None, is_lazy
 
     `asks`: for a level, None = the engine is not asked at all.
     """
-    door, seen = FloorDoor(), []
+    door, seen = FloorDoor(Refusals()), []
     body = json.dumps({"model": "exact", "prompt": "a" * 1000}).encode()
 
     async def engine(prompt: Any, sampling_params: Any) -> Any:

@@ -91,6 +91,8 @@ def test_held_requests_are_no_load(model: Path) -> None:
     for _ in range(20):
         world.step()
     assert world.tokens["a"] == world.expected["a"]
+    told = world.morph.status()
+    assert (told["num_held"], told["num_held_total"]) == (0, 1)
 
 
 @pytest.mark.parametrize("when", ["before", "waiting", "running"])

@@ -17,6 +17,7 @@ from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.values import MultiProcessValue
 from seams.asked import LOCAL, client_of, endpoint_of
 from vllm.entrypoints.serve.instrumentator import metrics as vllm_metrics
 from vllm.plugins.endpoint_plugins import interface
@@ -25,10 +26,11 @@ from morphserve.control import Direction, ErrorPlace, Outcome
 from morphserve.integration.server import metrics
 from morphserve.integration.server.metrics import MorphServeEndpoint, StatusCollector
 from morphserve.integration.server.poll import StatusPoll
-from morphserve.integration.server.scrape import add_to_own
+from morphserve.integration.server.scrape import Refusal, Refusals, add_to_own
 from morphserve.shipped import MONITORING
 
 pytestmark = pytest.mark.seams
+_LIMITS = ("ttft", "tpot", "both")
 
 
 def status(engine: int, level: int) -> dict[str, Any]:
@@ -46,10 +48,15 @@ def status(engine: int, level: int) -> dict[str, Any]:
         "failed": bool(level),
         "transitions": {"degrade_committed": level} if level else {},
         "tokens_by_level": {"0": 5, "1": level},
+        "late": dict(num_judged=4 * level, num_late=3 * level, num_late_ttft=2 * level, num_late_tpot=2 * level),
+        "num_held": level,
+        "num_held_total": 2 * level,
         "transition_seconds": 0.5 * level,
         "decisions_dropped": 7 * level,
         "errors": {"prepare": level} if level else {},
-        "policy": {"kind": "threshold", "source": "a", "reloads": level, "refused": 2 * level, "last_error": None},
+        "policy": dict(
+            kind="threshold", source="a", serves="aa", reloads=level, refused=2 * level, last_error=None
+        ),
         "recent_transitions": [],
         "orders": {"revision": 1, "order": {"kind": "pin", "level": 1} if level else None},
         "counters": {"orders": {"pin_taken": level} if level else {}},
@@ -64,10 +71,12 @@ def samples(statuses: list[dict[str, Any]]) -> dict[tuple[str, ...], float]:
     poll, registry = StatusPoll(ask), CollectorRegistry()
     asyncio.run(poll.look())
     registry.register(StatusCollector(poll))
+    registry.register(Refusals().counter)
     return {
         (sample.name, *(f"{k}={v}" for k, v in sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(generate_latest(registry).decode())
         for sample in family.samples
+        if not sample.name.endswith("_created")
     }
 
 
@@ -95,6 +104,12 @@ def test_counters_of_alerts_are_there_before_they_count() -> None:
         assert found.pop(("morphserve:transitions_total", *labels)) == 0
     for place in get_args(ErrorPlace):
         assert found.pop(("morphserve:errors_total", "engine=0", f"where={place}")) == 0
+    for reason in get_args(Refusal):
+        assert found.pop(("morphserve:requests_refused_total", f"reason={reason}")) == 0
+    for limit in _LIMITS:
+        assert found.pop(("morphserve:requests_late_total", "engine=0", f"limit={limit}")) == 0
+    for name in ("requests_judged_total", "requests_held_total"):
+        assert found.pop((f"morphserve:{name}", "engine=0")) == 0
     assert not {labels[0] for labels in found} & {"morphserve:transitions_total", "morphserve:errors_total"}
     assert samples([status(1, 3)])["morphserve:errors_total", "engine=1", "where=prepare"] == 3
 
@@ -124,7 +139,11 @@ def test_engines_are_told_apart() -> None:
     assert [found["morphserve:order", f"engine={engine}", "kind=pin"] for engine in (0, 1)] == [0, 1]
     assert found["morphserve:order", "engine=1", "kind=drain"] == 0
     assert found["morphserve:orders_total", "engine=1", "kind=pin", "outcome=taken"] == 3
-    assert samples([]) == {}
+    late = {limit: found["morphserve:requests_late_total", "engine=1", f"limit={limit}"] for limit in _LIMITS}
+    assert late == {"ttft": 3, "tpot": 3, "both": 3} and found["morphserve:requests_judged_total", "engine=1"] == 12
+    held = found["morphserve:num_requests_held", "engine=1"], found["morphserve:requests_held_total", "engine=1"]
+    assert held == (3, 6)
+    assert {labels[0] for labels in samples([])} == {"morphserve:requests_refused_total"}
 
 
 @pytest.mark.parametrize("num_engines", [0, 1, 2])
@@ -160,7 +179,11 @@ def test_each_of_several_api_servers_has_all_metrics(tmp_path: Path, monkeypatch
     theirs.write_value(mmap_key("vllm:prompt_tokens", "vllm:prompt_tokens_total", [], [], "of theirs"), 7.0, 0.0)
     theirs.close()
 
-    endpoint, app = endpoint_of(statuses=[status(0, 0), status(1, 3)]), FastAPI()
+    for process in (1, 2):  # each API server counts what it refuses itself
+        monkeypatch.setattr("prometheus_client.values.ValueClass", MultiProcessValue(lambda p=process: p))
+        endpoint = endpoint_of(statuses=[status(0, 0), status(1, 3)])
+        endpoint._refusals.count("shed")
+    app = FastAPI()
     monkeypatch.setattr("vllm.plugins.load_endpoint_plugins", lambda tasks: [endpoint])
     vllm_metrics.attach_router(app)
     interface.attach_endpoint_plugins(app, ("generate",))
@@ -172,6 +195,8 @@ def test_each_of_several_api_servers_has_all_metrics(tmp_path: Path, monkeypatch
         families = {family.name: family for family in text_string_to_metric_families(page.text)}
         assert families["vllm:prompt_tokens"].samples[0].value == 7.0
         assert [sample.value for sample in families["morphserve:level"].samples] == [0.0, 3.0]
+        refused = families["morphserve:requests_refused"].samples
+        assert {s.labels["reason"]: s.value for s in refused} == {"shed": 2, "drain": 0, "floor": 0}
     assert len(families) == len({line.split()[2] for line in page.text.splitlines() if line.startswith("# TYPE")})
 
 
@@ -196,7 +221,9 @@ def test_a_server_adds_its_figures_to_its_page(monkeypatch: pytest.MonkeyPatch) 
             task.cancel()
         return generate_latest(registry).decode()
 
-    assert 'morphserve:level{engine="0"} 2.0' in asyncio.run(start())
+    page = asyncio.run(start())
+    assert 'morphserve:level{engine="0"} 2.0' in page
+    assert 'morphserve:requests_refused_total{reason="floor"} 0.0' in page
 
 
 def test_a_lone_api_server_says_each_figure_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from morphserve.integration import seams, spared
 from morphserve.integration.server import receipt_door
+from morphserve.integration.server.floor_door import FloorDoor
 from morphserve.integration.server.receipt_door import (
     HEADER,
     ReceiptDoor,
@@ -28,8 +29,10 @@ from morphserve.integration.server.receipt_door import (
     keep_all_receipts,
     note_receipts,
 )
+from morphserve.integration.server.scrape import Refusals
 from morphserve.integration.spared import Spared
 
+DOOR = FloorDoor(Refusals())
 RECEIPT = {
     "output_tokens": {"0": 2, "3": 1}, "deepest_level": 3, "full_precision": False, "token_levels": [[0, 2], [3, 1]],
 }  # fmt: skip
@@ -90,7 +93,7 @@ def app_of(client: Client, num_choices: int = 1, **asked: Any) -> TestClient:
 
         return StreamingResponse(chunks(), media_type="text/event-stream")
 
-    app.add_middleware(ReceiptDoor)
+    app.add_middleware(ReceiptDoor, floors=DOOR)
     return TestClient(app)
 
 
@@ -300,7 +303,7 @@ def test_an_answer_without_headers_gets_ours(refused: bool) -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(ReceiptDoor(app)({"type": "http", "method": "POST"}, nothing, send))  # type: ignore[arg-type]
+    asyncio.run(ReceiptDoor(app, DOOR)({"type": "http", "method": "POST"}, nothing, send))  # type: ignore[arg-type]
     names = {name.decode() for name, _ in sent[0]["headers"]}
     assert names == {HEADER.lower()} | ({"retry-after"} if refused else set())
 
@@ -319,7 +322,7 @@ def test_nothing_stands_between_those_who_ask_for_none() -> None:
         found = [stands_between(asked) for asked in (None, {"other": 1}, {"morphserve_receipt": 1})]
         assert found == [False, False, True]
 
-    asyncio.run(ReceiptDoor(app)({"type": "http", "method": "POST"}, nothing, nothing))  # type: ignore[arg-type]
+    asyncio.run(ReceiptDoor(app, DOOR)({"type": "http", "method": "POST"}, nothing, nothing))  # type: ignore[arg-type]
     assert not stands_between({"morphserve_receipt": 1}), "nor where no HTTP request is behind it"
 
 
@@ -389,5 +392,5 @@ def test_a_client_that_goes_ends_its_request() -> None:
         await outputs.aclose()
         assert client.closed == 1, "at once, not when somebody collects it"
 
-    asyncio.run(ReceiptDoor(app)({"type": "http", "method": "POST"}, nothing, nothing))  # type: ignore[arg-type]
+    asyncio.run(ReceiptDoor(app, DOOR)({"type": "http", "method": "POST"}, nothing, nothing))  # type: ignore[arg-type]
     assert client.closed == 1

@@ -20,6 +20,7 @@ import uvloop
 from fastapi import HTTPException, Request
 from fastapi.testclient import TestClient
 from seams.asked import ADMIN, app_of, bearer, client_of, endpoint_of
+from seams.logged import records_of
 from vllm.engine.arg_utils import EngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import UtilityOutput
@@ -30,24 +31,28 @@ from morphserve.integration.engine.hooks import Morph
 from morphserve.integration.server import reload_api
 from morphserve.integration.server.access import Access
 from morphserve.integration.server.body import text_of
-from morphserve.integration.server.reload_api import on_hangup
+from morphserve.integration.server.reload_api import _LASTING_LOOKS, Sameness, on_hangup
 from morphserve.integration.server.tasks import Tasks
 from morphserve.integration.start.hangup import _IGNORED_BY, hangup_is_free, ignore_hangups
 from morphserve.integration.start.settings import config_file
 from morphserve.plugin import register
 
+POLICY = b'{"policy": {"kind": "static"}}'
+
 
 def answer(index: int, error: str | None = None) -> dict[str, Any]:
     outcome = "ok" if error is None else "refused"
-    return {"ok": error is None, "outcome": outcome, "error": error, "kind": "static", "changed": None, "engine": index}
+    told = {"ok": error is None, "outcome": outcome, "error": error, "kind": "static", "changed": None}
+    return {**told, "serves": "aa", "engine": index}
 
 
 def operator_of(answers: list[Any], sent: list[str] | None = None) -> TestClient:
     """Somebody who shows the token, to engines that answer so."""
 
-    async def call(method: str, cause: str, text: str) -> list[Any]:
+    async def call(method: str, cause: str, text: str, is_rehearsal: bool) -> list[Any]:
         assert (method, cause) == ("morphserve_reload", "POST /morphserve/reload")
-        (sent if sent is not None else []).append(text)
+        if sent is not None and not is_rehearsal:
+            sent.append(text)
         return answers
 
     return client_of(endpoint_of(call, Access(admin=ADMIN)), headers=bearer())
@@ -63,6 +68,36 @@ def test_post_says_what_came_of_it() -> None:
     assert [each["ok"] for each in half.json()["engines"]] == [True, False]
     assert operator_of([None]).post("/morphserve/reload").status_code == 503
     assert operator_of([answer(0)]).get("/morphserve/reload").status_code == 405
+
+
+def test_replicas_take_what_is_sent_together_or_not_at_all() -> None:
+    """Guards: one policy in one replica and another in the other, as one has refused what was sent."""
+    sent: list[str] = []
+    one_refuses = operator_of([answer(0), answer(1, "gave up")], sent)
+    done = one_refuses.post("/morphserve/reload", content=POLICY)
+    assert done.status_code == 422 and done.json()["error"] == "gave up" and sent == []
+    assert [each["ok"] for each in done.json()["engines"]] == [True, False], "which of them"
+    assert operator_of([answer(0), answer(1)], sent).post("/morphserve/reload", content=POLICY).status_code == 200
+    assert sent == [POLICY.decode()]
+
+
+def test_replicas_that_serve_different_policies_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Guards: a file that one replica has refused and the other taken, and nobody who is told; a line a poll, or one
+    for an edit that is on its way round."""
+    caplog.set_level("INFO", "vllm.morphserve")
+    sameness = Sameness()
+
+    def look(*serves: str) -> None:
+        sameness.look([{"engine": i, "policy": {"serves": digest}} for i, digest in enumerate(serves)])
+
+    for lasts, lines in ((_LASTING_LOOKS - 1, 0), (3 * _LASTING_LOOKS, 2)):
+        for _ in range(lasts):
+            look("aa", "bb")
+        look()  # silent for a moment: nobody knows
+        look("bb", "bb")
+        told = [record.getMessage() for record in records_of(caplog)]
+        assert len(told) == lines
+    assert "engine 0 aa, engine 1 bb" in told[0] and "the same policy again" in told[1]
 
 
 def test_one_reload_at_a_time_and_the_others_are_told_so() -> None:
@@ -91,9 +126,6 @@ def test_one_reload_at_a_time_and_the_others_are_told_so() -> None:
     busy = {**answer(0), "ok": False, "outcome": "busy"}
     assert operator_of([busy]).post("/morphserve/reload").status_code == 429, "one that SIGHUP has asked for"
     assert operator_of([answer(0)]).post("/morphserve/reload").status_code == 200
-
-
-POLICY = b'{"policy": {"kind": "static"}}'
 
 
 def test_an_engine_that_answers_no_reload_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +321,7 @@ def test_vllm_sends_the_answer_when_it_is_there() -> None:
     morph = object.__new__(Morph)
     heard: list[tuple[str, str]] = []
     morph._watch = SimpleNamespace(  # type: ignore[assignment]
-        ask=lambda cause, sent: heard.append((cause, sent)) or asked  # type: ignore[func-returns-value]
+        ask=lambda cause, sent, is_rehearsal: heard.append((cause, sent)) or asked  # type: ignore[func-returns-value]
     )
     morph.runtime = SimpleNamespace(index=1)  # type: ignore[assignment]
     core = SimpleNamespace(scheduler=SimpleNamespace(morph=morph))

@@ -33,8 +33,8 @@ def status(rig: Rig, tokens: list[int], costs: list[float | None], **parts: Any)
         "tokens_by_level": tokens + [0] * (len(ladder) - len(tokens)),
         "traffic": SimpleNamespace(view=lambda: EngineView(3, 5, 0.7), late=LateCount(Promise(2.0, 0.15))),
         "_page": StatusPage(runtime, SimpleNamespace(pauses=[0.02]), 0),
-        "gate": SimpleNamespace(num_held=0, for_door=lambda min_floor: {"min_floor": min_floor}),
-        "_watch": SimpleNamespace(reloads=Reloads("slo", "morph.yaml")),
+        "gate": SimpleNamespace(num_held=0, num_held_total=0, for_door=lambda min_floor: {"min_floor": min_floor}),
+        "_watch": SimpleNamespace(reloads=Reloads("slo", "morph.yaml", "0badcafe")),
         **parts,
     }
     return dict(json.loads(json.dumps(morph.status())))

@@ -98,7 +98,9 @@ class PolicyHost:
         """
         self._next.append(_Replacement(policy, note, setup))
 
-    def order(self, action: Action, text: str, revision: int, target_level: int, is_rehearsal: bool) -> None:
+    def order(
+        self, action: Action, text: str, revision: int, target_level: int, is_rehearsal: bool, refusal: str = ""
+    ) -> None:
         """Put an operator's order in force from the next tick on.
 
         Args:
@@ -107,12 +109,15 @@ class PolicyHost:
             revision: of this host, that whoever orders has seen.
             target_level: where the engine is, or is on its way to.
             is_rehearsal: only say whether it would be taken.
+            refusal: why what it orders was refused already; "" = it was not.
 
         Raises:
             OrderError: it is not.
         """
         try:
             body = parse_order(action, text)
+            if refusal:
+                raise OrderError("refused", f"{action}: {refusal}")
             level = self._orders.check(action, body, revision, self._policy.max_level)
         except OrderError as e:
             self._counters.count_order(action, "refused")

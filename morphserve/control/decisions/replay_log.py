@@ -211,7 +211,7 @@ class _Replayer:
     def _ask_from_now_on(self, header: Header) -> None:
         """Ask another policy from now on; the one of an open loop goes on.
 
-        It knows what the controller tells a new one: the step times that the last one learned, and nothing else.
+        It knows what the controller tells a new one (`succeed`), and nothing else.
         """
         if self._other is not None and self._policy is not None:
             return
@@ -224,8 +224,8 @@ class _Replayer:
         self.found.policies.append(_name(setup))
         if last is not None and not is_first:
             succeed(self._policy, last)
-        elif not is_first and last_setup is not None and last_setup.learns_times and setup.learns_times:
-            self._policy = None  # what it took over was learned from rows that are missing
+        elif not is_first and last_setup is not None and setup.inherits(last_setup):
+            self._policy = None  # what it took over comes of rows that are missing
 
     def _ask(self, at: int, row: Row) -> None:
         self._seq = row.seq if self._seq is None else self._seq + 1

@@ -8,7 +8,8 @@ the server started with is refused as a whole. A refused file changes nothing.
 What comes of it is told without a value of the file, which whoever asks need not be allowed to read; the log has them.
 
 A new policy has seen nothing yet: dwell times, forecasts, the token bucket and the quality budget of kind slo start
-anew. The level and the transition under way are the engine's and stay; so do the step times that kind slo has learned.
+anew. The level and the transition under way are the engine's and stay; so do the step times that kind slo has learned,
+and what is left of the seconds that requests may hold others up, whatever an hour has now.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from policies import PolicySetup
 
 logger = logging.getLogger(__name__)
 
-Outcome = Literal["ok", "unchanged", "refused", "busy"]
+Outcome = Literal["ok", "checked", "unchanged", "refused", "busy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Reloads:
 
     kind: str
     source: str
+    serves: str  # the policy's digest: engines of one digest serve the same
     reloads: int = 0
     refused: int = 0
     last_outcome: Outcome | None = None
@@ -55,7 +57,7 @@ class PolicyReloader:
         setup: PolicySetup,
         *,
         setup_of: Callable[[MorphServeConfig], PolicySetup],
-        install: Callable[[PolicySetup, str], None],
+        build: Callable[[PolicySetup], Callable[[str], None]],
         wall_clock: Callable[[], float] = time.time,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -66,7 +68,8 @@ class PolicyReloader:
             running: what the server started with.
             setup: of the policy that is asked now.
             setup_of: what a config's policy is made of; may raise ConfigError.
-            install: builds the policy and hands it over, with what has changed in words; may raise ConfigError.
+            build: builds the policy and returns what hands it over, for a note of what has changed in words; may raise
+                ConfigError.
             wall_clock: seconds since the epoch.
             pause: between two looks of a reload that is asked for.
         """
@@ -74,10 +77,11 @@ class PolicyReloader:
         self._running = running
         self._setup = setup
         self._setup_of = setup_of
-        self._install = install
+        self._build = build
         self._wall_clock = wall_clock
         self._watched = WatchedFiles(self._files, pause)
-        self.reloads = Reloads(setup.section.kind, "additional_config" if file is None else str(file))
+        source = "additional_config" if file is None else str(file)
+        self.reloads = Reloads(setup.section.kind, source, setup.digest)
 
     @property
     def has_file(self) -> bool:
@@ -91,19 +95,23 @@ class PolicyReloader:
         if loaded is not None and not (is_first and loaded == self._setup):
             self._take(loaded, f"{self._file} has changed")
 
-    def reload(self, cause: str, sent: str = "") -> dict[str, Any]:
+    def reload(self, cause: str, sent: str = "", is_rehearsal: bool = False) -> dict[str, Any]:
         """Take the file once two looks at it agree; without a file, what was sent. Never raises.
 
         Args:
             cause: who asks, in words.
             sent: a `policy:` section in JSON or YAML; empty = none.
+            is_rehearsal: only say whether it would be taken; a refusal counts.
         """
+        loaded: PolicySetup | ConfigError
         if self._file is None:
-            self._take(self._parse(sent), cause)
+            loaded = self._parse(sent)
         elif sent:
-            self._refuse(Told("the settings are in a file: edit it, and POST without a body"), cause)
+            loaded = Told("the settings are in a file: edit it, and POST without a body")
         else:
-            self._take(self._watched.settled(self._load), cause)
+            loaded = self._watched.settled(self._load)
+        if self._take(loaded, cause, is_rehearsal) and is_rehearsal:
+            return {**self.answer(), "ok": True, "outcome": "checked", "error": None, "changed": None}
         return self.answer()
 
     def answer(self) -> dict[str, Any]:
@@ -114,6 +122,7 @@ class PolicyReloader:
             "outcome": now.last_outcome,
             "error": now.last_error,
             "kind": now.kind,
+            "serves": now.serves,
             "changed": now.note if now.last_outcome == "ok" else None,
         }
 
@@ -146,24 +155,33 @@ class PolicyReloader:
         except Exception as e:
             return ConfigError(message(e))
 
-    def _take(self, loaded: PolicySetup | ConfigError, cause: str) -> None:
-        """Hand over a policy, however it came, unless it is no other or cannot be served; what came of it is noted."""
+    def _take(self, loaded: PolicySetup | ConfigError, cause: str, is_rehearsal: bool = False) -> bool:
+        """Hand over a policy, however it came, unless it is no other; what came of it is noted.
+
+        Returns:
+            Whether it can be served. In a rehearsal that is not noted, and nothing handed over.
+        """
         if isinstance(loaded, ConfigError):
             self._refuse(loaded, cause)
-            return
+            return False
         if loaded == self._setup:
-            self._note("unchanged", last_error=None)
-            return
+            if not is_rehearsal:
+                self._note("unchanged", last_error=None)
+            return True
         found = dict(difference(self._setup, loaded))
         note = ", ".join(f"{key} {change}".rstrip() for key, change in found.items())
         try:
-            self._install(loaded, f"{cause}: {note}")
+            hand_over = self._build(loaded)
+            if is_rehearsal:
+                return True
+            hand_over(f"{cause}: {note}")
         except Exception as e:
             self._refuse(e, cause)
-            return
+            return False
         self._setup = loaded
-        kind, count = loaded.section.kind, self.reloads.reloads + 1
-        self._note("ok", kind=kind, reloads=count, last_error=None, note=", ".join(found))
+        count, note = self.reloads.reloads + 1, ", ".join(found)
+        self._note("ok", kind=loaded.section.kind, serves=loaded.digest, reloads=count, last_error=None, note=note)
+        return True
 
     def _refuse(self, error: Exception, cause: str) -> None:
         logger.error("morph: %s, but it is refused and the policy stays: %s", cause, message(error))

@@ -23,7 +23,7 @@ class ReloadWatch:
     def __init__(self, reloader: PolicyReloader, interval_s: float = LOOK_INTERVAL_S) -> None:
         self._reloader = reloader
         self._interval_s = interval_s
-        self._asked: Queue[tuple[str, str, Future[dict[str, Any]]] | None] = Queue()
+        self._asked: Queue[tuple[str, str, bool, Future[dict[str, Any]]] | None] = Queue()
         self._last: Future[dict[str, Any]] | None = None  # that was asked for
         self._is_closed = self._has_thread = self._has_failed = False
         if reloader.has_file:
@@ -34,7 +34,7 @@ class ReloadWatch:
         """The reloads so far."""
         return self._reloader.reloads
 
-    def ask(self, cause: str, sent: str = "") -> Future[dict[str, Any]]:
+    def ask(self, cause: str, sent: str = "", is_rehearsal: bool = False) -> Future[dict[str, Any]]:
         """Have the file read now, or what was sent (see `PolicyReloader.reload`); the thread completes the future.
 
         One at a time: whoever asks meanwhile is told that it is busy. One thread asks.
@@ -54,7 +54,7 @@ class ReloadWatch:
         else:
             self._last = future
             self._start()
-            self._asked.put((cause, sent, future))
+            self._asked.put((cause, sent, is_rehearsal, future))
         return future
 
     def close(self) -> None:
@@ -77,8 +77,8 @@ class ReloadWatch:
             if asked is None:
                 self._look()
                 continue
-            cause, sent, future = asked
-            future.set_result(self._reloader.reload(cause, sent))
+            cause, sent, is_rehearsal, future = asked
+            future.set_result(self._reloader.reload(cause, sent, is_rehearsal))
 
     def _look(self) -> None:
         if self._is_closed or not self._reloader.has_file:

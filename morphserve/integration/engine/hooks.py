@@ -122,10 +122,16 @@ class Morph:
         """Return a thread that hands an edited policy to the controller, which asks it from its next tick on."""
         runtime = self.runtime
 
-        def install(setup: PolicySetup, note: str) -> None:
-            self.controller.replace_policy(make_policy(setup, runtime.ladder), note, setup)
-            self.traffic.late.promise = promise_of(setup.section)
-            self.gate.floors = Floors.of(setup.section.floors, runtime.ladder)
+        def build(setup: PolicySetup) -> Callable[[str], None]:
+            self.controller.check_asks()
+            policy, floors = make_policy(setup, runtime.ladder), Floors.of(setup.section.floors, runtime.ladder)
+
+            def hand_over(note: str) -> None:
+                self.controller.replace_policy(policy, note, setup)
+                self.traffic.late.promise = promise_of(setup.section)
+                self.gate.floors = floors
+
+            return hand_over
 
         return ReloadWatch(
             PolicyReloader(
@@ -133,7 +139,7 @@ class Morph:
                 runtime.stated,
                 self.setup,
                 setup_of=lambda config: policy_setup(for_this_device(config, runtime.vllm_config), runtime.vllm_config),
-                install=install,
+                build=build,
             )
         )
 
@@ -339,25 +345,30 @@ class Morph:
         """Plain values for the status page and the metrics."""
         page = self._page.render(self.controller.status(), self.tick_times, self.tokens_by_level)
         requests = {**asdict(self._view()), "late": self.traffic.late.as_json(time.time())}
-        requests["num_held"] = self.gate.num_held
+        requests |= {"num_held": self.gate.num_held, "num_held_total": self.gate.num_held_total}
         requests["floors"] = self.gate.for_door(self.controller.min_floor)
         return {**page, **requests, "policy": asdict(self._watch.reloads)}
 
-    def order(self, action: Action, text: str, revision: int, is_rehearsal: bool, not_after_s: float) -> dict[str, Any]:
-        """Take an operator's order, or say why not; one that comes after `not_after_s` of the wall clock is late."""
+    def order(
+        self, action: Action, text: str, revision: int, is_rehearsal: bool, not_after_s: float, refusal: str = ""
+    ) -> dict[str, Any]:
+        """Take an operator's order, or say why not; one that comes after `not_after_s` of the wall clock is late.
+
+        `refusal`: why what it orders was refused already, and it is only to be counted.
+        """
         answer = {"ok": True, "outcome": "taken", "error": None, "engine": self.runtime.index}
         try:
             if time.time() > not_after_s:
                 raise OrderError("late", "the engine came to it when nobody waited for its answer any more")
-            self.controller.order(action, text, revision, is_rehearsal)
+            self.controller.order(action, text, revision, is_rehearsal, refusal)
         except OrderError as e:
             return {**answer, "ok": False, "outcome": e.outcome, "error": str(e)}
         return answer
 
-    def reload(self, cause: str, sent: str = "") -> Future[dict[str, Any]]:
+    def reload(self, cause: str, sent: str = "", is_rehearsal: bool = False) -> Future[dict[str, Any]]:
         """Read the policy from the settings' file now, or what was sent; the answer comes from the thread that does."""
         answer: Future[dict[str, Any]] = Future()
         index = self.runtime.index
-        asked = self._watch.ask(cause, sent)
+        asked = self._watch.ask(cause, sent, is_rehearsal)
         asked.add_done_callback(lambda done: answer.set_result({**done.result(), "engine": index}))
         return answer

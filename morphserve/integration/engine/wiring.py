@@ -95,16 +95,22 @@ def _status(self: Any) -> dict[str, Any] | None:
     return None if morph is None else morph.status()
 
 
-def _reload(self: Any, cause: str, sent: str = "") -> Future[dict[str, Any]] | None:
+def _reload(self: Any, cause: str, sent: str = "", is_rehearsal: bool = False) -> Future[dict[str, Any]] | None:
     """Read the settings anew: a utility method of EngineCore; vLLM answers when the thread that reads the file has."""
     morph = getattr(self.scheduler, "morph", None)
-    return None if morph is None else morph.reload(cause, sent)
+    return None if morph is None else morph.reload(cause, sent, is_rehearsal)
 
 
 def _order(
-    self: Any, action: Action, text: str, revisions: list[list[int]], is_rehearsal: bool, not_after_s: float
+    self: Any,
+    action: Action,
+    text: str,
+    revisions: list[list[int]],
+    is_rehearsal: bool,
+    not_after_s: float,
+    refusal: str = "",
 ) -> dict[str, Any] | None:
     """Take an operator's order, which names a revision of each engine that it is for: a utility of EngineCore."""
     morph = getattr(self.scheduler, "morph", None)
     revision = None if morph is None else dict(map(tuple, revisions)).get(morph.runtime.index)
-    return None if revision is None else dict(morph.order(action, text, revision, is_rehearsal, not_after_s))
+    return None if revision is None else dict(morph.order(action, text, revision, is_rehearsal, not_after_s, refusal))

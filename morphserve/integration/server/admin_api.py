@@ -24,7 +24,7 @@ from morphserve.control import ORDERS, Action, OrderBody, ReloadBody, parse_orde
 from morphserve.errors import OrderError
 from morphserve.integration.server.access import Access
 from morphserve.integration.server.body import alone, answered_within, text_of
-from morphserve.integration.server.reload_api import reload_engines
+from morphserve.integration.server.reload_api import ask_engines
 from morphserve.integration.server.status_api import LastStatuses, shown
 
 _MAX_BODY_BYTES = 4096
@@ -95,21 +95,35 @@ async def _order(engines: Engines, action: str, text: str, body: OrderBody) -> J
             not_after_s = time.time() + _TIMEOUT_S
             answers = await engines.call("morphserve_order", action, text, asked, is_rehearsal, not_after_s)
         refused = next((answer for answer in answers if not answer["ok"]), {})
+        if action == "reload" and not refused and is_rehearsal:
+            refused = await _reload(engines, text, cast(ReloadBody, body), seen, is_rehearsal)
         if refused:
             break
     if action == "reload" and not refused:
-        refused = await _reload(engines, cast(ReloadBody, body))
+        refused = await _reload(engines, text, cast(ReloadBody, body), seen, is_rehearsal=False)
     async with answered_within(_TIMEOUT_S):  # so that what is shown, and the door, follow at once
         now = state_of(await engines.look())
     code = _CODES[refused["outcome"]] if refused else 200
     return JSONResponse({"ok": not refused, "error": refused.get("error"), **now}, code)
 
 
-async def _reload(engines: Engines, body: ReloadBody) -> Status:
-    """Have all engines read their file, or take a policy that was sent; return the answer of one that has not."""
+async def _reload(
+    engines: Engines, text: str, body: ReloadBody, seen: list[list[int]], is_rehearsal: bool
+) -> Status:
+    """Have all engines read their file, or take a policy that was sent, or say whether they would.
+
+    Returns:
+        The answer of one that does not; each of those has counted the order as refused.
+    """
     sent = "" if body.policy is None else json.dumps({"policy": body.policy})
-    answers = await reload_engines(engines.call, "POST /morphserve/admin/reload", sent)
-    return next((answer for answer in answers if not answer["ok"]), {})
+    answers = await ask_engines(engines.call, "POST /morphserve/admin/reload", sent, is_rehearsal)
+    refused = [answer for answer in answers if not answer["ok"]]
+    for answer in refused:
+        asked = [revision for revision in seen if revision[0] == answer["engine"]]
+        async with answered_within(_TIMEOUT_S):
+            not_after_s = time.time() + _TIMEOUT_S
+            await engines.call("morphserve_order", "reload", text, asked, False, not_after_s, answer["error"])
+    return next(iter(refused), {})
 
 
 def state_of(statuses: Iterable[Status]) -> Status:

@@ -16,6 +16,7 @@ from typing import Any
 
 from vllm.exceptions import GracefulHTTPError
 
+from morphserve.integration.server.scrape import Refusals
 from policies import Floors, MorphLevel
 
 logger = logging.getLogger("vllm.morphserve")
@@ -76,8 +77,13 @@ class Sender:
 class FloorDoor:
     """Marks and refuses. While engines are silent it refuses nobody."""
 
-    def __init__(self) -> None:
-        """Refuse nobody; listen for names of models until the engines say that they make no difference."""
+    def __init__(self, refusals: Refusals) -> None:
+        """Refuse nobody; listen for names of models until the engines say that they make no difference.
+
+        Args:
+            refusals: where those are counted that it refuses.
+        """
+        self._refusals = refusals
         self.heeds_models = True
         self._min_floor = 0
         self._floors: Floors | None = None  # known while some are refused
@@ -115,6 +121,7 @@ class FloorDoor:
             return
         if own is not None and own < self._min_floor:
             sender.retry_after_s = RETRY_AFTER_S
+            self._refusals.count("floor")
             raise GracefulHTTPError(
                 f"{MAX_LEVEL_ARG}: this request may not be served below level {own}, the load asks for level "
                 f"{self._min_floor}, and the time is spent for which such requests may hold others up "

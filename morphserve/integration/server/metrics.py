@@ -30,8 +30,8 @@ from morphserve.integration.server.page import add_page
 from morphserve.integration.server.poll import SILENT_AFTER_S, StatusPoll
 from morphserve.integration.server.queue_limit import QueueLimit
 from morphserve.integration.server.receipt_door import ReceiptDoor, note_receipts
-from morphserve.integration.server.reload_api import add_route, on_hangup, reload_engines
-from morphserve.integration.server.scrape import add_behind_shared, add_to_own
+from morphserve.integration.server.reload_api import Sameness, add_route, on_hangup, reload_engines
+from morphserve.integration.server.scrape import PREFIX, Refusals, add_behind_shared, add_to_own
 from morphserve.integration.server.spare_time import SpareTime
 from morphserve.integration.server.status_api import LastStatuses, add_status
 from morphserve.integration.server.tasks import Tasks
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from vllm.engine.protocol import EngineClient
 
-PREFIX = "morphserve:"
 _POLICY_KINDS = ("static", "threshold", "slo")
 
 
@@ -119,6 +118,13 @@ def _errors(s: _Status) -> list[_Row]:
     return [((place,), s["errors"].get(place, 0)) for place in get_args(ErrorPlace)]
 
 
+def _late(s: _Status) -> list[_Row]:
+    late = s["late"]
+    ttft, tpot = late["num_late_ttft"], late["num_late_tpot"]
+    both = ttft + tpot - late["num_late"]  # so that the sum over limits is requests
+    return [(("ttft",), ttft - both), (("tpot",), tpot - both), (("both",), both)]
+
+
 def _policy(s: _Status) -> list[_Row]:
     return [((kind,), float(s["policy"]["kind"] == kind)) for kind in _POLICY_KINDS]
 
@@ -181,6 +187,22 @@ _FAMILIES: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, 
         _transitions,
     ),
     (CounterMetricFamily, "tokens", "Generated tokens by morph level.", ("level",), _by("tokens_by_level")),
+    (
+        CounterMetricFamily,
+        "requests_judged",
+        "Requests that have ended and had a limit, their own or the policy's.",
+        (),
+        lambda s: [((), s["late"]["num_judged"])],
+    ),
+    (CounterMetricFamily, "requests_late", "Those of them that were late, by the limit they broke.", ("limit",), _late),
+    (
+        CounterMetricFamily,
+        "requests_held",
+        "How often a request had to wait for the level that it has asked not to be served below.",
+        (),
+        _one("num_held_total"),
+    ),
+    (GaugeMetricFamily, "num_requests_held", "Requests that wait for such a level now.", (), _one("num_held")),
     (CounterMetricFamily, "transition_seconds", "Time spent in transitions.", (), _one("transition_seconds")),
     (GaugeMetricFamily, "policy", "1 for the kind of policy that decides.", ("kind",), _policy),
     (CounterMetricFamily, "policy_reloads", "Policies taken from an edited file.", ("outcome",), _reloads),
@@ -207,11 +229,13 @@ class MorphServeEndpoint:
         self._poll = StatusPoll(self._ask)
         self._last = LastStatuses(self._poll)
         self._access = Access()
-        self._queue_limit = QueueLimit(None)
-        self._floors = FloorDoor()
+        self._refusals = Refusals()
+        self._queue_limit = QueueLimit(None, self._refusals)
+        self._floors = FloorDoor(self._refusals)
         self._collector = StatusCollector(self._poll)
         self._client: Any = None
         self._spare_time = SpareTime(None)
+        self._sameness = Sameness()
         self._tasks = Tasks()
         self._reload = partial(reload_engines, self.call)
 
@@ -233,7 +257,10 @@ class MorphServeEndpoint:
         settings = settings_of(engine_client.vllm_config)
         self._access = Access.of((settings or MorphServeConfig()).admin)
         add_to_own(self._collector)
-        self._queue_limit = QueueLimit(engine_client)
+        add_to_own(self._refusals.counter)
+        self._queue_limit = QueueLimit(engine_client, self._refusals)
+        if hasattr(engine_client, "check_admission"):
+            seams.wrap(seams.DOOR_CHECK, self._queue_limit.note_refusals, on=engine_client)
         self._spare_time = spare_time = SpareTime(engine_client)
         if hasattr(engine_client, "generate"):
             seams.wrap(seams.CLIENT_GENERATE, note_receipts, on=engine_client)
@@ -267,6 +294,7 @@ class MorphServeEndpoint:
         """Let all know who go by what the engines said; none = they are silent."""
         self._limit_queues(statuses)
         self._spare_time.look(statuses)
+        self._sameness.look(statuses)
         if not statuses:
             self._floors.hear(statuses)
 

@@ -6,11 +6,15 @@ policy answers in the engine, so the limit follows the poll of the status, half 
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm.exceptions import MaxQueuedTokensError
 
 from morphserve.integration import seams
+from morphserve.integration.server.scrape import Refusals
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -21,7 +25,9 @@ logger = logging.getLogger("vllm.morphserve")
 class QueueLimit:
     """The stricter of what the user set and what the policy asks for now."""
 
-    def __init__(self, engine_client: EngineClient) -> None:
+    def __init__(self, engine_client: EngineClient, refusals: Refusals) -> None:
+        """Set no limit yet. `refusals`: where those are counted whom ours refuses."""
+        self._refusals = refusals
         self._config = getattr(engine_client, "scheduler_config", None)
         self._own: int | None = getattr(self._config, "max_num_queued_tokens", None)
         # Each API server counts what it has taken itself.
@@ -47,3 +53,17 @@ class QueueLimit:
         self._policys = limit
         bounds = [bound for bound in (self._own, limit) if bound is not None]
         seams.put(seams.DOOR_LIMIT, "max_num_queued_tokens", min(bounds, default=None), self._config)
+
+    def note_refusals(self, original: Callable[..., None]) -> Callable[..., None]:
+        """Wrap vLLM's check of the door: what it refuses by our limit is counted, not what it does by the user's."""
+
+        @functools.wraps(original)
+        def check_admission(*args: Any, **kwargs: Any) -> None:
+            try:
+                original(*args, **kwargs)
+            except MaxQueuedTokensError:
+                if self._policys is not None and (self._own is None or self._policys < self._own):
+                    self._refusals.count("shed" if self._policys else "drain")
+                raise
+
+        return check_admission

@@ -94,9 +94,9 @@ _current: ContextVar[_Answer | None] = ContextVar("morphserve_answer", default=N
 class ReceiptDoor:
     """ASGI middleware that lets what the engine yields find the answer that it belongs to."""
 
-    def __init__(self, app: Callable[..., Awaitable[None]], floors: FloorDoor | None = None) -> None:
+    def __init__(self, app: Callable[..., Awaitable[None]], floors: FloorDoor) -> None:
         self._app = app
-        self._floors = floors or FloorDoor()
+        self._floors = floors
 
     async def __call__(self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":

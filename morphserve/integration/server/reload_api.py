@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from fastapi import APIRouter, HTTPException, Request
@@ -34,6 +34,7 @@ class Ask(Protocol):
 
 
 _MAX_BODY_BYTES = 65_536
+_LASTING_LOOKS = 20  # ten seconds
 _NOTHING = ("", "{}")  # what clients send that always send JSON, too
 _TIMEOUT_S = 60.0  # two looks at a file, a second apart, and a wait for who writes it; a dead engine answers never
 
@@ -41,11 +42,54 @@ _TIMEOUT_S = 60.0  # two looks at a file, a second apart, and a wait for who wri
 async def reload_engines(call: Call, cause: str, sent: str = "") -> list[dict[str, Any]]:
     """Have every engine read its settings anew, or a policy that was sent; return what came of it in each.
 
+    What is sent all check before one takes it, so that none does where one refuses. A file each watches by itself.
+
+    Raises:
+        TimeoutError: one has not answered.
+    """
+    if sent:
+        checked = await ask_engines(call, cause, sent, is_rehearsal=True)
+        if not all(answer["ok"] for answer in checked):
+            return checked
+    return await ask_engines(call, cause, sent, is_rehearsal=False)
+
+
+async def ask_engines(call: Call, cause: str, sent: str, is_rehearsal: bool) -> list[dict[str, Any]]:
+    """Have every engine read its settings anew, or say whether it would take what it finds.
+
     Raises:
         TimeoutError: one has not answered.
     """
     async with answered_within(_TIMEOUT_S):
-        return await call("morphserve_reload", cause, sent)
+        return await call("morphserve_reload", cause, sent, is_rehearsal)
+
+
+class Sameness:
+    """Says when replicas serve different policies: each reads the file by itself, and one may refuse what others take.
+
+    One WARNING, once it lasts longer than an edit takes to come round, and one INFO line when it ends.
+    """
+
+    def __init__(self) -> None:
+        """Know of none that differ."""
+        self._num_looks = 0  # in a row that have found them to differ
+
+    def look(self, statuses: Sequence[dict[str, Any]]) -> None:
+        """Compare what they say that they serve."""
+        serves = {status["engine"]: status["policy"]["serves"] for status in statuses}
+        if len(set(serves.values())) > 1:
+            self._num_looks += 1
+            if self._num_looks == _LASTING_LOOKS:
+                by_engine = ", ".join(f"engine {engine} {digest}" for engine, digest in serves.items())
+                logger.warning(
+                    "morphserve: replicas serve different policies (%s): see `policy` of their status for why, and "
+                    "reload",
+                    by_engine,
+                )
+        elif statuses:
+            if self._num_looks >= _LASTING_LOOKS:
+                logger.info("morphserve: replicas serve the same policy again")
+            self._num_looks = 0
 
 
 def add_route(router: APIRouter, ask: Ask, access: Callable[[], Access]) -> None:

@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import os
+from typing import Literal, get_args
 
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
-from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, generate_latest
 from prometheus_client.registry import Collector
 
 _PATH = "/metrics"
+PREFIX = "morphserve:"
+Refusal = Literal["shed", "drain", "floor"]
+
+
+class Refusals:
+    """The requests that this API server has answered with 503 for us, by reason: a policy's queue limit, an order to
+    drain, a level that may not be held any more.
+
+    No engine hears of them. vLLM's page of several API servers sums up what each of them has counted.
+    """
+
+    def __init__(self) -> None:
+        """Begin at 0, for each reason."""
+        doc = "Requests answered with 503: by a policy's queue limit, a drain, or a level that may not be held."
+        self.counter = Counter(PREFIX + "requests_refused", doc, ["reason"], registry=None)
+        for reason in get_args(Refusal):
+            self.counter.labels(reason)
+
+    def count(self, reason: Refusal) -> None:
+        """Count one."""
+        self.counter.labels(reason).inc()
 
 
 def _is_shared() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,12 @@ from typing import Any
 from morphserve.tools.chaos.faults import Fault, clients, files, nothing, operators, signals, system
 
 _OWN_CACHE: Mapping[str, Any] = {"cache_dir": "{directory}/cache"}
+# Who asks not to be served below a level holds others up for seconds, then waits; strict limits likewise.
+_SLO: Mapping[str, Any] = {
+    "policy": {
+        "kind": "slo", "ttft_s": 1.0, "tpot_s": 0.5, "limits_hold_s": 2.0, "floors": {"shallowest": 0, "hold_s": 2.0},
+    }
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +38,7 @@ class Scenario:
     @property
     def server(self) -> tuple[object, ...]:
         """What its server must be like: scenarios with the same may share one."""
-        settings = tuple(sorted(self.settings.items()))
+        settings = json.dumps(self.settings, sort_keys=True)
         return self.has_library, self.full_at_start, self.num_ranks, settings, self.serve_args, self.environment
 
     @property
@@ -61,6 +68,7 @@ SCENARIOS = (
     Scenario("disconnects", clients.disconnects, is_short=True),
     # Each of the four words that can be of no sense is told of once, however often it comes.
     Scenario("hostile-limits", clients.hostile_limits, max_warnings=4),
+    Scenario("hostile-limits-slo", clients.held_requests, max_warnings=4, settings=_SLO),
     Scenario("receipts", clients.many_receipts),
     Scenario("features", clients.all_features),
     Scenario("flood", clients.flood),

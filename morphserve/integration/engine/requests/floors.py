@@ -42,6 +42,7 @@ class FloorGate:
         self._held: dict[str, Request] = {}  # those of them that wait here, in the order in which they came
         self._leaving: set[Request] = set()  # of these, who is in one of vLLM's queues until the next step
         self._has_warned = False
+        self.num_held_total = 0  # so far; who is sent back twice waits twice
         self.has_news = False  # the policy has not been asked since somebody began to wait here
 
     @property
@@ -143,6 +144,7 @@ class FloorGate:
         self._held.update((request.request_id, request) for request in requests)
         self._leaving.update(requests)
         self.has_news = bool(requests)
+        self.num_held_total += len(requests)
         for request in requests:
             self._traffic.on_held(request, has_arrived)
 

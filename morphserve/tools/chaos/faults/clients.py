@@ -13,6 +13,7 @@ from morphserve.tools.chaos.stage import Stage
 _NUM_RECEIPTS, _AT_ONCE = 10_000, 100
 _FLOOD_S, _FLOOD_PER_S, _RELOADS_PER_S = 10, 500, 50
 _NUM_ADAPTERS = 3
+_NUM_HELD, _MOST_TRIES = 6, 3
 _WORDS = tuple(f"morphserve_{word}" for word in ("ttft_s", "tpot_s", "max_level", "precision", "receipt"))
 _ASKS = {"morphserve_receipt": 1}
 _IN_A_RECEIPT = '"demanded":'  # once in each
@@ -42,6 +43,19 @@ async def hostile_limits(stage: Stage) -> None:
     for body in bodies:
         del body["stream_options"]
     await asyncio.gather(*(stage.post("/v1/completions", body) for body in bodies))
+
+
+async def held_requests(stage: Stage) -> None:
+    """Demand level 0, strict limits and what cannot be had, all at once, until some have waited for their level."""
+    strict = {"morphserve_ttft_s": 0.3, "morphserve_tpot_s": 0.15}
+    for _ in range(_MOST_TRIES):
+        await stage.in_transition()
+        asks = [stage.stream(40, 40, vllm_xargs=asked) for asked in ({"morphserve_max_level": 0}, strict) * _NUM_HELD]
+        await asyncio.gather(*asks, hostile_limits(stage))
+        status = await stage.status_from_now()
+        if status is not None and status["num_held_total"]:
+            return
+    raise AssertionError("no request has waited for its level")
 
 
 async def many_receipts(stage: Stage) -> None:
