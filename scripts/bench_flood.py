@@ -100,22 +100,24 @@ def _ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
 
 
 def _time_per_token(url: str, model: str, num_tokens: int) -> float:
-    """Return the seconds between the first and the last token of one streamed answer, over the tokens between."""
+    """Return the seconds between a streamed answer's first and last chunk, over the tokens between: a busy server sends
+    several in one."""
     body = {
         "model": model, "prompt": [17] * 64, "max_tokens": num_tokens, "temperature": 0.0, "ignore_eos": True,
-        "stream": True,
+        "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True},
     }  # fmt: skip
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
     )
-    times = []
+    seen = []  # of each chunk: when it came, tokens so far
     with urllib.request.urlopen(request, timeout=300) as answer:
         for line in answer:
-            if line.startswith(b"data: {"):
-                times.append(time.perf_counter())
-    if len(times) != num_tokens:
-        raise RuntimeError(f"{len(times)} chunks for {num_tokens} tokens: no time per token can be told")
-    return (times[-1] - times[0]) / (num_tokens - 1)
+            if line.startswith(b"data: {") and (chunk := json.loads(line[6:]))["choices"]:
+                seen.append((time.perf_counter(), chunk["usage"]["completion_tokens"]))
+    (first_s, first), (last_s, last) = seen[0], seen[-1]
+    if last != num_tokens:
+        raise RuntimeError(f"{last} tokens for {num_tokens}: no time per token can be told")
+    return float(last_s - first_s) / (last - first)
 
 
 @contextlib.contextmanager
