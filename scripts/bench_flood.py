@@ -2,7 +2,7 @@
 
 One server with the plugin at level 0 answers one streaming request after the other. In turn, the order swapped from
 round to round: alone; while another process asks `/version`, which is vLLM's own and costs next to nothing, so that
-many times a second; and while it asks for status, page, metrics and reload instead. The first ratio holds what any
+many times a second; and while it asks for status, page and reload instead. The first ratio holds what any
 client costs on the cores that are there, the second what our routes add.
 
 Output columns: round, time per token alone (ms), ratios: `/version` over alone, ours over alone, ours over `/version`.
@@ -34,7 +34,7 @@ from morphserve.tools.bench import ServerOptions, half_width, serve
 from morphserve.tools.command import command_parser, run_command
 from morphserve.tools.machine import describe_machine
 
-_OURS = (*["/morphserve/status"] * 8, "/morphserve/view", "/metrics")
+_OURS = (*["/morphserve/status"] * 9, "/morphserve/view")
 _RELOADS_PER_S = 20
 _SETTLE_S = 1.0  # of a flood, before it counts
 _KINDS = ("alone", "version", "ours")
@@ -153,7 +153,8 @@ async def _flood(url: str, kind: str, per_second: int, headers: dict[str, str]) 
     async def ask(number: int) -> None:
         reloads = kind == "ours" and number % (per_second // _RELOADS_PER_S) == 0
         path = "/version" if kind == "version" else "/morphserve/reload" if reloads else _OURS[number % len(_OURS)]
-        async with session.request("POST" if reloads else "GET", url + path) as answer:
+        request = session.post(url + path, json={}) if reloads else session.get(url + path)
+        async with request as answer:
             await answer.read()
             codes[str(answer.status)] = codes.get(str(answer.status), 0) + 1
 
