@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from policies.config import SloConfig, ThresholdConfig
-from policies.dwell import Dwell
 from policies.promise import promise_of
 from policies.slo.choice import Terms, lasting, quick_end
 from policies.slo.correction import Correction
@@ -82,7 +81,6 @@ class SloPolicy:
             )
         self._fallback = ThresholdPolicy(ThresholdConfig(kind="threshold", max_level=self.targets.max_level), ladder)
         self.distrusts = False
-        self.dwell = Dwell(self.targets.dwell_s)
         self.own_limits = OwnLimits(config.limits_hold_s, len(self._ladder), self._promise)
         self._rested = Rested(len(self._ladder))
         self._thought_s = float("-inf")
@@ -135,7 +133,6 @@ class SloPolicy:
         here = self._predictor.predict(heading, load, self._delay_s(s, heading))
         if self._times.is_settled and s.waiting and not s.waiting[-1].has_token:
             self.correction.watch(s.waiting[-1], s.now_s + here.last_wait_s)  # trust can come back, too
-        self.dwell.decay(s.now_s)
         if self.budget.exhausted:
             self.own_limits.follow(heading)
             decision = self._spent(s, heading, load)
@@ -181,7 +178,7 @@ class SloPolicy:
             why = f"{what}, wait {here.last_wait_s:.1f} s, tpot {here.tpot_s * 1000:.0f} ms"
             return self._go(s, best, "; ".join(filter(None, (why, own.why))))
         if shallower < heading and self._bucket.level >= 2.0:
-            why = f"level {shallower} has been predicted to do for {self.dwell.seconds:.1f} s"
+            why = f"level {shallower} has been predicted to do for {self.targets.dwell_s:g} s"
             return self._go(s, shallower, "; ".join(filter(None, (why, own.why_not if compared.has_stricter else ""))))
         return self._stay(heading, f"late {here.share:.0%}")
 
@@ -269,7 +266,7 @@ class SloPolicy:
             best: level to go to from there; a deeper one begins the dwell anew.
             usual: likewise by everyone's promise alone.
         """
-        own, dwell_s = self.own_limits, self.dwell.seconds
+        own, dwell_s = self.own_limits, self.targets.dwell_s
         if best > heading:
             self._rested.forget()
         if usual > own.level:
@@ -348,10 +345,7 @@ class SloPolicy:
             self._bucket.take()
             self.correction.forget()
             if level > s.target_level:
-                self.dwell.degraded(s.now_s)
                 self._rested.forget()
-            else:
-                self.dwell.restored(s.now_s)
             return Decision(level, reason)
         return self._last
 

@@ -116,14 +116,16 @@ def test_a_dwell_begins_anew_when_a_deeper_level_is_needed() -> None:
     assert policy._rested.since_s == [None] * len(LADDER)
 
 
-def test_quiet_time_shrinks_a_dwell_that_has_grown() -> None:
-    """Guards: an hour at level 0 that counts as one halving."""
-    policy = made(dwell_s=0.5)
-    policy.dwell.seconds, policy.dwell._reentry_s = 5.0, 100.0
-    policy.decide(replace(QUIET, now_s=100.0 + 65.0))
-    assert policy.dwell.seconds == pytest.approx(1.25)
-    policy.decide(replace(QUIET, now_s=100.0 + 3600.0))
-    assert policy.dwell.seconds == 0.5
+def test_levels_that_were_left_and_needed_again_come_back_after_the_same_dwell() -> None:
+    """Guards: a level that is held for five times its dwell for an hour, because a busy minute needed it often."""
+    policy, now_s = made(dwell_s=1.0), 100.0
+    for _ in range(4):
+        assert policy.decide(replace(crowded(), now_s=now_s)).level > 0
+        level = policy._last.level
+        there = replace(QUIET, level=level, target_level=level, num_kv_blocks=LADDER[level].num_kv_blocks)
+        steps = [policy.decide(replace(there, now_s=now_s + 2.0 + 0.1 * step)).level for step in range(13)]
+        assert steps[8] == level and steps[-1] == 0, "not before, and not after it"
+        now_s += 10.0
 
 
 def test_thresholds_that_stand_in_stay_with_levels_that_compute_fast() -> None:
