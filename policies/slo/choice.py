@@ -18,12 +18,12 @@ class Terms:
 
     price: float  # nats per request that is saved
     costs: Sequence[float]  # by level, nats per token
-    tokens: float  # within the horizon
+    tokens: float  # of the answers that hold a level: of who is here, and of who comes within the horizon
     quick_end: int  # the last of the levels of which each computes as fast as those before it
     lasting: int  # the shallowest of these whose compute keeps up if the load lasts
 
     def total(self, level: int, prediction: Prediction) -> float:
-        """Return what a level costs within the horizon, in nats."""
+        """Return what a level costs, in nats: late requests at their price, and the tokens of answers."""
         return self.price * prediction.violations + self.costs[level] * self.tokens
 
     def best(self, predictions: Sequence[Prediction], target: float) -> int:

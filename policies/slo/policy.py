@@ -160,7 +160,7 @@ class SloPolicy:
         compared = self._predictor.compare([(k, self._delay_s(s, k)) for k in range(len(self._ladder))], load)
         predictions = compared.promised if own.count else compared.usual
         here = predictions[heading]
-        terms = self._terms(load, here)
+        terms = self._terms(load)
         self._shed(predictions, load)
         best, why_not = self._asked(s, heading, s.level, predictions, terms, load)
         own.level = min(own.level, heading)
@@ -245,10 +245,11 @@ class SloPolicy:
         free = self._usable[min(level, len(self._usable) - 1)] - s.used_kv_blocks
         return free >= 2 * load.typical.final_blocks and s.oldest_wait_s > max(_PROMPT_S, 3 * s.step_s)
 
-    def _terms(self, load: Load, here: Prediction) -> Terms:
-        s, output = load.signals, load.typical.output_tokens
-        each = min(load.horizon_s / max(here.tpot_s, 1e-4), output)
-        tokens = (s.num_running + s.num_waiting) * each + load.arrival_rate * load.horizon_s * output / 2
+    def _terms(self, load: Load) -> Terms:
+        s = load.signals
+        # Who is let in at a level holds it to the end of its answer, however near the horizon is.
+        answers = s.num_running + s.num_waiting + load.arrival_rate * load.horizon_s / 2
+        tokens = answers * load.typical.output_tokens
         end = quick_end(self._predictor, load, len(self._ladder))
         return Terms(
             self.targets.nats_per_saved_request, self._costs, tokens, end,
@@ -277,7 +278,7 @@ class SloPolicy:
         ways = [*((level, self._delay_s(s, level)) for level in range(heading)), (heading, 0.0)]
         compared = self._predictor.compare(ways, load)
         predictions = compared.promised if own.count else compared.usual
-        terms = self._terms(load, predictions[heading])
+        terms = self._terms(load)
         if usual <= own.level:
             does = self._does(s, own.level, compared.usual, terms)
             own.level = own.rested.shallowest(s.now_s, does, self._costs, dwell_s)

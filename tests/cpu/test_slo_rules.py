@@ -128,6 +128,13 @@ def test_levels_that_were_left_and_needed_again_come_back_after_the_same_dwell()
         now_s += 10.0
 
 
+def test_a_level_is_paid_for_as_long_as_answers_hold_it() -> None:
+    """Guards: W4 for one request, at the price of the three seconds ahead, and then held for eighteen."""
+    policy = made()
+    near, far = (policy._load(replace(crowded(), output_tokens=tokens), 1.0) for tokens in (100.0, 1000.0))
+    assert policy._terms(far).tokens == pytest.approx(10 * policy._terms(near).tokens)
+
+
 def test_thresholds_that_stand_in_stay_with_levels_that_compute_fast() -> None:
     """Guards: W4 for minutes because a full cache asks for room while predictions are distrusted."""
     policy = distrusting(made())
