@@ -56,13 +56,13 @@ class Tally:
         )
 
 
-def kept_by_any(tallies: Sequence[Tally]) -> list[bool]:
-    """Return, for all that are held apart, whether any level keeps their own promise.
+def kept_by_any(by_level: Sequence[Sequence[bool]]) -> list[bool]:
+    """Return, for all that are held apart, whether any of these levels keeps their own promise.
 
     A promise that none keeps is no reason for one: neither to degrade, nor against a restore, nor to shed others. Who
     asks for it is then served as one that asks for nothing.
     """
-    return [any(kept) for kept in zip(*(tally.keeps() for tally in tallies), strict=True)]
+    return [any(kept) for kept in zip(*by_level, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

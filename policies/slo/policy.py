@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from policies.config import SloConfig, ThresholdConfig
@@ -9,6 +10,7 @@ from policies.promise import promise_of
 from policies.slo.choice import Terms, lasting, quick_end
 from policies.slo.correction import Correction
 from policies.slo.forecast import ArrivalForecast
+from policies.slo.lateness import kept_by_any
 from policies.slo.level_times import CalibratedTimes, LearnedTimes, LevelTimes
 from policies.slo.limits import QualityBudget, TokenBucket
 from policies.slo.moves import LAYERS_PER_STEP, layers_between
@@ -166,7 +168,7 @@ class SloPolicy:
         own.level = min(own.level, heading)
         usual, not_usual = self._asked(s, own.level, own.level, compared.usual, terms, load)
         is_deeper = usual > own.level and not not_usual
-        shallower = self._shallower(s, heading, best, usual)
+        shallower = self._shallower(s, heading, best, usual, kept_by_any(compared.keeps[: heading + 1]))
         own.level = usual if is_deeper else own.level
         own.weigh(best if best > heading and not why_not else shallower, compared.has_stricter, s)
         if best > heading:
@@ -256,7 +258,7 @@ class SloPolicy:
             lasting(self._predictor, load, self._forecast.slow, end),
         )  # fmt: skip
 
-    def _shallower(self, s: Signals, heading: int, best: int, usual: int) -> int:
+    def _shallower(self, s: Signals, heading: int, best: int, usual: int, is_kept: Sequence[bool]) -> int:
         """Return the shallowest level that would do with air, and has throughout the dwell.
 
         The same is found out of the level that everyone's promise alone would ask for.
@@ -266,6 +268,7 @@ class SloPolicy:
             heading: where the engine is, or is on its way to.
             best: level to go to from there; a deeper one begins the dwell anew.
             usual: likewise by everyone's promise alone.
+            is_kept: stricter promises that count. Air is no reason to give one up, and to keep it a moment later.
         """
         own, dwell_s = self.own_limits, self.targets.dwell_s
         if best > heading:
@@ -276,7 +279,7 @@ class SloPolicy:
             return heading
         load = self._load(s, _SAFETY)
         ways = [*((level, self._delay_s(s, level)) for level in range(heading)), (heading, 0.0)]
-        compared = self._predictor.compare(ways, load)
+        compared = self._predictor.compare(ways, load, is_kept)
         predictions = compared.promised if own.count else compared.usual
         terms = self._terms(load)
         if usual <= own.level:

@@ -74,6 +74,7 @@ class Comparison:
 
     promised: list[Prediction]  # each request by its own promise, where a level keeps that
     usual: list[Prediction]  # none by a stricter one than everyone's; the same list where that makes no difference
+    keeps: list[list[bool]]  # for all with a stricter one, whether the level keeps it
 
     @property
     def has_stricter(self) -> bool:
@@ -160,15 +161,24 @@ class Predictor:
         """Predict `level`, reached in `delay_s`."""
         return self.compare([(level, delay_s)], load).promised[0]
 
-    def compare(self, ways: Sequence[tuple[int, float]], load: Load) -> Comparison:
-        """Predict levels, each reached in so many seconds; a request's own promise that none of them keeps counts for
-        none."""
+    def compare(
+        self, ways: Sequence[tuple[int, float]], load: Load, is_kept: Sequence[bool] | None = None
+    ) -> Comparison:
+        """Predict levels, each reached in so many seconds.
+
+        Args:
+            ways: levels and seconds.
+            load: as it is.
+            is_kept: of each request's own promise that is stricter than everyone's, whether it counts; None = where
+                one of these levels keeps it.
+        """
         outlooks = [self._outlook(level, load, delay_s) for level, delay_s in ways]
-        is_kept = kept_by_any([outlook.tally for outlook in outlooks])
+        keeps = [outlook.tally.keeps() for outlook in outlooks]
+        is_kept = kept_by_any(keeps) if is_kept is None else is_kept
         promised = [outlook.settled(is_kept) for outlook in outlooks]
         if not any(is_kept):
-            return Comparison(promised, promised)
-        return Comparison(promised, [outlook.settled([False] * len(is_kept)) for outlook in outlooks])
+            return Comparison(promised, promised, keeps)
+        return Comparison(promised, [outlook.settled([False] * len(is_kept)) for outlook in outlooks], keeps)
 
     def alone_s(self, level: int, load: Load) -> tuple[float, float]:
         """Return what a usual request takes to its first token, and for each further one, with nobody else here."""

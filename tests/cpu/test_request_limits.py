@@ -312,6 +312,15 @@ def test_who_runs_alone_pays_nothing() -> None:
     assert seconds_above_0(engine, 10) > 9.0 and 49.0 < budget.left_s < 51.5
 
 
+def test_a_limit_that_is_barely_kept_does_not_make_the_level_swing() -> None:
+    """Guards: a limit that counts as it is and that no level keeps with air: up for it and back without it, again and
+    again."""
+    engine = Engine(made(tpot_s=0.05), level=1)
+    engine.run(6, 1, STRICT)
+    engine.run(1, 1)
+    assert {engine.tick().level for _ in range(int(15 / TICK_S))} == {1}
+
+
 def waits(ttft_s: float | None = None, tpot_s: float | None = None, has_token: bool = False) -> Cohort:
     return Cohort(1, 64, 99.0, 99.0, ttft_s, tpot_s, has_token)
 
