@@ -257,7 +257,7 @@ class MorphServeEndpoint:
         settings = settings_of(engine_client.vllm_config)
         self._access = Access.of((settings or MorphServeConfig()).admin)
         add_to_own(self._collector)
-        add_to_own(self._refusals.counter)
+        add_to_own(self._refusals)
         self._queue_limit = QueueLimit(engine_client, self._refusals)
         if hasattr(engine_client, "check_admission"):
             seams.wrap(seams.DOOR_CHECK, self._queue_limit.note_refusals, on=engine_client)

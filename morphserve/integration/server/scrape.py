@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, generate_latest
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 _PATH = "/metrics"
@@ -15,7 +17,7 @@ PREFIX = "morphserve:"
 Refusal = Literal["shed", "drain", "floor"]
 
 
-class Refusals:
+class Refusals(Collector):
     """The requests that this API server has answered with 503 for us, by reason: a policy's queue limit, an order to
     drain, a level that may not be held any more.
 
@@ -28,6 +30,14 @@ class Refusals:
         self.counter = Counter(PREFIX + "requests_refused", doc, ["reason"], registry=None)
         for reason in get_args(Refusal):
             self.counter.labels(reason)
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the counts."""
+        return self.counter.collect()
+
+    def describe(self) -> Iterable[Metric]:
+        """Return nothing: a process that has a second API server after the first registers its counts, too."""
+        return ()
 
     def count(self, reason: Refusal) -> None:
         """Count one."""
