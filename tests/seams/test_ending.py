@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -167,12 +169,64 @@ def test_each_record_is_one_write(file: Path, monkeypatch: pytest.MonkeyPatch) -
     assert json.loads(record) == ["", "x" * 100_000]
 
 
-COMMAND = """
-import atexit, os, sys
+# Imports what all programs below need, once. For each {"source", "cwd", "env"} on standard input a fork then runs the
+# source as its own program, to its end; a line with its status and what it said follows.
+STARTER = """
+import json, os, sys, tempfile
 from morphserve.errors import ConfigError
-from morphserve.integration import ending
+from morphserve.integration import ending, seams
+import uvloop
 import vllm.v1.engine.utils as utils
+from vllm.entrypoints.launchers.api_server import entry
 from vllm.v1.engine.exceptions import EngineDeadError
+for line in sys.stdin:
+    program = json.loads(line)
+    said = tempfile.TemporaryFile()
+    if (pid := os.fork()) == 0:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+        os.chdir(program["cwd"])
+        os.environ.clear()
+        os.environ.update(program["env"])
+        tempfile.tempdir = None
+        exec(compile(program["source"], "program", "exec"))
+        break
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    said.seek(0)
+    print(json.dumps([code, said.read().decode()]), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stderr: str  # and what it wrote to standard output
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Run a program whose temporary files belong into a directory; vLLM is imported once for all of them."""
+    command = [sys.executable, "-c", STARTER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdin and starter.stdout
+        to, answers = starter.stdin, starter.stdout
+        inherited = {name: value for name, value in os.environ.items() if name != ending._FILE}
+
+        def run_program(source: str, temporary: Path, cwd: Path | None = None) -> Done:
+            env = {**inherited, "TMPDIR": str(temporary)}
+            to.write(json.dumps({"source": source, "cwd": str(cwd or Path.cwd()), "env": env}) + "\n")
+            to.flush()
+            return Done(*json.loads(answers.readline()))
+
+        yield run_program
+        to.close()
+
+
+COMMAND = """
+import atexit
 atexit.register(os.write, 2, b"leaks")
 ending.arm(is_cli={cli})
 ending.arm(is_cli={cli})
@@ -199,9 +253,7 @@ except RuntimeError:
 
 
 SERVED = """
-import asyncio, uvloop
-from vllm.entrypoints.launchers.api_server import entry
-from morphserve.integration import seams
+import asyncio
 async def closed():
     sys.stderr.write("closed" + chr(10))
 async def until_the_end(app, port):
@@ -223,12 +275,11 @@ uvloop.run(run_server_worker())
 
 
 @pytest.mark.parametrize("fails", [True, False])
-def test_a_server_whose_engine_has_died_does_not_end_well(fails: bool, tmp_path: Path) -> None:
+def test_a_server_whose_engine_has_died_does_not_end_well(fails: bool, run: Run, tmp_path: Path) -> None:
     """Guards: status 0, which a supervisor that restarts on failure takes for a wish; status 1 of a server that was
     asked to end; one that ends before all is closed, or that says nothing of why."""
     call = SERVED.format(fails=fails)
-    command = [sys.executable, "-c", COMMAND.format(cli=True, call=call, fails=False)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_env(tmp_path))
+    done = run(COMMAND.format(cli=True, call=call, fails=False), tmp_path)
     said = done.stderr.splitlines()
     assert said[-3:-1] == ["closed", "socket"] and done.returncode == int(fails), done.stderr
     assert said[-1] == (f"{PREFIX}w9 has no kernel here. Leave it out." if fails else "leaks")
@@ -248,10 +299,11 @@ def test_a_server_whose_engine_has_died_does_not_end_well(fails: bool, tmp_path:
         (False, f"{CAUGHT}\nraise ValueError('a bug')", 1, "ValueError: a bug"),  # of its own, later
     ],
 )  # fmt: skip
-def test_the_cause_is_the_last_line(cli: bool, call: str, code: int, last: str, tmp_path: Path) -> None:
+def test_the_cause_is_the_last_line(
+    cli: bool, call: str, code: int, last: str, run: Run, tmp_path: Path
+) -> None:
     """Guards: `vllm serve` ends with a stack, a script's error does not say why, or files stay in /tmp."""
-    command = [sys.executable, "-c", COMMAND.format(cli=cli, call=call, fails=True)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_env(tmp_path))
+    done = run(COMMAND.format(cli=cli, call=call, fails=True), tmp_path)
     lines = done.stderr.splitlines()
     if not cli:
         assert lines.pop() == "leaks", "what a script says at its end is the user's"
@@ -260,17 +312,15 @@ def test_the_cause_is_the_last_line(cli: bool, call: str, code: int, last: str, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_script_that_survived_says_nothing_but_its_own(tmp_path: Path) -> None:
+def test_a_script_that_survived_says_nothing_but_its_own(run: Run, tmp_path: Path) -> None:
     """Guards: an error that a script caught said at its end; the user's own leaks hidden."""
     call = f"{CAUGHT}\nassert not sys.warnoptions"
-    command = [sys.executable, "-c", COMMAND.format(cli=False, call=call, fails=True)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=_env(tmp_path))
-    assert "w9" not in done.stderr and done.stderr.endswith("leaks") and list(tmp_path.iterdir()) == []
+    done = run(COMMAND.format(cli=False, call=call, fails=True), tmp_path)
+    assert done.returncode == 0 and list(tmp_path.iterdir()) == []
+    assert "w9" not in done.stderr and done.stderr.endswith("leaks")
 
 
 UNARMED = """
-import os, tempfile
-from morphserve.integration import ending
 os.environ[ending._FILE] = "of another"
 def refuse(**_):
     raise FileNotFoundError("No usable temporary directory")
@@ -287,23 +337,17 @@ assert ending._FILE not in os.environ
 """
 
 
-def test_a_start_needs_no_temporary_file(tmp_path: Path) -> None:
+def test_a_start_needs_no_temporary_file(run: Run, tmp_path: Path) -> None:
     """Guards: a server that does not start because TMPDIR cannot be written, or writes to another server's file."""
     own = tmp_path / "own"
     own.mkdir()
-    command = [sys.executable, "-c", UNARMED]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_env(own), cwd=tmp_path)
+    done = run(UNARMED, own, cwd=tmp_path)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_good_end_has_no_last_line(tmp_path: Path) -> None:
+def test_a_good_end_has_no_last_line(run: Run, tmp_path: Path) -> None:
     """Guards: every server that is stopped says that it failed."""
-    command = [sys.executable, "-c", COMMAND.format(cli=True, call="pass", fails=False)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=_env(tmp_path))
-    assert PREFIX not in done.stderr and "leaks" in done.stderr and list(tmp_path.iterdir()) == []
-
-
-def _env(tmp_path: Path) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if name != ending._FILE}
-    return {**inherited, "TMPDIR": str(tmp_path)}
+    done = run(COMMAND.format(cli=True, call="pass", fails=False), tmp_path)
+    assert done.returncode == 0 and list(tmp_path.iterdir()) == []
+    assert PREFIX not in done.stderr and "leaks" in done.stderr
