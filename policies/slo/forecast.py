@@ -31,17 +31,19 @@ class ArrivalForecast:
         self._before = 0.0  # fast average one fast time constant ago, roughly
         self._cusum = 0.0
         self.alarm = False
+        self.last_s = 0.0  # end of the last bin in which somebody came
 
     def update(self, now_s: float, num_arrivals: int) -> None:
         """Take in how many have arrived since start. O(1): a gap counts as one long empty bin."""
         if self._bin_end_s is None:
-            self._bin_end_s, self._count_at_bin = now_s + _BIN_S, num_arrivals
+            self._bin_end_s, self._count_at_bin, self.last_s = now_s + _BIN_S, num_arrivals, now_s
             return
         if now_s < self._bin_end_s:
             return
         width_s = now_s - self._bin_end_s + _BIN_S
         self._bin_end_s = now_s + _BIN_S
         count, self._count_at_bin = num_arrivals - self._count_at_bin, num_arrivals
+        self.last_s = now_s if count else self.last_s
         rate = count / width_s
         usual = max(self.slow, _LEAST_RATE)
         self._cusum = max(0.0, self._cusum + count * log(_NEWS) - (_NEWS - 1.0) * usual * width_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 
 from policies.config import SloConfig, ThresholdConfig
 from policies.promise import promise_of
@@ -292,7 +293,8 @@ class SloPolicy:
 
     def _does(self, s: Signals, heading: int, predictions: list[Prediction], terms: Terms) -> list[bool]:
         """Return whether each level shallower than `heading` would do."""
-        most = terms.total(heading, predictions[heading])
+        # Nobody pays for either, and shares of ever fewer requests would say the same for ever.
+        most = inf if _is_empty(s) else terms.total(heading, predictions[heading])
 
         def does(level: int) -> bool:
             late = not predictions[level].keeps(self.targets.target) or level < terms.lasting
@@ -310,10 +312,13 @@ class SloPolicy:
     def _load(self, s: Signals, safety: float) -> Load:
         # In a long overload what lasts counts: the rate at which requests end, not the room that a level opens once.
         horizon_s = max(self.targets.horizon_s, min(_HORIZON_PER_WAIT * s.oldest_wait_s, _MAX_HORIZON_S))
+        rate = self._forecast.rate(horizon_s)
+        if _is_empty(s):  # what nobody has seen since they ended is over sooner than averages forget it
+            rate = min(rate, 1.0 / max(s.now_s - self._forecast.last_s, 1e-3))
         return Load(
             s,
             Typical.of(s, self._limits),
-            self._forecast.rate(horizon_s) * safety,
+            rate * safety,
             horizon_s,
             self._config.ttft_s,
             self._config.tpot_s,
@@ -356,6 +361,11 @@ class SloPolicy:
     def _stay(self, heading: int, reason: str) -> Decision:
         # The figures of an unchanged decision move; a new object each time would be a new log line.
         return self._last if self._last.level == heading else Decision(heading, reason)
+
+
+def _is_empty(s: Signals) -> bool:
+    """Return whether nobody is here."""
+    return not s.num_running and not s.num_waiting
 
 
 def _cost(expected_kl: float | None, index: int, ladder: Ladder) -> float:

@@ -165,3 +165,16 @@ def test_a_deeper_level_is_not_entered_before_its_blocks_are_needed() -> None:
     assert not policy._has_time(replace(early, num_waiting=60), 1, 3, load), "who waits takes blocks, too"
     policy._has_time = lambda *_: True  # type: ignore[method-assign]
     assert policy.decide(crowded()).level == 0
+
+
+def test_an_engine_without_a_request_comes_back_whatever_it_predicts() -> None:
+    """Guards: for hours no full precision, as rare requests that nobody knows of might be late there a little more
+    often: both shares stay as they are, however few come, and nothing more is learned while nobody does."""
+    policy, level = made(ttft_s=0.1), 1
+    policy.correction._wait_square = 0.85**2  # as wrong as predictions may be that are still trusted
+    for tick in range(450):
+        there = {"level": level, "target_level": level, "num_kv_blocks": LADDER[level].num_kv_blocks}
+        now = {"now_s": 100.0 + tick / 10, "num_arrivals": min(tick // 5, 20)}  # two a second, for ten seconds
+        level = policy.decide(replace(QUIET, **now, **there)).level
+        assert level == 1 or tick > 100, "while they come that is worth its nats"
+    assert level == 0 and policy.predictions == "calibrated"

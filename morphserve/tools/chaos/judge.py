@@ -123,7 +123,8 @@ def _rest(seen: Seen) -> Iterator[str]:
     if seen.restored_s is None:
         yield f"level {status['level']}, not 0, {RESTORED_WITHIN_S:.0f} s after the end of fault and load"
     elif status["num_kv_blocks"] != status["ladder"][0]["num_kv_blocks"]:
-        yield f"{status['num_kv_blocks']} blocks at level 0, {status['ladder'][0]['num_kv_blocks']} at start"
+        blocks, at_start = status["num_kv_blocks"], status["ladder"][0]["num_kv_blocks"]
+        yield f"{blocks} blocks at level {status['level']}, {at_start} at start"
     elif set(status["layers_by_format"]) != {"base"}:
         yield f"layers at level 0 are {status['layers_by_format']}"
     if staged := sum(ledger["staging_bytes"] for ledger in status["ledgers"]):

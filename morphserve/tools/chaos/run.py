@@ -149,6 +149,7 @@ class Runner:
             watching = asyncio.create_task(_watch(stage, seen))
             async with Wave(session, stage.options, traffic, seed=len(scenario.name)).running() as wave:
                 await self._break(scenario, stage, wave, seen)
+            await asyncio.gather(*stage.owed)
             if not scenario.ends:
                 await _rest(seen, session, stage)
             for task in (polling, watching):
@@ -206,6 +207,7 @@ async def _rest(seen: Seen, session: aiohttp.ClientSession, stage: Stage) -> Non
         seen.restored_s = time.perf_counter() - begin
         stage.traffic.canaries += await _ask_all(session, stage.options)
         await asyncio.sleep(1.0)
+        await until(lambda: stage.level == 0, RESTORED_WITHIN_S)  # four at once are a load, to some policies
     seen.status = await stage.status_from_now()
 
 

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Stage:
     traffic: Traffic
     break_file: Path  # what it says, the library in front of libc does (`libraries`)
     token: str  # that changes something
+    owed: list[asyncio.Task[None]] = field(default_factory=list)  # that end after the load alone
 
     async def in_transition(self) -> None:
         """Wait until the level is about to change, or has just changed."""

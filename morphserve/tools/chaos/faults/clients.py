@@ -50,8 +50,10 @@ async def held_requests(stage: Stage) -> None:
     strict = {"morphserve_ttft_s": 0.3, "morphserve_tpot_s": 0.15}
     for _ in range(_MOST_TRIES):
         await stage.in_transition()
+        # Once nobody is held up for them any more they wait, under a load that goes on for as long as it goes on.
         asks = [stage.stream(40, 40, vllm_xargs=asked) for asked in ({"morphserve_max_level": 0}, strict) * _NUM_HELD]
-        await asyncio.gather(*asks, hostile_limits(stage))
+        stage.owed += map(asyncio.create_task, asks)
+        await hostile_limits(stage)
         status = await stage.status_from_now()
         if status is not None and status["num_held_total"]:
             return
