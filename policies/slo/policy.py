@@ -190,9 +190,9 @@ class SloPolicy:
     ) -> tuple[int, str]:
         """Return the level to go to from `level`, and why not, if it is deeper and not needed; blocks are of `at`."""
         best = terms.best(predictions, self.targets.target)
-        if best <= level:
-            return best, ""
         here = predictions[level]
+        if best <= level or (_is_empty(s) and here.keeps(self.targets.target)):
+            return min(best, level), ""
         binds = here.binds and not self._wait_elsewhere(s, at, load)
         if best > terms.quick_end and not binds:
             return best, f"late {here.share:.0%}, but KV does not bind"

@@ -10,6 +10,7 @@ from cpu.sim_world import CALIBRATION, SERVER, config
 from cpu.test_slo_parts import LIMITS, QUIET
 from pydantic import ValidationError
 
+from morphserve.config import LadderConfig
 from morphserve.tools.sim.morphing import plan_ladder
 from policies import Cohort, OwnLimit, Signals, SloConfig, SloPolicy
 
@@ -169,12 +170,18 @@ def test_a_deeper_level_is_not_entered_before_its_blocks_are_needed() -> None:
 
 def test_an_engine_without_a_request_comes_back_whatever_it_predicts() -> None:
     """Guards: for hours no full precision, as rare requests that nobody knows of might be late there a little more
-    often: both shares stay as they are, however few come, and nothing more is learned while nobody does."""
-    policy, level = made(ttft_s=0.1), 1
+    often: both shares stay as they are, however few come, and nothing more is learned while nobody does. A level that
+    is left and entered again all the while, for nobody."""
+    steps = {"steps": [{"format": "w8", "layers_per_level": 10}], "expected_kl": {"w8": 0.0289}}
+    finely = config().model_copy(update={"ladder": LadderConfig.model_validate(steps)})
+    fine = plan_ladder(finely, SERVER, CALIBRATION, None)
+    policy = SloPolicy(SloConfig(kind="slo", ttft_s=0.1), fine, CALIBRATION.times, LIMITS)
     policy.correction._wait_square = 0.85**2  # as wrong as predictions may be that are still trusted
+    levels = [3]
     for tick in range(450):
-        there = {"level": level, "target_level": level, "num_kv_blocks": LADDER[level].num_kv_blocks}
+        there = {"level": levels[-1], "target_level": levels[-1], "num_kv_blocks": fine[levels[-1]].num_kv_blocks}
         now = {"now_s": 100.0 + tick / 10, "num_arrivals": min(tick // 5, 20)}  # two a second, for ten seconds
-        level = policy.decide(replace(QUIET, **now, **there)).level
-        assert level == 1 or tick > 100, "while they come that is worth its nats"
-    assert level == 0 and policy.predictions == "calibrated"
+        levels.append(policy.decide(replace(QUIET, **now, **there)).level)
+    assert set(levels[:100]) == {3}, "while they come that is worth its nats"
+    assert levels == sorted(levels, reverse=True) and levels[-1] == 0
+    assert policy.predictions == "calibrated"

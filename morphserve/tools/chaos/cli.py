@@ -13,7 +13,7 @@ level 0.
 Last stdout line: one JSON document. The exit status is 1 if anything does not hold.
 
     morphserve chaos MODEL_DIR
-    morphserve chaos MODEL_DIR --scenario frozen-rank --scenario hangup
+    morphserve chaos MODEL_DIR --scenario frozen-rank --scenario hangup --kind slo
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 from morphserve.hub import find_files
 from morphserve.tools.chaos.judge import Seen, figures, judge
 from morphserve.tools.chaos.report import report
-from morphserve.tools.chaos.run import ChaosServer, Runner
+from morphserve.tools.chaos.run import POLICIES, ChaosServer, Runner
 from morphserve.tools.chaos.scenarios import SCENARIOS, Scenario
 from morphserve.tools.command import command_parser, run_command, say
 from morphserve.tools.machine import describe_machine
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve chaos") -> i
     parser.add_argument("model")
     parser.add_argument("--scenario", action="append", choices=[each.name for each in SCENARIOS], help="default: all")
     parser.add_argument("--short", action="store_true", help="only those that take little time and share a server")
+    parser.add_argument("--kind", choices=tuple(POLICIES), default="threshold", help="of the policy")
     parser.add_argument("--dtype", help="as of vllm serve; default: the model's own")
     parser.add_argument("--out", type=Path, help="directory for logs, settings and report.md; default: a temporary one")
     parser.add_argument("--serve-arg", action="append", default=[], metavar="ARG", help="one more, of vllm serve")
@@ -71,7 +72,7 @@ async def _run(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         for each in SCENARIOS
         if (not args.scenario or each.name in args.scenario) and (each.is_short or not args.short)
     ]
-    runner = Runner(server, directory)
+    runner = Runner(server, directory, kind=args.kind)
     skipped = _unfit(wanted, Path(args.model))
     for name, why in skipped.items():
         say(f"{name}  skipped: {why}")

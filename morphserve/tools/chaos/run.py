@@ -38,15 +38,12 @@ from morphserve.tools.workload import ReplayError
 _POLL_S, _STATUS_S = 0.1, 0.5
 _END_S = 60.0  # of a server: its engine gone, its clients told
 # The load must move the level often: a fault in the middle of a transition is what is asked about.
+POLICIES: Mapping[str, Mapping[str, Any]] = {
+    "threshold": {"degrade_above": 0.6, "target_usage": 0.5, "restore_below": 0.4, "restore_after_s": 0.5},
+    "slo": {"ttft_s": 1.0, "tpot_s": 0.5},
+}
 COMMON: Mapping[str, Any] = {
     "version": 1,
-    "policy": {
-        "kind": "threshold",
-        "degrade_above": 0.6,
-        "target_usage": 0.5,
-        "restore_below": 0.4,
-        "restore_after_s": 0.5,
-    },
     "transition": {"max_layers_per_step": 2, "rank_timeout_s": 30.0, "backoff_s": 1.0},
     "admin": {"token_file": "{directory}/admin.token"},
     "decision_log": "{directory}/decisions.jsonl",
@@ -73,6 +70,7 @@ class Runner:
     directory: Path
     settings: Mapping[str, Any] = field(default_factory=dict)
     num_swings: int = 2  # of the wave, in each scenario
+    kind: str = "threshold"  # of the policy, where the scenario says none
 
     async def reference(self, scenario: Scenario = SCENARIOS[0]) -> dict[int, tuple[int, ...]]:
         """Ask a stock server, alone, all at once and under load; return the canaries whose answers are known.
@@ -173,7 +171,8 @@ class Runner:
             await swinging
 
     def _settings(self, scenario: Scenario, directory: Path) -> dict[str, Any]:
-        return {**_filled(COMMON, directory), **self.settings, **_filled(scenario.settings, directory)}
+        policy = {"policy": {"kind": self.kind, **POLICIES[self.kind]}}
+        return {**_filled(COMMON, directory), **policy, **self.settings, **_filled(scenario.settings, directory)}
 
     def _server(self, scenario: Scenario, directory: Path | None = None) -> ChaosServer:
         """Return the server of a scenario: with the library where it is told a directory for that."""
