@@ -19,7 +19,7 @@ class ArrivalForecast:
 
     In steady traffic the slow average, which forgets noise. Once a burst is likelier than that (a one-sided CUSUM over
     bins of 0.25 s of how much likelier twice the rate makes a Poisson count), the fast one with its trend, until it is
-    back at the slow.
+    back at the slow. None once nobody has come for as long as the slow one remembers.
     """
 
     def __init__(self) -> None:
@@ -31,19 +31,19 @@ class ArrivalForecast:
         self._before = 0.0  # fast average one fast time constant ago, roughly
         self._cusum = 0.0
         self.alarm = False
-        self.last_s = 0.0  # end of the last bin in which somebody came
+        self._silent_s = 0.0  # since somebody came
 
     def update(self, now_s: float, num_arrivals: int) -> None:
         """Take in how many have arrived since start. O(1): a gap counts as one long empty bin."""
         if self._bin_end_s is None:
-            self._bin_end_s, self._count_at_bin, self.last_s = now_s + _BIN_S, num_arrivals, now_s
+            self._bin_end_s, self._count_at_bin = now_s + _BIN_S, num_arrivals
             return
         if now_s < self._bin_end_s:
             return
         width_s = now_s - self._bin_end_s + _BIN_S
         self._bin_end_s = now_s + _BIN_S
         count, self._count_at_bin = num_arrivals - self._count_at_bin, num_arrivals
-        self.last_s = now_s if count else self.last_s
+        self._silent_s = 0.0 if count else self._silent_s + width_s
         rate = count / width_s
         usual = max(self.slow, _LEAST_RATE)
         self._cusum = max(0.0, self._cusum + count * log(_NEWS) - (_NEWS - 1.0) * usual * width_s)
@@ -51,6 +51,8 @@ class ArrivalForecast:
         self._fast += (rate - self._fast) * (1 - exp(-width_s / _FAST_TAU_S))
         self._slow += (rate - self._slow) * (1 - exp(-width_s / _SLOW_TAU_S))
         self._seen += (1.0 - self._seen) * (1 - exp(-width_s / _SLOW_TAU_S))
+        if self._silent_s > _SLOW_TAU_S:  # averages would remember a crowd for minutes
+            self._before = self._fast = self._slow = 0.0
         if self._cusum > _ALARM:
             self.alarm = True
         elif self.alarm and self._fast <= self.slow:

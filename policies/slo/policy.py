@@ -312,13 +312,10 @@ class SloPolicy:
     def _load(self, s: Signals, safety: float) -> Load:
         # In a long overload what lasts counts: the rate at which requests end, not the room that a level opens once.
         horizon_s = max(self.targets.horizon_s, min(_HORIZON_PER_WAIT * s.oldest_wait_s, _MAX_HORIZON_S))
-        rate = self._forecast.rate(horizon_s)
-        if _is_empty(s):  # what nobody has seen since they ended is over sooner than averages forget it
-            rate = min(rate, 1.0 / max(s.now_s - self._forecast.last_s, 1e-3))
         return Load(
             s,
             Typical.of(s, self._limits),
-            rate * safety,
+            self._forecast.rate(horizon_s) * safety,
             horizon_s,
             self._config.ttft_s,
             self._config.tpot_s,
