@@ -74,6 +74,7 @@ class SloPolicy:
         self._limits = limits
         self.correction = Correction(self._times, config.ttft_s)
         self._forecast = ArrivalForecast()
+        self._served = 0.0  # requests per second that level 0 serves for long
         self._bucket = TokenBucket(config.transitions_per_minute)
         self.budget = QualityBudget(config.quality_budget)
         unknown = [level.index for level in ladder if level.index and level.expected_kl is None]
@@ -117,7 +118,7 @@ class SloPolicy:
     def decide(self, signals: Signals) -> Decision:
         """Return the level to serve at now. Cost: levels times cohorts, at most every `_THINK_S`."""
         s = signals
-        self._forecast.update(s.now_s, s.num_arrivals)
+        self._forecast.update(s.now_s, s.num_arrivals, self._served)
         self._charge(s, self.correction.learn(s))
         self._times.watch(s)
         preempted, self._preemptions = s.preemptions > self._preemptions, s.preemptions
@@ -131,6 +132,7 @@ class SloPolicy:
         if self.own_limits.pay(s.now_s):
             self._last = replace(self._last, reason=self.own_limits.why_not)  # said where nothing changes, too
         load = self._load(s, 1.0)
+        self._served = self._predictor.lasting_rate(0, load)
         if self._times.is_settled and self._reach.weigh(load):
             self._last = replace(self._last, reason=self._reach.why_not)  # so that it is said where nothing changes
         here = self._predictor.predict(heading, load, self._delay_s(s, heading))
@@ -254,10 +256,9 @@ class SloPolicy:
         answers = s.num_running + s.num_waiting + load.arrival_rate * load.horizon_s / 2
         tokens = answers * load.typical.output_tokens
         end = quick_end(self._predictor, load, len(self._ladder))
-        return Terms(
-            self.targets.nats_per_saved_request, self._costs, tokens, end,
-            lasting(self._predictor, load, self._forecast.slow, end),
-        )  # fmt: skip
+        # Who is let in at a slow level at the start of a burst is still there at its peak.
+        lasts = end if self._forecast.is_burst else lasting(self._predictor, load, self._forecast.slow, end)
+        return Terms(self.targets.nats_per_saved_request, self._costs, tokens, end, lasts)
 
     def _shallower(self, s: Signals, heading: int, best: int, usual: int, is_kept: Sequence[bool]) -> int:
         """Return the shallowest level that would do with air, and has throughout the dwell.

@@ -246,12 +246,21 @@ class Predictor:
 
     def lasting_tpot_s(self, level: int, load: Load, rate: float) -> float:
         """Return the time per output token once arrivals at a rate and ends balance; infinite where they never do."""
+        share = rate * load.factor * self._each_s(level, load)
+        return load.factor * self._times[level].base_s / (1.0 - share) if share < 1.0 else inf
+
+    def lasting_rate(self, level: int, load: Load) -> float:
+        """Return how many requests per second a level serves for long, by its KV and by the time per output token."""
+        free = max(1.0 - load.factor * self._times[level].base_s / load.tpot_s, 0.0)
+        each_s = load.factor * self._each_s(level, load)
+        return min(free / each_s if each_s else inf, self.release_rate(level, load))
+
+    def _each_s(self, level: int, load: Load) -> float:
+        """Return what a usual request adds to the time of all steps of its life."""
         time, typical = self._times[level], load.typical
-        each_s = time.per_prefill_token_s * typical.prompt_tokens + typical.output_tokens * (
+        return time.per_prefill_token_s * typical.prompt_tokens + typical.output_tokens * (
             time.per_seq_s + time.per_context_token_s * typical.mean_context
         )
-        share = rate * load.factor * each_s
-        return load.factor * time.base_s / (1.0 - share) if share < 1.0 else inf
 
     def full_step_s(self, level: int, load: Load) -> float:
         """Return the time of a step of as many sequences as the engine lets run, without their prefill."""

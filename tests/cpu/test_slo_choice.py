@@ -86,6 +86,31 @@ def test_compute_that_does_not_keep_up_asks_for_a_quicker_level() -> None:
     assert tpot_s == [pytest.approx(0.012), pytest.approx(tpot_s[1]), float("inf")] and tpot_s[1] > 0.012
 
 
+def test_the_rate_that_a_level_serves_for_long_is_of_compute_or_of_kv() -> None:
+    """Guards: a burst measured against more than KV lets run, or than steps keep up with in time."""
+    made = predictor()
+    by_kv = made.lasting_rate(0, load())
+    assert by_kv == made.release_rate(0, load())
+    strict = replace(load(), tpot_s=0.016)
+    by_compute = made.lasting_rate(0, strict)
+    assert by_compute < by_kv and made.lasting_tpot_s(0, strict, by_compute) == pytest.approx(0.016)
+    assert made.lasting_rate(0, replace(load(), tpot_s=0.001)) == 0.0
+
+
+def test_a_burst_beyond_level_zero_gets_the_quick_format_before_anybody_is_late() -> None:
+    """Guards: a crowd that is let in at level 0 in the first seconds of a burst, and is there at its peak."""
+    seen = replace(QUIET, used_kv_blocks=30, num_running=6, step_s=0.02)
+    levels = []
+    for arrivals in (1, 24):
+        policy = SloPolicy(SloConfig(kind="slo"), LADDER, CALIBRATION.times, LIMITS)
+        for tick in range(8):
+            signals = replace(seen, now_s=100.0 + 0.26 * tick, num_arrivals=arrivals * tick // 7)
+            level = policy.decide(signals).level
+        levels.append(level)
+        assert policy._forecast.is_burst == (arrivals > 1)
+    assert levels == [0, ALL_W8]
+
+
 def test_who_comes_is_judged_by_time_per_token_too() -> None:
     """Guards: a level that lets in a crowd whose tokens are all late, praised for its short queue."""
     slow = {fmt: replace(time, per_seq_s=0.01) for fmt, time in CALIBRATION.times.formats.items()}

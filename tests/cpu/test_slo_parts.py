@@ -29,7 +29,10 @@ QUIET = Signals(
 )  # fmt: skip
 
 
-def feed(forecast: ArrivalForecast, rate: float, start_s: float, seconds: float, count: int, seed: int = 0) -> int:
+def feed(
+    forecast: ArrivalForecast, rate: float, start_s: float, seconds: float, count: int, seed: int = 0,
+    served: float = 0.0,
+) -> int:
     """Poisson arrivals; returns the count since start."""
     rng = random.Random(seed)
     now, next_s = start_s, start_s + (rng.expovariate(rate) if rate else 1e9)
@@ -38,8 +41,34 @@ def feed(forecast: ArrivalForecast, rate: float, start_s: float, seconds: float,
         while next_s <= now:
             count += 1
             next_s += rng.expovariate(rate)
-        forecast.update(now, count)
+        forecast.update(now, count, served)
     return count
+
+
+@pytest.mark.parametrize("hour_before", [False, True])
+def test_what_level_zero_serves_with_ease_is_no_burst(hour_before: bool) -> None:
+    """Guards: all of 8 bits for a light load, because nothing came before it."""
+    bursts = 0
+    for seed in range(20):
+        forecast = ArrivalForecast()
+        if hour_before:
+            forecast.update(-3600.0, 0)
+        count = 0
+        for part in range(20):
+            count = feed(forecast, 1.0, float(part), 1.0, count, 100 * seed + part, served=4.0)
+            bursts += forecast.is_burst
+    assert bursts <= 4, "of 400 seconds"
+
+
+def test_what_level_zero_cannot_serve_is_a_burst_and_over_soon_after() -> None:
+    """Guards: a burst that is seen once KV is full, and one that holds a level for as long again as it lasted."""
+    forecast = ArrivalForecast()
+    count = feed(forecast, 12.0, 0.0, 2.0, 0, 1, served=4.0)
+    assert forecast.is_burst, "nobody knows what is usual, but this is too much"
+    count = feed(forecast, 12.0, 2.0, 6.0, count, 2, served=4.0)
+    assert forecast.is_burst
+    feed(forecast, 0.7, 8.0, 5.0, count, 3, served=4.0)
+    assert not forecast.is_burst
 
 
 @pytest.mark.parametrize("seed", range(8))
