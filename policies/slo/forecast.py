@@ -20,7 +20,7 @@ class _Alarm:
     """A one-sided CUSUM over bins: how much likelier twice the usual rate makes their Poisson counts than that rate."""
 
     def __init__(self, most: float = inf) -> None:
-        """`most`: how sure it gets of a burst, and so how long without arrivals takes that back."""
+        """Begin silent. `most`: how sure it gets of a burst, and so how long without arrivals takes that back."""
         self.rings = False
         self._sum = 0.0
         self._most = most
