@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from cpu.replay_fakes import FakeServer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from morphserve.tools.bench.load.client import ClientOptions, replay, sse_events
+from morphserve.tools.bench.load import client
+from morphserve.tools.bench.load.client import ClientOptions, new_session, replay, sse_events
 from morphserve.tools.workload.formats import TraceRequest
 from morphserve.tools.workload.metrics import Slo, violations
 from morphserve.tools.workload.outcome import Outcome, Replayed
@@ -132,3 +134,17 @@ def test_events_survive_any_cut_of_the_stream(payloads: list[str], cuts: list[in
         return [event async for event in sse_events(chunks())]
 
     assert asyncio.run(collect()) == payloads
+
+
+def test_no_client_keeps_a_connection_until_the_server_closes_it() -> None:
+    """Guards: a demo that ends before it has measured anything, as a request was written into a connection that vLLM
+    closed at that moment, which it does after 5 s."""
+
+    async def kept_s() -> float:
+        async with new_session() as session:
+            return float(session.connector._keepalive_timeout)  # type: ignore[union-attr]
+
+    assert asyncio.run(kept_s()) < 5
+    bench = Path(client.__file__).parents[1]
+    own = [file.name for file in bench.rglob("*.py") if "ClientSession(" in file.read_text(encoding="utf-8")]
+    assert own == ["client.py"], "sessions are made by new_session"

@@ -14,6 +14,7 @@ from typing import Any
 
 import aiohttp
 
+from morphserve.tools.bench.load.client import new_session
 from morphserve.tools.bench.load.server import ServerOptions, serve
 from morphserve.tools.watch import NoStatus, fetch_status_from_now
 from morphserve.tools.workload import ReplayError
@@ -120,8 +121,7 @@ def compare_idle(
 async def _closed_loop(url: str, model: str, loop: ClosedLoop) -> float:
     """Return the seconds from the first request to the last answer."""
     left = iter(range(loop.requests))
-    timeout = aiohttp.ClientTimeout(total=600)
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with new_session(aiohttp.ClientTimeout(total=600)) as session:
 
         async def client() -> None:
             for index in left:

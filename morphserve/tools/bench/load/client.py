@@ -19,6 +19,14 @@ from morphserve.tools.workload import ERROR, OK, TIMEOUT, Outcome, Replayed, Wor
 _KEEP_ALIVE_S = 2.0
 
 
+def new_session(timeout: aiohttp.ClientTimeout | None = None) -> aiohttp.ClientSession:
+    """Return a session of as many connections as there are requests: a limit would turn an open loop closed."""
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
+    return aiohttp.ClientSession(
+        connector=connector, timeout=timeout or aiohttp.ClientTimeout(total=None, sock_connect=30)
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class ClientOptions:
     """How requests are sent."""
@@ -54,10 +62,7 @@ async def replay(
         on_done: called in the event loop as each request ends.
     """
     outcomes = [Outcome(i, r.arrival_s, r.input_tokens, r.output_tokens) for i, r in enumerate(workload.requests)]
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
-    # A connection limit would turn the loop closed.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+    async with new_session() as session:
 
         async def one(outcome: Outcome) -> None:
             await asyncio.sleep(max(0.0, outcome.scheduled_s - (time.perf_counter() - started)))

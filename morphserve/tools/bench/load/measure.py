@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from morphserve.tools.bench.load.client import ClientOptions, completion_body, replay, send
+from morphserve.tools.bench.load.client import ClientOptions, completion_body, new_session, replay, send
 from morphserve.tools.bench.load.scrape import Poller, status_of
 from morphserve.tools.bench.report.results import Observed
 from morphserve.tools.options import option
@@ -44,7 +44,7 @@ async def measure(what: Measurement, on_done: Callable[[Outcome], None] = lambda
         ReplayError: the warm-up request fails, or the server is gone at the end: nothing measured would mean anything.
     """
     zero = time.perf_counter()
-    async with aiohttp.ClientSession() as session:
+    async with new_session(aiohttp.ClientTimeout(total=300)) as session:
         await _warm_up(session, what)
         poller = Poller(session, what.client.url, lambda: zero)
         zero = time.perf_counter() + _LEAD_S

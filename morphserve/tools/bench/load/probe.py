@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import aiohttp
 
-from morphserve.tools.bench.load.client import ClientOptions, completion_body, send
+from morphserve.tools.bench.load.client import ClientOptions, completion_body, new_session, send
 from morphserve.tools.bench.load.server import ServerOptions
 from morphserve.tools.workload import Outcome, ReplayError
 from policies import StepTime
@@ -73,8 +73,7 @@ def probe(options: ServerOptions, client: ClientOptions, tokens: Sequence[int]) 
 async def _probe(options: ServerOptions, client: ClientOptions, tokens: Sequence[int]) -> StockSpeed:
     found = _Found()
     begin = time.perf_counter()
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with new_session() as session:
         sender = _Sender(session, client, tokens)
         await sender.all(1, 8, 8)  # first-use costs are nobody's steps
         for _ in range(_ROUNDS):
