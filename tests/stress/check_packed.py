@@ -25,6 +25,8 @@ from pathlib import Path
 from morphserve.tools.gpucheck.engines import MODELS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the stub driver lies
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+from gpu_session import write_distribution
 from stub_driver import StubError, build, environment
 
 HERE = Path(__file__).resolve().parent
@@ -113,19 +115,6 @@ def child_environment(site: Path, work: Path, base: dict[str, str]) -> dict[str,
         "TRITON_CACHE_DIR": str(work / "cache" / "triton"),
         "VLLM_NO_USAGE_STATS": "1",
     }
-
-
-def write_distribution(directory: Path) -> None:
-    """What an installed plugin leaves for vLLM to find: names and entry points, from pyproject.toml."""
-    import tomllib
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    info = directory / f"{project['name']}-0.dist-info"
-    info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0\n")
-    groups = project["entry-points"].items()
-    lines = (f"[{group}]\n" + "".join(f"{n} = {v}\n" for n, v in entries.items()) for group, entries in groups)
-    (info / "entry_points.txt").write_text("\n".join(lines))
 
 
 def run_section(section: str, python: str, work: Path, env: dict[str, str], verbose: bool) -> list[Row]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
 from typing import Any
 
 from morphserve.integration.offline.level_engine import LevelEngine
+
+_PREFILLS = 8  # steps after which all requests decode
+_STEPS = 100  # timed before a transition, and after it
 
 
 class VllmEngine:
@@ -24,6 +28,7 @@ class VllmEngine:
         if importlib.util.find_spec("flashinfer") is None:
             # vLLM 0.33 takes FlashInfer's sampler for granted, and a start without the package ends in an ImportError.
             os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+        _make_weights_matter()
         self._engine = LevelEngine(in_process=in_process, **arguments)
 
     def describe(self) -> dict[str, Any]:
@@ -45,15 +50,25 @@ class VllmEngine:
 
     def generate(self, num_requests: int, prompt_tokens: int, output_tokens: int) -> list[list[int]]:
         """Greedy tokens of each request; prompts differ from each other, and are the same in every call."""
-        prompts = [
-            [10 + (97 * request + 31 * place) % 30000 for place in range(prompt_tokens)]
-            for request in range(num_requests)
-        ]
-        return self._engine.generate(prompts, output_tokens)
+        return self._engine.generate(_prompts(num_requests, prompt_tokens), output_tokens)
 
-    def want(self, level: int) -> None:
-        """Want a level from the next step on."""
-        self._engine.want(level)
+    def cross(self, level: int, num_requests: int, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
+        """Go to a level while requests decode. They end with it; the transition may not be done before they are."""
+        engine = self._engine
+        for prompt in _prompts(num_requests, prompt_tokens):
+            engine.add(prompt, output_tokens)
+        for _ in range(_PREFILLS):
+            engine.step()
+        before = [engine.timed_step() for _ in range(_STEPS)]
+        start = time.perf_counter()
+        engine.want(level)
+        beside = []
+        while engine.num_requests and not engine.is_at(level):
+            beside.append(engine.timed_step())
+        seconds = time.perf_counter() - start
+        after = [engine.timed_step() for _ in range(_STEPS) if engine.num_requests]
+        engine.abort_all()
+        return {"transition_s": seconds, "before_s": before, "beside_s": beside, "after_s": after}
 
     def status(self) -> dict[str, Any]:
         """Empty without the plugin."""
@@ -70,3 +85,24 @@ class VllmEngine:
     def stop(self) -> None:
         """Shut the engine core down."""
         self._engine.close()
+
+
+def _make_weights_matter() -> None:
+    """Scale what vLLM makes up, up to 0.001 everywhere, as weights are: else no layer changes a token."""
+    module: Any = importlib.import_module("vllm.model_executor.model_loader.dummy_loader")
+    original = module.initialize_single_dummy_weight
+
+    def scaled(param: Any, *args: Any, **kwargs: Any) -> None:
+        original(param, *args, **kwargs)
+        if not param.is_floating_point() or param.is_meta:
+            return
+        if param.ndim < 2:
+            param.data.fill_(1)
+        else:
+            param.data.mul_(1000 * (3 / param.shape[-1]) ** 0.5)  # a linear keeps the size of what goes through it
+
+    module.initialize_single_dummy_weight = scaled
+
+
+def _prompts(num_requests: int, num_tokens: int) -> list[list[int]]:
+    return [[10 + (97 * request + 31 * place) % 30000 for place in range(num_tokens)] for request in range(num_requests)]

@@ -90,9 +90,10 @@ class Bench:
 
 
 def run_part(module: str, bench: Bench) -> Findings:
-    """Run `module.run(bench)`. What it raises becomes the findings' `error` or `skipped`."""
+    """Call `run` of a module, or of "module:function" that. What it raises becomes the findings' `error` or `skipped`."""
     try:
-        run: Callable[[Bench], None] = importlib.import_module(module).run
+        name, _, function = module.partition(":")
+        run: Callable[[Bench], None] = getattr(importlib.import_module(name), function or "run")
         bench.findings.environment = torch_facts()
         run(bench)
     except Skip as e:

@@ -1,9 +1,10 @@
-"""What of MorphServe's NVIDIA path holds on this machine? Nine parts, each in a process and a time of its own.
+"""What of MorphServe's NVIDIA path holds on this machine? Eleven parts, each in a process and a time of its own.
 
 t1 paged arena, t2 mapping beside decode, t3 copies beside decode, t4 pages recycled with checksums, t5 kernels
 against cuBLAS, t6 a small engine with a graph set per level, t7 the opaque linear under torch.compile, t8 stock vLLM,
-t9 vLLM with the plugin. The report, gpu_check.json and gpu_check.md, is written after each part: one that crashes,
-hangs or is killed takes nothing along. What no longer fits into --minutes is reported as "no time".
+t9 vLLM with the plugin without graphs, t10 compiled and with graphs, t11 with the shape of an 8B. The report,
+gpu_check.json and gpu_check.md, is written after each part, what parts print, gpu_check.log, as they do: one that
+crashes, hangs or is killed takes nothing along. What no longer fits into --minutes is reported as "no time".
 
 Output columns: figure, unit, median, quartiles, p99, least to most, repeats; for each part ok, failed, skipped or no
 time, with the reason; for each criterion whether it holds. Exit code: 0 no part failed, 1 one has, 3 no NVIDIA device,
@@ -21,7 +22,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -69,6 +70,9 @@ def check(parts: Sequence[Part], options: Options, out: Path, missing: str | Non
     """Run `parts`, keep the report in `out` up to date, print it, and say by the exit code what came of it."""
     out.mkdir(parents=True, exist_ok=True)
     files = [out / "gpu_check.json", out / "gpu_check.md"]
+    log = out / "gpu_check.log"
+    log.write_bytes(b"")
+    options = replace(options, log=log)
     machine = describe_host()
 
     def report(results: Sequence[PartResult]) -> None:

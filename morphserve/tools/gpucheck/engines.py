@@ -72,8 +72,12 @@ class Engine(Protocol):
         """Greedy tokens of each request; all in flight at once."""
         ...
 
-    def want(self, level: int) -> None:
-        """Set the level to go to from now on, beside whatever runs."""
+    def cross(self, level: int, num_requests: int, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
+        """Go to a level while greedy requests decode; they end with it.
+
+        Returns:
+            `transition_s`, and the seconds of steps `before_s`, `beside_s` and `after_s`.
+        """
         ...
 
     def status(self) -> dict[str, Any]:
@@ -98,15 +102,15 @@ def write_model(directory: Path, name: str) -> Path:
 
 
 def settings(
-    model: Path, kv_bytes: int, additional: Mapping[str, Any] | None = None, memory_share: float = 0.9
+    model: Path, kv_bytes: int | None, memory_share: float = 0.9, *, eager: bool = False
 ) -> dict[str, Any]:
     """Arguments of an engine: those of a server, but for weights, tokenizer and a small KV cache.
 
     Args:
         model: directory of the config.
-        kv_bytes: of the KV cache at level 0.
-        additional: vLLM's `additional_config`; None = stock.
+        kv_bytes: of the KV cache at level 0; None = what vLLM finds room for.
         memory_share: of the device, that must be free when it starts.
+        eager: without compilation and graphs.
     """
     chosen: dict[str, Any] = {
         "model": str(model),
@@ -114,12 +118,12 @@ def settings(
         "skip_tokenizer_init": True,
         "max_model_len": 2048,
         "max_num_seqs": 64,
-        "kv_cache_memory_bytes": kv_bytes,
         "gpu_memory_utilization": memory_share,
         "enable_prefix_caching": False,
+        "enforce_eager": eager,
         "seed": 0,
     }
-    return chosen if additional is None else {**chosen, "additional_config": dict(additional)}
+    return chosen if kv_bytes is None else {**chosen, "kv_cache_memory_bytes": kv_bytes}
 
 
 class EngineProcess:
@@ -231,9 +235,10 @@ class StandIn:
         starts = [seed + 31 * request for request in range(num_requests)]
         return [[(start + place) % 997 for place in range(output_tokens)] for start in starts]
 
-    def want(self, level: int) -> None:
+    def cross(self, level: int, num_requests: int, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
         """Go there at once."""
         self._level = level
+        return {"transition_s": 1e-3, "before_s": [1e-3], "beside_s": [], "after_s": [1e-3]}
 
     def status(self) -> dict[str, Any]:
         """Return what the plugin's does."""

@@ -33,6 +33,7 @@ class Options:
     minutes: float = 9.0
     clock: Callable[[], float] = time.monotonic
     environment: dict[str, str] = field(default_factory=dict)  # added to each part's
+    log: Path | None = None  # what all parts print is appended to it as they do, so that it outlives us
 
 
 def run_parts(
@@ -70,10 +71,11 @@ def run_one(part: Part, options: Options, limit_s: float) -> PartResult:
     before = read_sensors()
     start = options.clock()
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as directory:
-        file, log = Path(directory) / "findings.json", Path(directory) / "output"
+        file, log = Path(directory) / "findings.json", options.log or Path(directory) / "output"
+        begin = log.stat().st_size if log.exists() else 0
         code = _supervise(_command(part, options, file, limit_s * _SOFT), options, log, limit_s)
         findings = read_findings(file)
-        output = log.read_text(encoding="utf-8", errors="replace")
+        output = log.read_bytes()[begin:].decode("utf-8", errors="replace")
     seconds = options.clock() - start
     status, reason = judge(findings, code, limit_s)
     return PartResult(
@@ -126,7 +128,7 @@ def _environment(options: Options) -> dict[str, str]:
 
 def _supervise(command: Sequence[str], options: Options, log: Path, limit_s: float) -> int | None:
     """Exit code, negative for a signal; None when the process was still there at the limit."""
-    with log.open("wb") as output:
+    with log.open("ab") as output:
         process: subprocess.Popen[Any] = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             start_new_session=True, env=_environment(options),

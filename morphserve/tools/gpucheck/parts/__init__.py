@@ -1,4 +1,4 @@
-"""The parts, T1 to T9, in the order in which they run: what decides most comes first, what takes longest last."""
+"""The parts, T1 to T11, in the order in which they run: what decides most comes first, what takes longest last."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _HERE = "morphserve.tools.gpucheck.parts"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part: a module with `run(bench)`."""
+    """One part: a function that is called with a bench."""
 
     key: str
     title: str
-    module: str
+    module: str  # "module", of which `run` is called, or "module:function"
     budget_s: float  # killed after this
     least_s: float  # not started with less
 
@@ -27,7 +27,9 @@ PARTS: tuple[Part, ...] = (
     Part("t6", "small engine: a set of graphs per level, layers swapped while decoding", f"{_HERE}.engine", 90, 45),
     Part("t7", "opaque linear under torch.compile", f"{_HERE}.opaque", 70, 25),
     Part("t8", "stock vLLM", f"{_HERE}.vllm", 200, 60),
-    Part("t9", "vLLM with the plugin", f"{_HERE}.plugin", 240, 5),
+    Part("t9", "vLLM with the plugin: a small model, no graphs", f"{_HERE}.plugin:eager", 150, 90),
+    Part("t10", "vLLM with the plugin: a small model, compiled, with graphs", f"{_HERE}.plugin:compiled", 260, 150),
+    Part("t11", "vLLM with the plugin: the shape of an 8B", f"{_HERE}.plugin:large", 330, 200),
 )
 
 

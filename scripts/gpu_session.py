@@ -1,0 +1,125 @@
+"""Does MorphServe run on a GPU machine that is there for minutes, bare and without a network?
+
+Unpacks a vLLM, writes the plugin's dist-info, checks imports, operators and entry points, then runs lanes of
+`morphserve gpu-check` beside each other: a lane's parts one after the other. What is to be timed wants a single lane.
+Standard library only, until the lanes start. Each lane writes into a directory of its own in --out, as it goes.
+
+    python3 scripts/gpu_session.py --vllm vllm.tar.xz --minutes 4 --lane t1,t4,t6 --lane t9,t10
+    python3 scripts/gpu_session.py --vllm vllm.tar.xz --minutes 6 --lane t2,t3,t5,t11
+
+Output: one line for each thing found at start; then each lane's parts with status, seconds and what was missed, and
+every figure. Exit status: 0 all parts ok, 1 else. Last stdout line: one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+_PRESENT = """
+import importlib.metadata as m, sys, time
+start = time.perf_counter()
+import torch
+print("torch", torch.__version__, torch.version.cuda, torch.cuda.get_device_name(0), torch.cuda.mem_get_info())
+import triton, cuda.bindings
+print("triton", triton.__version__, "cuda-bindings", cuda.bindings.__version__)
+import morphserve
+print("entry points", [e.value for e in m.entry_points(group="vllm.general_plugins")])
+if sys.argv[1] == "vllm":
+    import vllm, vllm._custom_ops, vllm.platforms
+    print("vllm", vllm.__version__, vllm.platforms.current_platform.device_name)
+    for name in ("marlin_gemm", "machete_mm", "cutlass_scaled_mm", "gptq_marlin_repack"):
+        print("operator", name, hasattr(torch.ops._C, name))
+    import vllm.vllm_flash_attn
+    import vllm.model_executor.warmup.kernel_warmup
+print(f"{time.perf_counter() - start:.1f} s of imports")
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vllm", type=Path, help="archive with vllm/ and what it needs beside torch")
+    parser.add_argument("--lane", action="append", required=True, metavar="PARTS", help="of gpu-check; may be repeated")
+    parser.add_argument("--minutes", type=float, required=True, help="for the lanes")
+    parser.add_argument("--site", type=Path, default=Path("/tmp/gpu_session"), help="where to unpack, once")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "reports/gpu_session"))
+    args = parser.parse_args()
+    start = time.monotonic()
+    env = environment(args.site, args.vllm)
+    print(f"unpacked after {time.monotonic() - start:.1f} s", flush=True)
+    told = subprocess.run([sys.executable, "-c", _PRESENT, "vllm" if args.vllm else "no"], env=env, check=False)
+    print(f"imports: exit status {told.returncode}, after {time.monotonic() - start:.1f} s", flush=True)
+    lanes = {}
+    for number, parts in enumerate(args.lane, 1):
+        out = args.out / f"lane{number}"
+        command = [sys.executable, str(ROOT / "scripts" / "gpu_check.py"), "--only", parts, "--out", str(out)]
+        lanes[out] = subprocess.Popen(
+            [*command, "--minutes", f"{args.minutes:g}"], env=env, stdout=subprocess.DEVNULL, stderr=sys.stderr
+        )
+    codes = [lane.wait() for lane in lanes.values()]
+    print(f"lanes: exit statuses {codes}, after {time.monotonic() - start:.1f} s", flush=True)
+    for out in lanes:
+        print_lane(json.loads((out / "gpu_check.json").read_text()))
+    print(json.dumps({"lanes": dict(zip(args.lane, codes, strict=True)), "s": round(time.monotonic() - start, 1)}))
+    return 0 if not any(codes) else 1
+
+
+def environment(site: Path, archive: Path | None) -> dict[str, str]:
+    """Unpack what is not there yet, and return the environment of a process that finds all of it."""
+    packages, dist = site / "packages", site / "dist"
+    if archive is not None and not packages.is_dir():
+        packages.mkdir(parents=True)
+        with tarfile.open(archive) as opened:
+            opened.extractall(packages, filter="tar")
+    write_distribution(dist)
+    path = [str(place) for place in (packages, dist, ROOT)]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CACHE_ROOT": str(site / "cache"),
+        "TRITON_CACHE_DIR": str(site / "cache" / "triton"),
+        "MORPHSERVE_UNPROVEN_CUDA": "1",
+    }
+
+
+def write_distribution(directory: Path) -> None:
+    """Write what an installed plugin leaves for vLLM to find: names and entry points, from pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    info = directory / f"{project['name']}-0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0\n")
+    groups = project["entry-points"].items()
+    lines = (f"[{group}]\n" + "".join(f"{n} = {v}\n" for n, v in entries.items()) for group, entries in groups)
+    (info / "entry_points.txt").write_text("\n".join(lines))
+
+
+def print_lane(document: dict[str, Any]) -> None:
+    """Print every part's figures, then what it missed."""
+    for part in document["parts"]:
+        found = part["findings"]
+        print(f"\n{part['part']} {part['status']} {part['seconds']:g} s {part['reason']}")
+        for note in found["notes"]:
+            print(f"  note: {note}")
+        for f in found["figures"]:
+            spread = f"[{f['q1']:g} {f['q3']:g}] p99 {f['p99']:g} most {f['most']:g} n {f['repeats']}"
+            print(f"  {f['name']}: {f['median']:g} {f['unit']} {spread if f['repeats'] > 1 else ''}")
+        for verdict in found["verdicts"]:
+            if not verdict["ok"]:
+                print(f"  {'MISSED' if verdict['required'] else 'missed'}: {verdict['name']}: {verdict['detail']}")
+        if part["output_tail"]:
+            print(part["output_tail"][-1500:])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
