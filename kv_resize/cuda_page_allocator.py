@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from bisect import bisect_right, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -59,6 +59,7 @@ class CudaPageAllocator:
         self._make_view = view or self._device_view
         self._make_event = make_event or _sleeping_event
         self._lock = threading.RLock()
+        self._fenced = threading.local()  # events: what `wait` waits for in this thread, where it is inside a fence
         self._is_closed = False
         self._ranges: dict[int, int] = {}  # address -> size_bytes
         self._starts: list[int] = []  # the same addresses, sorted
@@ -167,6 +168,13 @@ class CudaPageAllocator:
             self._check_open()
         self._wait()
 
+    def fence(self) -> contextlib.AbstractContextManager[None]:
+        """Note what is queued to the streams now. Inside the context, `wait` in its thread waits for that alone."""
+        try:
+            return self._behind(self._record())
+        except PageError:  # as `wait` will find, where somebody can be told
+            return contextlib.nullcontext()
+
     def close(self) -> None:
         """Wait, then unmap, destroy and free all. Tensors of `view` must not be touched any more.
 
@@ -216,15 +224,37 @@ class CudaPageAllocator:
         del self._ranges[address]
         self._starts.remove(address)
 
-    def _wait(self) -> None:
+    @contextlib.contextmanager
+    def _behind(self, events: Sequence[Any]) -> Iterator[None]:
+        self._fenced.events = events
         try:
+            yield
+        finally:
+            self._fenced.events = None
+
+    def _record(self) -> list[Any]:
+        """Return an event for each stream. All are recorded before one is waited for: what comes later counts on none.
+
+        Raises:
+            PageError: the device is in trouble.
+        """
+        with self._device_errors():
             streams = self._streams or (torch.cuda.current_stream(self._cuda.device),)
             events = [self._make_event() for _ in streams]
-            # All are recorded before one is waited for: what comes meanwhile counts on no stream.
             for event, stream in zip(events, streams, strict=True):
                 event.record(stream)
+            return events
+
+    def _wait(self) -> None:
+        events = getattr(self._fenced, "events", None) or self._record()
+        with self._device_errors():
             for event in events:
                 event.synchronize()
+
+    @contextlib.contextmanager
+    def _device_errors(self) -> Iterator[None]:
+        try:
+            yield
         except (RuntimeError, AssertionError) as e:
             raise PageError(f"wait for device {self._cuda.device}: {e}. If a kernel failed, restart.") from e
 

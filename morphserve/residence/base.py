@@ -182,6 +182,10 @@ class Residence(Protocol):
         """Return when everything that was queued on the device is done."""
         ...
 
+    def fence(self) -> AbstractContextManager[None]:
+        """Note what is queued on the device now. Inside the context, pages are given back as soon as that is done."""
+        ...
+
     def finish(self) -> None:
         """Return when what the background thread has queued on the device is done."""
         ...

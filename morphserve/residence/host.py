@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from pathlib import Path
 from traceback import clear_frames
@@ -282,6 +282,9 @@ class HostResidence:
 
     def wait(self) -> None:
         return
+
+    def fence(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def finish(self) -> None:
         return

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -70,6 +71,7 @@ class RankTransition:
         background: Executor,
         finish: Callable[[], None] = lambda: None,
         patience: Patience = _PATIENCE,
+        fence: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """
         Args:
@@ -79,12 +81,14 @@ class RankTransition:
             finish: returns when what that thread has queued on the device is done; new blocks must be clear when they
                 are published.
             patience: with a disk.
+            fence: notes what is queued on the device when a command commits; inside it, pages go once that is done.
         """
         self._swapper = swapper
         self._finish = finish
         self._kv = kv
         self._background = background
         self._patience = patience
+        self._fence = fence
         self._job: Future[None] | None = None
         self._reading: _Reading | None = None
 
@@ -138,9 +142,12 @@ class RankTransition:
             self._job = None  # blocks were copied, that is all: nothing of an earlier command is asked for again
             return
 
+        queued = self._fence()  # no step that comes later touches what goes: layers are switched, blocks withdrawn
+
         def settle() -> None:
-            self._kv.unmap(num_kv_blocks)
-            self._swapper.reclaim()
+            with queued:
+                self._kv.unmap(num_kv_blocks)
+                self._swapper.reclaim()
             self._kv.map(num_kv_blocks)
             self._finish()
 

@@ -93,8 +93,10 @@ def _allocate_kv_cache(original: Callable[..., Any]) -> Any:
         with kv.in_place_of_zeros():
             caches = original(kv_cache_config, device, *args, **kwargs)
         mine.kv = kv
-        background, finish = mine.residence.background, mine.residence.finish
-        mine.transition = RankTransition(mine.swapper, kv, background, finish, _layers().patience)
+        held = mine.residence
+        mine.transition = RankTransition(
+            mine.swapper, kv, held.background, held.finish, _layers().patience, held.fence
+        )
         return caches
 
     return allocate_kv_cache

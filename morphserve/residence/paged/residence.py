@@ -87,6 +87,9 @@ class PagedResidence:
     def wait(self) -> None:
         self.allocator.wait()
 
+    def fence(self) -> AbstractContextManager[None]:
+        return self.allocator.fence()
+
     def finish(self) -> None:
         self.copier.finish()
 

@@ -73,8 +73,10 @@ class MiniRank:
         self.reserve_pages = batch * self._layer_pages(kernel.format)
         self._residence.pool.create(self.reserve_pages)
         self.cache = self._open_cache(num_morphable)
-        kv, finish = _KV(self.cache), self._residence.finish
-        self._transition = RankTransition(self._swapper, kv, self._residence.background, finish)
+        held = self._residence
+        self._transition = RankTransition(
+            self._swapper, _KV(self.cache), held.background, held.finish, fence=held.fence
+        )
 
     def _load(self, layer: int, is_morphable: bool) -> dict[str, WeightSlot]:
         """Put a layer's weights where they stay, one half after the other."""
