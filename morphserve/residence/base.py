@@ -122,12 +122,16 @@ class Residence(Protocol):
         ...
 
     @classmethod
-    def open(cls, device: torch.device, forward_stream: Callable[[], object]) -> Residence:
+    def open(
+        cls, device: torch.device, forward_stream: Callable[[], object], num_layers: int, layer_bytes: int
+    ) -> Residence:
         """Open a rank's memory; nothing is allocated yet.
 
         Args:
             device: that vLLM loads the model on.
             forward_stream: gives the stream of the forward passes; asked for once, and only where there are streams.
+            num_layers: decoder layers of the rank, each of which has blocks of the KV cache.
+            layer_bytes: of a layer as loaded, about.
 
         Raises:
             PageError: no such device, or a library for it is missing.

@@ -230,7 +230,9 @@ class HostResidence:
         self._backing: HostBacking | None = None
 
     @classmethod
-    def open(cls, device: torch.device, forward_stream: Callable[[], object]) -> HostResidence:
+    def open(
+        cls, device: torch.device, forward_stream: Callable[[], object], num_layers: int, layer_bytes: int
+    ) -> HostResidence:
         return cls()
 
     def open_parts(self, key: PartsKey, build: Build) -> StoredParts:

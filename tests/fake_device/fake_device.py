@@ -20,7 +20,9 @@ class FakePages(PagedResidence):
     """Takes the place of `HostResidence`."""
 
     @classmethod
-    def open(cls, device: torch.device, forward_stream: Callable[[], object]) -> FakePages:
+    def open(
+        cls, device: torch.device, forward_stream: Callable[[], object], num_layers: int, layer_bytes: int
+    ) -> FakePages:
         allocator = FakePageAllocator(_NUM_PAGES, _PAGE_BYTES)
         total = _NUM_PAGES * _PAGE_BYTES
         return cls(device, allocator, PagePool(allocator, 0), HostCopier(), start_thread(), _nothing, _nothing, total)

@@ -54,11 +54,7 @@ class VllmEngine:
 
     def cross(self, level: int, num_requests: int, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
         """Go to a level while requests decode. They end with it; the transition may not be done before they are."""
-        engine = self._engine
-        for prompt in _prompts(num_requests, prompt_tokens):
-            engine.add(prompt, output_tokens)
-        for _ in range(_PREFILLS):
-            engine.step()
+        engine = self._begin(num_requests, prompt_tokens, output_tokens)
         before = [engine.timed_step() for _ in range(_STEPS)]
         start = time.perf_counter()
         engine.want(level)
@@ -69,6 +65,21 @@ class VllmEngine:
         after = [engine.timed_step() for _ in range(_STEPS) if engine.num_requests]
         engine.abort_all()
         return {"transition_s": seconds, "before_s": before, "beside_s": beside, "after_s": after}
+
+    def steps(self, num_requests: int, prompt_tokens: int, num_steps: int) -> list[float]:
+        """Return the seconds of decode steps, with all requests in each."""
+        engine = self._begin(num_requests, prompt_tokens, num_steps + 2 * _PREFILLS)
+        seconds = [engine.timed_step() for _ in range(num_steps)]
+        engine.abort_all()
+        return seconds
+
+    def _begin(self, num_requests: int, prompt_tokens: int, output_tokens: int) -> LevelEngine:
+        """Queue requests, and step until all of them decode."""
+        for prompt in _prompts(num_requests, prompt_tokens):
+            self._engine.add(prompt, output_tokens)
+        for _ in range(_PREFILLS):
+            self._engine.step()
+        return self._engine
 
     def status(self) -> dict[str, Any]:
         """Empty without the plugin."""

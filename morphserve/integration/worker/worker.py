@@ -69,7 +69,9 @@ def _weights_loaded(original: Callable[..., Any]) -> Any:
         if config is None:
             return original(model, model_config, target_device)
         try:
-            residence = serving_residence().open(target_device, _forward_stream)
+            num_layers = model_config.get_num_layers(vllm_config.parallel_config)
+            layer_bytes = sum(parameter.nbytes for parameter in model.parameters()) // num_layers
+            residence = serving_residence().open(target_device, _forward_stream, num_layers, layer_bytes)
             layers = RankLayers(for_this_device(config, vllm_config), vllm_config, get_world_group().rank, residence)
             layers.capture(model)
             with residence.loading():

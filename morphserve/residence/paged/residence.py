@@ -20,6 +20,11 @@ from quant_layers import Build
 
 # Of the device's memory. A level that is staged whole is never seen half done, so every step has its CUDA graphs.
 _RESERVE_SHARE = 0.03
+# The driver takes as long for a page of 32 MiB as for one of 2 (docs/gpu.md), so large ones move more bytes in a second.
+# But a layer's halves are rounded up to pages in each format, and blocks come and go by one page in every layer.
+_LEAST_PAGE_BYTES, _MOST_PAGE_BYTES = 2 << 20, 8 << 20
+_PAGES_OF_LAYER = 32  # at least, as loaded
+_GRANULE_SHARE = 0.005  # of the device, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +43,16 @@ class PagedResidence:
     total_bytes: int  # of the device, whoever holds them
 
     @classmethod
-    def open(cls, device: torch.device, forward_stream: Callable[[], object]) -> PagedResidence:
+    def open(
+        cls, device: torch.device, forward_stream: Callable[[], object], num_layers: int, layer_bytes: int
+    ) -> PagedResidence:
         device = numbered(device)
         copier = CudaCopier(device)
-        allocator = CudaPageAllocator(device.index, (forward_stream(), copier.stream))
+        total = torch.cuda.get_device_properties(device).total_memory
+        streams = (forward_stream(), copier.stream)
+        allocator = CudaPageAllocator(device.index, streams, page_bytes=page_size(num_layers, layer_bytes, total))
         thread = start_thread(_on_stream, device, copier.stream)
         thread.submit(_nothing).result()  # a thread that cannot work ends the start, not the first transition
-        total = torch.cuda.get_device_properties(device).total_memory
         empty = torch.cuda.empty_cache
         return cls(device, allocator, PagePool(allocator, 0), copier, thread, empty, allocator.close, total)
 
@@ -108,6 +116,15 @@ class PagedResidence:
         """Create pages for so many bytes, out of what torch holds and nobody uses."""
         self.release_cached()
         self.pool.create(-(-num_bytes // self.allocator.granularity_bytes))
+
+
+def page_size(num_layers: int, layer_bytes: int, total_bytes: int) -> int:
+    """Return the bytes of a page: more where that is little of a layer, and of the device once for each layer."""
+    most = min(_MOST_PAGE_BYTES, layer_bytes // _PAGES_OF_LAYER, int(_GRANULE_SHARE * total_bytes) // num_layers)
+    size = _LEAST_PAGE_BYTES
+    while 2 * size <= most:
+        size *= 2
+    return size
 
 
 def start_thread(initializer: Callable[..., None] | None = None, *arguments: Any) -> Executor:

@@ -80,6 +80,10 @@ class Engine(Protocol):
         """
         ...
 
+    def steps(self, num_requests: int, prompt_tokens: int, num_steps: int) -> list[float]:
+        """Return the seconds of decode steps, with all requests in each."""
+        ...
+
     def status(self) -> dict[str, Any]:
         """Return `level`, `num_kv_blocks`, `in_transition`, `deepest`; empty for an engine without the plugin."""
         ...
@@ -102,17 +106,17 @@ def write_model(directory: Path, name: str) -> Path:
 
 
 def settings(
-    model: Path, kv_bytes: int | None, memory_share: float = 0.9, *, eager: bool = False
+    model: Path, kv_bytes: int, memory_share: float = 0.9, *, eager: bool = False
 ) -> dict[str, Any]:
     """Arguments of an engine: those of a server, but for weights, tokenizer and a small KV cache.
 
     Args:
         model: directory of the config.
-        kv_bytes: of the KV cache at level 0; None = what vLLM finds room for.
+        kv_bytes: of the KV cache at level 0.
         memory_share: of the device, that must be free when it starts.
         eager: without compilation and graphs.
     """
-    chosen: dict[str, Any] = {
+    return {
         "model": str(model),
         "load_format": "dummy",
         "skip_tokenizer_init": True,
@@ -121,9 +125,9 @@ def settings(
         "gpu_memory_utilization": memory_share,
         "enable_prefix_caching": False,
         "enforce_eager": eager,
+        "kv_cache_memory_bytes": kv_bytes,
         "seed": 0,
     }
-    return chosen if kv_bytes is None else {**chosen, "kv_cache_memory_bytes": kv_bytes}
 
 
 class EngineProcess:
@@ -239,6 +243,10 @@ class StandIn:
         """Go there at once."""
         self._level = level
         return {"transition_s": 1e-3, "before_s": [1e-3], "beside_s": [], "after_s": [1e-3]}
+
+    def steps(self, num_requests: int, prompt_tokens: int, num_steps: int) -> list[float]:
+        """Steps that take no time worth the name."""
+        return [1e-3] * num_steps
 
     def status(self) -> dict[str, Any]:
         """Return what the plugin's does."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn import functional as F
 
 from kv_resize import ElasticCache
@@ -167,12 +168,13 @@ class MiniModel:
         )
         mask = (self._slots_of_keys[None, :] <= positions[:, None])[:, None, None, :]
         groups = s.heads // s.kv_heads
-        out = F.scaled_dot_product_attention(
-            q.reshape(batch, s.heads, 1, s.head_dim),
-            keys.repeat_interleave(groups, dim=1),
-            values.repeat_interleave(groups, dim=1),
-            attn_mask=mask,
-        )
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # cuDNN's differs from run to run
+            out = F.scaled_dot_product_attention(
+                q.reshape(batch, s.heads, 1, s.head_dim),
+                keys.repeat_interleave(groups, dim=1),
+                values.repeat_interleave(groups, dim=1),
+                attn_mask=mask,
+            )
         return self._attended[:batch].copy_(out.reshape(batch, s.heads * s.head_dim))
 
 

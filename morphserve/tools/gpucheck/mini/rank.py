@@ -62,7 +62,7 @@ class MiniRank:
         register_op()
         reset()
         self._device, self._shape, self._kernel = device, shape, kernel
-        self._residence = _open(device)
+        self._residence = _open(device, shape)
         key = PartsKey(Path(), lambda: "", {}, {kernel.format: kernel})  # of files, of which there are none
         self._parts = self._residence.open_parts(key, self._build)
         self._live: dict[Part, LoadedPart] = {}
@@ -243,10 +243,11 @@ class _Base:
         return self.placed
 
 
-def _open(device: str) -> PagedResidence:
+def _open(device: str, shape: Shape) -> PagedResidence:
     """Open a rank's pages; in a dry run small ones, so that a small model has many."""
     if device == "cuda":
-        return PagedResidence.open(torch.device(device), torch.cuda.current_stream)
+        layer_bytes = sum(2 * n * k for n, k in map(shape.linear, LINEARS))
+        return PagedResidence.open(torch.device(device), torch.cuda.current_stream, shape.layers, layer_bytes)
     allocator = FakePageAllocator(_DRY_PAGES, _DRY_PAGE_BYTES)
     total_bytes = _DRY_PAGES * _DRY_PAGE_BYTES
     pool, thread = PagePool(allocator), start_thread()
