@@ -5,7 +5,9 @@ __version__ = "0.1.0"
 # The one statement of the supported range. The seam check, the README and the packaging tests read it.
 SUPPORTED_VLLM = ">=0.32,<0.34"
 
-# With this set to 1, MorphServe starts on CUDA. Goes when `morphserve gpu-check` has passed on a GPU.
+# Part of a GPU's name, vLLM's version: where `morphserve gpu-check` has passed, on one GPU (docs/gpu.md has figures).
+PROVEN_GPUS = (("H100", "0.33"),)
+# With this set to 1, MorphServe starts on any other.
 UNPROVEN_CUDA = "MORPHSERVE_UNPROVEN_CUDA"
 # With this set to 1, MorphServe starts on a vLLM outside of the range that has all it touches.
 UNPROVEN_VLLM = "MORPHSERVE_UNPROVEN_VLLM"

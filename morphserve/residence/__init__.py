@@ -19,7 +19,13 @@ from morphserve.residence.host_memory import peak_beyond_now
 from morphserve.residence.paged.copier import Copier, CudaCopier, HostCopier
 from morphserve.residence.paged.layout import Layout, Place
 from morphserve.residence.paged.parts import PagedParts
-from morphserve.residence.paged.residence import PagedResidence, numbered, start_thread
+from morphserve.residence.paged.residence import (
+    RESERVE_SHARE,
+    PagedResidence,
+    numbered,
+    page_size,
+    start_thread,
+)
 from morphserve.residence.paged.weights import WeightArena
 from morphserve.residence.reader import Patience, Reader
 from morphserve.residence.transition import ElasticKV, RankTransition
@@ -38,6 +44,7 @@ def residence_of(device_type: str) -> type[Residence] | None:
 
 __all__ = [
     "ENTRY_POINTS",
+    "RESERVE_SHARE",
     "AtOnce",
     "BaseLinear",
     "Copier",
@@ -72,6 +79,7 @@ __all__ = [
     "narrow_candidates",
     "narrow_keys",
     "numbered",
+    "page_size",
     "peak_beyond_now",
     "register_op",
     "reset",

@@ -99,6 +99,38 @@ def test_wait_is_for_what_was_queued_before() -> None:
     assert allocator.num_created == 2
 
 
+def test_behind_a_fence_one_wait_is_for_what_was_queued_then() -> None:
+    """Guards: a level whose half layers each wait for the step that was queued a moment ago; a fence that holds in
+    another thread, or for ever; one that lets pages go before the steps that were queued when it was put up."""
+    driver = StubDriver(2 * GRANULE, GRANULE)
+    stream = FakeStream()
+    allocator = driver.allocator([stream])
+    stream.num_queued = 3
+    fence = allocator.fence()
+    stream.num_queued = 9
+    with fence:
+        allocator.wait()
+        allocator.wait()
+        assert stream.num_done == 3 and driver.calls.count("record") == 1
+        in_thread(allocator.wait)
+        assert stream.num_done == 9
+    stream.num_queued = 11
+    allocator.wait()
+    assert stream.num_done == 11
+
+
+def test_a_fence_that_cannot_be_put_up_leaves_the_waiting_to_later() -> None:
+    """Guards: an error between two steps, out of a commit that cannot fail any more."""
+    driver = StubDriver(2 * GRANULE, GRANULE)
+    stream = FakeStream()
+    allocator = driver.allocator([stream])
+    stream.num_queued = 2
+    driver.fail_at = len(driver.calls)
+    with allocator.fence():
+        allocator.wait()
+    assert stream.num_done == 2
+
+
 def test_a_thread_that_got_no_context_asks_again() -> None:
     """Guards: a helper thread that is taken to have a context since it once asked for one, and fails for ever."""
     driver = StubDriver(GRANULE, GRANULE)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
 import pytest
 import torch
-from cpu.device_world import BASE_BLOCKS, GRANULARITY, NUM_LAYERS, PAGE_BYTES, DeviceWorld
+from cpu.device_world import BASE_BLOCKS, GRANULARITY, NUM_LAYERS, PAGE_BYTES, DeviceWorld, WorldKV
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_resize import BackingError
-from morphserve.residence import Layout
+from morphserve.residence import Layout, RankTransition, page_size
 from quant_layers import BASE, Part, SwapError
 
 pytestmark = pytest.mark.cpu
@@ -58,6 +61,35 @@ def test_nothing_changes_before_commit_and_pages_wait_for_the_steps_under_way() 
     assert world.swapper.staging_bytes == 0
     world.check_forward(["w8", "fp8/base", BASE])
     world.check_books()
+
+
+def test_a_level_waits_once_for_the_steps_before_it() -> None:
+    """Guards: half layers that wait one after the other, each for the step that was queued last; a wait for steps that
+    came after the level changed; pages that go before the steps that still read them are done."""
+    world = DeviceWorld(spare_pages=60)
+    waits: list[bool] = []  # each: behind the fence
+    put: list[list[str]] = []  # formats at each fence
+    behind = [False]
+
+    @contextmanager
+    def hold() -> Iterator[None]:
+        behind[0] = True
+        yield
+        behind[0] = False
+
+    def fence() -> AbstractContextManager[None]:
+        put.append(world.formats())
+        return hold()
+
+    world.allocator.wait = lambda: waits.append(behind[0])  # type: ignore[method-assign]
+    world.rank = RankTransition(world.swapper, WorldKV(world.cache), world.later, fence=fence)
+    world.rank.prepare({0: "w8", 1: "w8"})
+    world.later.run()
+    world.rank.commit(True, BASE_BLOCKS + GRANULARITY)
+    assert put == [["w8", "w8", BASE]] and not waits, "put up between two steps, where nobody waits"
+    world.later.run()
+    assert waits == [True] * 4, "one for each half of a layer that goes, all for the same steps"
+    assert world.cache.num_mapped == BASE_BLOCKS + GRANULARITY and not behind[0]
 
 
 def test_what_layers_free_becomes_blocks() -> None:
@@ -259,6 +291,18 @@ def test_any_order_of_commands(steps: list[tuple[str, int, str, int]]) -> None:
     world.later.run()
     world.check_forward(formats)
     world.check_books()
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "layer_mib", "device_gib", "page_mib"),
+    [(32, 416, 79, 8), (80, 408, 79, 4), (32, 416, 22, 2), (8, 33, 79, 2), (1, 4096, 139, 8), (200, 1, 8, 2)],
+)
+def test_a_page_is_little_of_a_layer_and_of_the_device(
+    num_layers: int, layer_mib: int, device_gib: int, page_mib: int
+) -> None:
+    """Guards: a call of the driver for every 2 MiB where it moves 32 in the same time; a small model whose layers are
+    rounded up to twice their size, or whose blocks come and go by a tenth of the device."""
+    assert page_size(num_layers, layer_mib << 20, device_gib << 30) == page_mib << 20
 
 
 def test_a_layout_is_aligned_and_whole() -> None:

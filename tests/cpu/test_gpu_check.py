@@ -205,14 +205,14 @@ def test_the_last_line_is_a_document_and_says_that_it_was_dry(
 def test_without_a_device_nothing_starts_and_the_exit_code_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards: nine failures, or a success, where there was nothing to measure."""
+    """Guards: eleven failures, or a success, where there was nothing to measure."""
     monkeypatch.setattr(cli, "missing_device", lambda: "no NVIDIA device: none here")
     monkeypatch.setattr(frame, "run_one", lambda *args: pytest.fail("a part was started"))
     monkeypatch.setattr("signal.signal", lambda *args: None)
     monkeypatch.setenv("OUT", str(tmp_path / "given"))
     assert cli.main([]) == 3
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {row["status"] for row in document["parts"].values()} == {"skipped"} and len(document["parts"]) == 9
+    assert {row["status"] for row in document["parts"].values()} == {"skipped"} and len(document["parts"]) == 11
     assert all(row["reason"] == "no NVIDIA device: none here" for row in document["parts"].values())
     assert (tmp_path / "given/gpu_check.json").is_file() and document["dry_run"] is False
 
@@ -254,8 +254,8 @@ def test_wrong_arguments_are_refused_in_words(
 def test_parts_are_chosen_by_key() -> None:
     """Guards: --skip that runs what it names."""
     assert [part.key for part in choose("T3, t1", "")] == ["t1", "t3"]
-    assert [part.key for part in choose("", "t8,t9")] == [f"t{number}" for number in range(1, 8)]
-    assert [part.key for part in PARTS] == [f"t{number}" for number in range(1, 10)]
+    assert [part.key for part in choose("", "t8,t9,t10,t11")] == [f"t{number}" for number in range(1, 8)]
+    assert [part.key for part in PARTS] == [f"t{number}" for number in range(1, 12)]
 
 
 def test_the_frame_loads_neither_torch_nor_vllm() -> None:

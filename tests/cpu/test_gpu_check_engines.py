@@ -13,9 +13,10 @@ from morphserve.tools.gpucheck.engines import EngineError, EngineProcess, StandI
 from morphserve.tools.gpucheck.parts import plugin, vllm
 
 
-def missed(part: ModuleType, required: bool = True) -> list[str]:
+def missed(part: ModuleType, required: bool = True, of: str = "run") -> list[str]:
     """Criteria that do not hold in a dry run."""
-    findings = run_part(part.__name__, Bench("cpu", True, 300.0))
+    findings = run_part(f"{part.__name__}:{of}", Bench("cpu", True, 300.0))
+    assert findings.error == ""
     return [verdict.name for verdict in findings.verdicts if verdict.required == required and not verdict.ok]
 
 
@@ -35,7 +36,8 @@ def test_t8_notices_tokens_that_do_not_repeat(tmp_path: Path, monkeypatch: pytes
     assert missed(vllm) == ["small: starts and answers", "8B shape: starts and answers"]
 
 
-def test_t9_notices_other_tokens_and_a_kv_that_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", ["eager", "compiled", "large"])
+def test_t9_notices_other_tokens_and_a_kv_that_does_not_grow(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """Guards: a way back to level 0 that nobody compared with the way out."""
     class Stuck(EngineProcess):
         """After the first change of level, one token is another; KV stays as it was."""
@@ -44,14 +46,29 @@ def test_t9_notices_other_tokens_and_a_kv_that_does_not_grow(monkeypatch: pytest
 
         def ask(self, method: str, *args: Any, timeout_s: float) -> Any:
             answer = super().ask(method, *args, timeout_s=timeout_s)
-            if method == "want":
+            if method == "cross":
                 self.changed = True
             if method == "generate" and self.changed:
                 answer[0][0] += 1
             return answer | {"num_kv_blocks": 100} if method == "status" else answer
 
     monkeypatch.setattr(plugin, "EngineProcess", Stuck)
-    assert missed(plugin) == ["KV grew by what layers gave up", "the same tokens before and after"]
+    wrong = ["turn 0: KV grew by what layers gave up", "turn 0: the same tokens before and after"]
+    more = [f"3 layers at a time: {name}" for name in wrong] if case == "large" else []
+    assert missed(plugin, of=case) == [*wrong, *more, "level 0 gives the stock server's tokens"]
+
+
+def test_t9_notices_a_level_that_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: figures of a transition that requests outlived, or that never was."""
+
+    class Slow(EngineProcess):
+        def ask(self, method: str, *args: Any, timeout_s: float) -> Any:
+            answer = super().ask(method, *args, timeout_s=timeout_s)
+            return answer | {"in_transition": True} if method == "status" else answer
+
+    monkeypatch.setattr(plugin, "EngineProcess", Slow)
+    findings = run_part(f"{plugin.__name__}:eager", Bench("cpu", True, 300.0))
+    assert "EngineError: level 2 is not reached while 32 requests decode" in findings.error
 
 
 def test_an_engine_that_fails_is_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

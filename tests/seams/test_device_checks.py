@@ -110,7 +110,9 @@ SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
 def captured(mode: str = "FULL_AND_PIECEWISE", **parallel: Any) -> Any:
     from vllm.config import CUDAGraphMode
 
-    ranks = {"tensor_parallel_size": 2, "pipeline_parallel_size": 1, "disable_custom_all_reduce": False}
+    ranks = {
+        "tensor_parallel_size": 2, "pipeline_parallel_size": 1, "world_size": 2, "disable_custom_all_reduce": False
+    }  # fmt: skip
     return config(
         parallel_config=SimpleNamespace(**{**ranks, **parallel}),
         compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode], cudagraph_capture_sizes=SIZES),
@@ -163,6 +165,8 @@ class Platform:
     """vLLM's `current_platform` on an NVIDIA GPU."""
 
     device_type = "cuda"
+    name = "NVIDIA H200"
+    total_bytes = 139 << 30
 
     def __init__(self, capability: int) -> None:
         self._capability = capability
@@ -176,12 +180,20 @@ class Platform:
     def has_device_capability(self, capability: int) -> bool:
         return self._capability >= capability
 
+    def get_device_name(self) -> str:
+        return self.name
+
+    def get_device_total_memory(self) -> int:
+        return self.total_bytes
+
 
 def of_layers(num_layers: int, **parallel: Any) -> Any:
     engine = captured(**{"tensor_parallel_size": 1, **parallel})
     engine.model_config = SimpleNamespace(
-        get_total_num_hidden_layers=lambda: num_layers, quantization=None, dtype=torch.bfloat16
-    )
+        get_total_num_hidden_layers=lambda: num_layers, quantization=None, dtype=torch.bfloat16,
+        get_hidden_size=lambda: 4096, get_head_size=lambda: 128, get_num_kv_heads=lambda parallel: 8,
+        get_num_attention_heads=lambda parallel: 32, hf_text_config=SimpleNamespace(intermediate_size=14336),
+    )  # fmt: skip
     return engine
 
 
@@ -199,6 +211,20 @@ def test_a_default_ladder_has_room_for_its_graphs(monkeypatch: pytest.MonkeyPatc
         check_graph_buffers(engine, ladder_of(num_levels, num_layers))
         (step,) = for_this_device(MorphServeConfig(), engine).ladder.steps or ()
         assert not isinstance(step, str) and step.layers_per_level == num_layers // 2, "one format alone has the room"
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "num_layers", "layers_per_level"), [(139, 32, 16), (79, 32, 8), (22, 32, 8), (79, 4, 2)]
+)
+def test_a_level_of_the_default_ladder_is_staged_whole(
+    monkeypatch: pytest.MonkeyPatch, gibibytes: int, num_layers: int, layers_per_level: int
+) -> None:
+    """Guards: a level that a GPU's reserve does not hold, and decode steps three times as long until it is there."""
+    platform = Platform(90)
+    platform.total_bytes = gibibytes << 30
+    monkeypatch.setattr("vllm.platforms.current_platform", platform)
+    (step,) = for_this_device(MorphServeConfig(), of_layers(num_layers)).ladder.steps or ()
+    assert not isinstance(step, str) and step.layers_per_level == layers_per_level
 
 
 @pytest.mark.parametrize("value", ["0", "false"])
@@ -219,14 +245,14 @@ def test_an_empty_ladder_is_what_the_gpu_multiplies(
     """Guards: formats that no kernel runs there; a level, and so a set of CUDA graphs, for every other layer; steps
     that a user wrote, lost."""
     monkeypatch.setattr("vllm.platforms.current_platform", Platform(capability))
-    for num_layers in (2, 31, 80):
+    for num_layers, levels_of_a_format in ((2, 2), (31, 2), (80, 4)):
         unmeasured = for_this_device(MorphServeConfig(), of_layers(num_layers)).ladder.steps or []
         assert [step.format for step in unmeasured if step != "profile"] == [fmt for fmt in formats if fmt != "w4"]
         steps = for_this_device(MEASURED, of_layers(num_layers)).ladder.steps
         assert isinstance(steps, list) and [step.format for step in steps] == formats
         sizes = {fmt: [size] * num_layers for fmt, size in (("base", 160), ("fp8", 80), ("w8", 80), ("w4", 44))}
         ladder = build_ladder(num_layers, [RankBytes(sizes, 10)], LadderConfig(steps=steps), 20)
-        assert len(ladder) == 1 + 2 * len(formats)
+        assert len(ladder) == 1 + levels_of_a_format * len(formats)
     written = MorphServeConfig(ladder=LadderConfig(steps=[LadderStep(format="w4")]))
     assert for_this_device(written, of_layers(32)) == written
 
@@ -244,6 +270,30 @@ def test_a_gpu_is_for_who_asks_to_try_it(monkeypatch: pytest.MonkeyPatch) -> Non
             checks.check_platform()
     monkeypatch.setenv(UNPROVEN_CUDA, "1")
     checks.check_platform()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "version", "num_ranks", "starts"),
+    [
+        ("NVIDIA H100 80GB HBM3", "0.33.0", 1, True),
+        ("NVIDIA H100 80GB HBM3", "0.33.0", 2, False),
+        ("NVIDIA H100 80GB HBM3", "0.32.0", 1, False),
+        ("NVIDIA A100-SXM4-80GB", "0.33.0", 1, False),
+    ],
+)
+def test_what_was_proven_starts(
+    monkeypatch: pytest.MonkeyPatch, gpu: str, version: str, num_ranks: int, starts: bool
+) -> None:
+    """Guards: a proven GPU that is refused; one of which nothing is known, or two of them, in its shadow."""
+    platform = Platform(90)
+    platform.name = gpu
+    monkeypatch.setattr("vllm.platforms.current_platform", platform)
+    monkeypatch.setattr("vllm.__version__", version)
+    monkeypatch.delenv(UNPROVEN_CUDA, raising=False)
+    if starts:
+        return checks.check_platform(num_ranks)
+    with pytest.raises(ConfigError, match=f"proven on {num_ranks} x {gpu} with vLLM {version}, only on one H100 with"):
+        checks.check_platform(num_ranks)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("vllm._custom_ops")
 
+import torch  # noqa: E402
 import vllm  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 
@@ -27,9 +28,11 @@ from policies import MorphLevel  # noqa: E402
 
 def test_vllm_takes_every_argument(tmp_path: Path) -> None:
     """Guards: a lent GPU that is spent on "unexpected keyword argument"."""
-    arguments = settings(tmp_path, 1 << 30, {"morphserve": plugin_settings(tmp_path)})
-    assert set(arguments) <= {field.name for field in dataclasses.fields(EngineArgs)}
-    assert parse_config(arguments["additional_config"]["morphserve"]).ladder.steps is not None
+    fields = {field.name for field in dataclasses.fields(EngineArgs)}
+    assert set(settings(tmp_path, 1 << 30, eager=True)) | {"additional_config"} <= fields
+    for batch in (None, 3):
+        found = parse_config(plugin_settings(tmp_path, batch=batch))
+        assert found.ladder.steps is not None and found.transition.max_layers_per_step == batch
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -104,11 +107,41 @@ def test_a_level_is_asked_for_through_the_controller(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(vllm, "LLM", _Llm)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "")
     engine = VllmEngine(in_process=True, model="here")
-    engine.want(2)
+    steps: list[int] = []
+
+    def step() -> None:  # the transition takes three
+        steps.append(len(steps))
+        controller.level = 2 if asked and len(steps) >= wanted_at + 3 else 0
+
+    inner = engine._engine
+    monkeypatch.setattr(inner, "step", step)
+    monkeypatch.setattr(inner, "add", lambda prompt, max_tokens: None)
+    monkeypatch.setattr(inner, "abort_all", lambda: None)
+    monkeypatch.setattr(LevelEngine, "num_requests", 1)
+    wanted_at = 108  # all requests decode, and steps of a quiet engine are timed
+    took = engine.cross(2, 4, 8, 1000)
+    assert [len(took[key]) for key in ("before_s", "beside_s", "after_s")] == [100, 3, 100]
+    assert len(engine.steps(4, 8, 20)) == 20
     policy, _, setup = asked[0]
     assert policy.decide(None).level == 2 and setup.build(ladder).decide(None).level == 2
+    controller.level = 0
     assert engine.status() == {"level": 0, "in_transition": False, "num_kv_blocks": 9, "deepest": 2}
     assert all(hasattr(Controller, name) for name in vars(controller))
+
+
+def test_weights_that_vllm_makes_up_change_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: two levels that give the same tokens whatever their weights are, so that equal ones prove nothing."""
+    from vllm.model_executor.model_loader import dummy_loader
+
+    monkeypatch.setattr(vllm, "LLM", _Llm)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "")
+    for _ in range(2):
+        VllmEngine(model="here")
+    weight, norm, ids = torch.zeros(64, 4096), torch.zeros(64), torch.zeros(3, dtype=torch.int64)
+    for tensor in (weight, norm, ids):
+        dummy_loader.initialize_single_dummy_weight(tensor)
+    gain = (torch.nn.functional.linear(torch.ones(4096), weight)).std()
+    assert 0.7 < gain < 1.4 and bool((norm == 1).all()) and not bool(ids.any())
 
 
 def test_a_level_has_a_name_too(monkeypatch: pytest.MonkeyPatch) -> None:

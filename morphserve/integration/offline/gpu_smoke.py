@@ -102,6 +102,8 @@ def _make_weights_matter() -> None:
     """Scale what vLLM makes up, up to 0.001 everywhere, as weights are: else no layer changes a token."""
     module: Any = importlib.import_module("vllm.model_executor.model_loader.dummy_loader")
     original = module.initialize_single_dummy_weight
+    if original.__module__ == __name__:  # an earlier engine of this process has
+        return
 
     def scaled(param: Any, *args: Any, **kwargs: Any) -> None:
         original(param, *args, **kwargs)
@@ -116,4 +118,5 @@ def _make_weights_matter() -> None:
 
 
 def _prompts(num_requests: int, num_tokens: int) -> list[list[int]]:
-    return [[10 + (97 * request + 31 * place) % 30000 for place in range(num_tokens)] for request in range(num_requests)]
+    places = range(num_tokens)
+    return [[10 + (97 * request + 31 * place) % 30000 for place in places] for request in range(num_requests)]

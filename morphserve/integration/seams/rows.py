@@ -46,7 +46,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("config_model", "vllm.config:ModelConfig", (), "dense decoders only",
          ("model", "runner_type", "is_hybrid", "is_attention_free", "is_moe", "use_mla", "is_encoder_decoder",
           "is_multimodal_model", "quantization", "enable_sleep_mode", "max_model_len",
-          "get_total_num_hidden_layers", "get_vocab_size")),
+          "get_total_num_hidden_layers", "get_vocab_size", "get_num_layers")),
     Seam("config_base", "vllm.config:ModelConfig", (), "an imported checkpoint must be of the model served",
          ("hf_text_config", "tokenizer", "skip_tokenizer_init")),
     Seam("offline", "vllm:LLM", ("model",), "measuring levels in the kernels that serve them",

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+from typing import TYPE_CHECKING
 
 from morphserve import cpu_tier
 from morphserve.errors import ConfigError
-from morphserve.residence import Residence, residence_of
-from morphserve.version import UNPROVEN_CUDA
+from morphserve.residence import RESERVE_SHARE, Residence, residence_of
+from morphserve.version import PROVEN_GPUS, UNPROVEN_CUDA
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 def device_type() -> str:
@@ -41,8 +45,11 @@ def serving_residence() -> type[Residence]:
     return found
 
 
-def check_platform() -> None:
+def check_platform(num_ranks: int = 1) -> None:
     """Refuse a device that MorphServe cannot morph on.
+
+    Args:
+        num_ranks: of an engine.
 
     Raises:
         ConfigError: says which device vLLM has found.
@@ -54,10 +61,38 @@ def check_platform() -> None:
             "tested. Start without --plugin morphserve on this machine."
         )
     if is_cuda() and os.environ.get(UNPROVEN_CUDA) != "1":
-        raise ConfigError(
-            "device 'cuda': MorphServe has not been proven on a GPU yet; `morphserve gpu-check` tries what it needs of "
-            f"one. Set {UNPROVEN_CUDA}=1 to try it, or start without --plugin morphserve."
-        )
+        _check_proven(num_ranks)
+
+
+def _check_proven(num_ranks: int) -> None:
+    import vllm
+    from vllm.platforms import current_platform
+
+    name = current_platform.get_device_name()
+    if num_ranks == 1 and any(gpu in name and vllm.__version__.startswith(v + ".") for gpu, v in PROVEN_GPUS):
+        return
+    proven = ", ".join(f"one {gpu} with vLLM {version}" for gpu, version in PROVEN_GPUS)
+    raise ConfigError(
+        f"device 'cuda': MorphServe has not been proven on {num_ranks} x {name} with vLLM {vllm.__version__}, only on "
+        f"{proven}; `morphserve gpu-check` tries what it needs of one. Set {UNPROVEN_CUDA}=1 to try it, or start "
+        "without --plugin morphserve."
+    )
+
+
+def levels_of_a_format(vllm_config: VllmConfig) -> int:
+    """Return into how many levels a format is cut on a GPU, so that each is staged whole: steps in between lack graphs.
+
+    Of two at least; each level has graphs that cost memory, so of four at most.
+    """
+    from vllm.platforms import current_platform
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    heads = model.get_num_attention_heads(parallel) + model.get_num_kv_heads(parallel)
+    inner = model.hf_text_config.intermediate_size // parallel.tensor_parallel_size
+    # The widest default format has a byte a weight. A tenth more: scales, and whole pages.
+    layer_bytes = 1.1 * model.get_hidden_size() * (2 * heads * model.get_head_size() + 3 * inner)
+    staged = max(int(RESERVE_SHARE * current_platform.get_device_total_memory() / layer_bytes), 1)
+    return min(max(-(-model.get_total_num_hidden_layers() // staged), 2), 4)
 
 
 def default_formats() -> tuple[str, ...]:

@@ -94,12 +94,12 @@ def ladder_note(config: MorphServeConfig, vllm_config: VllmConfig) -> tuple[int,
 
 
 def _settle(config: MorphServeConfig, vllm_config: VllmConfig) -> Settled:
-    """Write down the ladder's steps; on a GPU two levels a format.
+    """Write down the ladder's steps; on a GPU few levels a format.
 
-    Each level has CUDA graphs there, which cost memory and time at start. One level
-    where vLLM's custom all-reduce has no room for the graphs of more.
+    Each level has CUDA graphs there, which cost memory and time at start. Fewer where vLLM's custom all-reduce has no
+    room for the graphs of more.
     """
-    from morphserve.integration.start.device import default_formats
+    from morphserve.integration.start.device import default_formats, levels_of_a_format
     from morphserve.integration.start.device_checks import has_room_for_graph_sets
 
     model_config = vllm_config.model_config
@@ -110,8 +110,9 @@ def _settle(config: MorphServeConfig, vllm_config: VllmConfig) -> Settled:
     if formats:
         device = replace(device, formats=formats, layers_per_level=num_layers)
         num_steps = len(settle(config, device, levels_are_known).config.ladder.steps or ())
-        if has_room_for_graph_sets(vllm_config, 1 + 2 * num_steps):
-            device = replace(device, layers_per_level=-(-num_layers // 2))
+        counts = range(levels_of_a_format(vllm_config), 1, -1)
+        count = next((n for n in counts if has_room_for_graph_sets(vllm_config, 1 + n * num_steps)), 1)
+        device = replace(device, layers_per_level=-(-num_layers // count))
     return settle(config, device, levels_are_known)
 
 

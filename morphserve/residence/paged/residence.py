@@ -19,8 +19,8 @@ from morphserve.residence.paged.weights import WeightArena
 from quant_layers import Build
 
 # Of the device's memory. A level that is staged whole is never seen half done, so every step has its CUDA graphs.
-_RESERVE_SHARE = 0.03
-# The driver takes as long for a page of 32 MiB as for one of 2 (docs/gpu.md), so large ones move more bytes in a second.
+RESERVE_SHARE = 0.03
+# The driver takes as long for a page of 32 MiB as for one of 2 (docs/gpu.md): large ones move more bytes in a second.
 # But a layer's halves are rounded up to pages in each format, and blocks come and go by one page in every layer.
 _LEAST_PAGE_BYTES, _MOST_PAGE_BYTES = 2 << 20, 8 << 20
 _PAGES_OF_LAYER = 32  # at least, as loaded
@@ -74,7 +74,7 @@ class PagedResidence:
         return
 
     def reserve(self, sizes: Mapping[str, Sequence[int]], least: int, most: int) -> int | None:
-        num_layers = layers_within(sizes, least, most, int(_RESERVE_SHARE * self.total_bytes))
+        num_layers = layers_within(sizes, least, most, int(RESERVE_SHARE * self.total_bytes))
         num_bytes = largest_batch_bytes(sizes, num_layers)
         self._make_room(num_bytes)
         return num_bytes

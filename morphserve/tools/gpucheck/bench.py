@@ -90,7 +90,7 @@ class Bench:
 
 
 def run_part(module: str, bench: Bench) -> Findings:
-    """Call `run` of a module, or of "module:function" that. What it raises becomes the findings' `error` or `skipped`."""
+    """Call a module's `run`, or what "module:function" names. What it raises becomes `error` or `skipped`."""
     try:
         name, _, function = module.partition(":")
         run: Callable[[Bench], None] = getattr(importlib.import_module(name), function or "run")

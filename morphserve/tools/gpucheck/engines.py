@@ -245,7 +245,7 @@ class StandIn:
         return {"transition_s": 1e-3, "before_s": [1e-3], "beside_s": [], "after_s": [1e-3]}
 
     def steps(self, num_requests: int, prompt_tokens: int, num_steps: int) -> list[float]:
-        """Steps that take no time worth the name."""
+        """Make steps that take no time worth the name."""
         return [1e-3] * num_steps
 
     def status(self) -> dict[str, Any]:

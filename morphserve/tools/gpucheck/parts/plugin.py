@@ -1,7 +1,7 @@
 """T9 to T11: vLLM with the plugin beside stock vLLM: what level 0 costs, swaps under load, KV growth, level 0 after it.
 
-T9 is a small model without graphs, T10 the same compiled and with graphs, T11 the shape of an 8B, compiled, with graphs,
-and with a second engine that changes a level in several batches, as one does whose reserve is small.
+T9 is a small model without graphs, T10 the same compiled and with graphs. T11 is the shape of an 8B, compiled and with
+graphs, and with a second engine that changes a level in several batches, as one does whose reserve is small.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def _swap(bench: Bench, morphing: EngineProcess, output_tokens: int, of: str = "
     for turn in range(bench.pick(3, 1)):
         down = _cross(bench, morphing, deepest, f"{of}turn {turn}")
         grown = down["num_kv_blocks"] - base["num_kv_blocks"]
-        bench.require(f"{of}turn {turn}: KV grew by what layers gave up", grown > 0, f"{base['num_kv_blocks']} + {grown}")
+        detail = f"{base['num_kv_blocks']} + {grown}"
+        bench.require(f"{of}turn {turn}: KV grew by what layers gave up", grown > 0, detail)
         rate, deep = throughput(morphing, output_tokens, bench.left_s)
         if not turn:
             bench.figure(f"{of}KV blocks gained", "blocks", grown)
@@ -162,6 +163,7 @@ def _cross(bench: Bench, engine: EngineProcess, level: int, turn: str) -> dict[s
         beside = bench.figure(f"{what}: step beside", "ms", [s * 1e3 for s in found["beside_s"]])
         ratio = beside.p99 / quiet.median
         if not bench.dry:
-            bench.expect(f"{what}: p99 step within 1.2 medians", ratio <= 1.2, f"{ratio:.2f}, longest {beside.most:.1f}")
+            detail = f"{ratio:.2f}, longest {beside.most:.1f} ms"
+            bench.expect(f"{what}: p99 step within 1.2 medians", ratio <= 1.2, detail)
     bench.figure(f"{what}: step after", "ms", [s * 1e3 for s in found["after_s"]])
     return status
