@@ -175,8 +175,11 @@ class ArenaBacking:
             self._whole[start:end].zero_()
 
     def copy_rows(self, offset: int, stride: int, pairs: BlockPairs) -> None:
-        for row in chain.from_iterable(pairs):
-            self._check_usable(offset + row * stride, offset + (row + 1) * stride)
+        edges = [(offset + row * stride, offset + (row + 1) * stride) for row in set(chain.from_iterable(pairs))]
+        page = self.page_bytes
+        missing = {n for start, end in edges for n in range(start // page, -(-end // page))} - self._usable
+        for number in missing:
+            self._check_usable(number * page, (number + 1) * page)
         copy_rows(self.buffer, offset, stride, pairs)
 
     def _unmap(self, numbers: Sequence[int]) -> None:

@@ -80,7 +80,9 @@ class KVConfig(_Section):
         None, ge=2, description="blocks at level 0; null = what vLLM itself would have published"
     )
     max_num_blocks: int | None = Field(None, ge=2, description="never publish more than this")
-    migrate_blocks_per_step: int = Field(16, ge=1, description="live and cached blocks moved per engine step")
+    migrate_blocks_per_step: int | None = Field(
+        None, ge=1, description="live and cached blocks moved per engine step; null = 16, on a GPU 256"
+    )
     max_preemptions: int = Field(
         0, ge=0, description="requests one way back may preempt when it finds no room, one per half a drain_timeout_s"
     )
@@ -91,6 +93,11 @@ class KVConfig(_Section):
     drain_timeout_s: float = Field(
         5.0, gt=0, description="a shrink that found no room for live blocks gives up after this"
     )
+
+    @property
+    def blocks_per_step(self) -> int:
+        """`migrate_blocks_per_step`, or what it stands for where nothing else is known."""
+        return self.migrate_blocks_per_step or 16
 
 
 class TransitionConfig(_Section):

@@ -249,7 +249,7 @@ class Drain:
 
     def advance(self, now_s: float) -> ShrinkProgress:
         """Move what finds room. Once nothing has for half of the time-out, preempt a request."""
-        step = self._pool.advance_shrink(self._config.migrate_blocks_per_step)
+        step = self._pool.advance_shrink(self._config.blocks_per_step)
         if step.copies or step.num_live_tail != self._num_live_tail:
             self._progress_s = now_s
             self._num_live_tail = step.num_live_tail

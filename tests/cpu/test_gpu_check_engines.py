@@ -10,6 +10,7 @@ import pytest
 
 from morphserve.tools.gpucheck.bench import Bench, run_part
 from morphserve.tools.gpucheck.engines import EngineError, EngineProcess, StandIn
+from morphserve.tools.gpucheck.frame import judge
 from morphserve.tools.gpucheck.parts import plugin, vllm
 
 
@@ -69,6 +70,22 @@ def test_t9_notices_a_level_that_is_not_reached(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(plugin, "EngineProcess", Slow)
     findings = run_part(f"{plugin.__name__}:eager", Bench("cpu", True, 300.0))
     assert "EngineError: level 2 is not reached while 32 requests decode" in findings.error
+
+
+@pytest.mark.parametrize(("part", "of"), [(vllm, "run"), (plugin, "large")])
+def test_an_engine_that_is_not_up_in_time_is_no_failure(
+    part: ModuleType, of: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a lent GPU reported as one that does not serve, because a compiler was slow."""
+    (tmp_path / "slow_engine.py").write_text(
+        "import threading\nclass Slow:\n    def __init__(self, **arguments): threading.Event().wait()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in (vllm, plugin):
+        monkeypatch.setattr(module, "engine_factory", lambda bench: "slow_engine:Slow")
+    monkeypatch.setattr("morphserve.tools.gpucheck.engines._STOP_S", 0.2)
+    findings = run_part(f"{part.__name__}:{of}", Bench("cpu", True, 0.5))
+    assert judge(findings, 0, 1.0) == ("no time", "start: no answer in 0 s. Run the part alone.")
 
 
 def test_an_engine_that_fails_is_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from morphserve.integration.start import checks
 from morphserve.integration.start.device_checks import check_device, check_graph_buffers
 from morphserve.integration.start.settings import for_this_device, ladder_note
 from morphserve.integration.worker.block_tables import rewrite_block_tables
-from morphserve.integration.worker.kv import geometry_of, granularity_of
+from morphserve.integration.worker.kv import RankKV, geometry_of, granularity_of
 from morphserve.integration.worker.layers import RankLayers
 from morphserve.profile_ladder import read_ladder
 from morphserve.residence import HostResidence, PagedResidence, numbered, residence_of
@@ -84,6 +84,7 @@ def test_the_defaults_pass() -> None:
         ({"speculative_config": object()}, "--speculative-config"),
         ({"lora_config": object()}, "--enable-lora"),
         ({"model_config": SimpleNamespace(quantization="fp8")}, "quantized .fp8."),
+        ({"model_config": SimpleNamespace(quantization=None, enable_cumem_allocator=True)}, "--enable-cumem-allocator"),
     ],
 )
 def test_what_moves_weights_or_blocks_behind_our_back_is_refused(changes: dict[str, Any], words: str) -> None:
@@ -401,6 +402,24 @@ def test_block_tables_on_the_device_are_renamed() -> None:
     rewrite_block_tables(SimpleNamespace(block_tables=tables), [(9, 1), (7, 4)], 12)
     assert rows.tolist() == [[5, 1, 0, 0], [4, 2, 3, 0]]
     assert rows.data_ptr() == address, "captured graphs read the old address"
+
+
+def test_no_table_on_a_device_names_a_block_that_is_gone() -> None:
+    """Guards: a kernel that loads a whole row of ids, and meets one whose pages have become a layer's; ids of blocks
+    that stay, lost; tables that move under captured graphs."""
+    rows = torch.tensor([[5, 9, 0, 0], [7, 2, 11, 12]], dtype=torch.int32)
+    inputs = torch.tensor([[10, 3, 9, 8]], dtype=torch.int32)
+    kept = rows.data_ptr(), inputs.data_ptr()
+    tables = SimpleNamespace(block_tables=[SimpleNamespace(gpu=rows)], input_block_tables=[inputs])
+    kv = object.__new__(RankKV)
+    kv._cache = SimpleNamespace(num_mapped=13)  # type: ignore[assignment]
+    for more in (13, 20):
+        kv.forget_blocks(SimpleNamespace(block_tables=tables), more)  # type: ignore[arg-type]
+    assert rows.tolist() == [[5, 9, 0, 0], [7, 2, 11, 12]]
+    kv.forget_blocks(SimpleNamespace(block_tables=tables), 9)  # type: ignore[arg-type]
+    assert rows.tolist() == [[5, 0, 0, 0], [7, 2, 0, 0]] and inputs.tolist() == [[0, 3, 0, 8]]
+    assert (rows.data_ptr(), inputs.data_ptr()) == kept
+    kv.forget_blocks(SimpleNamespace(), 9)  # type: ignore[arg-type]
 
 
 def test_block_tables_on_the_host_are_renamed() -> None:

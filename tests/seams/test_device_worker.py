@@ -306,6 +306,7 @@ def test_a_given_number_of_blocks_must_fit(monkeypatch: pytest.MonkeyPatch, give
     of_engine = runtime.EngineRuntime(
         SimpleNamespace(model_executor=executor), SimpleNamespace(cache_config=cache), MorphServeConfig()
     )
+    assert of_engine.config.kv.blocks_per_step == 256, "one block or hundreds: as many operations on a device"
     for name in ("check_supported", "check_kinds"):
         monkeypatch.setattr(runtime, name, lambda *args: None)
     monkeypatch.setattr(runtime, "_granularity", Reached.stop)

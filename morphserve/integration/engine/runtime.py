@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 logger = logging.getLogger("vllm.morphserve")
+# A step that moves blocks costs the host as much for one as for some hundred: an operation or two for each layer.
+_DEVICE_COPIES = 256
 
 
 def _granularity(kv_cache_config: KVCacheConfig, page_bytes: int | None) -> int:
@@ -63,6 +65,9 @@ class EngineRuntime:
             num_layers = vllm_config.model_config.get_total_num_hidden_layers()
             transition = config.transition.model_copy(update={"max_layers_per_step": num_layers})
             self.config = self.config.model_copy(update={"transition": transition})
+        if self.in_background and self.config.kv.migrate_blocks_per_step is None:
+            kv = self.config.kv.model_copy(update={"migrate_blocks_per_step": _DEVICE_COPIES})
+            self.config = self.config.model_copy(update={"kv": kv})
         self.rank_bytes: list[RankBytes] = []
         self.ladder: Ladder = ()
         self.base_num_blocks = 0

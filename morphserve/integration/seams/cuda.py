@@ -41,8 +41,9 @@ CUDA_SEAMS: tuple[Seam, ...] = (
     Seam("blocks_v2", _TABLES, (),
          "a migration rewrites block_tables[group].gpu [max_num_reqs, max_num_blocks] int32, the only copy of ids that"
          " outlives a step. On the runner's stream: steps sent earlier gathered their ids before, and never write any."
-         " Ids of blocks below a sliding window stay in it after they are freed: such models are refused",
-         ("block_tables",)),
+         " Ids of blocks below a sliding window stay in it after they are freed: such models are refused. What graphs"
+         " read keeps ids of earlier requests behind a row's end: those of blocks that go are cleared",
+         ("block_tables", "input_block_tables")),
     Seam("blocks_v2_row", "vllm.v1.worker.gpu.buffer_utils:StagedWriteTensor", (),
          "ids that were staged and not yet written would escape the rewrite: there are none between two steps",
          ("gpu",)),

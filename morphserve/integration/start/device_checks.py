@@ -35,6 +35,11 @@ def check_device(vllm_config: VllmConfig) -> None:
             "--cpu-offload-gb, --offload-group-size and --offload-backend",
         ),
         (
+            getattr(v.model_config, "enable_cumem_allocator", False),
+            "vLLM's own allocator maps the pages of weights and KV",
+            "--enable-cumem-allocator",
+        ),
+        (
             max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
             "context parallel spreads the tokens of a block over ranks",
             "--decode-context-parallel-size and --prefill-context-parallel-size",

@@ -28,6 +28,19 @@ def rewrite_block_tables(runner: GPUModelRunner, pairs: Pairs, num_blocks: int) 
         _rewrite_on_host(runner, pairs, num_blocks)
 
 
+def forget_blocks(runner: GPUModelRunner, num_blocks: int) -> None:
+    """Name no block from `num_blocks` on in tables on a device: their pages go, and no request has them any more.
+
+    Behind a row's end the ids of earlier requests stay, in the tables and in what graphs read. FlashAttention 3 loads
+    nothing there; of other kernels that is not known. V1 writes its rows anew from the host.
+    """
+    tables = getattr(runner, "block_tables", None)
+    if tables is None:
+        return
+    for rows in (*(table.gpu for table in tables.block_tables), *tables.input_block_tables):
+        rows.masked_fill_(rows >= num_blocks, 0)
+
+
 def _rewrite_on_device(tables: Any, pairs: Pairs, num_blocks: int) -> None:
     lookup: torch.Tensor | None = None
     for table in tables.block_tables:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from kv_resize import KVGeometry, Placement
 from morphserve.errors import ConfigError
-from morphserve.integration.worker.block_tables import rewrite_block_tables
+from morphserve.integration.worker.block_tables import forget_blocks, rewrite_block_tables
 from morphserve.residence import Residence
 
 if TYPE_CHECKING:
@@ -161,3 +161,8 @@ class RankKV:
         if not hasattr(runner, "block_tables"):
             self._wait()  # V1 has its tables on the host, and a step under way may still be copying them
         rewrite_block_tables(runner, pairs, self._num_blocks)
+
+    def forget_blocks(self, runner: GPUModelRunner, num_blocks: int) -> None:
+        """Let no table on a device name blocks from `num_blocks` on, where such blocks are about to go."""
+        if num_blocks < self.num_mapped:
+            forget_blocks(runner, num_blocks)

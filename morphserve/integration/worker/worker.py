@@ -158,6 +158,7 @@ class MorphServeWorker:
         def commit(transition: RankTransition) -> None:
             if plan.copies:
                 _move_blocks(self, plan)
+            _forget_blocks(self, plan)
             if plan.alone:
                 transition.prepare_and_commit(_layers().own(dict(plan.layer_formats)), plan.num_kv_blocks)
             else:
@@ -211,6 +212,12 @@ def _move_blocks(worker: WorkerBase, plan: Plan) -> None:
         kv.rewrite_block_tables(worker.model_runner, plan.copies)
     except Exception as e:
         raise KVUnknown(f"{type(e).__name__}: {e}") from e
+
+
+def _forget_blocks(worker: WorkerBase, plan: Plan) -> None:
+    kv = rank().kv
+    assert kv is not None
+    kv.forget_blocks(worker.model_runner, plan.num_kv_blocks)
 
 
 def _answer(

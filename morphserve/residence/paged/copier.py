@@ -29,6 +29,10 @@ class Copier(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Let go of the host memory that was given; copies from it are slow from then on."""
+        ...
+
 
 class HostCopier:
     """Stands in for a device's copy engine where there is none: copies at once."""
@@ -40,6 +44,9 @@ class HostCopier:
         destination.copy_(source)
 
     def finish(self) -> None:
+        return
+
+    def close(self) -> None:
         return
 
 
@@ -58,6 +65,7 @@ class CudaCopier:
         self._chunk_bytes = chunk_bytes
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device)  # no stream's priority is lower than the default's
+        self._pinned: list[int] = []  # addresses
 
     @property
     def stream(self) -> Any:
@@ -73,6 +81,9 @@ class CudaCopier:
                 "that is morphed lies there: give the server more, or morph fewer layers (ladder.steps)."
             )
         private = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # Pinning faults page by page: fewer are quicker. A child that vLLM forks must not copy what is pinned.
+        private.madvise(mmap.MADV_HUGEPAGE)
+        private.madvise(mmap.MADV_DONTFORK)
         memory = torch.frombuffer(private, dtype=torch.int8)
         error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0)
         if int(error) != 0:
@@ -80,6 +91,7 @@ class CudaCopier:
                 f"cannot pin {num_bytes:,} B of host memory for layers (cudaHostRegister: {error}). Give the server "
                 "more host memory, raise the limit of locked memory (ulimit -l), or morph fewer layers (ladder.steps)."
             )
+        self._pinned.append(memory.data_ptr())
         return memory
 
     def copy(self, destination: Tensor, source: Tensor) -> None:
@@ -91,3 +103,8 @@ class CudaCopier:
     def finish(self) -> None:
         # Once the host has seen the stream empty, whatever it launches later, on any stream, comes after.
         self._stream.synchronize()
+
+    def close(self) -> None:
+        """Unpin. What the system maps at the same addresses next could not be pinned otherwise."""
+        while self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._pinned.pop())

@@ -111,6 +111,7 @@ class PagedResidence:
         """End the thread and give all pages back."""
         self.background.shutdown()
         self.give_up()
+        self.copier.close()
 
     def _make_room(self, num_bytes: int) -> None:
         """Create pages for so many bytes, out of what torch holds and nobody uses."""

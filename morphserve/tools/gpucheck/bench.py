@@ -20,6 +20,10 @@ class Skip(Exception):
     """A part cannot run here; the message says why."""
 
 
+class OutOfTime(Exception):
+    """What a part waited for was not there when its time was over; the message says what."""
+
+
 class Bench:
     """Findings of one part, written down as they come: what kills the process later does not take them along."""
 
@@ -98,6 +102,8 @@ def run_part(module: str, bench: Bench) -> Findings:
         run(bench)
     except Skip as e:
         bench.findings.skipped = str(e)
+    except OutOfTime as e:
+        bench.findings.out_of_time = str(e)
     except Exception as e:
         where = traceback.format_exc()[-_ERROR_CHARS:]
         bench.findings.error = f"{type(e).__name__}: {e}"[:_ERROR_CHARS]

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from morphserve.tools.gpucheck.bench import OutOfTime
+
 VLLM_ENGINE = "morphserve.integration.offline.gpu_smoke:VllmEngine"
 STAND_IN = "morphserve.tools.gpucheck.engines:StandIn"
 _STOP_S = 10.0
@@ -151,18 +153,25 @@ class EngineProcess:
         """Seconds that the start took, imports included.
 
         Raises:
-            EngineError: it failed, or is not ready in time.
+            EngineError: it failed.
+            OutOfTime: it is not ready in time.
         """
-        return float(self._answer("start", timeout_s))
+        try:
+            return float(self._answer("start", timeout_s))
+        except TimeoutError as e:
+            raise OutOfTime(f"{e} Run the part alone.") from e
 
     def ask(self, method: str, *args: Any, timeout_s: float) -> Any:
         """Call a method of the engine.
 
         Raises:
-            EngineError: see `wait_ready`.
+            EngineError: it failed, or does not answer in time.
         """
         self._pipe.send((method, args))
-        return self._answer(method, timeout_s)
+        try:
+            return self._answer(method, timeout_s)
+        except TimeoutError as e:
+            raise EngineError(f"{e} See the end of the part's output.") from e
 
     def stop(self) -> None:
         """End the engine and its process, whatever state they are in."""
@@ -184,7 +193,7 @@ class EngineProcess:
     def _answer(self, method: str, timeout_s: float) -> Any:
         try:
             if not self._pipe.poll(max(timeout_s, 0)):
-                raise EngineError(f"{method}: no answer in {timeout_s:.0f} s. See the end of the part's output.")
+                raise TimeoutError(f"{method}: no answer in {timeout_s:.0f} s.")
             ok, value = self._pipe.recv()
         except EOFError:
             self._process.join(1)

@@ -108,6 +108,8 @@ def judge(findings: Findings | None, code: int | None, limit_s: float) -> tuple[
         return "failed", "; ".join(f"{v.name}: {v.detail or 'does not hold'}" for v in missed)
     if findings.skipped:
         return "skipped", findings.skipped
+    if findings.out_of_time:
+        return "no time", findings.out_of_time
     if not any(v.required for v in findings.verdicts):
         return "failed", "it checked nothing: no pass criterion was reached"
     return "ok", ""

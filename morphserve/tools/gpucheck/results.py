@@ -50,6 +50,7 @@ class Findings:
     environment: dict[str, Any] = field(default_factory=dict)  # what only the part's process knows of the machine
     skipped: str = ""  # why the part did not run
     error: str = ""  # what ended it early
+    out_of_time: str = ""  # what it still waited for
     finished: bool = False
 
 
