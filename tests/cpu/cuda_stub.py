@@ -115,6 +115,7 @@ class StubDriver:
         self.memories: dict[int, Memory] = {}  # handle -> memory
         self.mapped: dict[int, int] = {}  # address -> handle
         self.accessible: dict[int, list[int]] = {}  # address -> work that each stream had been given before
+        self.withdrawn: dict[int, list[int]] = {}  # address -> the same, of the last work that may touch it
         self._windows: dict[int, torch.Tensor] = {}
         self._next_address, self._next_handle = granularity_bytes * 1000, 7000
         self._thread = threading.local()
@@ -213,6 +214,7 @@ class StubDriver:
             position += self._size_at(position)
         check(position == int(ptr) + size)
         for address in found:
+            self.withdrawn.pop(address, None)
             if address not in self.accessible:
                 self._window(address).copy_(self.memories[self.mapped[address]].bytes)
                 self.accessible[address] = [stream.num_queued for stream in self.streams]
@@ -223,12 +225,23 @@ class StubDriver:
         check(address in self.mapped and self._size_at(address) == size)
         memory = self.memories[self.mapped[address]]
         if address in self.accessible:
-            for stream, before in zip(self.streams, self.accessible.pop(address), strict=True):
-                assert stream.num_done == stream.num_queued or stream.num_queued == before, "unmapped under queued work"
+            last = self.withdrawn.pop(address, [stream.num_queued for stream in self.streams])
+            for stream, before, end in zip(self.streams, self.accessible.pop(address), last, strict=True):
+                assert stream.num_done >= end or end == before, "unmapped under queued work"
             memory.bytes.copy_(self._window(address))
         self._window(address).fill_(self.POISON)
         memory.is_mapped = False
         self._forget(self.mapped.pop(address))
+
+    def withdraw(self, address: int, size: int) -> None:
+        """Say that work which is queued from now on does not touch these addresses; else all of it touches all."""
+        for mapped in [a for a in self.accessible if address <= a < address + size]:
+            self.withdrawn.setdefault(mapped, [stream.num_queued for stream in self.streams])
+
+    def publish(self, address: int, size: int) -> None:
+        """Say that work which is queued from now on touches these addresses again."""
+        for mapped in [a for a in self.withdrawn if address <= a < address + size]:
+            del self.withdrawn[mapped]
 
     def state(self) -> tuple[object, ...]:
         """All that a call may change, to compare."""

@@ -78,7 +78,7 @@ class DeviceWorld:
     spare_pages: free while everything is at level 0: what a layer is staged in.
     """
 
-    def __init__(self, spare_pages: int = 24, seed: int = 0) -> None:
+    def __init__(self, spare_pages: int = 24, seed: int = 0, allocator: Any = None) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.kernels = {fmt: kernel_of(name) for fmt, name in KERNELS.items()}
         assert self.kernels.keys() <= FORMATS.keys()
@@ -94,7 +94,7 @@ class DeviceWorld:
             for fmt in (BASE, "fp8")  # w8 brings no norm of its own
         }
         self.x = {k: torch.randn(5, k, generator=generator).to(torch.bfloat16) for k in (32, 64)}
-        self.allocator = FakePageAllocator(num_pages=1000, granularity_bytes=PAGE_BYTES)
+        self.allocator = allocator or FakePageAllocator(num_pages=1000, granularity_bytes=PAGE_BYTES)
         self.pool = PagePool(self.allocator, 0)
         self.copier = HostCopier()
         self.arena = WeightArena(self.pool, self.copier)
@@ -109,7 +109,7 @@ class DeviceWorld:
         self.pool.create(BASE_BLOCKS // GRANULARITY * NUM_LAYERS + spare_pages)
         self.cache = ElasticCache(self.backing, geometry, BASE_BLOCKS)
         self.later = Later()
-        self.rank = RankTransition(self.swapper, WorldKV(self.cache), self.later)
+        self.rank = RankTransition(self.swapper, WorldKV(self.cache), self.later, fence=self.allocator.fence)
 
     def _make_room(self, num_bytes: int) -> None:
         self.pool.create(num_bytes // PAGE_BYTES)
