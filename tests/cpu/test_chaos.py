@@ -19,8 +19,10 @@ import pytest
 from safetensors.torch import load_file
 
 from morphserve.errors import MorphServeError
-from morphserve.tools.chaos import processes
+from morphserve.tools.bench import ClientOptions
+from morphserve.tools.chaos import processes, run
 from morphserve.tools.chaos.adapters import write_adapter
+from morphserve.tools.chaos.faults import clients
 from morphserve.tools.chaos.judge import Seen, figures, judge
 from morphserve.tools.chaos.libraries import CACHE, SAYS, failing_library
 from morphserve.tools.chaos.load import CanaryAnswer, Traffic
@@ -348,6 +350,70 @@ def test_a_fault_waits_for_a_change_of_its_own() -> None:
     )  # fmt: skip
     asyncio.run(stage.in_transition())
     assert next(left, "the last look was met") in ((3, 7), "the last look was met")
+
+
+def test_requests_that_wait_for_their_level_do_not_keep_the_load_up() -> None:
+    """Guards: a scenario that waits for who waits for level 0, under a load in which it never comes."""
+    ended = asyncio.Event()
+
+    class Held:
+        options = ClientOptions(url="", model="")
+        owed: list[asyncio.Task[None]] = []
+
+        async def in_transition(self) -> None:
+            return
+
+        async def stream(self, *args: Any, **kwargs: Any) -> None:
+            await ended.wait()
+
+        async def post(self, *args: Any, **kwargs: Any) -> None:
+            return
+
+        async def status_from_now(self) -> dict[str, int]:
+            return {"num_held_total": 2}
+
+    async def run() -> None:
+        stage = Held()
+        await asyncio.wait_for(clients.held_requests(stage), 20)  # type: ignore[arg-type]
+        assert stage.owed and not any(task.done() for task in stage.owed)
+        ended.set()
+        await asyncio.gather(*stage.owed)
+
+    asyncio.run(run())
+
+
+def test_the_last_look_comes_after_the_canaries_have_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a server said to be stuck at a level that the canaries themselves have brought about."""
+    looks: list[str] = []
+
+    class Resting:
+        level, traffic, options = 2, Traffic(), None
+
+        async def status_from_now(self) -> dict[str, int]:
+            looks.append("status")
+            return {"level": self.level}
+
+    stage, seen = Resting(), good()
+
+    async def until(reached: Callable[[], bool], limit_s: float) -> bool:
+        looks.append("wait")
+        while not reached():
+            stage.level -= 1
+        return True
+
+    async def ask(*args: Any) -> list[CanaryAnswer]:
+        looks.append("ask")
+        stage.level = 3
+        return []
+
+    async def at_once(seconds: float) -> None:
+        return
+
+    monkeypatch.setattr(run, "until", until)
+    monkeypatch.setattr(run, "_ask_all", ask)
+    monkeypatch.setattr(asyncio, "sleep", at_once)
+    asyncio.run(run._rest(seen, None, stage))  # type: ignore[arg-type]
+    assert looks == ["wait", "ask", "wait", "status"] and seen.status == {"level": 0}
 
 
 def test_an_adapter_is_what_vllm_loads(tmp_path: Path) -> None:
