@@ -228,6 +228,16 @@ def test_a_level_of_the_default_ladder_is_staged_whole(
     assert not isinstance(step, str) and step.layers_per_level == layers_per_level
 
 
+@pytest.mark.parametrize("inner", [{}, {"intermediate_size": [14336] * 32}])
+def test_a_model_that_counts_otherwise_starts(monkeypatch: pytest.MonkeyPatch, inner: dict[str, Any]) -> None:
+    """Guards: a start that ends in an AttributeError for want of a number that only says how many levels there are."""
+    monkeypatch.setattr("vllm.platforms.current_platform", Platform(90))
+    engine = of_layers(32)
+    engine.model_config.hf_text_config = SimpleNamespace(**inner)
+    (step,) = for_this_device(MorphServeConfig(), engine).ladder.steps or ()
+    assert not isinstance(step, str) and step.layers_per_level == 16
+
+
 @pytest.mark.parametrize("value", ["0", "false"])
 def test_graphs_must_be_taken_off_the_memory(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     """Guards: five graph sets captured into memory that the KV cache was given."""

@@ -88,9 +88,12 @@ def levels_of_a_format(vllm_config: VllmConfig) -> int:
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     heads = model.get_num_attention_heads(parallel) + model.get_num_kv_heads(parallel)
-    inner = model.hf_text_config.intermediate_size // parallel.tensor_parallel_size
+    hidden = model.get_hidden_size()
+    inner = getattr(model.hf_text_config, "intermediate_size", None)
+    if not isinstance(inner, int):  # a model that calls it otherwise, or has one for each layer
+        inner = 4 * hidden
     # The widest default format has a byte a weight. A tenth more: scales, and whole pages.
-    layer_bytes = 1.1 * model.get_hidden_size() * (2 * heads * model.get_head_size() + 3 * inner)
+    layer_bytes = 1.1 * hidden * (2 * heads * model.get_head_size() + 3 * inner // parallel.tensor_parallel_size)
     staged = max(int(RESERVE_SHARE * current_platform.get_device_total_memory() / layer_bytes), 1)
     return min(max(-(-model.get_total_num_hidden_layers() // staged), 2), 4)
 
