@@ -7,7 +7,7 @@ the device is done on a thread of its own, beside the forward passes. `transitio
 
 from importlib.metadata import entry_points
 
-from morphserve.residence.base import BaseLinear, Parts, PartsKey, Residence
+from morphserve.residence.base import BaseLinear, Parts, PartsKey, RankSizes, Residence
 from morphserve.residence.errors import GraphSetError, WeightError
 from morphserve.residence.graphs.caches import Entries, Formats, Holder, Watch
 from morphserve.residence.graphs.graph_sets import GraphSets
@@ -66,6 +66,7 @@ __all__ = [
     "PartsKey",
     "Patience",
     "Place",
+    "RankSizes",
     "RankTransition",
     "Reader",
     "Residence",

@@ -97,6 +97,21 @@ class Parts(PartSource, Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class RankSizes:
+    """What of a rank's model and KV cache says how large pages are to be.
+
+    Attributes:
+        num_layers: decoder layers of the rank, each of which has blocks of the KV cache.
+        layer_bytes: of a layer as loaded, about.
+        block_bytes: of a block of the KV cache in one layer.
+    """
+
+    num_layers: int
+    layer_bytes: int
+    block_bytes: int
+
+
 class Residence(Protocol):
     """Where a rank's layers and KV blocks have their bytes.
 
@@ -122,16 +137,13 @@ class Residence(Protocol):
         ...
 
     @classmethod
-    def open(
-        cls, device: torch.device, forward_stream: Callable[[], object], num_layers: int, layer_bytes: int
-    ) -> Residence:
+    def open(cls, device: torch.device, forward_stream: Callable[[], object], sizes: RankSizes) -> Residence:
         """Open a rank's memory; nothing is allocated yet.
 
         Args:
             device: that vLLM loads the model on.
             forward_stream: gives the stream of the forward passes; asked for once, and only where there are streams.
-            num_layers: decoder layers of the rank, each of which has blocks of the KV cache.
-            layer_bytes: of a layer as loaded, about.
+            sizes: of the rank's model and KV cache.
 
         Raises:
             PageError: no such device, or a library for it is missing.

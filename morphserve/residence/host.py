@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kv_resize import ElasticCache, HostBacking, KVGeometry, unmapped_bytes
 from morphserve.errors import ConfigError
-from morphserve.residence.base import BaseLinear, PartsKey
+from morphserve.residence.base import BaseLinear, PartsKey, RankSizes
 from morphserve.residence.host_memory import FREED_WEIGHTS_RETURN, resident_bytes, weights_on_their_own_pages
 from morphserve.residence.reader import Reader
 from quant_layers import (
@@ -230,9 +230,7 @@ class HostResidence:
         self._backing: HostBacking | None = None
 
     @classmethod
-    def open(
-        cls, device: torch.device, forward_stream: Callable[[], object], num_layers: int, layer_bytes: int
-    ) -> HostResidence:
+    def open(cls, device: torch.device, forward_stream: Callable[[], object], sizes: RankSizes) -> HostResidence:
         return cls()
 
     def open_parts(self, key: PartsKey, build: Build) -> StoredParts:

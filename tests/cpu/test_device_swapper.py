@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_resize import BackingError
-from morphserve.residence import Layout, RankTransition, page_size
+from morphserve.residence import Layout, RankSizes, RankTransition, page_size
 from quant_layers import BASE, Part, SwapError
 
 pytestmark = pytest.mark.cpu
@@ -294,15 +294,19 @@ def test_any_order_of_commands(steps: list[tuple[str, int, str, int]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "layer_mib", "device_gib", "page_mib"),
-    [(32, 416, 79, 8), (80, 408, 79, 4), (32, 416, 22, 2), (8, 33, 79, 2), (1, 4096, 139, 8), (200, 1, 8, 2)],
-)
+    ("num_layers", "layer_mib", "block_kib", "device_gib", "page_mib"),
+    [
+        (32, 416, 64, 79, 8), (80, 408, 16, 79, 4), (32, 416, 64, 22, 2), (8, 33, 64, 79, 2), (1, 4096, 64, 139, 8),
+        (200, 1, 64, 8, 2), (40, 680, 80, 79, 2),  # ten KV heads: five pages of 2 MiB a layer, 400 MiB in all
+    ],
+)  # fmt: skip
 def test_a_page_is_little_of_a_layer_and_of_the_device(
-    num_layers: int, layer_mib: int, device_gib: int, page_mib: int
+    num_layers: int, layer_mib: int, block_kib: int, device_gib: int, page_mib: int
 ) -> None:
     """Guards: a call of the driver for every 2 MiB where it moves 32 in the same time; a small model whose layers are
     rounded up to twice their size, or whose blocks come and go by a tenth of the device."""
-    assert page_size(num_layers, layer_mib << 20, device_gib << 30) == page_mib << 20
+    sizes = RankSizes(num_layers, layer_mib << 20, block_kib << 10)
+    assert page_size(sizes, device_gib << 30) == page_mib << 20
 
 
 def test_a_layout_is_aligned_and_whole() -> None:

@@ -84,8 +84,10 @@ def test_an_engine_that_is_not_up_in_time_is_no_failure(
     for module in (vllm, plugin):
         monkeypatch.setattr(module, "engine_factory", lambda bench: "slow_engine:Slow")
     monkeypatch.setattr("morphserve.tools.gpucheck.engines._STOP_S", 0.2)
-    findings = run_part(f"{part.__name__}:{of}", Bench("cpu", True, 0.5))
+    findings = run_part(f"{part.__name__}:{of}", Bench("cpu", True, 0.5, is_cut=True))
     assert judge(findings, 0, 1.0) == ("no time", "start: no answer in 0 s. Run the part alone.")
+    findings = run_part(f"{part.__name__}:{of}", Bench("cpu", True, 0.5))
+    assert judge(findings, 0, 1.0) == ("failed", "start: no answer in 0 s."), "it had all the time that it gets"
 
 
 def test_an_engine_that_fails_is_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

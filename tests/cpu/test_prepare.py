@@ -40,7 +40,8 @@ class Machine:
         progress(what, 1, 2)
         if "asking" in what:
             formats = ["w8", "w4"] if self.with_profile else ["w4"]
-            return {"place": asdict(PLACE), "formats": formats, "in_pages": False, "with_profile": self.with_profile}
+            more = {"in_pages": False, "levels_of_a_format": None, "with_profile": self.with_profile}
+            return {"place": asdict(PLACE), "formats": formats, **more}
         out = Path(command[command.index("--out") + 1])
         if "quantizing" in what:
             out.mkdir()

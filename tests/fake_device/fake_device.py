@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from kv_resize import FakePageAllocator, PagePool
-from morphserve.residence import HostCopier, PagedResidence, start_thread
+from morphserve.residence import HostCopier, PagedResidence, RankSizes, start_thread
 
 _PAGE_BYTES = 64 << 10
 _NUM_PAGES = 1 << 20
@@ -20,9 +20,7 @@ class FakePages(PagedResidence):
     """Takes the place of `HostResidence`."""
 
     @classmethod
-    def open(
-        cls, device: torch.device, forward_stream: Callable[[], object], num_layers: int, layer_bytes: int
-    ) -> FakePages:
+    def open(cls, device: torch.device, forward_stream: Callable[[], object], sizes: RankSizes) -> FakePages:
         allocator = FakePageAllocator(_NUM_PAGES, _PAGE_BYTES)
         total = _NUM_PAGES * _PAGE_BYTES
         return cls(device, allocator, PagePool(allocator, 0), HostCopier(), start_thread(), _nothing, _nothing, total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,10 +41,14 @@ def config(**changes: Any) -> SimpleNamespace:
         "attention_config": SimpleNamespace(hisparse_config=None),
         "speculative_config": None,
         "lora_config": None,
-        "model_config": SimpleNamespace(quantization=None),
+        "model_config": model(),
         "compilation_config": SimpleNamespace(use_inductor_graph_partition=False),
     }
     return SimpleNamespace(**{**values, **changes})
+
+
+def model(**changes: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{"quantization": None, "enable_cumem_allocator": False, **changes})
 
 
 def offload(**fields: Any) -> Any:
@@ -83,8 +88,8 @@ def test_the_defaults_pass() -> None:
         ({"attention_config": SimpleNamespace(hisparse_config=object())}, "HiSparse"),
         ({"speculative_config": object()}, "--speculative-config"),
         ({"lora_config": object()}, "--enable-lora"),
-        ({"model_config": SimpleNamespace(quantization="fp8")}, "quantized .fp8."),
-        ({"model_config": SimpleNamespace(quantization=None, enable_cumem_allocator=True)}, "--enable-cumem-allocator"),
+        ({"model_config": model(quantization="fp8")}, "quantized .fp8."),
+        ({"model_config": model(enable_cumem_allocator=True)}, "--enable-cumem-allocator"),
     ],
 )
 def test_what_moves_weights_or_blocks_behind_our_back_is_refused(changes: dict[str, Any], words: str) -> None:
@@ -112,7 +117,8 @@ def captured(mode: str = "FULL_AND_PIECEWISE", **parallel: Any) -> Any:
     from vllm.config import CUDAGraphMode
 
     ranks = {
-        "tensor_parallel_size": 2, "pipeline_parallel_size": 1, "world_size": 2, "disable_custom_all_reduce": False
+        "tensor_parallel_size": 2, "pipeline_parallel_size": 1, "world_size_across_dp": 2,
+        "disable_custom_all_reduce": False,
     }  # fmt: skip
     return config(
         parallel_config=SimpleNamespace(**{**ranks, **parallel}),
@@ -215,12 +221,13 @@ def test_a_default_ladder_has_room_for_its_graphs(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("gibibytes", "num_layers", "layers_per_level"), [(139, 32, 16), (79, 32, 8), (22, 32, 8), (79, 4, 2)]
+    ("gibibytes", "num_layers", "layers_per_level"), [(139, 32, 16), (79, 32, 8), (79, 4, 2), (22, 32, 8)]
 )
-def test_a_level_of_the_default_ladder_is_staged_whole(
+def test_a_level_of_the_default_ladder_is_staged_whole_if_four_do(
     monkeypatch: pytest.MonkeyPatch, gibibytes: int, num_layers: int, layers_per_level: int
 ) -> None:
-    """Guards: a level that a GPU's reserve does not hold, and decode steps three times as long until it is there."""
+    """Guards: a level that a GPU's reserve does not hold, and decode steps three times as long until it is there; a
+    small GPU's dozen of levels, each with graphs of its own."""
     platform = Platform(90)
     platform.total_bytes = gibibytes << 30
     monkeypatch.setattr("vllm.platforms.current_platform", platform)
@@ -289,12 +296,15 @@ def test_a_gpu_is_for_who_asks_to_try_it(monkeypatch: pytest.MonkeyPatch) -> Non
         ("NVIDIA H100 80GB HBM3", "0.33.0", 1, True),
         ("NVIDIA H100 80GB HBM3", "0.33.0", 2, False),
         ("NVIDIA H100 80GB HBM3", "0.32.0", 1, False),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", "0.33.0", 1, False),
+        ("NVIDIA H100 PCIe", "0.33.0", 1, False),
         ("NVIDIA A100-SXM4-80GB", "0.33.0", 1, False),
     ],
 )
 def test_what_was_proven_starts(
-    monkeypatch: pytest.MonkeyPatch, gpu: str, version: str, num_ranks: int, starts: bool
-) -> None:
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    gpu: str, version: str, num_ranks: int, starts: bool,
+) -> None:  # fmt: skip
     """Guards: a proven GPU that is refused; one of which nothing is known, or two of them, in its shadow."""
     platform = Platform(90)
     platform.name = gpu
@@ -302,8 +312,15 @@ def test_what_was_proven_starts(
     monkeypatch.setattr("vllm.__version__", version)
     monkeypatch.delenv(UNPROVEN_CUDA, raising=False)
     if starts:
-        return checks.check_platform(num_ranks)
-    with pytest.raises(ConfigError, match=f"proven on {num_ranks} x {gpu} with vLLM {version}, only on one H100 with"):
+        monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+        for of_torch in ("2.11.0+cu130", "2.14.0"):
+            monkeypatch.setattr("torch.__version__", of_torch)
+            checks.check_platform(num_ranks)
+        (record,) = caplog.records
+        assert "proven on this GPU with torch 2.11, this is 2.14.0" in record.getMessage()
+        return
+    words = f"proven on {num_ranks} x {gpu} with vLLM {version}, only on one H100 80GB HBM3 with"
+    with pytest.raises(ConfigError, match=re.escape(words)):
         checks.check_platform(num_ranks)
 
 

@@ -12,11 +12,11 @@ from morphserve.prepared import Place
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print JSON: {"place", "formats", "in_pages", "with_profile"}. Its words are those of `vllm serve`."""
+    """Print JSON, see the document below. Its words are those of `vllm serve`."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from morphserve.integration.start import FOUND, KEY, formats_over, serving_residence
+    from morphserve.integration.start import FOUND, KEY, formats_over, levels_of_a_format, serving_residence
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="served", conflict_handler="resolve"))
     args = EngineArgs.from_cli_args(parser.parse_args(argv))
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "place": asdict(place),
         "formats": list(formats_over(config.model_config)),
         "in_pages": serving_residence().in_pages,
+        "levels_of_a_format": levels_of_a_format(config) if serving_residence().in_pages else None,
         "with_profile": config.model_config.quantization is None,
     }
     sys.stdout.write("\n" + json.dumps(document) + "\n")

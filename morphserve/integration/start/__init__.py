@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         serving_residence,
     )
     from morphserve.integration.start.device_budget import check_fixed_kv, check_given_blocks
-    from morphserve.integration.start.device_checks import check_device
+    from morphserve.integration.start.device_checks import check_device, levels_of_a_format
     from morphserve.integration.start.idle import IdleWork, idle_work
     from morphserve.integration.start.prepared import attach_prepared
 
@@ -67,6 +67,7 @@ __all__ = [
     "is_active",
     "is_cuda",
     "ladder_note",
+    "levels_of_a_format",
     "make_policy",
     "nominal_ladder",
     "policy_setup",
@@ -88,6 +89,7 @@ _LATE = {
     "device_type": "device",
     "idle_work": "idle",
     "is_cuda": "device",
+    "levels_of_a_format": "device_checks",
     "serving_residence": "device",
     "make_policy": "checks",
     "nominal_ladder": "checks",

@@ -34,7 +34,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
     config = settings_of(vllm_config)
     if config is None:
         return
-    check_platform(vllm_config.parallel_config.world_size)
+    check_platform(vllm_config.parallel_config.world_size_across_dp)
     check_formats(config, FORMATS)
     read_tokens(config.admin.token_file, config.admin.read_token_file)  # as the API server, once weights are loaded
     check_log(config.decision_log)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
-from typing import TYPE_CHECKING
 
 from morphserve import cpu_tier
 from morphserve.errors import ConfigError
-from morphserve.residence import RESERVE_SHARE, Residence, residence_of
+from morphserve.residence import Residence, residence_of
 from morphserve.version import PROVEN_GPUS, UNPROVEN_CUDA
 
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+logger = logging.getLogger("vllm.morphserve")
 
 
 def device_type() -> str:
@@ -65,37 +64,26 @@ def check_platform(num_ranks: int = 1) -> None:
 
 
 def _check_proven(num_ranks: int) -> None:
+    import torch
     import vllm
     from vllm.platforms import current_platform
 
     name = current_platform.get_device_name()
-    if num_ranks == 1 and any(gpu in name and vllm.__version__.startswith(v + ".") for gpu, v in PROVEN_GPUS):
-        return
-    proven = ", ".join(f"one {gpu} with vLLM {version}" for gpu, version in PROVEN_GPUS)
+    for gpu, of_vllm, of_torch in PROVEN_GPUS:
+        is_whole = gpu in name and "MIG" not in name  # a slice of a GPU is called after it
+        if num_ranks == 1 and is_whole and vllm.__version__.startswith(of_vllm + "."):
+            if not torch.__version__.startswith(of_torch + "."):
+                logger.warning(
+                    "morphserve: proven on this GPU with torch %s, this is %s; `morphserve gpu-check` tries it",
+                    of_torch, torch.__version__,
+                )  # fmt: skip
+            return
+    proven = ", ".join(f"one {gpu} with vLLM {version}" for gpu, version, _ in PROVEN_GPUS)
     raise ConfigError(
         f"device 'cuda': MorphServe has not been proven on {num_ranks} x {name} with vLLM {vllm.__version__}, only on "
         f"{proven}; `morphserve gpu-check` tries what it needs of one. Set {UNPROVEN_CUDA}=1 to try it, or start "
         "without --plugin morphserve."
     )
-
-
-def levels_of_a_format(vllm_config: VllmConfig) -> int:
-    """Return into how many levels a format is cut on a GPU, so that each is staged whole: steps in between lack graphs.
-
-    Of two at least; each level has graphs that cost memory, so of four at most.
-    """
-    from vllm.platforms import current_platform
-
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    heads = model.get_num_attention_heads(parallel) + model.get_num_kv_heads(parallel)
-    hidden = model.get_hidden_size()
-    inner = getattr(model.hf_text_config, "intermediate_size", None)
-    if not isinstance(inner, int):  # a model that calls it otherwise, or has one for each layer
-        inner = 4 * hidden
-    # The widest default format has a byte a weight. A tenth more: scales, and whole pages.
-    layer_bytes = 1.1 * hidden * (2 * heads * model.get_head_size() + 3 * inner // parallel.tensor_parallel_size)
-    staged = max(int(RESERVE_SHARE * current_platform.get_device_total_memory() / layer_bytes), 1)
-    return min(max(-(-model.get_total_num_hidden_layers() // staged), 2), 4)
 
 
 def default_formats() -> tuple[str, ...]:

@@ -99,8 +99,8 @@ def _settle(config: MorphServeConfig, vllm_config: VllmConfig) -> Settled:
     Each level has CUDA graphs there, which cost memory and time at start. Fewer where vLLM's custom all-reduce has no
     room for the graphs of more.
     """
-    from morphserve.integration.start.device import default_formats, levels_of_a_format
-    from morphserve.integration.start.device_checks import has_room_for_graph_sets
+    from morphserve.integration.start.device import default_formats
+    from morphserve.integration.start.device_checks import has_room_for_graph_sets, levels_of_a_format
 
     model_config = vllm_config.model_config
     num_layers, formats = model_config.get_total_num_hidden_layers(), default_formats()

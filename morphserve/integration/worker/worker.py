@@ -24,11 +24,11 @@ from morphserve.integration.worker.kv import RankKV
 from morphserve.integration.worker.layers import RankLayers
 from morphserve.integration.worker.refusals import refuse_weight_access
 from morphserve.integration.worker.state import Rank, begin, rank
-from morphserve.residence import RankTransition
+from morphserve.residence import RankSizes, RankTransition
 
 if TYPE_CHECKING:
     import torch
-    from vllm.config import ModelConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.worker.worker_base import WorkerBase
 
@@ -64,14 +64,12 @@ def _weights_loaded(original: Callable[..., Any]) -> Any:
         vllm_config = get_current_vllm_config_or_none()
         config = settings_of(vllm_config)
         if (old := rank().residence) is not None:  # of an earlier engine of this process: its memory is wanted
-            begin(Rank())
             old.close()
+            begin(Rank())
         if config is None:
             return original(model, model_config, target_device)
         try:
-            num_layers = model_config.get_num_layers(vllm_config.parallel_config)
-            layer_bytes = sum(parameter.nbytes for parameter in model.parameters()) // num_layers
-            residence = serving_residence().open(target_device, _forward_stream, num_layers, layer_bytes)
+            residence = serving_residence().open(target_device, _forward_stream, _sizes(model, vllm_config))
             layers = RankLayers(for_this_device(config, vllm_config), vllm_config, get_world_group().rank, residence)
             layers.capture(model)
             with residence.loading():
@@ -204,6 +202,15 @@ def _layers() -> RankLayers:
     return layers
 
 
+def _sizes(model: torch.nn.Module, vllm_config: VllmConfig) -> RankSizes:
+    """Return what is known of this rank before it has a KV cache, which is taken to hold 16 bits."""
+    config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    num_layers = config.get_num_layers(parallel)
+    layer_bytes = sum(parameter.nbytes for parameter in model.parameters()) // num_layers
+    token_bytes = 2 * 2 * config.get_num_kv_heads(parallel) * config.get_head_size()
+    return RankSizes(num_layers, layer_bytes, token_bytes * vllm_config.cache_config.block_size)
+
+
 def _move_blocks(worker: WorkerBase, plan: Plan) -> None:
     kv = rank().kv
     assert kv is not None
@@ -217,7 +224,10 @@ def _move_blocks(worker: WorkerBase, plan: Plan) -> None:
 def _forget_blocks(worker: WorkerBase, plan: Plan) -> None:
     kv = rank().kv
     assert kv is not None
-    kv.forget_blocks(worker.model_runner, plan.num_kv_blocks)
+    try:
+        kv.forget_blocks(worker.model_runner, plan.num_kv_blocks)
+    except Exception as e:
+        raise KVUnknown(f"{type(e).__name__}: {e}") from e
 
 
 def _answer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -65,7 +66,7 @@ class CudaCopier:
         self._chunk_bytes = chunk_bytes
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device)  # no stream's priority is lower than the default's
-        self._pinned: list[int] = []  # addresses
+        self._pinned: list[Tensor] = []
 
     @property
     def stream(self) -> Any:
@@ -82,8 +83,9 @@ class CudaCopier:
             )
         private = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         # Pinning faults page by page: fewer are quicker. A child that vLLM forks must not copy what is pinned.
-        private.madvise(mmap.MADV_HUGEPAGE)
-        private.madvise(mmap.MADV_DONTFORK)
+        for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
+            with suppress(OSError):  # of a kernel without huge pages
+                private.madvise(advice)
         memory = torch.frombuffer(private, dtype=torch.int8)
         error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0)
         if int(error) != 0:
@@ -91,7 +93,7 @@ class CudaCopier:
                 f"cannot pin {num_bytes:,} B of host memory for layers (cudaHostRegister: {error}). Give the server "
                 "more host memory, raise the limit of locked memory (ulimit -l), or morph fewer layers (ladder.steps)."
             )
-        self._pinned.append(memory.data_ptr())
+        self._pinned.append(memory)
         return memory
 
     def copy(self, destination: Tensor, source: Tensor) -> None:
@@ -107,4 +109,4 @@ class CudaCopier:
     def close(self) -> None:
         """Unpin. What the system maps at the same addresses next could not be pinned otherwise."""
         while self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._pinned.pop())
+            torch.cuda.cudart().cudaHostUnregister(self._pinned.pop().data_ptr())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +13,7 @@ import torch
 
 from kv_resize import ArenaBacking, CudaPageAllocator, ElasticCache, KVGeometry, PageAllocator, PagePool
 from morphserve.control import largest_batch_bytes, layers_within
-from morphserve.residence.base import PartsKey
+from morphserve.residence.base import PartsKey, RankSizes
 from morphserve.residence.paged.copier import Copier, CudaCopier
 from morphserve.residence.paged.parts import PagedParts
 from morphserve.residence.paged.weights import WeightArena
@@ -20,8 +21,9 @@ from quant_layers import Build
 
 # Of the device's memory. A level that is staged whole is never seen half done, so every step has its CUDA graphs.
 RESERVE_SHARE = 0.03
-# The driver takes as long for a page of 32 MiB as for one of 2 (docs/gpu.md): large ones move more bytes in a second.
-# But a layer's halves are rounded up to pages in each format, and blocks come and go by one page in every layer.
+# The driver takes as long for a page of 32 MiB as for one of 2 (docs/results/gpu_h100.md): large ones move more bytes a
+# second. But a layer's halves are rounded up to pages in each format, and so many blocks come and go as fill pages in
+# every layer.
 _LEAST_PAGE_BYTES, _MOST_PAGE_BYTES = 2 << 20, 8 << 20
 _PAGES_OF_LAYER = 32  # at least, as loaded
 _GRANULE_SHARE = 0.005  # of the device, at most
@@ -43,14 +45,12 @@ class PagedResidence:
     total_bytes: int  # of the device, whoever holds them
 
     @classmethod
-    def open(
-        cls, device: torch.device, forward_stream: Callable[[], object], num_layers: int, layer_bytes: int
-    ) -> PagedResidence:
+    def open(cls, device: torch.device, forward_stream: Callable[[], object], sizes: RankSizes) -> PagedResidence:
         device = numbered(device)
         copier = CudaCopier(device)
         total = torch.cuda.get_device_properties(device).total_memory
         streams = (forward_stream(), copier.stream)
-        allocator = CudaPageAllocator(device.index, streams, page_bytes=page_size(num_layers, layer_bytes, total))
+        allocator = CudaPageAllocator(device.index, streams, page_bytes=page_size(sizes, total))
         thread = start_thread(_on_stream, device, copier.stream)
         thread.submit(_nothing).result()  # a thread that cannot work ends the start, not the first transition
         empty = torch.cuda.empty_cache
@@ -110,8 +110,10 @@ class PagedResidence:
     def close(self) -> None:
         """End the thread and give all pages back."""
         self.background.shutdown()
-        self.give_up()
-        self.copier.close()
+        try:
+            self.give_up()
+        finally:
+            self.copier.close()
 
     def _make_room(self, num_bytes: int) -> None:
         """Create pages for so many bytes, out of what torch holds and nobody uses."""
@@ -119,11 +121,12 @@ class PagedResidence:
         self.pool.create(-(-num_bytes // self.allocator.granularity_bytes))
 
 
-def page_size(num_layers: int, layer_bytes: int, total_bytes: int) -> int:
-    """Return the bytes of a page: more where that is little of a layer, and of the device once for each layer."""
-    most = min(_MOST_PAGE_BYTES, layer_bytes // _PAGES_OF_LAYER, int(_GRANULE_SHARE * total_bytes) // num_layers)
+def page_size(sizes: RankSizes, total_bytes: int) -> int:
+    """Return the bytes of a page: more where that is little of a layer, and a change of the KV cache of the device."""
+    most = min(_MOST_PAGE_BYTES, sizes.layer_bytes // _PAGES_OF_LAYER)
     size = _LEAST_PAGE_BYTES
-    while 2 * size <= most:
+    granules = sizes.num_layers / (_GRANULE_SHARE * total_bytes)  # times what blocks come and go by in a layer
+    while 2 * size <= most and math.lcm(2 * size, sizes.block_bytes) * granules <= 1:
         size *= 2
     return size
 

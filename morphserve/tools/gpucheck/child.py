@@ -18,10 +18,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--budget", type=float, required=True, help="seconds")
+    parser.add_argument("--cut", action="store_true", help="the budget is less than the part's own")
     args = parser.parse_args(argv)
     if args.dry:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # asked for once, when Triton is imported
-    findings = run_part(args.module, Bench(args.device, args.dry, args.budget, args.file))
+    findings = run_part(args.module, Bench(args.device, args.dry, args.budget, args.file, is_cut=args.cut))
     sys.stdout.flush()
     return 1 if findings.error else 0
 

@@ -10,7 +10,7 @@ Output columns: figure, unit, median, quartiles, p99, least to most, repeats; fo
 time, with the reason; for each criterion whether it holds. Exit code: 0 no part failed, 1 one has, 3 no NVIDIA device,
 4 none failed but there was no time for some. Last stdout line: one JSON document.
 
-    morphserve gpu-check --minutes 9 --out reports/gpu_check
+    morphserve gpu-check --out reports/gpu_check
     morphserve gpu-check --only t1,t3
     morphserve gpu-check --device cpu --dry-run      # tries the code paths without a GPU, measures nothing
 """
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve gpu-check") 
     parser = command_parser(__doc__, prog)
     parser.add_argument("--only", default="", help="parts with commas between, such as t1,t3; default all")
     parser.add_argument("--skip", default="", help="parts to leave out, such as t8,t9")
-    parser.add_argument("--minutes", type=more_than_zero, default=9.0, help="for the whole run")
+    parser.add_argument("--minutes", type=more_than_zero, default=25.0, help="for the whole run")
     parser.add_argument("--out", type=Path, help="directory of the report; default $OUT, else reports/gpu_check")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dry-run", action="store_true", help="with --device cpu: try the code paths, measure nothing")

@@ -159,7 +159,7 @@ class EngineProcess:
         try:
             return float(self._answer("start", timeout_s))
         except TimeoutError as e:
-            raise OutOfTime(f"{e} Run the part alone.") from e
+            raise OutOfTime(str(e)) from e
 
     def ask(self, method: str, *args: Any, timeout_s: float) -> Any:
         """Call a method of the engine.
@@ -229,7 +229,7 @@ def _serve(pipe: Any, factory: str, arguments: dict[str, Any]) -> None:
 
 
 class StandIn:
-    """In place of vLLM in a dry run, which tries T8 and T9 and the pipes between processes where nothing is installed.
+    """In place of vLLM in a dry run, which tries T8 to T11 and the pipes between processes where nothing is installed.
 
     Tokens depend on request, place and level, and levels change at once.
     """

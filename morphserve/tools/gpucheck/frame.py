@@ -118,6 +118,7 @@ def judge(findings: Findings | None, code: int | None, limit_s: float) -> tuple[
 def _command(part: Part, options: Options, file: Path, budget_s: float) -> list[str]:
     command = [sys.executable, "-m", "morphserve.tools.gpucheck.child", part.module, "--file", str(file)]
     command += ["--device", options.device, "--budget", f"{budget_s:.1f}"]
+    command += ["--cut"] if budget_s < part.budget_s * _SOFT else []
     return [*command, "--dry"] if options.dry else command
 
 

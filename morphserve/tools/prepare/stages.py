@@ -34,6 +34,7 @@ class _Served:
     place: Place
     formats: tuple[str, ...]
     in_pages: bool
+    levels_of_a_format: int | None  # where layers and KV blocks exchange pages of a device
     with_profile: bool
 
 
@@ -89,7 +90,7 @@ class Preparation:
         if wanted["profile"]:
             self._remove_damaged(self._store.profile_at(key))
             checkpoints = {fmt: self._checkpoint(fmt, how, texts) for fmt, how in sources.items()}
-            profile = self._make_profile(key, texts, windows, checkpoints, served.in_pages)
+            profile = self._make_profile(key, texts, windows, checkpoints, served.levels_of_a_format)
         if wanted["times"]:
             times = self._make_times(profile)
         took = f"in {time.monotonic() - start_s:.0f} s" if missing else "already"
@@ -223,16 +224,16 @@ class Preparation:
         return out
 
     def _make_profile(
-        self, key: ProfileKey, texts: tuple[Path, ...], windows: int, checkpoints: dict[str, Path], in_pages: bool
+        self, key: ProfileKey, texts: tuple[Path, ...], windows: int, checkpoints: dict[str, Path], levels: int | None
     ) -> Path:
         from morphserve.tools.profile import ProfileJob, run_profile
 
         r = self._request
         num_layers = int(json.loads((Path(r.model) / "config.json").read_text())["num_hidden_layers"])
         of_all = num_layers * len(key.formats)
-        # On a GPU a level has CUDA graphs of its own, which cost memory and time at start: two a format.
+        # On a GPU as the default ladder is cut there: a level has CUDA graphs of its own, and is to be staged whole.
         moves = max(-(-of_all // _MAX_LEVELS), min(_MOVES, -(-num_layers // 6)))
-        moves = -(-num_layers // 2) if in_pages else moves
+        moves = moves if levels is None else -(-num_layers // levels)
         job = ProfileJob(
             r.model, texts, self._store.profile_at(key), key.formats, windows, _LENGTH, _DRAWS, moves, seed=0,
             sources=tuple(key.sources.items()),
@@ -268,7 +269,9 @@ def _weight_bytes(model: Path) -> int:
 
 def _read_served(document: dict[str, Any]) -> _Served:
     place, formats = Place(**document["place"]), tuple(document["formats"])
-    return _Served(place, formats, document["in_pages"], document["with_profile"])
+    return _Served(
+        place, formats, document["in_pages"], document["levels_of_a_format"], document["with_profile"]
+    )
 
 
 def _lines_of(profile: Path | None, times: Path | None) -> list[str]:

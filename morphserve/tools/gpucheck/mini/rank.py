@@ -20,6 +20,7 @@ from morphserve.residence import (
     HostCopier,
     PagedResidence,
     PartsKey,
+    RankSizes,
     RankTransition,
     WeightSlot,
     register_op,
@@ -247,7 +248,8 @@ def _open(device: str, shape: Shape) -> PagedResidence:
     """Open a rank's pages; in a dry run small ones, so that a small model has many."""
     if device == "cuda":
         layer_bytes = sum(2 * n * k for n, k in map(shape.linear, LINEARS))
-        return PagedResidence.open(torch.device(device), torch.cuda.current_stream, shape.layers, layer_bytes)
+        sizes = RankSizes(shape.layers, layer_bytes, shape.block_bytes)
+        return PagedResidence.open(torch.device(device), torch.cuda.current_stream, sizes)
     allocator = FakePageAllocator(_DRY_PAGES, _DRY_PAGE_BYTES)
     total_bytes = _DRY_PAGES * _DRY_PAGE_BYTES
     pool, thread = PagePool(allocator), start_thread()
