@@ -67,8 +67,9 @@ def main() -> int:
         )
     codes = [lane.wait() for lane in lanes.values()]
     print(f"imports: exit status {told.wait()}; lanes: {codes}, after {time.monotonic() - start:.1f} s", flush=True)
-    for out in lanes:
-        print_lane(json.loads((out / "gpu_check.json").read_text()))
+    for file in (out / "gpu_check.json" for out in lanes):
+        if file.is_file():  # else its lane has died before its first part, and said why
+            print_lane(json.loads(file.read_text()))
     print(json.dumps({"lanes": dict(zip(args.lane, codes, strict=True)), "s": round(time.monotonic() - start, 1)}))
     return 0 if not any(codes) else 1
 
@@ -77,9 +78,10 @@ def environment(site: Path, archive: Path | None) -> dict[str, str]:
     """Unpack what is not there yet, and return the environment of a process that finds all of it."""
     packages, dist = site / "packages", site / "dist"
     if archive is not None and not packages.is_dir():
-        packages.mkdir(parents=True)
+        partial = site / "partial"
         with tarfile.open(archive) as opened:
-            opened.extractall(packages, filter="tar")
+            opened.extractall(partial, filter="tar")
+        partial.rename(packages)  # so that what was broken off is unpacked anew
     write_distribution(dist)
     path = [str(place) for place in (packages, dist, ROOT)]
     return os.environ | {
