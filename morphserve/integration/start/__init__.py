@@ -39,8 +39,8 @@ if TYPE_CHECKING:
         is_cuda,
         serving_residence,
     )
-    from morphserve.integration.start.device_budget import check_fixed_kv, check_given_blocks
-    from morphserve.integration.start.device_checks import check_device, levels_of_a_format
+    from morphserve.integration.start.device_budget import check_fixed_kv, check_given_blocks, levels_of_a_format
+    from morphserve.integration.start.device_checks import check_device
     from morphserve.integration.start.idle import IdleWork, idle_work
     from morphserve.integration.start.prepared import attach_prepared
 
@@ -89,7 +89,7 @@ _LATE = {
     "device_type": "device",
     "idle_work": "idle",
     "is_cuda": "device",
-    "levels_of_a_format": "device_checks",
+    "levels_of_a_format": "device_budget",
     "serving_residence": "device",
     "make_policy": "checks",
     "nominal_ladder": "checks",

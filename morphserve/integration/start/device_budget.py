@@ -1,4 +1,4 @@
-"""What CUDA graphs take of the memory for KV: there is a graph set a level, and vLLM counts one."""
+"""What CUDA graphs take of the memory for KV, a set a level where vLLM counts one; and so how many levels there are."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from morphserve.errors import ConfigError
+from morphserve.residence import RESERVE_SHARE
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.worker.worker_base import WorkerBase
 
 
@@ -59,3 +61,23 @@ def check_given_blocks(given: int | None, kv_cache_configs: Sequence[Any], avail
                 f"num_gpu_blocks_override: {given:,} blocks take {needed:,} B, and {free:,} B are left beside weights "
                 f"and the CUDA graphs of all levels. Give at most {fitting:,}, or leave --num-gpu-blocks-override out."
             )
+
+
+def levels_of_a_format(vllm_config: VllmConfig) -> int:
+    """Return into how many levels a format is cut on a GPU: so many that each is staged whole, from two to four.
+
+    Steps between the batches of a level that is not have no CUDA graphs. But each level has graphs that cost memory, so
+    there are no more than four; a large model on a small GPU has levels of several batches.
+    """
+    from vllm.platforms import current_platform
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    heads = model.get_num_attention_heads(parallel) + model.get_num_kv_heads(parallel)
+    hidden = model.get_hidden_size()
+    inner = getattr(model.hf_text_config, "intermediate_size", None)
+    if not isinstance(inner, int):  # a model that calls it otherwise, or has one for each layer
+        inner = 4 * hidden
+    # The widest default format has a byte a weight. A tenth more: scales, and whole pages.
+    layer_bytes = 1.1 * hidden * (2 * heads * model.get_head_size() + 3 * inner // parallel.tensor_parallel_size)
+    staged = max(int(RESERVE_SHARE * current_platform.get_device_total_memory() / layer_bytes), 1)
+    return min(max(-(-model.get_total_num_hidden_layers() // staged), 2), 4)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from morphserve.errors import ConfigError
-from morphserve.residence import RESERVE_SHARE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -17,26 +16,6 @@ if TYPE_CHECKING:
 _ALL_REDUCE_BUFFERS = 65_536
 _STARTUP_PLAN = "VLLM_ENABLE_STARTUP_PLAN"
 _ESTIMATE = "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS"
-
-
-def levels_of_a_format(vllm_config: VllmConfig) -> int:
-    """Return into how many levels a format is cut on a GPU: so many that each is staged whole, from two to four.
-
-    Steps between the batches of a level that is not have no CUDA graphs. But each level has graphs that cost memory, so
-    there are no more than four; a large model on a small GPU has levels of several batches.
-    """
-    from vllm.platforms import current_platform
-
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    heads = model.get_num_attention_heads(parallel) + model.get_num_kv_heads(parallel)
-    hidden = model.get_hidden_size()
-    inner = getattr(model.hf_text_config, "intermediate_size", None)
-    if not isinstance(inner, int):  # a model that calls it otherwise, or has one for each layer
-        inner = 4 * hidden
-    # The widest default format has a byte a weight. A tenth more: scales, and whole pages.
-    layer_bytes = 1.1 * hidden * (2 * heads * model.get_head_size() + 3 * inner // parallel.tensor_parallel_size)
-    staged = max(int(RESERVE_SHARE * current_platform.get_device_total_memory() / layer_bytes), 1)
-    return min(max(-(-model.get_total_num_hidden_layers() // staged), 2), 4)
 
 
 def check_device(vllm_config: VllmConfig) -> None:

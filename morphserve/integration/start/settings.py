@@ -100,7 +100,8 @@ def _settle(config: MorphServeConfig, vllm_config: VllmConfig) -> Settled:
     room for the graphs of more.
     """
     from morphserve.integration.start.device import default_formats
-    from morphserve.integration.start.device_checks import has_room_for_graph_sets, levels_of_a_format
+    from morphserve.integration.start.device_budget import levels_of_a_format
+    from morphserve.integration.start.device_checks import has_room_for_graph_sets
 
     model_config = vllm_config.model_config
     num_layers, formats = model_config.get_total_num_hidden_layers(), default_formats()
