@@ -2,13 +2,16 @@
 
 Unpacks a vLLM, writes the plugin's dist-info, checks imports, operators and entry points, then runs lanes of
 `morphserve gpu-check` beside each other: a lane's parts one after the other. What is to be timed wants a single lane.
+Then the commands of `morphserve` that --run gives, one after the other, each with what is left of --minutes.
 Standard library only, until the lanes start. Each lane writes into a directory of its own in --out, as it goes.
 
     python3 scripts/gpu_session.py --vllm vllm.tar.xz --minutes 4 --lane t1,t4,t6 --lane t9,t10
     python3 scripts/gpu_session.py --vllm vllm.tar.xz --minutes 6 --lane t2,t3,t5,t11
+    python3 scripts/gpu_session.py --vllm vllm.tar.xz --minutes 8 --run "replay --workload w.jsonl --model DIR ..."
 
 Output: one line for each thing found at start; then each lane's parts with status, seconds and what was missed, and
-every figure. Exit status: 0 all parts ok, 1 else. Last stdout line: one JSON document.
+every figure; then what the commands print. Exit status: 0 all parts and commands ok, 1 else. Last stdout line: one JSON
+document.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import tarfile
@@ -48,11 +53,18 @@ print(f"{time.perf_counter() - start:.1f} s of imports")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", type=Path, help="archive with vllm/ and what it needs beside torch")
-    parser.add_argument("--lane", action="append", required=True, metavar="PARTS", help="of gpu-check; may be repeated")
-    parser.add_argument("--minutes", type=float, required=True, help="for the lanes")
+    parser.add_argument(
+        "--lane", action="append", default=[], metavar="PARTS", help="of gpu-check; may be repeated"
+    )
+    parser.add_argument(
+        "--run", action="append", default=[], metavar="WORDS", help="a command of morphserve; may be repeated"
+    )
+    parser.add_argument("--minutes", type=float, required=True, help="for all of it")
     parser.add_argument("--site", type=Path, default=Path("/tmp/gpu_session"), help="where to unpack, once")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "reports/gpu_session"))
     args = parser.parse_args()
+    if not args.lane and not args.run:
+        parser.error("nothing to do: give --lane or --run")
     start = time.monotonic()
     env = environment(args.site, args.vllm)
     print(f"unpacked after {time.monotonic() - start:.1f} s", flush=True)
@@ -70,8 +82,24 @@ def main() -> int:
     for file in (out / "gpu_check.json" for out in lanes):
         if file.is_file():  # else its lane has died before its first part, and said why
             print_lane(json.loads(file.read_text()))
-    print(json.dumps({"lanes": dict(zip(args.lane, codes, strict=True)), "s": round(time.monotonic() - start, 1)}))
-    return 0 if not any(codes) else 1
+    runs = [run(words, env, start + 60 * args.minutes - time.monotonic()) for words in args.run]
+    took_s = round(time.monotonic() - start, 1)
+    print(json.dumps({"lanes": dict(zip(args.lane, codes, strict=True)), "runs": runs, "s": took_s}))
+    return 0 if not any(codes + runs) else 1
+
+
+def run(words: str, env: dict[str, str], left_s: float) -> int:
+    """Run a command of morphserve and return its exit status; interrupted when its time is out, as by Ctrl-C."""
+    print(f"\n$ morphserve {words}", flush=True)
+    process = subprocess.Popen([sys.executable, "-m", "morphserve", *shlex.split(words)], env=env)
+    begin = time.monotonic()
+    try:
+        code = process.wait(max(left_s, 0))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # it stops the servers that it has started
+        code = process.wait()
+    print(f"exit status {code}, {time.monotonic() - begin:.1f} s", flush=True)
+    return code
 
 
 def environment(site: Path, archive: Path | None) -> dict[str, str]:

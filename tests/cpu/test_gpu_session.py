@@ -72,3 +72,26 @@ def test_each_lane_leaves_a_report_of_its_own(tmp_path: Path) -> None:
     ]
     assert parts == [["t1", "t4"], ["t6"]] and (tmp_path / "out/lane2/gpu_check.log").is_file()
     assert "t6 skipped" in done.stdout and "no NVIDIA device" in done.stdout
+
+
+def test_commands_follow_the_lanes_in_the_same_environment(tmp_path: Path) -> None:
+    """Guards: a command that does not find what was unpacked; a session that calls a failed command success."""
+    command = [sys.executable, str(SCRIPT), "--minutes", "1", "--site", str(tmp_path / "site")]
+    done = subprocess.run(
+        [*command, "--run=--help", "--run=simulate --step-times nowhere.json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 1 and told["runs"][0] == 0 and told["runs"][1] != 0, done.stderr
+    assert "$ morphserve simulate --step-times nowhere.json" in done.stdout
+    nothing = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert nothing.returncode == 2 and "nothing to do: give --lane or --run" in nothing.stderr
+
+
+def test_a_command_out_of_time_is_interrupted(session: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: servers of a command that are left behind, or a lent machine that is held until it is taken away."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert session.run("watch --url http://127.0.0.1:9", env, 3.0) != 0
+    assert "exit status" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from aiohttp.test_utils import TestServer
 from cpu.replay_fakes import FakeServer
 from cpu.test_replay_compare import FAKE, comparison
 
+from morphserve.errors import ConfigError
 from morphserve.tools.bench import main
 from morphserve.tools.bench.comparison import Comparison, derived_config
 from morphserve.tools.bench.fit import TPOT_OF_LONE, TTFT_OF_LONE, Given, fit
@@ -22,6 +24,8 @@ from morphserve.tools.bench.fitted import run_fitted
 from morphserve.tools.bench.load import probe
 from morphserve.tools.bench.load.client import ClientOptions
 from morphserve.tools.bench.load.probe import StockSpeed
+from morphserve.tools.bench.load.scrape import num_kv_blocks
+from morphserve.tools.bench.load.server import ServerOptions
 from morphserve.tools.bench.report.console import ConsoleProgress
 from morphserve.tools.sim import SimServer
 from morphserve.tools.workload import ReplayError, Slo, load_workload
@@ -192,10 +196,46 @@ def test_the_probe_fits_into_the_cache_and_shares_no_prefix() -> None:
     asyncio.run(_one_round(fake))
     prompts = [tuple(body["prompt"]) for body in fake.bodies]
     assert len(set(prompt[:4] for prompt in prompts)) == len(prompts)
-    assert {len(prompt) for prompt in prompts} >= {16, 40, 120}
+    assert {len(prompt) for prompt in prompts} >= {16, 40, 128}
     for count, prompt, answer in probe._batches(FAKE):
         assert count * -(-(prompt + answer) // 32) <= 48 and count <= 64
     assert max(count for count, *_ in probe._batches(FAKE)) == 48
+
+
+def test_prefills_are_timed_with_prompts_that_a_quick_device_feels() -> None:
+    """Guards: a device that prefills 120 tokens as fast as 16, for which prompts of thousands then cost nothing."""
+    large = replace(FAKE, max_model_len=8192, num_blocks=4096)
+    assert probe._long_prefill(large) == 1024 and probe._long_prefill(FAKE) == 128
+    assert probe._long_prefill(replace(large, num_blocks=33)) == 512  # half of what the cache holds
+    assert probe._long_prefill(replace(FAKE, max_model_len=64)) == 32
+
+
+def test_blocks_that_vllm_has_found_are_asked_for() -> None:
+    """Guards: a fit to 0 blocks where vLLM measures its memory; a server told to have none; one that does not say."""
+
+    async def asked(path: str) -> int:
+        async with TestServer(FakeServer().app()) as server:
+            return await asyncio.to_thread(num_kv_blocks, str(server.make_url(path)).rstrip("/"))
+
+    assert asyncio.run(asked("")) == 49
+    with pytest.raises(ReplayError, match="HTTP Error 404.*Say with --num-blocks how many"):
+        asyncio.run(asked("/nowhere"))
+    measured = replace(FAKE, num_blocks=0)
+    assert "--num-gpu-blocks-override" in FAKE.arguments(0, ())
+    assert "--num-gpu-blocks-override" not in measured.arguments(0, ())
+    with pytest.raises(ConfigError, match="num_blocks is 0: a simulated server"):
+        replace(SERVER, num_blocks=0)
+    with pytest.raises(ConfigError, match="num_blocks is -1, must be 0 or more"):
+        replace(FAKE, num_blocks=-1)
+
+
+def test_a_vllm_without_a_command_is_run_as_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: no server where vLLM lies on PYTHONPATH, as on a machine that nothing can be installed on."""
+    python = tmp_path / "python"
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert ServerOptions(model="m").command == (str(python), "-m", "vllm.entrypoints.cli.main", "serve")
+    (tmp_path / "vllm").touch()
+    assert ServerOptions(model="m").command == (str(tmp_path / "vllm"), "serve")
 
 
 def test_a_server_that_fails_the_probe_is_named() -> None:

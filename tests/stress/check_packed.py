@@ -32,6 +32,7 @@ from stub_driver import StubError, build, environment
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SECTIONS = ("libraries", "seams", "config", "plugin", "refusals", "wraps")
+SERVE = "serve"
 ENGINES = tuple(f"engine_{runner}_{how}" for runner in ("v2", "v1") for how in ("eager", "full", "compiled"))
 _LIMIT_S = 600
 _ENGINE_MIB = 2048  # of the fake device; what is written to it is this machine's memory
@@ -60,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--site", type=Path, required=True, metavar="DIR", help="directory that holds vllm/")
     parser.add_argument("--python", default=sys.executable, metavar="PY", help="interpreter with torch for CUDA")
-    parser.add_argument("--only", choices=(*SECTIONS, *ENGINES), action="append", help="a section; may be repeated")
+    every = (*SECTIONS, *ENGINES, SERVE)
+    parser.add_argument("--only", choices=every, action="append", help="a section; may be repeated")
     parser.add_argument("--engines", action="store_true", help="engines as well, in all ways")
     parser.add_argument("--verbose", action="store_true", help="what the sections print on stderr, too")
     args = parser.parse_args(argv)
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(str(e))
         env = child_environment(args.site, work, dict(os.environ))
         rows: list[Row] = []
-        for section in args.only or (*SECTIONS, *(ENGINES if args.engines else ())):
+        for section in args.only or (*SECTIONS, *((*ENGINES, SERVE) if args.engines else ())):
             rows += run_section(section, args.python, work, env, args.verbose)
     for r in rows:
         print(f"{r.section:<18} {r.row:<44} {'ok' if r.ok else 'NO':<3} {r.detail}")
@@ -102,11 +104,16 @@ def nvidia_of(python: str) -> Path:
 def child_environment(site: Path, work: Path, base: dict[str, str]) -> dict[str, str]:
     """Of a section: stubs first, the vLLM, this repository, the plugin's entry point; no network."""
     write_distribution(work / "dist")
+    told = "[vllm.general_plugins]\npacked_serve = packed_serve:register\n"  # nobody loads it but the serve section
+    stand_in = work / "dist" / "packed_serve-0.dist-info"
+    stand_in.mkdir()
+    (stand_in / "METADATA").write_text("Metadata-Version: 2.1\nName: packed_serve\nVersion: 0\n")
+    (stand_in / "entry_points.txt").write_text(told)
     for name, changes in (("model", dict[str, int]()), ("small", _SMALL)):
         (work / name).mkdir(exist_ok=True)
         (work / name / "config.json").write_text(json.dumps({**MODELS["8B shape"], **changes}))
     kept = {k: v for k, v in base.items() if not k.startswith(("VLLM_", "MORPHSERVE_", "PYTHON"))}
-    path = [str(site.resolve()), str(ROOT), str(work / "dist")]
+    path = [str(site.resolve()), str(ROOT), str(work / "dist"), str(HERE)]
     return {
         **environment(work / "stubs", kept),
         "PYTHONPATH": os.pathsep.join(path),
@@ -119,8 +126,9 @@ def child_environment(site: Path, work: Path, base: dict[str, str]) -> dict[str,
 
 def run_section(section: str, python: str, work: Path, env: dict[str, str], verbose: bool) -> list[Row]:
     """Rows of one section; what it could not tell, because it ended early, is a row that does not hold."""
-    is_engine = section in ENGINES
-    command = [python, str(HERE / ("packed_engine.py" if is_engine else "packed_rows.py")), section]
+    is_engine = section in (*ENGINES, SERVE)
+    file = "packed_serve.py" if section == SERVE else "packed_engine.py" if is_engine else "packed_rows.py"
+    command = [python, str(HERE / file), section]
     where = work / ("small" if is_engine else "model")
     if is_engine:
         env = {**env, "FAKE_GPU_MIB": str(_ENGINE_MIB)}

@@ -49,6 +49,7 @@ from morphserve.tools.bench.fitted import run_fitted
 from morphserve.tools.bench.load.client import ClientOptions
 from morphserve.tools.bench.load.measure import Measurement
 from morphserve.tools.bench.load.probe import StockSpeed, probe
+from morphserve.tools.bench.load.scrape import num_kv_blocks
 from morphserve.tools.bench.load.server import Server, ServerOptions
 from morphserve.tools.bench.options import build_parser
 from morphserve.tools.bench.report.console import ConsoleProgress
@@ -60,6 +61,7 @@ from morphserve.tools.checks import check_directory
 from morphserve.tools.command import run_command
 from morphserve.tools.machine import describe_machine
 from morphserve.tools.options import read_options
+from morphserve.tools.sim import ServerSpec
 from morphserve.tools.workload import (
     PromptMaker,
     ReplayError,
@@ -202,22 +204,31 @@ def fit_url(args: argparse.Namespace, spec: WorkloadSpec, comparison: Comparison
     """Return the comparison with load and limits fitted to the stock server at `url`, which was started for it."""
     what = comparison.measurement
     tokens = [token for prompt in reversed(what.prompts) for token in reversed(prompt)]  # not the prompts themselves
-    speed = probe(comparison.server, replace(what.client, url=url), tokens)
-    return _fitted(args, spec, comparison, speed, str(describe_machine().get("cpu", "")))
+    server = comparison.server
+    if not server.num_blocks:
+        server = replace(server, num_blocks=num_kv_blocks(url))
+    speed = probe(server, replace(what.client, url=url), tokens)
+    return _fitted(args, spec, comparison, server, speed, str(describe_machine().get("cpu", "")))
 
 
 def fit_simulated(args: argparse.Namespace, spec: WorkloadSpec, comparison: Comparison) -> Comparison:
     """Return the same for a simulated server, whose speed is known."""
     times = simulated.load_engine(args).calibration.times
     speed = StockSpeed.calibrated(times.formats[BASE_FORMAT], times.offset_s, args.sim_speed)
-    return _fitted(args, spec, comparison, speed, times.machine)
+    return _fitted(args, spec, comparison, comparison.server, speed, times.machine)
 
 
 def _fitted(
-    args: argparse.Namespace, spec: WorkloadSpec, comparison: Comparison, speed: StockSpeed, machine: str
+    args: argparse.Namespace,
+    spec: WorkloadSpec,
+    comparison: Comparison,
+    server: ServerSpec,
+    speed: StockSpeed,
+    machine: str,
 ) -> Comparison:
+    """Return the comparison with what suits a stock server: `server` with all KV blocks that it has."""
     given = Given(args.thin, args.rate_scale, args.slo_ttft_s, args.slo_tpot_ms, args.cutoff)
-    found = fit(spec, given, simulated.sim_server(comparison.server, comparison.measurement, step_noise=0.0), speed)
+    found = fit(spec, given, simulated.sim_server(server, comparison.measurement, step_noise=0.0), speed)
     sentence = found.sentence(machine)
     sys.stderr.write(f"{sentence}\n")
     workload = load_workload(replace(spec, thin=found.thin, rate_scale=found.rate_scale))

@@ -16,7 +16,10 @@ class ServerSpec:
         ConfigError: what vLLM itself would refuse.
     """
 
-    num_blocks: int = option("KV blocks at full precision, null block included", default=49)
+    num_blocks: int = option(
+        "KV blocks at full precision, null block included; 0 = as many as vLLM finds memory for, on a real server",
+        default=49,
+    )
     block_size: int = option("tokens per KV block", default=32)
     max_model_len: int = option(default=512)
     max_num_seqs: int = option(default=64)
@@ -33,6 +36,8 @@ class ServerSpec:
         for name in ("block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must be 1 or more.")
+        if self.num_blocks < 0:
+            raise ConfigError(f"num_blocks is {self.num_blocks}, must be 0 or more.")
         if self.max_num_queued_tokens is not None and self.max_num_queued_tokens < 0:
             raise ConfigError(f"max_num_queued_tokens is {self.max_num_queued_tokens}, must be 0 or more, or left out.")
 
@@ -56,6 +61,8 @@ class SimServer(ServerSpec):
 
     def __post_init__(self) -> None:
         ServerSpec.__post_init__(self)  # super() without arguments does not know a class with slots
+        if not self.num_blocks:
+            raise ConfigError("num_blocks is 0: a simulated server has no memory to find blocks in. Give a number.")
         # Not of every server: one that is started has vLLM's own limit where none is given.
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(

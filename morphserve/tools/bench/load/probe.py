@@ -20,7 +20,7 @@ _LONE_TOKENS = 24
 _ROUNDS = 2
 _ENOUGH_S = 25.0  # no further round after this: the slowest machines have told enough in one
 _LEAST_S = 1e-5  # no step takes less
-_PREFILLS = (16, 120)  # prompt tokens of lone requests, for what a prompt token takes
+_SHORT_PREFILL = 16  # prompt tokens of a lone request; and of a longer one, for what a prompt token takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +119,20 @@ async def _round(sender: _Sender, options: ServerOptions, found: _Found) -> None
         (lone,) = await sender.all(1, LONE_PROMPT_TOKENS, _LONE_TOKENS)
         found.ttfts.append(lone.ttft_s)
         found.add([lone], LONE_PROMPT_TOKENS, _LONE_TOKENS)
-        for length in _PREFILLS:
+        for length in (_SHORT_PREFILL, _long_prefill(options)):
             (one,) = await sender.all(1, min(length, options.max_model_len - 1), 1)
             found.prefills.setdefault(one.prompt_tokens, []).append(one.ttft_s)
     for load in _batches(options):
         found.add(await sender.all(*load), *load[1:])
+
+
+def _long_prefill(options: ServerOptions) -> int:
+    """Return the tokens of a prompt that one step prefills, and that a quick device takes longer for than for a token.
+
+    A quarter of the longest request's, so long as the KV cache and a step of vLLM's least default hold it.
+    """
+    room = (options.num_blocks - 1) * options.block_size // 2
+    return max(min(options.max_model_len // 4, room, 1024), 2 * _SHORT_PREFILL)
 
 
 def _batches(options: ServerOptions) -> list[tuple[int, int, int]]:

@@ -13,8 +13,10 @@ from typing import Any
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-from morphserve.tools.watch import NoStatus, fetch_status_from_now
-from morphserve.tools.workload import Snapshot
+from morphserve.tools.watch import NoStatus, fetch_status_from_now, open_url
+from morphserve.tools.workload import ReplayError, Snapshot
+
+_METRICS_S = 10.0  # a page is written in milliseconds
 
 
 def snapshot(text: str, t_s: float) -> Snapshot:
@@ -43,6 +45,22 @@ def snapshot(text: str, t_s: float) -> Snapshot:
         errors=page.by("morphserve:errors_total", "where"),
         pause_max_ms=page.fold("morphserve:pause_ms_max", max),
     )
+
+
+def num_kv_blocks(url: str) -> int:
+    """Return how many KV blocks the server at `url` says that it has.
+
+    Raises:
+        ReplayError: it does not say.
+    """
+    try:
+        with open_url(f"{url}/metrics", _METRICS_S) as response:
+            found = snapshot(response.read().decode("utf-8", errors="replace"), 0.0).blocks_published
+    except OSError as e:
+        raise ReplayError(f"{url}/metrics: {e}. Say with --num-blocks how many KV blocks the server has.") from e
+    if not found:
+        raise ReplayError(f"{url}/metrics names no KV blocks. Say with --num-blocks how many the server has.")
+    return int(found)
 
 
 class _Page:

@@ -44,7 +44,7 @@ class ServerOptions(ServerSpec):
     extra_args: tuple[str, ...] = option(
         "one more argument of vllm serve; repeatable", default=(), flag="--serve-arg", action="append", metavar="ARG"
     )
-    command: tuple[str, ...] = field(default_factory=lambda: (str(Path(sys.executable).parent / "vllm"), "serve"))
+    command: tuple[str, ...] = field(default_factory=lambda: (*_vllm(), "serve"))
 
     def arguments(self, port: int, own: tuple[str, ...]) -> list[str]:
         """Return the command line of one server; `own` is what sets it apart from the others."""
@@ -55,10 +55,11 @@ class ServerOptions(ServerSpec):
             "--max-model-len", str(self.max_model_len),
             "--max-num-seqs", str(self.max_num_seqs),
             "--block-size", str(self.block_size),
-            "--num-gpu-blocks-override", str(self.num_blocks),
             "--disable-uvicorn-access-log",  # two lines per poll would bury what the log is read for
             "--enable-prefix-caching" if self.prefix_caching else "--no-enable-prefix-caching",
         ]  # fmt: skip
+        if self.num_blocks:
+            args += ["--num-gpu-blocks-override", str(self.num_blocks)]
         if self.dtype is not None:
             args += ["--dtype", self.dtype]
         if self.enforce_eager:
@@ -100,6 +101,12 @@ class Server:
         if self.pid is None:
             return {"url": self.url}
         return {"command": self.command, "server_start_s": round(self.start_s, 1)}
+
+
+def _vllm() -> tuple[str, ...]:
+    """Return vLLM's command beside this Python; where none is (vLLM lies on PYTHONPATH), the module that it runs."""
+    script = Path(sys.executable).parent / "vllm"
+    return (str(script),) if script.exists() else (sys.executable, "-m", "vllm.entrypoints.cli.main")
 
 
 @contextlib.contextmanager
