@@ -119,6 +119,7 @@ def environment(site: Path, archive: Path | None) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CACHE_ROOT": str(site / "cache"),
         "TRITON_CACHE_DIR": str(site / "cache" / "triton"),
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # vLLM 0.33 takes it for granted, and the archive need not have it
         "MORPHSERVE_UNPROVEN_CUDA": "1",
     }
 

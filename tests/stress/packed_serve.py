@@ -57,7 +57,7 @@ def run() -> None:
         "--serve-arg=--load-format=dummy", "--serve-arg=--gpu-memory-utilization=0.5",
         f"--serve-arg=--compilation-config={graphs}", "--quiet",
     ]  # fmt: skip
-    env = {UNPROVEN_CUDA: "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_PLUGINS": "packed_serve"}
+    env = {UNPROVEN_CUDA: "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_PLUGINS": "packed_serve,morphserve"}
     done = subprocess.run(command, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True, check=False)
     row("replay", partial(want, done.returncode, 0))
     for log in sorted(out.glob("*/server.log")):
