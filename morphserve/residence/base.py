@@ -190,6 +190,14 @@ class Residence(Protocol):
         """
         ...
 
+    def extend_cache(self, cache: ElasticCache, num_blocks: int) -> None:
+        """Map blocks up to `num_blocks` on memory that no layer gave up. Before serving.
+
+        Raises:
+            BackingError, MapError: there is no room for that; nothing has changed.
+        """
+        ...
+
     def keep_free(self, num_bytes: int, num_ranks: int) -> None:
         """Map no KV blocks that would leave less memory than this, where so many ranks of one host map at once."""
         ...

@@ -264,6 +264,9 @@ class HostResidence:
         self._backing = HostBacking(geometry.size_bytes)
         return ElasticCache(self._backing, geometry, num_blocks=0)
 
+    def extend_cache(self, cache: ElasticCache, num_blocks: int) -> None:
+        cache.map(num_blocks)
+
     def keep_free(self, num_bytes: int, num_ranks: int) -> None:
         """Keep so much free.
 

@@ -179,6 +179,7 @@ def run(runner: str, graphs: str) -> None:
         return
     engine = begun[0]
     row("captured", partial(_captured, engine, graphs))
+    row("level 0 has what graphs left", partial(_spare, engine, graphs))
     row("generates", lambda: want(engine.answer(3, 8), [8] * 3))
     pages, weights = engine.memory(), engine.weights()
     row("weights are what was loaded", lambda: _same({n: d for n, (_, d) in weights.items()}, _loaded))
@@ -220,6 +221,15 @@ def _captured(engine: Engine, graphs: str) -> str:
     want(min(later) > 0, True)
     want(max(later) < first, graphs == "compiled")  # levels share pieces; of whole steps each has its own
     return f"{list(graph_sets.values())} graphs by level"
+
+
+def _spare(engine: Engine, graphs: str) -> str:
+    """What is kept for graphs is more than they take; where vLLM does not measure, nothing is kept."""
+    state = importlib.import_module("morphserve.integration.worker.state")
+    planned, have = state.rank().base_num_blocks, engine.morph.pool.num_kv_blocks
+    want(have > planned, graphs == "compiled")
+    want(state.rank().kv.num_mapped, have)
+    return f"{have} KV blocks, {planned} planned; kept for a graph set {state.rank().graph_set_bytes / 2**20:.0f} MiB"
 
 
 def _at_level(engine: Engine, level: int, graphs: str) -> str:

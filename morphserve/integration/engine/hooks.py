@@ -57,6 +57,7 @@ class Morph:
         self.runtime = runtime
         self.wake_due = False
         self.health = Health.RUNNING  # of what feeds the controller, which has its own
+        runtime.take_spare()
         self.tokens_by_level = [0] * len(runtime.ladder)
         self._in_flight: dict[int, StepInFlight] = {}  # by id(scheduler output)
         self._between_turns: set[str] = set()  # sessions that wait for their next input

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from morphserve.control import (
     RankBytes,
     build_ladder,
     check_floor,
+    kv_granularity,
     largest_batch_bytes,
     make_ledgers,
     most_uneven,
@@ -71,6 +72,7 @@ class EngineRuntime:
         self.rank_bytes: list[RankBytes] = []
         self.ladder: Ladder = ()
         self.base_num_blocks = 0
+        self._spare_num_blocks = 0  # of level 0 at most, once it is known what CUDA graphs take
 
     def plan_kv(
         self, original: Callable[..., Any], specs: list[dict[str, KVCacheSpec]], available_memory: list[int]
@@ -113,9 +115,15 @@ class EngineRuntime:
             RankBytes(r.layer_bytes, size, q) for r, size, q in zip(self.ranks, block_bytes, granularities, strict=True)
         ]
         self.ladder = self._ladder()
+        self._warn_of_stages()
+        self._warn_of_rest()
         levels = tuple(level.layer_formats for level in self.ladder)
-        self.engine_core.model_executor.collective_rpc("morphserve_plan", args=(self.base_num_blocks, levels))
-        deepest = self.ladder[-1].num_kv_blocks
+        rpc = self.engine_core.model_executor.collective_rpc
+        rpc("morphserve_plan", args=(self.base_num_blocks, levels))
+        given = (kv.base_num_blocks, kv.max_num_blocks, self.vllm_config.cache_config.num_gpu_blocks_override)
+        if self.in_background and given == (None, None, None):
+            self._spare_num_blocks = self._num_blocks_in(rpc("morphserve_kept_for_graphs"))
+        deepest = self._ladder(self._spare_num_blocks)[-1].num_kv_blocks
         for_deepest = seams.put(
             seams.CONFIG_CACHE, "num_gpu_blocks_override", deepest, self.vllm_config.cache_config
         )
@@ -123,6 +131,22 @@ class EngineRuntime:
             return original(self.vllm_config, specs, available_memory)
         finally:
             for_deepest.undo()
+
+    def take_spare(self) -> None:
+        """Give level 0 what was kept for CUDA graphs and their capture has not taken. Between capture and serving."""
+        if not self._spare_num_blocks:
+            return
+        rpc = self.engine_core.model_executor.collective_rpc
+        spare = min(self._num_blocks_in(rpc("morphserve_unused_by_graphs")), self._spare_num_blocks)
+        wanted = self.base_num_blocks + spare
+        if spare and min(rpc("morphserve_extend", args=(wanted,))) >= wanted:
+            self.base_num_blocks = wanted
+            self.ladder = self._ladder()
+
+    def _num_blocks_in(self, num_bytes: Sequence[int]) -> int:
+        """Return how many KV blocks, in whole granularities, so many bytes hold on every rank."""
+        held = min(spare // rank.kv_block_bytes for spare, rank in zip(num_bytes, self.rank_bytes, strict=True))
+        return held // kv_granularity(self.rank_bytes) * kv_granularity(self.rank_bytes)
 
     @property
     def kv_block_bytes(self) -> int:
@@ -172,17 +196,21 @@ class EngineRuntime:
                 " and ".join(left_out), "; ".join(left_out.values()), " and ".join(self.ranks[0].kernels),
             )  # fmt: skip
 
-    def _ladder(self) -> Ladder:
-        """Make one ladder for all ranks. Say so when a pipeline stage frees what waits for another."""
+    def _ladder(self, more: int = 0) -> Ladder:
+        """Make one ladder for all ranks, with so many KV blocks more than level 0 has."""
         ladder = build_ladder(
             self.vllm_config.model_config.get_total_num_hidden_layers(),
             self.rank_bytes,
             self.config.ladder,
-            self.base_num_blocks,
+            self.base_num_blocks + more,
             self.config.kv.max_num_blocks,
             read_ladder(self.config),
         )
-        if (worst := most_uneven(self.rank_bytes, ladder)) is not None:
+        return with_time_factors(ladder, [rank.layer_times for rank in self.ranks])
+
+    def _warn_of_stages(self) -> None:
+        """Say so when a pipeline stage frees what waits for another."""
+        if (worst := most_uneven(self.rank_bytes, self.ladder)) is not None:
             level, least, most = worst
             logger.warning(
                 "morphserve: level %d frees the bytes of %d KV blocks on one pipeline stage and of %d on another, and "
@@ -190,12 +218,10 @@ class EngineRuntime:
                 "stages in turn, a profile's own levels are taken as they were measured.",
                 level, least, most,
             )  # fmt: skip
-        self._warn_of_rest(ladder)
-        return with_time_factors(ladder, [rank.layer_times for rank in self.ranks])
 
-    def _warn_of_rest(self, ladder: Ladder) -> None:
+    def _warn_of_rest(self) -> None:
         """Say so when the policy will never leave level 0, as below 8 bits alone with a maximum of 8bit."""
-        policy = self.config.policy
+        policy, ladder = self.config.policy, self.ladder
         if policy.kind == "static" or not ladder[1:] or self.index > 0:
             return
         with suppress(ValueError):  # an unknown level is refused when the policy is built

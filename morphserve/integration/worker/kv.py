@@ -7,6 +7,7 @@ addresses instead, through torch's own interposition (TorchFunctionMode).
 
 from __future__ import annotations
 
+import logging
 import math
 import mmap
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from kv_resize import KVGeometry, Placement
+from kv_resize import KVGeometry, KVResizeError, Placement
 from morphserve.errors import ConfigError
 from morphserve.integration.worker.block_tables import forget_blocks, rewrite_block_tables
 from morphserve.residence import Residence
@@ -23,6 +24,8 @@ from morphserve.residence import Residence
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+logger = logging.getLogger("vllm.morphserve")
 
 
 def geometry_of(kv_cache_config: KVCacheConfig, page_bytes: int) -> KVGeometry:
@@ -105,7 +108,7 @@ class RankKV:
             BackingError: the device has no memory for level 0's blocks.
         """
         geometry = geometry_of(kv_cache_config, residence.page_bytes or mmap.PAGESIZE)
-        self._wait = residence.wait
+        self._wait, self._extend = residence.wait, residence.extend_cache
         self._num_blocks = kv_cache_config.num_blocks
         self.short_of = ""  # why there was no memory for all blocks that were last asked for
         self._cache = residence.open_cache(geometry, base_num_blocks)
@@ -143,6 +146,17 @@ class RankKV:
             self._cache.map(num_blocks)  # all of them: nothing can be served with less than level 0's
             return
         self.short_of = str(self._cache.map_at_most(num_blocks) or "")
+
+    def extend(self, num_blocks: int) -> int:
+        """Back blocks up to `num_blocks` with memory that no layer gave up; return how many are backed. Before serving.
+
+        Where the device does not have it, all stays as it is.
+        """
+        try:
+            self._extend(self._cache, num_blocks)
+        except KVResizeError as e:
+            logger.warning("morphserve: no more than %d KV blocks at level 0: %s", self.num_mapped, e)
+        return self.num_mapped
 
     def unmap(self, num_blocks: int) -> None:
         """Give back the memory of blocks from `num_blocks` on."""

@@ -24,6 +24,7 @@ class Rank:
         kv: laid out for the deepest level.
         transition: of those two.
         graphs: CUDA graphs of every level, where there are any.
+        graph_set_bytes: that vLLM keeps free of KV blocks for a graph set, until it captures; 0 = it counts none.
         commands: that it has met.
     """
 
@@ -34,6 +35,7 @@ class Rank:
     kv: RankKV | None = None
     transition: RankTransition | None = None
     graphs: LevelGraphs | None = None
+    graph_set_bytes: int = 0
     commands: Commands = field(default_factory=Commands)
 
     @property

@@ -126,6 +126,21 @@ class MorphServeWorker:
         """
         rank().base_num_blocks, rank().level_formats = base_num_blocks, tuple(level_formats)
 
+    def morphserve_kept_for_graphs(self) -> int:
+        """Return the bytes that are kept free of KV blocks for the CUDA graphs of levels above 0."""
+        return rank().graph_set_bytes * (_layers().num_graph_sets - 1)
+
+    def morphserve_unused_by_graphs(self) -> int:
+        """Return how many of them the graphs, which have been captured, have not taken."""
+        mine = rank()
+        return 0 if mine.graphs is None else mine.graphs.unused(mine.graph_set_bytes)
+
+    def morphserve_extend(self, num_blocks: int) -> int:
+        """Back KV blocks up to `num_blocks` with new memory, as far as there is any; returns how many are backed."""
+        kv = rank().kv
+        assert kv is not None
+        return kv.extend(num_blocks)
+
     def morphserve_worst_forward(self, measure: bool) -> int | None:
         """Return the bytes that a worst-case forward pass takes on this rank at most.
 

@@ -89,6 +89,11 @@ class PagedResidence:
         self._make_room(sum(end - start for start, end in geometry.populate_ranges(0, num_blocks)))
         return ElasticCache(backing, geometry, num_blocks)
 
+    def extend_cache(self, cache: ElasticCache, num_blocks: int) -> None:
+        pages_of = cache.geometry.populate_ranges
+        self._make_room(sum(end - start for start, end in pages_of(cache.num_mapped, num_blocks)))
+        cache.map(num_blocks)
+
     def keep_free(self, num_bytes: int, num_ranks: int) -> None:
         """Do nothing: vLLM has profiled its own, and no page goes to KV that layers did not give up."""
 

@@ -54,6 +54,7 @@ class LevelGraphs:
         """
         self._swapper = swapper
         self._rank = rank
+        self._set_bytes: list[int] = []
         places = {layer: place for place, layer in enumerate(sorted(swapper.formats()))}
         self._place_of = {address: places[layer] for address, layer in weights.items()}
         self._sets = GraphSets(
@@ -77,7 +78,7 @@ class LevelGraphs:
         own = sorted(self._swapper.formats())
         # Levels may differ in the layers of other pipeline stages alone.
         distinct = list(dict.fromkeys(tuple(level[layer] for layer in own) for level in levels))
-        total = 0
+        self._set_bytes.clear()
         for formats in distinct:
             self._move(dict(zip(own, formats, strict=True)), num_kv_blocks)
             start = time.perf_counter()
@@ -88,7 +89,7 @@ class LevelGraphs:
                     torch.cuda.synchronize()  # captures warm up on a stream of their own, on pages that go next
             finally:
                 has_full = self._sets.end()
-            total += num_bytes
+            self._set_bytes.append(num_bytes)
             logger.info(
                 "morphserve: %d CUDA graphs of a level in %.1f s, %.0f MiB%s",
                 self._sets.num_graphs()[formats],
@@ -98,7 +99,18 @@ class LevelGraphs:
             )
         self._move(dict(zip(own, distinct[0], strict=True)), num_kv_blocks)
         self.show()
-        return total
+        return sum(self._set_bytes)
+
+    def unused(self, kept: int) -> int:
+        """Return how many bytes of those kept for the graph sets of levels above 0 their capture has not taken.
+
+        What level 0's set leaves of its own is vLLM's to keep, as it does without levels.
+
+        Args:
+            kept: for each graph set.
+        """
+        first, *later = self._set_bytes
+        return max(kept * len(later) - sum(later) - max(first - kept, 0), 0)
 
     def show(self) -> None:
         """Offer the graphs of the formats that the layers have now, and no others."""

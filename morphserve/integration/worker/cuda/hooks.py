@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from morphserve.integration import seams
-from morphserve.integration.start import check_fixed_kv
+from morphserve.integration.start import check_fixed_kv, counts_graphs
 from morphserve.integration.worker.cuda.graphs import LevelGraphs
 from morphserve.integration.worker.cuda.workspace import SharedWorkspace
 from morphserve.integration.worker.state import rank
@@ -56,8 +56,11 @@ def _graph_memory(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
     def profile_cudagraph_memory(self: Any) -> int:
         """Return what all levels' graphs take at most: vLLM captures one set to know, and levels share pieces."""
-        layers = rank().layers
-        return int(original(self)) * (1 if layers is None else layers.num_graph_sets)
+        mine, num_bytes = rank(), int(original(self))
+        if mine.layers is None:
+            return num_bytes
+        mine.graph_set_bytes = num_bytes
+        return num_bytes * mine.layers.num_graph_sets
 
     return profile_cudagraph_memory
 
@@ -65,9 +68,11 @@ def _graph_memory(original: Callable[..., Any]) -> Any:
 def _available_memory(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
     def determine_available_memory(self: Any) -> int:
-        available = int(original(self))
-        if (layers := rank().layers) is not None:
-            check_fixed_kv(self, layers.num_graph_sets)
+        mine, available = rank(), int(original(self))
+        if mine.layers is not None:
+            check_fixed_kv(self, mine.layers.num_graph_sets)
+            if not counts_graphs(self):
+                mine.graph_set_bytes = 0
         return available
 
     return determine_available_memory

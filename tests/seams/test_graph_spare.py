@@ -1,0 +1,181 @@
+"""What vLLM keeps free of KV blocks for CUDA graphs, and what of it goes to level 0 once they have been captured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kv_resize import ArenaBacking, ElasticCache, FakePageAllocator, KVGeometry, PagePool
+from morphserve.config import parse_config
+from morphserve.integration.describe import RankDescription
+from morphserve.integration.engine import runtime as engine_runtime
+from morphserve.integration.engine.runtime import EngineRuntime
+from morphserve.integration.worker import state
+from morphserve.integration.worker.cuda import hooks
+from morphserve.integration.worker.cuda.graphs import LevelGraphs
+from morphserve.integration.worker.kv import RankKV
+from morphserve.integration.worker.worker import MorphServeWorker
+
+pytestmark = pytest.mark.seams
+
+MIB = 1 << 20
+NUM_LAYERS, LAYER_BYTES, BLOCK_BYTES, GRANULARITY = 4, 1000, 100, 2
+
+
+@pytest.mark.parametrize(
+    ("captured", "unused"),
+    [
+        ([300, 480, 490], 760 + 760 - 480 - 490),
+        ([760, 760, 760], 0),
+        ([900, 480, 490], 550 - (900 - 760)),  # level 0's own took more than was kept for it
+        ([300, 800, 900], 0),
+        ([300], 0),  # a rank whose layers never change
+    ],
+)
+def test_what_graphs_leave_is_of_levels_above_0(captured: list[int], unused: int) -> None:
+    """Guards: memory that graphs take given to KV blocks; what stock vLLM leaves idle counted as ours."""
+    graphs = object.__new__(LevelGraphs)
+    graphs._set_bytes = captured
+    assert graphs.unused(760) == unused
+
+
+@pytest.mark.parametrize(("fixed", "counts", "kept"), [(None, True, 300), (8 * MIB, True, 0), (None, False, 0)])
+def test_only_what_vllm_has_taken_off_is_given_back(
+    monkeypatch: pytest.MonkeyPatch, fixed: int | None, counts: bool, kept: int
+) -> None:
+    """Guards: KV blocks on memory that nobody has kept: the KV size was given, or graphs are not counted."""
+    monkeypatch.setenv("VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS", str(int(counts)))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 40, 1 << 40))
+    layers: Any = SimpleNamespace(num_graph_sets=4)
+    monkeypatch.setattr(state, "_rank", mine := state.Rank(layers=layers))
+    runner = SimpleNamespace(profile_cudagraph_memory=lambda: hooks._graph_memory(lambda self: 100)(object()))
+    worker = SimpleNamespace(
+        cache_config=SimpleNamespace(kv_cache_memory_bytes=fixed), model_runner=runner, available_kv=7 * MIB
+    )
+
+    def determine(self: Any) -> int:
+        return int(self.available_kv - self.model_runner.profile_cudagraph_memory())
+
+    assert hooks._available_memory(determine)(worker) == 7 * MIB - 400
+    assert MorphServeWorker().morphserve_kept_for_graphs() == kept
+    assert MorphServeWorker().morphserve_unused_by_graphs() == 0, "nothing was captured, as without graphs"
+    mine.graphs = object.__new__(LevelGraphs)
+    mine.graphs._set_bytes = [100, 40, 40, 40]
+    assert MorphServeWorker().morphserve_unused_by_graphs() == (180 if kept else 0)
+
+
+class Ranks:
+    """Two ranks, the second with blocks of twice the size."""
+
+    def __init__(self, unused: Sequence[int], backed: Sequence[int] | None = None) -> None:
+        self.unused, self.backed = unused, backed
+        self.asked: list[tuple[Any, ...]] = []
+        layers = {fmt: (LAYER_BYTES // share,) * NUM_LAYERS for fmt, share in (("base", 1), ("w8", 2))}
+        self.described = [RankDescription(rank, layers, 10, {"w8": "k"}, page_bytes=MIB) for rank in range(2)]
+
+    def collective_rpc(self, name: str, args: tuple[Any, ...] = ()) -> Sequence[Any]:
+        if name == "morphserve_describe":
+            return self.described
+        self.asked.append((name, *args))
+        if name == "morphserve_extend":
+            return self.backed or [args[0]] * 2
+        return {"morphserve_kept_for_graphs": [2000, 4000], "morphserve_unused_by_graphs": self.unused}.get(name, [])
+
+
+class Cache:
+    """vLLM's settings of the KV cache."""
+
+    def __init__(self, num_gpu_blocks_override: int | None) -> None:
+        self.num_gpu_blocks_override, self.block_size = num_gpu_blocks_override, 16
+
+
+def planned(monkeypatch: pytest.MonkeyPatch, ranks: Ranks, kv: dict[str, Any], given: int | None) -> EngineRuntime:
+    """An engine that has planned its KV cache: 20 blocks at level 0, 10 more where all layers have 8 bits."""
+    for name in ("check_supported", "check_kinds", "check_floor", "check_given_blocks"):
+        monkeypatch.setattr(engine_runtime, name, lambda *args: None)
+    monkeypatch.setattr(engine_runtime, "blocks_of_one_request", lambda *args: 1)
+    monkeypatch.setattr(engine_runtime, "_granularity", lambda *args: GRANULARITY)
+    cache = Cache(given)
+    model = SimpleNamespace(get_total_num_hidden_layers=lambda: NUM_LAYERS, max_model_len=16)
+    ladder = {"steps": [{"format": "w8", "layers_per_level": 2}]}
+    of_engine = EngineRuntime(
+        SimpleNamespace(model_executor=ranks),  # type: ignore[arg-type]
+        SimpleNamespace(cache_config=cache, model_config=model, parallel_config=SimpleNamespace(data_parallel_index=0)),  # type: ignore[arg-type]
+        parse_config({"kv": kv, "ladder": ladder}),
+    )
+
+    def configs(*args: Any) -> list[Any]:
+        blocks = cache.num_gpu_blocks_override or 20
+        sizes = (BLOCK_BYTES * blocks, 2 * BLOCK_BYTES * blocks)
+        return [SimpleNamespace(num_blocks=blocks, kv_cache_tensors=[SimpleNamespace(size=size)]) for size in sizes]
+
+    laid_out = of_engine.plan_kv(configs, [], [0, 0])
+    of_engine.laid_out = laid_out[0].num_blocks  # type: ignore[attr-defined]
+    return of_engine
+
+
+def blocks(of_engine: EngineRuntime) -> list[int]:
+    return [level.num_kv_blocks for level in of_engine.ladder]
+
+
+@pytest.mark.parametrize(
+    ("unused", "backed", "found"),
+    [
+        ([1500, 3000], None, [34, 38, 44]),  # 15 blocks of either rank, in pairs
+        ([1500, 700], None, [22, 26, 32]),  # the rank with the least decides
+        ([9000, 9000], None, [40, 44, 50]),  # never more than the range was laid out for
+        ([150, 150], None, [20, 24, 30]),
+        ([1500, 3000], [34, 20], [20, 24, 30]),  # one device has no room after all
+    ],
+)
+def test_every_level_has_what_all_ranks_can_back(
+    monkeypatch: pytest.MonkeyPatch, unused: list[int], backed: list[int] | None, found: list[int]
+) -> None:
+    """Guards: blocks that one rank has no memory for, or half a page of; a range that is too short for them."""
+    ranks = Ranks(unused, backed)
+    of_engine = planned(monkeypatch, ranks, {}, None)
+    assert blocks(of_engine) == [20, 24, 30] and of_engine.laid_out == 50  # type: ignore[attr-defined]
+    of_engine.take_spare()
+    assert blocks(of_engine) == found and of_engine.base_num_blocks == found[0]
+    levels = [level.layer_formats for level in of_engine.ladder]
+    assert ("morphserve_plan", 20, tuple(levels)) in ranks.asked, "graphs were captured at these"
+
+
+@pytest.mark.parametrize(
+    ("kv", "given"), [({"base_num_blocks": 18}, None), ({"max_num_blocks": 30}, None), ({}, 20)]
+)
+def test_a_number_of_blocks_that_is_given_stays(
+    monkeypatch: pytest.MonkeyPatch, kv: dict[str, int], given: int | None
+) -> None:
+    """Guards: more blocks than the user asked for."""
+    ranks = Ranks([1500, 3000])
+    of_engine = planned(monkeypatch, ranks, kv, given)
+    before = blocks(of_engine)
+    of_engine.take_spare()
+    assert blocks(of_engine) == before and of_engine.laid_out == before[-1]  # type: ignore[attr-defined]
+    assert [name for name, *_ in ranks.asked] == ["morphserve_plan"]
+
+
+def test_new_blocks_are_backed_by_new_pages(caplog: pytest.LogCaptureFixture) -> None:
+    """Guards: pages of the reserve given to KV blocks, without which no level changes; a start that fails for want."""
+    page = 4096
+    allocator = FakePageAllocator(page, 16)
+    pool = PagePool(allocator, 4 + 3)  # four for the first blocks, three in reserve
+    geometry = KVGeometry.layer_outermost(2, page, 12, page)
+    cache = ElasticCache(ArenaBacking(pool, geometry.size_bytes), geometry, 2)
+
+    def extend(cache: ElasticCache, num_blocks: int) -> None:
+        pages_of = geometry.populate_ranges(cache.num_mapped, num_blocks)
+        pool.create(sum(end - start for start, end in pages_of) // page)
+        cache.map(num_blocks)
+
+    kv = object.__new__(RankKV)
+    kv._cache, kv._extend = cache, extend
+    assert kv.extend(5) == 5 and pool.num_free == 3
+    assert kv.extend(12) == 5 and pool.num_free == 3 and "no more than 5 KV blocks" in caplog.text
+
+
