@@ -19,6 +19,7 @@ from morphserve.integration.worker.cuda import hooks
 from morphserve.integration.worker.cuda.graphs import LevelGraphs
 from morphserve.integration.worker.kv import RankKV
 from morphserve.integration.worker.worker import MorphServeWorker
+from morphserve.residence.paged.residence import PagedResidence
 
 pytestmark = pytest.mark.seams
 
@@ -163,18 +164,14 @@ def test_a_number_of_blocks_that_is_given_stays(
 def test_new_blocks_are_backed_by_new_pages(caplog: pytest.LogCaptureFixture) -> None:
     """Guards: pages of the reserve given to KV blocks, without which no level changes; a start that fails for want."""
     page = 4096
-    allocator = FakePageAllocator(page, 16)
+    allocator = FakePageAllocator(num_pages=16, granularity_bytes=page)
     pool = PagePool(allocator, 4 + 3)  # four for the first blocks, three in reserve
     geometry = KVGeometry.layer_outermost(2, page, 12, page)
     cache = ElasticCache(ArenaBacking(pool, geometry.size_bytes), geometry, 2)
-
-    def extend(cache: ElasticCache, num_blocks: int) -> None:
-        pages_of = geometry.populate_ranges(cache.num_mapped, num_blocks)
-        pool.create(sum(end - start for start, end in pages_of) // page)
-        cache.map(num_blocks)
-
+    unused: Any = None
+    residence = PagedResidence(torch.device("cpu"), allocator, pool, unused, unused, lambda: None, unused, 16 * page)
     kv = object.__new__(RankKV)
-    kv._cache, kv._extend = cache, extend
+    kv._cache, kv._extend = cache, residence.extend_cache
     assert kv.extend(5) == 5 and pool.num_free == 3
     assert kv.extend(12) == 5 and pool.num_free == 3 and "no more than 5 KV blocks" in caplog.text
 
