@@ -323,3 +323,30 @@ class Reached(Exception):
     @staticmethod
     def stop(*args: Any) -> int:
         raise Reached
+
+
+def test_kernels_of_a_shrink_are_loaded_before_serving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a first shrink that waits for its kernels beside requests; a warm-up that moves or loses a block's id."""
+    from morphserve.integration.worker import kv as rank_kv
+    from morphserve.integration.worker.cuda import hooks
+
+    table = torch.tensor([[0, 5, 7]], dtype=torch.int32)
+    runner: Any = SimpleNamespace(
+        block_tables=SimpleNamespace(block_tables=[SimpleNamespace(gpu=table)], input_block_tables=[table.clone()]),
+        kv_cache_config=SimpleNamespace(num_blocks=12),
+    )
+    kv = object.__new__(rank_kv.RankKV)
+    copied: list[Any] = []
+    kv._cache = SimpleNamespace(num_mapped=8, copy=copied.extend)  # type: ignore[assignment]
+    kv._wait, kv._num_blocks = lambda: None, 12
+    told: list[Any] = []
+    for name in ("rewrite_block_tables", "forget_blocks"):
+        original = getattr(rank_kv, name)
+        monkeypatch.setattr(rank_kv, name, lambda *args, own=original: (told.append(args[1:]), own(*args)))
+    monkeypatch.setattr(hooks, "rank", lambda: SimpleNamespace(kv=kv))
+    seen: list[Any] = []
+    worker = SimpleNamespace(model_runner=runner)
+    assert hooks._warm_up(lambda self: seen.append((runner.kv_cache_config.num_blocks, len(told))))(worker) is None
+    assert seen == [(8, 0)] and runner.kv_cache_config.num_blocks == 12
+    assert copied == [(6, 7)] and told == [([(6, 7)], 12), (12,)]
+    assert table.tolist() == [[0, 5, 7]] and runner.block_tables.input_block_tables[0].tolist() == [[0, 5, 7]]

@@ -87,9 +87,11 @@ def _warm_up(original: Callable[..., Any]) -> Any:
         # Warm-up runs requests on the blocks that this number promises, and most of them have no pages yet.
         laid_out, config.num_blocks = config.num_blocks, kv.num_mapped
         try:
-            return original(self, *args, **kwargs)
+            done = original(self, *args, **kwargs)
         finally:
             config.num_blocks = laid_out
+        kv.warm_up(self.model_runner)
+        return done
 
     return compile_or_warm_up_model
 
