@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+_GRACE_S = 30.0
 _PRESENT = """
 import importlib.metadata as m, sys, time
 start = time.perf_counter()
@@ -89,15 +90,26 @@ def main() -> int:
 
 
 def run(words: str, env: dict[str, str], left_s: float) -> int:
-    """Run a command of morphserve and return its exit status; interrupted when its time is out, as by Ctrl-C."""
+    """Run a command of morphserve and return its exit status; interrupted when its time is out, as by Ctrl-C.
+
+    One that goes on for `_GRACE_S` all the same is killed, and one that has no time is not begun: 1.
+    """
     print(f"\n$ morphserve {words}", flush=True)
+    if left_s <= 0:
+        print("no time is left for it", flush=True)
+        return 1
     process = subprocess.Popen([sys.executable, "-m", "morphserve", *shlex.split(words)], env=env)
     begin = time.monotonic()
     try:
-        code = process.wait(max(left_s, 0))
+        code = process.wait(left_s)
     except subprocess.TimeoutExpired:
+        print(f"out of time after {left_s:.0f} s", flush=True)
         process.send_signal(signal.SIGINT)  # it stops the servers that it has started
-        code = process.wait()
+        try:
+            code = process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
     print(f"exit status {code}, {time.monotonic() - begin:.1f} s", flush=True)
     return code
 

@@ -194,7 +194,7 @@ class Residence(Protocol):
         """Map blocks up to `num_blocks` on memory that no layer gave up. Before serving.
 
         Raises:
-            BackingError, MapError: there is no room for that; nothing has changed.
+            BackingError, MapError: there is no room for that; the cache is as it was.
         """
         ...
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
 from importlib.metadata import distributions
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -74,8 +76,8 @@ def test_each_lane_leaves_a_report_of_its_own(tmp_path: Path) -> None:
     assert "t6 skipped" in done.stdout and "no NVIDIA device" in done.stdout
 
 
-def test_commands_follow_the_lanes_in_the_same_environment(tmp_path: Path) -> None:
-    """Guards: a command that does not find what was unpacked; a session that calls a failed command success."""
+def test_commands_follow_the_lanes(tmp_path: Path) -> None:
+    """Guards: commands that are not run, or not reported; a session that calls a failed command success."""
     command = [sys.executable, str(SCRIPT), "--minutes", "1", "--site", str(tmp_path / "site")]
     done = subprocess.run(
         [*command, "--run=--help", "--run=simulate --step-times nowhere.json"],
@@ -90,8 +92,33 @@ def test_commands_follow_the_lanes_in_the_same_environment(tmp_path: Path) -> No
     assert nothing.returncode == 2 and "nothing to do: give --lane or --run" in nothing.stderr
 
 
-def test_a_command_out_of_time_is_interrupted(session: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards: servers of a command that are left behind, or a lent machine that is held until it is taken away."""
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    assert session.run("watch --url http://127.0.0.1:9", env, 3.0) != 0
-    assert "exit status" in capsys.readouterr().out
+class Hung:
+    """A process that ends at the second signal alone."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.waits: list[float | None] = []
+        self.signals: list[int] = []
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.waits.append(timeout)
+        if timeout is not None:
+            raise subprocess.TimeoutExpired("morphserve", timeout)
+        return -9
+
+    def send_signal(self, number: int) -> None:
+        self.signals.append(number)
+
+    def kill(self) -> None:
+        self.signals.append(signal.SIGKILL)
+
+
+def test_a_command_out_of_time_is_interrupted_then_killed(
+    session: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: a command that holds a lent machine until it is taken away; servers that nobody stops."""
+    hung = Hung()
+    monkeypatch.setattr(session.subprocess, "Popen", lambda *args, **kwargs: hung)
+    assert session.run("watch", {}, 12.0) == -9
+    assert hung.waits == [12.0, 30.0, None] and hung.signals == [signal.SIGINT, signal.SIGKILL]
+    assert session.run("watch", {}, 0.0) == 1 and len(hung.waits) == 3
+    assert "out of time after 12 s" in capsys.readouterr().out

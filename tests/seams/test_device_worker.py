@@ -337,7 +337,7 @@ def test_kernels_of_a_shrink_are_loaded_before_serving(monkeypatch: pytest.Monke
     )
     kv = object.__new__(rank_kv.RankKV)
     copied: list[Any] = []
-    kv._cache = SimpleNamespace(num_mapped=8, copy=copied.extend)  # type: ignore[assignment]
+    kv._cache = SimpleNamespace(num_mapped=8, copy=copied.append)  # type: ignore[assignment]
     kv._wait, kv._num_blocks = lambda: None, 12
     told: list[Any] = []
     for name in ("rewrite_block_tables", "forget_blocks"):
@@ -348,5 +348,8 @@ def test_kernels_of_a_shrink_are_loaded_before_serving(monkeypatch: pytest.Monke
     worker = SimpleNamespace(model_runner=runner)
     assert hooks._warm_up(lambda self: seen.append((runner.kv_cache_config.num_blocks, len(told))))(worker) is None
     assert seen == [(8, 0)] and runner.kv_cache_config.num_blocks == 12
-    assert copied == [(6, 7)] and told == [([(6, 7)], 12), (12,)]
+    assert copied == [[(6, 7)], [(0, 4), (1, 5), (2, 6), (3, 7)]] and told == [([(6, 7)], 12), (12,)]
+    kv._cache, kv._num_blocks = SimpleNamespace(num_mapped=800, copy=copied.append), 1000  # type: ignore[assignment]
+    kv.warm_up(runner)
+    assert copied[-1][0] == (736, 768) and len(copied[-1]) == 32, "more rows than torch's kernel for a few takes"
     assert table.tolist() == [[0, 5, 7]] and runner.block_tables.input_block_tables[0].tolist() == [[0, 5, 7]]

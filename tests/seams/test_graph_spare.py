@@ -44,12 +44,11 @@ def test_what_graphs_leave_is_of_levels_above_0(captured: list[int], unused: int
     assert graphs.unused(760) == unused
 
 
-@pytest.mark.parametrize(("fixed", "counts", "kept"), [(None, True, 300), (8 * MIB, True, 0), (None, False, 0)])
+@pytest.mark.parametrize(("fixed", "kept"), [(None, 300), (8 * MIB, 0)])
 def test_only_what_vllm_has_taken_off_is_given_back(
-    monkeypatch: pytest.MonkeyPatch, fixed: int | None, counts: bool, kept: int
+    monkeypatch: pytest.MonkeyPatch, fixed: int | None, kept: int
 ) -> None:
-    """Guards: KV blocks on memory that nobody has kept: the KV size was given, or graphs are not counted."""
-    monkeypatch.setenv("VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS", str(int(counts)))
+    """Guards: KV blocks on memory that nobody has kept, where the KV size was given."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 40, 1 << 40))
     layers: Any = SimpleNamespace(num_graph_sets=4)
     monkeypatch.setattr(state, "_rank", mine := state.Rank(layers=layers))
@@ -174,5 +173,3 @@ def test_new_blocks_are_backed_by_new_pages(caplog: pytest.LogCaptureFixture) ->
     kv._cache, kv._extend = cache, residence.extend_cache
     assert kv.extend(5) == 5 and pool.num_free == 3
     assert kv.extend(12) == 5 and pool.num_free == 3 and "no more than 5 KV blocks" in caplog.text
-
-

@@ -104,7 +104,7 @@ def nvidia_of(python: str) -> Path:
 def child_environment(site: Path, work: Path, base: dict[str, str]) -> dict[str, str]:
     """Of a section: stubs first, the vLLM, this repository, the plugin's entry point; no network."""
     write_distribution(work / "dist")
-    told = "[vllm.general_plugins]\npacked_serve = packed_serve:register\n"  # nobody loads it but the serve section
+    told = "[vllm.general_plugins]\npacked_serve = packed_serve:register\n"  # does nothing but in the serve section
     stand_in = work / "dist" / "packed_serve-0.dist-info"
     stand_in.mkdir()
     (stand_in / "METADATA").write_text("Metadata-Version: 2.1\nName: packed_serve\nVersion: 0\n")

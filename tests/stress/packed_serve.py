@@ -19,6 +19,7 @@ from packed_rows import Missed, keep_rows_apart, row, want
 
 from morphserve.version import UNPROVEN_CUDA
 
+NAME = "packed_serve"  # of the entry point; vLLM loads it in every section, where VLLM_PLUGINS names none
 _WORDS = 1000  # of the tokenizer: fewer than the model's tokens
 _REQUESTS, _PROMPT, _ANSWER = 48, 100, 200
 _SIZES = [1, 2, 4, 8, 16]
@@ -26,7 +27,7 @@ _SIZES = [1, 2, 4, 8, 16]
 
 def register() -> None:
     """Do what kernels would have done, in engine-core processes: an entry point of group vllm.general_plugins."""
-    if "vllm.v1.engine.core" in sys.modules:
+    if NAME in os.environ.get("VLLM_PLUGINS", "") and "vllm.v1.engine.core" in sys.modules:
         from packed_engine import stand_in
 
         stand_in()
@@ -57,21 +58,21 @@ def run() -> None:
         "--serve-arg=--load-format=dummy", "--serve-arg=--gpu-memory-utilization=0.5",
         f"--serve-arg=--compilation-config={graphs}", "--quiet",
     ]  # fmt: skip
-    env = {UNPROVEN_CUDA: "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_PLUGINS": "packed_serve,morphserve"}
+    env = {UNPROVEN_CUDA: "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_PLUGINS": f"{NAME},morphserve"}
     done = subprocess.run(command, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True, check=False)
     row("replay", partial(want, done.returncode, 0))
     for log in sorted(out.glob("*/server.log")):
         print(f"--- {log}\n{log.read_text()}", file=sys.stderr)
     if done.returncode:
         return
-    found = {told["name"]: told for told in json.loads(done.stdout.splitlines()[-1])["runs"]}
+    found = {told["name"]: told for told in json.loads((out / "summary.json").read_text())["figures"]}
     for name, told in found.items():
         row(f"{name} answers all", partial(_answered, told))
     row("goes down and comes back", partial(_morphed, found["morphserve"]))
 
 
 def _answered(told: dict[str, Any]) -> str:
-    want(told["sent"], _REQUESTS)
+    want(told["statuses"], {"ok": _REQUESTS})
     return f"{told['sent']} requests, {told['output_tok_s']:.0f} tokens/s"
 
 

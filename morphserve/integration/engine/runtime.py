@@ -142,6 +142,10 @@ class EngineRuntime:
         if spare and min(rpc("morphserve_extend", args=(wanted,))) >= wanted:
             self.base_num_blocks = wanted
             self.ladder = self._ladder()
+            logger.info(
+                "morphserve: CUDA graphs took less than was kept for them: level 0 has %d KV blocks more, %d; the "
+                "deepest level %d.", spare, wanted, self.ladder[-1].num_kv_blocks,
+            )  # fmt: skip
 
     def _num_blocks_in(self, num_bytes: Sequence[int]) -> int:
         """Return how many KV blocks, in whole granularities, so many bytes hold on every rank."""

@@ -98,8 +98,6 @@ CUDA_SEAMS: tuple[Seam, ...] = (
          "counts what the device has less of (our arenas, once mapped), torch's transient peak; graph sets come off"),
     Seam("worker_fixed", "vllm.config:CacheConfig", (), "a KV size that is given replaces the measurement",
          ("kv_cache_memory_bytes", "num_gpu_blocks_override")),
-    Seam("worker_counts", "vllm.envs:VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS", (),
-         "whether what it estimates of graphs comes off the memory for KV"),
     WORKER_WARM := Seam("worker_warm", f"{_WORKER}.compile_or_warm_up_model", (),
          "compiles, warms up, captures: graph sets come after"),
     Seam("worker_cuda", _WORKER, (), "the runner it made, and the KV size it was given",

@@ -39,12 +39,7 @@ if TYPE_CHECKING:
         is_cuda,
         serving_residence,
     )
-    from morphserve.integration.start.device_budget import (
-        check_fixed_kv,
-        check_given_blocks,
-        counts_graphs,
-        levels_of_a_format,
-    )
+    from morphserve.integration.start.device_budget import check_fixed_kv, check_given_blocks, levels_of_a_format
     from morphserve.integration.start.device_checks import check_device
     from morphserve.integration.start.idle import IdleWork, idle_work
     from morphserve.integration.start.prepared import attach_prepared
@@ -60,7 +55,6 @@ __all__ = [
     "check_fixed_kv",
     "check_frontend",
     "check_given_blocks",
-    "counts_graphs",
     "check_platform",
     "config_file",
     "default_formats",
@@ -90,7 +84,6 @@ _LATE = {
     "check_engine": "checks",
     "check_fixed_kv": "device_budget",
     "check_given_blocks": "device_budget",
-    "counts_graphs": "device_budget",
     "check_platform": "device",
     "default_formats": "device",
     "device_type": "device",

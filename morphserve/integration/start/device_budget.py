@@ -40,13 +40,6 @@ def check_fixed_kv(worker: WorkerBase, num_graph_sets: int) -> None:
         )
 
 
-def counts_graphs(worker: WorkerBase) -> bool:
-    """Return whether vLLM takes what it estimates of CUDA graphs off the memory for KV."""
-    from vllm import envs
-
-    return not worker.cache_config.kv_cache_memory_bytes and envs.VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS
-
-
 def check_given_blocks(given: int | None, kv_cache_configs: Sequence[Any], available: Sequence[int]) -> None:
     """Refuse a number of blocks that some rank has no memory for: given, it is laid out whatever memory says.
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.morphserve")
 
+_MANY_ROWS = 32  # torch's index_select has a kernel of its own for up to 16
+
 
 def geometry_of(kv_cache_config: KVCacheConfig, page_bytes: int) -> KVGeometry:
     """Return where vLLM puts the blocks.
@@ -179,11 +181,14 @@ class RankKV:
     def warm_up(self, runner: GPUModelRunner) -> None:
         """Do to no effect what a shrink does, while no request has blocks.
 
-        A device loads a kernel when it is first launched: the first shrink held up a step of an H100 for 55 ms.
+        A device loads a kernel when it is first launched: the first shrink held up a step of an H100 for 55 ms. Torch
+        has other kernels for a few rows than for many.
         """
-        pairs = [(self.num_mapped - 2, self.num_mapped - 1)]
-        self.copy(pairs)
-        self.rewrite_block_tables(runner, pairs)
+        end = self.num_mapped
+        many = min(_MANY_ROWS, end // 2)
+        for n in (1, many):
+            self.copy([(end - 2 * n + i, end - n + i) for i in range(n)])  # of blocks that nobody has written
+        self.rewrite_block_tables(runner, [(end - 2, end - 1)])
         forget_blocks(runner, self._num_blocks)
 
     def forget_blocks(self, runner: GPUModelRunner, num_blocks: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from morphserve.integration import seams
-from morphserve.integration.start import check_fixed_kv, counts_graphs
+from morphserve.integration.start import check_fixed_kv
 from morphserve.integration.worker.cuda.graphs import LevelGraphs
 from morphserve.integration.worker.cuda.workspace import SharedWorkspace
 from morphserve.integration.worker.state import rank
@@ -71,7 +71,7 @@ def _available_memory(original: Callable[..., Any]) -> Any:
         mine, available = rank(), int(original(self))
         if mine.layers is not None:
             check_fixed_kv(self, mine.layers.num_graph_sets)
-            if not counts_graphs(self):
+            if self.cache_config.kv_cache_memory_bytes:  # what graphs take has not come off that
                 mine.graph_set_bytes = 0
         return available
 

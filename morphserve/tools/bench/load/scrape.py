@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import math
 import statistics
 import time
@@ -56,7 +57,7 @@ def num_kv_blocks(url: str) -> int:
     try:
         with open_url(f"{url}/metrics", _METRICS_S) as response:
             found = snapshot(response.read().decode("utf-8", errors="replace"), 0.0).blocks_published
-    except OSError as e:
+    except (OSError, ValueError, http.client.HTTPException) as e:
         raise ReplayError(f"{url}/metrics: {e}. Say with --num-blocks how many KV blocks the server has.") from e
     if not found:
         raise ReplayError(f"{url}/metrics names no KV blocks. Say with --num-blocks how many the server has.")
