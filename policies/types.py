@@ -155,6 +155,7 @@ class EngineLimits:
     block_size: int  # tokens per KV block
     max_num_seqs: int
     max_num_batched_tokens: int  # of one step
+    moves_beside_steps: bool = False  # a device brings layers in beside its steps; else a core does between them
 
 
 @dataclass(frozen=True, slots=True)

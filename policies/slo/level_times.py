@@ -83,10 +83,10 @@ class LearnedTimes:
     steps in units of what was predicted for them, by non-negative ridge regression toward the prior.
     """
 
-    def __init__(self, ladder: Ladder) -> None:
+    def __init__(self, ladder: Ladder, moves_beside_steps: bool = False) -> None:
         """Start from the prior."""
         self._parts = [_parts_of(level) for level in ladder]
-        self._moves = LearnedMoves(ladder)
+        self._moves = LearnedMoves(ladder, moves_beside_steps)
         self._fit = NonNegativeRidge(len(_PRIOR), _PRIOR_STEPS, _LEAST)
         self._first: list[StepLoad] | None = []  # None: they were enough
         self._until_refit = _REFIT_STEPS

@@ -9,9 +9,11 @@ from policies.types import Ladder, Signals
 
 LAYERS_PER_STEP = 4  # switched between two steps, about: transition.max_layers_per_step and the pause allow so many
 
-# Until one was seen: a layer that degrades is copied by one core, one that restores is read anew, at half of that. Too
-# long on a device that stages beside its steps: then a level is entered a little early.
+# Until one was seen, by the bytes of a layer as loaded: a core copies one that degrades and reads one that restores
+# anew, at half of that. A device is given somewhat less than an H100 had under load, 15 and 24 GB/s; its way back is no
+# slower. Too little rather than too much: then a level is entered a little early.
 _COPY_BYTES_PER_S = 1.7e9
+_DEVICE_BYTES_PER_S = 12e9
 _MEMORY = 8  # transitions that a new one is one of, at most
 _ROOM = 4.0  # a transition that took so many times longer waited for something else
 _LEAST_S = 1e-5
@@ -26,10 +28,11 @@ def layers_between(ladder: Ladder, start: int, end: int) -> int:
 class LearnedMoves:
     """The time of a layer by direction: a guess by its bytes, corrected by each transition that came through."""
 
-    def __init__(self, ladder: Ladder) -> None:
+    def __init__(self, ladder: Ladder, beside_steps: bool = False) -> None:
         """Guess."""
-        copy_s = ladder[0].weight_bytes / len(ladder[0].layer_formats) / _COPY_BYTES_PER_S
-        self.move = LayerMove(copy_s, 2 * copy_s)
+        layer_bytes = ladder[0].weight_bytes / len(ladder[0].layer_formats)
+        copy_s, device_s = layer_bytes / _COPY_BYTES_PER_S, layer_bytes / _DEVICE_BYTES_PER_S
+        self.move = LayerMove(device_s, device_s) if beside_steps else LayerMove(copy_s, 2 * copy_s)
         self._ladder = ladder
         self._seen = {"degrade_s": 0, "restore_s": 0}
         self._last_s: float | None = None  # of the tick before

@@ -65,7 +65,9 @@ class SloPolicy:
         self._promise = promise_of(config)
         self._ladder = ladder[: self.targets.max_level + 1]
         self._times: LevelTimes = (
-            LearnedTimes(ladder) if times is None else CalibratedTimes(times.of_ladder(ladder), times.move)
+            LearnedTimes(ladder, limits.moves_beside_steps)
+            if times is None
+            else CalibratedTimes(times.of_ladder(ladder), times.move)
         )
         self._usable = [level.num_kv_blocks - 1 for level in ladder]
         self._costs = [_cost(level.expected_kl, level.index, ladder) for level in ladder]

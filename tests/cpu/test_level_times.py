@@ -10,7 +10,8 @@ from itertools import pairwise
 import pytest
 from cpu.log_world import LADDER as PLAIN
 
-from policies import MorphLevel, Signals, StepLoad, StepTime
+from policies import EngineLimits, MorphLevel, PolicySetup, Signals, SloConfig, StepLoad, StepTime
+from policies.slo import SloPolicy
 from policies.slo.level_times import _FIRST_STEPS, _PRIOR, LearnedTimes
 from policies.slo.moves import LearnedMoves, layers_between
 from policies.slo.ridge import NonNegativeRidge
@@ -242,6 +243,20 @@ def test_transitions_teach_the_time_of_a_move(true_s: float) -> None:
     assert 0.5 < guess.degrade_s / 6e-4 < 2 and errors[-1] < 0.1 and all(a >= b for a, b in pairwise(errors))
     assert moves.move.restore_s == guess.restore_s, "the way back is another"
     assert layers_between(LADDER, 0, 1) == 4
+
+
+def test_a_device_is_not_taken_for_a_core() -> None:
+    """Guards: a burst in which no level is entered, or for the alarm alone, because the way there looks like 8 s. It
+    took an H100 0.6 and 0.95 s for all layers of an 8B, 0.5 s back (docs/results/gpu_h100.md)."""
+    ladder = tuple(MorphLevel(i, (fmt,) * 32, 13_958_643_712 >> i, 1000, None) for i, fmt in enumerate(("base", "fp8")))
+    quiet = replace(QUIET, step_s=0.008)
+    ways = {}
+    for beside in (False, True):
+        policy = PolicySetup(SloConfig(kind="slo"), None, EngineLimits(16, 256, 8192, beside)).build(ladder)
+        assert isinstance(policy, SloPolicy)
+        ways[beside] = policy._delay_s(quiet, 1), policy._delay_s(replace(quiet, level=1, target_level=1), 0)
+    assert min(ways[False]) > 8
+    assert all(0.95 < way < 1.5 for way in ways[True])
 
 
 def test_a_way_that_turned_teaches_nothing() -> None:

@@ -45,6 +45,8 @@ def test_layers_and_blocks_exchange_pages_under_load(short_model: Path, variant_
     config = steps(5) if eager else steps(10) | {"transition": {}}
     with engine(short_model, variant_cache, config, enforce_eager=eager) as llm:
         assert morph_of(llm).runtime.config.transition.max_layers_per_step == (5 if eager else 10)
+        limits = morph_of(llm).setup.limits
+        assert limits is not None and limits.moves_beside_steps, "what the policy takes a way between levels for"
         ladder = morph_of(llm).runtime.ladder
         granularity = morph_of(llm).runtime.rank_bytes[0].kv_granularity
         assert granularity > 1 and all(level.num_kv_blocks % granularity == 0 for level in ladder)

@@ -68,6 +68,7 @@ def policy_setup(config: MorphServeConfig, vllm_config: VllmConfig) -> PolicySet
         vllm_config.cache_config.block_size,
         vllm_config.scheduler_config.max_num_seqs,
         vllm_config.scheduler_config.max_num_batched_tokens,
+        serving_residence().in_pages,
     )
     try:
         file = step_times_file(config)
