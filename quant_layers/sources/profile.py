@@ -34,7 +34,7 @@ def base_fingerprint(norms: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(norms.items()):
         digest.update(f"{name}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy())
     return digest.hexdigest()
 
 
