@@ -2,8 +2,9 @@
 
 First `morphserve demo`, whose headline README opens with; then stock vLLM, MorphServe as the demo configures it and W8
 for good on windows of real traffic: all servers up, taking turns, compiled (`morphserve sweep`, which goes on where it
-was interrupted). Half an hour a repeat on two cores: nothing else may run. The tree must be committed, because the
-figures name it.
+was interrupted). Limits and load of all windows are those that the demo has fitted to this machine: 150 ms a token say
+nothing where a lone one takes 120. Half an hour a repeat on two cores: nothing else may run. The tree must be
+committed, because the figures name it.
 
 Columns of the table: window; then for each server, medians over repeats [least, most]: violations, P95 TTFT (s), and
 for those that quantize KL (nats per token).
@@ -50,12 +51,12 @@ def main(argv: list[str] | None = None) -> int:
         demo = _demo(args.out / "demo")
         _morphserve(
             "sweep", "--model", _morphserve("demo", "--get-model"), "--config", "demo", "--compare", ",".join(RUNS),
-            "--repeats", str(args.repeats), "--out", str(args.out / "sweep"), *_each("--window", windows),
+            "--repeats", str(args.repeats), "--out", str(args.out / "sweep"), *fitted_words(demo["fit"], windows),
         )  # fmt: skip
     except subprocess.CalledProcessError as e:
         return fail("readme_figures", f"{' '.join(e.cmd[:4])} ... ended with {e.returncode}; see above")
     rows = {(w, run): _results(args.out / "sweep" / w, run) for w in windows for run in RUNS}
-    what = {"commit": commit, "cpu": describe_machine()["cpu"], "headline": headline(demo)}
+    what = {"commit": commit, "cpu": describe_machine()["cpu"], "headline": headline(demo), "load": load(demo["fit"])}
     readme = ROOT / "README.md"
     readme.write_text(put(readme.read_text(encoding="utf-8"), section(what, windows, rows)), encoding="utf-8")
     return finish(what | {"windows": windows})
@@ -95,6 +96,23 @@ def headline(demo: dict[str, Any]) -> str:
     )
 
 
+def fitted_words(fit: dict[str, Any], windows: Sequence[str]) -> list[str]:
+    """Return the windows at the demo's load, and its limits, as words of `morphserve sweep`."""
+    own = f":thin={fit['thin']:g}:rate_scale={fit['rate_scale']:g}"
+    limits = {"--slo-ttft-s": "slo_ttft_s", "--slo-tpot-ms": "slo_tpot_ms", "--cutoff": "cutoff_s"}
+    words = [word for flag, key in limits.items() for word in (flag, f"{fit[key]:g}")]
+    return [*_each("--window", [f"{window}{own}" for window in windows]), *words]
+
+
+def load(fit: dict[str, Any]) -> str:
+    """Say what the demo has made of a window of 72 s."""
+    if fit["thin"] > 1:
+        return f"A window is 72 s of traffic, of which one request in {fit['thin']:g} is sent"
+    if fit["rate_scale"] > 1:
+        return f"A window is 72 s of traffic, sent {fit['rate_scale']:g} times as fast"
+    return "A window is 72 s of traffic"
+
+
 def section(what: dict[str, Any], windows: Sequence[str], rows: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
     """Return what goes between the marks."""
     repeats = max(len(found) for found in rows.values())
@@ -106,8 +124,8 @@ def section(what: dict[str, Any], windows: Sequence[str], rows: dict[tuple[str, 
         what["headline"],
         "",
         f"`python scripts/readme_figures.py {chosen}--repeats {repeats}`, {what['cpu']}, "
-        f"commit {what['commit']}; {spread}. A "
-        "window is 72 s, and one or two bursts.",
+        f"commit {what['commit']}; {spread}. "
+        f"{what['load']}: one or two bursts. Limits as above.",
         "",
         *table,
     ])  # fmt: skip
