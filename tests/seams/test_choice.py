@@ -142,11 +142,15 @@ def test_a_policy_that_stays_at_level_0_is_told_of(
     engine.vllm_config.model_config = SimpleNamespace(get_total_num_hidden_layers=lambda: 2)  # type: ignore[assignment]
     engine.rank_bytes, engine.base_num_blocks = [RankBytes({"base": [100] * 2, "w8": [60] * 2, "w4": [40] * 2}, 10)], 9
     engine.config = parse_config({"policy": policy, "ladder": {"steps": [{"format": "w4"}]}})
-    assert len(engine._ladder()) == 2
+    engine.ladder = engine._ladder()
+    engine._warn_of_rest()
+    assert len(engine.ladder) == 2
     engine.vllm_config.parallel_config.data_parallel_index = 1  # another replica says nothing that the first has said
-    engine._ladder()
+    engine._warn_of_rest()
     engine.vllm_config.parallel_config.data_parallel_index = 0
     nothing = engine.config.ladder.model_copy(update={"steps": []})  # level 0 alone, whatever the policy allows
     engine.config = engine.config.model_copy(update={"ladder": nothing})
-    assert len(engine._ladder()) == 1
+    engine.ladder = engine._ladder()
+    engine._warn_of_rest()
+    assert len(engine.ladder) == 1
     assert len(said) == bool(words) and words in "".join(said)

@@ -146,6 +146,7 @@ def morph(monkeypatch: pytest.MonkeyPatch) -> Iterator[hooks.Morph]:
     runtime: Any = SimpleNamespace(
         index=0, config=config, stated=config, config_file=None, vllm_config=vllm_config, ladder=rig.ladder,
         decision_log=None, engine_core=engine_core, base_num_blocks=20, ranks=[], in_background=None,
+        take_spare=lambda: None,
     )  # fmt: skip
     scheduler: Any = SimpleNamespace(kv_cache_manager=None, cache_config=vllm_config.cache_config)
     made = hooks.Morph(scheduler, runtime)
