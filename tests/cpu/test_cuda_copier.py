@@ -58,3 +58,17 @@ def test_what_cannot_be_pinned_is_told_and_not_let_go(runtime: Runtime) -> None:
     with pytest.raises(BackingError, match=r"cannot pin 2,097,152 B .*ulimit -l"):
         copier.host_memory(2 << 20)
     copier.close()
+
+
+@pytest.mark.parametrize("limit", ["available_bytes", "unmapped_bytes"])
+def test_no_more_is_pinned_than_any_limit_leaves(runtime: Runtime, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    """Guards: host memory for layers that a control group has not, where the kernel then ends the server; or that
+    `ulimit -v` has not, told in the words of a library."""
+    for name in ("available_bytes", "unmapped_bytes"):
+        left = 9000 if name == limit else None
+        monkeypatch.setattr(f"morphserve.residence.paged.copier.{name}", lambda left=left: left)
+    copier = CudaCopier("cuda:0")
+    copier.host_memory(9000)
+    with pytest.raises(BackingError, match=r"no host memory for 9,001 B .*9,000 B are available.*morph fewer layers"):
+        copier.host_memory(9001)
+    assert list(runtime.pinned.values()) == [9000]

@@ -318,3 +318,8 @@ def test_a_rename_that_fails_pushes_no_file_out(tmp_path: Path, monkeypatch: pyt
     assert file.turn_page()
     file.close()
     assert [(tmp_path / f"log.{number}").read_bytes() for number in (1, 2)] == [b"newest--\n", b"older---\n"]
+
+
+def test_all_files_of_a_log_take_what_the_manual_says() -> None:
+    """Guards: a bound that the tests above set themselves, and that a server has in name only."""
+    assert decision_log._MAX_FILE_BYTES * decision_log._NUM_FILES == 1 << 30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from morphserve.tools.tune.space import load_space
 from morphserve.tools.workload import read_windows
 from morphserve.user_input import MAX_BYTES, parse_yaml, user_path
 from quant_layers import Checkpoint, CheckpointError, QuantError, StoreError, read_profile
-from quant_layers.store.tensorfile import read_file
+from quant_layers.store.tensorfile import _MAX_HEADER_BYTES, read_file
 
 pytestmark = pytest.mark.cpu
 
@@ -373,3 +374,12 @@ def test_any_tensors_of_a_linear_are_read_or_refused(parts: Any, method: str, bi
 
     if is_quantized(parts):
         answers(lambda: read_linear("up_proj", parts, Scheme(method, bits, symmetric, 0)))
+
+
+def test_a_header_as_long_as_its_file_is_bounded_too(tmp_path: Path) -> None:
+    """Guards: a MemoryError for a file without a byte in it on the disk, which is as long as its header claims."""
+    file, length = tmp_path / "m.safetensors", _MAX_HEADER_BYTES + 8
+    file.write_bytes(length.to_bytes(8, "little"))
+    os.truncate(file, 8 + length)
+    with file.open("rb", buffering=0) as stream, pytest.raises(StoreError, match=f"claims {length} bytes"):
+        read_file(file, stream)

@@ -436,7 +436,7 @@ def test_limits_of_the_first_version_of_control_groups_count(tmp_path: Path, see
     group.mkdir(parents=True)
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text("MemAvailable:   50 kB\n")
-    (tmp_path / "proc/self/cgroup").write_text("5:cpu,cpuacct:/docker/1\n4:memory:/docker/1\n0::/\n")
+    (tmp_path / "proc/self/cgroup").write_text("5:cpu,cpuacct:/docker/1\n4:hugetlb,memory:/docker/1\n0::/\n")
     stat = "inactive_file 1\ntotal_inactive_file 700\n"
     for name, text in (("limit_in_bytes", "9000"), ("usage_in_bytes", "5000"), ("stat", stat)):
         (group / f"memory.{name}").write_text(text)

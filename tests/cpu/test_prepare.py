@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -303,3 +304,15 @@ def test_a_part_that_fails_says_why(
         monkeypatch.setattr("morphserve.tools.profile.run_profile", refuse)
         assert prepare(model) == 1
         assert "no room" in capsys.readouterr().err
+
+
+def test_what_is_made_is_this_users_alone(model: Path, machine: Machine) -> None:
+    """Guards: a checkpoint made of a model that lay in a closed directory, where every user of the machine reads it."""
+    before = os.umask(0)
+    try:
+        assert prepare(model, "--with-w4", "awq") == 0
+    finally:
+        os.umask(before)
+    (profile,) = Store(model.parent / "cache", weights_fingerprint(model) or "").profiles()
+    for directory in (profile.directory.parent, model.parent / "cache" / "prepared", model.parent / "cache"):
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700, directory

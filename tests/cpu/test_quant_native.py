@@ -336,3 +336,17 @@ def test_clang_is_refused_where_openmp_is_wanted(tmp_path: Path, monkeypatch: py
     assert native.find_compiler() == str(clang)
     with pytest.raises(RuntimeError, match="install g\\+\\+, or set CXX"):
         native.find_compiler(openmp=True)
+
+
+@needs_compiler
+def test_what_was_built_is_closed_to_others_under_any_umask(tmp_path: Path) -> None:
+    """Guards: a container whose umask is 0, where each start finds its own library open to others, and compiles."""
+    units, directory = _units(tmp_path), tmp_path / "native"
+    before = os.umask(0)
+    try:
+        library = native.build("small", units, directory)
+    finally:
+        os.umask(before)
+    assert not library.stat().st_mode & 0o022
+    built = library.stat()
+    assert os.path.samestat(native.build("small", units, directory).stat(), built)

@@ -12,6 +12,7 @@ import pytest
 from seams.async_world import NUM_LAYERS, VOCABULARY, World
 
 from morphserve.control.decisions.replay_log import replay
+from morphserve.integration.engine.requests.receipts import RECEIPT_ARG
 
 pytestmark = pytest.mark.seams
 
@@ -93,6 +94,34 @@ def test_who_is_sent_back_between_two_steps_goes_on_in_the_next(model: Path) -> 
     assert world.morph.pool.preempt_one() and len(world.scheduler.running) == 1
     world.step()
     assert len(world.scheduler.running) == 2, "it was not resumed at once: nothing was tried"
+    world.run_dry()
+
+
+def test_who_is_sent_back_is_no_lack_of_memory(model: Path) -> None:
+    """Guards: a restore whose preemptions the policy takes for a lack of memory, and goes deeper again; or a request
+    that is sent back, and waits where nobody counts it."""
+    world = World(model, 1)
+    for name in ("a", "b"):
+        world.add(name, [1, 2, 3, 4, 5], 20)
+    for _ in range(6):
+        world.step()
+    assert world.morph.pool.preempt_one()
+    seen = world.signals()
+    assert seen.preemptions == 0 and sum(cohort.num_requests for cohort in seen.waiting) == 1
+    world.run_dry()
+
+
+def test_who_is_sent_back_is_told_what_it_had_computed(model: Path) -> None:
+    """Guards: a receipt of nothing computed, of a request whose last token was under way when it was sent back."""
+    world = World(model, 1)
+    for name, token in (("a", 1), ("b", 2)):
+        world.add(name, [token] * 5, 20, **{RECEIPT_ARG: 1})
+    for _ in range(6):
+        world.step()
+    had = {name: request.num_computed_tokens for name, request in world.scheduler.requests.items()}
+    assert world.morph.pool.preempt_one()
+    (gone,) = (name for name, request in world.scheduler.requests.items() if request.num_preemptions)
+    assert world.morph.receipts._drafts[gone].computed == {0: had[gone]} and had[gone] > 5
     world.run_dry()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from seams.pool_harness import FLOOR, MAX_BLOCKS, KVModel, check_invariants, mak
 from vllm.distributed.kv_events import BlockRemoved
 from vllm.v1.core.kv_cache_metrics import KVCacheMetricsCollector
 from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
 from morphserve.errors import IllegalTransition, LedgerError
 
@@ -169,6 +171,15 @@ def test_watched_blocks_stay_until_they_drain() -> None:
     assert kv.advance(99) == 0
 
 
+def test_who_watches_a_block_is_told_that_it_is_emptied() -> None:
+    """Guards against a reader that goes on reading a block, by its id, which the shrink has given up."""
+    kv = KVModel()
+    told: list[int] = []
+    kv.pool._reuse_watchers[30] = lambda block: told.append(block.block_id)
+    kv.begin(20)
+    assert told == [30]
+
+
 def test_secondary_hashes_and_metrics_move_with_the_block() -> None:
     """Guards against tables keyed by block id that keep the old id."""
     kv = KVModel(metrics_collector=KVCacheMetricsCollector(sample_rate=1.0))
@@ -214,3 +225,26 @@ def test_illegal_moves_are_refused_and_change_nothing() -> None:
     with pytest.raises(IllegalTransition, match="7 live or cached blocks above"):
         port.finish_shrink()
     check_invariants(kv)
+
+
+@pytest.mark.parametrize(
+    ("policy", "order"),
+    [(SchedulingPolicy.FCFS, ["new", "old", "long"]), (SchedulingPolicy.PRIORITY, ["long", "new", "old"])],
+)
+def test_who_costs_least_is_preempted_first_and_the_last_stays(policy: SchedulingPolicy, order: list[str]) -> None:
+    """Guards against a restore that throws away the longest context, the oldest request or the most urgent one, or that
+    stops the only request there is, so that nothing is ever free."""
+    port, gone = KVModel().port, list[str]()
+    running = [("urgent", 0, 900), ("long", 5, 800), ("old", 1, 4), ("new", 1, 4)]
+    if policy == SchedulingPolicy.FCFS:
+        running[0] = ("longest", 9, 900)
+    port._scheduler.policy = policy
+    port._scheduler.running = [
+        SimpleNamespace(request_id=name, priority=priority, num_computed_tokens=num_tokens)
+        for name, priority, num_tokens in running
+    ]
+    port.send_back = port._scheduler.running.remove  # type: ignore[method-assign]
+    port.on_forced_preemption = lambda request: gone.append(request.request_id)
+    while port.preempt_one():
+        pass
+    assert gone == order and len(port._scheduler.running) == 1

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from seams.pool_harness import BLOCK, FLOOR, full_attention, kv_config, vllm_config
-from vllm.v1.kv_cache_interface import MambaSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import MambaSpec, SlidingWindowSpec, UniformTypeKVCacheSpecs
 
 from morphserve.errors import ConfigError
 from morphserve.integration.engine.resizable import blocks_of_one_request, check_supported
@@ -18,6 +18,10 @@ MAMBA = MambaSpec(block_size=BLOCK, shapes=((1, 1),), dtypes=(torch.float32,))
 
 def sliding(window: int) -> SlidingWindowSpec:
     return SlidingWindowSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=window)
+
+
+def of_one_type(*specs: Any) -> UniformTypeKVCacheSpecs:
+    return UniformTypeKVCacheSpecs(block_size=BLOCK, kv_cache_specs={f"layer{i}": spec for i, spec in enumerate(specs)})
 
 
 def test_the_floor_counts_every_group() -> None:
@@ -40,9 +44,20 @@ def test_the_floor_counts_every_group() -> None:
             None,
             "decode_context_parallel_size is 2",
         ),
+        (
+            {"parallel_config": SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=2)},
+            None,
+            "prefill_context_parallel_size is 2",
+        ),
+        ({}, kv_config(of_one_type(full_attention(), MAMBA)), "of kind .*MambaSpec"),
     ],
 )
 def test_unsupported_engines_are_refused(config: dict[str, Any], kv_cache: Any, message: str) -> None:
     """Guards against starting on a model or set-up whose KV the pool would corrupt."""
     with pytest.raises(ConfigError, match=message):
         check_supported(vllm_config(**config), kv_cache or kv_config(full_attention()))
+
+
+def test_layers_of_one_type_are_looked_into() -> None:
+    """Guards against a model whose layers differ in their heads alone, refused for the name of their group."""
+    check_supported(vllm_config(), kv_config(of_one_type(full_attention(), full_attention(num_kv_heads=2))))

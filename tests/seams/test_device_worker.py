@@ -88,6 +88,25 @@ def test_the_worker_of_every_device_refuses(restored_seams: None) -> None:
     assert any((patch.owner, patch.name) == (Worker, "determine_available_memory") for patch in seams.patches())
 
 
+def test_a_worker_refuses_where_it_has_layers(monkeypatch: pytest.MonkeyPatch, restored_seams: None) -> None:
+    """Guards: refusals that ask what is never so, or always: weights that a restore undoes, taken without a word; an
+    engine without MorphServe that can no longer take any."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from morphserve.integration.worker import state, worker
+
+    called: list[str] = []
+    monkeypatch.setattr(Worker, "reload_weights", lambda self: called.append("reload_weights"))
+    monkeypatch.setattr(state, "_rank", state.Rank())
+    worker.install_worker_seams()
+    object.__new__(Worker).reload_weights()
+    assert called == ["reload_weights"]
+    monkeypatch.setattr(state, "_rank", state.Rank(layers=SimpleNamespace()))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="reload_weights: MorphServe swaps"):
+        object.__new__(Worker).reload_weights()
+    assert called == ["reload_weights"]
+
+
 @pytest.mark.parametrize("method", [*_TARGETS, "load_model", "apply_model", "check_health"])
 def test_the_engine_refuses_before_it_asks_its_ranks(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """Guards: of several ranks that refuse vLLM reads the first answer, and takes the others for those to the next
@@ -119,11 +138,12 @@ def test_the_engine_refuses_functions_that_it_does_not_know() -> None:
     sent: list[Any] = []
     call = wiring._collective_rpc(lambda self, method, *args, **kwargs: sent.append(method))
     ours = SimpleNamespace(scheduler=SimpleNamespace(morph=object()))
-    for function in (lambda worker: None, functools.partial(logit_meter.install), SimpleNamespace()):
+    stranger = SimpleNamespace(__module__="morphserve_of_others.weights")
+    for function in (lambda worker: None, functools.partial(logit_meter.install), SimpleNamespace(), stranger):
         with pytest.raises(ConfigError, match="function .*: MorphServe swaps .* morphserve_keeps_weights = True"):
             call(ours, function)
         call(SimpleNamespace(scheduler=SimpleNamespace()), function)
-    assert len(sent) == 3
+    assert len(sent) == 4
 
 
 def fixed(num_bytes: int | None, of_graphs: int) -> Any:

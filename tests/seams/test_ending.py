@@ -351,3 +351,14 @@ def test_a_good_end_has_no_last_line(run: Run, tmp_path: Path) -> None:
     done = run(COMMAND.format(cli=True, call="pass", fails=False), tmp_path)
     assert done.returncode == 0 and list(tmp_path.iterdir()) == []
     assert PREFIX not in done.stderr and "leaks" in done.stderr
+
+
+def test_what_ended_is_read_by_its_user_alone(file: Path) -> None:
+    """Guards: a message with a path or a prompt in it, among temporary files where every user of the machine looks."""
+    file.unlink()
+    before = os.umask(0)
+    try:
+        ending.note("it ended")
+    finally:
+        os.umask(before)
+    assert file.stat().st_mode & 0o777 == 0o600
