@@ -33,6 +33,7 @@ COMMANDS = (
     Command("quantize", "tools.quantize.cli", "make a 4-bit checkpoint, with AWQ or GPTQ"),
     Command("measure-kl", "tools.profile.measure", "what a format costs, in the kernels that serve", "profile"),
     Command("replay", "tools.bench.cli", "replay traffic against servers, and compare them", "replay"),
+    Command("served-kl", "tools.quality.cli", "what quality a replay's answers were served at", "profile"),
     Command("simulate", "commands.simulate", "the same in virtual time, without servers", "replay"),
     Command("sweep", "tools.bench.sweep.cli", "several policies on several windows", "replay"),
     Command("tune", "tools.tune.cli", "find the policy for one's own traffic, simulated", "tune"),

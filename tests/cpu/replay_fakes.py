@@ -109,7 +109,11 @@ class FakeServer:
             what, body["max_tokens"]
         )
         for number in range(tokens):
-            await self._event(response, {"choices": [{"text": f"w{number} ", "token_ids": [number]}]})
+            choice: dict[str, Any] = {"text": f"w{number} ", "token_ids": [number]}
+            if width := body.get("logprobs"):
+                top = {f"token_id:{number + i}": -0.5 - i for i in range(width)}
+                choice["logprobs"] = {"tokens": [f"token_id:{number}"], "top_logprobs": [top]}
+            await self._event(response, {"choices": [choice]})
         self.tokens += tokens
         if what == "hang":
             await asyncio.Event().wait()
@@ -119,6 +123,8 @@ class FakeServer:
             await response.write(b"data: {not json\n\n")
         usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": tokens}
         await self._event(response, {"choices": [], "usage": usage})
+        if self.morph and body.get("vllm_xargs", {}).get("morphserve_receipt") == "tokens":
+            await self._event(response, {"choices": [], "morphserve": {"token_levels": [[0, 1], [1, tokens - 1]]}})
         await response.write(b"data: [DONE]\n\n")
         return response
 

@@ -73,6 +73,17 @@ def test_request_asks_for_exactly_the_trace() -> None:
     }  # fmt: skip
 
 
+def test_what_a_server_thought_is_recorded() -> None:
+    """Guards: probabilities of other tokens than those that were served, and levels that nobody asked for."""
+    fake = FakeServer(morph=True)
+    replayed, _ = run(fake, [0.0], output_tokens=3, top_logprobs=2)
+    (outcome,), (body,) = replayed.outcomes, fake.bodies
+    assert (body["logprobs"], body["return_tokens_as_token_ids"], body["return_token_ids"]) == (2, True, True)
+    assert body["vllm_xargs"] == {"morphserve_receipt": "tokens"}
+    assert outcome.top_logprobs == [{i: -0.5, i + 1: -1.5} for i in range(3)]
+    assert outcome.token_ids == [0, 1, 2] and outcome.token_levels == [[0, 1], [1, 2]]
+
+
 def test_client_is_open_loop() -> None:
     """Guards against a connection limit or a wait for answers: nobody is answered before all are here."""
     fake = FakeServer()

@@ -77,6 +77,8 @@ from morphserve.tools.workload import (
 )
 from policies import BASE_FORMAT
 
+_VLLM_MAX_LOGPROBS = 20  # that its servers tell unless they are asked for more (--max-logprobs)
+
 
 def main(argv: Sequence[str] | None = None, prog: str = "morphserve replay", description: str | None = __doc__) -> int:
     """Run the command line; the last line on stdout is one JSON document."""
@@ -160,7 +162,7 @@ def comparison_of(args: argparse.Namespace, source: str, workload: Workload, wit
     return read_options(
         Comparison,
         args,
-        server=read_options(ServerOptions, args, dtype=args.dtype),
+        server=_server_options(args),
         measurement=read_options(
             Measurement,
             args,
@@ -178,6 +180,13 @@ def comparison_of(args: argparse.Namespace, source: str, workload: Workload, wit
             "enforce_eager": args.enforce_eager,
         },
     )
+
+
+def _server_options(args: argparse.Namespace) -> ServerOptions:
+    options = read_options(ServerOptions, args, dtype=args.dtype)
+    if args.top_logprobs <= _VLLM_MAX_LOGPROBS:
+        return options
+    return replace(options, extra_args=(*options.extra_args, f"--max-logprobs={args.top_logprobs}"))
 
 
 def _prompts(args: argparse.Namespace, workload: Workload) -> list[list[int]]:

@@ -12,6 +12,7 @@ from morphserve.tools.bench.load.measure import Measurement
 from morphserve.tools.bench.report.console import ConsoleProgress
 from morphserve.tools.bench.report.results import Observed, RunResult
 from morphserve.tools.machine import describe_machine
+from morphserve.tools.workload import save_answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ def run_turns(planned: Iterable[Turn], backend: Backend, progress: ConsoleProgre
     for turn in planned:
         result = turn.result(backend.run(turn))
         result.save()
+        save_answers(turn.directory, turn.measurement.prompts, result.replayed.outcomes)
         progress.finished(result)
         yield result
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,13 +73,13 @@ class StreamedModel:
         names = [name for name, _ in self.layers[index].named_parameters()]
         return {name: self._tensor(f"{self._prefix}{index}.{name}") for name in names}
 
-    def begin(self, windows: Tensor) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
+    def begin(self, windows: Iterable[Tensor]) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
         """Hidden states in front of the first layer, and what else every layer's forward takes.
 
         Layers of one model differ in that: some attend to a sliding window, with another rotary table.
 
         Args:
-            windows: token ids [num_windows, num_tokens].
+            windows: token ids, [num_tokens] each.
 
         Returns:
             One [1, num_tokens, hidden_size] a window, and keyword arguments by layer and window.

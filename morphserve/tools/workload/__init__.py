@@ -7,10 +7,12 @@ from morphserve.tools.workload.limits import check_times
 from morphserve.tools.workload.metrics import Slo, bench_result, dispatch_lag, violations
 from morphserve.tools.workload.outcome import CUTOFF, ERROR, OK, TIMEOUT, Outcome, Replayed, Snapshot
 from morphserve.tools.workload.prompts import PromptMaker, load_encoder, read_corpus
+from morphserve.tools.workload.served import ANSWERS_FILE, UNKNOWN, ServedAnswer, load_answers, save_answers
 from morphserve.tools.workload.windows import Window, read_windows
 from morphserve.tools.workload.workload import Workload, WorkloadSpec, check_fits, load_workload, save_workload
 
 __all__ = [
+    "ANSWERS_FILE",
     "CUTOFF",
     "ERROR",
     "OK",
@@ -18,9 +20,11 @@ __all__ = [
     "PromptMaker",
     "ReplayError",
     "Replayed",
+    "ServedAnswer",
     "Slo",
     "Snapshot",
     "TIMEOUT",
+    "UNKNOWN",
     "Window",
     "Workload",
     "WorkloadError",
@@ -29,10 +33,12 @@ __all__ = [
     "check_fits",
     "check_times",
     "dispatch_lag",
+    "load_answers",
     "load_encoder",
     "load_workload",
     "read_corpus",
     "read_windows",
+    "save_answers",
     "save_workload",
     "violations",
 ]

@@ -25,6 +25,9 @@ class Outcome:
     output_tokens: int = 0
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    # By token, where they were asked for: ids of the most probable ones with their log probabilities in nats.
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    token_levels: list[list[int]] = field(default_factory=list)  # [level, tokens], run by run, as the receipt tells
     error: str = ""
 
     @property

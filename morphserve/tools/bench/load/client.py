@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 
+from morphserve.tools.checks import at_least
 from morphserve.tools.options import option
 from morphserve.tools.workload import ERROR, OK, TIMEOUT, Outcome, Replayed, Workload
 
@@ -45,6 +46,13 @@ class ClientOptions:
         metavar="S",
     )
     token_ids: bool = option("record the ids of the generated tokens (vLLM servers only)", default=False)
+    top_logprobs: int = option(
+        "record the K most probable tokens at each position, and the level it was computed at, for `morphserve "
+        "served-kl`; servers are slower for it (vLLM servers only)",
+        default=0,
+        type=at_least(1),
+        metavar="K",
+    )
 
 
 async def replay(
@@ -93,8 +101,11 @@ def completion_body(options: ClientOptions, prompt: list[int], max_tokens: int) 
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    if options.token_ids:
+    if options.token_ids or options.top_logprobs:
         body["return_token_ids"] = True
+    if options.top_logprobs:
+        body |= {"logprobs": options.top_logprobs, "return_tokens_as_token_ids": True}
+        body["vllm_xargs"] = {"morphserve_receipt": "tokens"}  # means nothing to a server without the plugin
     return body
 
 
@@ -144,6 +155,9 @@ async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome, begin
             outcome.latency_s = now - begin
             outcome.text += choices[0].get("text") or ""
             outcome.token_ids += choices[0].get("token_ids") or []
+            outcome.top_logprobs += map(_by_id, (choices[0].get("logprobs") or {}).get("top_logprobs") or ())
+        if receipt := chunk.get("morphserve"):
+            outcome.token_levels = receipt.get("token_levels") or []
         if usage := chunk.get("usage"):
             outcome.output_tokens = int(usage.get("completion_tokens") or 0)
             outcome.prompt_tokens = int(usage.get("prompt_tokens") or outcome.prompt_tokens)
@@ -156,6 +170,11 @@ async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome, begin
             "(ignore_eos not obeyed, or the answer was cut)"
         )
     outcome.status = OK
+
+
+def _by_id(position: dict[str, float] | None) -> dict[int, float]:
+    """Read `{"token_id:7": -0.5, ...}`."""
+    return {int(name.rpartition(":")[2]): logprob for name, logprob in (position or {}).items()}
 
 
 async def sse_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[str]:
