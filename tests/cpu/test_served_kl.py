@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cpu.test_replay_compare import QUIET, STARTED, comparison
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from morphserve.tools.bench.cli import comparison_of
+from morphserve.tools.bench.options import build_parser
+from morphserve.tools.bench.runner import run_all
 from morphserve.tools.profile import StreamedModel
 from morphserve.tools.quality import Scored, cli, divergence, level_rows, score_answers
 from morphserve.tools.workload import UNKNOWN, Outcome, ReplayError, ServedAnswer, load_answers, save_answers
+from morphserve.tools.workload.workload import Workload
 
 pytestmark = pytest.mark.cpu
 
@@ -233,3 +239,24 @@ def test_the_command_refuses_in_one_line(models: Any, tmp_path: Path, capsys: py
     (tmp_path / "a" / "result.json").write_text("[]")
     assert cli.main([str(tmp_path / "a")]) == 1
     assert "result.json cannot be read" in capsys.readouterr().err
+
+
+def test_a_replay_keeps_what_was_recorded(tmp_path: Path) -> None:
+    """Guards the chain from servers to files: answers with the prompts that they were asked with."""
+    asked = comparison(tmp_path, "stock", "morphserve")
+    client = replace(asked.measurement.client, top_logprobs=2)
+    asked = replace(asked, measurement=replace(asked.measurement, client=client))
+    run_all(asked, STARTED, QUIET)
+    for name, levels in (("stock", [UNKNOWN] * 4), ("morphserve", [0, 1, 1, 1])):
+        answers = load_answers(tmp_path / "out" / name)
+        assert [answer.prompt.tolist() for answer in answers] == asked.measurement.prompts
+        assert all(answer.levels.tolist() == levels and answer.top_ids.shape == (4, 2) for answer in answers)
+
+
+@pytest.mark.parametrize(("number", "arguments"), [("20", ()), ("100", ("--x", "--max-logprobs=100"))])
+def test_servers_are_started_to_tell_as_many(number: str, arguments: tuple[str, ...]) -> None:
+    """Guards: a stock server that refuses every request, as it tells 20 and no more by itself."""
+    words = ["--workload", "w", "--top-logprobs", number, *[f"--serve-arg={word}" for word in arguments[:-1]]]
+    args = build_parser("", "replay").parse_args(words)
+    made = comparison_of(args, "w", Workload("w", (), 512), with_text=False)
+    assert made.server.extra_args == arguments and made.measurement.client.top_logprobs == int(number)
