@@ -30,6 +30,7 @@ from typing import Any
 import aiohttp
 import yaml
 
+from morphserve.serve_dtype import add_dtype_option, resolve_dtype
 from morphserve.tools.bench import ServerOptions, half_width, serve
 from morphserve.tools.command import command_parser, run_command
 from morphserve.tools.machine import describe_machine
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=96, help="of a canary")
     parser.add_argument("--cpu-bind", default="0", help="core of the engine; all else needs others")
     parser.add_argument("--flood", nargs=2, metavar=("URL", "KIND"), help=argparse.SUPPRESS)
+    add_dtype_option(parser)
     args = parser.parse_args(argv)
     if args.flood:
         token = (args.out / "admin.token").read_text(encoding="utf-8")
@@ -69,7 +71,10 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     token.touch(0o600)
     token.write_text(secrets.token_hex(16), encoding="utf-8")
     plugin = ("--plugin", "morphserve", "--morphserve-config", str(config))
-    options = ServerOptions(model=args.model, num_blocks=257, cpu_bind=args.cpu_bind, extra_args=plugin)
+    dtype = resolve_dtype(args.dtype, args.model)
+    options = ServerOptions(
+        model=args.model, num_blocks=257, dtype=dtype, cpu_bind=args.cpu_bind, extra_args=plugin
+    )
     found: dict[str, list[float]] = {kind: [] for kind in _KINDS}
     with serve(options, args.out / "server.log") as server:
         for _ in range(2):  # kernels, allocator

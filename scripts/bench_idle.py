@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from morphserve.serve_dtype import add_dtype_option, resolve_dtype
 from morphserve.tools.bench import ClosedLoop, ServerOptions, compare_idle
 from morphserve.tools.command import command_parser, run_command
 from morphserve.tools.workload import load_encoder, read_corpus
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num-blocks", type=int, default=257, help="ample: nothing may ask for more KV")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--cpu-bind", default="0", help="core of both engines; the client needs another")
+    add_dtype_option(parser)
     args = parser.parse_args(argv)
     if args.pairs < 2:
         parser.error(f"--pairs {args.pairs}: a spread needs at least 2")
@@ -47,6 +49,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     stock = ServerOptions(
         model=args.model,
         num_blocks=args.num_blocks,
+        dtype=resolve_dtype(args.dtype, args.model),
         enforce_eager=args.enforce_eager,
         cpu_bind=args.cpu_bind,
     )
