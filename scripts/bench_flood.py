@@ -29,6 +29,7 @@ from typing import Any
 
 import aiohttp
 import yaml
+from bench_idle import at_level_0
 
 from morphserve.serve_dtype import add_dtype_option, resolve_dtype
 from morphserve.tools.bench import ServerOptions, half_width, serve
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
     args.out.mkdir(parents=True, exist_ok=True)
-    settings = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
+    settings = at_level_0(Path(args.config))
     config, token = args.out.resolve() / "morph.yaml", args.out.resolve() / "admin.token"
     config.write_text(yaml.safe_dump({**settings, "admin": {"token_file": str(token)}}), encoding="utf-8")
     token.unlink(missing_ok=True)

@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from morphserve.serve_dtype import add_dtype_option, resolve_dtype
 from morphserve.tools.bench import ClosedLoop, ServerOptions, compare_idle
 from morphserve.tools.command import command_parser, run_command
@@ -43,6 +45,12 @@ def main(argv: list[str] | None = None) -> int:
     return run_command("bench_idle", lambda: _measure(args), "servers stopped")
 
 
+def at_level_0(config: Path) -> dict[str, Any]:
+    """Return settings by which the policy decides as always and goes nowhere: a slow machine may miss its promise."""
+    settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    return {**settings, "policy": {**(settings.get("policy") or {}), "max_level": 0}}
+
+
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
     ids = load_encoder(args.model)(read_corpus(CORPUS), False)
     prompts = [ids[i * 64 : i * 64 + 64] for i in range(args.requests)]
@@ -53,7 +61,10 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         enforce_eager=args.enforce_eager,
         cpu_bind=args.cpu_bind,
     )
-    plugin = replace(stock, extra_args=("--plugin", "morphserve", "--morphserve-config", args.config))
+    args.out.mkdir(parents=True, exist_ok=True)
+    config = args.out.resolve() / "morph.yaml"
+    config.write_text(yaml.safe_dump(at_level_0(Path(args.config))), encoding="utf-8")
+    plugin = replace(stock, extra_args=("--plugin", "morphserve", "--morphserve-config", str(config)))
     result, status = compare_idle(
         {"stock": stock, "plugin": plugin},
         args.out,
