@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from morphserve.config import MorphServeConfig
 from morphserve.errors import MorphServeError
 from morphserve.tools.bench import ClientOptions
 from morphserve.tools.soak import answer, make_model, run
@@ -318,3 +319,11 @@ def test_what_stock_grows_by_too_is_not_ours() -> None:
     for side in ("morphserve", "stock"):
         _each(rows, lambda row: row["processes"][1].update(rss_kib=400_000 + int(row["t_s"])), side)
     assert report(rows, 20.0)["violations"] == []
+
+
+@pytest.mark.parametrize("kind", run.POLICIES)
+def test_the_settings_of_a_soak_are_taken(kind: str, tmp_path: Path) -> None:
+    """Guards: an hour that ends in its first second, at a setting that has another name since."""
+    plan = run.Plan(tmp_path, minutes=1.0, kind=kind)
+    config = MorphServeConfig.model_validate(run.settings(plan))
+    assert config.policy.kind == kind and config.cache_dir == tmp_path / "cache"

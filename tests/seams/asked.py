@@ -10,8 +10,8 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from morphserve.integration.server.access import Access
 from morphserve.integration.server.metrics import MorphServeEndpoint
+from morphserve.integration.server.routes.access import Access
 
 ADMIN, READ = "an-admin-of-tests", "a-reader-of-tests"
 LOCAL = ("127.0.0.1", 50000)

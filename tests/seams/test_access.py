@@ -16,10 +16,10 @@ from seams.asked import ADMIN, LOCAL, READ, app_of, bearer, client_of, endpoint_
 from starlette.middleware.cors import CORSMiddleware
 
 from morphserve.errors import ConfigError
-from morphserve.integration.server import access as access_module
 from morphserve.integration.server import metrics
-from morphserve.integration.server.access import Access
 from morphserve.integration.server.metrics import MorphServeEndpoint
+from morphserve.integration.server.routes import access as access_module
+from morphserve.integration.server.routes.access import Access
 
 BOTH = Access(ADMIN, READ)
 OUTSIDE = ("192.0.2.7", 50000)

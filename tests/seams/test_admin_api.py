@@ -15,9 +15,9 @@ from seams.asked import ADMIN, LOCAL, READ, app_of, bearer, client_of, endpoint_
 from morphserve.control import ORDERS, Controller
 from morphserve.integration.engine import wiring
 from morphserve.integration.engine.hooks import Morph
-from morphserve.integration.server import admin_api, body, reload_api
-from morphserve.integration.server.access import Access
 from morphserve.integration.server.metrics import MorphServeEndpoint
+from morphserve.integration.server.routes import admin_api, body, reload_api
+from morphserve.integration.server.routes.access import Access
 from tests.fakes import Rig
 
 BOTH = Access(ADMIN, READ)

@@ -24,11 +24,11 @@ from fastapi.responses import HTMLResponse
 from seams import asked
 from seams.asked import ADMIN, READ, client_of, endpoint_of
 
-from morphserve.integration.server.access import Access
 from morphserve.integration.server.metrics import MorphServeEndpoint
-from morphserve.integration.server.page import PAGE
 from morphserve.integration.server.poll import StatusPoll
-from morphserve.integration.server.status_api import LastStatuses
+from morphserve.integration.server.routes.access import Access
+from morphserve.integration.server.routes.page import PAGE
+from morphserve.integration.server.routes.status_api import LastStatuses
 from morphserve.status_view import Bar, Change, LevelRow, Line, Panel, panels
 
 HTML = PAGE.read_text(encoding="utf-8")
@@ -122,7 +122,7 @@ def test_the_page_travels_in_the_wheel() -> None:
     """Guards: a server from a package without its page, which ends while it starts."""
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = project["tool"]["setuptools"]["package-data"]["morphserve"]
-    assert any(PurePath(f"integration/server/{PAGE.name}").match(pattern) for pattern in patterns)
+    assert any(PurePath(f"integration/server/routes/{PAGE.name}").match(pattern) for pattern in patterns)
 
 
 # ---- in a browser

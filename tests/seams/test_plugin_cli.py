@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import os
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
@@ -219,6 +221,17 @@ def test_a_front_end_that_has_nothing_of_ours_is_refused(
     AsyncEngineArgs.from_cli_args(args(*value))
     monkeypatch.setenv(RUST, "0")
     AsyncEngineArgs.from_cli_args(args(*asked))
+
+
+@pytest.mark.parametrize("module", ["vllm.entrypoints.launchers.grpc_server", "vllm.entrypoints.grpc_server"])
+def test_a_module_that_serves_grpc_is_refused(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: the refusal of `--grpc`, passed by whoever starts its module as vLLM's documentation also does."""
+    assert importlib.util.find_spec(module), "it has another name now"
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name=module))
+    model = str(Path(__file__).parent)
+    with pytest.raises(SystemExit, match=rf"^morphserve: error: python -m {module}: .* Start `vllm serve`\.$"):
+        AsyncEngineArgs.from_cli_args(parse("--model", model, "--plugin", "morphserve"))
+    AsyncEngineArgs.from_cli_args(parse("--model", model))
 
 
 # ---- the engine's configuration

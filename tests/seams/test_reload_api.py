@@ -28,10 +28,10 @@ from vllm.v1.engine.core import EngineCoreProc
 
 from morphserve.integration.engine import wiring as engine
 from morphserve.integration.engine.hooks import Morph
-from morphserve.integration.server import reload_api
-from morphserve.integration.server.access import Access
-from morphserve.integration.server.body import text_of
-from morphserve.integration.server.reload_api import _LASTING_LOOKS, Sameness, on_hangup
+from morphserve.integration.server.routes import reload_api
+from morphserve.integration.server.routes.access import Access
+from morphserve.integration.server.routes.body import text_of
+from morphserve.integration.server.routes.reload_api import _LASTING_LOOKS, Sameness, on_hangup
 from morphserve.integration.server.tasks import Tasks
 from morphserve.integration.start.hangup import _IGNORED_BY, hangup_is_free, ignore_hangups
 from morphserve.integration.start.settings import config_file
@@ -172,7 +172,7 @@ def test_a_body_without_an_end_is_not_read_for_ever() -> None:
 
 def test_a_body_that_does_not_come_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: who sends a byte a minute is the one reload under way, and nobody else's comes through."""
-    monkeypatch.setattr("morphserve.integration.server.body._TIMEOUT_S", 0.0)
+    monkeypatch.setattr("morphserve.integration.server.routes.body._TIMEOUT_S", 0.0)
 
     async def receive() -> dict[str, Any]:
         await asyncio.Event().wait()

@@ -1,8 +1,5 @@
 """The `morphserve:*` metrics on vLLM's own /metrics, and the plugin that adds our routes.
 
-The status is in `status_api.py`, reloads in `reload_api.py`, orders of an operator in `admin_api.py`, what a browser
-sees in `page.py`, who may in `access.py`.
-
 The engine cores are asked twice a second (`poll.py`); scrapes and questions read the last answers. Each data-parallel
 replica is an engine of its own, told by its index. vLLM's own cache_config_info label is fixed at start and goes stale
 after a resize: `morphserve:kv_blocks` is the one to watch.
@@ -23,17 +20,24 @@ from prometheus_client.registry import Collector
 from morphserve.config import MorphServeConfig
 from morphserve.control import Direction, ErrorPlace, Outcome
 from morphserve.integration import seams
-from morphserve.integration.server.access import Access
-from morphserve.integration.server.admin_api import add_admin
 from morphserve.integration.server.floor_door import FloorDoor
-from morphserve.integration.server.page import add_page
 from morphserve.integration.server.poll import SILENT_AFTER_S, StatusPoll
 from morphserve.integration.server.queue_limit import QueueLimit
 from morphserve.integration.server.receipt_door import ReceiptDoor, note_receipts
-from morphserve.integration.server.reload_api import Sameness, add_route, on_hangup, reload_engines
+from morphserve.integration.server.routes import (
+    Access,
+    LastStatuses,
+    Sameness,
+    Shortcut,
+    add_admin,
+    add_page,
+    add_reload,
+    add_status,
+    on_hangup,
+    reload_engines,
+)
 from morphserve.integration.server.scrape import PREFIX, Refusals, add_behind_shared, add_to_own
 from morphserve.integration.server.spare_time import SpareTime
-from morphserve.integration.server.status_api import LastStatuses, add_status
 from morphserve.integration.server.tasks import Tasks
 from morphserve.integration.start import settings_of
 from policies import OrderKind, Predictions
@@ -243,12 +247,13 @@ class MorphServeEndpoint:
         """Add the routes; who may use them is known once `init_state` has read the settings, and until then nobody."""
         router = APIRouter(prefix="/morphserve")
         add_status(router, self._last, lambda: self._access)
-        add_route(router, self._reload, lambda: self._access)
+        add_reload(router, self._reload, lambda: self._access)
         add_admin(router, self._last, self, lambda: self._access)
         add_page(router, self._last, lambda: self._access)
         app.include_router(router)
         add_behind_shared(app, self._collector)
         app.add_middleware(ReceiptDoor, floors=self._floors)
+        app.add_middleware(Shortcut, router=router, handlers=app.exception_handlers)
 
     async def init_state(self, engine_client: EngineClient, state: Any, args: Any) -> None:
         self._client = engine_client

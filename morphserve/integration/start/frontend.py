@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from morphserve.errors import ConfigError
 
@@ -13,8 +14,10 @@ def check_frontend(args: argparse.Namespace) -> None:
     """Refuse a server that nobody could watch, order or have shed.
 
     Raises:
-        ConfigError: `vllm serve` would start another front end than the Python API server.
+        ConfigError: what has been started is another front end than the Python API server, or would start one.
     """
+    if (module := _started_module()).endswith(".grpc_server"):
+        raise ConfigError(_refusal(f"python -m {module}", "gRPC server", "Start `vllm serve`."))
     if getattr(args, "subparser", None) != "serve":
         return
     if getattr(args, "grpc", False):
@@ -23,6 +26,12 @@ def check_frontend(args: argparse.Namespace) -> None:
 
     if getattr(envs, _RUST, False) and not getattr(args, "headless", False):
         raise ConfigError(_refusal(f"{_RUST}=1", "Rust front end", f"Unset {_RUST}."))
+
+
+def _started_module() -> str:
+    """Return the module that `python -m` has started, or nothing."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return "" if spec is None else str(spec.name)
 
 
 def _refusal(value: str, frontend: str, remedy: str) -> str:

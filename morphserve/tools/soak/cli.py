@@ -26,7 +26,7 @@ from morphserve.tools.checks import more_than_zero
 from morphserve.tools.command import command_parser, run_command, say
 from morphserve.tools.machine import describe_machine
 from morphserve.tools.soak.judge import report
-from morphserve.tools.soak.run import Plan, read_rows, run
+from morphserve.tools.soak.run import POLICIES, Plan, read_rows, run
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "morphserve soak") -> int:
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve soak") -> in
     parser.add_argument("--minutes", type=more_than_zero, default=120.0)
     parser.add_argument("--warm-up", type=more_than_zero, metavar="MIN", help="that slopes leave out; default: half")
     parser.add_argument("--share", type=more_than_zero, default=0.4, help="of the time in which requests are under way")
+    parser.add_argument("--kind", choices=tuple(POLICIES), default="threshold", help="of the policy")
     parser.add_argument("--out", type=Path, metavar="DIR", help="logs and samples; default: a temporary directory")
     parser.add_argument("--read", type=Path, metavar="DIR", help="judge what a run has left there; start nothing")
     parser.add_argument("--seed", type=int, default=0)
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "morphserve soak") -> in
             directory = (args.out or Path(tempfile.mkdtemp(prefix="morphserve-soak-"))).resolve()
             directory.mkdir(parents=True, exist_ok=True)
             say(f"samples and logs: {directory}")
-            asyncio.run(run(Plan(directory, args.minutes, min(1.0, args.share), args.seed)))
+            asyncio.run(run(Plan(directory, args.minutes, min(1.0, args.share), args.kind, args.seed)))
         rows = list(read_rows(directory))
         warm_up = args.warm_up or max(row.get("t_s", 0.0) for row in rows) / 120
         found.update({"machine": describe_machine(), **report(rows, warm_up)})

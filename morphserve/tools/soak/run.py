@@ -31,12 +31,14 @@ _QUIET_S = 3.0  # before a sample: connections of the last burst are closed
 _PATIENCE_S = 60.0  # for level 0
 _LEAST_PAUSE_S = 0.5
 _KEEP_ALIVE_S = 1.0
-SETTINGS: Mapping[str, Any] = {
-    "version": 1,
-    "policy": {
-        "kind": "threshold", "mode": "performance", "degrade_above": 0.6, "target_usage": 0.5, "restore_below": 0.5,
-        "restore_after_s": 0.1,
+POLICIES: Mapping[str, Mapping[str, Any]] = {  # that a burst takes down and its end back, each as often as it may
+    "threshold": {
+        "mode": "performance", "degrade_above": 0.6, "target_usage": 0.5, "restore_below": 0.5, "restore_after_s": 0.1,
     },
+    "slo": {"ttft_s": 0.2, "tpot_s": 0.1},
+}  # fmt: skip
+_SETTINGS: Mapping[str, Any] = {
+    "version": 1,
     "transition": {"max_layers_per_step": 1},
     "ladder": {
         "order": "front_to_back",
@@ -66,6 +68,7 @@ class Plan:
     directory: Path
     minutes: float
     share: float = 0.4  # of the time in which requests are under way, to either server
+    kind: str = "threshold"  # of the policy
     seed: int = 0
 
 
@@ -78,12 +81,17 @@ def options(model: Path) -> SoakServer:
     )  # fmt: skip
 
 
+def settings(plan: Plan) -> dict[str, Any]:
+    """Return the settings of the server with the plugin."""
+    policy = {"kind": plan.kind, **POLICIES[plan.kind]}
+    return {**_SETTINGS, "policy": policy, "cache_dir": str(plan.directory / "cache")}
+
+
 async def run(plan: Plan) -> None:
     """Run it, and leave a row a minute in the directory."""
     server = options(make_model(plan.directory / "model"))
     config = plan.directory / "morph.yaml"
-    settings = {**SETTINGS, "cache_dir": str(plan.directory / "cache")}
-    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    config.write_text(yaml.safe_dump(settings(plan)), encoding="utf-8")
     ours = ("--plugin", "morphserve", "--morphserve-config", str(config))
     with (
         serve(server, plan.directory / "stock.log") as stock,

@@ -22,10 +22,10 @@ from fastapi.responses import JSONResponse
 
 from morphserve.control import ORDERS, Action, OrderBody, ReloadBody, parse_order
 from morphserve.errors import OrderError
-from morphserve.integration.server.access import Access
-from morphserve.integration.server.body import alone, answered_within, text_of
-from morphserve.integration.server.reload_api import ask_engines
-from morphserve.integration.server.status_api import LastStatuses, shown
+from morphserve.integration.server.routes.access import Access
+from morphserve.integration.server.routes.body import alone, answered_within, text_of
+from morphserve.integration.server.routes.reload_api import ask_engines
+from morphserve.integration.server.routes.status_api import LastStatuses, shown
 
 _MAX_BODY_BYTES = 4096
 _TIMEOUT_S = 10.0  # of each question to the engines

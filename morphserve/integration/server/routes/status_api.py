@@ -9,8 +9,8 @@ from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request, Response
 
-from morphserve.integration.server.access import Access
 from morphserve.integration.server.poll import StatusPoll
+from morphserve.integration.server.routes.access import Access
 
 Status = dict[str, Any]
 _OLD_S = 2.0  # four polls

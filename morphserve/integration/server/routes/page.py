@@ -18,8 +18,8 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 
-from morphserve.integration.server.access import Access
-from morphserve.integration.server.status_api import LastStatuses, shown
+from morphserve.integration.server.routes.access import Access
+from morphserve.integration.server.routes.status_api import LastStatuses, shown
 from morphserve.status_view import panels
 
 PAGE = Path(__file__).with_name("page.html")

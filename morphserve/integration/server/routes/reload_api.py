@@ -16,8 +16,8 @@ from typing import Any, Protocol
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse
 
-from morphserve.integration.server.access import Access
-from morphserve.integration.server.body import alone, answered_within, busy, text_of
+from morphserve.integration.server.routes.access import Access
+from morphserve.integration.server.routes.body import alone, answered_within, busy, text_of
 from morphserve.integration.server.tasks import Tasks
 from morphserve.integration.start import hangup_is_free
 
@@ -92,7 +92,7 @@ class Sameness:
             self._num_looks = 0
 
 
-def add_route(router: APIRouter, ask: Ask, access: Callable[[], Access]) -> None:
+def add_reload(router: APIRouter, ask: Ask, access: Callable[[], Access]) -> None:
     """Add `POST /reload`: 200, 422 when an engine has refused the policy, 429 while another reload is under way."""
     door = asyncio.Lock()
 
