@@ -2,8 +2,8 @@
 
 One server with the plugin at level 0 answers one streaming request after the other. In turn, the order swapped from
 round to round: alone; while another process asks `/version`, which is vLLM's own and costs next to nothing, so that
-many times a second; and while it asks for status, page and reload instead. The first ratio holds what any
-client costs on the cores that are there, the second what our routes add.
+many times a second; and while it asks for status, page and reload instead. API server, canary and flood stay off the
+engine's cores. The first ratio holds what any client costs on the cores that are left, the second what our routes add.
 
 Output columns: round, time per token alone (ms), ratios: `/version` over alone, ours over alone, ours over `/version`.
 Last stdout line: one JSON document.
@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import secrets
 import statistics
 import subprocess
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--per-second", type=int, default=500, help="questions")
     parser.add_argument("--tokens", type=int, default=96, help="of a canary")
-    parser.add_argument("--cpu-bind", default="0", help="core of the engine; all else needs others")
+    parser.add_argument("--core", type=int, default=0, help="of the engine; all else is kept on others")
     parser.add_argument("--flood", nargs=2, metavar=("URL", "KIND"), help=argparse.SUPPRESS)
     add_dtype_option(parser)
     args = parser.parse_args(argv)
@@ -74,10 +75,12 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     plugin = ("--plugin", "morphserve", "--morphserve-config", str(config))
     dtype = resolve_dtype(args.dtype, args.model)
     options = ServerOptions(
-        model=args.model, num_blocks=257, dtype=dtype, cpu_bind=args.cpu_bind, extra_args=plugin
+        model=args.model, num_blocks=257, dtype=dtype, cpu_bind=str(args.core), extra_args=plugin
     )
     found: dict[str, list[float]] = {kind: [] for kind in _KINDS}
     with serve(options, args.out / "server.log") as server:
+        for pid in (int(server.pid or 0), os.getpid()):  # floods are started from here, and stay where this is
+            _keep_off(pid, args.core)
         for _ in range(2):  # kernels, allocator
             _time_per_token(server.url, options.served_model_name, args.tokens)
         for number in range(args.rounds):
@@ -98,6 +101,13 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("version_over_alone", "ours_over_alone", "ours_over_version"):
         print(f"{name}: {result[name]['mean']:.4f} +- {result[name]['half_width_95']:.4f}")
     return result
+
+
+def _keep_off(pid: int, core: int) -> None:
+    """Have all threads of a process run on other cores than that of the engine, if there are any."""
+    others = os.sched_getaffinity(0) - {core}
+    for thread in Path(f"/proc/{pid}/task").iterdir() if others else ():
+        os.sched_setaffinity(int(thread.name), others)
 
 
 def _ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:

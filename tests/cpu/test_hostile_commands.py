@@ -78,6 +78,9 @@ FAILS: list[tuple[tuple[str, ...], str]] = [
     (("prepare", "m", "--text", "{tmp}/none"), "--text {tmp}/none: No such file or directory"),
     (("prepare", "m", "--cache-dir", UNDER_A_FILE[0]), UNDER_A_FILE[1]),
     (("prepare", "m", "--cache-dir", NOWHERE), NO_HOME),
+    (("served-kl", "{tmp}/none"), "no run with recorded answers"),
+    (("served-kl", "{tmp}/run"), "top_logprobs.npz is damaged, or not of a replay"),
+    (("served-kl", NOWHERE), NO_HOME),
     (("soak", "--read", "{tmp}/none"), "No such file or directory"),
     (("gpu-check", "--out", UNDER_A_FILE[0]), UNDER_A_FILE[1]),
 ]  # fmt: skip
@@ -94,6 +97,7 @@ USAGE: list[tuple[tuple[str, ...], str]] = [
     (("calibrate", "m", "--rounds", "0"), "0 is too few"),
     (("quantize", "m", "--out", "x", "--samples", "-1"), "-1 is too few"),
     (("prepare", "m", "--windows", "0"), "0 is too few"),
+    (("served-kl", "m", "--answers", "0"), "0 is too few"),
     (("soak", "--minutes", "nan"), "nan is out of bounds, must be above 0"),
     (("gpu-check", "--minutes", "inf"), "inf is out of bounds"),
     (("status", "--url", "ftp://x"), "is no address of a server"),
@@ -111,6 +115,9 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "binary").write_bytes(b"\xff\xfe text")
     (tmp_path / "empty.yaml").write_text("", encoding="utf-8")
     (tmp_path / "twice.yaml").write_text("- {file: a, file: b}\n", encoding="utf-8")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text('{"setup": {"model": "m"}}', encoding="utf-8")
+    (tmp_path / "run" / "top_logprobs.npz").write_text("no archive", encoding="utf-8")
     (tmp_path / "levels.json").write_text('[{"0": "w5"}]', encoding="utf-8")
     return tmp_path
 

@@ -188,7 +188,7 @@ def test_nothing_recorded_writes_nothing(tmp_path: Path) -> None:
 def test_a_damaged_record_is_refused(tmp_path: Path, damage: bytes) -> None:
     """Guards: a traceback at a file that a full disk has cut."""
     (tmp_path / "top_logprobs.npz").write_bytes(damage)
-    with pytest.raises(ReplayError, match=r"top_logprobs\.npz cannot be read"):
+    with pytest.raises(ReplayError, match=r"top_logprobs\.npz is damaged, or not of a replay"):
         load_answers(tmp_path)
 
 

@@ -79,8 +79,10 @@ def load_answers(directory: Path) -> list[ServedAnswer]:
         raise ReplayError(
             f"{file}: no such file. Replay again with `--top-logprobs 100`, which records what served-kl compares."
         ) from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-        raise ReplayError(f"{file} cannot be read ({e}). Replay again with --top-logprobs.") from e
+    except OSError as e:
+        raise ReplayError(f"{file} cannot be read ({e}).") from e
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:  # numpy's words would have it unpickled
+        raise ReplayError(f"{file} is damaged, or not of a replay. Replay again with --top-logprobs.") from e
 
 
 def _levels(outcome: Outcome) -> NDArray[np.int16]:
