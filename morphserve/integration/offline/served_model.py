@@ -20,6 +20,9 @@ from policies import BASE_FORMAT
 _BATCH = 16  # requests that `step_time_s` decodes at once
 _STEPS = 24  # that it times
 _REPEATS = 3  # of a pair of step times: this machine may be busy with something else too
+# Nobody waits for an answer here, so what a server would give up is waited for: five layers of a model of 1.5 billion
+# weights in fp32 are 0.9 GB to read, from a disk if memory is short.
+_RANK_TIMEOUT_S = 1800.0
 
 
 class ServedModel(LevelEngine):
@@ -39,10 +42,11 @@ class ServedModel(LevelEngine):
             dtype: of the engine; None = the model's own.
             arguments: others of `vllm.LLM`.
         """
+        transition = {"rank_timeout_s": _RANK_TIMEOUT_S, **settings.get("transition", {})}
         super().__init__(
-            model, settings, dtype=dtype or "auto", enforce_eager=enforce_eager, max_model_len=length + 32,
-            max_num_batched_tokens=max(2048, length + 32), max_num_seqs=_BATCH, enable_prefix_caching=False,
-            disable_log_stats=True, **arguments,
+            model, {**settings, "transition": transition}, dtype=dtype or "auto", enforce_eager=enforce_eager,
+            max_model_len=length + 32, max_num_batched_tokens=max(2048, length + 32), max_num_seqs=_BATCH,
+            enable_prefix_caching=False, disable_log_stats=True, **arguments,
         )  # fmt: skip
         self.description: RankDescription = self.morph.runtime.ranks[0]
         self._formats: dict[int, str] = {}  # decoder layer id |-> what it is in now; level 0 where nothing is said
@@ -105,6 +109,8 @@ def measure_levels(
 ) -> list[dict[str, float]]:  # fmt: skip
     """Return KL against full precision, perplexity and equal argmax of each level, means over all tokens of all texts.
 
+    The model is left at whatever was measured last.
+
     Args:
         levels: decoder layer id |-> format.
         texts: token ids.
@@ -131,5 +137,4 @@ def measure_levels(
         ppl = {"ppl": math.exp(means.pop("nll")), "ppl_base": math.exp(base_nll / positions)}
         factor = {"step_time_factor": model.step_time_factor(level)} if timed else {}
         found.append({**means, **ppl, **factor})
-    model.put({})
     return found

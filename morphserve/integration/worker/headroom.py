@@ -55,10 +55,17 @@ def measure(worker: WorkerBase, layers: RankLayers) -> int:
         with _set_global_compilation_settings(config):
             worker.model_runner.profile_run()
 
+    mixtures = list(_mixtures(list(layers.linears), (BASE_FORMAT, *layers.kernels)))
+    # Said beforehand: a pass takes a minute and more where a core serves a model of some billion weights.
+    logger.info(
+        "morphserve: rank %d measures what a worst-case forward pass takes, once for this model and these limits: "
+        "%d passes of %d tokens (--max-num-batched-tokens)",
+        worker.rank, 1 + _RUNS * len(mixtures), config.scheduler_config.max_num_batched_tokens,
+    )  # fmt: skip
     state = torch.get_rng_state()
     forward()  # what is allocated once and stays (buffers, compiled code) is not the price of a forward pass
     size = 0
-    for mixed in _mixtures(list(layers.linears), (BASE_FORMAT, *layers.kernels)):
+    for mixed in mixtures:
         with _in_formats(layers, mixed):
             size = max(size, *(int(_MARGIN * peak_beyond_now(forward)) for _ in range(_RUNS)))
     torch.set_rng_state(state)
