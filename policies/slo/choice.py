@@ -30,13 +30,14 @@ class Terms:
         """Return the level that costs least.
 
         Where not even that one keeps the promise the quickest is taken at once: what it does not serve now is late
-        soon. A level that computes slower is for those that its room saves, and must save them: a crowd that it lets in
-        has its tokens late.
+        soon. But not where the way there alone makes more late than it can save. A level that computes slower is for
+        those that its room saves, and must save them: a crowd that it lets in has its tokens late.
         """
         totals = [self.total(level, prediction) for level, prediction in enumerate(predictions)]
         best = min(range(self.quick_end + 1), key=lambda level: (totals[level], level))
         best = max(best, self.lasting)
-        if not predictions[best].keeps(target):
+        late = predictions[best].violations
+        if not predictions[best].keeps(target) and _SAVED_SHARE * predictions[self.quick_end].violations <= late:
             best = self.quick_end
         slower = [level for level in range(self.quick_end + 1, len(totals)) if totals[level] < totals[best]]
         if not slower:
