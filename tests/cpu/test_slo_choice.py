@@ -61,9 +61,13 @@ def test_what_no_level_serves_gets_the_quickest_at_once() -> None:
 def test_a_way_that_makes_more_late_is_not_taken() -> None:
     """Guards: minutes of switching large layers, a step with each, for the one request that runs and may be in time."""
     terms = Terms(300.0, [0.0, 0.01, 0.02, 0.1], 10.0, quick_end=2, lasting=0)
-    assert terms.best(late(0.27, 0.6, 0.92, 0.95), 0.01) == 0
-    assert terms.best(late(0.27, 0.2, 0.92, 0.95), 0.01) == 1, "the one that saves most"
-    assert terms.best(late(0.6, 0.6, 0.92, 0.95), 0.01) == 2, "within the error"
+
+    def best(*shares: float) -> int:
+        return terms.best([replace(each, requests=1.0) for each in late(*shares)], 0.01)
+
+    assert best(0.27, 0.6, 0.92, 0.95) == 0
+    assert best(0.27, 0.2, 0.92, 0.95) == 1, "the one that saves most"
+    assert best(0.6, 0.6, 0.92, 0.95) == 2, "within the error"
 
 
 def test_levels_are_quick_as_far_as_each_computes_as_fast() -> None:
