@@ -3,7 +3,8 @@
 One server with the plugin at level 0 answers one streaming request after the other. In turn, the order swapped from
 round to round: alone; while another process asks `/version`, which is vLLM's own and costs next to nothing, so that
 many times a second; and while it asks for status, page and reload instead. API server, canary and flood stay off the
-engine's cores. The first ratio holds what any client costs on the cores that are left, the second what our routes add.
+engine's core where there are others. The first ratio holds what any client costs on the cores that are left, the
+second what our routes add.
 
 Output columns: round, time per token alone (ms), ratios: `/version` over alone, ours over alone, ours over `/version`.
 Last stdout line: one JSON document.
@@ -107,7 +108,8 @@ def _keep_off(pid: int, core: int) -> None:
     """Have all threads of a process run on other cores than that of the engine, if there are any."""
     others = os.sched_getaffinity(0) - {core}
     for thread in Path(f"/proc/{pid}/task").iterdir() if others else ():
-        os.sched_setaffinity(int(thread.name), others)
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.sched_setaffinity(int(thread.name), others)
 
 
 def _ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 def at_level_0(config: Path) -> dict[str, Any]:
     """Return settings by which the policy decides as always and goes nowhere: a slow machine may miss its promise."""
     settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-    return {**settings, "policy": {**(settings.get("policy") or {}), "max_level": 0}}
+    return {**settings, "policy": {"kind": "slo", **(settings.get("policy") or {}), "max_level": 0}}
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:

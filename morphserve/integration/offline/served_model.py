@@ -42,7 +42,7 @@ class ServedModel(LevelEngine):
             dtype: of the engine; None = the model's own.
             arguments: others of `vllm.LLM`.
         """
-        transition = {"rank_timeout_s": _RANK_TIMEOUT_S, **settings.get("transition", {})}
+        transition = {"rank_timeout_s": _RANK_TIMEOUT_S, **(settings.get("transition") or {})}
         super().__init__(
             model, {**settings, "transition": transition}, dtype=dtype or "auto", enforce_eager=enforce_eager,
             max_model_len=length + 32, max_num_batched_tokens=max(2048, length + 32), max_num_seqs=_BATCH,

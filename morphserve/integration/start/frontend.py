@@ -16,7 +16,8 @@ def check_frontend(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: what has been started is another front end than the Python API server, or would start one.
     """
-    if (module := _started_module()).endswith(".grpc_server"):
+    module = _started_module()
+    if module.startswith("vllm.") and module.endswith(".grpc_server"):
         raise ConfigError(_refusal(f"python -m {module}", "gRPC server", "Start `vllm serve`."))
     if getattr(args, "subparser", None) != "serve":
         return

@@ -88,6 +88,8 @@ def run_turns(planned: Iterable[Turn], backend: Backend, progress: ConsoleProgre
         result = turn.result(backend.run(turn))
         result.save()
         save_answers(turn.directory, turn.measurement.prompts, result.replayed.outcomes)
+        for outcome in result.replayed.outcomes:  # K entries a token: in the file from here on
+            outcome.top_logprobs.clear()
         progress.finished(result)
         yield result
 

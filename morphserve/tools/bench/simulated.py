@@ -71,8 +71,9 @@ def check_options(args: argparse.Namespace) -> None:
         raise ReplayError(
             "--simulate needs --step-times FILE, or a --model that `morphserve prepare` has timed here, and --out DIR."
         )
-    if getattr(args, "url", None) is not None or args.serve_arg or args.token_ids:  # a sweep has no --url
-        raise ReplayError("--simulate starts no server: leave out --url, --serve-arg and --token-ids.")
+    of_servers = (getattr(args, "url", None), args.serve_arg, args.token_ids, args.top_logprobs)  # a sweep has no --url
+    if any(of_servers):
+        raise ReplayError("--simulate starts no server: leave out --url, --serve-arg, --token-ids and --top-logprobs.")
 
 
 def check_beside_servers(args: argparse.Namespace) -> None:

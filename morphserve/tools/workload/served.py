@@ -7,6 +7,7 @@ full precision.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from morphserve.tools.workload.outcome import Outcome
 ANSWERS_FILE = "top_logprobs.npz"  # in the directory of a run
 UNKNOWN = -1  # the level of a server that tells none; the id of a token that is not there
 _NEVER = -np.inf
+# What numpy raises at a file that is cut, changed, or something else.
+_DAMAGE = (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +38,14 @@ class ServedAnswer:
 
 
 def save_answers(directory: Path, prompts: Sequence[Sequence[int]], outcomes: Sequence[Outcome]) -> None:
-    """Write the answers that were recorded, if any were, into the directory of their run."""
+    """Write the whole answers that were recorded into the directory of their run; those of a run before go."""
     recorded = [
-        (list(prompts[o.index]), o) for o in outcomes if o.top_logprobs and len(o.top_logprobs) == len(o.token_ids)
+        (list(prompts[o.index]), o)
+        for o in outcomes
+        if o.ok and o.top_logprobs and len(o.top_logprobs) == len(o.token_ids)
     ]
     if not recorded:
+        (directory / ANSWERS_FILE).unlink(missing_ok=True)
         return
     positions = [position for _, o in recorded for position in o.top_logprobs]
     width = max(map(len, positions))
@@ -81,7 +87,7 @@ def load_answers(directory: Path) -> list[ServedAnswer]:
         ) from None
     except OSError as e:
         raise ReplayError(f"{file} cannot be read ({e}).") from e
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:  # numpy's words would have it unpickled
+    except _DAMAGE as e:  # numpy's words would have it unpickled
         raise ReplayError(f"{file} is damaged, or not of a replay. Replay again with --top-logprobs.") from e
 
 

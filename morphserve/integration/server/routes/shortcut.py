@@ -2,8 +2,8 @@
 
 vLLM's instrumentation counts and times each request by the route that it looks up for it, then its router tries some
 fifty routes, then FastAPI takes the request apart. All that is time of the thread that sends everybody's tokens, and
-whoever reaches the port can ask as often as he likes. Middleware that the operator has added stands outside all this
-and sees every request as before. vLLM leaves /version and /health out of its counts as well.
+whoever reaches the port can ask as often as he likes. Middleware that `--middleware` names stands outside all this and
+sees every request as before. vLLM leaves /version and /health out of its counts as well.
 """
 
 from __future__ import annotations
