@@ -31,6 +31,7 @@ class PagePool:
             BackingError: The device does not have them.
         """
         self.allocator = allocator
+        self.num_pages = 0  # that there are, whoever has them
         self._free: list[Page] = []
         self.create(num_pages)
 
@@ -55,6 +56,7 @@ class PagePool:
                 available_bytes=num_made * page_bytes,
             ) from e
         self._free += made
+        self.num_pages += num_pages
 
     @property
     def num_free(self) -> int:
@@ -88,6 +90,7 @@ class PagePool:
             except PageError as e:
                 logger.warning("morphserve: a page stays in the pool: %s", e)
                 self._free.append(page)
+                self.num_pages += 1
 
 
 class ArenaBacking:

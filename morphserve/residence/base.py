@@ -166,13 +166,16 @@ class Residence(Protocol):
         """Prepare the loaded tensors of a model for being dropped one by one."""
         ...
 
-    def reserve(self, sizes: Mapping[str, Sequence[int]], least: int, most: int) -> int | None:
+    def reserve(
+        self, sizes: Mapping[str, Sequence[int]], least: int, most: int, memory_share: float
+    ) -> int | None:
         """Take the memory that layers are staged in.
 
         Args:
             sizes: format |-> bytes of each layer.
             least: layers that must fit in at once.
-            most: that shall, where they take a small share of the device.
+            most: that shall, where they take a small share of the device, and of what the weights leave for KV.
+            memory_share: of the device's memory, that the engine may use.
 
         Returns:
             Bytes taken; None where layers are built wherever the system has room.

@@ -256,7 +256,9 @@ class HostResidence:
                     parameter.data = parameter.data.clone()
         trim()
 
-    def reserve(self, sizes: Mapping[str, Sequence[int]], least: int, most: int) -> int | None:
+    def reserve(
+        self, sizes: Mapping[str, Sequence[int]], least: int, most: int, memory_share: float
+    ) -> int | None:
         return None
 
     def open_cache(self, geometry: KVGeometry, num_blocks: int) -> ElasticCache:

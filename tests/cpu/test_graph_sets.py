@@ -10,7 +10,7 @@ from cpu.graph_world import BASE, SIZES, Desc, GraphWorld, Key, Mode, at, scope_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from morphserve.residence import Formats, GraphSets, Holder, Offer, OutputAlias, narrow_candidates, narrow_keys
+from morphserve.residence import Formats, GraphSets, Holder, Offer, OutputAlias, narrow_candidates, narrow_keys, spaced
 from morphserve.residence.graphs.caches import Watched
 
 sizes = st.sets(st.sampled_from(SIZES)).map(sorted)
@@ -211,3 +211,14 @@ def test_narrowing_leaves_the_table_whole() -> None:
         Mode.PIECEWISE: {Key(2)}, Mode.FULL: {Key(1)},
     }  # fmt: skip
     assert keys == {Mode.PIECEWISE: {Key(1), Key(2)}, Mode.FULL: {Key(1), Key(2)}}
+
+
+@given(st.sets(st.integers(1, 600), max_size=40))
+def test_fewer_sizes_pad_little(sizes: set[int]) -> None:
+    """Guards: a step above level 0 that computes far more rows than it has; a size that is kept for nothing."""
+    kept = spaced(sizes)
+    assert kept <= sizes
+    for num_tokens in range(1, max(sizes, default=0) + 1):
+        stock, ours = (min(size for size in some if size >= num_tokens) for some in (sizes, kept))
+        assert ours == stock or ours <= 4 / 3 * num_tokens
+    assert len(spaced([1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)])) == 18  # of vLLM's 51

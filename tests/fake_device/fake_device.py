@@ -23,7 +23,8 @@ class FakePages(PagedResidence):
     def open(cls, device: torch.device, forward_stream: Callable[[], object], sizes: RankSizes) -> FakePages:
         allocator = FakePageAllocator(_NUM_PAGES, _PAGE_BYTES)
         total = _NUM_PAGES * _PAGE_BYTES
-        return cls(device, allocator, PagePool(allocator, 0), HostCopier(), start_thread(), _nothing, _nothing, total)
+        pool, thread = PagePool(allocator, 0), start_thread()
+        return cls(device, allocator, pool, HostCopier(), thread, _nothing, _nothing, total, lambda: 0)
 
 
 def _nothing() -> None:

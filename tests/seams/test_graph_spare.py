@@ -168,7 +168,9 @@ def test_new_blocks_are_backed_by_new_pages(caplog: pytest.LogCaptureFixture) ->
     geometry = KVGeometry.layer_outermost(2, page, 12, page)
     cache = ElasticCache(ArenaBacking(pool, geometry.size_bytes), geometry, 2)
     unused: Any = None
-    residence = PagedResidence(torch.device("cpu"), allocator, pool, unused, unused, lambda: None, unused, 16 * page)
+    residence = PagedResidence(
+        torch.device("cpu"), allocator, pool, unused, unused, lambda: None, unused, 16 * page, unused
+    )
     kv = object.__new__(RankKV)
     kv._cache, kv._extend = cache, residence.extend_cache
     assert kv.extend(5) == 5 and pool.num_free == 3

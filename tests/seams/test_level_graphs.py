@@ -11,8 +11,10 @@ import torch
 from cpu.graph_memory import Cell
 from cpu.graph_world import SIZES as WORLD_SIZES
 from cpu.graph_world import Mode
+from seams import graph_world_vllm
 from seams.graph_world_vllm import VllmWorld, open_world
 from vllm.compilation import breakable_cudagraph, cuda_graph
+from vllm.config import CUDAGraphMode
 
 from morphserve.integration.worker.cuda import graphs
 from morphserve.integration.worker.cuda.graphs import LevelGraphs
@@ -30,6 +32,7 @@ class Manager:
     def __init__(self) -> None:
         self.graphs: dict[Any, Any] = {}
         self._candidates = {(size, 0): [Descriptor(size)] for size in SIZES}
+        self._capture_descs: dict[str, list[Any]] = {}
 
 
 class Descriptor:
@@ -147,9 +150,7 @@ class LookedUp(VllmWorld):
         return super()._linear(layer, name, x)
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_levels_share_pieces_of_the_compiled_model(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
-    """Guards: pieces that are captured again with each level, or replayed at a level that they do not belong to."""
+def looked_up(monkeypatch: pytest.MonkeyPatch, known: bool = True) -> tuple[LookedUp, Swapper, LevelGraphs]:
     world = open_world(monkeypatch, LookedUp)
     monkeypatch.setattr(cuda_graph.CUDAGraphWrapper, "_all_instances", WeakSet(world.wrappers))
     monkeypatch.setattr(breakable_cudagraph.BreakableCUDAGraphWrapper, "_all_instances", WeakSet())
@@ -162,6 +163,13 @@ def test_levels_share_pieces_of_the_compiled_model(monkeypatch: pytest.MonkeyPat
         Rank(swapper),  # type: ignore[arg-type]
         weights if known else {},
     )
+    return world, swapper, levels
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_levels_share_pieces_of_the_compiled_model(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    """Guards: pieces that are captured again with each level, or replayed at a level that they do not belong to."""
+    world, swapper, levels = looked_up(monkeypatch, known)
 
     def capture() -> int:
         world.formats = tuple(swapper.now.values())
@@ -183,4 +191,38 @@ def test_levels_share_pieces_of_the_compiled_model(monkeypatch: pytest.MonkeyPat
         assert world.step(2) is (Mode.FULL if level in LEVELS else Mode.NONE)
         world.run(desc)
     assert world.num_captured() == num_captured
+    reset()
+
+
+def test_levels_above_0_have_graphs_of_fewer_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: KV cache of level 0 spent on graphs of sizes that padding serves; a step that this leaves without."""
+    sizes = (1, 2, 4, 8, 10, 12)
+    monkeypatch.setattr(graph_world_vllm, "SIZES", sizes)
+    world, swapper, levels = looked_up(monkeypatch)
+    asked: list[tuple[int, ...]] = []
+
+    def capture() -> int:
+        world.formats = tuple(swapper.now.values())
+        descs = world.manager._capture_descs
+        full, pieces = ([desc.num_tokens for desc in descs[CUDAGraphMode[mode]]] for mode in ("FULL", "PIECEWISE"))
+        assert full == pieces
+        asked.append(tuple(sorted(full)))
+        world.capture_sizes(full, pieces)
+        return 100
+
+    levels.capture(capture, [padded(level, "base") for level in LEVELS], 48)
+    few = (1, 2, 4, 8, 12)
+    assert asked == [sizes, few, few, few]
+    for level in LEVELS:
+        swapper.now = dict(zip((4, 5, 6), level, strict=True))
+        world.formats = level
+        levels.show()
+        served = sizes if level == LEVELS[0] else few
+        for num_tokens in range(1, max(sizes) + 1):
+            decode = world.manager.dispatch(num_tokens, num_tokens, 1, 0)
+            prefill = world.manager.dispatch(1, num_tokens, None, 0)
+            assert (decode.cg_mode.name, prefill.cg_mode.name) == ("FULL", "PIECEWISE")
+            assert decode.num_tokens == prefill.num_tokens == min(size for size in served if size >= num_tokens)
+            world.run(decode)
+            world.run(prefill)
     reset()

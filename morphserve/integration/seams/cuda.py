@@ -54,6 +54,8 @@ CUDA_SEAMS: tuple[Seam, ...] = (
     Seam("graphs", f"{_GRAPHS}:CudaGraphManager", (),
          "a graph set is `graphs` and its `_candidates`: what is dispatched without a graph stops the worker",
          ("graphs", "_candidates")),
+    Seam("graphs_descs", f"{_GRAPHS}:CudaGraphManager", (),
+         "mode |-> descriptors that it captures: fewer for the later graph sets", ("_capture_descs",)),
     Seam("graphs_breakable", f"{_GRAPHS}:CudaGraphManager.init_breakable_cg_runner", ("model",),
          "its wrapper must be there before graph sets are made"),
     Seam("graphs_is_breakable", f"{_GRAPHS}:CudaGraphManager", (), "whether it captures without torch.compile",

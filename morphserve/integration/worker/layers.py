@@ -227,12 +227,13 @@ class RankLayers:
             self._slots[part.layer][name] = opaque_linear.install(place, linear, slot)
 
     def _reserve(self) -> None:
-        """Take memory for staging layers: the settings say how many at least, the device how many at most."""
+        """Take memory for staging layers: as many as the settings say, else the device."""
         transition = self._config.transition
         least = most = transition.layers_per_step
         if transition.max_layers_per_step is None and self._residence.in_pages:
-            most = self._widest_level()
-        reserved = self._residence.reserve(self._layer_bytes(), least, most)
+            least, most = 1, self._widest_level()
+        memory_share = self._vllm_config.cache_config.gpu_memory_utilization
+        reserved = self._residence.reserve(self._layer_bytes(), least, most, memory_share)
         if transition.max_layers_per_step is None:
             self._staging_bytes = reserved
 

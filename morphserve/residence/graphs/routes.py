@@ -9,12 +9,15 @@ Tables of vLLM 0.32 are read here by the attributes they have, never imported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 PIECEWISE = "PIECEWISE"  # names in vLLM's CUDAGraphMode
 FULL = "FULL"
+
+_MOST_PADDING = 4 / 3  # tokens that a step computes above level 0, over those that it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,19 @@ def narrow_candidates(table: Mapping[Any, Sequence[Any]], offer: Offer) -> dict[
         larger[key[1]] = found = (full or above[0], pieces or above[1])
         narrowed[key] = [*found[0], *found[1]]
     return narrowed
+
+
+def spaced(sizes: Collection[int]) -> frozenset[int]:
+    """Return the fewest of these sizes that pad no step by more than a third, but where `sizes` itself does.
+
+    Graphs cost memory by their number, and padded rows little: a decode step's time goes into reading weights.
+    """
+    kept: list[int] = []
+    for size, smaller in pairwise([*sorted(sizes, reverse=True), 0]):
+        # Without this size, steps just above the next smaller one would run at the last that was kept.
+        if not kept or kept[-1] > _MOST_PADDING * (smaller + 1):
+            kept.append(size)
+    return frozenset(kept)
 
 
 def narrow_keys(table: Mapping[Any, set[Any]], offer: Offer) -> dict[Any, set[Any]]:

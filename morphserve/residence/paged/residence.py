@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,9 @@ from quant_layers import Build
 
 # Of the device's memory. A level that is staged whole is never seen half done, so every step has its CUDA graphs.
 RESERVE_SHARE = 0.03
+# Of what weights leave for KV and the rest. Where the model takes most of the memory, a reserve of that size would cost
+# the burst more blocks than a few tenths of a second without graphs cost its steps.
+_RESERVE_SHARE_OF_ROOM = 0.06
 # The driver takes as long for a page of 32 MiB as for one of 2 (docs/results/gpu_h100.md): large ones move more bytes a
 # second. But a layer's halves are rounded up to pages in each format, and so many blocks come and go as fill pages in
 # every layer.
@@ -43,6 +47,7 @@ class PagedResidence:
     release_cached: Callable[[], None]  # gives the system what torch's allocator holds and nobody uses
     give_up: Callable[[], None]  # what the page allocator has, when its engine is gone
     total_bytes: int  # of the device, whoever holds them
+    allocated: Callable[[], int]  # bytes of the device that torch has given out
 
     @classmethod
     def open(cls, device: torch.device, forward_stream: Callable[[], object], sizes: RankSizes) -> PagedResidence:
@@ -54,7 +59,8 @@ class PagedResidence:
         thread = start_thread(_on_stream, device, copier.stream)
         thread.submit(_nothing).result()  # a thread that cannot work ends the start, not the first transition
         empty = torch.cuda.empty_cache
-        return cls(device, allocator, PagePool(allocator, 0), copier, thread, empty, allocator.close, total)
+        allocated = partial(torch.cuda.memory_allocated, device)
+        return cls(device, allocator, PagePool(allocator, 0), copier, thread, empty, allocator.close, total, allocated)
 
     @property
     def device_type(self) -> str:
@@ -73,8 +79,13 @@ class PagedResidence:
     def loaded(self, model: torch.nn.Module) -> None:
         return
 
-    def reserve(self, sizes: Mapping[str, Sequence[int]], least: int, most: int) -> int | None:
-        num_layers = layers_within(sizes, least, most, int(RESERVE_SHARE * self.total_bytes))
+    def reserve(
+        self, sizes: Mapping[str, Sequence[int]], least: int, most: int, memory_share: float
+    ) -> int | None:
+        taken = self.allocated() + self.pool.num_pages * self.allocator.granularity_bytes
+        room = memory_share * self.total_bytes - taken
+        limit = min(RESERVE_SHARE * self.total_bytes, _RESERVE_SHARE_OF_ROOM * room)
+        num_layers = layers_within(sizes, least, most, int(limit))
         num_bytes = largest_batch_bytes(sizes, num_layers)
         self._make_room(num_bytes)
         return num_bytes

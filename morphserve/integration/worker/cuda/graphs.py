@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,7 @@ from morphserve.residence import (
     addresses_used,
     narrow_candidates,
     narrow_keys,
+    spaced,
 )
 from quant_layers import LayerSwapper
 
@@ -52,6 +53,7 @@ class LevelGraphs:
             weights: address of each weight that `linear_of` is given |-> its decoder layer; without them each level has
                 pieces of its own.
         """
+        self._manager = getattr(runner, "cudagraph_manager", None)
         self._swapper = swapper
         self._rank = rank
         self._set_bytes: list[int] = []
@@ -84,7 +86,8 @@ class LevelGraphs:
             start = time.perf_counter()
             self._sets.begin(formats)
             try:
-                num_bytes = original()
+                with _fewer_sizes(self._manager if self._set_bytes else None):
+                    num_bytes = original()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()  # captures warm up on a stream of their own, on pages that go next
             finally:
@@ -135,6 +138,28 @@ class LevelGraphs:
             self._rank.wait()
             self._rank.commit(True, num_kv_blocks)
             self._rank.wait()
+
+
+@contextmanager
+def _fewer_sizes(manager: Any) -> Iterator[None]:
+    """Have vLLM capture some of its sizes: graphs above level 0 come off the KV cache that level 0 has.
+
+    Args:
+        manager: the V2 runner's, which serves what was left out by the next larger graph. None: nothing changes, as
+            where the V1 runner would run such steps without graphs.
+    """
+    if manager is None:
+        yield
+        return
+    every = manager._capture_descs
+    sizes = spaced({desc.num_tokens for descs in every.values() for desc in descs})
+    manager._capture_descs = {
+        mode: [desc for desc in descs if desc.num_tokens in sizes] for mode, descs in every.items()
+    }
+    try:
+        yield
+    finally:
+        manager._capture_descs = every
 
 
 def _holders(runner: GPUModelRunner) -> list[Holder]:

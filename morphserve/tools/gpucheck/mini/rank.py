@@ -252,8 +252,8 @@ def _open(device: str, shape: Shape) -> PagedResidence:
         return PagedResidence.open(torch.device(device), torch.cuda.current_stream, sizes)
     allocator = FakePageAllocator(_DRY_PAGES, _DRY_PAGE_BYTES)
     total_bytes = _DRY_PAGES * _DRY_PAGE_BYTES
-    pool, thread = PagePool(allocator), start_thread()
-    return PagedResidence(torch.device("cpu"), allocator, pool, HostCopier(), thread, _nothing, _nothing, total_bytes)
+    pool, thread, cpu = PagePool(allocator), start_thread(), torch.device("cpu")
+    return PagedResidence(cpu, allocator, pool, HostCopier(), thread, _nothing, _nothing, total_bytes, lambda: 0)
 
 
 def _nothing() -> None:

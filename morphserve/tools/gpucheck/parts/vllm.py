@@ -1,10 +1,12 @@
-"""T8: stock vLLM on this machine: does it start, in which mode, how fast does it decode?"""
+"""T8: stock vLLM on this machine: does it start, in which mode, how fast does it decode, and what if in pieces?"""
 
 from __future__ import annotations
 
 import importlib.util
+import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from morphserve.tools.gpucheck.bench import Bench, OutOfTime, Skip
@@ -13,6 +15,10 @@ from morphserve.tools.gpucheck.engines import STAND_IN, VLLM_ENGINE, EngineError
 REQUESTS, PROMPT_TOKENS = 32, 64
 _START_S = 60.0  # a model is not begun with less
 _KV_BYTES = 4 << 30
+_SHARE = 0.4  # of the device, that is free when an engine starts
+_PAIRS = 6
+# Of the graphs that there are at formats between two levels, at best: of pieces, where all have one.
+_PIECES = {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}
 
 
 def run(bench: Bench) -> None:
@@ -50,8 +56,13 @@ def engine_factory(bench: Bench) -> str:
 
 
 def _one_model(bench: Bench, factory: str, name: str, model: Path) -> None:
+    plain = settings(model, _KV_BYTES, _SHARE) | {"in_process": True}
     try:
-        with EngineProcess(factory, settings(model, _KV_BYTES)) as engine:
+        with ExitStack() as stack:
+            engine, *others = (
+                stack.enter_context(EngineProcess(factory, plain | more))
+                for more in ({}, *([_PIECES] if name != "small" else ()))
+            )
             bench.figure(f"{name}: start", "s", engine.wait_ready(bench.left_s))
             bench.note(f"{name}: {engine.ask('describe', timeout_s=30)}")
             output_tokens = bench.pick(128, 4)
@@ -62,12 +73,35 @@ def _one_model(bench: Bench, factory: str, name: str, model: Path) -> None:
                 same = same and tokens == first
                 rates.append(rate)
                 repeats += 1
-            bench.figure(f"{name}: decode, {REQUESTS} requests", "tokens/s", rates[1:])  # the first warms up
             bench.require(f"{name}: starts and answers", True, f"{repeats} times {REQUESTS} x {output_tokens} tokens")
             # Requests reach the engine one by one, so batches differ from run to run, and with them the rounding.
             bench.expect(f"{name}: greedy tokens repeat", same, f"{repeats} runs")
+            for other in others:
+                other.wait_ready(bench.left_s)
+                bench.note(f"{name}, in pieces: {other.ask('describe', timeout_s=30)}")
+                _compare_steps(bench, name, engine, other)
+            if not others:  # while another starts, this one is slow
+                bench.figure(f"{name}: decode, {REQUESTS} requests", "tokens/s", rates[1:])  # the first warms up
     except EngineError as e:
         bench.require(f"{name}: starts and answers", False, str(e))
+
+
+def _compare_steps(bench: Bench, name: str, whole: EngineProcess, pieces: EngineProcess) -> None:
+    """Measure decode steps in one graph and in graphs of pieces, in turn."""
+    num_steps, ratios = bench.pick(128, 4), []
+    took: dict[str, list[float]] = {}
+    for pair in range(_PAIRS + 1):
+        order = (("whole steps", whole), ("pieces", pieces))
+        medians = {}
+        for what, engine in order if pair % 2 else order[::-1]:
+            steps = engine.ask("steps", REQUESTS, PROMPT_TOKENS, num_steps, timeout_s=bench.left_s)
+            medians[what] = statistics.median(steps)
+            took.setdefault(what, []).extend(steps if pair else ())
+        if pair:  # the first warms up
+            ratios.append(medians["pieces"] / medians["whole steps"])
+    for what, steps in took.items():
+        bench.figure(f"{name}: decode step, graphs of {what}", "ms", [s * 1e3 for s in steps])
+    bench.figure(f"{name}: step in pieces over one in whole, medians of neighbouring runs", "ratio", ratios)
 
 
 def throughput(engine: EngineProcess, output_tokens: int, timeout_s: float) -> tuple[float, list[list[int]]]:
