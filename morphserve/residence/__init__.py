@@ -12,7 +12,7 @@ from morphserve.residence.errors import GraphSetError, WeightError
 from morphserve.residence.graphs.caches import Entries, Formats, Holder, Watch
 from morphserve.residence.graphs.graph_sets import GraphSets
 from morphserve.residence.graphs.output_alias import OutputAlias
-from morphserve.residence.graphs.routes import Offer, Route, narrow_candidates, narrow_keys, spaced
+from morphserve.residence.graphs.routes import PIECEWISE, Offer, Route, narrow_candidates, narrow_keys, spaced
 from morphserve.residence.graphs.weight_linear import WeightSlot, addresses_used, register_op, reset, slots
 from morphserve.residence.host import AtOnce, HostResidence, StoredParts
 from morphserve.residence.host_memory import peak_beyond_now
@@ -44,6 +44,7 @@ def residence_of(device_type: str) -> type[Residence] | None:
 
 __all__ = [
     "ENTRY_POINTS",
+    "PIECEWISE",
     "RESERVE_SHARE",
     "AtOnce",
     "BaseLinear",

@@ -213,12 +213,13 @@ def test_narrowing_leaves_the_table_whole() -> None:
     assert keys == {Mode.PIECEWISE: {Key(1), Key(2)}, Mode.FULL: {Key(1), Key(2)}}
 
 
-@given(st.sets(st.integers(1, 600), max_size=40))
-def test_fewer_sizes_pad_little(sizes: set[int]) -> None:
+@given(st.sets(st.integers(1, 600), max_size=40), st.sampled_from([1.0, 4 / 3, 2.0]))
+def test_fewer_sizes_pad_little(sizes: set[int], most_padding: float) -> None:
     """Guards: a step above level 0 that computes far more rows than it has; a size that is kept for nothing."""
-    kept = spaced(sizes)
+    kept = spaced(sizes, most_padding)
     assert kept <= sizes
     for num_tokens in range(1, max(sizes, default=0) + 1):
         stock, ours = (min(size for size in some if size >= num_tokens) for some in (sizes, kept))
-        assert ours == stock or ours <= 4 / 3 * num_tokens
-    assert len(spaced([1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)])) == 18  # of vLLM's 51
+        assert ours == stock or ours <= most_padding * num_tokens
+    of_vllm = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)]
+    assert [len(spaced(of_vllm, most)) for most in (1.0, 4 / 3, 2.0)] == [51, 18, 9]

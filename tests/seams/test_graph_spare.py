@@ -40,7 +40,7 @@ NUM_LAYERS, LAYER_BYTES, BLOCK_BYTES, GRANULARITY = 4, 1000, 100, 2
 def test_what_graphs_leave_is_of_levels_above_0(captured: list[int], unused: int) -> None:
     """Guards: memory that graphs take given to KV blocks; what stock vLLM leaves idle counted as ours."""
     graphs = object.__new__(LevelGraphs)
-    graphs._set_bytes = captured
+    graphs._set_bytes, graphs._between_bytes = captured, 0
     assert graphs.unused(760) == unused
 
 
@@ -64,7 +64,7 @@ def test_only_what_vllm_has_taken_off_is_given_back(
     assert MorphServeWorker().morphserve_kept_for_graphs() == kept
     assert MorphServeWorker().morphserve_unused_by_graphs() == 0, "nothing was captured, as without graphs"
     mine.graphs = object.__new__(LevelGraphs)
-    mine.graphs._set_bytes = [100, 40, 40, 40]
+    mine.graphs._set_bytes, mine.graphs._between_bytes = [100, 40, 40, 40], 0
     assert MorphServeWorker().morphserve_unused_by_graphs() == (180 if kept else 0)
 
 

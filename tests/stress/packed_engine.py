@@ -216,11 +216,12 @@ def _captured(engine: Engine, graphs: str) -> str:
     if graphs == "eager":
         return f"none: {want(have, None)}"
     graph_sets = have._sets.num_graphs()
-    want(len(graph_sets), len(engine.morph.runtime.ladder))
-    first, *later = graph_sets.values()
+    of_levels = [graph_sets.pop(level.layer_formats) for level in engine.morph.runtime.ladder]
+    first, *later = of_levels
     want(min(later) > 0, True)
     want(max(later) < first, graphs == "compiled")  # levels share pieces; of whole steps each has its own
-    return f"{list(graph_sets.values())} graphs by level"
+    want(bool(graph_sets), graphs == "compiled" and hasattr(engine.worker.model_runner, "cudagraph_manager"))
+    return f"{of_levels} graphs by level, {list(graph_sets.values())} in sets of pieces alone"
 
 
 def _spare(engine: Engine, graphs: str) -> str:

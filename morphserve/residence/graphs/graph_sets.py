@@ -80,6 +80,16 @@ class GraphSets:
         """Return whether whole steps were captured at these formats: then there is nothing to capture for them."""
         return bool(self._offer(self._at(formats)).full)
 
+    def lacks_pieces(self, formats: Formats) -> bool:
+        """Return whether a capture at these formats would give graphs to pieces that have none there.
+
+        False where something else than pieces has to be captured with them, anew for each combination of formats.
+        """
+        parts = [cache for cache in self._caches if not cache.is_full and cache.home is not None]
+        if not all(cache.holder.is_piece for cache in parts):
+            return False
+        return any(cache.holder.part(formats) not in cache.by_formats for cache in parts)
+
     def num_graphs(self) -> dict[Formats, int]:
         """Return how many graphs the capture of each set has added; what it shares counts with the earlier ones."""
         return dict(self._num_graphs)

@@ -17,8 +17,6 @@ from typing import Any
 PIECEWISE = "PIECEWISE"  # names in vLLM's CUDAGraphMode
 FULL = "FULL"
 
-_MOST_PADDING = 4 / 3  # tokens that a step computes above level 0, over those that it has
-
 
 @dataclass(frozen=True, slots=True)
 class Offer:
@@ -58,15 +56,15 @@ def narrow_candidates(table: Mapping[Any, Sequence[Any]], offer: Offer) -> dict[
     return narrowed
 
 
-def spaced(sizes: Collection[int]) -> frozenset[int]:
-    """Return the fewest of these sizes that pad no step by more than a third, but where `sizes` itself does.
+def spaced(sizes: Collection[int], most_padding: float) -> frozenset[int]:
+    """Return the fewest of these sizes that pad no step beyond `most_padding` times its tokens, unless all of them do.
 
     Graphs cost memory by their number, and padded rows little: a decode step's time goes into reading weights.
     """
     kept: list[int] = []
     for size, smaller in pairwise([*sorted(sizes, reverse=True), 0]):
         # Without this size, steps just above the next smaller one would run at the last that was kept.
-        if not kept or kept[-1] > _MOST_PADDING * (smaller + 1):
+        if not kept or kept[-1] > most_padding * (smaller + 1):
             kept.append(size)
     return frozenset(kept)
 

@@ -6,12 +6,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from morphserve.residence import (
+    PIECEWISE,
     GraphSets,
     Holder,
     RankTransition,
@@ -29,13 +31,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.morphserve")
 
 _LAYERS_AT_ONCE = 1  # what the staging reserve holds for certain
+# Tokens that a step computes over those that it has: at levels above 0, and at the formats between two, which pass.
+_MOST_PADDING, _MOST_PADDING_BETWEEN = 4 / 3, 2.0
 
 
 class LevelGraphs:
     """One graph set a level; levels share the graphs of pieces of the model wherever they agree on a piece's layers.
 
-    At formats between two levels steps run the graphs of pieces if all pieces have them, else none: slower, never
-    wrong.
+    Where vLLM's V2 runner captures pieces there are sets of pieces alone besides, with neighbouring layers in each two
+    formats that they have: so steps at any formats between two levels run pieces. What has none runs eagerly: slower,
+    never wrong.
     """
 
     def __init__(
@@ -56,7 +61,8 @@ class LevelGraphs:
         self._manager = getattr(runner, "cudagraph_manager", None)
         self._swapper = swapper
         self._rank = rank
-        self._set_bytes: list[int] = []
+        self._set_bytes: list[int] = []  # of each level's set
+        self._between_bytes = 0
         places = {layer: place for place, layer in enumerate(sorted(swapper.formats()))}
         self._place_of = {address: places[layer] for address, layer in weights.items()}
         self._sets = GraphSets(
@@ -66,13 +72,23 @@ class LevelGraphs:
             watch=self._watch if weights else None,
         )
 
-    def capture(self, original: Callable[[], int], levels: Sequence[tuple[str, ...]], num_kv_blocks: int) -> int:
+    def capture(
+        self,
+        original: Callable[[], int],
+        levels: Sequence[tuple[str, ...]],
+        num_kv_blocks: int,
+        *,
+        kept: int = 0,
+        between: bool = True,
+    ) -> int:
         """Capture all graph sets; the layers are at level 0 again when it returns.
 
         Args:
             original: vLLM's capture; its result says how many bytes it took.
             levels: formats of each, by decoder layer id; level 0 first.
             num_kv_blocks: that are mapped, and stay so.
+            kept: bytes that vLLM has kept free for each level's set; 0 = it was given what the KV cache takes.
+            between: there may be sets of pieces alone.
 
         Returns:
             Bytes that all graph sets take.
@@ -81,28 +97,44 @@ class LevelGraphs:
         # Levels may differ in the layers of other pipeline stages alone.
         distinct = list(dict.fromkeys(tuple(level[layer] for layer in own) for level in levels))
         self._set_bytes.clear()
+        self._between_bytes = 0
         for formats in distinct:
             self._move(dict(zip(own, formats, strict=True)), num_kv_blocks)
-            start = time.perf_counter()
-            self._sets.begin(formats)
-            try:
-                with _fewer_sizes(self._manager if self._set_bytes else None):
-                    num_bytes = original()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()  # captures warm up on a stream of their own, on pages that go next
-            finally:
-                has_full = self._sets.end()
-            self._set_bytes.append(num_bytes)
-            logger.info(
-                "morphserve: %d CUDA graphs of a level in %.1f s, %.0f MiB%s",
-                self._sets.num_graphs()[formats],
-                time.perf_counter() - start,
-                num_bytes / 2**20,
-                "" if has_full else ", none of whole steps",
-            )
+            with _fewer(self._manager if self._set_bytes else None):
+                self._set_bytes.append(self._capture_set(formats, original))
+        for formats in alternations(distinct) if between and self._captures_pieces() else ():
+            left = kept * len(self._set_bytes) - sum(self._set_bytes) - self._between_bytes
+            if not self._sets.lacks_pieces(formats) or (kept and left < kept):
+                continue
+            self._move(dict(zip(own, formats, strict=True)), num_kv_blocks)
+            with _fewer(self._manager, whole_steps=False):
+                self._between_bytes += self._capture_set(formats, original)
         self._move(dict(zip(own, distinct[0], strict=True)), num_kv_blocks)
         self.show()
-        return sum(self._set_bytes)
+        return sum(self._set_bytes) + self._between_bytes
+
+    def _captures_pieces(self) -> bool:
+        descs = {} if self._manager is None else self._manager._capture_descs
+        return any(mode.name == PIECEWISE for mode in descs)
+
+    def _capture_set(self, formats: tuple[str, ...], original: Callable[[], int]) -> int:
+        """Capture graphs of the formats that the layers have, and return the bytes that they take."""
+        start = time.perf_counter()
+        self._sets.begin(formats)
+        try:
+            num_bytes = original()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # captures warm up on a stream of their own, on pages that go next
+        finally:
+            has_full = self._sets.end()
+        logger.info(
+            "morphserve: %d CUDA graphs of a graph set in %.1f s, %.0f MiB%s",
+            self._sets.num_graphs()[formats],
+            time.perf_counter() - start,
+            num_bytes / 2**20,
+            "" if has_full else ", none of whole steps",
+        )
+        return num_bytes
 
     def unused(self, kept: int) -> int:
         """Return how many bytes of those kept for the graph sets of levels above 0 their capture has not taken.
@@ -113,7 +145,7 @@ class LevelGraphs:
             kept: for each graph set.
         """
         first, *later = self._set_bytes
-        return max(kept * len(later) - sum(later) - max(first - kept, 0), 0)
+        return max(kept * len(later) - sum(later) - self._between_bytes - max(first - kept, 0), 0)
 
     def show(self) -> None:
         """Offer the graphs of the formats that the layers have now, and no others."""
@@ -140,21 +172,38 @@ class LevelGraphs:
             self._rank.wait()
 
 
+def alternations(levels: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    """Yield formats in which neighbouring layers have each two that they have at some level, either way round.
+
+    Args:
+        levels: formats of each, by layer in the order of their ids.
+    """
+    formats = dict.fromkeys(fmt for level in levels for fmt in level)
+    of_layers = [tuple(dict.fromkeys(column)) for column in zip(*levels, strict=True)]
+    for pair in product(formats, repeat=2):
+        wanted = (pair[place % 2] for place in range(len(of_layers)))
+        yield tuple(fmt if fmt in had else had[0] for fmt, had in zip(wanted, of_layers, strict=True))
+
+
 @contextmanager
-def _fewer_sizes(manager: Any) -> Iterator[None]:
+def _fewer(manager: Any, whole_steps: bool = True) -> Iterator[None]:
     """Have vLLM capture some of its sizes: graphs above level 0 come off the KV cache that level 0 has.
 
     Args:
         manager: the V2 runner's, which serves what was left out by the next larger graph. None: nothing changes, as
             where the V1 runner would run such steps without graphs.
+        whole_steps: capture these too, not pieces alone.
     """
     if manager is None:
         yield
         return
     every = manager._capture_descs
-    sizes = spaced({desc.num_tokens for descs in every.values() for desc in descs})
+    most_padding = _MOST_PADDING if whole_steps else _MOST_PADDING_BETWEEN
+    sizes = spaced({desc.num_tokens for descs in every.values() for desc in descs}, most_padding)
     manager._capture_descs = {
-        mode: [desc for desc in descs if desc.num_tokens in sizes] for mode, descs in every.items()
+        mode: [desc for desc in descs if desc.num_tokens in sizes]
+        for mode, descs in every.items()
+        if whole_steps or mode.name == PIECEWISE
     }
     try:
         yield

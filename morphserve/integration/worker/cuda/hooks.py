@@ -47,7 +47,15 @@ def _capture_model(original: Callable[..., Any]) -> Any:
             workspace.check()
             return num_bytes
 
-        return mine.graphs.capture(capture, mine.level_formats, mine.kv.num_mapped)
+        parallel = self.vllm_config.parallel_config
+        return mine.graphs.capture(
+            capture,
+            mine.level_formats,
+            mine.kv.num_mapped,
+            kept=mine.graph_set_bytes,
+            # `check_graph_buffers` counts levels alone: how many sets more there will be, nobody knows before.
+            between=parallel.tensor_parallel_size == 1 or parallel.disable_custom_all_reduce,
+        )
 
     return capture_model
 
