@@ -175,3 +175,32 @@ def test_new_blocks_are_backed_by_new_pages(caplog: pytest.LogCaptureFixture) ->
     kv._cache, kv._extend = cache, residence.extend_cache
     assert kv.extend(5) == 5 and pool.num_free == 3
     assert kv.extend(12) == 5 and pool.num_free == 3 and "no more than 5 KV blocks" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("tensor_parallel_size", "disable_custom_all_reduce", "between"),
+    [(1, False, True), (2, True, True), (2, False, False)],
+)
+def test_graphs_that_register_buffers_are_those_that_were_counted(
+    monkeypatch: pytest.MonkeyPatch, tensor_parallel_size: int, disable_custom_all_reduce: bool, between: bool
+) -> None:
+    """Guards: vLLM's custom all-reduce out of room in mid-capture, for sets that no check has counted."""
+    asked: list[dict[str, Any]] = []
+
+    class Levels:
+        def __init__(self, *args: Any) -> None: ...
+
+        def capture(self, original: Any, levels: Any, num_kv_blocks: int, **how: Any) -> int:
+            asked.append(how)
+            return 0
+
+    monkeypatch.setattr(hooks, "LevelGraphs", Levels)
+    layers: Any = SimpleNamespace(weights={}, swapper=object())
+    mine = state.Rank(layers=layers, kv=SimpleNamespace(num_mapped=8), transition=object(), graph_set_bytes=7)  # type: ignore[arg-type]
+    monkeypatch.setattr(state, "_rank", mine)
+    parallel = SimpleNamespace(
+        tensor_parallel_size=tensor_parallel_size, disable_custom_all_reduce=disable_custom_all_reduce
+    )
+    runner = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=parallel))
+    assert hooks._capture_model(lambda self: 0)(runner) == 0
+    assert asked == [{"kept": 7, "between": between}]
