@@ -107,7 +107,7 @@ class TransitionConfig(_Section):
         None,
         ge=1,
         description="layers switched between two engine steps; sets the staging reserve; null = 5, on a GPU a whole "
-        "level, or what 3 % of its memory and 6 % of what weights leave of that hold",
+        "level, or what 3 % of its memory and 6 % of what weights leave the engine hold",
     )
     max_pause_ms: float = Field(
         30.0, gt=0, description="fewer layers per step when they take longer than this"

@@ -167,7 +167,7 @@ class Residence(Protocol):
         ...
 
     def reserve(
-        self, sizes: Mapping[str, Sequence[int]], least: int, most: int, memory_share: float
+        self, sizes: Mapping[str, Sequence[int]], least: int, most: int, memory_share: float, kv_bytes: int | None
     ) -> int | None:
         """Take the memory that layers are staged in.
 
@@ -176,6 +176,7 @@ class Residence(Protocol):
             least: layers that must fit in at once.
             most: that shall, where they take a small share of the device, and of what the weights leave for KV.
             memory_share: of the device's memory, that the engine may use.
+            kv_bytes: that it was told to use for KV, whatever that share is.
 
         Returns:
             Bytes taken; None where layers are built wherever the system has room.

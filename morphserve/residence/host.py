@@ -257,7 +257,7 @@ class HostResidence:
         trim()
 
     def reserve(
-        self, sizes: Mapping[str, Sequence[int]], least: int, most: int, memory_share: float
+        self, sizes: Mapping[str, Sequence[int]], least: int, most: int, memory_share: float, kv_bytes: int | None
     ) -> int | None:
         return None
 

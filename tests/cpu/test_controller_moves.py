@@ -128,7 +128,7 @@ def test_slow_layers_make_small_batches() -> None:
 
 
 def test_batches_in_the_background_are_as_large_as_the_reserve() -> None:
-    """Guards: on a GPU a level in small pieces, between which steps lack CUDA graphs, for a pause that nobody sees."""
+    """Guards: on a GPU a level in small pieces, between which steps run pieces, for a pause that nobody sees."""
     config = MorphServeConfig(transition=TransitionConfig(max_layers_per_step=3, max_pause_ms=1))
     rig = Rig(config=config)
     rig.executor.in_background = True

@@ -42,7 +42,7 @@ def test_the_reserve_follows_what_weights_leave(total_gib: float, memory_share: 
     """Guards: a quarter of the KV cache kept empty for the sake of a few steps, where a model barely fits."""
     residence = residence_of(total_gib)
     sizes = {"base": [LAYER_BYTES] * 32, "fp8": [FP8_BYTES] * 32}
-    reserved = residence.reserve(sizes, 1, 8, memory_share)
+    reserved = residence.reserve(sizes, 1, 8, memory_share, None)
     assert reserved == num_layers * FP8_BYTES
     assert residence.pool.num_free == -(-reserved // PAGE_BYTES)
 
@@ -50,4 +50,10 @@ def test_the_reserve_follows_what_weights_leave(total_gib: float, memory_share: 
 def test_a_number_that_is_given_stays() -> None:
     """Guards: a swap batch that somebody asked for, cut down."""
     sizes = {"base": [LAYER_BYTES] * 32, "fp8": [FP8_BYTES] * 32}
-    assert residence_of(79.2).reserve(sizes, 5, 5, 0.28) == 5 * FP8_BYTES
+    assert residence_of(79.2).reserve(sizes, 5, 5, 0.28, None) == 5 * FP8_BYTES
+
+
+def test_a_kv_size_that_is_given_is_the_room() -> None:
+    """Guards: a reserve as large as half of a small KV cache, because the device is large."""
+    sizes = {"base": [LAYER_BYTES] * 32, "fp8": [FP8_BYTES] * 32}
+    assert residence_of(79.2).reserve(sizes, 1, 8, 0.9, 11 * GIB) == 3 * FP8_BYTES

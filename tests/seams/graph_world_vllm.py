@@ -17,6 +17,8 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, override_forward_context
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
+MOST_REQUESTS: int | None = None  # None: of the largest size
+
 
 class DeviceGraph:
     """Stands in for torch.cuda.CUDAGraph."""
@@ -61,7 +63,7 @@ class VllmWorld(GraphWorld):
         manager.vllm_config = config()
         manager.compilation_config = manager.vllm_config.compilation_config
         manager.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
-        manager.max_num_reqs, manager.decode_query_len, manager.varlen_decode = max(SIZES), 1, False
+        manager.max_num_reqs, manager.decode_query_len, manager.varlen_decode = MOST_REQUESTS or max(SIZES), 1, False
         manager.ubatch_runner = None
         manager.lora_capture_cases, manager._lora_dispatch_map, manager._max_lora_case = [0], {}, 0
         manager.graphs, manager._candidates, manager._capture_descs = {}, {}, {}

@@ -178,13 +178,13 @@ def test_new_blocks_are_backed_by_new_pages(caplog: pytest.LogCaptureFixture) ->
 
 
 @pytest.mark.parametrize(
-    ("tensor_parallel_size", "disable_custom_all_reduce", "between"),
-    [(1, False, True), (2, True, True), (2, False, False)],
+    ("num_ranks", "fixed", "between"), [(1, None, True), (1, 8 * MIB, True), (2, None, False)]
 )
-def test_graphs_that_register_buffers_are_those_that_were_counted(
-    monkeypatch: pytest.MonkeyPatch, tensor_parallel_size: int, disable_custom_all_reduce: bool, between: bool
+def test_ranks_capture_the_same_sets(
+    monkeypatch: pytest.MonkeyPatch, num_ranks: int, fixed: int | None, between: bool
 ) -> None:
-    """Guards: vLLM's custom all-reduce out of room in mid-capture, for sets that no check has counted."""
+    """Guards: a rank that waits for others in a capture which they have no memory for; a KV size that was given, and
+    so nothing kept, taken for memory without end."""
     asked: list[dict[str, Any]] = []
 
     class Levels:
@@ -195,12 +195,14 @@ def test_graphs_that_register_buffers_are_those_that_were_counted(
             return 0
 
     monkeypatch.setattr(hooks, "LevelGraphs", Levels)
-    layers: Any = SimpleNamespace(weights={}, swapper=object())
-    mine = state.Rank(layers=layers, kv=SimpleNamespace(num_mapped=8), transition=object(), graph_set_bytes=7)  # type: ignore[arg-type]
+    layers: Any = SimpleNamespace(weights={}, swapper=object(), num_graph_sets=4)
+    mine = state.Rank(layers=layers, kv=SimpleNamespace(num_mapped=8), transition=object())  # type: ignore[arg-type]
     monkeypatch.setattr(state, "_rank", mine)
-    parallel = SimpleNamespace(
-        tensor_parallel_size=tensor_parallel_size, disable_custom_all_reduce=disable_custom_all_reduce
-    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 40, 1 << 40))
+    parallel = SimpleNamespace(world_size_across_dp=num_ranks)
+    profiled = SimpleNamespace(profile_cudagraph_memory=lambda: hooks._graph_memory(lambda self: 7)(object()))
+    worker = SimpleNamespace(cache_config=SimpleNamespace(kv_cache_memory_bytes=fixed), model_runner=profiled)
+    hooks._available_memory(lambda self: self.model_runner.profile_cudagraph_memory())(worker)
     runner = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=parallel))
     assert hooks._capture_model(lambda self: 0)(runner) == 0
     assert asked == [{"kept": 7, "between": between}]

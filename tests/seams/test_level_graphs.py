@@ -103,7 +103,7 @@ def test_each_level_replays_its_own_graphs_and_none_between(monkeypatch: pytest.
     """Guards: a graph replayed with weights of another level, which gives wrong tokens and no error."""
     world = World(monkeypatch)
     levels = [padded(level, first) for level, first in zip(LEVELS, ("base", "base", "w8", "w8"), strict=True)]
-    assert world.levels.capture(world.capture, levels, 48) == 400
+    assert world.levels.capture(world.capture, levels, 48, kept=100) == 400
     assert world.num_captures == len(LEVELS)
     assert all(len(changes) == 1 and blocks == 48 for changes, blocks in world.rank.moves), "more than is reserved"
     assert tuple(world.swapper.now.values()) == LEVELS[0]
@@ -121,7 +121,7 @@ def test_levels_that_look_the_same_from_here_are_captured_once(monkeypatch: pyte
     """Guards: a pipeline stage that captures the levels of other stages again."""
     world = World(monkeypatch)
     levels = [padded(LEVELS[0], "base"), padded(LEVELS[1], "base"), padded(LEVELS[1], "w8")]
-    assert world.levels.capture(world.capture, levels, 48) == 200
+    assert world.levels.capture(world.capture, levels, 48, kept=100) == 200
     assert world.num_captures == 2
 
 
@@ -133,7 +133,7 @@ def test_a_capture_that_fails_stops_the_start(monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        world.levels.capture(fail, [padded(level, "base") for level in LEVELS], 48)
+        world.levels.capture(fail, [padded(level, "base") for level in LEVELS], 48, kept=100)
 
 
 class LookedUp(VllmWorld):
@@ -189,7 +189,7 @@ def test_levels_share_pieces_of_the_compiled_model(monkeypatch: pytest.MonkeyPat
     world, swapper, levels = looked_up(monkeypatch, known)
     ladder = [padded(level, "base") for level in LEVELS]
     sets = len(LEVELS) + (2 if known else 0)  # and two of pieces alone, with neighbours in the one format and the other
-    assert levels.capture(capture_of(world, swapper), ladder, 48) == 100 * sets
+    assert levels.capture(capture_of(world, swapper), ladder, 48, kept=200) == 100 * sets
     # Layers go one by one, so each level changes one piece before a layer and one behind it; then two still lack one,
     # and get it for a step of one token and one of up to four.
     pieces, between = (4 + 2 + 2 + 2, 2) if known else (4 * 4, 0)
@@ -208,25 +208,40 @@ def test_levels_share_pieces_of_the_compiled_model(monkeypatch: pytest.MonkeyPat
     reset()
 
 
-def test_levels_above_0_have_graphs_of_fewer_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: KV cache of level 0 spent on graphs of sizes that padding serves; a step that this leaves without."""
-    sizes = (1, 2, 4, 8, 10, 12)
+@pytest.mark.parametrize(
+    ("sizes", "most_requests"),
+    [((1, 2, 4, 8, 10, 12), 12), ((1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)), 256)],
+    ids=["few", "default"],
+)
+def test_fewer_sizes_serve_all_steps(
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], most_requests: int
+) -> None:
+    """Guards: KV cache of level 0 spent on graphs of sizes that padding serves; a step that this leaves without, or
+    pads to many times its tokens: the full batch of a deep level, or whatever comes between two levels."""
     monkeypatch.setattr(graph_world_vllm, "SIZES", sizes)
+    monkeypatch.setattr(graph_world_vllm, "MOST_REQUESTS", most_requests)
     world, swapper, levels = looked_up(monkeypatch)
-    levels.capture(capture_of(world, swapper), [padded(level, "base") for level in LEVELS], 48)
-    few = (1, 2, 4, 8, 12)
-    for level in LEVELS:
-        swapper.now = dict(zip((4, 5, 6), level, strict=True))
-        world.formats = level
+    levels.capture(capture_of(world, swapper), [padded(level, "base") for level in LEVELS], 48, kept=200)
+    offered: dict[str, set[int]] = {"level": set(), "between": set()}
+    for formats in product(("base", "w8"), repeat=3):
+        swapper.now = dict(zip((4, 5, 6), formats, strict=True))
+        world.formats = formats
         levels.show()
-        served = sizes if level == LEVELS[0] else few
+        most = 1.0 if formats == LEVELS[0] else 4 / 3 if formats in LEVELS else 2.0
         for num_tokens in range(1, max(sizes) + 1):
-            decode = world.manager.dispatch(num_tokens, num_tokens, 1, 0)
-            prefill = world.manager.dispatch(1, num_tokens, None, 0)
-            assert (decode.cg_mode.name, prefill.cg_mode.name) == ("FULL", "PIECEWISE")
-            assert decode.num_tokens == prefill.num_tokens == min(size for size in served if size >= num_tokens)
-            world.run(decode)
-            world.run(prefill)
+            steps = [("PIECEWISE", world.manager.dispatch(1, num_tokens, None, 0))]
+            if num_tokens <= most_requests:
+                decode = world.manager.dispatch(num_tokens, num_tokens, 1, 0)
+                steps.append(("FULL" if formats in LEVELS else "PIECEWISE", decode))
+            for mode, desc in steps:
+                stock = min(size for size in sizes if size >= num_tokens)
+                assert desc.cg_mode.name == mode
+                assert desc.num_tokens == stock or desc.num_tokens <= most * num_tokens, (formats, mode, num_tokens)
+                if formats != LEVELS[0]:
+                    offered["level" if formats in LEVELS else "between"].add(desc.num_tokens)
+                if num_tokens < 30:
+                    world.run(desc)
+    assert offered["between"] < offered["level"] < set(sizes)
     reset()
 
 
@@ -234,8 +249,11 @@ def test_sets_of_pieces_take_no_more_than_was_kept(monkeypatch: pytest.MonkeyPat
     """Guards: a device whose memory is all given out runs out of it in the last capture of a start."""
     world, swapper, levels = looked_up(monkeypatch)
     ladder = [padded(level, "base") for level in LEVELS]
-    assert levels.capture(capture_of(world, swapper), ladder, 48, kept=149) == 100 * (4 + 1)  # 196 B are left, then 96
-    assert levels.unused(149) == 3 * 149 - 3 * 100 - 100
+    assert levels.capture(capture_of(world, swapper), ladder, 48, kept=199) == 100 * 4  # 396 B are left: not two sets
+    assert levels.unused(199) == 3 * 199 - 3 * 100
+    world, swapper, levels = looked_up(monkeypatch)
+    assert levels.capture(capture_of(world, swapper), ladder, 48, kept=200) == 100 * (4 + 2)
+    assert levels.unused(200) == 3 * 200 - 3 * 100 - 2 * 100
     reset()
 
 
@@ -250,6 +268,6 @@ def test_sets_of_pieces_take_no_more_than_was_kept(monkeypatch: pytest.MonkeyPat
 def test_neighbours_have_each_two_formats(levels: list[tuple[str, ...]]) -> None:
     """Guards: formats between two levels at which one piece of the model has no graph, and so none is used."""
     had = [set(column) for column in zip(*levels, strict=True)]
-    found = list(graphs.alternations(levels))
+    found = [formats for both in graphs.alternations(levels) for formats in both]
     for place in range(len(had) - 1):
         assert {formats[place : place + 2] for formats in found} == set(product(had[place], had[place + 1]))

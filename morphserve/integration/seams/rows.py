@@ -59,7 +59,8 @@ SEAMS: tuple[Seam, ...] = (
          "greedy, with the logits of the prompt"),
     CONFIG_CACHE := Seam("config_cache", "vllm.config:CacheConfig", (), "number and size of blocks; how"
          " much of a device is the engine's",
-         ("block_size", "num_gpu_blocks", "num_gpu_blocks_override", "gpu_memory_utilization")),
+         ("block_size", "num_gpu_blocks", "num_gpu_blocks_override", "gpu_memory_utilization",
+          "kv_cache_memory_bytes")),
     Seam("config_parallel", "vllm.config:ParallelConfig", (), "ranks of one host; which replica this is; API servers",
          ("distributed_executor_backend", "world_size", "world_size_across_dp", "data_parallel_size",
           "data_parallel_backend", "data_parallel_size_local", "data_parallel_index", "tensor_parallel_size",

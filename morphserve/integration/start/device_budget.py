@@ -64,9 +64,9 @@ def check_given_blocks(given: int | None, kv_cache_configs: Sequence[Any], avail
 
 
 def levels_of_a_format(vllm_config: VllmConfig) -> int:
-    """Return into how many levels a format is cut on a GPU: so many that each is staged whole, from two to four.
+    """Return into how many levels a format is cut on a GPU: so many that 3 % of it stage each whole, from two to four.
 
-    Steps between the batches of a level that is not have no CUDA graphs. But each level has graphs that cost memory, so
+    Steps between the batches of a level that is not run graphs of pieces. Each level has graphs that cost memory, so
     there are no more than four; a large model on a small GPU has levels of several batches.
     """
     from vllm.platforms import current_platform

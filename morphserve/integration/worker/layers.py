@@ -232,8 +232,9 @@ class RankLayers:
         least = most = transition.layers_per_step
         if transition.max_layers_per_step is None and self._residence.in_pages:
             least, most = 1, self._widest_level()
-        memory_share = self._vllm_config.cache_config.gpu_memory_utilization
-        reserved = self._residence.reserve(self._layer_bytes(), least, most, memory_share)
+        cache = self._vllm_config.cache_config
+        room = (cache.gpu_memory_utilization, cache.kv_cache_memory_bytes)
+        reserved = self._residence.reserve(self._layer_bytes(), least, most, *room)
         if transition.max_layers_per_step is None:
             self._staging_bytes = reserved
 

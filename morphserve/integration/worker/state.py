@@ -25,6 +25,7 @@ class Rank:
         transition: of those two.
         graphs: CUDA graphs of every level, where there are any.
         graph_set_bytes: that vLLM keeps free of KV blocks for a graph set, until it captures; 0 = it counts none.
+        graph_set_estimate: that it expects a graph set to take.
         commands: that it has met.
     """
 
@@ -36,6 +37,7 @@ class Rank:
     transition: RankTransition | None = None
     graphs: LevelGraphs | None = None
     graph_set_bytes: int = 0
+    graph_set_estimate: int = 0
     commands: Commands = field(default_factory=Commands)
 
     @property

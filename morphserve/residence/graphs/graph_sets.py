@@ -210,5 +210,5 @@ class GraphSets:
 
 
 def _common(keys: Iterable[frozenset[Any]]) -> frozenset[Any]:
-    distinct = set(keys)  # mostly one: pieces have all sizes, or none
+    distinct = set(keys)  # few: pieces have all sizes, those of a level, those between levels, or none
     return frozenset.intersection(*distinct) if len(distinct) > 1 else next(iter(distinct), frozenset())

@@ -20,10 +20,10 @@ from morphserve.residence.paged.parts import PagedParts
 from morphserve.residence.paged.weights import WeightArena
 from quant_layers import Build
 
-# Of the device's memory. A level that is staged whole is never seen half done, so every step has its CUDA graphs.
+# Of the device's memory. A level that is staged whole is never seen half done, so every step has graphs of its own.
 RESERVE_SHARE = 0.03
 # Of what weights leave for KV and the rest. Where the model takes most of the memory, a reserve of that size would cost
-# the burst more blocks than a few tenths of a second without graphs cost its steps.
+# the burst more blocks than a second of steps in pieces costs its requests.
 _RESERVE_SHARE_OF_ROOM = 0.06
 # The driver takes as long for a page of 32 MiB as for one of 2 (docs/results/gpu_h100.md): large ones move more bytes a
 # second. But a layer's halves are rounded up to pages in each format, and so many blocks come and go as fill pages in
@@ -80,10 +80,10 @@ class PagedResidence:
         return
 
     def reserve(
-        self, sizes: Mapping[str, Sequence[int]], least: int, most: int, memory_share: float
+        self, sizes: Mapping[str, Sequence[int]], least: int, most: int, memory_share: float, kv_bytes: int | None
     ) -> int | None:
         taken = self.allocated() + self.pool.num_pages * self.allocator.granularity_bytes
-        room = memory_share * self.total_bytes - taken
+        room = kv_bytes or memory_share * self.total_bytes - taken
         limit = min(RESERVE_SHARE * self.total_bytes, _RESERVE_SHARE_OF_ROOM * room)
         num_layers = layers_within(sizes, least, most, int(limit))
         num_bytes = largest_batch_bytes(sizes, num_layers)

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import product
+from itertools import combinations_with_replacement
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +78,7 @@ class LevelGraphs:
         levels: Sequence[tuple[str, ...]],
         num_kv_blocks: int,
         *,
-        kept: int = 0,
+        kept: int,
         between: bool = True,
     ) -> int:
         """Capture all graph sets; the layers are at level 0 again when it returns.
@@ -87,7 +87,7 @@ class LevelGraphs:
             original: vLLM's capture; its result says how many bytes it took.
             levels: formats of each, by decoder layer id; level 0 first.
             num_kv_blocks: that are mapped, and stay so.
-            kept: bytes that vLLM has kept free for each level's set; 0 = it was given what the KV cache takes.
+            kept: bytes that a level's set was counted with; for what there is beside levels, nothing else is left.
             between: there may be sets of pieces alone.
 
         Returns:
@@ -102,13 +102,15 @@ class LevelGraphs:
             self._move(dict(zip(own, formats, strict=True)), num_kv_blocks)
             with _fewer(self._manager if self._set_bytes else None):
                 self._set_bytes.append(self._capture_set(formats, original))
-        for formats in alternations(distinct) if between and self._captures_pieces() else ():
+        for both in alternations(distinct) if between and self._captures_pieces() else ():
+            lacking = [formats for formats in both if self._sets.lacks_pieces(formats)]
             left = kept * len(self._set_bytes) - sum(self._set_bytes) - self._between_bytes
-            if not self._sets.lacks_pieces(formats) or (kept and left < kept):
+            if left < kept * len(lacking):
                 continue
-            self._move(dict(zip(own, formats, strict=True)), num_kv_blocks)
-            with _fewer(self._manager, whole_steps=False):
-                self._between_bytes += self._capture_set(formats, original)
+            for formats in lacking:
+                self._move(dict(zip(own, formats, strict=True)), num_kv_blocks)
+                with _fewer(self._manager, whole_steps=False):
+                    self._between_bytes += self._capture_set(formats, original)
         self._move(dict(zip(own, distinct[0], strict=True)), num_kv_blocks)
         self.show()
         return sum(self._set_bytes) + self._between_bytes
@@ -122,7 +124,7 @@ class LevelGraphs:
         start = time.perf_counter()
         self._sets.begin(formats)
         try:
-            num_bytes = original()
+            num_bytes = max(original(), 0)  # what the device has less of: others may have let go of more
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # captures warm up on a stream of their own, on pages that go next
         finally:
@@ -172,17 +174,19 @@ class LevelGraphs:
             self._rank.wait()
 
 
-def alternations(levels: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
-    """Yield formats in which neighbouring layers have each two that they have at some level, either way round.
+def alternations(levels: Sequence[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
+    """Yield pairs of formats in which neighbouring layers have two that they have at some level, either way round.
 
     Args:
         levels: formats of each, by layer in the order of their ids.
     """
     formats = dict.fromkeys(fmt for level in levels for fmt in level)
     of_layers = [tuple(dict.fromkeys(column)) for column in zip(*levels, strict=True)]
-    for pair in product(formats, repeat=2):
-        wanted = (pair[place % 2] for place in range(len(of_layers)))
-        yield tuple(fmt if fmt in had else had[0] for fmt, had in zip(wanted, of_layers, strict=True))
+    for pair in combinations_with_replacement(formats, 2):
+        ways = [[pair[(place + first) % 2] for place in range(len(of_layers))] for first in range(2)]
+        yield [
+            tuple(fmt if fmt in had else had[0] for fmt, had in zip(way, of_layers, strict=True)) for way in ways
+        ]
 
 
 @contextmanager
@@ -198,13 +202,14 @@ def _fewer(manager: Any, whole_steps: bool = True) -> Iterator[None]:
         yield
         return
     every = manager._capture_descs
-    most_padding = _MOST_PADDING if whole_steps else _MOST_PADDING_BETWEEN
-    sizes = spaced({desc.num_tokens for descs in every.values() for desc in descs}, most_padding)
-    manager._capture_descs = {
-        mode: [desc for desc in descs if desc.num_tokens in sizes]
-        for mode, descs in every.items()
-        if whole_steps or mode.name == PIECEWISE
-    }
+    kept = {}
+    for mode, descs in every.items():
+        sizes = spaced({desc.num_tokens for desc in descs}, _MOST_PADDING)
+        if not whole_steps:  # some of those that levels have: pieces of both go together
+            sizes = spaced(sizes, _MOST_PADDING_BETWEEN)
+        if whole_steps or mode.name == PIECEWISE:
+            kept[mode] = [desc for desc in descs if desc.num_tokens in sizes]
+    manager._capture_descs = kept
     try:
         yield
     finally:

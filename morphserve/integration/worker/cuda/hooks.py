@@ -47,14 +47,13 @@ def _capture_model(original: Callable[..., Any]) -> Any:
             workspace.check()
             return num_bytes
 
-        parallel = self.vllm_config.parallel_config
         return mine.graphs.capture(
             capture,
             mine.level_formats,
             mine.kv.num_mapped,
-            kept=mine.graph_set_bytes,
-            # `check_graph_buffers` counts levels alone: how many sets more there will be, nobody knows before.
-            between=parallel.tensor_parallel_size == 1 or parallel.disable_custom_all_reduce,
+            kept=mine.graph_set_estimate,
+            # How many sets there are beside levels follows from a rank's own memory, and ranks capture together.
+            between=self.vllm_config.parallel_config.world_size_across_dp == 1,
         )
 
     return capture_model
@@ -67,7 +66,7 @@ def _graph_memory(original: Callable[..., Any]) -> Any:
         mine, num_bytes = rank(), int(original(self))
         if mine.layers is None:
             return num_bytes
-        mine.graph_set_bytes = num_bytes
+        mine.graph_set_bytes = mine.graph_set_estimate = num_bytes
         return num_bytes * mine.layers.num_graph_sets
 
     return profile_cudagraph_memory

@@ -35,14 +35,15 @@ class _Case:
     model: str
     steps: Sequence[dict[str, Any]]  # of the ladder
     kv_bytes: int
+    whole: int  # layers of its largest level, which change at once
     eager: bool = False
     batch: int | None = None  # a second engine with the plugin changes so many layers at a time
 
 
 _SMALL_STEPS = ({"format": "fp8", "layers_per_level": 8}, {"format": "w4", "layers": 4, "layers_per_level": 4})
-_EAGER = _Case("small", _SMALL_STEPS, 4 << 30, eager=True)
-_COMPILED = _Case("small", _SMALL_STEPS, 4 << 30)
-_LARGE = _Case("8B shape", ({"format": "w4", "layers": 16, "layers_per_level": 16},), 2 << 30, batch=3)
+_EAGER = _Case("small", _SMALL_STEPS, 4 << 30, 8, eager=True)
+_COMPILED = _Case("small", _SMALL_STEPS, 4 << 30, 8)
+_LARGE = _Case("8B shape", ({"format": "w4", "layers": 16, "layers_per_level": 16},), 2 << 30, 16, batch=3)
 
 
 def eager(bench: Bench) -> None:
@@ -82,11 +83,11 @@ def _run(bench: Bench, case: _Case) -> None:
         def begin(**more: Any) -> EngineProcess:
             return stack.enter_context(EngineProcess(factory, plain | more))
 
-        def morph(name: str, batch: int | None) -> EngineProcess:
+        def morph(name: str, batch: int) -> EngineProcess:
             own = plugin_settings(Path(directory) / name, case.steps, batch)
             return begin(additional_config={"morphserve": own})
 
-        engines = {"stock": begin(), "plugin": morph("whole", None)}
+        engines = {"stock": begin(), "plugin": morph("whole", case.whole)}
         if case.batch is not None:
             engines[f"plugin, {case.batch} layers at a time"] = morph("parts", case.batch)
         for name, engine in engines.items():  # all begin at once: none measures what memory the others leave
