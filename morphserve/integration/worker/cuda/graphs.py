@@ -105,7 +105,7 @@ class LevelGraphs:
         for both in alternations(distinct) if between and self._captures_pieces() else ():
             lacking = [formats for formats in both if self._sets.lacks_pieces(formats)]
             left = kept * len(self._set_bytes) - sum(self._set_bytes) - self._between_bytes
-            if left < kept * len(lacking):
+            if left < max(self._set_bytes) * len(lacking):  # they have no whole steps: not more than a level's
                 continue
             for formats in lacking:
                 self._move(dict(zip(own, formats, strict=True)), num_kv_blocks)
