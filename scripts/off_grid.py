@@ -2,7 +2,7 @@
 
 The demo model is dequantized from Q4_1: each 32 weights of a row have one of 16 values, evenly spaced. Some steps of
 AdamW in fp32, one row of 256 tokens each, move them off; `morphserve measure-kl` and `scripts/compare_orders.py` tell
-what W8 and W4 cost the result, and whether the order of layers stays. Half an hour on one core.
+what W8 and W4 cost the result, and whether the order of layers stays. Under twenty minutes on one core.
 
 Output columns: step, loss, off_grid (RMS distance of a weight to the nearest of the 16 values of its 32, in steps of
 that grid: 0 on it, 0.289 anywhere), moved (RMS change of the decoder's weights over their RMS).

@@ -213,18 +213,29 @@ class Levels:
     def __init__(self, *args: Any) -> None:
         return
 
-    def capture(self, original: Any, levels: Any, num_kv_blocks: int) -> int:
+    def capture(self, original: Any, levels: Any, num_kv_blocks: int, **how: Any) -> int:
         return sum(original() for _ in range(3))
+
+
+def captured_rank() -> SimpleNamespace:
+    """What a rank has when graphs are captured."""
+    layers, kv = SimpleNamespace(weights={}), SimpleNamespace(num_mapped=48)
+    return SimpleNamespace(
+        transition=object(), swapper=None, layers=layers, level_formats=(), kv=kv, graph_set_estimate=0
+    )
+
+
+def runner_of(**parts: Any) -> SimpleNamespace:
+    return SimpleNamespace(
+        vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(world_size_across_dp=1)), **parts
+    )
 
 
 def test_graph_sets_of_a_runner_that_always_locks(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: graph sets of the V1 runner, whose capture takes no argument and leaves the workspace locked."""
     from morphserve.integration.worker.cuda import hooks
 
-    layers = SimpleNamespace(weights={})
-    rank = SimpleNamespace(
-        transition=object(), swapper=None, layers=layers, level_formats=(), kv=SimpleNamespace(num_mapped=48)
-    )
+    rank = captured_rank()
     monkeypatch.setattr(hooks, "rank", lambda: rank)
     monkeypatch.setattr(hooks, "LevelGraphs", Levels)
     sizes = iter((4096, 1024, 2048))
@@ -233,11 +244,11 @@ def test_graph_sets_of_a_runner_that_always_locks(scratch: Any, monkeypatch: pyt
         capture(scratch, next(sizes))
         return 100
 
-    assert hooks._capture_model(capture_model)(object()) == 300
+    assert hooks._capture_model(capture_model)(runner_of()) == 300
     assert scratch.current_workspace_manager().is_locked()
     sizes = iter((4096, 64 << 20, 4096))
     with pytest.raises(ConfigError, match="workspace of 67,108,864 B"):
-        hooks._capture_model(capture_model)(object())
+        hooks._capture_model(capture_model)(runner_of())
 
 
 def test_a_given_kv_size_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,18 +288,15 @@ def test_a_breakable_runner_is_there_before_its_graph_sets(monkeypatch: pytest.M
         def __init__(self, *args: Any) -> None:
             called.append("graph_sets")
 
-        def capture(self, *args: Any) -> int:
+        def capture(self, *args: Any, **how: Any) -> int:
             return 0
 
-    rank = SimpleNamespace(
-        transition=object(), swapper=None, layers=SimpleNamespace(weights={}), level_formats=(),
-        kv=SimpleNamespace(num_mapped=48),
-    )  # fmt: skip
+    rank = captured_rank()
     monkeypatch.setattr(hooks, "rank", lambda: rank)
     monkeypatch.setattr(hooks, "LevelGraphs", GraphSets)
     for breakable, expected in ((True, ["model", "graph_sets"]), (False, ["graph_sets"])):
         manager = SimpleNamespace(use_breakable_cg=breakable, init_breakable_cg_runner=called.append)
-        hooks._capture_model(lambda self: 0)(SimpleNamespace(cudagraph_manager=manager, model="model"))
+        hooks._capture_model(lambda self: 0)(runner_of(cudagraph_manager=manager, model="model"))
         assert called == expected
         called.clear()
 

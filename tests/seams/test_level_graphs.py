@@ -178,7 +178,7 @@ def capture_of(world: LookedUp, swapper: Swapper) -> Callable[[], int]:
             [desc.num_tokens for desc in descs.get(CUDAGraphMode[mode], ())] for mode in ("FULL", "PIECEWISE")
         )
         world.capture_sizes(full, pieces)
-        return 100
+        return 100 if full else 140
 
     return capture
 
@@ -188,8 +188,8 @@ def test_levels_share_pieces_of_the_compiled_model(monkeypatch: pytest.MonkeyPat
     """Guards: pieces that are captured again with each level, or replayed at a level that they do not belong to."""
     world, swapper, levels = looked_up(monkeypatch, known)
     ladder = [padded(level, "base") for level in LEVELS]
-    sets = len(LEVELS) + (2 if known else 0)  # and two of pieces alone, with neighbours in the one format and the other
-    assert levels.capture(capture_of(world, swapper), ladder, 48, kept=200) == 100 * sets
+    # And two sets of pieces alone, with neighbours in the one format and the other.
+    assert levels.capture(capture_of(world, swapper), ladder, 48, kept=200) == 400 + (2 * 140 if known else 0)
     # Layers go one by one, so each level changes one piece before a layer and one behind it; then two still lack one,
     # and get it for a step of one token and one of up to four.
     pieces, between = (4 + 2 + 2 + 2, 2) if known else (4 * 4, 0)
@@ -249,11 +249,11 @@ def test_sets_of_pieces_take_no_more_than_was_kept(monkeypatch: pytest.MonkeyPat
     """Guards: a device whose memory is all given out runs out of it in the last capture of a start."""
     world, swapper, levels = looked_up(monkeypatch)
     ladder = [padded(level, "base") for level in LEVELS]
-    assert levels.capture(capture_of(world, swapper), ladder, 48, kept=149) == 100 * 4  # 196 B are left: not two sets
-    assert levels.unused(149) == 3 * 149 - 3 * 100
+    assert levels.capture(capture_of(world, swapper), ladder, 48, kept=199) == 100 * 4  # 297 B are left: not two sets
+    assert levels.unused(199) == 3 * 199 - 3 * 100
     world, swapper, levels = looked_up(monkeypatch)
-    assert levels.capture(capture_of(world, swapper), ladder, 48, kept=170) == 100 * (4 + 2)
-    assert levels.unused(170) == 3 * 170 - 3 * 100 - 2 * 100
+    assert levels.capture(capture_of(world, swapper), ladder, 48, kept=200) == 400 + 280
+    assert levels.unused(200) == 3 * 200 - 3 * 100 - 280
     reset()
 
 
@@ -271,3 +271,16 @@ def test_neighbours_have_each_two_formats(levels: list[tuple[str, ...]]) -> None
     found = [formats for both in graphs.alternations(levels) for formats in both]
     for place in range(len(had) - 1):
         assert {formats[place : place + 2] for formats in found} == set(product(had[place], had[place + 1]))
+
+
+def test_two_that_had_a_format_at_different_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a start that ends because it captures formats twice, where neighbours had one and never together."""
+    world, swapper, levels = looked_up(monkeypatch)
+    ladder = [("base",) * 3, ("w8", "base", "base"), ("w4", "base", "base"), ("w4", "w8", "base")]
+    levels.capture(capture_of(world, swapper), [padded(level, "base") for level in ladder], 48, kept=1000)
+    for formats in product(("base", "w8", "w4"), ("base", "w8"), ("base",)):
+        swapper.now = dict(zip((4, 5, 6), formats, strict=True))
+        world.formats = formats
+        levels.show()
+        assert world.step(4) is (Mode.FULL if formats in ladder else Mode.PIECEWISE)
+    reset()

@@ -33,6 +33,7 @@ logger = logging.getLogger("vllm.morphserve")
 _LAYERS_AT_ONCE = 1  # what the staging reserve holds for certain
 # Tokens that a step computes over those that it has: at levels above 0, and at the formats between two, which pass.
 _MOST_PADDING, _MOST_PADDING_BETWEEN = 4 / 3, 2.0
+_MOST_OVER_A_LEVEL = 1.5  # bytes of a set beside levels over a level's: 1.4 on an H100, 0.5 for the one before it
 
 
 class LevelGraphs:
@@ -87,7 +88,7 @@ class LevelGraphs:
             original: vLLM's capture; its result says how many bytes it took.
             levels: formats of each, by decoder layer id; level 0 first.
             num_kv_blocks: that are mapped, and stay so.
-            kept: bytes that a level's set was counted with; for what there is beside levels, nothing else is left.
+            kept: bytes that the KV budget was charged for each level's set; sets beside levels use what those leave.
             between: there may be sets of pieces alone.
 
         Returns:
@@ -104,8 +105,8 @@ class LevelGraphs:
                 self._set_bytes.append(self._capture_set(formats, original))
         for both in alternations(distinct) if between and self._captures_pieces() else ():
             lacking = [formats for formats in both if self._sets.lacks_pieces(formats)]
-            left = kept * len(self._set_bytes) - sum(self._set_bytes) - self._between_bytes
-            if left < max(self._set_bytes) * len(lacking):  # they have no whole steps: not more than a level's
+            of_a_level = sum(self._set_bytes[1:]) / max(len(self._set_bytes) - 1, 1)
+            if self.unused(kept) < _MOST_OVER_A_LEVEL * of_a_level * len(lacking):
                 continue
             for formats in lacking:
                 self._move(dict(zip(own, formats, strict=True)), num_kv_blocks)
@@ -184,9 +185,8 @@ def alternations(levels: Sequence[tuple[str, ...]]) -> Iterator[list[tuple[str, 
     of_layers = [tuple(dict.fromkeys(column)) for column in zip(*levels, strict=True)]
     for pair in combinations_with_replacement(formats, 2):
         ways = [[pair[(place + first) % 2] for place in range(len(of_layers))] for first in range(2)]
-        yield [
-            tuple(fmt if fmt in had else had[0] for fmt, had in zip(way, of_layers, strict=True)) for way in ways
-        ]
+        found = (tuple(f if f in had else had[0] for f, had in zip(way, of_layers, strict=True)) for way in ways)
+        yield list(dict.fromkeys(found))
 
 
 @contextmanager

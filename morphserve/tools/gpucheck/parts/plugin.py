@@ -22,8 +22,8 @@ from morphserve.tools.gpucheck.parts.vllm import PROMPT_TOKENS, REQUESTS, engine
 from morphserve.version import UNPROVEN_CUDA
 
 _SHARE = 0.3  # of the device, that is free when an engine starts
-# Inductor times kernels that round differently and takes the quickest, for stock and plugin each by itself.
-_REPEATABLE = {"TORCHINDUCTOR_DETERMINISTIC": "1"}
+# Else Inductor times kernels that round differently and takes the quickest, for stock and plugin each by itself.
+_REPEATABLE = "TORCHINDUCTOR_DETERMINISTIC"
 _LEVEL_S = 60.0  # a transition that takes longer has failed
 _CROSS_TOKENS = 1024  # of each request that runs beside a transition: steps must not run out before it ends
 
@@ -72,7 +72,7 @@ def plugin_settings(
 def _run(bench: Bench, case: _Case) -> None:
     factory = engine_factory(bench)
     with (
-        patch.dict(os.environ, {UNPROVEN_CUDA: "1", **_REPEATABLE}),
+        patch.dict(os.environ, {UNPROVEN_CUDA: "1", _REPEATABLE: os.environ.get(_REPEATABLE, "1")}),
         tempfile.TemporaryDirectory(prefix="gpu_check_") as directory,
         ExitStack() as stack,
     ):
@@ -87,6 +87,7 @@ def _run(bench: Bench, case: _Case) -> None:
             own = plugin_settings(Path(directory) / name, case.steps, batch)
             return begin(additional_config={"morphserve": own})
 
+        bench.note(f"{_REPEATABLE}={os.environ[_REPEATABLE]}")
         engines = {"stock": begin(), "plugin": morph("whole", case.whole)}
         if case.batch is not None:
             engines[f"plugin, {case.batch} layers at a time"] = morph("parts", case.batch)

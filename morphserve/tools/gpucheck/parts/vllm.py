@@ -84,13 +84,13 @@ def _in_pieces(bench: Bench, name: str, whole: EngineProcess, begin: Callable[[]
     measured = f"{name}, in pieces: measured"
     if bench.left_s < bench.pick(_START_S, 0):
         return bench.expect(measured, False, f"{bench.left_s:.0f} s are left, its start needs {_START_S:.0f}")
-    try:
-        with begin() as pieces:
+    with begin() as pieces:
+        try:
             pieces.wait_ready(bench.left_s)
             bench.note(f"{name}, in pieces: {pieces.ask('describe', timeout_s=30)}")
-            _compare_steps(bench, name, whole, pieces)
-    except (EngineError, OutOfTime) as e:
-        bench.expect(measured, False, str(e))
+        except (EngineError, OutOfTime) as e:
+            return bench.expect(measured, False, str(e))
+        _compare_steps(bench, name, whole, pieces)
 
 
 def _compare_steps(bench: Bench, name: str, whole: EngineProcess, pieces: EngineProcess) -> None:
