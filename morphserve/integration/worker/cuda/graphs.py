@@ -103,18 +103,22 @@ class LevelGraphs:
             self._move(dict(zip(own, formats, strict=True)), num_kv_blocks)
             with _fewer(self._manager if self._set_bytes else None):
                 self._set_bytes.append(self._capture_set(formats, original))
-        for both in alternations(distinct) if between and self._captures_pieces() else ():
-            lacking = [formats for formats in both if self._sets.lacks_pieces(formats)]
-            of_a_level = sum(self._set_bytes[1:]) / max(len(self._set_bytes) - 1, 1)
-            if self.unused(kept) < _MOST_OVER_A_LEVEL * of_a_level * len(lacking):
-                continue
-            for formats in lacking:
-                self._move(dict(zip(own, formats, strict=True)), num_kv_blocks)
-                with _fewer(self._manager, whole_steps=False):
-                    self._between_bytes += self._capture_set(formats, original)
+        if between and self._captures_pieces():
+            for both in alternations(distinct):
+                for formats in self._worth_capturing(both, kept):
+                    self._move(dict(zip(own, formats, strict=True)), num_kv_blocks)
+                    with _fewer(self._manager, whole_steps=False):
+                        self._between_bytes += self._capture_set(formats, original)
         self._move(dict(zip(own, distinct[0], strict=True)), num_kv_blocks)
         self.show()
         return sum(self._set_bytes) + self._between_bytes
+
+    def _worth_capturing(self, both: Sequence[tuple[str, ...]], kept: int) -> list[tuple[str, ...]]:
+        """Return those that give pieces graphs which they lack; none where what is left does not hold all of these."""
+        lacking = [formats for formats in both if self._sets.lacks_pieces(formats)]
+        later = self._set_bytes[1:]
+        of_a_level = sum(later) / max(len(later), 1)
+        return lacking if self.unused(kept) >= _MOST_OVER_A_LEVEL * of_a_level * len(lacking) else []
 
     def _captures_pieces(self) -> bool:
         descs = {} if self._manager is None else self._manager._capture_descs
