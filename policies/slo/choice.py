@@ -46,6 +46,20 @@ class Terms:
         late = predictions[best].violations
         return deeper if late - predictions[deeper].violations > max(_SAVED, _SAVED_SHARE * late) else best
 
+    def can_wait(self, way: tuple[int, int], now: Prediction, later: Sequence[Prediction], target: float) -> bool:
+        """Return whether somebody who goes later keeps the promise, and loses less by that than going costs.
+
+        Args:
+            way: level to leave, and level to go to.
+            now: prediction of that level, gone to now.
+            later: predictions of levels from there on, gone to later.
+            target: share of requests that may break the promise.
+        """
+        least = min(later, key=lambda prediction: prediction.violations)
+        start, end = way
+        more_nats = self.price * (least.violations - now.violations)
+        return least.keeps(target) and more_nats <= (self.costs[end] - self.costs[start]) * self.tokens
+
 
 def quick_end(predictor: Predictor, load: Load, num_levels: int) -> int:
     """Return the last of the levels of which each computes as fast as those before it, however many run."""

@@ -7,6 +7,8 @@ from math import exp, inf, log
 _BIN_S = 0.25
 _FAST_TAU_S = 1.5
 _SLOW_TAU_S = 15.0
+_LONG_TAU_S = 60.0  # over so long level 0 is to serve what comes,
+_LATELY = 0.8  # and so much of the slow average now: both of these scatter by a fifth
 _NEWS = 2.0  # times the slow average are a burst
 _ALARM = 4.0  # CUSUM: logarithm of how much likelier a burst is than that average
 _MOST_SURE = 12.0  # counts of what is beyond level 0: a long burst is over a few seconds after its last requests
@@ -47,6 +49,7 @@ class ArrivalForecast:
         self._fast = 0.0
         self._slow = 0.0
         self._seen = 0.0  # weight in it of what was seen, [0, 1]
+        self._served = self._long_served = self._long = 0.0  # what level 0 serves: now, a minute's mean; what came
         self._before = 0.0  # fast average one fast time constant ago, roughly
         self._rise, self._burst = _Alarm(), _Alarm(_MOST_SURE)
         self._silent_s = 0.0  # since somebody came
@@ -60,6 +63,12 @@ class ArrivalForecast:
     def is_burst(self) -> bool:
         """Whether more come than usual, and than level 0 serves with ease."""
         return self._burst.rings
+
+    @property
+    def is_served(self) -> bool:
+        """Whether level 0 serves what comes: over a minute, about so lately, and twice as many are no news."""
+        lately = self._served >= _LATELY * self.slow and _NEWS * self._long >= self.slow
+        return lately and 0 < self._long <= self._long_served and not self._rise.rings
 
     def update(self, now_s: float, num_arrivals: int, served: float = 0.0) -> None:
         """Take in how many have arrived since start. O(1): a gap counts as one long empty bin.
@@ -83,6 +92,9 @@ class ArrivalForecast:
         self._before += (self._fast - self._before) * (1 - exp(-width_s / _FAST_TAU_S))
         self._fast += (rate - self._fast) * (1 - exp(-width_s / _FAST_TAU_S))
         self._slow += (rate - self._slow) * (1 - exp(-width_s / _SLOW_TAU_S))
+        self._served = served
+        self._long += (rate - self._long) * (1 - exp(-width_s / _LONG_TAU_S))
+        self._long_served += (served - self._long_served) * (1 - exp(-width_s / _LONG_TAU_S))
         self._seen += (1.0 - self._seen) * (1 - exp(-width_s / _SLOW_TAU_S))
         if self._silent_s > _SLOW_TAU_S:  # averages would remember a crowd for minutes
             self._before = self._fast = self._slow = 0.0

@@ -16,7 +16,7 @@ from policies.slo.level_times import CalibratedTimes, LearnedTimes, LevelTimes
 from policies.slo.limits import QualityBudget, TokenBucket
 from policies.slo.moves import LAYERS_PER_STEP, layers_between
 from policies.slo.own_limits import OwnLimits
-from policies.slo.predictor import Load, Prediction, Predictor, Typical
+from policies.slo.predictor import Comparison, Load, Prediction, Predictor, Typical
 from policies.slo.reach import Reach
 from policies.slo.rested import Rested
 from policies.slo.targets import fill_in
@@ -31,6 +31,8 @@ _MAX_HORIZON_S = 15.0  # so far at most
 _PROMPT_S = 0.1  # who fits is admitted within
 _AHEAD = 2.0  # a deeper level is entered so many times before the KV cache is full as the way there takes,
 _AHEAD_S = 0.2  # which is so much more than predicted
+_LATER_S = 0.25  # while level 0 serves the load a deeper level is left until it would do no longer so much later,
+_QUICK_SHARE = 0.1  # and a dwell is shorter
 _SAFETY = 1.15  # arrivals and errors are taken so much larger before a restore
 _FILL_AFTER_RESTORE = 0.95  # of the blocks: a shallower level must hold what lives, with air
 _LOST_TRUST = 0.9  # relative error of predictions beyond which thresholds decide
@@ -171,6 +173,8 @@ class SloPolicy:
         self._shed(predictions, load)
         best, why_not = self._asked(s, heading, s.level, predictions, terms, load)
         own.level = min(own.level, heading)
+        if best > heading and not why_not and self._can_wait(s, heading, best, compared, terms, load):
+            why_not = f"level {best} would do a moment later"
         usual, not_usual = self._asked(s, own.level, own.level, compared.usual, terms, load)
         is_deeper = usual > own.level and not not_usual
         shallower = self._shallower(s, heading, best, usual, kept_by_any(compared.keeps[: heading + 1]))
@@ -185,7 +189,7 @@ class SloPolicy:
             why = f"{what}, wait {here.last_wait_s:.1f} s, tpot {here.tpot_s * 1000:.0f} ms"
             return self._go(s, best, "; ".join(filter(None, (why, own.why))))
         if shallower < heading and self._bucket.level >= 2.0:
-            why = f"level {shallower} has been predicted to do for {self.targets.dwell_s:g} s"
+            why = f"level {shallower} has been predicted to do for {self._dwell_s:g} s"
             return self._go(s, shallower, "; ".join(filter(None, (why, own.why_not if compared.has_stricter else ""))))
         return self._stay(heading, f"late {here.share:.0%}")
 
@@ -203,6 +207,21 @@ class SloPolicy:
         if best > terms.lasting and binds and self._has_time(s, level, best, load):
             return best, f"level {best} is not needed yet"
         return best, ""
+
+    def _can_wait(
+        self, s: Signals, heading: int, best: int, compared: Comparison, terms: Terms, load: Load
+    ) -> bool:
+        """Return whether going deeper a moment later saves as many, but for what going now would cost.
+
+        By then somebody may have ended, and nobody needs it. Not where level 0 does not serve the load: there the queue
+        only grows. Nor for a stricter promise, which has a budget for its level, or on a way that was begun.
+        """
+        if not self._forecast.is_served or compared.has_stricter or not s.level == s.target_level == heading:
+            return False
+        deeper = range(best, max(best, terms.quick_end) + 1)
+        ways = [(level, self._delay_s(s, level) + _LATER_S) for level in deeper]
+        later = self._predictor.compare(ways, load).usual
+        return terms.can_wait((heading, best), compared.usual[best], later, self.targets.target)
 
     def _spent(self, s: Signals, heading: int, load: Load) -> Decision:
         """Go to level 0 because the quality budget is spent, and refuse new requests there if need be."""
@@ -274,7 +293,7 @@ class SloPolicy:
             usual: likewise by everyone's promise alone.
             is_kept: stricter promises that count. Air is no reason to give one up, and to keep it a moment later.
         """
-        own, dwell_s = self.own_limits, self.targets.dwell_s
+        own, dwell_s = self.own_limits, self._dwell_s
         if best > heading:
             self._rested.forget()
         if usual > own.level:
@@ -309,6 +328,11 @@ class SloPolicy:
             )
 
         return [does(level) for level in range(heading)]
+
+    @property
+    def _dwell_s(self) -> float:
+        """How long a shallower level must have done before it is taken."""
+        return self.targets.dwell_s * (_QUICK_SHARE if self._forecast.is_served else 1.0)
 
     # ---- parts
 
