@@ -108,7 +108,10 @@ class SloConfig(_PolicySection):
     )
     horizon_s: float | None = Field(None, gt=0, description="how far ahead arrivals are forecast and counted")
     dwell_s: float | None = Field(
-        None, ge=0, description="how long a shallower level must have been predicted to do before we restore to it"
+        None,
+        ge=0,
+        description="how long a shallower level must have been predicted to do before we restore to it; a tenth of it, "
+        "while level 0 serves the load on average",
     )
     max_level: int | str | None = Field(
         None,

@@ -46,19 +46,37 @@ class Terms:
         late = predictions[best].violations
         return deeper if late - predictions[deeper].violations > max(_SAVED, _SAVED_SHARE * late) else best
 
-    def can_wait(self, way: tuple[int, int], now: Prediction, later: Sequence[Prediction], target: float) -> bool:
-        """Return whether somebody who goes later keeps the promise, and loses less by that than going costs.
+
+class PutOff:
+    """A deeper level that is put off while it would do later, too, and requests lost by that cost less than the level.
+
+    What would be lost had it been taken at the first look is remembered: each look alone would grant as much again.
+    """
+
+    def __init__(self) -> None:
+        self._lost: float | None = None  # requests, at the first look; None = nothing is put off
+
+    def forget(self) -> None:
+        """Put nothing off any more."""
+        self._lost = None
+
+    def may_go_on(
+        self, terms: Terms, way: tuple[int, int], now: Prediction, later: Sequence[Prediction], target: float
+    ) -> bool:
+        """Return whether to put the level off once more.
 
         Args:
-            way: level to leave, and level to go to.
-            now: prediction of that level, gone to now.
-            later: predictions of levels from there on, gone to later.
+            terms: of this load.
+            way: the level that the engine is at, and the one that it would go to.
+            now: prediction of that level, taken now.
+            later: predictions of that level and deeper ones, taken later.
             target: share of requests that may break the promise.
         """
+        self._lost = min(now.violations, now.violations if self._lost is None else self._lost)
         least = min(later, key=lambda prediction: prediction.violations)
         start, end = way
-        more_nats = self.price * (least.violations - now.violations)
-        return least.keeps(target) and more_nats <= (self.costs[end] - self.costs[start]) * self.tokens
+        lost_nats = terms.price * (least.violations - self._lost)
+        return least.keeps(target) and lost_nats <= (terms.costs[end] - terms.costs[start]) * terms.tokens
 
 
 def quick_end(predictor: Predictor, load: Load, num_levels: int) -> int:

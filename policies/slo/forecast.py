@@ -7,9 +7,9 @@ from math import exp, inf, log
 _BIN_S = 0.25
 _FAST_TAU_S = 1.5
 _SLOW_TAU_S = 15.0
-_LONG_TAU_S = 60.0  # over so long level 0 is to serve what comes,
-_LATELY = 0.8  # and so much of the slow average now: both of these scatter by a fifth
-_NEWS = 2.0  # times the slow average are a burst
+_LONG_TAU_S = 60.0  # of the averages that say whether level 0 serves what comes
+_LATELY = 0.8  # of the slow average is to be served now: what is served, and that average, scatter by a fifth
+_NEWS = 2.0  # times what is usual are a burst, or a load that has just begun
 _ALARM = 4.0  # CUSUM: logarithm of how much likelier a burst is than that average
 _MOST_SURE = 12.0  # counts of what is beyond level 0: a long burst is over a few seconds after its last requests
 _EASY_SHARE = 0.5  # of what level 0 serves for long: twice as many are all that it serves
@@ -66,7 +66,10 @@ class ArrivalForecast:
 
     @property
     def is_served(self) -> bool:
-        """Whether level 0 serves what comes: over a minute, about so lately, and twice as many are no news."""
+        """Whether level 0 serves what comes: over a minute, and about so lately.
+
+        Not where twice the minute's average comes: of that the minute knows nothing.
+        """
         lately = self._served >= _LATELY * self.slow and _NEWS * self._long >= self.slow
         return lately and 0 < self._long <= self._long_served and not self._rise.rings
 

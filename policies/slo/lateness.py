@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import erfc, log, sqrt
 
@@ -115,6 +115,12 @@ def parts_of(cohort: Cohort, limit_s: float, tpot_s: float, at: Moment) -> tuple
         Part(count * (1 - alive), tokens * (1 - alive), limit_s, True),
         Part(count * alive, tokens * alive, (alive_from + last) / 2 + limit_s - at.now_s, False),
     )
+
+
+def has_lost(cohorts: Iterable[Cohort], ttft_s: float, tpot_s: float, at: Moment) -> bool:
+    """Return whether somebody who waits is lost already, by the limits given."""
+    parts = (parts_of(cohort, tpot_s if cohort.has_token else ttft_s, at.tpot_s, at) for cohort in cohorts)
+    return any(part.is_lost for each in parts for part in each)
 
 
 def chance_late(predicted: float, limit: float, sigma: float) -> float:

@@ -8,31 +8,29 @@ from math import inf
 
 from policies.config import SloConfig, ThresholdConfig
 from policies.promise import promise_of
-from policies.slo.choice import Terms, lasting, quick_end
+from policies.slo.choice import PutOff, Terms, lasting, quick_end
 from policies.slo.correction import Correction
 from policies.slo.forecast import ArrivalForecast
-from policies.slo.lateness import kept_by_any
+from policies.slo.lateness import chance_late, has_lost, kept_by_any
 from policies.slo.level_times import CalibratedTimes, LearnedTimes, LevelTimes
 from policies.slo.limits import QualityBudget, TokenBucket
 from policies.slo.moves import LAYERS_PER_STEP, layers_between
 from policies.slo.own_limits import OwnLimits
 from policies.slo.predictor import Comparison, Load, Prediction, Predictor, Typical
 from policies.slo.reach import Reach
-from policies.slo.rested import Rested
-from policies.slo.targets import fill_in
+from policies.slo.rested import Rested, quick_dwell_s
+from policies.slo.targets import costs_of, fill_in
 from policies.step_times import StepTimes
 from policies.threshold import ThresholdPolicy
 from policies.types import Decision, EngineLimits, Ladder, Predictions, Signals, StepLoad
 
 _THINK_S = 0.05  # predictions are made anew this often at most; a preemption cannot wait
-_GUESSED_KL = 0.03  # nats per token of the deepest level, where nobody measured them: as 8 bits on all layers cost
 _HORIZON_PER_WAIT = 4.0  # arrivals are counted so many times as far ahead as the oldest request has waited,
 _MAX_HORIZON_S = 15.0  # so far at most
 _PROMPT_S = 0.1  # who fits is admitted within
 _AHEAD = 2.0  # a deeper level is entered so many times before the KV cache is full as the way there takes,
 _AHEAD_S = 0.2  # which is so much more than predicted
-_LATER_S = 0.25  # while level 0 serves the load a deeper level is left until it would do no longer so much later,
-_QUICK_SHARE = 0.1  # and a dwell is shorter
+_LATER_S = 0.25  # while level 0 serves the load a deeper level is put off if it would do so much later, too,
 _SAFETY = 1.15  # arrivals and errors are taken so much larger before a restore
 _FILL_AFTER_RESTORE = 0.95  # of the blocks: a shallower level must hold what lives, with air
 _LOST_TRUST = 0.9  # relative error of predictions beyond which thresholds decide
@@ -44,6 +42,8 @@ _QUEUE_SHARE = 0.5  # and those who wait are to be served within that share of t
 
 class SloPolicy:
     """A policy that predicts: deeper when that saves requests, shallower when that would have done for a dwell.
+
+    While level 0 serves the load on average: deeper as late as that still does, shallower after a tenth of the dwell.
 
     1. Takes the level of least cost; one that computes slower only while KV binds, and for requests that it saves.
     2. Level changes stay within the token bucket; a way down is always paid for before a way up is taken.
@@ -72,7 +72,7 @@ class SloPolicy:
             else CalibratedTimes(times.of_ladder(ladder), times.move)
         )
         self._usable = [level.num_kv_blocks - 1 for level in ladder]
-        self._costs = [_cost(level.expected_kl, level.index, ladder) for level in ladder]
+        self._costs = costs_of(ladder)
         self._predictor = Predictor(self._usable, self._times, limits)
         self._reach = Reach(self._predictor, len(self._ladder))
         self._limits = limits
@@ -91,6 +91,8 @@ class SloPolicy:
         self.distrusts = False
         self.own_limits = OwnLimits(config.limits_hold_s, len(self._ladder), self._promise)
         self._rested = Rested(len(self._ladder))
+        self._put_off = PutOff()
+        self._dwell_s = self.targets.dwell_s
         self._thought_s = float("-inf")
         self._preemptions = 0
         self._max_queued_tokens: int | None = None
@@ -165,6 +167,7 @@ class SloPolicy:
         if self._is_calm(s, load, heading):
             self._max_queued_tokens = None
             own.follow(heading)
+            self._put_off.forget()
             return self._stay(heading, "nothing to do")
         compared = self._predictor.compare([(k, self._delay_s(s, k)) for k in range(len(self._ladder))], load)
         predictions = compared.promised if own.count else compared.usual
@@ -173,8 +176,13 @@ class SloPolicy:
         self._shed(predictions, load)
         best, why_not = self._asked(s, heading, s.level, predictions, terms, load)
         own.level = min(own.level, heading)
-        if best > heading and not why_not and self._can_wait(s, heading, best, compared, terms, load):
+        if best <= heading or why_not:
+            self._put_off.forget()
+        elif self._can_wait(s, heading, best, compared, terms, load):
             why_not = f"level {best} would do a moment later"
+        is_quick = self._forecast.is_served and s.level == heading and not (own.count and compared.has_stricter)
+        dwell_s = self.targets.dwell_s
+        self._dwell_s = quick_dwell_s(dwell_s, self._delay_s(s, 0)) if is_quick else dwell_s
         usual, not_usual = self._asked(s, own.level, own.level, compared.usual, terms, load)
         is_deeper = usual > own.level and not not_usual
         shallower = self._shallower(s, heading, best, usual, kept_by_any(compared.keeps[: heading + 1]))
@@ -189,7 +197,7 @@ class SloPolicy:
             why = f"{what}, wait {here.last_wait_s:.1f} s, tpot {here.tpot_s * 1000:.0f} ms"
             return self._go(s, best, "; ".join(filter(None, (why, own.why))))
         if shallower < heading and self._bucket.level >= 2.0:
-            why = f"level {shallower} has been predicted to do for {self._dwell_s:g} s"
+            why = f"level {shallower} has been predicted to do for {self._dwell_s:.2g} s"
             return self._go(s, shallower, "; ".join(filter(None, (why, own.why_not if compared.has_stricter else ""))))
         return self._stay(heading, f"late {here.share:.0%}")
 
@@ -208,20 +216,25 @@ class SloPolicy:
             return best, f"level {best} is not needed yet"
         return best, ""
 
-    def _can_wait(
-        self, s: Signals, heading: int, best: int, compared: Comparison, terms: Terms, load: Load
-    ) -> bool:
-        """Return whether going deeper a moment later saves as many, but for what going now would cost.
+    def _can_wait(self, s: Signals, heading: int, best: int, compared: Comparison, terms: Terms, load: Load) -> bool:
+        """Return whether to put a deeper level off: somebody may end meanwhile, and nobody needs it.
 
-        By then somebody may have ended, and nobody needs it. Not where level 0 does not serve the load: there the queue
-        only grows. Nor for a stricter promise, which has a budget for its level, or on a way that was begun.
+        Not where the level computes too slowly, which loses requests meanwhile, nor once somebody is lost, nor for a
+        stricter promise, nor where the deeper level has been asked for.
         """
-        if not self._forecast.is_served or compared.has_stricter or not s.level == s.target_level == heading:
+        is_settled = s.level == s.target_level == heading == self._last.level
+        slow = chance_late(compared.usual[heading].tpot_s, load.tpot_s, load.step_sigma)
+        is_quick = terms.lasting <= heading and slow <= self.targets.target
+        if (
+            not (self._forecast.is_served and is_settled and is_quick)
+            or (self.own_limits.count and compared.has_stricter)
+            or has_lost(s.waiting, load.ttft_s, load.tpot_s, load.moment)
+        ):
             return False
+        later_s = max(_LATER_S, 2 * s.step_s)  # the next look is a step away
         deeper = range(best, max(best, terms.quick_end) + 1)
-        ways = [(level, self._delay_s(s, level) + _LATER_S) for level in deeper]
-        later = self._predictor.compare(ways, load).usual
-        return terms.can_wait((heading, best), compared.usual[best], later, self.targets.target)
+        later = self._predictor.compare([(level, self._delay_s(s, level) + later_s) for level in deeper], load).usual
+        return self._put_off.may_go_on(terms, (heading, best), compared.usual[best], later, self.targets.target)
 
     def _spent(self, s: Signals, heading: int, load: Load) -> Decision:
         """Go to level 0 because the quality budget is spent, and refuse new requests there if need be."""
@@ -329,11 +342,6 @@ class SloPolicy:
 
         return [does(level) for level in range(heading)]
 
-    @property
-    def _dwell_s(self) -> float:
-        """How long a shallower level must have done before it is taken."""
-        return self.targets.dwell_s * (_QUICK_SHARE if self._forecast.is_served else 1.0)
-
     # ---- parts
 
     def _load(self, s: Signals, safety: float) -> Load:
@@ -390,10 +398,3 @@ class SloPolicy:
 def _is_empty(s: Signals) -> bool:
     """Return whether nobody is here."""
     return not s.num_running and not s.num_waiting
-
-
-def _cost(expected_kl: float | None, index: int, ladder: Ladder) -> float:
-    """Return nats per token; where nobody measured them, deeper is worse."""
-    if all(level.expected_kl is not None or level.index == 0 for level in ladder):
-        return expected_kl or 0.0
-    return _GUESSED_KL * index / (len(ladder) - 1)

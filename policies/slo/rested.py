@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+_QUICK_SHARE = 0.1
+
+
+def quick_dwell_s(dwell_s: float, way_s: float) -> float:
+    """Return the dwell while level 0 serves the load: a tenth, but as long as the way back takes, which then pays."""
+    return min(dwell_s, max(_QUICK_SHARE * dwell_s, way_s))
+
 
 class Rested:
     """The dwell of each level: it begins anew whenever the level would not do."""

@@ -1,4 +1,4 @@
-"""The settings of kind slo with what the user left out filled in from the mode's presets."""
+"""The settings of kind slo with what the user left out filled in, and what levels cost."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from policies.config import SloConfig
 from policies.levels import max_level_of
 from policies.types import Ladder
+
+_GUESSED_KL = 0.03  # nats per token of the deepest level, where nobody measured them: as 8 bits on all layers cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +43,10 @@ def fill_in(config: SloConfig, ladder: Ladder) -> SloTargets:
         nats if config.nats_per_saved_request is None else config.nats_per_saved_request,
         max_level_of(config, ladder),
     )
+
+
+def costs_of(ladder: Ladder) -> list[float]:
+    """Return nats per token by level; where nobody measured them, deeper is worse."""
+    if all(level.expected_kl is not None or level.index == 0 for level in ladder):
+        return [level.expected_kl or 0.0 for level in ladder]
+    return [_GUESSED_KL * level.index / (len(ladder) - 1) for level in ladder]
