@@ -111,7 +111,7 @@ class SloConfig(_PolicySection):
         None,
         ge=0,
         description="how long a shallower level must have been predicted to do before we restore to it; a tenth of it, "
-        "while level 0 serves the load on average",
+        "but as long as the way back takes, while level 0 serves the load on average",
     )
     max_level: int | str | None = Field(
         None,

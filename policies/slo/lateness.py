@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import erfc, log, sqrt
 
+from policies.promise import Promise
 from policies.types import Cohort
 
 _KEPT_SHARE = 0.3  # late at most: then a level keeps a promise
@@ -117,10 +118,17 @@ def parts_of(cohort: Cohort, limit_s: float, tpot_s: float, at: Moment) -> tuple
     )
 
 
-def has_lost(cohorts: Iterable[Cohort], ttft_s: float, tpot_s: float, at: Moment) -> bool:
-    """Return whether somebody who waits is lost already, by the limits given."""
-    parts = (parts_of(cohort, tpot_s if cohort.has_token else ttft_s, at.tpot_s, at) for cohort in cohorts)
-    return any(part.is_lost for each in parts for part in each)
+def has_lost(cohorts: Iterable[Cohort], promise: Promise, ttft_s: float, tpot_s: float, at: Moment) -> bool:
+    """Return whether somebody who waits is lost already: by the limits given, or looser ones of its own."""
+
+    def parts(cohort: Cohort) -> tuple[Part, ...]:
+        if cohort.has_token:
+            own_s, usual_s = promise.own_tpot_s(cohort.tpot_s), tpot_s
+        else:
+            own_s, usual_s = promise.own_ttft_s(cohort.ttft_s), ttft_s
+        return parts_of(cohort, max(own_s or 0.0, usual_s), at.tpot_s, at)
+
+    return any(part.is_lost for cohort in cohorts for part in parts(cohort))
 
 
 def chance_late(predicted: float, limit: float, sigma: float) -> float:

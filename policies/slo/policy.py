@@ -43,8 +43,6 @@ _QUEUE_SHARE = 0.5  # and those who wait are to be served within that share of t
 class SloPolicy:
     """A policy that predicts: deeper when that saves requests, shallower when that would have done for a dwell.
 
-    While level 0 serves the load on average: deeper as late as that still does, shallower after a tenth of the dwell.
-
     1. Takes the level of least cost; one that computes slower only while KV binds, and for requests that it saves.
     2. Level changes stay within the token bucket; a way down is always paid for before a way up is taken.
     3. When predictions have been wrong, thresholds decide until they are right again, up to the level that computes
@@ -197,7 +195,7 @@ class SloPolicy:
             why = f"{what}, wait {here.last_wait_s:.1f} s, tpot {here.tpot_s * 1000:.0f} ms"
             return self._go(s, best, "; ".join(filter(None, (why, own.why))))
         if shallower < heading and self._bucket.level >= 2.0:
-            why = f"level {shallower} has been predicted to do for {self._dwell_s:.2g} s"
+            why = f"level {shallower} has been predicted to do for {self._dwell_s:.3g} s"
             return self._go(s, shallower, "; ".join(filter(None, (why, own.why_not if compared.has_stricter else ""))))
         return self._stay(heading, f"late {here.share:.0%}")
 
@@ -217,18 +215,17 @@ class SloPolicy:
         return best, ""
 
     def _can_wait(self, s: Signals, heading: int, best: int, compared: Comparison, terms: Terms, load: Load) -> bool:
-        """Return whether to put a deeper level off: somebody may end meanwhile, and nobody needs it.
-
-        Not where the level computes too slowly, which loses requests meanwhile, nor once somebody is lost, nor for a
-        stricter promise, nor where the deeper level has been asked for.
-        """
+        """Return whether to put a deeper level off for who waits for KV: somebody may end, and nobody needs it."""
         is_settled = s.level == s.target_level == heading == self._last.level
-        slow = chance_late(compared.usual[heading].tpot_s, load.tpot_s, load.step_sigma)
-        is_quick = terms.lasting <= heading and slow <= self.targets.target
+        here = compared.usual[heading]
+        late_nats = terms.price * chance_late(here.tpot_s, load.tpot_s, load.step_sigma)  # an answer, whatever it waits
+        waits_for_kv = here.binds and not self._wait_elsewhere(s, s.level, load)
         if (
-            not (self._forecast.is_served and is_settled and is_quick)
+            not (self._forecast.is_served and is_settled and waits_for_kv)
+            or terms.lasting > heading
+            or late_nats > (self._costs[best] - self._costs[heading]) * load.typical.output_tokens
             or (self.own_limits.count and compared.has_stricter)
-            or has_lost(s.waiting, load.ttft_s, load.tpot_s, load.moment)
+            or has_lost(s.waiting, load.promise, load.ttft_s, load.tpot_s, load.moment)
         ):
             return False
         later_s = max(_LATER_S, 2 * s.step_s)  # the next look is a step away

@@ -124,7 +124,7 @@ def test_who_is_promised_more_does_not_wait_longer() -> None:
 
 def test_a_way_back_that_a_queue_meets_turns_at_once() -> None:
     """Guards: blocks that are given back, to be taken again a moment later."""
-    assert level_after_a_minute(1.0, replace(queue(0.5), level=1)) == 1
+    assert level_after_a_minute(1.0, replace(queue(0.05), level=1)) == 1
 
 
 def test_a_queue_that_no_level_serves_in_time_is_not_left_waiting() -> None:
@@ -152,6 +152,31 @@ def test_compute_that_does_not_keep_up_does_not_wait(monkeypatch: pytest.MonkeyP
     policy, count = after_a_minute(1.0)
     now = replace(queue(0.1), num_arrivals=count)
     assert with_lasting(policy, 1, monkeypatch).decide(now).level > 0
+
+
+@pytest.mark.parametrize("what", ["does not bind", "is not what they wait for"])
+def test_only_who_waits_for_kv_waits(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: prompts that take too long at level 0, of which none ever waits, late one by one."""
+    policy, count = after_a_minute(1.0)
+    if what == "does not bind":
+        compare = policy._predictor.compare
+
+        def unbound(*args: Any) -> Comparison:
+            usual = [replace(prediction, binds=False) for prediction in compare(*args).usual]
+            return Comparison(usual, usual, [[] for _ in usual])
+
+        monkeypatch.setattr(policy._predictor, "compare", unbound)
+    else:
+        monkeypatch.setattr(policy, "_wait_elsewhere", lambda *_: True)
+    assert policy.decide(replace(queue(0.1), num_arrivals=count)).level > 0
+
+
+def test_who_has_longer_is_not_lost() -> None:
+    """Guards: levels that come early for all while one waits that may wait a minute."""
+    some = queue(0.1)
+    patient = Cohort(1, 64, some.now_s - 3.0, some.now_s - 3.0, ttft_s=60.0)
+    assert level_after_a_minute(1.0, replace(some, waiting=(patient, *some.waiting), num_waiting=9)) == 0
+    assert level_after_a_minute(1.0, replace(some, waiting=(replace(patient, ttft_s=None), *some.waiting))) > 0
 
 
 def test_who_is_lost_is_no_reason_to_wait_longer() -> None:
