@@ -50,11 +50,11 @@ class Terms:
 class PutOff:
     """A deeper level that is put off while it would do later, too, and requests lost by that cost less than the level.
 
-    What would be lost had it been taken at the first look is remembered: each look alone would grant as much again.
+    The least that would be lost, taken at any look so far, is remembered: each look alone would grant as much again.
     """
 
     def __init__(self) -> None:
-        self._lost: float | None = None  # requests, at the first look; None = nothing is put off
+        self._lost: float | None = None  # requests; None = nothing is put off
 
     def forget(self) -> None:
         """Put nothing off any more."""
