@@ -126,7 +126,7 @@ class LevelGraphs:
 
     def _capture_set(self, formats: tuple[str, ...], original: Callable[[], int]) -> int:
         """Capture graphs of the formats that the layers have, and return the bytes that they take."""
-        start = time.perf_counter()
+        start, held = time.perf_counter(), torch.cuda.memory_reserved()
         self._sets.begin(formats)
         try:
             num_bytes = max(original(), 0)  # what the device has less of: others may have let go of more
@@ -135,10 +135,11 @@ class LevelGraphs:
         finally:
             has_full = self._sets.end()
         logger.info(
-            "morphserve: %d CUDA graphs of a graph set in %.1f s, %.0f MiB%s",
+            "morphserve: %d CUDA graphs of a graph set in %.1f s, %.0f MiB, of which %.0f in torch's pools%s",
             self._sets.num_graphs()[formats],
             time.perf_counter() - start,
             num_bytes / 2**20,
+            (torch.cuda.memory_reserved() - held) / 2**20,  # the rest is the driver's
             "" if has_full else ", none of whole steps",
         )
         return num_bytes
