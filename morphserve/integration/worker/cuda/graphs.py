@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from morphserve.integration.worker.cuda.capture_stream import one_capture_stream
 from morphserve.residence import (
     PIECEWISE,
     GraphSets,
@@ -99,19 +100,27 @@ class LevelGraphs:
         distinct = list(dict.fromkeys(tuple(level[layer] for layer in own) for level in levels))
         self._set_bytes.clear()
         self._between_bytes = 0
-        for formats in distinct:
-            self._move(dict(zip(own, formats, strict=True)), num_kv_blocks)
-            with _fewer(self._manager if self._set_bytes else None):
-                self._set_bytes.append(self._capture_set(formats, original))
-        if between and self._captures_pieces():
-            for both in alternations(distinct):
-                for formats in self._worth_capturing(both, kept):
-                    self._move(dict(zip(own, formats, strict=True)), num_kv_blocks)
-                    with _fewer(self._manager, whole_steps=False):
-                        self._between_bytes += self._capture_set(formats, original)
+        with one_capture_stream():
+            for formats in distinct:
+                self._move(dict(zip(own, formats, strict=True)), num_kv_blocks)
+                with _fewer(self._manager if self._set_bytes else None):
+                    self._set_bytes.append(self._capture_set(formats, original))
+            if between and self._captures_pieces():
+                self._capture_between(distinct, original, num_kv_blocks, kept)
         self._move(dict(zip(own, distinct[0], strict=True)), num_kv_blocks)
         self.show()
         return sum(self._set_bytes) + self._between_bytes
+
+    def _capture_between(
+        self, levels: Sequence[tuple[str, ...]], original: Callable[[], int], num_kv_blocks: int, kept: int
+    ) -> None:
+        """Capture pieces alone, for the formats between two levels; see `capture`."""
+        own = sorted(self._swapper.formats())
+        for both in alternations(levels):
+            for formats in self._worth_capturing(both, kept):
+                self._move(dict(zip(own, formats, strict=True)), num_kv_blocks)
+                with _fewer(self._manager, whole_steps=False):
+                    self._between_bytes += self._capture_set(formats, original)
 
     def _worth_capturing(self, both: Sequence[tuple[str, ...]], kept: int) -> list[tuple[str, ...]]:
         """Return those that give pieces graphs which they lack; none where what is left does not hold all of these."""
