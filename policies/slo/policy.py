@@ -9,17 +9,15 @@ from math import inf
 from policies.config import SloConfig, ThresholdConfig
 from policies.promise import promise_of
 from policies.slo.choice import PutOff, Terms, lasting, quick_end
-from policies.slo.correction import Correction
 from policies.slo.forecast import ArrivalForecast
 from policies.slo.lateness import chance_late, has_lost, kept_by_any
-from policies.slo.level_times import CalibratedTimes, LearnedTimes, LevelTimes
 from policies.slo.limits import QualityBudget, TokenBucket
-from policies.slo.moves import LAYERS_PER_STEP, layers_between
 from policies.slo.own_limits import OwnLimits
 from policies.slo.predictor import Comparison, Load, Prediction, Predictor, Typical
 from policies.slo.reach import Reach
 from policies.slo.rested import Rested, quick_dwell_s
 from policies.slo.targets import costs_of, fill_in
+from policies.slo.times import LAYERS_PER_STEP, CalibratedTimes, Correction, LearnedTimes, LevelTimes, layers_between
 from policies.step_times import StepTimes
 from policies.threshold import ThresholdPolicy
 from policies.types import Decision, EngineLimits, Ladder, Predictions, Signals, StepLoad
@@ -140,7 +138,8 @@ class SloPolicy:
         if self._times.is_settled and self._reach.weigh(load):
             self._last = replace(self._last, reason=self._reach.why_not)  # so that it is said where nothing changes
         here = self._predictor.predict(heading, load, self._delay_s(s, heading))
-        if self._times.is_settled and s.waiting and not s.waiting[-1].has_token:
+        is_known = self._times.is_settled and s.level == s.target_level  # on the way nobody knows how far it is
+        if is_known and s.waiting and not s.waiting[-1].has_token:
             self.correction.watch(s.waiting[-1], s.now_s + here.last_wait_s)  # trust can come back, too
         if self.budget.exhausted:
             self.own_limits.follow(heading)

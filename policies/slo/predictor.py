@@ -14,7 +14,7 @@ from math import inf
 
 from policies.promise import Promise
 from policies.slo.lateness import Late, Moment, Tally, chance_late, either, kept_by_any, parts_of
-from policies.slo.level_times import LevelTimes
+from policies.slo.times import LevelTimes
 from policies.types import Cohort, EngineLimits, Signals
 
 _UNKNOWN_OUTPUT_TOKENS = 128.0  # until a request has ended

@@ -12,9 +12,10 @@ from cpu.log_world import LADDER as PLAIN
 
 from policies import EngineLimits, MorphLevel, PolicySetup, Signals, SloConfig, StepLoad, StepTime
 from policies.slo import SloPolicy
-from policies.slo.level_times import _FIRST_STEPS, _PRIOR, LearnedTimes
-from policies.slo.moves import LearnedMoves, layers_between
-from policies.slo.ridge import NonNegativeRidge
+from policies.slo.times.level_times import _FIRST_STEPS, _PRIOR, LearnedTimes
+from policies.slo.times.moves import LearnedMoves, layers_between
+from policies.slo.times.ridge import NonNegativeRidge
+from policies.slo.times.runs import StepRun
 from tests.cpu.test_slo_parts import QUIET
 
 pytestmark = pytest.mark.cpu
@@ -80,7 +81,7 @@ def true_s(times: list[StepTime] | LearnedTimes, step: StepLoad) -> float:
 def taught(steps: list[StepLoad]) -> LearnedTimes:
     learned = LearnedTimes(LADDER)
     for step in steps:
-        learned.learn(step)
+        learned.learn(StepRun.of(step))
     return learned
 
 
@@ -123,12 +124,12 @@ def test_no_prediction_before_enough_steps() -> None:
     """Guards: predictions from the prior alone; a slow engine that promises nothing for a minute."""
     learned = LearnedTimes(LADDER)
     for number, step in enumerate(timed(ENGINES["prior"], loads(40)), start=1):
-        learned.learn(step)
+        learned.learn(StepRun.of(step))
         assert learned.is_settled == (number >= _FIRST_STEPS)
     slow, needed = LearnedTimes(LADDER), 0
     for step in timed(ENGINES["laptop"], loads(40)):
         needed += not slow.is_settled
-        slow.learn(step)
+        slow.learn(StepRun.of(step))
     assert 8 <= needed < 20
 
 
@@ -140,7 +141,7 @@ def test_times_are_above_zero_whatever_came(seed: int) -> None:
         seqs = rng.randint(1, 60)
         prefill, context = rng.choice([0, 0, 500]), rng.randint(0, 9000)
         step = StepLoad(rng.lognormvariate(-4, 2), seqs, prefill, context, rng.randint(0, 2))
-        learned.learn(step)
+        learned.learn(StepRun.of(step))
         assert all(figure > 0 for level in range(3) for figure in astuple(learned[level]))
 
 
@@ -197,7 +198,7 @@ def test_a_ladder_without_time_factors() -> None:
     learned = LearnedTimes(PLAIN)
     assert learned[0] == learned[len(PLAIN) - 1]
     for step in timed(ENGINES["slow"], loads(200, levels=(0,))):
-        learned.learn(step)
+        learned.learn(StepRun.of(step))
     assert learned.is_settled and true_s(learned, StepLoad(0, 8, 0, 800, 1)) > 0
 
 

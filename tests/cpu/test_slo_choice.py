@@ -11,8 +11,8 @@ from cpu.test_slo_parts import LIMITS, QUIET
 from morphserve.tools.sim.morphing import plan_ladder
 from policies import Cohort, Ladder, Signals, SloConfig, SloPolicy, StepTimes
 from policies.slo.choice import Terms, lasting, quick_end
-from policies.slo.level_times import CalibratedTimes
 from policies.slo.predictor import Load, Prediction, Predictor, Typical
+from policies.slo.times.level_times import CalibratedTimes
 
 STEPS = [{"format": "w8", "layers_per_level": 5}, {"format": "w4", "layers_per_level": 10}]
 SECTION = config().ladder.model_validate({"steps": STEPS, "expected_kl": {"w8": 0.0289, "w4": 0.3061}})

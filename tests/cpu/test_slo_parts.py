@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 from policies import Cohort, EngineLimits, LayerMove, OwnLimit, Signals, StepLoad, StepTime
-from policies.slo.correction import Correction
 from policies.slo.forecast import ArrivalForecast
-from policies.slo.level_times import CalibratedTimes
 from policies.slo.limits import QualityBudget, TokenBucket
 from policies.slo.predictor import Load, Predictor, Typical
+from policies.slo.times.correction import Correction
+from policies.slo.times.level_times import CalibratedTimes
 
 
 def times(*levels: StepTime) -> CalibratedTimes:
@@ -143,10 +143,12 @@ def test_a_step_is_learnt_once() -> None:
     """Guards: one slow step that counts at every boundary until the next."""
     once, often = Correction(TIMES, 2.0), Correction(TIMES, 2.0)
     slow = replace(QUIET, last_step=StepLoad(0.2, 8, 0, 800, 0))
-    once.learn(slow)
-    for _ in range(50):
-        often.learn(slow)
-    assert often.factor == once.factor
+    after = replace(QUIET, last_step=StepLoad(0.02, 8, 0, 800, 0))  # a step is judged once the next is there
+    for correction, count in ((once, 1), (often, 50)):
+        for _ in range(count):
+            correction.learn(slow)
+        correction.learn(after)
+    assert often.factor == once.factor > 1.05
 
 
 def test_the_error_is_admitted() -> None:

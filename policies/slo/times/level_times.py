@@ -7,10 +7,11 @@ from math import exp
 from statistics import median
 from typing import Protocol
 
-from policies.slo.moves import LearnedMoves
-from policies.slo.ridge import NonNegativeRidge
+from policies.slo.times.moves import LearnedMoves
+from policies.slo.times.ridge import NonNegativeRidge
+from policies.slo.times.runs import StepRun
 from policies.step_times import LayerMove, StepTime
-from policies.types import Ladder, MorphLevel, Signals, StepLoad
+from policies.types import Ladder, MorphLevel, Signals
 
 # What a step of level 0 is made of, as shares of the step of a lone sequence: what no format changes (Python, sampling,
 # the head), the decoder layers' linears; for each sequence both again; a prompt token in the linears; a token of KV.
@@ -48,8 +49,8 @@ class LevelTimes(Protocol):
         """Take in how far a transition is."""
         ...
 
-    def learn(self, step: StepLoad) -> None:
-        """Take in one step."""
+    def learn(self, run: StepRun) -> None:
+        """Take in some steps, one after the other."""
         ...
 
 
@@ -71,7 +72,7 @@ class CalibratedTimes:
     def watch(self, s: Signals) -> None:
         """Leave the moves alone."""
 
-    def learn(self, step: StepLoad) -> None:
+    def learn(self, run: StepRun) -> None:
         """Leave the times alone."""
 
 
@@ -88,7 +89,7 @@ class LearnedTimes:
         self._parts = [_parts_of(level) for level in ladder]
         self._moves = LearnedMoves(ladder, moves_beside_steps)
         self._fit = NonNegativeRidge(len(_PRIOR), _PRIOR_STEPS, _LEAST)
-        self._first: list[StepLoad] | None = []  # None: they were enough
+        self._first: list[StepRun] | None = []  # None: they were enough
         self._until_refit = _REFIT_STEPS
         self._unit_s = _UNIT_S
         self._fitted = [1.0 for _ in _PRIOR]  # each part over its prior
@@ -121,16 +122,16 @@ class LearnedTimes:
         """Follow the transition under way."""
         self._moves.watch(s)
 
-    def learn(self, step: StepLoad) -> None:
-        """Take in one step, and fit anew when it is time."""
+    def learn(self, run: StepRun) -> None:
+        """Take in some steps, and fit anew when it is time."""
         if self._first is not None:
-            self._first.append(step)
+            self._first.append(run)
             if _are_enough(self._first):
                 self._begin(self._first)
                 self._first = None
             return
-        predicted = self._predict(step)
-        self._add(step, predicted, min(max(step.seconds / predicted, 1 / _STALL), _STALL))
+        predicted = run.predicted_s(self[run.level])
+        self._add(run, predicted, min(max(run.seconds / predicted, 1 / _STALL), _STALL))
         self._until_refit -= 1
         if not self._until_refit:
             self._refit()
@@ -143,24 +144,22 @@ class LearnedTimes:
         self._unit_s, self._fitted, self._until_refit = other._unit_s, other._fitted, other._until_refit
         self._known = [None for _ in self._parts]
 
-    def _begin(self, steps: list[StepLoad]) -> None:
+    def _begin(self, runs: list[StepRun]) -> None:
         """Take the unit from the first steps together, and leave out those that say something else."""
-        ratios = [step.seconds / self._predict(step) for step in steps]
+        ratios = [run.seconds / run.predicted_s(self[run.level]) for run in runs]
         usual = median(ratios)
         self._unit_s *= usual
-        for step, ratio in zip(steps, ratios, strict=True):
+        for run, ratio in zip(runs, ratios, strict=True):
             if usual / _FIRST_SPREAD < ratio < usual * _FIRST_SPREAD:
-                self._add(step, step.seconds * usual / ratio, ratio / usual)
+                self._add(run, run.seconds * usual / ratio, ratio / usual)
         self._refit()
 
-    def _predict(self, step: StepLoad) -> float:
-        return self[step.level].seconds(step.num_seqs, step.prefill_tokens, step.context_tokens)
-
-    def _add(self, step: StepLoad, predicted: float, over_predicted: float) -> None:
-        counts = (1, 1, step.num_seqs, step.num_seqs, step.prefill_tokens, step.context_tokens)
+    def _add(self, run: StepRun, predicted: float, over_predicted: float) -> None:
+        steps, seqs = run.num_steps, run.num_seqs
+        counts = (steps, steps, seqs, seqs, run.prefill_tokens, run.context_tokens)
         unit = self._unit_s / predicted
-        row = [unit * part * count for part, count in zip(self._parts[step.level], counts, strict=True)]
-        self._fit.add(row, over_predicted, exp(-step.seconds / _MEMORY_S))
+        row = [unit * part * count for part, count in zip(self._parts[run.level], counts, strict=True)]
+        self._fit.add(row, over_predicted, exp(-run.seconds / _MEMORY_S))
 
     def _refit(self) -> None:
         self._until_refit = _REFIT_STEPS
@@ -168,9 +167,10 @@ class LearnedTimes:
         self._known = [None for _ in self._parts]
 
 
-def _are_enough(steps: list[StepLoad]) -> bool:
-    few = len(steps) >= _FEW_STEPS and sum(step.seconds for step in steps) >= _FEW_STEPS_S
-    return few or len(steps) >= _FIRST_STEPS
+def _are_enough(runs: list[StepRun]) -> bool:
+    steps = sum(run.num_steps for run in runs)
+    few = steps >= _FEW_STEPS and sum(run.seconds for run in runs) >= _FEW_STEPS_S
+    return few or steps >= _FIRST_STEPS
 
 
 def _parts_of(level: MorphLevel) -> tuple[float, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from math import exp, log, sqrt
 
-from policies.slo.level_times import LevelTimes
+from policies.slo.times.level_times import LevelTimes
+from policies.slo.times.runs import Runs, StepRun
 from policies.types import Cohort, Signals, StepLoad
 
 _TAU_S = 5.0  # time constant of factor and error, in seconds of measured steps
@@ -27,6 +28,7 @@ class Correction:
         self._wait_square = _WAIT_SIGMA**2
         self._watched: tuple[float, float] | None = None  # arrival of a waiting request, and when it was to be served
         self._seen: StepLoad | None = None
+        self._runs = Runs()
 
     @property
     def factor(self) -> float:
@@ -51,22 +53,25 @@ class Correction:
         """
         self._learn_wait(signals)
         step = signals.last_step
+        if step is None:
+            self._runs.forget()
         if step is None or step is self._seen:
             return None
         self._seen = step
-        if step.level < len(self._times):
-            self._learn_step(step)
+        run = self._runs.add(step) if step.level < len(self._times) else None
+        if run is not None:
+            self._learn_run(run)
         return step
 
-    def _learn_step(self, step: StepLoad) -> None:
-        self._times.learn(step)
+    def _learn_run(self, run: StepRun) -> None:
+        self._times.learn(run)
         if not self._times.is_settled:
             return
-        predicted = self._times[step.level].seconds(step.num_seqs, step.prefill_tokens, step.context_tokens)
-        error = min(max(log(step.seconds / predicted), -2.0), 2.0)  # a stall of the machine is one step, not a trend
-        keep = exp(-step.seconds / _TAU_S)
-        self._weight = self._weight * keep + step.seconds
-        share = step.seconds / self._weight
+        error = log(run.seconds / run.predicted_s(self._times[run.level]))
+        error = min(max(error, -2.0), 2.0)  # a stall of the machine is one step, not a trend
+        keep = exp(-run.seconds / _TAU_S)
+        self._weight = self._weight * keep + run.seconds
+        share = run.seconds / self._weight
         self._mean += share * (error - self._mean)
         self._square += share * (error * error - self._square)
 
