@@ -109,7 +109,8 @@ class _Queue:
     """How long one level keeps whom waiting."""
 
     delay_s: float  # until it is reached
-    room: float  # requests that fit now
+    room_now: float  # requests that fit at the level that is, and need not wait for that
+    room: float  # requests that fit there
     release: float  # that end per second
     prefill_s: float  # a token
     step_s: float
@@ -120,7 +121,8 @@ class _Queue:
     def wait_s(self, ahead: float, tokens_ahead: float) -> float:
         """Return the seconds until the first token of who has so many requests and tokens before it."""
         queue_s = 0.0 if ahead < self.room else (ahead - self.room + 1.0) / self.release
-        return self.delay_s + max(queue_s, 0.0) + tokens_ahead * self.prefill_s + self.step_s
+        delay_s = 0.0 if ahead < self.room_now else self.delay_s
+        return delay_s + max(queue_s, 0.0) + tokens_ahead * self.prefill_s + self.step_s
 
     def late(self, cohort: Cohort, place: tuple[float, float], at: Moment, limit_s: float) -> Late:
         """Judge a cohort that has so many requests and tokens before it by a limit."""
@@ -191,18 +193,22 @@ class Predictor:
         usable = self._usable[level]
         seats = self._seats(usable, typical)
         need = max(float(s.used_kv_blocks), s.num_running * typical.mean_blocks)
-        # Room now: what stays free while those that run grow, in requests of which each takes its mean.
-        room = max(0.0, min(seats - s.num_running, (usable - need) / typical.mean_blocks))
+        here = min(usable, self._usable[min(s.level, len(self._usable) - 1)])
+        # Room: what stays free while those that run grow, in requests of which each takes its mean.
+        room, room_now = (
+            max(0.0, min(self._seats(held, typical) - s.num_running, (held - need) / typical.mean_blocks))
+            for held in (usable, here)
+        )
         release = self._release_rate(level, load, seats)  # nobody waits before all seats are taken
         crowd = min(seats, max(s.num_running + s.num_waiting, self._steady(level, load)))
         tpot_s = self.tpot_s(level, load, max(crowd, 1.0))
         prefill_s = time.per_prefill_token_s * load.factor
         step_s = time.seconds(max(s.num_running, 1), 0, s.num_running * typical.mean_context) * load.factor
         slow = chance_late(tpot_s, load.tpot_s, load.step_sigma)
-        queue = _Queue(delay_s, room, release, prefill_s, step_s, tpot_s, slow, load.sigma)
+        queue = _Queue(delay_s, room_now, room, release, prefill_s, step_s, tpot_s, slow, load.sigma)
         tally = Tally()
         ahead, tokens = self._waiting(queue, load, tally)
-        coming = self._forecast(level, load, room - ahead, queue)
+        coming = self._forecast(level, load, ahead, queue)
         tally.add(coming)
         squeezed = self._running(load, seats, release, tpot_s, tally)
         binds = squeezed or ahead > room or (coming.requests > 0 and self._overflows(load, room - ahead, release))
@@ -267,8 +273,8 @@ class Predictor:
         most = self._limits.max_num_seqs
         return self._times[level].seconds(most, 0, most * load.typical.mean_context)
 
-    def _forecast(self, level: int, load: Load, room: float, at: _Queue) -> Late:
-        """Return expected violations among those that come within the horizon, and how many come."""
+    def _forecast(self, level: int, load: Load, ahead: float, at: _Queue) -> Late:
+        """Return expected violations among those that come within the horizon behind so many, and how many come."""
         number = load.arrival_rate * load.horizon_s
         if number <= 0:
             return Late(0.0, 0.0)
@@ -276,10 +282,10 @@ class Predictor:
         prefill_s = load.typical.prompt_tokens * self._times[level].per_prefill_token_s * load.factor
         for point in range(_FORECAST_POINTS):
             at_s = (point + 0.5) / _FORECAST_POINTS * load.horizon_s
-            queue = load.arrival_rate * at_s - room - at.release * at_s
-            wait = max(at.delay_s - at_s, 0.0) + prefill_s
-            if queue > 0:
-                wait += queue / at.release
+            growth = ahead + (load.arrival_rate - at.release) * at_s
+            wait = prefill_s + (max(at.delay_s - at_s, 0.0) if growth >= at.room_now else 0.0)
+            if growth > at.room:
+                wait += (growth - at.room) / at.release
             late += each * either(chance_late(wait, load.ttft_s, load.sigma), at.slow)
         return Late(late, number)
 

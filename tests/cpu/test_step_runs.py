@@ -11,7 +11,7 @@ from policies import Cohort, EngineLimits, MorphLevel, Signals, StepLoad, StepTi
 from policies.config import SloConfig
 from policies.slo import SloPolicy
 from policies.slo.times.correction import Correction
-from policies.slo.times.level_times import CalibratedTimes
+from policies.slo.times.level_times import CalibratedTimes, LearnedTimes
 from policies.slo.times.runs import Runs
 from policies.step_times import LayerMove
 
@@ -61,17 +61,50 @@ def test_a_prompt_that_is_sent_before_the_last_step_is_read(shift: float) -> Non
     assert learned == pytest.approx(TRUE.per_prefill_token_s, rel=0.4)
 
 
-def test_who_fits_does_not_wait_for_a_transition() -> None:
-    """Guards: trust lost in every long transition, by those who are let in at once at the level that is."""
+@pytest.mark.parametrize(("used", "running"), [(900, 16), (2560, 32)], ids=["fits", "gets in half way"])
+def test_a_transition_costs_no_trust(used: int, running: int) -> None:
+    """Guards: trust lost in every long transition, by those who are let in before its end."""
     decides = policy()
     now_s = run(decides)
+    on_the_way = replace(QUIET, target_level=1, used_kv_blocks=used, num_running=running)
     for _ in range(25):
         now_s += 0.06
         waiting = (Cohort(1, 1132, now_s - 0.01, now_s - 0.01),)
-        decides.decide(replace(QUIET, now_s=now_s, target_level=1, num_waiting=1, waiting=waiting))
+        decides.decide(replace(on_the_way, now_s=now_s, num_waiting=1, waiting=waiting))
         now_s += 0.06
-        decides.decide(replace(QUIET, now_s=now_s, target_level=1))
+        decides.decide(replace(on_the_way, now_s=now_s))
     assert decides.predictions == "learned"
+
+
+def test_a_step_of_a_run_is_one_step() -> None:
+    """Guards: what no step does without, counted once a run: prompts that seem to take it."""
+    times, runs = LearnedTimes(LADDER), Runs()
+    for number, step in enumerate(timed(600, 0.5, every=2)):
+        few = replace(step, prefill_tokens=step.prefill_tokens and 100 + number % 7 * 100)  # of each its own
+        few = replace(few, seconds=TRUE.seconds(few.num_seqs, few.prefill_tokens, few.context_tokens))
+        if (ended := runs.add(few)) is not None:
+            times.learn(ended)
+    for tokens in (0, 100, 1000):
+        assert times[0].seconds(16, tokens, 14000) == pytest.approx(TRUE.seconds(16, tokens, 14000), rel=0.1)
+
+
+def test_few_runs_are_not_enough_and_32_steps_are() -> None:
+    """Guards: predictions made of two runs, of which one was a stall; and none while each step has prompts."""
+    times, runs = LearnedTimes(LADDER), Runs()
+    counts = [0, 0]
+    for step in timed(200, 0.0, every=4):
+        if not times.is_settled and (ended := runs.add(step)) is not None:
+            times.learn(ended)
+            counts = [counts[0] + 1, counts[1] + ended.num_steps]
+    assert times.is_settled
+    assert counts[0] >= 8
+    assert 32 <= counts[1] <= 34, "steps count, not runs"
+    long = LearnedTimes(LADDER)
+    runs = Runs()
+    for step in timed(100, 0.0, every=1):
+        if (ended := runs.add(step)) is not None:
+            long.learn(ended)
+    assert not long.is_settled, "six runs"
 
 
 def correction() -> Correction:

@@ -168,9 +168,9 @@ class LearnedTimes:
 
 
 def _are_enough(runs: list[StepRun]) -> bool:
-    steps = sum(run.num_steps for run in runs)
-    few = steps >= _FEW_STEPS and sum(run.seconds for run in runs) >= _FEW_STEPS_S
-    return few or steps >= _FIRST_STEPS
+    if len(runs) < _FEW_STEPS:
+        return False
+    return sum(run.seconds for run in runs) >= _FEW_STEPS_S or sum(run.num_steps for run in runs) >= _FIRST_STEPS
 
 
 def _parts_of(level: MorphLevel) -> tuple[float, ...]:
