@@ -210,20 +210,20 @@ MEASURED = MorphServeConfig(ladder=LadderConfig(expected_kl={"w4": 0.1}))
 def test_a_default_ladder_has_room_for_its_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a large model under tensor parallel that does not start unless somebody writes a ladder for it."""
     monkeypatch.setattr("vllm.platforms.current_platform", Platform(90))
-    for num_layers, num_levels in ((32, 5), (80, 3)):
+    for num_layers, num_levels, alone in ((32, 9, 4), (80, 3, 2)):
         engine = of_layers(num_layers, tensor_parallel_size=4)
         steps = for_this_device(MEASURED, engine).ladder.steps
         assert isinstance(steps, list)
         assert [step.layers_per_level for step in steps] == [2 * num_layers // (num_levels - 1)] * 2
         check_graph_buffers(engine, ladder_of(num_levels, num_layers))
         (step,) = for_this_device(MorphServeConfig(), engine).ladder.steps or ()
-        assert not isinstance(step, str) and step.layers_per_level == num_layers // 2, "one format alone has the room"
+        assert not isinstance(step, str) and step.layers_per_level == num_layers // alone, "of one format"
 
 
 @pytest.mark.parametrize(
-    ("gibibytes", "num_layers", "layers_per_level"), [(139, 32, 16), (79, 32, 8), (79, 4, 2), (22, 32, 8)]
+    ("gibibytes", "num_layers", "layers_per_level"), [(139, 32, 8), (79, 32, 8), (79, 4, 1), (44, 32, 5), (22, 32, 4)]
 )
-def test_a_level_of_the_default_ladder_is_staged_whole_if_four_do(
+def test_a_level_of_the_default_ladder_is_staged_whole_if_eight_do(
     monkeypatch: pytest.MonkeyPatch, gibibytes: int, num_layers: int, layers_per_level: int
 ) -> None:
     """Guards: a level that a GPU's reserve does not hold, and decode steps three times as long until it is there; a
@@ -242,7 +242,7 @@ def test_a_model_that_counts_otherwise_starts(monkeypatch: pytest.MonkeyPatch, i
     engine = of_layers(32)
     engine.model_config.hf_text_config = SimpleNamespace(**inner)
     (step,) = for_this_device(MorphServeConfig(), engine).ladder.steps or ()
-    assert not isinstance(step, str) and step.layers_per_level == 16
+    assert not isinstance(step, str) and step.layers_per_level == 8
 
 
 @pytest.mark.parametrize("value", ["0", "false"])
@@ -263,7 +263,7 @@ def test_an_empty_ladder_is_what_the_gpu_multiplies(
     """Guards: formats that no kernel runs there; a level, and so a set of CUDA graphs, for every other layer; steps
     that a user wrote, lost."""
     monkeypatch.setattr("vllm.platforms.current_platform", Platform(capability))
-    for num_layers, levels_of_a_format in ((2, 2), (31, 2), (80, 4)):
+    for num_layers, levels_of_a_format in ((2, 2), (31, 4), (80, 5)):
         unmeasured = for_this_device(MorphServeConfig(), of_layers(num_layers)).ladder.steps or []
         assert [step.format for step in unmeasured if step != "profile"] == [fmt for fmt in formats if fmt != "w4"]
         steps = for_this_device(MEASURED, of_layers(num_layers)).ladder.steps
