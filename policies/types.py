@@ -156,6 +156,7 @@ class EngineLimits:
     max_num_seqs: int
     max_num_batched_tokens: int  # of one step
     moves_beside_steps: bool = False  # a device brings layers in beside its steps; else a core does between them
+    sends_ahead: bool = False  # a step is read once the next one is sent (asynchronous scheduling)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,6 @@ from morphserve.residence.paged.copier import Copier, CudaCopier, HostCopier
 from morphserve.residence.paged.layout import Layout, Place
 from morphserve.residence.paged.parts import PagedParts
 from morphserve.residence.paged.residence import (
-    RESERVE_SHARE,
     PagedResidence,
     numbered,
     page_size,
@@ -45,7 +44,6 @@ def residence_of(device_type: str) -> type[Residence] | None:
 __all__ = [
     "ENTRY_POINTS",
     "PIECEWISE",
-    "RESERVE_SHARE",
     "AtOnce",
     "BaseLinear",
     "Copier",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from policies.slo.predictor import Load, Prediction, Predictor
 
 _AS_QUICK = 1.02  # times the quickest shallower level's step: within what such measurements scatter
+_PEAK = 1.2  # of a burst, over what is forecast
 _SAVED = 1.0  # requests that a level which computes slower must save
 _SAVED_SHARE = 0.5  # and so many of those that would be late: half is beyond the error of a prediction
 
@@ -95,3 +96,13 @@ def lasting(predictor: Predictor, load: Load, rate: float, end: int) -> int:
         if predictor.lasting_tpot_s(level, load, rate) <= load.tpot_s:
             return level
     return end
+
+
+def for_burst(predictor: Predictor, load: Load, rate: float, end: int) -> int:
+    """Return the level up to `end` that a burst is served at: who is let in at its start is still there at its peak.
+
+    The quickest; where level 0 serves the rate for long, the shallowest that serves somewhat more.
+    """
+    if predictor.lasting_rate(0, load) < rate:
+        return end
+    return next((level for level in range(end) if predictor.lasting_rate(level, load) >= _PEAK * rate), end)

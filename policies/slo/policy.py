@@ -8,7 +8,7 @@ from math import inf
 
 from policies.config import SloConfig, ThresholdConfig
 from policies.promise import promise_of
-from policies.slo.choice import PutOff, Terms, lasting, quick_end
+from policies.slo.choice import PutOff, Terms, for_burst, lasting, quick_end
 from policies.slo.forecast import ArrivalForecast
 from policies.slo.lateness import chance_late, has_lost, kept_by_any
 from policies.slo.limits import QualityBudget, TokenBucket
@@ -72,7 +72,7 @@ class SloPolicy:
         self._predictor = Predictor(self._usable, self._times, limits)
         self._reach = Reach(self._predictor, len(self._ladder))
         self._limits = limits
-        self.correction = Correction(self._times, config.ttft_s)
+        self.correction = Correction(self._times, config.ttft_s, limits.sends_ahead)
         self._forecast = ArrivalForecast()
         self._served = 0.0  # requests per second that level 0 serves for long
         self._bucket = TokenBucket(config.transitions_per_minute)
@@ -138,8 +138,9 @@ class SloPolicy:
         if self._times.is_settled and self._reach.weigh(load):
             self._last = replace(self._last, reason=self._reach.why_not)  # so that it is said where nothing changes
         here = self._predictor.predict(heading, load, self._delay_s(s, heading))
-        is_known = self._times.is_settled and s.level == s.target_level  # on the way nobody knows how far it is
-        if is_known and s.waiting and not s.waiting[-1].has_token:
+        if s.level != s.target_level:
+            self.correction.forget()  # nobody knows how far the way still is
+        elif self._times.is_settled and s.waiting and not s.waiting[-1].has_token:
             self.correction.watch(s.waiting[-1], s.now_s + here.last_wait_s)  # trust can come back, too
         if self.budget.exhausted:
             self.own_limits.follow(heading)
@@ -286,8 +287,10 @@ class SloPolicy:
         answers = s.num_running + s.num_waiting + load.arrival_rate * load.horizon_s / 2
         tokens = answers * load.typical.output_tokens
         end = quick_end(self._predictor, load, len(self._ladder))
-        # Who is let in at a slow level at the start of a burst is still there at its peak.
-        lasts = end if self._forecast.is_burst else lasting(self._predictor, load, self._forecast.slow, end)
+        lasts = lasting(self._predictor, load, self._forecast.slow, end)
+        if self._forecast.is_burst:
+            rate = max(load.arrival_rate, self._forecast.slow)
+            lasts = max(lasts, for_burst(self._predictor, load, rate, end))
         return Terms(self.targets.nats_per_saved_request, self._costs, tokens, end, lasts)
 
     def _shallower(self, s: Signals, heading: int, best: int, usual: int, is_kept: Sequence[bool]) -> int:

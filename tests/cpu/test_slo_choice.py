@@ -10,7 +10,7 @@ from cpu.test_slo_parts import LIMITS, QUIET
 
 from morphserve.tools.sim.morphing import plan_ladder
 from policies import Cohort, Ladder, Signals, SloConfig, SloPolicy, StepTimes
-from policies.slo.choice import Terms, lasting, quick_end
+from policies.slo.choice import Terms, for_burst, lasting, quick_end
 from policies.slo.predictor import Load, Prediction, Predictor, Typical
 from policies.slo.times.level_times import CalibratedTimes
 
@@ -121,6 +121,16 @@ def test_a_burst_beyond_level_zero_gets_the_quick_format_before_anybody_is_late(
         levels.append(level)
         assert policy._forecast.is_burst == (arrivals > 1)
     assert levels == [0, ALL_W8]
+
+
+def test_a_burst_that_level_zero_nearly_serves_gets_little() -> None:
+    """Guards: all of the quick format for a load that the first of it serves; and little of it for what grows yet."""
+    made, at = predictor(), load()
+    served = [made.lasting_rate(level, at) for level in range(ALL_W8 + 1)]
+    assert served == sorted(served)
+    levels = [for_burst(made, at, share * served[0], ALL_W8) for share in (0.5, 0.82, 0.85, 0.99, 1.01)]
+    assert levels == [0, 0, 1, next(k for k, rate in enumerate(served) if rate >= 1.2 * 0.99 * served[0]), ALL_W8]
+    assert for_burst(made, at, 0.9 * served[0], 1) == 1
 
 
 def test_who_comes_is_judged_by_time_per_token_too() -> None:

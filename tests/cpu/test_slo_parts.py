@@ -221,7 +221,7 @@ def test_who_is_lost_is_no_reason() -> None:
 
 def test_a_limit_of_its_own_counts() -> None:
     """Guards: a request's own promise ignored."""
-    strict = replace(PACKED, num_running=4, used_kv_blocks=20, waiting=(Cohort(4, 256, 99.9, 99.9, ttft_s=0.15),))
+    strict = replace(PACKED, num_running=4, used_kv_blocks=48, waiting=(Cohort(4, 256, 99.9, 99.9, ttft_s=0.15),))
     relaxed = replace(strict, waiting=(Cohort(4, 256, 99.9, 99.9, ttft_s=60.0),))
     slow, fast = PREDICTOR.compare([(0, 0.2), (1, 0.0)], load(strict)).promised
     assert slow.violations > 3 > fast.violations

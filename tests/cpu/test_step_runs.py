@@ -12,7 +12,7 @@ from policies.config import SloConfig
 from policies.slo import SloPolicy
 from policies.slo.times.correction import Correction
 from policies.slo.times.level_times import CalibratedTimes, LearnedTimes
-from policies.slo.times.runs import Runs
+from policies.slo.times.runs import Runs, StepRun
 from policies.step_times import LayerMove
 
 pytestmark = pytest.mark.cpu
@@ -30,7 +30,7 @@ QUIET = Signals(
 
 
 def policy() -> SloPolicy:
-    return SloPolicy(SloConfig(kind="slo"), LADDER, None, EngineLimits(16, 256, 8192, moves_beside_steps=True))
+    return SloPolicy(SloConfig(kind="slo"), LADDER, None, EngineLimits(16, 256, 8192, True, sends_ahead=True))
 
 
 def timed(count: int, shift: float, every: int = 12) -> Iterator[StepLoad]:
@@ -100,15 +100,13 @@ def test_few_runs_are_not_enough_and_32_steps_are() -> None:
     assert counts[0] >= 8
     assert 32 <= counts[1] <= 34, "steps count, not runs"
     long = LearnedTimes(LADDER)
-    runs = Runs()
-    for step in timed(100, 0.0, every=1):
-        if (ended := runs.add(step)) is not None:
-            long.learn(ended)
-    assert not long.is_settled, "six runs"
+    for _ in range(7):
+        long.learn(StepRun(1.0, 64, 0, 56000, 0, num_steps=8))
+    assert not long.is_settled, "one of seven was a stall, perhaps"
 
 
 def correction() -> Correction:
-    return Correction(CalibratedTimes([TRUE, TRUE], LayerMove(0.01, 0.01)), 2.0)
+    return Correction(CalibratedTimes([TRUE, TRUE], LayerMove(0.01, 0.01)), 2.0, sends_ahead=True)
 
 
 def learn(found: Correction, *steps: StepLoad | None) -> Correction:
@@ -139,5 +137,31 @@ def test_runs_end_at_a_step_without_prompts_at_a_level_and_in_any_case() -> None
     assert ended.predicted_s(TRUE) == pytest.approx(TRUE.seconds(2, 0, 50) + TRUE.seconds(3, 40, 60))
     assert runs.add(replace(prompt, level=1)) is not None
     found = [runs.add(replace(prompt, level=1)) for _ in range(40)]
-    assert max(run.num_steps for run in found if run is not None) <= 16
-    assert sum(run is not None for run in found) >= 2
+    assert max(run.num_steps for run in found if run is not None) <= 4
+    assert sum(run is not None for run in found) >= 9
+    slow = [runs.add(replace(prompt, seconds=0.6)) for _ in range(4)]
+    assert all(run is not None for run in slow[1:]), "a run ends where learning would wait for it"
+
+
+def test_a_prompt_behind_what_nobody_timed_is_left_out() -> None:
+    """Guards: prompts learned at what is left of their time, behind each change of the level."""
+    runs = Runs()
+    decode, prompt = StepLoad(0.1, 2, 0, 50, 0), StepLoad(0.3, 3, 40, 60, 0)
+    runs.forget(is_idle=False)
+    assert [runs.add(step) for step in (prompt, prompt, decode)] == [None, None, None]
+    ended = runs.add(decode)
+    assert ended is not None and ended.prefill_tokens == 0, "from a step without prompts on"
+    runs.forget(is_idle=False)
+    assert any(runs.add(prompt) for _ in range(30)), "not for ever"
+    runs.forget(is_idle=True)
+    runs.add(prompt)
+    alone = runs.add(decode)
+    assert alone is not None and alone.prefill_tokens == 40, "nothing was before it that could have taken of its time"
+
+
+def test_an_engine_that_reads_each_step_first_has_each_judged_at_once() -> None:
+    """Guards: less to learn from, and later, where each step has a time of its own."""
+    found = Correction(CalibratedTimes([TRUE, TRUE], LayerMove(0.01, 0.01)), 2.0)
+    before = found.factor
+    learn(found, StepLoad(0.3, 16, 1000, 14000, 0))
+    assert found.factor > before

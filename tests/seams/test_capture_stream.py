@@ -11,7 +11,8 @@ import torch
 from vllm.distributed import parallel_state
 
 from morphserve.integration.worker.cuda.capture_stream import one_capture_stream
-from tests.seams.test_level_graphs import LEVELS, World, padded
+from morphserve.integration.worker.ops.opaque_linear import reset
+from tests.seams.test_level_graphs import LEVELS, World, capture_of, looked_up, padded
 
 
 class Group:
@@ -71,3 +72,18 @@ def test_all_levels_are_captured_on_one_stream(group: Group, monkeypatch: pytest
     world.levels.capture(capture, [padded(level, "base") for level in LEVELS], 48, kept=100)
     assert len(group.streams) == 3 * len(LEVELS)
     assert len(set(group.streams)) == 1
+
+
+def test_sets_beside_levels_are_captured_on_it_too(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: sets of pieces alone that take a step's working memory anew, and are left out for want of it."""
+    world, swapper, levels = looked_up(monkeypatch)
+    of_world = capture_of(world, swapper)
+
+    def capture() -> int:
+        captured(group)
+        return of_world()
+
+    levels.capture(capture, [padded(level, "base") for level in LEVELS], 48, kept=200)
+    assert len(group.streams) == 3 * (len(LEVELS) + 2)
+    assert len(set(group.streams)) == 1
+    reset()

@@ -25,11 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.additional_config = {KEY: settings}
     config = args.create_engine_config()
     place: Place = getattr(config, FOUND).place
+    num_layers = config.model_config.get_total_num_hidden_layers()
     document = {
         "place": asdict(place),
         "formats": list(formats_over(config.model_config)),
         "in_pages": serving_residence().in_pages,
-        "levels_of_a_format": levels_of_a_format(config) if serving_residence().in_pages else None,
+        "levels_of_a_format": levels_of_a_format(num_layers) if serving_residence().in_pages else None,
         "with_profile": config.model_config.quantization is None,
     }
     sys.stdout.write("\n" + json.dumps(document) + "\n")

@@ -20,11 +20,9 @@ _OPS = "vllm._custom_ops"
 
 CUDA_SEAMS: tuple[Seam, ...] = (
     Seam("cuda_platform", "vllm.platforms.interface:Platform", (), "which backing, and what an empty ladder means",
-         ("has_device_capability", "device_type", "device_name", "get_device_name", "is_cpu",
-          "get_device_total_memory")),
-    Seam("cuda_model", "vllm.config:ModelConfig", (), "how large a layer is: what of a format is staged at once",
-         ("get_hidden_size", "get_head_size", "get_num_attention_heads", "get_num_kv_heads", "hf_text_config",
-          "enable_cumem_allocator")),
+         ("has_device_capability", "device_type", "device_name", "get_device_name", "is_cpu")),
+    Seam("refuse_cumem", "vllm.config:ModelConfig", (), "an allocator that moves the same memory: refused",
+         ("enable_cumem_allocator",)),
     # Layers: theirs are moved, and vLLM's own offloading would move them too.
     Seam("offload_config", "vllm.config:VllmConfig", (), "vLLM's own offloading moves the same layers: refused",
          ("offload_config",)),

@@ -138,7 +138,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("request_args", "vllm.sampling_params:SamplingParams", (), "a request asks for a receipt; how many answers",
          ("extra_args", "n")),
     Seam("step_size", "vllm.config.scheduler:SchedulerConfig", (), "what a worst-case forward pass is",
-         ("max_num_batched_tokens", "max_num_seqs")),
+         ("async_scheduling", "max_num_batched_tokens", "max_num_seqs")),
     ENGINE_CORE := Seam("engine_core", "vllm.v1.engine.core:EngineCoreProc", (),
          "wake-ups, commands and the status page; a step is timed where it is measured",
          ("input_queue", "model_executor", "scheduler", "step_fn", "is_running")),

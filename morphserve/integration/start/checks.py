@@ -69,6 +69,7 @@ def policy_setup(config: MorphServeConfig, vllm_config: VllmConfig) -> PolicySet
         vllm_config.scheduler_config.max_num_seqs,
         vllm_config.scheduler_config.max_num_batched_tokens,
         serving_residence().in_pages,
+        bool(vllm_config.scheduler_config.async_scheduling),
     )
     try:
         file = step_times_file(config)

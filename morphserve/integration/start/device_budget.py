@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from morphserve.errors import ConfigError
-from morphserve.residence import RESERVE_SHARE
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
     from vllm.v1.worker.worker_base import WorkerBase
 
-_FEWEST_LEVELS, _MOST_LEVELS = 4, 8  # of a format
+_LEVELS = 4  # of a format
 
 
 def check_fixed_kv(worker: WorkerBase, num_graph_sets: int) -> None:
@@ -65,22 +63,10 @@ def check_given_blocks(given: int | None, kv_cache_configs: Sequence[Any], avail
             )
 
 
-def levels_of_a_format(vllm_config: VllmConfig) -> int:
-    """Return into how many levels a format is cut on a GPU: so many that 3 % of it stage each whole, four to eight.
+def levels_of_a_format(num_layers: int) -> int:
+    """Return into how many levels a format is cut on a GPU.
 
-    A level more costs some 70 MiB of graphs and four seconds at start, and makes the reserve that stages a level
-    smaller. Steps between the batches of a level that is not staged whole run graphs of pieces.
+    Each has CUDA graphs, for which as much is kept of the KV budget until they are captured as vLLM's own take. Steps
+    between the batches of a level that the reserve does not hold whole run graphs of pieces.
     """
-    from vllm.platforms import current_platform
-
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    heads = model.get_num_attention_heads(parallel) + model.get_num_kv_heads(parallel)
-    hidden = model.get_hidden_size()
-    inner = getattr(model.hf_text_config, "intermediate_size", None)
-    if not isinstance(inner, int):  # a model that calls it otherwise, or has one for each layer
-        inner = 4 * hidden
-    # The widest default format has a byte a weight. A tenth more: scales, and whole pages.
-    layer_bytes = 1.1 * hidden * (2 * heads * model.get_head_size() + 3 * inner // parallel.tensor_parallel_size)
-    staged = max(int(RESERVE_SHARE * current_platform.get_device_total_memory() / layer_bytes), 1)
-    num_layers = model.get_total_num_hidden_layers()
-    return min(max(-(-num_layers // staged), _FEWEST_LEVELS), _MOST_LEVELS, num_layers)
+    return min(_LEVELS, num_layers)

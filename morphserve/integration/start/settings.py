@@ -111,7 +111,7 @@ def _settle(config: MorphServeConfig, vllm_config: VllmConfig) -> Settled:
     if formats:
         device = replace(device, formats=formats, layers_per_level=num_layers)
         num_steps = len(settle(config, device, levels_are_known).config.ladder.steps or ())
-        counts = range(levels_of_a_format(vllm_config), 1, -1)
+        counts = range(levels_of_a_format(num_layers), 1, -1)
         count = next((n for n in counts if has_room_for_graph_sets(vllm_config, 1 + n * num_steps)), 1)
         device = replace(device, layers_per_level=-(-num_layers // count))
     return settle(config, device, levels_are_known)

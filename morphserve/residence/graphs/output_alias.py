@@ -8,9 +8,10 @@ things make every combination sound:
 * The first graph set is *home*. Later graphs of a piece end by copying their outputs to where the home graph has them.
   Then all graphs of a piece read the same addresses and write the same addresses. Home's graphs have no copies: at
   level 0 the steps are stock vLLM's.
-* Later graphs are captured into a memory pool of their own. What lies between home's pieces looks free to the
-  allocator once home's capture is over, and a later capture in that pool would put scratch memory over it. In the
-  other pool nothing lives from one piece to the next.
+* Later pieces are captured into a memory pool of their own. What lies between home's pieces looks free to the
+  allocator once home's capture is over, and a later piece in that pool would put scratch memory over it. In the other
+  pool nothing lives from one piece to the next. Graphs of whole steps of every set do lie over it: no step is made of
+  both, and what lies there is written anew in each.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from morphserve.residence.paged.weights import WeightArena
 from quant_layers import Build
 
 # Of the device's memory. A level that is staged whole is never seen half done, so every step has graphs of its own.
-RESERVE_SHARE = 0.03
+_RESERVE_SHARE = 0.03
 # Of what weights leave for KV and the rest. Where the model takes most of the memory, a reserve of that size would cost
 # the burst more blocks than a second of steps in pieces costs its requests.
 _RESERVE_SHARE_OF_ROOM = 0.06
@@ -84,7 +84,7 @@ class PagedResidence:
     ) -> int | None:
         taken = self.allocated() + self.pool.num_pages * self.allocator.granularity_bytes
         room = kv_bytes or memory_share * self.total_bytes - taken
-        limit = min(RESERVE_SHARE * self.total_bytes, _RESERVE_SHARE_OF_ROOM * room)
+        limit = min(_RESERVE_SHARE * self.total_bytes, _RESERVE_SHARE_OF_ROOM * room)
         num_layers = layers_within(sizes, least, most, int(limit))
         num_bytes = largest_batch_bytes(sizes, num_layers)
         self._make_room(num_bytes)

@@ -19,7 +19,13 @@ _SOFT_SHARE = 0.25  # of the promised wait: an error that is small against it ma
 class Correction:
     """A running estimate of how far the step times are off at the moment: it learns from each step."""
 
-    def __init__(self, times: LevelTimes, ttft_s: float) -> None:
+    def __init__(self, times: LevelTimes, ttft_s: float, sends_ahead: bool = False) -> None:
+        """
+        Args:
+            times: to be corrected.
+            ttft_s: promised.
+            sends_ahead: of the engine; see runs.py.
+        """
         self._times = times
         self._soft_s = _SOFT_SHARE * ttft_s
         self._weight = _PRIOR_S
@@ -28,7 +34,7 @@ class Correction:
         self._wait_square = _WAIT_SIGMA**2
         self._watched: tuple[float, float] | None = None  # arrival of a waiting request, and when it was to be served
         self._seen: StepLoad | None = None
-        self._runs = Runs()
+        self._runs = Runs() if sends_ahead else None
 
     @property
     def factor(self) -> float:
@@ -53,14 +59,15 @@ class Correction:
         """
         self._learn_wait(signals)
         step = signals.last_step
-        if step is None:
-            self._runs.forget()
+        if step is None and self._runs is not None:
+            self._runs.forget(is_idle=not signals.num_running)
         if step is None or step is self._seen:
             return None
         self._seen = step
-        run = self._runs.add(step) if step.level < len(self._times) else None
-        if run is not None:
-            self._learn_run(run)
+        if step.level < len(self._times):
+            run = StepRun.of(step) if self._runs is None else self._runs.add(step)
+            if run is not None:
+                self._learn_run(run)
         return step
 
     def _learn_run(self, run: StepRun) -> None:

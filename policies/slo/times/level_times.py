@@ -132,8 +132,8 @@ class LearnedTimes:
             return
         predicted = run.predicted_s(self[run.level])
         self._add(run, predicted, min(max(run.seconds / predicted, 1 / _STALL), _STALL))
-        self._until_refit -= 1
-        if not self._until_refit:
+        self._until_refit -= run.num_steps
+        if self._until_refit <= 0:
             self._refit()
 
     def take_over(self, other: LearnedTimes) -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from policies.step_times import StepTime
 from policies.types import StepLoad
 
-_MOST_STEPS = 16  # of one run: prompts in each step would have no end
+_MOST_STEPS, _MOST_S = 4, 0.5  # of one run: where each step has prompts, what two cuts give and take is about equal
+_UNSURE_STEPS = 16  # with prompts, behind steps that nobody has timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,11 @@ class StepRun:
             self.num_steps + 1,
         )
 
+    @property
+    def may_go_on(self) -> bool:
+        """Whether another step may join."""
+        return self.num_steps < _MOST_STEPS and self.seconds < _MOST_S
+
     def predicted_s(self, time: StepTime) -> float:
         """Return the seconds that step times say."""
         one = time.seconds(self.num_seqs, self.prefill_tokens, self.context_tokens)
@@ -54,16 +60,26 @@ class Runs:
 
     def __init__(self) -> None:
         self._last: StepRun | None = None
+        self._num_unsure = 0  # steps that may be left out until one without prompts has a time of its own
 
     def add(self, step: StepLoad) -> StepRun | None:
         """Take in the newest step; return the run that has ended before it, if there was one."""
         last = self._last
-        if last and step.prefill_tokens and last.level == step.level and last.num_steps < _MOST_STEPS:
+        if step.prefill_tokens and self._num_unsure:
+            self._num_unsure -= 1
+            return None
+        self._num_unsure = 0
+        if last and step.prefill_tokens and last.level == step.level and last.may_go_on:
             self._last = last.joined(step)
             return None
         self._last = StepRun.of(step)
         return last
 
-    def forget(self) -> None:
-        """Drop the newest run: what nobody has timed came next, and may have taken of its time."""
+    def forget(self, is_idle: bool) -> None:
+        """Drop the newest run: what nobody has timed came next, and may have taken of its time.
+
+        Args:
+            is_idle: nothing came. Otherwise what came may have taken of the time of a step with prompts behind it, too.
+        """
         self._last = None
+        self._num_unsure = 0 if is_idle else _UNSURE_STEPS

@@ -135,7 +135,9 @@ class LevelGraphs:
 
     def _capture_set(self, formats: tuple[str, ...], original: Callable[[], int]) -> int:
         """Capture graphs of the formats that the layers have, and return the bytes that they take."""
-        start, held = time.perf_counter(), torch.cuda.memory_reserved()
+        start = time.perf_counter()
+        torch.cuda.empty_cache()  # as vLLM's capture does before it counts
+        held = torch.cuda.memory_reserved()
         self._sets.begin(formats)
         try:
             num_bytes = max(original(), 0)  # what the device has less of: others may have let go of more
@@ -144,7 +146,7 @@ class LevelGraphs:
         finally:
             has_full = self._sets.end()
         logger.info(
-            "morphserve: %d CUDA graphs of a graph set in %.1f s, %.0f MiB, of which %.0f in torch's pools%s",
+            "morphserve: %d CUDA graphs of a graph set in %.1f s, %.0f MiB, of which %.0f torch's%s",
             self._sets.num_graphs()[formats],
             time.perf_counter() - start,
             num_bytes / 2**20,

@@ -27,7 +27,8 @@ _SHARE = 0.3  # of the device, that is free when an engine starts
 # set that to torch.are_deterministic_algorithms_enabled() (torch/_dynamo/convert_frame.py, preserve_global_state).
 _REPEATABLE = {"inductor_compile_config": {"deterministic": True}}
 _LEVEL_S = 60.0  # a transition that takes longer has failed
-_START_S = 60.0  # a second engine with the plugin is not begun with less
+_START_S = 120.0  # a second engine with the plugin is not begun with less: 75 s to start and 45 for its ways
+_WAYS_S = 45.0
 _FOR_BATCHES = 0.45  # of the time, for that engine: a start and six ways
 _CROSS_TOKENS = 1024  # of each request that runs beside a transition: steps must not run out before it ends
 
@@ -116,6 +117,8 @@ def _in_batches(bench: Bench, batch: int, begin: Callable[[], EngineProcess]) ->
         _wait_ready(bench, name, engine)
     except OutOfTime as e:
         return bench.expect(f"{name}: measured", False, str(e))
+    if bench.left_s < bench.pick(_WAYS_S, 0):
+        return bench.expect(f"{name}: measured", False, f"{bench.left_s:.0f} s are left when it is up")
     _swap(bench, engine, bench.pick(128, 4), f"{batch} layers at a time: ")
 
 
