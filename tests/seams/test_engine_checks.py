@@ -9,7 +9,14 @@ import pytest
 
 from morphserve.config import parse_config
 from morphserve.errors import ConfigError
-from morphserve.integration.start.checks import _check_features, _check_lora, _check_model, _check_speculation
+from morphserve.integration.start.checks import (
+    _check_features,
+    _check_lora,
+    _check_model,
+    _check_speculation,
+    policy_setup,
+)
+from policies import EngineLimits
 
 PLAIN: dict[str, Any] = dict.fromkeys(
     ("is_hybrid", "is_attention_free", "is_moe", "use_mla", "is_encoder_decoder", "is_multimodal_model"), False
@@ -107,3 +114,11 @@ def test_an_engine_that_ended_is_not_stepped_again() -> None:
     """Guards: vLLM's fault tolerance, which steps an engine on whose ranks differ, and so has ended."""
     with pytest.raises(ConfigError, match="steps the same engine again.*Leave out --enable-fault-tolerance"):
         check_features(enable_fault_tolerance=True)
+
+
+@pytest.mark.parametrize(("scheduling", "ahead"), [(True, True), (False, False), (None, False)])
+def test_the_policy_is_told_that_steps_are_sent_ahead(scheduling: bool | None, ahead: bool) -> None:
+    """Guards: a prompt's time learned as that of the step before it, on every GPU."""
+    sizes = {"block_size": 16, "max_num_seqs": 32, "max_num_batched_tokens": 2048, "async_scheduling": scheduling}
+    engine: Any = SimpleNamespace(cache_config=SimpleNamespace(**sizes), scheduler_config=SimpleNamespace(**sizes))
+    assert policy_setup(parse_config({}), engine).limits == EngineLimits(16, 32, 2048, False, ahead)

@@ -137,7 +137,7 @@ def morph(monkeypatch: pytest.MonkeyPatch) -> Iterator[hooks.Morph]:
     monkeypatch.setattr(hooks, "for_this_device", lambda config, vllm_config: config)
     rig, config = Rig(), parse_config({"policy": {"kind": "slo", "ttft_s": 4.0, "tpot_s": 0.4}})
     monkeypatch.setattr(hooks.Morph, "_make_controller", lambda self: rig.controller)
-    limits = {"block_size": 16, "max_num_seqs": 32, "max_num_batched_tokens": 2048}
+    limits = {"block_size": 16, "max_num_seqs": 32, "max_num_batched_tokens": 2048, "async_scheduling": None}
     vllm_config = SimpleNamespace(
         cache_config=SimpleNamespace(**limits), scheduler_config=SimpleNamespace(**limits),
         observability_config=SimpleNamespace(otlp_traces_endpoint=None),
