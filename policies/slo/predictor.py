@@ -282,10 +282,10 @@ class Predictor:
         prefill_s = load.typical.prompt_tokens * self._times[level].per_prefill_token_s * load.factor
         for point in range(_FORECAST_POINTS):
             at_s = (point + 0.5) / _FORECAST_POINTS * load.horizon_s
-            growth = ahead + (load.arrival_rate - at.release) * at_s
-            wait = prefill_s + (max(at.delay_s - at_s, 0.0) if growth >= at.room_now else 0.0)
-            if growth > at.room:
-                wait += (growth - at.room) / at.release
+            before = ahead + (load.arrival_rate - at.release) * at_s  # who comes then
+            wait = prefill_s + (max(at.delay_s - at_s, 0.0) if before >= at.room_now else 0.0)
+            if before > at.room:
+                wait += (before - at.room) / at.release
             late += each * either(chance_late(wait, load.ttft_s, load.sigma), at.slow)
         return Late(late, number)
 
