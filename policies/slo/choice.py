@@ -9,6 +9,7 @@ from policies.slo.predictor import Load, Prediction, Predictor
 
 _AS_QUICK = 1.02  # times the quickest shallower level's step: within what such measurements scatter
 _PEAK = 1.2  # of a burst, over what is forecast
+_BURST_S = 15.0  # that one is taken to last
 _SAVED = 1.0  # requests that a level which computes slower must save
 _SAVED_SHARE = 0.5  # and so many of those that would be late: half is beyond the error of a prediction
 
@@ -99,10 +100,9 @@ def lasting(predictor: Predictor, load: Load, rate: float, end: int) -> int:
 
 
 def for_burst(predictor: Predictor, load: Load, rate: float, end: int) -> int:
-    """Return the level up to `end` that a burst is served at: who is let in at its start is still there at its peak.
+    """Return the shallowest level up to `end` that serves a burst and its peak for as long as one lasts; else `end`.
 
-    The quickest; where level 0 serves the rate for long, the shallowest that serves somewhat more.
+    By ends and by what is free, whatever waits are predicted: who is let in at its start is still there at its peak.
     """
-    if predictor.lasting_rate(0, load) < rate:
-        return end
-    return next((level for level in range(end) if predictor.lasting_rate(level, load) >= _PEAK * rate), end)
+    peak = _PEAK * rate
+    return next((level for level in range(end) if predictor.served_rate(level, load, _BURST_S) >= peak), end)

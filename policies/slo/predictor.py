@@ -192,13 +192,8 @@ class Predictor:
         s, typical, time = load.signals, load.typical, self._times[level]
         usable = self._usable[level]
         seats = self._seats(usable, typical)
-        need = max(float(s.used_kv_blocks), s.num_running * typical.mean_blocks)
         here = min(usable, self._usable[min(s.level, len(self._usable) - 1)])
-        # Room: what stays free while those that run grow, in requests of which each takes its mean.
-        room, room_now = (
-            max(0.0, min(self._seats(held, typical) - s.num_running, (held - need) / typical.mean_blocks))
-            for held in (usable, here)
-        )
+        room, room_now = self._room(usable, load), self._room(here, load)
         release = self._release_rate(level, load, seats)  # nobody waits before all seats are taken
         crowd = min(seats, max(s.num_running + s.num_waiting, self._steady(level, load)))
         tpot_s = self.tpot_s(level, load, max(crowd, 1.0))
@@ -231,6 +226,13 @@ class Predictor:
         """Return how many sequences the KV cache, and the engine's own limit, let run side by side."""
         return max(min(float(self._limits.max_num_seqs), usable_blocks / typical.mean_blocks), 1.0)
 
+    def _room(self, usable_blocks: int, load: Load) -> float:
+        """Return what stays free while those that run grow, in requests of which each takes its mean."""
+        s, typical = load.signals, load.typical
+        need = max(float(s.used_kv_blocks), s.num_running * typical.mean_blocks)
+        seats = self._seats(usable_blocks, typical) - s.num_running
+        return max(0.0, min(seats, (usable_blocks - need) / typical.mean_blocks))
+
     def tpot_s(self, level: int, load: Load, num_seqs: float) -> float:
         """Return the time per output token with so many side by side, their successors' prefill included."""
         time, typical = self._times[level], load.typical
@@ -260,6 +262,12 @@ class Predictor:
         free = max(1.0 - load.factor * self._times[level].base_s / load.tpot_s, 0.0)
         each_s = load.factor * self._each_s(level, load)
         return min(free / each_s if each_s else inf, self.release_rate(level, load))
+
+    def served_rate(self, level: int, load: Load, seconds: float) -> float:
+        """Return how many requests per second a level serves for so long: `lasting_rate`, and who fits beside those
+        that are here."""
+        fits = max(self._room(self._usable[level], load) - load.signals.num_waiting, 0.0)
+        return self.lasting_rate(level, load) + fits / seconds
 
     def _each_s(self, level: int, load: Load) -> float:
         """Return what a usual request adds to the time of all steps of its life."""
