@@ -62,6 +62,7 @@ class SloPolicy:
         self._config = config
         self._promise = promise_of(config)
         self._ladder = ladder[: self.targets.max_level + 1]
+        self._layers_between = layers_between(self._ladder)
         self._times: LevelTimes = (
             LearnedTimes(ladder, limits.moves_beside_steps)
             if times is None
@@ -137,11 +138,11 @@ class SloPolicy:
         self._served = self._predictor.lasting_rate(0, load)
         if self._times.is_settled and self._reach.weigh(load):
             self._last = replace(self._last, reason=self._reach.why_not)  # so that it is said where nothing changes
-        here = self._predictor.predict(heading, load, self._delay_s(s, heading))
         if s.level != s.target_level:
             self.correction.forget()  # nobody knows how far the way still is
         elif self._times.is_settled and s.waiting and not s.waiting[-1].has_token:
-            self.correction.watch(s.waiting[-1], s.now_s + here.last_wait_s)  # trust can come back, too
+            wait_s = self._predictor.predict(heading, load, self._delay_s(s, heading)).last_wait_s
+            self.correction.watch(s.waiting[-1], s.now_s + wait_s)  # trust can come back, too
         if self.budget.exhausted:
             self.own_limits.follow(heading)
             decision = self._spent(s, heading, load)
@@ -361,7 +362,7 @@ class SloPolicy:
 
     def _delay_s(self, s: Signals, level: int) -> float:
         """Return how long the way from the committed level takes."""
-        layers = layers_between(self._ladder, min(s.level, len(self._ladder) - 1), level)
+        layers = self._layers_between[min(s.level, len(self._ladder) - 1)][level]
         move = self._times.move
         own_s = layers * (move.degrade_s if level > s.level else move.restore_s)
         return own_s + layers / LAYERS_PER_STEP * s.step_s

@@ -174,7 +174,8 @@ class Predictor:
             is_kept: of each request's own promise that is stricter than everyone's, whether it counts; None = where
                 one of these levels keeps it.
         """
-        outlooks = [self._outlook(level, load, delay_s) for level, delay_s in ways]
+        at = load.moment
+        outlooks = [self._outlook(level, load, delay_s, at) for level, delay_s in ways]
         keeps = [outlook.tally.keeps() for outlook in outlooks]
         is_kept = kept_by_any(keeps) if is_kept is None else is_kept
         promised = [outlook.settled(is_kept) for outlook in outlooks]
@@ -188,7 +189,7 @@ class Predictor:
         ttft_s = time.seconds(1, typical.prompt_tokens - 1, typical.prompt_tokens)
         return load.factor * ttft_s, load.factor * time.seconds(1, 0, typical.mean_context)
 
-    def _outlook(self, level: int, load: Load, delay_s: float) -> _Outlook:
+    def _outlook(self, level: int, load: Load, delay_s: float, at: Moment) -> _Outlook:
         s, typical, time = load.signals, load.typical, self._times[level]
         usable = self._usable[level]
         seats = self._seats(usable, typical)
@@ -202,17 +203,17 @@ class Predictor:
         slow = chance_late(tpot_s, load.tpot_s, load.step_sigma)
         queue = _Queue(delay_s, room_now, room, release, prefill_s, step_s, tpot_s, slow, load.sigma)
         tally = Tally()
-        ahead, tokens = self._waiting(queue, load, tally)
+        ahead, tokens = self._waiting(queue, load, at, tally)
         coming = self._forecast(level, load, ahead, queue)
         tally.add(coming)
         squeezed = self._running(load, seats, release, tpot_s, tally)
         binds = squeezed or ahead > room or (coming.requests > 0 and self._overflows(load, room - ahead, release))
         return _Outlook(tally, binds, queue.wait_s(max(ahead - 1, 0.0), tokens), tpot_s)
 
-    def _waiting(self, queue: _Queue, load: Load, tally: Tally) -> tuple[float, float]:
+    def _waiting(self, queue: _Queue, load: Load, at: Moment, tally: Tally) -> tuple[float, float]:
         """Judge who waits; return how many requests and tokens that are."""
         ahead = tokens = 0.0
-        promise, at = load.promise, load.moment
+        promise = load.promise
         for cohort in load.signals.waiting:
             by = partial(queue.late, cohort, (ahead, tokens), at)
             if cohort.has_token:

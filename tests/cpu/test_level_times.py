@@ -243,7 +243,7 @@ def test_transitions_teach_the_time_of_a_move(true_s: float) -> None:
         errors.append(abs(moves.move.degrade_s / true_s - 1))
     assert 0.5 < guess.degrade_s / 6e-4 < 2 and errors[-1] < 0.1 and all(a >= b for a, b in pairwise(errors))
     assert moves.move.restore_s == guess.restore_s, "the way back is another"
-    assert layers_between(LADDER, 0, 1) == 4
+    assert layers_between(LADDER)[0][1] == layers_between(LADDER)[1][0] == 4
 
 
 def test_a_device_is_not_taken_for_a_core() -> None:

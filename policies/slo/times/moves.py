@@ -19,10 +19,10 @@ _ROOM = 4.0  # a transition that took so many times longer waited for something 
 _LEAST_S = 1e-5
 
 
-def layers_between(ladder: Ladder, start: int, end: int) -> int:
-    """Return how many layers have another format at one level than at the other."""
-    formats = zip(ladder[start].layer_formats, ladder[end].layer_formats, strict=True)
-    return sum(a != b for a, b in formats)
+def layers_between(ladder: Ladder) -> list[list[int]]:
+    """Return, from each level to each other, how many layers have another format there."""
+    formats = [level.layer_formats for level in ladder]
+    return [[sum(a != b for a, b in zip(start, end, strict=True)) for end in formats] for start in formats]
 
 
 class LearnedMoves:
@@ -33,7 +33,7 @@ class LearnedMoves:
         layer_bytes = ladder[0].weight_bytes / len(ladder[0].layer_formats)
         copy_s, device_s = layer_bytes / _COPY_BYTES_PER_S, layer_bytes / _DEVICE_BYTES_PER_S
         self.move = LayerMove(device_s, device_s) if beside_steps else LayerMove(copy_s, 2 * copy_s)
-        self._ladder = ladder
+        self._layers_between = layers_between(ladder)
         self._seen = {"degrade_s": 0, "restore_s": 0}
         self._last_s: float | None = None  # of the tick before
         self._way: tuple[float, int, int] | None = None  # a transition under way: since when, from and to which level
@@ -53,7 +53,7 @@ class LearnedMoves:
         self._last_s = s.now_s
 
     def _learn(self, s: Signals, start: int, seconds: float) -> None:
-        layers = layers_between(self._ladder, start, s.level)
+        layers = self._layers_between[start][s.level]
         if not layers:
             return
         name = "degrade_s" if s.level > start else "restore_s"
