@@ -5,6 +5,10 @@ Mooncake's mix, and synthetic ones (short prompts, long answers, long prompts, l
 to 3 times the step times of one of the machines given. Every other window is held out: whoever tunes a policy looks at
 `--part tune` alone.
 
+With `--gpu` some 60 windows of the shape of an 8B on one GPU that its weights nearly fill: the Azure traces as they
+are, at 1 to 4 times their rate, and synthetic ones; four levels of fp8, assumed to cost up to 0.01 nats a token; step
+times learned, as without settings.
+
 Policies: `stock`, `slo`, `threshold`, `static:LEVEL` (a level of the ladder, `w8` or `deepest`); with `@FILE` the
 `policy:` of that YAML. The demo model's shipped profile makes the ladder; `--no-profile` leaves it out.
 
@@ -14,6 +18,7 @@ Last stdout line: one JSON document.
 
     python scripts/compare_policies.py --traces DIR --step-times FAST.json --step-times SLOW.json --part held \
         slo static:w8 static:deepest
+    python scripts/compare_policies.py --gpu --traces DIR --step-times docs/results/step_times_like_h200.json stock slo
 """
 
 from __future__ import annotations
@@ -39,6 +44,7 @@ from morphserve.tools.workload import Slo, Workload, WorkloadError, WorkloadSpec
 _CONV, _CODE = "azure2023/AzureLLMInferenceTrace_conv.csv", "azure2023/AzureLLMInferenceTrace_code.csv"
 _MOONCAKE = "mooncake/synthetic_trace.jsonl"
 _LENGTHS: dict[str, Any] = {"input_scale": 1 / 16, "input_clip": (8, 120), "output_clip": (4, 384)}
+_WHOLE_LENGTHS: dict[str, Any] = {"input_clip": (1, 4000), "output_clip": (1, 1000)}  # those of a GPU
 _SPEEDS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 _FEWEST = 6  # requests of a window
 _SYNTHETIC = (
@@ -56,6 +62,32 @@ class Window:
     workload: Workload
     machine: int  # of the step times given
     speed: float
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What is simulated: an engine, what its clients were promised, and the ladder."""
+
+    server: SimServer
+    slo: Slo
+    ladder: tuple[tuple[str, Any], ...]
+    with_profile: bool = False
+
+    def __hash__(self) -> int:
+        return hash((self.server, self.slo, self.with_profile))
+
+
+_CPU = Shape(
+    SimServer(num_blocks=49, block_size=32, max_model_len=512), Slo(), (("expected_kl", {"w8": 0.0289, "w4": 0.3061}),)
+)
+_GPU = Shape(
+    SimServer(
+        num_blocks=3100, block_size=16, max_model_len=8192, max_num_seqs=256, max_num_batched_tokens=8192,
+        async_scheduling=True,
+    ),
+    Slo(1.3, 0.068),
+    (("steps", ({"format": "fp8", "layers_per_level": 8},)), ("expected_kl", {"fp8": 0.01})),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +110,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the scatter of steps")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--no-profile", action="store_true")
+    parser.add_argument("--gpu", action="store_true", help="windows, engine and promises of a GPU")
     args = parser.parse_args(argv)
     return run_command("compare_policies", lambda: _compare(args), "nothing is kept")
 
 
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
     part = {"tune": slice(0, None, 2), "held": slice(1, None, 2), "all": slice(None)}[args.part]
-    windows = list(_windows(args.traces, len(args.step_times)))[part][:: args.every]
+    find = _gpu_windows(args.traces) if args.gpu else _windows(args.traces, len(args.step_times))
+    windows = list(find)[part][:: args.every]
     found: dict[str, list[Found]] = {}
     with ProcessPoolExecutor(args.jobs) as pool:
         for policy in args.policies:
-            run = partial(_run, policy, tuple(args.step_times), args.seed, not args.no_profile)
+            shape = _GPU if args.gpu else replace(_CPU, with_profile=not args.no_profile)
+            run = partial(_run, policy, shape, tuple(args.step_times), args.seed)
             found[policy] = list(pool.map(run, windows, chunksize=2))
             print(f"{policy}: {len(windows)} windows", file=sys.stderr, flush=True)
     rows = {policy: _row(policy, found) for policy in found}
@@ -118,32 +153,33 @@ def _row(policy: str, found: dict[str, list[Found]]) -> dict[str, Any]:
     }
 
 
-def _run(policy: str, step_times: tuple[Path, ...], seed: int, with_profile: bool, window: Window) -> Found:
+def _run(policy: str, shape: Shape, step_times: tuple[Path, ...], seed: int, window: Window) -> Found:
     """Simulate a window under a policy."""
     calibration = load_calibration(step_times[window.machine])
-    server = SimServer(num_blocks=49, block_size=32, max_model_len=512, step_noise=calibration.times.scatter)
-    config, ladder = _settings(policy, with_profile)
+    server = replace(shape.server, step_noise=calibration.times.scatter)
+    config, ladder = _settings(policy, shape)
     done = simulate(window.workload, server, config, calibration, speed=window.speed, seed=seed, profile=ladder)
-    late = round(done.violation_rate(Slo()) * len(window.workload.requests))
+    late = round(done.violation_rate(shape.slo) * len(window.workload.requests))
     tokens = sum(done.tokens_by_level.values()) or sum(request.generated for request in done.requests)
     return Found(len(window.workload.requests), late, tokens, done.expected_kl_per_token or 0.0)
 
 
 @cache
-def _settings(policy: str, with_profile: bool) -> tuple[Any, Any]:
+def _settings(policy: str, shape: Shape) -> tuple[Any, Any]:
     """Return the configuration and the profile's ladder, None and None for a stock server."""
     if policy == "stock":
         return None, None
     kind, _, level = policy.partition(":")
     section: dict[str, Any] = {"kind": kind} | ({"level": level} if level else {})
+    if kind == "slo":
+        section |= {"ttft_s": shape.slo.ttft_s, "tpot_s": shape.slo.tpot_s}
     if policy.startswith("@"):
         section = yaml.safe_load(Path(policy[1:]).read_text(encoding="utf-8"))["policy"]
-    ladder = {"expected_kl": {"w8": 0.0289, "w4": 0.3061}}
-    settings: dict[str, Any] = {"policy": section, "prepared": False, "ladder": ladder}
-    if with_profile:
+    settings: dict[str, Any] = {"policy": section, "prepared": False, "ladder": dict(shape.ladder)}
+    if shape.with_profile:
         settings["profile"] = str(next(_PROFILES.glob("*/profile-*")))
     config = parse_config(settings)
-    return config, read_ladder(config) if with_profile else None
+    return config, read_ladder(config) if shape.with_profile else None
 
 
 def _windows(traces: Path, num_machines: int) -> Iterator[Window]:
@@ -175,12 +211,19 @@ def _conversation(traces: Path, i: int) -> Workload:
 def _burst(traces: Path, i: int) -> Workload:
     thin = (5.0, 7.0, 9.0, 12.0)[i // 2 % 4]
     arrivals = load_workload(WorkloadSpec(traces / _CODE, window_s=(20.0 + 43.0 * i, 72.0), thin=thin, **_LENGTHS))
-    lengths = load_workload(WorkloadSpec(traces / _CONV, window_s=(37.0 * i % 1400, 300.0), **_LENGTHS))
+    return _with_lengths(arrivals, traces, (37.0 * i % 1400, 300.0), _LENGTHS, f"hyb{i}")
+
+
+def _with_lengths(
+    arrivals: Workload, traces: Path, window_s: tuple[float, float], lengths: dict[str, Any], name: str
+) -> Workload:
+    """Give arrivals the lengths of conversations."""
+    conversations = load_workload(WorkloadSpec(traces / _CONV, window_s=window_s, **lengths))
     requests = tuple(
         replace(arrival, input_tokens=length.input_tokens, output_tokens=length.output_tokens)
-        for arrival, length in zip(arrivals.requests, lengths.requests, strict=False)
+        for arrival, length in zip(arrivals.requests, conversations.requests, strict=False)
     )
-    return Workload(f"hyb{i}", requests, arrivals.block_tokens)
+    return Workload(name, requests, arrivals.block_tokens)
 
 
 def _code(traces: Path, i: int) -> Workload:
@@ -212,6 +255,46 @@ def _synthetic(_: Path, i: int) -> Workload:
         gaps=",gaps=weibull" if i % 7 == 4 else "",
     )  # fmt: skip
     return load_workload(WorkloadSpec(Path(text), input_clip=(4, 120), output_clip=(4, 384)))
+
+
+def _gpu_windows(traces: Path) -> Iterator[Window]:
+    """Give all windows of a GPU's shape, likewise."""
+    families: Sequence[tuple[str, int, Callable[[Path, int], Workload]]] = (
+        ("conv", 20, _fast_conversation), ("hyb", 16, _fast_burst), ("syn", 24, _fast_synthetic),
+    )  # fmt: skip
+    for family, count, make in families:
+        for i in range(count):
+            try:
+                yield Window(f"{family}{i}", make(traces, i), 0, 1.0)
+            except WorkloadError:  # nobody arrives in it
+                continue
+
+
+def _fast_conversation(traces: Path, i: int) -> Workload:
+    rate = (1.75, 2.25, 2.75, 3.25, 4.0)[i % 5]
+    window_s = (15 + 160.0 * i % 1450, 72.0 * rate)
+    return load_workload(WorkloadSpec(traces / _CONV, window_s=window_s, rate_scale=rate, **_WHOLE_LENGTHS))
+
+
+def _fast_burst(traces: Path, i: int) -> Workload:
+    rate = (1.0, 1.5, 2.0, 3.0)[i % 4]
+    window_s = (20 + 190.0 * i % 1450, 72.0 * rate)
+    arrivals = load_workload(WorkloadSpec(traces / _CODE, window_s=window_s, rate_scale=rate, **_WHOLE_LENGTHS))
+    return _with_lengths(arrivals, traces, (37.0 * i % 600, 380.0 * rate), _WHOLE_LENGTHS, f"hyb{i}")
+
+
+def _fast_synthetic(_: Path, i: int) -> Workload:
+    draw = random.Random(i)
+    rate = draw.choice([4, 7, 10, 14])
+    times, lengths = (
+        (1.0, {"input": 1000, "output": 210}), (2.0, {"input": 200, "output": 120}),
+        (0.6, {"input": 1000, "output": 450}), (1.5, {"input": 2000, "output": 60}),
+    )[i % 4]  # fmt: skip
+    text = _SYNTHETIC.format(
+        **lengths, sigma=0.8, duration=72, seed=100 + i, rate=rate * times, cv=draw.choice([1, 1.5, 3]),
+        burst=draw.choice([1, 2, 3, 5]), burst_s=draw.choice([4, 8, 15]), calm_s=draw.choice([12, 24, 40]), gaps="",
+    )  # fmt: skip
+    return load_workload(WorkloadSpec(Path(text), **_WHOLE_LENGTHS))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from policies.slo.predictor import Load, Prediction, Predictor
 
@@ -27,6 +28,13 @@ class Terms:
     def total(self, level: int, prediction: Prediction) -> float:
         """Return what a level costs, in nats: late requests at their price, and the tokens of answers."""
         return self.price * prediction.violations + self.costs[level] * self.tokens
+
+    def is_enough(self, level: int, prediction: Prediction, target: float) -> bool:
+        """Return whether a level that is predicted so is asked for before every deeper one, whatever those would do:
+        it keeps the promise, and none could save what it costs."""
+        more = min(self.costs[level + 1 :], default=inf) - self.costs[level]
+        saved = self.price * prediction.violations
+        return level >= self.lasting and prediction.keeps(target) and saved <= more * self.tokens
 
     def best(self, predictions: Sequence[Prediction], target: float) -> int:
         """Return the level that costs least.

@@ -1,8 +1,15 @@
-"""How often the level may change, and how much quality may be spent."""
+"""How often the level may change, how much quality may be spent, and how many may wait."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from policies.slo.predictor import Load, Prediction, Predictor
+
 _HOUR_S = 3600.0
+_REFUSE_SHARE = 0.3  # of requests late at the best level: from there on new ones are refused,
+_ACCEPT_SHARE = 0.1  # until so few are,
+_QUEUE_SHARE = 0.5  # and those who wait are to be served within that share of the promised time
 
 
 class TokenBucket:
@@ -48,3 +55,28 @@ class QualityBudget:
             self.exhausted = True
         elif self._left >= 0.1 * self._per_hour:
             self.exhausted = False
+
+
+class QueueLimit:
+    """How many prompt tokens may wait while no level keeps the promise: a late answer helps nobody."""
+
+    def __init__(self, predictor: Predictor, is_on: bool) -> None:
+        """Refuse nobody. `is_on`: False = ever."""
+        self._predictor = predictor
+        self._is_on = is_on
+        self.num_tokens: int | None = None  # None = any number
+
+    def lift(self) -> None:
+        """Refuse nobody any more."""
+        self.num_tokens = None
+
+    def weigh(self, predictions: Sequence[Prediction], load: Load) -> None:
+        """Let no more wait than are served in time, where the best of these levels from 0 on has too many late."""
+        if not self._is_on:
+            return
+        best = min(range(len(predictions)), key=lambda level: predictions[level].violations)
+        if predictions[best].share > (_REFUSE_SHARE if self.num_tokens is None else _ACCEPT_SHARE):
+            served = self._predictor.release_rate(best, load) * load.ttft_s * _QUEUE_SHARE
+            self.num_tokens = max(int(served * load.typical.prompt_tokens), 1)
+        else:
+            self.lift()

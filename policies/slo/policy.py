@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import inf
 
 from policies.config import SloConfig, ThresholdConfig
@@ -11,11 +11,12 @@ from policies.promise import promise_of
 from policies.slo.choice import PutOff, Terms, for_burst, lasting, quick_end
 from policies.slo.forecast import ArrivalForecast
 from policies.slo.lateness import chance_late, has_lost, kept_by_any
-from policies.slo.limits import QualityBudget, TokenBucket
+from policies.slo.limits import QualityBudget, QueueLimit, TokenBucket
 from policies.slo.own_limits import OwnLimits
 from policies.slo.predictor import Comparison, Load, Prediction, Predictor, Typical
 from policies.slo.reach import Reach
 from policies.slo.rested import Rested, quick_dwell_s
+from policies.slo.room import Room
 from policies.slo.targets import costs_of, fill_in
 from policies.slo.times import LAYERS_PER_STEP, CalibratedTimes, Correction, LearnedTimes, LevelTimes, layers_between
 from policies.step_times import StepTimes
@@ -25,17 +26,25 @@ from policies.types import Decision, EngineLimits, Ladder, Predictions, Signals,
 _THINK_S = 0.05  # predictions are made anew this often at most; a preemption cannot wait
 _HORIZON_PER_WAIT = 4.0  # arrivals are counted so many times as far ahead as the oldest request has waited,
 _MAX_HORIZON_S = 15.0  # so far at most
-_PROMPT_S = 0.1  # who fits is admitted within
-_AHEAD = 2.0  # a deeper level is entered so many times before the KV cache is full as the way there takes,
-_AHEAD_S = 0.2  # which is so much more than predicted
 _LATER_S = 0.25  # while level 0 serves the load a deeper level is put off if it would do so much later, too
 _SAFETY = 1.15  # arrivals and errors are taken so much larger before a restore
 _FILL_AFTER_RESTORE = 0.95  # of the blocks: a shallower level must hold what lives, with air
 _LOST_TRUST = 0.9  # relative error of predictions beyond which thresholds decide
 _TRUST_AGAIN = 0.6
-_REFUSE_SHARE = 0.3  # of requests late at the best level: from there on new ones are refused,
-_ACCEPT_SHARE = 0.1  # until so few are,
-_QUEUE_SHARE = 0.5  # and those who wait are to be served within that share of the promised time
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Which level is asked for."""
+
+    level: int
+    why_not: str  # it is not gone to as yet, though deeper; "" = it is
+    usual: int  # by everyone's promise alone
+    is_usual_due: bool  # that one is deeper than the last such, and not put off
+    here: Prediction  # where the engine is, or is on its way to
+    there: Prediction  # at `level`
+    is_kept: list[bool]  # stricter promises, by this level or a shallower one
+    has_stricter: bool  # such a promise counts
 
 
 class SloPolicy:
@@ -71,6 +80,7 @@ class SloPolicy:
         self._usable = [level.num_kv_blocks - 1 for level in ladder]
         self._costs = costs_of(ladder)
         self._predictor = Predictor(self._usable, self._times, limits)
+        self._room = Room(self._usable, limits)
         self._reach = Reach(self._predictor, len(self._ladder))
         self._limits = limits
         self.correction = Correction(self._times, config.ttft_s, limits.sends_ahead)
@@ -92,7 +102,7 @@ class SloPolicy:
         self._dwell_s = self.targets.dwell_s
         self._thought_s = float("-inf")
         self._preemptions = 0
-        self._max_queued_tokens: int | None = None
+        self._queue_limit = QueueLimit(self._predictor, config.shed)
         self._last = Decision(0, "start at full precision")
 
     @property
@@ -147,15 +157,15 @@ class SloPolicy:
             self.own_limits.follow(heading)
             decision = self._spent(s, heading, load)
         elif self.distrusts or self._reach.why_not or not self._times.is_settled:
-            self._max_queued_tokens = None  # nobody is refused on a prediction that was wrong, or a promise that is
+            self._queue_limit.lift()  # nobody is refused on a prediction that was wrong, or a promise that is
             most = max(heading, quick_end(self._predictor, load, len(self._ladder)) or self.targets.max_level)
             by_threshold = replace(by_threshold, level=min(by_threshold.level, most))
             reasons = (self._reach.why_not, by_threshold.reason)
             decision = self._follow(s, heading, replace(by_threshold, reason="; ".join(filter(None, reasons))))
         else:
             decision = self._think(s, heading, load)
-        if decision.max_queued_tokens != self._max_queued_tokens:
-            decision = replace(decision, max_queued_tokens=self._max_queued_tokens)
+        if decision.max_queued_tokens != self._queue_limit.num_tokens:
+            decision = replace(decision, max_queued_tokens=self._queue_limit.num_tokens)
         self._last = decision
         return decision
 
@@ -163,44 +173,58 @@ class SloPolicy:
 
     def _think(self, s: Signals, heading: int, load: Load) -> Decision:
         own = self.own_limits
-        if self._is_calm(s, load, heading):
-            self._max_queued_tokens = None
+        if heading == 0 and self._room.is_calm(load):
+            self._queue_limit.lift()
             own.follow(heading)
             self._put_off.forget()
             return self._stay(heading, "nothing to do")
-        compared = self._predictor.compare([(k, self._delay_s(s, k)) for k in range(len(self._ladder))], load)
-        predictions = compared.promised if own.count else compared.usual
-        here = predictions[heading]
         terms = self._terms(load)
-        self._shed(predictions, load)
-        best, why_not = self._asked(s, heading, s.level, predictions, terms, load)
         own.level = min(own.level, heading)
-        if best <= heading or why_not:
-            self._put_off.forget()
-        elif self._can_wait(s, heading, best, compared, terms, load):
-            why_not = f"level {best} would do a moment later"
-        is_quick = self._forecast.is_served and s.level == heading and not (own.count and compared.has_stricter)
+        asked = self._asked(s, heading, load, terms)
+        here, best, why_not, has_stricter = asked.here, asked.level, asked.why_not, asked.has_stricter
+        is_quick = self._forecast.is_served and s.level == heading and not (own.count and has_stricter)
         dwell_s = self.targets.dwell_s
         self._dwell_s = quick_dwell_s(dwell_s, self._delay_s(s, 0)) if is_quick else dwell_s
-        usual, not_usual = self._asked(s, own.level, own.level, compared.usual, terms, load)
-        is_deeper = usual > own.level and not not_usual
-        shallower = self._shallower(s, heading, best, usual, kept_by_any(compared.keeps[: heading + 1]))
-        own.level = usual if is_deeper else own.level
-        own.weigh(best if best > heading and not why_not else shallower, compared.has_stricter, s)
+        shallower = self._shallower(s, heading, best, asked.usual, asked.is_kept)
+        own.level = asked.usual if asked.is_usual_due else own.level
+        own.weigh(best if best > heading and not why_not else shallower, has_stricter, s)
         if best > heading:
             if why_not:
                 return self._stay(heading, why_not)
             if self._bucket.level < 1.0:
                 return self._stay(heading, "too many changes of the level lately")
-            what = f"late {here.share:.0%} -> {predictions[best].share:.0%} of {here.requests:.0f}"
+            what = f"late {here.share:.0%} -> {asked.there.share:.0%} of {here.requests:.0f}"
             why = f"{what}, wait {here.last_wait_s:.1f} s, tpot {here.tpot_s * 1000:.0f} ms"
             return self._go(s, best, "; ".join(filter(None, (why, own.why))))
         if shallower < heading and self._bucket.level >= 2.0:
             why = f"level {shallower} has been predicted to do for {self._dwell_s:.3g} s"
-            return self._go(s, shallower, "; ".join(filter(None, (why, own.why_not if compared.has_stricter else ""))))
+            return self._go(s, shallower, "; ".join(filter(None, (why, own.why_not if has_stricter else ""))))
         return self._stay(heading, f"late {here.share:.0%}")
 
-    def _asked(
+    def _asked(self, s: Signals, heading: int, load: Load, terms: Terms) -> _Asked:
+        """Predict, and say which level is asked for. Deeper ones are predicted only where they could be."""
+        own = self.own_limits
+        alone = self._predictor.compare([(heading, self._delay_s(s, heading))], load)
+        here = alone.promised[0]
+        if own.level == heading and not alone.keeps[0] and terms.is_enough(heading, here, self.targets.target):
+            self._queue_limit.lift()
+            self._put_off.forget()
+            return _Asked(heading, "", heading, False, here, here, [], False)
+        compared = self._predictor.compare([(k, self._delay_s(s, k)) for k in range(len(self._ladder))], load)
+        predictions = compared.promised if own.count else compared.usual
+        self._queue_limit.weigh(predictions, load)
+        best, why_not = self._best(s, heading, s.level, predictions, terms, load)
+        if best <= heading or why_not:
+            self._put_off.forget()
+        elif self._can_wait(s, heading, best, compared, terms, load):
+            why_not = f"level {best} would do a moment later"
+        usual, not_usual = self._best(s, own.level, own.level, compared.usual, terms, load)
+        is_due = usual > own.level and not not_usual
+        is_kept = kept_by_any(compared.keeps[: heading + 1])
+        here, there = predictions[heading], predictions[best]
+        return _Asked(best, why_not, usual, is_due, here, there, is_kept, compared.has_stricter)
+
+    def _best(
         self, s: Signals, level: int, at: int, predictions: list[Prediction], terms: Terms, load: Load
     ) -> tuple[int, str]:
         """Return the level to go to from `level`, and why not, if it is deeper and not needed; blocks are of `at`."""
@@ -208,10 +232,10 @@ class SloPolicy:
         here = predictions[level]
         if best <= level or (_is_empty(s) and here.keeps(self.targets.target)):
             return min(best, level), ""
-        binds = here.binds and not self._wait_elsewhere(s, at, load)
+        binds = here.binds and not self._room.waits_elsewhere(load, at)
         if best > terms.quick_end and not binds:
             return best, f"late {here.share:.0%}, but KV does not bind"
-        if best > terms.lasting and binds and self._has_time(s, level, best, load):
+        if best > terms.lasting and binds and self._room.lasts(load, level, self._delay_s(s, best)):
             return best, f"level {best} is not needed yet"
         return best, ""
 
@@ -220,7 +244,7 @@ class SloPolicy:
         is_settled = s.level == s.target_level == heading == self._last.level
         here = compared.usual[heading]
         late_nats = terms.price * chance_late(here.tpot_s, load.tpot_s, load.step_sigma)  # an answer, whatever it waits
-        waits_for_kv = here.binds and not self._wait_elsewhere(s, s.level, load)
+        waits_for_kv = here.binds and not self._room.waits_elsewhere(load, s.level)
         if (
             not (self._forecast.is_served and is_settled and waits_for_kv)
             or terms.lasting > heading
@@ -236,10 +260,10 @@ class SloPolicy:
 
     def _spent(self, s: Signals, heading: int, load: Load) -> Decision:
         """Go to level 0 because the quality budget is spent, and refuse new requests there if need be."""
-        if self._is_calm(s, load, 0) or self._reach.why_not:
-            self._max_queued_tokens = None
+        if self._room.is_calm(load) or self._reach.why_not:
+            self._queue_limit.lift()
         else:
-            self._shed([self._predictor.predict(0, load, self._delay_s(s, 0))], load)
+            self._queue_limit.weigh([self._predictor.predict(0, load, self._delay_s(s, 0))], load)
         return self._stay(0, "quality budget spent") if heading == 0 else self._go(s, 0, "quality budget spent")
 
     def _follow(self, s: Signals, heading: int, asked: Decision) -> Decision:
@@ -249,38 +273,6 @@ class SloPolicy:
         if asked.level == heading or self._bucket.level < (1.0 if asked.level > heading else 2.0):
             return self._stay(heading, asked.reason)
         return self._go(s, asked.level, asked.reason)
-
-    def _is_calm(self, s: Signals, load: Load, heading: int) -> bool:
-        """Return whether at level 0 nobody waits, and what runs and comes will not fill half of it."""
-        if heading > 0 or s.num_waiting > 0:
-            return False
-        coming = load.arrival_rate * load.horizon_s
-        return (s.num_running + coming) * load.typical.final_blocks < 0.5 * self._usable[0]
-
-    def _shed(self, predictions: list[Prediction], load: Load) -> None:
-        """Let no more wait than are served in time where no level keeps the promise: a late answer helps nobody."""
-        if not self._config.shed:
-            return
-        best = min(range(len(predictions)), key=lambda level: predictions[level].violations)
-        share = predictions[best].share
-        if share > (_REFUSE_SHARE if self._max_queued_tokens is None else _ACCEPT_SHARE):
-            served = self._predictor.release_rate(best, load) * load.ttft_s * _QUEUE_SHARE
-            self._max_queued_tokens = max(int(served * load.typical.prompt_tokens), 1)
-        else:
-            self._max_queued_tokens = None
-
-    def _has_time(self, s: Signals, heading: int, level: int, load: Load) -> bool:
-        """Return whether free blocks outlast the way to `level`, with those who wait admitted and nobody ending."""
-        size = self._limits.block_size
-        prompt_blocks = load.typical.prompt_tokens / size + 0.5
-        free = self._usable[heading] - s.used_kv_blocks - s.num_waiting * prompt_blocks
-        taken_per_s = s.num_running / size / max(s.step_s, 1e-3) + load.arrival_rate * prompt_blocks
-        return free > taken_per_s * _AHEAD * (self._delay_s(s, level) + _AHEAD_S)
-
-    def _wait_elsewhere(self, s: Signals, level: int, load: Load) -> bool:
-        """Return whether requests wait although the next ones would fit: for prefill, or for max_num_seqs."""
-        free = self._usable[min(level, len(self._usable) - 1)] - s.used_kv_blocks
-        return free >= 2 * load.typical.final_blocks and s.oldest_wait_s > max(_PROMPT_S, 3 * s.step_s)
 
     def _terms(self, load: Load) -> Terms:
         s = load.signals

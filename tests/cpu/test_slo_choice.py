@@ -43,6 +43,17 @@ def test_what_a_request_is_worth_decides() -> None:
     assert replace(CHEAP, lasting=1).best(late(0.0, 0.0, 0.0), 0.01) == 1, "no shallower one keeps up"
 
 
+def test_a_level_is_enough_where_no_deeper_one_could_pay_for_itself() -> None:
+    """Guards: a promise that is broken where one looks no further, and a level that each burst must have."""
+    few = Prediction(0.05, 50.0, True, 0.0, 0.05)
+    assert CHEAP.is_enough(0, few, 0.01), "5 nats for 10"
+    assert not replace(CHEAP, price=1000.0).is_enough(0, few, 0.01)
+    assert not CHEAP.is_enough(0, replace(few, violations=0.6), 0.01), "60 nats for 10"
+    assert not replace(CHEAP, price=1.0).is_enough(0, replace(few, violations=0.6), 0.01), "the promise is broken"
+    assert not replace(CHEAP, lasting=1).is_enough(0, few, 0.01), "it does not keep up"
+    assert replace(CHEAP, price=1000.0).is_enough(2, few, 0.01), "there is none"
+
+
 def test_a_slower_level_must_save_more_than_the_error() -> None:
     """Guards: W4, ten times as dear as W8, for a difference that predictions cannot see."""
     assert CHEAP.best(late(20.0, 10.0, 2.0), 0.01) == 2

@@ -167,7 +167,7 @@ def test_only_who_waits_for_kv_waits(what: str, monkeypatch: pytest.MonkeyPatch)
 
         monkeypatch.setattr(policy._predictor, "compare", unbound)
     else:
-        monkeypatch.setattr(policy, "_wait_elsewhere", lambda *_: True)
+        monkeypatch.setattr(policy._room, "waits_elsewhere", lambda *_: True)
     assert policy.decide(replace(queue(0.1), num_arrivals=count)).level > 0
 
 

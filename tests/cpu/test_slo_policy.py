@@ -14,6 +14,8 @@ from morphserve.tools.workload.metrics import Slo
 from morphserve.tools.workload.timeline import level_zero_after_s
 from morphserve.tools.workload.workload import Workload
 from policies import EngineLimits, Ladder, SloConfig, SloPolicy, StepTime, build_policy
+from policies.slo.choice import Terms
+from policies.slo.predictor import Predictor
 from policies.slo.targets import fill_in
 from tests.cpu.sim_world import CALIBRATION, SERVER, config, workload
 
@@ -56,6 +58,25 @@ def test_steady_light_traffic_enters_nothing(seed: int) -> None:
     """Guards: quality given away for a load that full precision serves."""
     result = run(workload(poisson(1.2, 0.0, 60.0, random.Random(seed))), SLO, seed=seed)
     assert result.transitions == 0 and violations(result) == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_levels_that_nobody_predicts_would_change_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a deeper level that is not looked at, and would have been taken; or is looked at each time."""
+    predicted, outlook = [0], Predictor._outlook
+
+    def counted(*args: Any) -> Any:
+        predicted[-1] += 1
+        return outlook(*args)
+
+    monkeypatch.setattr(Predictor, "_outlook", counted)
+    load = bursts(3, 20.0, seed)
+    quick = run(load, SLO, seed=seed)
+    predicted.append(0)
+    monkeypatch.setattr(Terms, "is_enough", lambda *_: False)
+    all_looked_at = run(load, SLO, seed=seed)
+    assert quick.transitions > 0 and quick.schedule == all_looked_at.schedule
+    assert predicted[-2] < 0.8 * predicted[-1]
 
 
 @pytest.mark.parametrize("seed", range(15))

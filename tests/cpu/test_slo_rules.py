@@ -161,10 +161,13 @@ def test_a_deeper_level_is_not_entered_before_its_blocks_are_needed() -> None:
     early = replace(QUIET, level=1, target_level=1, num_kv_blocks=LADDER[1].num_kv_blocks, num_running=20,
                     used_kv_blocks=60, step_s=0.05)  # fmt: skip
     load = replace(policy._load(early, 1.0), arrival_rate=8.0)
-    assert policy._has_time(early, 1, 3, load)
-    assert not policy._has_time(replace(early, used_kv_blocks=LADDER[1].num_kv_blocks - 10), 1, 3, load)
-    assert not policy._has_time(replace(early, num_waiting=60), 1, 3, load), "who waits takes blocks, too"
-    policy._has_time = lambda *_: True  # type: ignore[method-assign]
+    room, way_s = policy._room, policy._delay_s(early, 3)
+    full = replace(early, used_kv_blocks=LADDER[1].num_kv_blocks - 10)
+    assert room.lasts(load, 1, way_s)
+    assert not room.lasts(replace(load, signals=full), 1, way_s)
+    crowd = replace(early, num_waiting=60)
+    assert not room.lasts(replace(load, signals=crowd), 1, way_s), "who waits takes blocks, too"
+    room.lasts = lambda *_: True  # type: ignore[method-assign]
     assert policy.decide(crowded()).level == 0
 
 
