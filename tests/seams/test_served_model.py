@@ -50,6 +50,10 @@ class Recorded:
         """Say that nothing was lost."""
         return {"nll": 1.0} if is_base else {"nll": 1.0, "kl": 0.0, "top1": float(len(ids) - 1)}
 
+    def step_time_factor(self, layers: Mapping[int, str]) -> float:
+        """Say that nothing was gained."""
+        return 1.0
+
 
 def test_what_is_measured_depends_on_no_way_back() -> None:
     """Guards: all layers read once more behind the last figure, and every figure lost if that fails."""
@@ -58,3 +62,12 @@ def test_what_is_measured_depends_on_no_way_back() -> None:
     rows = served_model.measure_levels(model, [w8, w4], [[1, 2, 3], [4, 5, 6]])
     assert model.puts == [{}, w8, w4, {}, w8, w4]
     assert [row["top1"] for row in rows] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("is_timed", [False, True])
+def test_each_level_that_is_timed_counts_too(is_timed: bool) -> None:
+    """Guards: a quarter of an hour of timing in which `67 of 216` stands still."""
+    done: list[None] = []
+    model: Any = Recorded()
+    served_model.measure_levels(model, [{0: "w8"}, {0: "w4"}], [[1, 2, 3]], is_timed, lambda: done.append(None))
+    assert len(done) == 2 * (1 + is_timed)

@@ -115,7 +115,7 @@ def measure_levels(
         levels: decoder layer id |-> format.
         texts: token ids.
         timed: also `step_time_factor`, each level beside full precision.
-        on_level: called when one is done for one text.
+        on_level: called when one is done for one text, and when it is timed.
 
     Returns:
         One row a level with `kl` (nats), `top1`, `ppl`, `ppl_base`, and `step_time_factor` when timed.
@@ -135,6 +135,9 @@ def measure_levels(
     for level, row in zip(levels, sums, strict=True):
         means = {key: value / positions for key, value in row.items()}
         ppl = {"ppl": math.exp(means.pop("nll")), "ppl_base": math.exp(base_nll / positions)}
-        factor = {"step_time_factor": model.step_time_factor(level)} if timed else {}
+        factor = {}
+        if timed:
+            factor = {"step_time_factor": model.step_time_factor(level)}
+            on_level()
         found.append({**means, **ppl, **factor})
     return found

@@ -127,7 +127,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             count = args.predict_windows or args.windows
             found = token_windows(model.tokenizer, args.predict_text, count, args.length, args.predict_offset)
             predict = found.tolist()
-        on_level = counter(len(levels) * (len(texts) + len(predict)))
+        on_level = counter(len(levels) * (len(texts) + args.timed + len(predict)))
         rows = measure_levels(model, levels, texts, args.timed, on_level)
         if predict:
             for row, predicted in zip(rows, measure_levels(model, levels, predict, on_level=on_level), strict=True):
