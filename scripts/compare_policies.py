@@ -13,7 +13,7 @@ Policies: `stock`, `slo`, `threshold`, `static:LEVEL` (a level of the ladder, `w
 `policy:` of that YAML. The demo model's shipped profile makes the ladder; `--no-profile` leaves it out.
 
 Output columns: policy, requests, late (%), nats per token, windows in which it is more than two points later than the
-best `static:` of the run, windows in which it is dearer than `static:w8` and saves nobody.
+best `static:` of the run, windows in which it is dearer than `static:w8` (`static:fp8`) and saves nobody.
 Last stdout line: one JSON document.
 
     python scripts/compare_policies.py --traces DIR --step-times FAST.json --step-times SLOW.json --part held \
@@ -36,6 +36,7 @@ from typing import Any
 import yaml
 
 from morphserve.config import parse_config
+from morphserve.errors import ConfigError
 from morphserve.profile_ladder import read_ladder
 from morphserve.tools.command import command_parser, run_command
 from morphserve.tools.sim import SimServer, load_calibration, simulate
@@ -116,6 +117,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
+    if args.gpu and len(args.step_times) > 1:
+        raise ConfigError(f"--gpu has windows of one machine, --step-times names {len(args.step_times)}. Give one.")
     part = {"tune": slice(0, None, 2), "held": slice(1, None, 2), "all": slice(None)}[args.part]
     find = _gpu_windows(args.traces) if args.gpu else _windows(args.traces, len(args.step_times))
     windows = list(find)[part][:: args.every]
@@ -141,7 +144,7 @@ def _row(policy: str, found: dict[str, list[Found]]) -> dict[str, Any]:
     requests, tokens = sum(run.requests for run in runs), max(1, sum(run.tokens for run in runs))
     static = [[run.late for run in each] for name, each in found.items() if name.startswith("static:")]
     best = [min(each) for each in zip(*static, strict=True)]
-    beside_w8 = list(zip(runs, found.get("static:w8", []), strict=False))
+    beside_w8 = list(zip(runs, found.get("static:w8") or found.get("static:fp8", []), strict=False))
     return {
         "requests": requests,
         "late_percent": round(100 * sum(run.late for run in runs) / requests, 2),
@@ -258,27 +261,29 @@ def _synthetic(_: Path, i: int) -> Workload:
 
 
 def _gpu_windows(traces: Path) -> Iterator[Window]:
-    """Give all windows of a GPU's shape, likewise."""
+    """Give all windows of a GPU's shape, likewise. The halves are of other minutes of the traces."""
     families: Sequence[tuple[str, int, Callable[[Path, int], Workload]]] = (
         ("conv", 20, _fast_conversation), ("hyb", 16, _fast_burst), ("syn", 24, _fast_synthetic),
     )  # fmt: skip
     for family, count, make in families:
         for i in range(count):
             try:
-                yield Window(f"{family}{i}", make(traces, i), 0, 1.0)
+                workload = make(traces, i)
             except WorkloadError:  # nobody arrives in it
                 continue
+            if len(workload.requests) >= _FEWEST:
+                yield Window(f"{family}{i}", workload, 0, 1.0)
 
 
 def _fast_conversation(traces: Path, i: int) -> Workload:
     rate = (1.75, 2.25, 2.75, 3.25, 4.0)[i % 5]
-    window_s = (15 + 160.0 * i % 1450, 72.0 * rate)
+    window_s = (15 + 900.0 * (i % 2) + 60 * (i // 2), 72.0 * rate)
     return load_workload(WorkloadSpec(traces / _CONV, window_s=window_s, rate_scale=rate, **_WHOLE_LENGTHS))
 
 
 def _fast_burst(traces: Path, i: int) -> Workload:
-    rate = (1.0, 1.5, 2.0, 3.0)[i % 4]
-    window_s = (20 + 190.0 * i % 1450, 72.0 * rate)
+    rate = (1.0, 1.5, 2.0, 3.0)[i // 2 % 4]
+    window_s = (20 + 850.0 * (i % 2) + 80 * (i // 2), 72.0 * rate)
     arrivals = load_workload(WorkloadSpec(traces / _CODE, window_s=window_s, rate_scale=rate, **_WHOLE_LENGTHS))
     return _with_lengths(arrivals, traces, (37.0 * i % 600, 380.0 * rate), _WHOLE_LENGTHS, f"hyb{i}")
 
@@ -289,7 +294,7 @@ def _fast_synthetic(_: Path, i: int) -> Workload:
     times, lengths = (
         (1.0, {"input": 1000, "output": 210}), (2.0, {"input": 200, "output": 120}),
         (0.6, {"input": 1000, "output": 450}), (1.5, {"input": 2000, "output": 60}),
-    )[i % 4]  # fmt: skip
+    )[i // 2 % 4]  # fmt: skip
     text = _SYNTHETIC.format(
         **lengths, sigma=0.8, duration=72, seed=100 + i, rate=rate * times, cv=draw.choice([1, 1.5, 3]),
         burst=draw.choice([1, 2, 3, 5]), burst_s=draw.choice([4, 8, 15]), calm_s=draw.choice([12, 24, 40]), gaps="",

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
 
 from policies.slo.predictor import Load, Prediction, Predictor
 
 _AS_QUICK = 1.02  # times the quickest shallower level's step: within what such measurements scatter
 _PEAK = 1.2  # of a burst, over what is forecast
-_BURST_S = 15.0  # that one is taken to last
 _SAVED = 1.0  # requests that a level which computes slower must save
 _SAVED_SHARE = 0.5  # and so many of those that would be late: half is beyond the error of a prediction
 
@@ -30,11 +28,11 @@ class Terms:
         return self.price * prediction.violations + self.costs[level] * self.tokens
 
     def is_enough(self, level: int, prediction: Prediction, target: float) -> bool:
-        """Return whether a level that is predicted so is asked for before every deeper one, whatever those would do:
-        it keeps the promise, and none could save what it costs."""
-        more = min(self.costs[level + 1 :], default=inf) - self.costs[level]
-        saved = self.price * prediction.violations
-        return level >= self.lasting and prediction.keeps(target) and saved <= more * self.tokens
+        """Return whether a level that is predicted so wants no deeper one, whatever those would do: it keeps the
+        promise, and none could save what it costs."""
+        saved, here = self.price * prediction.violations, self.costs[level]
+        is_dearer = all(saved <= (cost - here) * self.tokens for cost in self.costs[level + 1 :])
+        return level >= self.lasting and prediction.keeps(target) and is_dearer
 
     def best(self, predictions: Sequence[Prediction], target: float) -> int:
         """Return the level that costs least.
@@ -108,9 +106,8 @@ def lasting(predictor: Predictor, load: Load, rate: float, end: int) -> int:
 
 
 def for_burst(predictor: Predictor, load: Load, rate: float, end: int) -> int:
-    """Return the shallowest level up to `end` that serves a burst and its peak for as long as one lasts; else `end`.
+    """Return the shallowest level up to `end` that serves a burst and its peak until the horizon; else `end`.
 
-    By ends and by what is free, whatever waits are predicted: who is let in at its start is still there at its peak.
+    By ends, and by what is free, whatever waits are predicted: who is let in at its start is still there at its peak.
     """
-    peak = _PEAK * rate
-    return next((level for level in range(end) if predictor.served_rate(level, load, _BURST_S) >= peak), end)
+    return next((level for level in range(end) if predictor.served_rate(level, load) >= _PEAK * rate), end)

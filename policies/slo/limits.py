@@ -70,6 +70,10 @@ class QueueLimit:
         """Refuse nobody any more."""
         self.num_tokens = None
 
+    def stays_open(self, prediction: Prediction) -> bool:
+        """Return whether nobody is refused now, nor would be at a level that is predicted so, whatever others do."""
+        return not self._is_on or (self.num_tokens is None and prediction.share <= _REFUSE_SHARE)
+
     def weigh(self, predictions: Sequence[Prediction], load: Load) -> None:
         """Let no more wait than are served in time, where the best of these levels from 0 on has too many late."""
         if not self._is_on:

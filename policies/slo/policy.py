@@ -206,8 +206,8 @@ class SloPolicy:
         own = self.own_limits
         alone = self._predictor.compare([(heading, self._delay_s(s, heading))], load)
         here = alone.promised[0]
-        if own.level == heading and not alone.keeps[0] and terms.is_enough(heading, here, self.targets.target):
-            self._queue_limit.lift()
+        is_enough = terms.is_enough(heading, here, self.targets.target) and self._queue_limit.stays_open(here)
+        if is_enough and own.level == heading and not alone.keeps[0]:
             self._put_off.forget()
             return _Asked(heading, "", heading, False, here, here, [], False)
         compared = self._predictor.compare([(k, self._delay_s(s, k)) for k in range(len(self._ladder))], load)
@@ -228,15 +228,17 @@ class SloPolicy:
         self, s: Signals, level: int, at: int, predictions: list[Prediction], terms: Terms, load: Load
     ) -> tuple[int, str]:
         """Return the level to go to from `level`, and why not, if it is deeper and not needed; blocks are of `at`."""
-        best = terms.best(predictions, self.targets.target)
         here = predictions[level]
+        if terms.is_enough(level, here, self.targets.target):
+            return level, ""
+        best = terms.best(predictions, self.targets.target)
         if best <= level or (_is_empty(s) and here.keeps(self.targets.target)):
             return min(best, level), ""
         binds = here.binds and not self._room.waits_elsewhere(load, at)
         if best > terms.quick_end and not binds:
             return best, f"late {here.share:.0%}, but KV does not bind"
         if best > terms.lasting and binds and self._room.lasts(load, level, self._delay_s(s, best)):
-            return best, f"level {best} is not needed yet"
+            return (terms.lasting, "") if terms.lasting > level else (best, f"level {best} is not needed yet")
         return best, ""
 
     def _can_wait(self, s: Signals, heading: int, best: int, compared: Comparison, terms: Terms, load: Load) -> bool:

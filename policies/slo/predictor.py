@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import inf
+from math import exp, inf
 
 from policies.promise import Promise
 from policies.slo.lateness import Late, Moment, Tally, chance_late, either, kept_by_any, parts_of
@@ -194,7 +194,7 @@ class Predictor:
         usable = self._usable[level]
         seats = self._seats(usable, typical)
         here = min(usable, self._usable[min(s.level, len(self._usable) - 1)])
-        room, room_now = self._room(usable, load), self._room(here, load)
+        room, room_now = self._fits(usable, load), self._fits(here, load)
         release = self._release_rate(level, load, seats)  # nobody waits before all seats are taken
         crowd = min(seats, max(s.num_running + s.num_waiting, self._steady(level, load)))
         tpot_s = self.tpot_s(level, load, max(crowd, 1.0))
@@ -227,8 +227,8 @@ class Predictor:
         """Return how many sequences the KV cache, and the engine's own limit, let run side by side."""
         return max(min(float(self._limits.max_num_seqs), usable_blocks / typical.mean_blocks), 1.0)
 
-    def _room(self, usable_blocks: int, load: Load) -> float:
-        """Return what stays free while those that run grow, in requests of which each takes its mean."""
+    def _fits(self, usable_blocks: int, load: Load) -> float:
+        """Return how many requests, of which each takes its mean, fit beside those that run while these grow."""
         s, typical = load.signals, load.typical
         need = max(float(s.used_kv_blocks), s.num_running * typical.mean_blocks)
         seats = self._seats(usable_blocks, typical) - s.num_running
@@ -260,15 +260,26 @@ class Predictor:
 
     def lasting_rate(self, level: int, load: Load) -> float:
         """Return how many requests per second a level serves for long, by its KV and by the time per output token."""
+        return min(self._computed_rate(level, load), self.release_rate(level, load))
+
+    def served_rate(self, level: int, load: Load) -> float:
+        """Return how many requests per second a level serves until the horizon.
+
+        By the time per output token as `lasting_rate`. By KV so many that all seats are taken then, if each that is
+        here is as likely to end at any moment as at any other (M/M/inf).
+        """
+        seats = self._seats(self._usable[level], load.typical)
+        here = seats - self._fits(self._usable[level], load) + load.signals.num_waiting
+        ends_per_s = self._release_rate(level, load, seats) / seats  # of each that is here
+        left = exp(-ends_per_s * load.horizon_s)
+        by_kv = ends_per_s * max(seats - here * left, 0.0) / (1.0 - left)
+        return min(self._computed_rate(level, load), by_kv)
+
+    def _computed_rate(self, level: int, load: Load) -> float:
+        """Return at how many requests per second a step takes everyone's time per output token."""
         free = max(1.0 - load.factor * self._times[level].base_s / load.tpot_s, 0.0)
         each_s = load.factor * self._each_s(level, load)
-        return min(free / each_s if each_s else inf, self.release_rate(level, load))
-
-    def served_rate(self, level: int, load: Load, seconds: float) -> float:
-        """Return how many requests per second a level serves for so long: `lasting_rate`, and who fits beside those
-        that are here."""
-        fits = max(self._room(self._usable[level], load) - load.signals.num_waiting, 0.0)
-        return self.lasting_rate(level, load) + fits / seconds
+        return free / each_s if each_s else inf
 
     def _each_s(self, level: int, load: Load) -> float:
         """Return what a usual request adds to the time of all steps of its life."""

@@ -1,4 +1,4 @@
-"""Whether the KV cache is short of blocks, as it is now."""
+"""Whether the KV cache is short of blocks, now or soon."""
 
 from __future__ import annotations
 

@@ -13,6 +13,8 @@ from pydantic import ValidationError
 from morphserve.config import LadderConfig
 from morphserve.tools.sim.morphing import plan_ladder
 from policies import Cohort, OwnLimit, Signals, SloConfig, SloPolicy
+from policies.slo.choice import Terms
+from policies.slo.predictor import Prediction
 
 LADDER = plan_ladder(config(), SERVER, CALIBRATION, None)
 
@@ -169,6 +171,39 @@ def test_a_deeper_level_is_not_entered_before_its_blocks_are_needed() -> None:
     assert not room.lasts(replace(load, signals=crowd), 1, way_s), "who waits takes blocks, too"
     room.lasts = lambda *_: True  # type: ignore[method-assign]
     assert policy.decide(crowded()).level == 0
+
+
+def test_what_a_burst_asks_for_is_not_put_off() -> None:
+    """Guards: full precision for a burst, as the level beyond the one that it needs is not needed yet."""
+    policy = made()
+    policy._room.lasts = lambda *_: True  # type: ignore[method-assign]
+    policy._room.waits_elsewhere = lambda *_: False  # type: ignore[method-assign]
+    late = [Prediction(violations, 50.0, True, 0.0, 0.05) for violations in (30.0, 20.0, 10.0, 10.0)]
+    terms = Terms(1000.0, [0.0, 0.01, 0.02, 0.03], 1000.0, quick_end=3, lasting=2)
+    signals = crowded()
+    load = policy._load(signals, 1.0)
+    assert policy._best(signals, 0, 0, late, terms, load) == (2, "")
+    assert policy._best(signals, 2, 2, late, terms, load) == (3, "level 3 is not needed yet")
+
+
+def test_a_level_that_keeps_the_promise_is_not_left_for_one_that_does_not() -> None:
+    """Guards: the quickest level, because a shallower one than the engine's is cheaper and too late."""
+    policy, signals = made(), crowded(2)
+    late = [Prediction(violations, 50.0, True, 0.0, 0.05) for violations in (30.0, 0.6, 0.4, 0.0)]
+    terms = Terms(10.0, [0.0, 0.01, 0.02, 0.03], 1000.0, quick_end=3, lasting=0)
+    assert terms.best(late, 0.01) == 3
+    assert policy._best(signals, 2, 2, late, terms, policy._load(signals, 1.0))[0] <= 2
+    assert policy._best(signals, 1, 1, late, terms, policy._load(signals, 1.0))[0] == 3
+
+
+def test_a_queue_limit_that_stands_goes_by_all_levels() -> None:
+    """Guards: a door that opens as soon as the promise is kept as loosely as a user allows."""
+    limit = made(shed=True)._queue_limit
+    few, many = (Prediction(violations, 50.0, True, 0.0, 0.05) for violations in (10.0, 20.0))
+    assert limit.stays_open(few) and not limit.stays_open(many)
+    limit.num_tokens = 100
+    assert not limit.stays_open(few)
+    assert made()._queue_limit.stays_open(many), "nobody is ever refused"
 
 
 def test_an_engine_without_a_request_comes_back_whatever_it_predicts() -> None:
