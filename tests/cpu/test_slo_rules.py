@@ -206,6 +206,25 @@ def test_a_queue_limit_that_stands_goes_by_all_levels() -> None:
     assert made()._queue_limit.stays_open(many), "nobody is ever refused"
 
 
+def test_a_queue_limit_is_weighed_where_no_deeper_level_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: requests refused for as long as levels are left alone."""
+    policy = made(shed=True)
+    policy._queue_limit.num_tokens, policy.own_limits.level = 77, 1
+    monkeypatch.setattr(Terms, "is_enough", lambda *_: True)
+    brief = replace(crowded(1), num_waiting=60, waiting=(Cohort(60, 3840, 98.2, 99.9),))
+    assert policy.decide(brief).max_queued_tokens not in (None, 77)
+
+
+def test_what_stricter_limits_held_is_let_go_while_their_level_is_enough() -> None:
+    """Guards: hours of a level that is charged to limits of requests that have long ended."""
+    policy = made()
+    policy.own_limits.level = 1
+    there = replace(QUIET, level=2, target_level=2, num_kv_blocks=LADDER[2].num_kv_blocks)
+    for tick in range(40):
+        policy.decide(replace(there, now_s=100.0 + tick / 10))
+    assert policy.own_limits.level == 0
+
+
 def test_an_engine_without_a_request_comes_back_whatever_it_predicts() -> None:
     """Guards: for hours no full precision, as rare requests that nobody knows of might be late there a little more
     often: both shares stay as they are, however few come, and nothing more is learned while nobody does. A level that
