@@ -29,7 +29,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ _LENGTHS: dict[str, Any] = {"input_scale": 1 / 16, "input_clip": (8, 120), "outp
 _WHOLE_LENGTHS: dict[str, Any] = {"input_clip": (1, 4000), "output_clip": (1, 1000)}  # those of a GPU
 _SPEEDS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 _FEWEST = 6  # requests of a window
+Families = Sequence[tuple[str, int, Callable[[Path, int], Workload]]]  # name, how many, what makes the i-th
 _SYNTHETIC = (
     "synthetic:{seed},duration={duration},rate={rate:g},cv={cv:g},burst={burst},burst_s={burst_s},calm_s={calm_s},"
     "input={input},output={output},output_sigma={sigma}{gaps}"
@@ -71,15 +72,12 @@ class Shape:
 
     server: SimServer
     slo: Slo
-    ladder: tuple[tuple[str, Any], ...]
+    ladder: dict[str, Any]  # settings; a profile's goes before them
     with_profile: bool = False
-
-    def __hash__(self) -> int:
-        return hash((self.server, self.slo, self.with_profile))
 
 
 _CPU = Shape(
-    SimServer(num_blocks=49, block_size=32, max_model_len=512), Slo(), (("expected_kl", {"w8": 0.0289, "w4": 0.3061}),)
+    SimServer(num_blocks=49, block_size=32, max_model_len=512), Slo(), {"expected_kl": {"w8": 0.0289, "w4": 0.3061}}
 )
 _GPU = Shape(
     SimServer(
@@ -87,7 +85,7 @@ _GPU = Shape(
         async_scheduling=True,
     ),
     Slo(1.3, 0.068),
-    (("steps", ({"format": "fp8", "layers_per_level": 8},)), ("expected_kl", {"fp8": 0.01})),
+    {"steps": [{"format": "fp8", "layers_per_level": 8}], "expected_kl": {"fp8": 0.01}},
 )  # fmt: skip
 
 
@@ -167,7 +165,6 @@ def _run(policy: str, shape: Shape, step_times: tuple[Path, ...], seed: int, win
     return Found(len(window.workload.requests), late, tokens, done.expected_kl_per_token or 0.0)
 
 
-@cache
 def _settings(policy: str, shape: Shape) -> tuple[Any, Any]:
     """Return the configuration and the profile's ladder, None and None for a stock server."""
     if policy == "stock":
@@ -178,7 +175,7 @@ def _settings(policy: str, shape: Shape) -> tuple[Any, Any]:
         section |= {"ttft_s": shape.slo.ttft_s, "tpot_s": shape.slo.tpot_s}
     if policy.startswith("@"):
         section = yaml.safe_load(Path(policy[1:]).read_text(encoding="utf-8"))["policy"]
-    settings: dict[str, Any] = {"policy": section, "prepared": False, "ladder": dict(shape.ladder)}
+    settings: dict[str, Any] = {"policy": section, "prepared": False, "ladder": shape.ladder}
     if shape.with_profile:
         settings["profile"] = str(next(_PROFILES.glob("*/profile-*")))
     config = parse_config(settings)
@@ -187,23 +184,26 @@ def _settings(policy: str, shape: Shape) -> tuple[Any, Any]:
 
 def _windows(traces: Path, num_machines: int) -> Iterator[Window]:
     """Give all windows, always the same ones in the same order."""
-    number = 0
-    families: Sequence[tuple[str, int, Callable[[Path, int], Workload]]] = (
+    families: Families = (
         ("conv", 56, _conversation), ("hyb", 40, _burst), ("code", 24, _code), ("moon", 24, _mooncake),
         ("syn", 56, _synthetic),
     )  # fmt: skip
+    for number, (name, workload) in enumerate(_workloads(families, traces)):
+        # Pairs, so that both halves meet each machine and speed.
+        machine, speed = number // 2 % num_machines, _SPEEDS[number * 3 // 2 % len(_SPEEDS)]
+        yield Window(f"{name}/{machine}x{speed:g}", workload, machine, speed)
+
+
+def _workloads(families: Families, traces: Path) -> Iterator[tuple[str, Workload]]:
+    """Give each family's workloads, but those in which hardly anybody arrives."""
     for family, count, make in families:
         for i in range(count):
             try:
                 workload = make(traces, i)
             except WorkloadError:  # nobody arrives in it
                 continue
-            if len(workload.requests) < _FEWEST:
-                continue
-            # Pairs, so that both halves meet each machine and speed.
-            machine, speed = number // 2 % num_machines, _SPEEDS[number * 3 // 2 % len(_SPEEDS)]
-            yield Window(f"{family}{i}/{machine}x{speed:g}", workload, machine, speed)
-            number += 1
+            if len(workload.requests) >= _FEWEST:
+                yield f"{family}{i}", workload
 
 
 def _conversation(traces: Path, i: int) -> Workload:
@@ -262,17 +262,9 @@ def _synthetic(_: Path, i: int) -> Workload:
 
 def _gpu_windows(traces: Path) -> Iterator[Window]:
     """Give all windows of a GPU's shape, likewise. The halves are of other minutes of the traces."""
-    families: Sequence[tuple[str, int, Callable[[Path, int], Workload]]] = (
-        ("conv", 20, _fast_conversation), ("hyb", 16, _fast_burst), ("syn", 24, _fast_synthetic),
-    )  # fmt: skip
-    for family, count, make in families:
-        for i in range(count):
-            try:
-                workload = make(traces, i)
-            except WorkloadError:  # nobody arrives in it
-                continue
-            if len(workload.requests) >= _FEWEST:
-                yield Window(f"{family}{i}", workload, 0, 1.0)
+    families: Families = (("conv", 20, _fast_conversation), ("hyb", 16, _fast_burst), ("syn", 24, _fast_synthetic))
+    for name, workload in _workloads(families, traces):
+        yield Window(name, workload, 0, 1.0)
 
 
 def _fast_conversation(traces: Path, i: int) -> Workload:
