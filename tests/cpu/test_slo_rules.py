@@ -173,6 +173,15 @@ def test_a_deeper_level_is_not_entered_before_its_blocks_are_needed() -> None:
     assert policy.decide(crowded()).level == 0
 
 
+def test_nobody_waits_while_it_is_calm() -> None:
+    """Guards: a queue for which nothing is done, because few blocks are held."""
+    policy = made()
+    load = policy._load(replace(QUIET, num_running=1, used_kv_blocks=3), 1.0)
+    assert policy._room.is_calm(load)
+    assert not policy._room.is_calm(replace(load, signals=replace(load.signals, num_waiting=1)))
+    assert not policy._room.is_calm(replace(load, arrival_rate=99.0))
+
+
 def test_what_a_burst_asks_for_is_not_put_off() -> None:
     """Guards: full precision for a burst, as the level beyond the one that it needs is not needed yet."""
     policy = made()
@@ -203,7 +212,12 @@ def test_a_queue_limit_that_stands_goes_by_all_levels() -> None:
     assert limit.stays_open(few) and not limit.stays_open(many)
     limit.num_tokens = 100
     assert not limit.stays_open(few)
-    assert made()._queue_limit.stays_open(many), "nobody is ever refused"
+    never, load = made()._queue_limit, made()._load(crowded(), 1.0)
+    never.weigh([many], load)
+    assert never.num_tokens is None and never.stays_open(many), "nobody is ever refused"
+    limit.num_tokens = None
+    limit.weigh([many], load)
+    assert limit.num_tokens
 
 
 def test_a_queue_limit_is_weighed_where_no_deeper_level_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
