@@ -71,9 +71,11 @@ def check_options(args: argparse.Namespace) -> None:
         raise ReplayError(
             "--simulate needs --step-times FILE, or a --model that `morphserve prepare` has timed here, and --out DIR."
         )
-    of_servers = (getattr(args, "url", None), args.serve_arg, args.token_ids, args.top_logprobs)  # a sweep has no --url
-    if any(of_servers):
-        raise ReplayError("--simulate starts no server: leave out --url, --serve-arg, --token-ids and --top-logprobs.")
+    url = getattr(args, "url", None)  # a sweep has none
+    if any((url, args.serve_arg, args.token_ids, args.top_logprobs, args.temperature)):
+        raise ReplayError(
+            "--simulate starts no server: leave out --url, --serve-arg, --token-ids, --top-logprobs and --temperature."
+        )
 
 
 def check_beside_servers(args: argparse.Namespace) -> None:
