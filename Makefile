@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-lower-tiers lint serve clean
+.PHONY: help setup demo test test-lower-tiers lint serve results clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -40,6 +40,10 @@ PYTEST_ARGS ?=
 # test processes side by side; each takes a core, and up to 5 GiB
 WORKERS ?= 2
 SERVE_ARGS ?=
+# of make results: its parts (scripts/results.py lists them), the directory of azure2023/ and mooncake/, how many seeds
+PARTS ?= hours windows gpu_windows bound served demo
+TRACES ?=
+SEEDS ?= 3
 
 # A shell fragment that leaves the directory of the model in $$model.
 with_model = model="$(MODEL)"; model="$${model:-$$($(MORPHSERVE) demo --get-model | tail -n 1)}"
@@ -54,6 +58,7 @@ help:
 	@echo "make test-lower-tiers   the tests that depend on the CPU's instructions, on each tier below this one's"
 	@echo "make lint    ruff, mypy, import rules"
 	@echo "make serve   vllm serve with the plugin on the demo model; PORT=8000"
+	@echo "make results PARTS=\"hours windows\" TRACES=DIR   measures what README and docs claim, and writes their tables"
 	@echo "make clean   removes .venv, caches of the tools and reports/demo"
 
 setup:
@@ -74,6 +79,9 @@ lint: setup
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy -p policies -p morphserve.control
 	@$(BIN)/lint-imports --no-logo
+
+results: setup
+	@$(PY) scripts/results.py $(if $(TRACES),--traces "$(TRACES)") --seeds $(SEEDS) $(PARTS)
 
 # With a size given, vLLM asks for it alone; without, for 92 % of the memory that it counts on the node.
 serve: setup

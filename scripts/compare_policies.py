@@ -9,6 +9,9 @@ With `--gpu` some 60 windows of the shape of an 8B on one GPU that its weights n
 are, at 1 to 4 times their rate, and synthetic ones; four levels of fp8, assumed to cost up to 0.01 nats a token; step
 times learned, as without settings.
 
+With `--whole` the whole conversation trace, half an hour, of which every 5th, 6th, 7th and 8th request is sent, on each
+machine; it has no parts.
+
 Policies: `stock`, `slo`, `threshold`, `static:LEVEL` (a level of the ladder, `w8` or `deepest`); with `@FILE` the
 `policy:` of that YAML. The demo model's shipped profile makes the ladder; `--no-profile` leaves it out.
 
@@ -18,6 +21,7 @@ Last stdout line: one JSON document.
 
     python scripts/compare_policies.py --traces DIR --step-times FAST.json --step-times SLOW.json --part held \
         slo static:w8 static:deepest
+    python scripts/compare_policies.py --whole --traces DIR --step-times FAST.json --step-times SLOW.json stock slo
     python scripts/compare_policies.py --gpu --traces DIR --step-times docs/results/step_times_like_h200.json stock slo
 """
 
@@ -47,6 +51,7 @@ _MOONCAKE = "mooncake/synthetic_trace.jsonl"
 _LENGTHS: dict[str, Any] = {"input_scale": 1 / 16, "input_clip": (8, 120), "output_clip": (4, 384)}
 _WHOLE_LENGTHS: dict[str, Any] = {"input_clip": (1, 4000), "output_clip": (1, 1000)}  # those of a GPU
 _SPEEDS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
+_WHOLE_THIN = (5.0, 6.0, 7.0, 8.0)
 _FEWEST = 6  # requests of a window
 Families = Sequence[tuple[str, int, Callable[[Path, int], Workload]]]  # name, how many, what makes the i-th
 _SYNTHETIC = (
@@ -109,7 +114,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the scatter of steps")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--no-profile", action="store_true")
-    parser.add_argument("--gpu", action="store_true", help="windows, engine and promises of a GPU")
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--gpu", action="store_true", help="windows, engine and promises of a GPU")
+    shape.add_argument("--whole", action="store_true", help="half an hour each")
     args = parser.parse_args(argv)
     return run_command("compare_policies", lambda: _compare(args), "nothing is kept")
 
@@ -117,9 +124,7 @@ def main(argv: list[str] | None = None) -> int:
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
     if args.gpu and len(args.step_times) > 1:
         raise ConfigError(f"--gpu has windows of one machine, --step-times names {len(args.step_times)}. Give one.")
-    part = {"tune": slice(0, None, 2), "held": slice(1, None, 2), "all": slice(None)}[args.part]
-    find = _gpu_windows(args.traces) if args.gpu else _windows(args.traces, len(args.step_times))
-    windows = list(find)[part][:: args.every]
+    windows = _chosen(args)
     found: dict[str, list[Found]] = {}
     with ProcessPoolExecutor(args.jobs) as pool:
         for policy in args.policies:
@@ -134,7 +139,22 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
         window.name: {policy: [runs[i].late, runs[i].nats_per_token] for policy, runs in found.items()}
         for i, window in enumerate(windows)
     }
-    return {"part": args.part, "every": args.every, "windows": len(windows), "policies": rows, "by_window": by_window}
+    return {
+        "part": "all" if args.whole else args.part,
+        "every": args.every,
+        "windows": len(windows),
+        "policies": rows,
+        "requests_of": {window.name: len(window.workload.requests) for window in windows},
+        "by_window": by_window,
+    }
+
+
+def _chosen(args: argparse.Namespace) -> Sequence[Window]:
+    if args.whole:
+        return list(_whole_trace(args.traces, len(args.step_times)))
+    find = _gpu_windows(args.traces) if args.gpu else _windows(args.traces, len(args.step_times))
+    part = {"tune": slice(0, None, 2), "held": slice(1, None, 2), "all": slice(None)}[args.part]
+    return list(find)[part][:: args.every]
 
 
 def _row(policy: str, found: dict[str, list[Found]]) -> dict[str, Any]:
@@ -192,6 +212,14 @@ def _windows(traces: Path, num_machines: int) -> Iterator[Window]:
         # Pairs, so that both halves meet each machine and speed.
         machine, speed = number // 2 % num_machines, _SPEEDS[number * 3 // 2 % len(_SPEEDS)]
         yield Window(f"{name}/{machine}x{speed:g}", workload, machine, speed)
+
+
+def _whole_trace(traces: Path, num_machines: int) -> Iterator[Window]:
+    """Give the conversation trace as a whole, at each load on each machine."""
+    for machine in range(num_machines):
+        for thin in _WHOLE_THIN:
+            workload = load_workload(WorkloadSpec(traces / _CONV, thin=thin, **_LENGTHS))
+            yield Window(f"{thin:g}/{machine}", workload, machine, 1.0)
 
 
 def _workloads(families: Families, traces: Path) -> Iterator[tuple[str, Workload]]:

@@ -31,6 +31,7 @@ from morphserve.tools.tables import markdown_table
 ROOT = Path(__file__).resolve().parents[1]
 MARKS = ("<!-- figures: scripts/readme_figures.py writes what follows -->", "<!-- figures end -->")
 WINDOWS = ("hybB", "convD", "convE", "hybA", "conv593", "hybC")
+MORPHSERVE = ("-m", "morphserve")  # words of any command of this tree
 RUNS = {"stock": "stock vLLM", "morphserve": "MorphServe", "static_w8": "W8 for good"}
 
 
@@ -40,18 +41,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("reports/readme"))
     args = parser.parse_args(argv)
-    if changed := _git("status", "--porcelain", "--", ".", ":!README.md"):
+    if changed := uncommitted():
         return fail("readme_figures", f"changes are not committed, and figures name a commit:\n{changed}")
-    commit = _git("rev-parse", "--short", "HEAD")
+    commit = git("rev-parse", "--short", "HEAD")
     if (begun := begun_at(args.out, commit)) != commit:
         why = f"{args.out} has runs of commit {begun}, this is {commit}. Give another --out, or delete it."
         return fail("readme_figures", why)
     windows = args.window or list(WINDOWS)
     try:
         demo = _demo(args.out / "demo")
-        _morphserve(
-            "sweep", "--model", _morphserve("demo", "--get-model"), "--config", "demo", "--compare", ",".join(RUNS),
-            "--repeats", str(args.repeats), "--out", str(args.out / "sweep"), *fitted_words(demo["fit"], windows),
+        last_line(
+            *MORPHSERVE, "sweep", "--model", last_line(*MORPHSERVE, "demo", "--get-model"), "--config", "demo",
+            "--compare", ",".join(RUNS), "--repeats", str(args.repeats), "--out", str(args.out / "sweep"),
+            *fitted_words(demo["fit"], windows),
         )  # fmt: skip
     except subprocess.CalledProcessError as e:
         return fail("readme_figures", f"{' '.join(e.cmd[:4])} ... ended with {e.returncode}; see above")
@@ -60,6 +62,11 @@ def main(argv: list[str] | None = None) -> int:
     readme = ROOT / "README.md"
     readme.write_text(put(readme.read_text(encoding="utf-8"), section(what, windows, rows)), encoding="utf-8")
     return finish(what | {"windows": windows})
+
+
+def uncommitted() -> str:
+    """Return what is not committed, but for pages, into which figures are written; empty = nothing."""
+    return git("status", "--porcelain", "--", ".", ":!README.md", ":!docs/*.md")
 
 
 def begun_at(out: Path, commit: str) -> str:
@@ -71,16 +78,16 @@ def begun_at(out: Path, commit: str) -> str:
     return note.read_text(encoding="utf-8")
 
 
-def put(text: str, figures: str) -> str:
-    """Return the text with what stands between the marks replaced.
+def put(text: str, figures: str, marks: tuple[str, str] = MARKS) -> str:
+    """Return a page's text with what stands between the marks replaced.
 
     Raises:
         ValueError: a mark is missing.
     """
-    before, begin, rest = text.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
+    before, begin, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not begin or not end:
-        raise ValueError(f"README.md lacks the marks {MARKS[0]!r} and {MARKS[1]!r}. Put them where figures go.")
+        raise ValueError(f"the page lacks the marks {marks[0]!r} and {marks[1]!r}. Put them where figures go.")
     return f"{before}{begin}\n\n{figures}\n\n{end}{after}"
 
 
@@ -136,10 +143,11 @@ def cell(rows: Sequence[dict[str, Any]], run: str) -> str:
     shown = [("violation_rate", "{:.1%}"), ("ttft_p95_s", "{:.2f} s")]
     if run != "stock":
         shown.append(("expected_kl_per_token", "{:.4f}"))
-    return ", ".join(_spread([row[key] for row in rows], form) for key, form in shown)
+    return ", ".join(spread([row[key] for row in rows], form) for key, form in shown)
 
 
-def _spread(values: Sequence[float | None], form: str) -> str:
+def spread(values: Sequence[float | None], form: str) -> str:
+    """Return the median, and least and most where they look different; a dash where nothing is known."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"
@@ -151,7 +159,7 @@ def _demo(out: Path) -> dict[str, Any]:
     """Return the demo's last line, of an earlier call if there is one."""
     file = out / "last_line.json"
     if not file.is_file():
-        line = _morphserve("demo", "--out", str(out))
+        line = last_line(*MORPHSERVE, "demo", "--out", str(out))
         file.write_text(line, encoding="utf-8")
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
@@ -166,13 +174,14 @@ def _each(flag: str, values: Sequence[str]) -> list[str]:
     return [word for value in values for word in (flag, value)]
 
 
-def _morphserve(*words: str) -> str:
-    """Run a command; returns its last line on stdout."""
-    done = subprocess.run([sys.executable, "-m", "morphserve", *words], stdout=subprocess.PIPE, text=True, check=True)
+def last_line(*words: str) -> str:
+    """Run `python WORDS` in this tree; return its last line on stdout."""
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout.strip().splitlines()[-1]
 
 
-def _git(*words: str) -> str:
+def git(*words: str) -> str:
+    """Return what git says of this tree."""
     return subprocess.run(["git", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
 
