@@ -170,7 +170,7 @@ def served(asked: Asked) -> list[str]:
         out = asked.run.out / f"served_{len(words)}"
         asked.run(
             out.name, *MORPHSERVE, "replay", "--workload", "convD", "--model", model, "--config", "demo",
-            "--enforce-eager", "--compare", "stock,morphserve,static_w8", "--fit", "--top-logprobs", "400", *words,
+            "--enforce-eager", "--compare", "stock,morphserve,static_w8", "--fit", "--top-logprobs", "200", *words,
             "--out", str(out), "--quiet",
         )  # fmt: skip
         found = asked.run(f"{out.name}_kl", *MORPHSERVE, "served-kl", str(out))["runs"]
