@@ -73,6 +73,14 @@ def test_request_asks_for_exactly_the_trace() -> None:
     }  # fmt: skip
 
 
+def test_drawn_answers_have_seeds_of_their_own() -> None:
+    """Guards: runs that are compared on other draws, or a workload whose requests all draw the same."""
+    fake = FakeServer()
+    run(fake, [0.0, 0.0], temperature=0.7, seed=5)
+    by_prompt = sorted(fake.bodies, key=lambda body: body["prompt"])
+    assert [(body["temperature"], body["seed"]) for body in by_prompt] == [(0.7, 5), (0.7, 6)]
+
+
 def test_what_a_server_thought_is_recorded() -> None:
     """Guards: probabilities of other tokens than those that were served, and levels that nobody asked for."""
     fake = FakeServer(morph=True)

@@ -84,7 +84,10 @@ def test_a_part_is_written_where_it_belongs_and_not_measured_twice(
 
 
 def test_what_would_be_no_figure_of_this_tree_is_refused(
-    committed: list[tuple[str, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    committed: list[tuple[str, ...]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Guards: figures of an older commit, of changes that nobody has, or half a table for want of the traces."""
     out = ["--out", str(tmp_path / "out")]
