@@ -123,10 +123,10 @@ def _command(part: Part, options: Options, file: Path, budget_s: float) -> list[
 
 
 def _environment(options: Options) -> dict[str, str]:
-    """Ours, and this very package first on the path: scripts are run from anywhere."""
+    """Ours, and this very package first on the path: scripts are run from anywhere. No print waits in a buffer."""
     found = {**os.environ, **options.environment}
     path = [_ROOT, *filter(None, found.get("PYTHONPATH", "").split(os.pathsep))]
-    return found | {"PYTHONPATH": os.pathsep.join(path)}
+    return found | {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
 
 
 def _supervise(command: Sequence[str], options: Options, log: Path, limit_s: float) -> int | None:
