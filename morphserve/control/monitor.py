@@ -25,29 +25,29 @@ class DecayingMean:
 
     An average with a fixed factor per event would forget a burst's first values within the burst,
     and remember a quiet hour's for ever.
+
+    Attributes:
+        value: the mean, 0 before the first value. It does not decay towards 0 in quiet times.
     """
 
-    __slots__ = ("_last_s", "_sum", "_tau_s", "_weight")
+    __slots__ = ("_last_s", "_sum", "_tau_s", "_weight", "value")
 
     def __init__(self, tau_s: float) -> None:
+        self.value = 0.0
         self._tau_s = tau_s
         self._sum = 0.0
         self._weight = 0.0
         self._last_s = 0.0
 
     def add(self, now_s: float, value: float, weight: float = 1.0) -> None:
-        """Fold in one value."""
+        """Fold in one value, whose weight is above 0."""
         decay = exp(-max(now_s - self._last_s, 0.0) / self._tau_s)
         self._last_s = max(now_s, self._last_s)
         if self._weight * decay < _FORGOTTEN:
             decay = 0.0
         self._sum = self._sum * decay + value * weight
         self._weight = self._weight * decay + weight
-
-    @property
-    def value(self) -> float:
-        """The mean, 0 before the first value. It does not decay towards 0 in quiet times."""
-        return self._sum / self._weight if self._weight > 0 else 0.0
+        self.value = self._sum / self._weight
 
 
 class AnswerLength:
@@ -117,10 +117,12 @@ class WindowRate:
         if self._index is None:
             self._index = index
             self._start_s = now_s
+        if index <= self._index:
+            return
         for passed in range(self._index + 1, min(index, self._index + _NUM_BUCKETS) + 1):
             self._total -= self._buckets[passed % _NUM_BUCKETS]
             self._buckets[passed % _NUM_BUCKETS] = 0
-        self._index = max(index, self._index)
+        self._index = index
 
 
 class Monitor:

@@ -142,12 +142,10 @@ class SimEngine:
 
     def _admit(self, until_s: float) -> None:
         """Bring requests to the server's door, where some are refused: beyond a queue limit, or a level's."""
-        limit = self._queue_limit()
-        requests = self.requests
-        while self._next < len(requests) and requests[self._next].arrival_s <= until_s:
-            request = requests[self._next]
+        while self._next_arrival_s() <= until_s:
+            request = self.requests[self._next]
             self._next += 1
-            if (limit is not None and self._queued_tokens >= limit) or self._asks_too_much(request):
+            if self._is_queue_full() or self._asks_too_much(request):
                 request.state = State.DONE
                 self.refused.append(request)
                 continue
@@ -158,11 +156,11 @@ class SimEngine:
     def _counts_queue(self) -> bool:
         return self._server.max_num_queued_tokens is not None or self._morphing is not None
 
-    def _queue_limit(self) -> int | None:
-        """Return the server's own limit or the policy's, whichever is lower."""
+    def _is_queue_full(self) -> bool:
+        """Return whether the prompts of those who wait have reached the server's own limit, or the policy's."""
         own = self._server.max_num_queued_tokens
         policys = None if self._morphing is None else self._morphing.controller.max_queued_tokens
-        return min((limit for limit in (own, policys) if limit is not None), default=None)
+        return any(limit is not None and self._queued_tokens >= limit for limit in (own, policys))
 
     def _asks_too_much(self, request: SimRequest) -> bool:
         """Return whether a request asks for a level that the policy holds up for nobody new."""
