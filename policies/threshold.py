@@ -79,6 +79,15 @@ class _Need:
         return cls(per_request, running, running + s.num_waiting * per_request)
 
 
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """Where to rest instead of at a slow level, with so many sequences in a step."""
+
+    num_seqs: int
+    at: tuple[int, ...]  # by level, the deepest one up to it whose steps are as fast as level 0's
+    ends: frozenset[int]  # of these, the ones that slow levels come behind
+
+
 class ThresholdPolicy:
     """A policy of thresholds: down as soon as KV binds, as deep as the need asks; up after a dwell without pressure.
 
@@ -109,6 +118,7 @@ class ThresholdPolicy:
         # when the cheaper ones, on all their layers, do not hold the need.
         self._tier_ends = () if config.mode == "performance" else tier_ends(ladder[: len(self._usable)])
         self._rests = rests(ladder[: len(self._usable)])
+        self._batches = [row.num_seqs for row in self._rests]
         self._leave_tier_below = (self.thresholds.restore_below + self.thresholds.degrade_above) / 2
         self.dwell = Dwell(self.thresholds.restore_after_s)
         self._fits_since: list[float | None] = [None] * len(ladder)  # by level; None = does not fit now
@@ -130,7 +140,8 @@ class ThresholdPolicy:
         usable = self._usable_at(s)
 
         pressure = self._pressure(s, usable, need, preempted)
-        rest = self._rest(s.num_running)
+        # The row of the next larger batch that was measured.
+        rest = self._rests[min(bisect_left(self._batches, s.num_running), len(self._rests) - 1)]
         self._note_fits(s, need.total, preempted, rest)
         if pressure is not None:
             why, is_event = pressure
@@ -194,13 +205,9 @@ class ThresholdPolicy:
             level = end
         return level
 
-    def _rest(self, num_seqs: int) -> tuple[int, ...]:
-        """Return, by level, the deepest one up to it whose steps with so many sequences are as fast as level 0's."""
-        return next((rest for batch, rest in self._rests if num_seqs <= batch), self._rests[-1][1])
-
-    def _unless_slow(self, level: int, used: int, rest: tuple[int, ...]) -> int:
+    def _unless_slow(self, level: int, used: int, rest: Rest) -> int:
         """Return `level`, or a shallower one that is not slow; deeper only as far as what is held asks."""
-        fast = rest[level]
+        fast = rest.at[level]
         full = max(self.thresholds.degrade_above, _FULL)
         if fast == level or used <= full * self._usable[fast]:
             return fast
@@ -212,16 +219,16 @@ class ThresholdPolicy:
             return self._deepest_useful
         return bisect_left(self._usable, self._usable[level] + 1)
 
-    def _note_fits(self, s: Signals, need: float, preempted: bool, rest: tuple[int, ...]) -> None:
+    def _note_fits(self, s: Signals, need: float, preempted: bool, rest: Rest) -> None:
         """Remember since when each level would have held the load."""
         t = self.thresholds
         queued = preempted or s.oldest_wait_s > t.queue_delay_s
         first_fit = len(self._usable) if queued else bisect_left(self._usable, need / t.restore_below)
-        for level in range(len(self._usable)):
+        for level, usable in enumerate(self._usable):
             fits = level >= first_fit
-            is_end = level in self._tier_ends or (rest[level] == level and level in rest[level + 1 :])
-            if not fits and not queued and is_end:  # leave the costlier format, and slow levels, early
-                fits = need <= self._leave_tier_below * self._usable[level]
+            # Leave the costlier format, and slow levels, early.
+            if not fits and not queued and (level in self._tier_ends or level in rest.ends):
+                fits = need <= self._leave_tier_below * usable
             if not fits:
                 self._fits_since[level] = None
             elif self._fits_since[level] is None:
@@ -273,18 +280,17 @@ def tier_ends(ladder: Ladder) -> tuple[int, ...]:
     return tuple(ends)
 
 
-def rests(ladder: Ladder) -> tuple[tuple[int, tuple[int, ...]], ...]:
+def rests(ladder: Ladder) -> tuple[Rest, ...]:
     """Return where to rest instead of at a slow level.
 
     Returns:
-        For each measured batch, ascending: (sequences, by level the deepest one up to it that is not slow). One row in
-        which no level is slow, where nothing was measured.
+        For each measured batch, ascending. One row in which no level is slow, where nothing was measured.
     """
     rows = []
     for i, (batch, _) in enumerate(ladder[-1].time_factors):
-        rest: list[int] = []
+        at: list[int] = []
         for level in ladder:
             is_slow = level.index > 0 and level.time_factors[i][1] > _SLOWER
-            rest.append(rest[-1] if is_slow else level.index)
-        rows.append((batch, tuple(rest)))
-    return tuple(rows) or ((0, tuple(level.index for level in ladder)),)
+            at.append(at[-1] if is_slow else level.index)
+        rows.append(Rest(batch, tuple(at), frozenset(level for level in at if at.count(level) > 1)))
+    return tuple(rows) or (Rest(0, tuple(level.index for level in ladder), frozenset()),)
