@@ -89,12 +89,13 @@ class PutOff:
 
 def quick_end(predictor: Predictor, load: Load, num_levels: int) -> int:
     """Return the last of the levels of which each computes as fast as those before it, however many run."""
-    usual = [predictor.full_step_s(level, load) for level in range(num_levels)]
-    end, quickest = 0, usual[0]
-    while end + 1 < num_levels and usual[end + 1] <= _AS_QUICK * quickest:
-        end += 1
-        quickest = min(quickest, usual[end])
-    return end
+    quickest = predictor.full_step_s(0, load)
+    for level in range(1, num_levels):
+        usual = predictor.full_step_s(level, load)
+        if usual > _AS_QUICK * quickest:
+            return level - 1
+        quickest = min(quickest, usual)
+    return num_levels - 1
 
 
 def lasting(predictor: Predictor, load: Load, rate: float, end: int) -> int:

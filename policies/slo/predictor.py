@@ -15,6 +15,7 @@ from math import exp, inf
 from policies.promise import Promise
 from policies.slo.lateness import Late, Moment, Tally, chance_late, either, kept_by_any, parts_of
 from policies.slo.times import LevelTimes
+from policies.step_times import StepTime
 from policies.types import Cohort, EngineLimits, Signals
 
 _UNKNOWN_OUTPUT_TOKENS = 128.0  # until a request has ended
@@ -183,28 +184,32 @@ class Predictor:
             return Comparison(promised, promised, keeps)
         return Comparison(promised, [outlook.settled([False] * len(is_kept)) for outlook in outlooks], keeps)
 
-    def alone_s(self, level: int, load: Load) -> tuple[float, float]:
-        """Return what a usual request takes to its first token, and for each further one, with nobody else here."""
-        time, typical = self._times[level], load.typical
-        ttft_s = time.seconds(1, typical.prompt_tokens - 1, typical.prompt_tokens)
-        return load.factor * ttft_s, load.factor * time.seconds(1, 0, typical.mean_context)
+    def alone_ttft_s(self, level: int, load: Load) -> float:
+        """Return what a usual request takes to its first token with nobody else here."""
+        prompt_tokens = load.typical.prompt_tokens
+        return load.factor * self._times[level].seconds(1, prompt_tokens - 1, prompt_tokens)
+
+    def alone_tpot_s(self, level: int, load: Load) -> float:
+        """Return what a usual request takes for each further token with nobody else here."""
+        return load.factor * self._times[level].seconds(1, 0, load.typical.mean_context)
 
     def _outlook(self, level: int, load: Load, delay_s: float, at: Moment) -> _Outlook:
         s, typical, time = load.signals, load.typical, self._times[level]
         usable = self._usable[level]
         seats = self._seats(usable, typical)
         here = min(usable, self._usable[min(s.level, len(self._usable) - 1)])
-        room, room_now = self._fits(usable, load), self._fits(here, load)
-        release = self._release_rate(level, load, seats)  # nobody waits before all seats are taken
-        crowd = min(seats, max(s.num_running + s.num_waiting, self._steady(level, load)))
-        tpot_s = self.tpot_s(level, load, max(crowd, 1.0))
+        room = self._fits(usable, load)
+        room_now = room if here == usable else self._fits(here, load)
+        release = _release_rate(time, load, seats)  # nobody waits before all seats are taken
+        crowd = min(seats, max(s.num_running + s.num_waiting, self._steady(time, load)))
+        tpot_s = _tpot_s(time, load, max(crowd, 1.0))
         prefill_s = time.per_prefill_token_s * load.factor
         step_s = time.seconds(max(s.num_running, 1), 0, s.num_running * typical.mean_context) * load.factor
         slow = chance_late(tpot_s, load.tpot_s, load.step_sigma)
         queue = _Queue(delay_s, room_now, room, release, prefill_s, step_s, tpot_s, slow, load.sigma)
         tally = Tally()
         ahead, tokens = self._waiting(queue, load, at, tally)
-        coming = self._forecast(level, load, ahead, queue)
+        coming = self._forecast(time, load, ahead, queue)
         tally.add(coming)
         squeezed = self._running(load, seats, release, tpot_s, tally)
         binds = squeezed or ahead > room or (coming.requests > 0 and self._overflows(load, room - ahead, release))
@@ -234,33 +239,22 @@ class Predictor:
         seats = self._seats(usable_blocks, typical) - s.num_running
         return max(0.0, min(seats, (usable_blocks - need) / typical.mean_blocks))
 
-    def tpot_s(self, level: int, load: Load, num_seqs: float) -> float:
-        """Return the time per output token with so many side by side, their successors' prefill included."""
-        time, typical = self._times[level], load.typical
-        prefill_tokens = num_seqs * typical.prompt_tokens / typical.output_tokens
-        return load.factor * time.seconds(num_seqs, prefill_tokens, num_seqs * typical.mean_context)
-
     def release_rate(self, level: int, load: Load) -> float:
         """Return how many requests end per second while others wait."""
-        return self._release_rate(level, load, self._seats(self._usable[level], load.typical))
+        return _release_rate(self._times[level], load, self._seats(self._usable[level], load.typical))
 
-    def _release_rate(self, level: int, load: Load, num_seqs: float) -> float:
-        """Return how many requests end per second with so many side by side."""
-        return num_seqs / (load.typical.output_tokens * self.tpot_s(level, load, num_seqs))
-
-    def _steady(self, level: int, load: Load) -> float:
+    def _steady(self, time: StepTime, load: Load) -> float:
         """Return how many run side by side once arrivals and ends balance (Little's law); many where they never do."""
-        tpot_s = self.lasting_tpot_s(level, load, load.arrival_rate)
+        tpot_s = _lasting_tpot_s(time, load, load.arrival_rate)
         return load.arrival_rate * load.typical.output_tokens * tpot_s if tpot_s < inf else self._limits.max_num_seqs
 
     def lasting_tpot_s(self, level: int, load: Load, rate: float) -> float:
         """Return the time per output token once arrivals at a rate and ends balance; infinite where they never do."""
-        share = rate * load.factor * self._each_s(level, load)
-        return load.factor * self._times[level].base_s / (1.0 - share) if share < 1.0 else inf
+        return _lasting_tpot_s(self._times[level], load, rate)
 
     def lasting_rate(self, level: int, load: Load) -> float:
         """Return how many requests per second a level serves for long, by its KV and by the time per output token."""
-        return min(self._computed_rate(level, load), self.release_rate(level, load))
+        return min(_computed_rate(self._times[level], load), self.release_rate(level, load))
 
     def served_rate(self, level: int, load: Load) -> float:
         """Return how many requests per second a level serves until the horizon.
@@ -268,38 +262,26 @@ class Predictor:
         By the time per output token as `lasting_rate`. By KV so many that all seats are taken then, if each that is
         here is as likely to end at any moment as at any other (M/M/inf).
         """
-        seats = self._seats(self._usable[level], load.typical)
-        here = seats - self._fits(self._usable[level], load) + load.signals.num_waiting
-        ends_per_s = self._release_rate(level, load, seats) / seats  # of each that is here
+        time, usable = self._times[level], self._usable[level]
+        seats = self._seats(usable, load.typical)
+        here = seats - self._fits(usable, load) + load.signals.num_waiting
+        ends_per_s = _release_rate(time, load, seats) / seats  # of each that is here
         left = exp(-ends_per_s * load.horizon_s)
         by_kv = ends_per_s * max(seats - here * left, 0.0) / (1.0 - left)
-        return min(self._computed_rate(level, load), by_kv)
-
-    def _computed_rate(self, level: int, load: Load) -> float:
-        """Return at how many requests per second a step takes everyone's time per output token."""
-        free = max(1.0 - load.factor * self._times[level].base_s / load.tpot_s, 0.0)
-        each_s = load.factor * self._each_s(level, load)
-        return free / each_s if each_s else inf
-
-    def _each_s(self, level: int, load: Load) -> float:
-        """Return what a usual request adds to the time of all steps of its life."""
-        time, typical = self._times[level], load.typical
-        return time.per_prefill_token_s * typical.prompt_tokens + typical.output_tokens * (
-            time.per_seq_s + time.per_context_token_s * typical.mean_context
-        )
+        return min(_computed_rate(time, load), by_kv)
 
     def full_step_s(self, level: int, load: Load) -> float:
         """Return the time of a step of as many sequences as the engine lets run, without their prefill."""
         most = self._limits.max_num_seqs
         return self._times[level].seconds(most, 0, most * load.typical.mean_context)
 
-    def _forecast(self, level: int, load: Load, ahead: float, at: _Queue) -> Late:
+    def _forecast(self, time: StepTime, load: Load, ahead: float, at: _Queue) -> Late:
         """Return expected violations among those that come within the horizon behind so many, and how many come."""
         number = load.arrival_rate * load.horizon_s
         if number <= 0:
             return Late(0.0, 0.0)
         each, late = number / _FORECAST_POINTS, 0.0
-        prefill_s = load.typical.prompt_tokens * self._times[level].per_prefill_token_s * load.factor
+        prefill_s = load.typical.prompt_tokens * time.per_prefill_token_s * load.factor
         for point in range(_FORECAST_POINTS):
             at_s = (point + 0.5) / _FORECAST_POINTS * load.horizon_s
             before = ahead + (load.arrival_rate - at.release) * at_s  # who comes then
@@ -334,3 +316,36 @@ class Predictor:
             tally.judge(load.promise.own_tpot_s(own.limit_s), load.tpot_s, partial(late, number))
         tally.add(late(others, load.tpot_s))
         return evicted * s.num_running >= 1.0
+
+
+def _tpot_s(time: StepTime, load: Load, num_seqs: float) -> float:
+    """Return the time per output token with so many side by side, their successors' prefill included."""
+    typical = load.typical
+    prefill_tokens = num_seqs * typical.prompt_tokens / typical.output_tokens
+    return load.factor * time.seconds(num_seqs, prefill_tokens, num_seqs * typical.mean_context)
+
+
+def _release_rate(time: StepTime, load: Load, num_seqs: float) -> float:
+    """Return how many requests end per second with so many side by side."""
+    return num_seqs / (load.typical.output_tokens * _tpot_s(time, load, num_seqs))
+
+
+def _lasting_tpot_s(time: StepTime, load: Load, rate: float) -> float:
+    """Return the time per output token once arrivals at a rate and ends balance; infinite where they never do."""
+    share = rate * load.factor * _each_s(time, load)
+    return load.factor * time.base_s / (1.0 - share) if share < 1.0 else inf
+
+
+def _computed_rate(time: StepTime, load: Load) -> float:
+    """Return at how many requests per second a step takes everyone's time per output token."""
+    free = max(1.0 - load.factor * time.base_s / load.tpot_s, 0.0)
+    each_s = load.factor * _each_s(time, load)
+    return free / each_s if each_s else inf
+
+
+def _each_s(time: StepTime, load: Load) -> float:
+    """Return what a usual request adds to the time of all steps of its life."""
+    typical = load.typical
+    return time.per_prefill_token_s * typical.prompt_tokens + typical.output_tokens * (
+        time.per_seq_s + time.per_context_token_s * typical.mean_context
+    )

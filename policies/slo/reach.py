@@ -23,16 +23,15 @@ class Reach:
     def weigh(self, load: Load) -> bool:
         """Look at it anew; return whether it has just gone beyond reach."""
         bar = _AGAIN if self.why_not else 1.0
-        alone = [self._predictor.alone_s(level, load) for level in range(self._num_levels)]
-        least_ttft_s, least_tpot_s = map(min, zip(*alone, strict=True))
-        beyond = [
-            f"{name} of {limit_s:g} s (a lone request takes {least_s:.2g} s)"
-            for name, limit_s, least_s in (
-                ("ttft_s", load.ttft_s, least_ttft_s),
-                ("tpot_s", load.tpot_s, least_tpot_s),
-            )
-            if least_s > bar * limit_s
-        ]
+        beyond = []
+        for name, limit_s, alone_s in (
+            ("ttft_s", load.ttft_s, self._predictor.alone_ttft_s),
+            ("tpot_s", load.tpot_s, self._predictor.alone_tpot_s),
+        ):
+            levels = range(self._num_levels)
+            if not any(alone_s(level, load) <= bar * limit_s for level in levels):  # the first one mostly does
+                least_s = min(alone_s(level, load) for level in levels)
+                beyond.append(f"{name} of {limit_s:g} s (a lone request takes {least_s:.2g} s)")
         was_kept = not self.why_not
         self.why_not = f"no level keeps a {' or a '.join(beyond)}" if beyond else ""
         return was_kept and bool(beyond)

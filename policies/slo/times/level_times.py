@@ -93,20 +93,13 @@ class LearnedTimes:
         self._until_refit = _REFIT_STEPS
         self._unit_s = _UNIT_S
         self._fitted = [1.0 for _ in _PRIOR]  # each part over its prior
-        self._known: list[StepTime | None] = [None for _ in ladder]  # by level, as far as anybody has asked
+        self._times = self._work_out()  # by level
 
     def __len__(self) -> int:
         return len(self._parts)
 
     def __getitem__(self, level: int) -> StepTime:
-        time = self._known[level]
-        if time is None:
-            figures = zip(self._parts[level], self._fitted, strict=True)
-            fixed, linears, seq, seq_linears, prefill, context = (
-                self._unit_s * part * fitted for part, fitted in figures
-            )
-            time = self._known[level] = StepTime(fixed + linears, seq + seq_linears, prefill, context)
-        return time
+        return self._times[level]
 
     @property
     def move(self) -> LayerMove:
@@ -142,7 +135,7 @@ class LearnedTimes:
             return
         self._fit, self._moves, self._first = other._fit, other._moves, other._first
         self._unit_s, self._fitted, self._until_refit = other._unit_s, other._fitted, other._until_refit
-        self._known = [None for _ in self._parts]
+        self._times = other._times
 
     def _begin(self, runs: list[StepRun]) -> None:
         """Take the unit from the first steps together, and leave out those that say something else."""
@@ -164,7 +157,16 @@ class LearnedTimes:
     def _refit(self) -> None:
         self._until_refit = _REFIT_STEPS
         self._fitted = self._fit.solve()
-        self._known = [None for _ in self._parts]
+        self._times = self._work_out()
+
+    def _work_out(self) -> list[StepTime]:
+        times = []
+        for parts in self._parts:
+            fixed, linears, seq, seq_linears, prefill, context = (
+                self._unit_s * part * fitted for part, fitted in zip(parts, self._fitted, strict=True)
+            )
+            times.append(StepTime(fixed + linears, seq + seq_linears, prefill, context))
+        return times
 
 
 def _are_enough(runs: list[StepRun]) -> bool:
