@@ -10,7 +10,7 @@ are, at 1 to 4 times their rate, and synthetic ones; four levels of fp8, assumed
 times learned, as without settings.
 
 With `--whole` the whole conversation trace, half an hour, of which every 5th, 6th, 7th and 8th request is sent, on each
-machine; it has no parts.
+machine; with `--gpu`, too, all of it at 1, 1.5, 2, 2.5 and 3 times its rate. It has no parts.
 
 Policies: `stock`, `slo`, `threshold`, `static:LEVEL` (a level of the ladder, `w8` or `deepest`); with `@FILE` the
 `policy:` of that YAML. The demo model's shipped profile makes the ladder; `--no-profile` leaves it out.
@@ -52,6 +52,7 @@ _LENGTHS: dict[str, Any] = {"input_scale": 1 / 16, "input_clip": (8, 120), "outp
 _WHOLE_LENGTHS: dict[str, Any] = {"input_clip": (1, 4000), "output_clip": (1, 1000)}  # those of a GPU
 _SPEEDS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 _WHOLE_THIN = (5.0, 6.0, 7.0, 8.0)
+_WHOLE_RATES = (1.0, 1.5, 2.0, 2.5, 3.0)
 _FEWEST = 6  # requests of a window
 Families = Sequence[tuple[str, int, Callable[[Path, int], Workload]]]  # name, how many, what makes the i-th
 _SYNTHETIC = (
@@ -114,9 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the scatter of steps")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--no-profile", action="store_true")
-    shape = parser.add_mutually_exclusive_group()
-    shape.add_argument("--gpu", action="store_true", help="windows, engine and promises of a GPU")
-    shape.add_argument("--whole", action="store_true", help="half an hour each")
+    parser.add_argument("--gpu", action="store_true", help="windows, engine and promises of a GPU")
+    parser.add_argument("--whole", action="store_true", help="the conversation trace as a whole")
     args = parser.parse_args(argv)
     return run_command("compare_policies", lambda: _compare(args), "nothing is kept")
 
@@ -151,7 +151,7 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
 
 def _chosen(args: argparse.Namespace) -> Sequence[Window]:
     if args.whole:
-        return list(_whole_trace(args.traces, len(args.step_times)))
+        return list(_whole_trace(args.traces, args.gpu, len(args.step_times)))
     find = _gpu_windows(args.traces) if args.gpu else _windows(args.traces, len(args.step_times))
     part = {"tune": slice(0, None, 2), "held": slice(1, None, 2), "all": slice(None)}[args.part]
     return list(find)[part][:: args.every]
@@ -214,12 +214,14 @@ def _windows(traces: Path, num_machines: int) -> Iterator[Window]:
         yield Window(f"{name}/{machine}x{speed:g}", workload, machine, speed)
 
 
-def _whole_trace(traces: Path, num_machines: int) -> Iterator[Window]:
+def _whole_trace(traces: Path, is_gpu: bool, num_machines: int) -> Iterator[Window]:
     """Give the conversation trace as a whole, at each load on each machine."""
+    specs: dict[str, dict[str, Any]] = {f"{thin:g}": _LENGTHS | {"thin": thin} for thin in _WHOLE_THIN}
+    if is_gpu:
+        specs = {f"{rate:g}": _WHOLE_LENGTHS | {"rate_scale": rate} for rate in _WHOLE_RATES}
     for machine in range(num_machines):
-        for thin in _WHOLE_THIN:
-            workload = load_workload(WorkloadSpec(traces / _CONV, thin=thin, **_LENGTHS))
-            yield Window(f"{thin:g}/{machine}", workload, machine, 1.0)
+        for name, spec in specs.items():
+            yield Window(f"{name}/{machine}", load_workload(WorkloadSpec(traces / _CONV, **spec)), machine, 1.0)
 
 
 def _workloads(families: Families, traces: Path) -> Iterator[tuple[str, Workload]]:
