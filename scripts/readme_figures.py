@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("reports/readme"))
     args = parser.parse_args(argv)
+    args.out = args.out.resolve()  # commands run in the tree, wherever this was started
     if changed := uncommitted():
         return fail("readme_figures", f"changes are not committed, and figures name a commit:\n{changed}")
     commit = git("rev-parse", "--short", "HEAD")
@@ -167,6 +168,8 @@ def _demo(out: Path) -> dict[str, Any]:
 
 def _results(directory: Path, run: str) -> list[dict[str, Any]]:
     files = sorted(directory.glob(f"{run}.*/result.json"))
+    if not files:
+        raise FileNotFoundError(f"{directory} has no result of {run}")
     return [json.loads(file.read_text(encoding="utf-8"))["figures"] for file in files]
 
 

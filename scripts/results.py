@@ -2,8 +2,8 @@
 
 Each part is one or two tables on one page, with the line that says how they came about: part, commit, processor,
 versions, seeds. A part is kept under --out as it is measured, command by command, so that an interrupted call goes on;
-figures of another commit are never taken. What is simulated takes whatever time there is; what is measured on servers
-(`served`, `demo`) wants the machine for itself.
+figures of another commit, processor or vLLM are never taken. What is simulated may run beside other work; what is
+measured on servers (`served`, `demo`) wants the machine for itself.
 
 Parts, with minutes on one core of a 2.4 GHz server:
   hours        30  the conversation trace as a whole on two machines, every 5th to every 8th request (docs/slo.md)
@@ -13,7 +13,7 @@ Parts, with minutes on one core of a 2.4 GHz server:
   served       75  KL of what servers answered, greedy and drawn (docs/profiling.md)
   demo         60  stock vLLM, MorphServe, W8 for good on windows of real traffic (README.md; scripts/readme_figures.py)
 
-Last stdout line: one JSON document {"commit", "parts"}.
+Last stdout line: one JSON document {"of", "parts"}.
 
     make results PARTS="hours windows gpu_windows bound" TRACES=DIR
     python scripts/results.py --traces DIR --seeds 1 hours
@@ -33,6 +33,7 @@ import readme_figures
 from readme_figures import MORPHSERVE, ROOT, begun_at, last_line, put, spread, uncommitted
 
 from morphserve.files import write_whole
+from morphserve.tools.checks import at_least
 from morphserve.tools.command import command_parser, fail, finish
 from morphserve.tools.machine import describe_machine
 from morphserve.tools.tables import markdown_table
@@ -47,6 +48,9 @@ _POLICIES = {
     "static:deepest": "the deepest level for good", "static:fp8": "fp8 for good",
 }  # fmt: skip
 _BOUND_WINDOWS = ("convD", "hybC", "hybB")
+_SERVED = {
+    "expected_kl": "{:.4f}", "served_kl": "{:.5f}", "served_kl_error": "{:.5f}", "seen": "{:.3f}", "logprob": "{:.2f}"
+}  # fmt: skip
 _PROFILES = "morphserve/prepared/shipped"
 
 
@@ -163,26 +167,26 @@ def _settings(file: Path, profile: Path, kind: str) -> str:
 def served(asked: Asked) -> list[str]:
     """Return what was expected and what was served, of greedy answers and of drawn ones."""
     model = last_line(*MORPHSERVE, "demo", "--get-model")
-    as_served = ("--enforce-eager", "--max-model-len", "512")
+    cache = str(asked.run.out / "cache")  # of its own: other parts are measured with what comes along
+    as_served = ("--enforce-eager", "--max-model-len", "512", "--cache-dir", cache)
     asked.run("prepare", *MORPHSERVE, "prepare", model, *as_served, "--without-times", "--json")
+    config = asked.run.out / "served.yaml"
+    write_whole(config, json.dumps({"version": 1, "cache_dir": cache, "policy": {"kind": "slo"}}))
     rows = []
     for name, words in (("greedy", ()), ("drawn at 1", ("--temperature", "1"))):
         out = asked.run.out / f"served_{len(words)}"
         asked.run(
-            out.name, *MORPHSERVE, "replay", "--workload", "convD", "--model", model, "--config", "demo",
+            out.name, *MORPHSERVE, "replay", "--workload", "convD", "--model", model, "--config", str(config),
             "--enforce-eager", "--compare", "stock,morphserve,static_w8", "--fit", "--top-logprobs", "200", *words,
             "--out", str(out), "--quiet",
         )  # fmt: skip
         found = asked.run(f"{out.name}_kl", *MORPHSERVE, "served-kl", str(out))["runs"]
         for run, label in readme_figures.RUNS.items():
-            rows += [
-                [name, label, row["level"], f"{row['tokens']:,}", f"{row['expected_kl']:.4f}",
-                 f"{row['served_kl']:.5f}", f"{row['served_kl_error']:.5f}", f"{row['seen']:.3f}",
-                 f"{-row['logprob']:.2f}"]
-                for row in found[run]
-                if row["level"] == "all" or run == "morphserve"
-            ]  # fmt: skip
-    head = ["answers", "run", "level", "tokens", "expected", "served", "+-", "seen", "surprise"]
+            for row in found[run]:
+                if row["level"] == "all" or run == "morphserve":
+                    figures = (spread([row[key]], form) for key, form in _SERVED.items())
+                    rows.append([name, label, row["level"], f"{row['tokens']:,}", *figures])
+    head = ["answers", "run", "level", "tokens", "expected", "served", "+-", "seen", "ln p"]
     return markdown_table(head, rows)
 
 
@@ -199,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__)
     parser.add_argument("parts", nargs="+", choices=[*PARTS, "demo"], metavar="PART")
     parser.add_argument("--traces", type=Path, help="directory with azure2023/ and mooncake/, for what is simulated")
-    parser.add_argument("--seeds", type=int, default=3, help="of what is simulated with scatter")
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="of what is simulated with scatter")
     parser.add_argument("--out", type=Path, default=Path("reports/results"))
     args = parser.parse_args(argv)
     wanting = [name for name in args.parts if name in PARTS and PARTS[name].needs_traces]
@@ -208,11 +212,11 @@ def main(argv: list[str] | None = None) -> int:
         return fail("results", why)
     if changed := uncommitted():
         return fail("results", f"changes are not committed, and figures name a commit:\n{changed}")
-    commit = readme_figures.git("rev-parse", "--short", "HEAD")
-    if (begun := begun_at(args.out, commit)) != commit:
-        why = f"{args.out} has figures of commit {begun}, this is {commit}. Give another --out, or delete it."
-        return fail("results", why)
-    asked = Asked(Kept(args.out.resolve()), args.traces, args.seeds)
+    of = measured_on()
+    if (begun := begun_at(args.out, of)) != of:
+        return fail("results", f"{args.out} has figures of {begun}; this is {of}. Give another --out, or delete it.")
+    traces = args.traces.resolve() if args.traces else None
+    asked = Asked(Kept(args.out.resolve()), traces, args.seeds)
     for name in args.parts:
         if name == "demo":
             if readme_figures.main(["--out", str(args.out / "demo")]):
@@ -223,9 +227,9 @@ def main(argv: list[str] | None = None) -> int:
         except subprocess.CalledProcessError as e:
             return fail("results", f"{name}: {' '.join(e.cmd[:4])} ... ended with {e.returncode}; see above")
         page = ROOT / PARTS[name].page
-        text = "\n".join([provenance(name, commit, args.seeds), "", *lines])
+        text = "\n".join([provenance(name, of, args.seeds), "", *lines])
         page.write_text(put(page.read_text(encoding="utf-8"), text, marks(name)), encoding="utf-8")
-    return finish({"commit": commit, "parts": args.parts})
+    return finish({"of": of, "parts": args.parts})
 
 
 def marks(name: str) -> tuple[str, str]:
@@ -233,14 +237,19 @@ def marks(name: str) -> tuple[str, str]:
     return f"<!-- results: {name} -->", f"<!-- results: {name} end -->"
 
 
-def provenance(name: str, commit: str, seeds: int) -> str:
-    """Say how a part's figures came about."""
+def measured_on() -> str:
+    """Say what figures are of: commit, processor and versions."""
     machine = describe_machine()
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("vllm", "torch") if name in machine)
+    return f"commit {readme_figures.git('rev-parse', '--short', 'HEAD')}, {machine['cpu']}, {versions}"
+
+
+def provenance(name: str, of: str, seeds: int) -> str:
+    """Say how a part's figures came about."""
     how = PARTS[name].how
     if how == "simulated":
         how += f", medians of {seeds} seeds of the steps' scatter [least, most]" if seeds > 1 else ", one seed"
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("vllm", "torch") if name in machine)
-    return f"*`make results PARTS={name}`, commit {commit}, {machine['cpu']}, {versions}; {how}.*"
+    return f"*`make results PARTS={name}`, {of}; {how}.*"
 
 
 def over_all(documents: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -76,6 +76,14 @@ def test_a_comparison(tmp_path: Path) -> None:
         same(f"comparison_{name}", text.replace(str(tmp_path), "OUT"))
 
 
+def test_a_report_says_how_answers_were_made(tmp_path: Path) -> None:
+    """Guards: drawn answers reported as greedy ones."""
+    for temperature, words in ((0.0, "tokens, greedy, sent"), (0.7, "tokens, drawn at temperature 0.7, sent")):
+        runs = [replace(made_up("stock", 5.0, None, None, 0.0), setup={"temperature": temperature})]
+        write_comparison(summarize(WORKLOAD, "w.jsonl", Slo(), runs), runs, tmp_path)
+        assert words in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def row(rate: float, kl: float | None = None, **more: object) -> dict[str, object]:
     """Figures of a run."""
     figures = {"output_tok_s": 200.0, "duration_s": 80.0, "preemptions": 10, "ttft_p95_s": 1.234, "tpot_p99_ms": 98.7}

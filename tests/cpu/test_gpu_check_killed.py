@@ -78,7 +78,8 @@ class Check:
         pid = self._process.pid
         if self._process.poll() is not None:  # it was quicker
             return
-        os.kill(pid, signal.SIGSTOP)  # so that it starts nothing while we look
+        os.kill(pid, signal.SIGSTOP)  # so that it starts and reaps nothing while we look
+        os.waitpid(pid, os.WUNTRACED)
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
             os.kill(int(child), signal.SIGKILL)
         os.killpg(pid, signal.SIGKILL)

@@ -83,6 +83,25 @@ def test_a_part_is_written_where_it_belongs_and_not_measured_twice(
     assert (tmp_path / "tree" / "docs" / "slo.md").read_text(encoding="utf-8") == page
 
 
+def test_what_a_level_lacks_is_a_dash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Guards: an hour of serving whose table ends in a traceback, as one answer alone passed through a level."""
+    row = {"level": "all", "tokens": 1000, "expected_kl": 0.002, "served_kl": 0.001, "seen": 0.9, "logprob": -2.0}
+    rows = [row | {"served_kl_error": 0.0001}, row | {"level": "4", "tokens": 7, "served_kl_error": None}]
+    kl = {"runs": dict.fromkeys(readme_figures.RUNS, rows)}
+    answers = {"demo": "/model", "prepare": "{}", "replay": "{}", "served-kl": json.dumps(kl)}
+    asked: list[tuple[str, ...]] = []
+
+    def answer(*words: str) -> str:
+        asked.append(words)
+        return answers[words[2]]
+
+    monkeypatch.setattr(results, "last_line", answer)
+    lines = results.served(results.Asked(results.Kept(tmp_path), None, 1))
+    assert lines[4] == "| greedy | MorphServe | 4 | 7 | 0.0020 | 0.00100 | - | 0.900 | -2.00 |"
+    replays = [words for words in asked if words[2] == "replay"]
+    assert ["--temperature" in words for words in replays] == [False, True]
+
+
 def test_what_would_be_no_figure_of_this_tree_is_refused(
     committed: list[tuple[str, ...]],
     tmp_path: Path,
@@ -94,7 +113,7 @@ def test_what_would_be_no_figure_of_this_tree_is_refused(
     assert results.main(["windows", *out]) == 1 and "--traces" in capsys.readouterr().err
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "commit").write_text("another", encoding="utf-8")
-    assert results.main(["windows", "--traces", "T", *out]) == 1 and "of commit another" in capsys.readouterr().err
+    assert results.main(["windows", "--traces", "T", *out]) == 1 and "of another; this is" in capsys.readouterr().err
     monkeypatch.setattr(results, "uncommitted", lambda: " M scripts/results.py")
     assert results.main(["windows", "--traces", "T", *out]) == 1 and "not committed" in capsys.readouterr().err
     assert not committed

@@ -57,6 +57,12 @@ def test_servers_take_turns_and_what_is_there_is_not_measured_again(tmp_path: Pa
     slower = [replace(one, server=replace(one.server, cpu_bind="1")) for one in windows(tmp_path, 2)]
     with pytest.raises(ReplayError, match=r"calm/stock.1/result.json: measured with another config"):
         measure_all(slower, QUIET)
+    drawn = []
+    for one in windows(tmp_path, 2):
+        client = replace(one.measurement.client, temperature=0.7)
+        drawn.append(replace(one, measurement=replace(one.measurement, client=client)))
+    with pytest.raises(ReplayError, match=r"calm/stock.1/result.json: measured with another config"):
+        measure_all(drawn, QUIET)
     others = windows(tmp_path, 2)
     (tmp_path / "morph.yaml").write_text("kv: {max_num_blocks: 300}\n")
     with pytest.raises(ReplayError, match=r"static_w8.1/result.json: measured with another config"):

@@ -169,7 +169,7 @@ def comparison_of(args: argparse.Namespace, source: str, workload: Workload, wit
             workload=workload,
             prompts=_prompts(args, workload) if with_text else [],
             slo=_slo(args),
-            client=read_options(ClientOptions, args, url="", model=args.served_model_name, seed=args.seed),
+            client=read_options(ClientOptions, args, url="", model=args.served_model_name),
         ),
         setup={
             "model": args.model,

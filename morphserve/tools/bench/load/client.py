@@ -54,13 +54,11 @@ class ClientOptions:
         metavar="K",
     )
     temperature: float = option(
-        "draw the tokens of answers at this temperature, with the seeds of `--seed` in every run, as most users do; "
-        "default: 0, the most probable token",
+        "draw the tokens of answers at this temperature, as most users do; default: 0, the most probable token",
         default=0.0,
         type=between(0.0, 100.0),
         metavar="T",
     )
-    seed: int = 0  # of what is drawn: request i of the workload draws with seed + i
 
 
 async def replay(
@@ -83,8 +81,7 @@ async def replay(
         async def one(outcome: Outcome) -> None:
             await asyncio.sleep(max(0.0, outcome.scheduled_s - (time.perf_counter() - started)))
             body = completion_body(options, prompts[outcome.index], outcome.asked_tokens)
-            if options.temperature:
-                body |= {"temperature": options.temperature, "seed": options.seed + outcome.index}
+            body["temperature"] = options.temperature
             await send(session, options, body, outcome, started)
             on_done(outcome)
 

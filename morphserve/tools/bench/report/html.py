@@ -201,10 +201,12 @@ def _table(names: Sequence[str], table: Rows, repeats: int) -> str:
 def _how(summary: Summary, shown: Sequence[RunResult]) -> str:
     w = summary.workload
     machine = shown[0].setup
+    temperature = machine.get("temperature")
+    answers = f"drawn at temperature {temperature:g}" if temperature else "greedy"
     facts = [
         f"{summary.workload_path}: {len(w.requests)} requests in {w.span_s:.0f} s, "
         f"{w.input_tokens:,} prompt tokens, "
-        f"{w.output_tokens:,} output tokens, greedy, sent at the trace's times whatever the server does",
+        f"{w.output_tokens:,} output tokens, {answers}, sent at the trace's times whatever the server does",
         f"SLO: TTFT {summary.slo.ttft_s:g} s and TPOT {summary.slo.tpot_s * 1000:g} ms, both",
         *summary.remarks,
         f"**simulated, no server was started**: {machine['simulated']}"

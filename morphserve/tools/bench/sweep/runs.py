@@ -79,6 +79,8 @@ def _asked(comparison: Comparison, name: str) -> str:
         own, server.arguments(0, ()), server.cpu_bind, what.workload.requests, what.prompts, what.slo,
         what.client.cutoff_s, what.client.request_timeout_s,
     )  # fmt: skip
+    if what.client.temperature:
+        parts = (*parts, what.client.temperature)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
