@@ -79,7 +79,8 @@ def test_a_comparison(tmp_path: Path) -> None:
 def test_a_report_says_how_answers_were_made(tmp_path: Path) -> None:
     """Guards: drawn answers reported as greedy ones."""
     for temperature, words in ((0.0, "tokens, greedy, sent"), (0.7, "tokens, drawn at temperature 0.7, sent")):
-        runs = [replace(made_up("stock", 5.0, None, None, 0.0), setup={"temperature": temperature})]
+        of = {"setup": {"temperature": temperature}, "directory": tmp_path / "stock"}
+        runs = [replace(made_up("stock", 5.0, None, None, 0.0), **of)]
         write_comparison(summarize(WORKLOAD, "w.jsonl", Slo(), runs), runs, tmp_path)
         assert words in (tmp_path / "report.html").read_text(encoding="utf-8")
 
