@@ -41,6 +41,7 @@ FAILS: list[tuple[tuple[str, ...], str]] = [
     ((*SIMULATE, "--config", "demo", "--step-times", "{tmp}/times.json", "--out", UNDER_A_FILE[0]), UNDER_A_FILE[1]),
     ((*SIMULATE, "--config", NOWHERE, "--step-times", "{tmp}/times.json", "--out", "{tmp}/new"), NO_HOME),
     ((*SIMULATE, "--config", "{tmp}/empty.yaml", "--step-times", "{tmp}/file", "--out", "{tmp}/new"), "is empty"),
+    ((*SIMULATE, "--step-times", "{tmp}/times.json", "--temperature", "1", "--out", "{tmp}/new"), "starts no server"),
     (("simulate", "--workload", "convD", "--fit", "--step-times", "{tmp}/file", "--out", "{tmp}/new"), "not JSON"),
     (("sweep", "--simulate", "--window", "{tmp}/twice.yaml", "--step-times", "{tmp}/file", "--out", "{tmp}/new"),
      "key 'file' is given twice"),
