@@ -5,10 +5,10 @@ versions, seeds. A part is kept under --out as it is measured, command by comman
 figures of another commit, processor or vLLM are never taken. What is simulated may run beside other work; what is
 measured on servers (`served`, `demo`) wants the machine for itself.
 
-Parts, with minutes on one core of a 2.4 GHz server:
+Parts, with minutes on a core of an AMD EPYC (Zen 3), three seeds:
   hours        30  the conversation trace as a whole on two machines, every 5th to every 8th request (docs/slo.md)
-  windows      60  some 100 windows of 72 s that no rule was made on, from light to hopeless loads (docs/slo.md)
-  gpu_windows  30  60 windows of a GPU's shape (docs/slo.md)
+  windows      15  some 100 windows of 72 s that no rule was made on, from light to hopeless loads (docs/slo.md)
+  gpu_windows  10  60 windows of a GPU's shape (docs/slo.md)
   bound        15  what a search that knows the future finds on three windows and 400 s of the trace (docs/tuning.md)
   served       75  KL of what servers answered, greedy and drawn (docs/profiling.md)
   demo         60  stock vLLM, MorphServe, W8 for good on windows of real traffic (README.md; scripts/readme_figures.py)
