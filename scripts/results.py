@@ -3,7 +3,7 @@
 Each part is one or two tables on one page, with the line that says how they came about: part, commit, processor,
 versions, seeds. A part is kept under --out as it is measured, command by command, so that an interrupted call goes on;
 figures of another commit, processor or vLLM are never taken. What is simulated may run beside other work; what is
-measured on servers (`served`, `demo`) wants the machine for itself.
+measured on servers (`served`, `paper`, `halves`, `demo`) wants the machine for itself.
 
 Parts, with minutes on a core of an AMD EPYC (Zen 3), three seeds:
   hours        30  the conversation trace as a whole on two machines, every 5th to every 8th request (docs/slo.md)
@@ -11,6 +11,8 @@ Parts, with minutes on a core of an AMD EPYC (Zen 3), three seeds:
   gpu_windows  10  60 windows of a GPU's shape (docs/slo.md)
   bound        15  what a search that knows the future finds on three windows and 400 s of the trace (docs/tuning.md)
   served       75  KL of what servers answered, greedy and drawn (docs/profiling.md)
+  paper        45  the modes beside stock vLLM and 4 bits for good, as the paper has them (docs/paper.md)
+  halves       40  answers of which one half is in 4 bits, greedy and drawn (docs/paper.md)
   demo         60  stock vLLM, MorphServe, W8 for good on windows of real traffic (README.md; scripts/readme_figures.py)
 
 Last stdout line: one JSON document {"of", "parts"}.
@@ -29,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import paper_tables
 import readme_figures
 from readme_figures import MORPHSERVE, ROOT, begun_at, last_line, put, spread, uncommitted
 
@@ -51,6 +54,7 @@ _BOUND_WINDOWS = ("convD", "hybC", "hybB")
 _SERVED = {
     "expected_kl": "{:.4f}", "served_kl": "{:.5f}", "served_kl_error": "{:.5f}", "seen": "{:.3f}", "logprob": "{:.2f}"
 }  # fmt: skip
+_KV_PICTURE = "docs/img/kv_use.png"
 _PROFILES = "morphserve/prepared/shipped"
 
 
@@ -190,12 +194,38 @@ def served(asked: Asked) -> list[str]:
     return markdown_table(head, rows)
 
 
+def paper(asked: Asked) -> list[str]:
+    """Return the modes' table, at the load that the demo fits to this machine."""
+    model = last_line(*MORPHSERVE, "demo", "--get-model")
+    fit = asked.run("paper_demo", *MORPHSERVE, "demo", "--out", str(asked.run.out / "paper_demo"))["fit"]
+    out = asked.run.out / "paper"
+    asked.run("paper", *paper_tables.words(fit, model, out))
+    return [f"{readme_figures.load(fit)}; limits: {_limits(fit)}.", "", *paper_tables.lines(out, ROOT / _KV_PICTURE)]
+
+
+def _limits(fit: Mapping[str, Any]) -> str:
+    return f"TTFT {fit['slo_ttft_s']:.2g} s, TPOT {fit['slo_tpot_ms']:.0f} ms"
+
+
+def halves(asked: Asked) -> list[str]:
+    """Return what it matters which half of an answer is in 4 bits, of greedy answers and of drawn ones."""
+    model = last_line(*MORPHSERVE, "demo", "--get-model")
+    rows = []
+    for name, words in (("greedy", ()), ("drawn at 1", ("--temperature", "1"))):
+        out = asked.run.out / f"halves_{len(words)}"
+        found = asked.run(out.name, "scripts/early_late.py", "--model", model, *words, "--out", str(out))["rows"]
+        rows += [[name, *paper_tables.half(row)] for row in found]
+    return markdown_table(("answers", *paper_tables.HALF), rows)
+
+
 PARTS = {
     "hours": Part("docs/slo.md", "simulated", hours),
     "windows": Part("docs/slo.md", "simulated", windows),
     "gpu_windows": Part("docs/slo.md", "simulated", gpu_windows),
     "bound": Part("docs/tuning.md", "simulated without scatter", bound),
     "served": Part("docs/profiling.md", "one run each", served, needs_traces=False),
+    "paper": Part("docs/paper.md", "one run each", paper, needs_traces=False),
+    "halves": Part("docs/paper.md", "36 answers each", halves, needs_traces=False),
 }
 
 

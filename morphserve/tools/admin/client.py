@@ -64,7 +64,7 @@ def run_order(action: str, args: argparse.Namespace, prog: str, keys: Sequence[s
     """
     body = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     try:
-        done = send(args.url, args.token_file, action, {**body, "cause": args.cause})
+        done = send_order(args.url, args.token_file, action, {**body, "cause": args.cause})
     except NotOrdered as e:
         return fail(prog, e)
     for engine in done["engines"]:
@@ -72,19 +72,30 @@ def run_order(action: str, args: argparse.Namespace, prog: str, keys: Sequence[s
     return finish(done)
 
 
-def send(url: str, token_file: Path | None, action: str, body: dict[str, Any]) -> dict[str, Any]:
+def send_order(url: str, token_file: Path | None, action: str, body: dict[str, Any]) -> dict[str, Any]:
     """Look, then order; return the answer.
 
     Raises:
         NotOrdered: the server has not taken it, or there is none.
     """
+    content = json.dumps({**body, "revision": order_state(url, token_file)["revision"]}).encode()
+    return _ask(urllib.request.Request(f"{url}/morphserve/admin/{action}", content, _headers(token_file)))
+
+
+def order_state(url: str, token_file: Path | None) -> dict[str, Any]:
+    """Return what is in force: the revision of orders, and level, load and order of each engine.
+
+    Raises:
+        NotOrdered: the server does not say, or there is none.
+    """
+    return _ask(urllib.request.Request(f"{url}/morphserve/admin/state", headers=_headers(token_file)))
+
+
+def _headers(token_file: Path | None) -> dict[str, str]:
     try:
-        headers = {**token_headers(token_file), "Content-Type": "application/json"}
+        return {**token_headers(token_file), "Content-Type": "application/json"}
     except ConfigError as e:
         raise NotOrdered(str(e)) from e
-    state = _ask(urllib.request.Request(f"{url}/morphserve/admin/state", headers=headers))
-    content = json.dumps({**body, "revision": state["revision"]}).encode()
-    return _ask(urllib.request.Request(f"{url}/morphserve/admin/{action}", content, headers))
 
 
 def _ask(question: urllib.request.Request) -> dict[str, Any]:

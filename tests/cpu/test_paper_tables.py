@@ -1,0 +1,96 @@
+"""Figures beside the paper's: which way ratios go, what counts as use of the KV cache, and halves of an answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import early_late
+import numpy as np
+import paper_tables
+import pytest
+
+from morphserve.tools.quality import Scored
+from morphserve.tools.workload import ServedAnswer
+
+pytestmark = pytest.mark.cpu
+
+FIT = {"thin": 2.0, "rate_scale": 1.0, "slo_ttft_s": 3.0, "slo_tpot_ms": 400.0, "cutoff_s": 150.0}
+SERIES = [
+    {"t_s": 0.0, "blocks_published": 50, "blocks_used": 0, "running": 0, "waiting": 0},
+    {"t_s": 1.0, "blocks_published": 50, "blocks_used": 40, "running": 3, "waiting": 1},
+    {"t_s": 2.0, "blocks_published": 100, "blocks_used": 60, "running": 6, "waiting": 0},
+    {"t_s": 3.0, "blocks_published": None, "blocks_used": None, "running": 6, "waiting": 0},
+]
+
+
+def result(**figures: Any) -> dict[str, Any]:
+    """What a run's file has."""
+    usual = {"violation_rate": 0.5, "ttft_p95_s": 6.0, "expected_kl_per_token": None, "tpot_p50_ms": 100.0,
+             "tpot_p99_ms": 200.0, "kv_blocks_max": 50, "output_tok_s": 100.0}  # fmt: skip
+    return {"figures": usual | figures, "series": SERIES}
+
+
+WINDOW = {
+    "stock": result(),
+    "morphserve": result(violation_rate=0.0, ttft_p95_s=2.0, expected_kl_per_token=0.01, tpot_p99_ms=100.0,
+                         kv_blocks_max=75, output_tok_s=150.0),
+    "static_w4": result(violation_rate=0.0, ttft_p95_s=1.0, expected_kl_per_token=0.1, kv_blocks_max=150),
+}  # fmt: skip
+
+
+def test_each_figure_stands_beside_its_reference() -> None:
+    """Guards: a ratio the wrong way round, or W4's quality compared with stock's."""
+    cells = paper_tables.cells([WINDOW, WINDOW], WINDOW, "morphserve")
+    assert cells == ["0.0%", "3.0", "0.0100", "90%", "1.00, 0.50", "+50%", "70%", "1.50"]
+    assert paper_tables.cells([WINDOW], WINDOW, "static_w4")[1:4] == ["6.0", "0.1000", "-"]
+    assert paper_tables.cells([WINDOW], WINDOW, "stock") == ["50.0%", "1", "0", "-", "1.00, 1.00", "+0%", "70%", "1.00"]
+
+
+def test_kv_in_use_is_of_the_time_that_anybody_is_there() -> None:
+    """Guards: the idle seconds before and after a burst, which would make every server look as if it wasted memory."""
+    assert paper_tables.kv_in_use(SERIES) == pytest.approx((40 / 50 + 60 / 100) / 2)
+    assert paper_tables.kv_in_use(SERIES[:1]) is None
+
+
+def test_all_windows_have_the_demos_load_and_limits() -> None:
+    """Guards: a saturated window that is not thinned as the others are, or limits of another machine."""
+    words = paper_tables.words(FIT, "/model", Path("out"))
+    windows = [words[i + 1] for i, word in enumerate(words) if word == "--window"]
+    assert windows == ["conv593:thin=2:rate_scale=1", "convD:thin=2:rate_scale=1", "hybB:thin=2:rate_scale=1",
+                       "convD:thin=2:rate_scale=40"]  # fmt: skip
+    assert words[words.index("--slo-ttft-s") + 1] == "3" and words[words.index("--slo-tpot-ms") + 1] == "400"
+    assert set(words[words.index("--compare") + 1].split(",")) == set(paper_tables.RUNS)
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    """Guards: a table that is lost, as a server's page had no blocks for a moment."""
+    paper_tables.draw_kv({"stock vLLM": SERIES, "W4 for good": SERIES}, tmp_path / "kv.png")
+    assert (tmp_path / "kv.png").read_bytes().startswith(b"\x89PNG")
+
+
+def answer(tokens: list[int]) -> ServedAnswer:
+    """An answer of so many tokens, without what was likely at each."""
+    nothing = np.zeros((len(tokens), 0))
+    return ServedAnswer(
+        np.zeros(4, np.int32), np.array(tokens, np.int32), nothing.astype(np.int32), nothing.astype(np.float32),
+        np.zeros(len(tokens), np.int16),
+    )  # fmt: skip
+
+
+def scored(kl: list[float], levels: list[int]) -> Scored:
+    """An answer as full precision sees it."""
+    return Scored(np.array(kl), np.ones(len(kl)), -np.arange(len(kl), dtype=float), np.array(levels, np.int16))
+
+
+def test_halves_of_answers_are_told_apart() -> None:
+    """Guards: a way whose second half is counted with the first, or shown as unlike an answer that it repeats."""
+    full, late = ([answer([1, 2, 3, last]), answer([5, 6, 7, 8])] for last in (4, 9))
+    seen = [scored([0.0, 0.0, 0.0, 0.4], [0, 0, 0, 1]), scored([0.0, 0.0, 0.2, 0.4], [0, 0, 1, 1])]
+    first, second = early_late.way_rows("late", seen, {"full": full, "late": late})
+    assert (first["kl"], first["in_format"], first["same"], first["tokens"]) == (0.0, 0.0, 1.0, 4)
+    assert (second["in_format"], second["same"], second["logprob"]) == (0.75, 0.5, -2.5)
+    assert second["kl"] == pytest.approx(0.25) and second["kl_error"] == pytest.approx(0.05)
+    assert paper_tables.half(second) == [
+        "second", "second", "75%", "0.2500", "0.0500", "-2.500", "0.000", "50%"
+    ]  # fmt: skip
