@@ -12,7 +12,7 @@ answer is as a text), +-. `same`: share (%) of answers whose tokens are those of
 there (greedy answers alone).
 Last stdout line: one JSON document {"model", "format", "temperature", "rows"}.
 
-    python scripts/early_late.py --model MODEL_DIR --format w4 --turns 4
+    python scripts/early_late.py --model MODEL_DIR --format w4 --turns 2
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--format", default="w4", help="that all layers have at LEVEL")
-    parser.add_argument("--turns", type=at_least(1), default=4)
+    parser.add_argument("--turns", type=at_least(1), default=2)
     parser.add_argument("--prompts", type=at_least(2), default=12, help="of a turn")
     parser.add_argument("--output-tokens", type=at_least(8), default=384)
     parser.add_argument("--temperature", type=between(0.0, 100.0), default=0.0)

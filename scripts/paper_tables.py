@@ -20,7 +20,7 @@ RUNS = {
     "stock": "stock vLLM", "accuracy": "`slo`, accuracy", "morphserve": "`slo`, default",
     "performance": "`slo`, performance", "threshold": "`threshold`, default", "static_w4": "W4 for good",
 }  # fmt: skip
-WINDOWS = ("conv593", "convD", "hybB")
+WINDOWS = ("convD", "hybB")
 _SHIPPED = ("accuracy", "performance", "threshold")  # YAMLs that come along
 _DRAWN = "hybB"
 _AT_ONCE = 40.0  # times as fast: the window's 72 s within two
@@ -32,7 +32,7 @@ _HEAD = (
 
 def words(fit: dict[str, Any], model: str, out: Path) -> list[str]:
     """Return the command that measures all of it, at the load and with the limits that the demo has fitted."""
-    saturated = f"{WINDOWS[1]}:thin={fit['thin']:g}:rate_scale={_AT_ONCE * fit['rate_scale']:g}"
+    saturated = f"{WINDOWS[0]}:thin={fit['thin']:g}:rate_scale={_AT_ONCE * fit['rate_scale']:g}"
     named = [word for name in _SHIPPED for word in ("--policy", f"{name}={name}")]
     return [
         *MORPHSERVE, "sweep", "--model", model, "--config", "demo", *named, "--compare", ",".join(RUNS),

@@ -11,7 +11,7 @@ Parts, with minutes on a core of an AMD EPYC (Zen 3), three seeds:
   gpu_windows  10  60 windows of a GPU's shape (docs/slo.md)
   bound        15  what a search that knows the future finds on three windows and 400 s of the trace (docs/tuning.md)
   served       75  KL of what servers answered, greedy and drawn (docs/profiling.md)
-  paper        45  the modes beside stock vLLM and 4 bits for good, as the paper has them (docs/paper.md)
+  paper        35  the modes beside stock vLLM and 4 bits for good, as the paper has them (docs/paper.md)
   halves       40  answers of which one half is in 4 bits, greedy and drawn (docs/paper.md)
   demo         60  stock vLLM, MorphServe, W8 for good on windows of real traffic (README.md; scripts/readme_figures.py)
 
@@ -225,7 +225,7 @@ PARTS = {
     "bound": Part("docs/tuning.md", "simulated without scatter", bound),
     "served": Part("docs/profiling.md", "one run each", served, needs_traces=False),
     "paper": Part("docs/paper.md", "one run each", paper, needs_traces=False),
-    "halves": Part("docs/paper.md", "36 answers each", halves, needs_traces=False),
+    "halves": Part("docs/paper.md", "24 answers each", halves, needs_traces=False),
 }
 
 
