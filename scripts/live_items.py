@@ -20,10 +20,21 @@ Levels = dict[tuple[int, ...], dict[str, int]]  # prompt |-> level |-> tokens of
 
 ANSWER = "gsm8k_answer"  # the task whose answers are generated
 _LEAST_CONTEXT, _MOST_CONTEXT, _ANSWER_TOKENS = 48, 96, 160
+_SAME = 60  # letters that two passages have in common by no chance
 
 
-def make_tasks(data: Path, encode: Encode, limit: int, answers: int, max_model_len: int) -> dict[str, list[Item]]:
+def make_tasks(
+    data: Path, encode: Encode, limit: int, answers: int, max_model_len: int, known: str = ""
+) -> dict[str, list[Item]]:
     """Return the items of each task, spread evenly over its file; those that do not fit `max_model_len` are left out.
+
+    Args:
+        data: directory of the files.
+        encode: the model's tokenizer.
+        limit: items of a task.
+        answers: items of `ANSWER`.
+        max_model_len: of the servers.
+        known: text that profiles were made on; passages of it are not asked.
 
     Raises:
         MorphServeError: a file is not there, or is another.
@@ -45,8 +56,8 @@ def make_tasks(data: Path, encode: Encode, limit: int, answers: int, max_model_l
     questions = [{"context": before + e["context"], "target": e["target"].split()[-1].rstrip(".")} for e in asked]
     longest = max_model_len - _ANSWER_TOKENS - 1  # lm-eval keeps one token back
     found = {
-        "cloze_wikitext": _cloze((_untokenized(line) for line in lines), encode),
-        "cloze_qmsum": _cloze(turns, encode),
+        "cloze_wikitext": _unknown(_cloze((_untokenized(line) for line in lines), encode), known),
+        "cloze_qmsum": _unknown(_cloze(turns, encode), known),
         "gsm8k_solution": asked,
         ANSWER: [each for each in questions if len(encode(each["context"], False)) < longest],
     }
@@ -63,7 +74,7 @@ def _solved(problem: Mapping[str, str]) -> Item:
 
 
 def _untokenized(line: str) -> str:
-    """Return the longest part of a line of WikiText without an unknown word, written as people write."""
+    """Return the longest part of a line of WikiText without an unknown word, with spaces about as people set them."""
     part = re.sub(r" @(.)@ ", r"\1", max(line.split("<unk>"), key=len))
     return re.sub(r" ([,.;:!?)%']|n't)", r"\1", part.replace("( ", "("))
 
@@ -81,6 +92,16 @@ def _cloze(paragraphs: Iterable[str], encode: Encode) -> Iterator[Item]:
                     break
 
 
+def _unknown(items: Iterable[Item], known: str) -> Iterator[Item]:
+    """Leave out the items whose passage begins in a text as it does there, whatever spaces and marks are between."""
+    letters = _letters(known)
+    return (item for item in items if _letters(item["context"])[:_SAME] not in letters)
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[\W_]+", "", text).lower()
+
+
 def _spread(items: Iterable[Item], most: int) -> list[Item]:
     found = list(items)
     return [found[i * len(found) // most] for i in range(most)] if len(found) > most else found
@@ -96,7 +117,7 @@ def task_file(task: str, items: Path) -> dict[str, Any]:
         ],
     }
     if task == ANSWER:
-        last = {"function": "regex", "regex_pattern": r"-?\d[\d,]*(?:\.\d+)?", "group_select": -1}
+        last = {"function": "regex", "regex_pattern": r"-?\d+(?:,\d{3})*(?:\.\d+)?", "group_select": -1}
         exact = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "regexes_to_ignore": [","]}
         stops = {"until": ["\n\n", "Question:"], "max_gen_toks": _ANSWER_TOKENS, "do_sample": False, "temperature": 0}
         own = {
@@ -136,7 +157,7 @@ def read_answers(
     return scores, sorted(answered, key=lambda item: int(item["id"]))
 
 
-def change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+def status_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Return what two statuses of a server say of the time between: generated tokens by level, ended transitions."""
     return {
         key: {k: n - before.get(key, {}).get(k, 0) for k, n in after.get(key, {}).items()}
@@ -180,7 +201,7 @@ def doubts(name: str, served: Sequence[Mapping[str, Mapping[str, int]]], level_a
     """Return what the tasks of a run do not show, because its server did not switch, or did though it should not.
 
     Args:
-        served: of each task, see `change`.
+        served: of each task, see `status_change`.
         level_at_rest: a while after the load; None = stopped before.
     """
     if name == STOCK:

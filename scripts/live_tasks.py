@@ -14,7 +14,8 @@ Output columns: run, task, items, score (as lm-eval says: acc or exact_match), p
 below full precision computed), served (the same of all that the server generated meanwhile), moves (of the level).
 Last stdout line: one JSON document, in it too: other_answer (items with another generated number), at_full_precision
 (items that level 0 computed altogether: the most that they differ is rounding), load, doubts (a server that never left
-level 0, or was not back a minute after the load). A task whose result lies in --out is not asked again.
+level 0, or was not back a minute after the load; items without a receipt; a load that nobody answered). A task whose
+result lies in --out is not asked again.
 
 lm-eval has a place of its own: python -m venv lm && lm/bin/pip install "lm-eval[api]==0.4.13" transformers
 
@@ -32,29 +33,42 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from live_items import ANSWER, Encode, Item, change, compare, doubts, make_tasks, read_answers, share_below, task_file
+from live_items import (
+    ANSWER,
+    Encode,
+    Item,
+    compare,
+    doubts,
+    make_tasks,
+    read_answers,
+    share_below,
+    status_change,
+    task_file,
+)
 from live_traffic import Relay, keep_loaded, run_lm_eval
 
 from morphserve.errors import MorphServeError
 from morphserve.files import write_whole
 from morphserve.tools.bench import status_of
 from morphserve.tools.bench.cli import comparison_of, settle_dtype
-from morphserve.tools.bench.comparison import Comparison
+from morphserve.tools.bench.comparison import STOCK, Comparison, static_format
 from morphserve.tools.bench.load.client import ClientOptions
 from morphserve.tools.bench.options import prompt_options, server_options
 from morphserve.tools.bench.report.console import ConsoleProgress
 from morphserve.tools.bench.servers import start_server
 from morphserve.tools.checks import at_least, check_directory
 from morphserve.tools.command import command_parser, run_command, say
+from morphserve.tools.machine import describe_machine
 from morphserve.tools.options import add_options, read_options
 from morphserve.tools.tables import text_table
-from morphserve.tools.workload import WorkloadSpec, check_fits, load_encoder, load_workload
+from morphserve.tools.workload import WorkloadSpec, check_fits, load_encoder, load_workload, read_corpus
 
+CORPUS = Path(__file__).resolve().parent / "corpus" / "wikitext2.txt"  # profiles are made on it, unless told otherwise
 _PATIENCE_S = 60.0
 _HEAD = ("run", "task", "items", "score", "ppl", "difference", "+-", "lost", "won", "below", "served", "moves")
 
@@ -100,25 +114,32 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     comparison.check()
     tokenizer = args.tokenizer or args.model
     encode = load_encoder(tokenizer)
-    tasks = make_tasks(args.data, encode, args.limit, args.answers, args.max_model_len)
+    known = read_corpus(CORPUS)
+    tasks = make_tasks(args.data, encode, args.limit, args.answers, args.max_model_len, known)
     out = args.out.absolute()
     for name in comparison.names:
         load = None if name in idle else [repr(workload), args.rest, args.corpus, args.seed, args.temperature]
         config = comparison.derived(name, out / name)
-        _keep_to(out / name, {"items": tasks, "server": repr(comparison.server), "load": load, "config": config})
+        client = repr(comparison.measurement.client)
+        asked = {"items": tasks, "load": load, "concurrent": args.concurrent, "client": client}
+        where = {"server": repr(comparison.server), "config": config, "machine": describe_machine()}
+        _keep_to(out / name, asked | where)
+    local = Path(tokenizer).absolute()
+    tokenizer = str(local) if local.exists() else tokenizer
     command = [
         str(Path(lm_eval).absolute()), "run", "--log_samples", "--model", "local-completions", "--model_args",
-        f"model={args.served_model_name},tokenizer={Path(tokenizer).absolute()},tokenizer_backend=huggingface,"
+        f"model={args.served_model_name},tokenizer={tokenizer},tokenizer_backend=huggingface,"
         f"max_length={args.max_model_len},num_concurrent={args.concurrent},timeout=900",
     ]  # fmt: skip
     with ConsoleProgress() as progress:
         for name in comparison.names:
             missing = {task: items for task, items in tasks.items() if not (out / name / f"{task}.json").is_file()}
             if missing:
+                (out / name / "rest.json").unlink(missing_ok=True)
                 with start_server(comparison, name, out / name, name, progress) as server:
                     rest_s = None if name in idle else args.rest
                     asyncio.run(_ask_all(comparison, server.url, rest_s, missing, encode, command, out / name, args))
-    return _report(out, comparison.names, list(tasks))
+    return _report(out, comparison.names, list(tasks), idle)
 
 
 def _keep_to(out: Path, setup: dict[str, Any]) -> None:
@@ -142,7 +163,7 @@ async def _ask_all(
         async with relay.listening() as asked_url:
             for task, items in tasks.items():
                 sys.stderr.write(f"{directory.name}: {task}, {len(items)} items\n")
-                before, load_before, begin = await status_of(url) or {}, load.copy(), time.monotonic()
+                before, load_before, begin = await _status(url, directory.name), load.copy(), time.monotonic()
                 work = directory / "lm_eval" / task
                 shutil.rmtree(work, ignore_errors=True)
                 work.mkdir(parents=True)
@@ -157,28 +178,40 @@ async def _ask_all(
                 scores, answered = read_answers(work / "out", task, encode, relay.levels)
                 told = {
                     "scores": scores,
-                    "served": change(before, await status_of(url) or {}),
+                    "served": status_change(before, await _status(url, directory.name)),
                     "load": dict(load - load_before),
                     "took_s": round(time.monotonic() - begin, 1),
                     "items": answered,
                 }
                 write_whole(directory / f"{task}.json", json.dumps(told))
         loading.cancel()
-        write_whole(directory / "rest.json", json.dumps({"level": await _level_at_rest(url)}))
+        write_whole(directory / "rest.json", json.dumps({"level": await _level_at_rest(url, directory.name)}))
     finally:
         loading.cancel()
         await asyncio.gather(loading, return_exceptions=True)
 
 
-async def _level_at_rest(url: str) -> int:
+async def _status(url: str, name: str) -> dict[str, Any]:
+    """Return what the server of a run says of itself; nothing of a stock one.
+
+    Raises:
+        MorphServeError: it does not say.
+    """
+    status = await status_of(url)
+    if status is None and name != STOCK:
+        raise MorphServeError(f"{name}: the server says nothing of its level any more. Its log says why. Run again.")
+    return status or {}
+
+
+async def _level_at_rest(url: str, name: str) -> int:
     """Return level 0 as soon as a server without a load is there, or where it is after a minute; 0 of stock."""
     until = time.monotonic() + _PATIENCE_S
-    while (level := int((await status_of(url) or {}).get("level", 0))) and time.monotonic() < until:
+    while (level := int((await _status(url, name)).get("level", 0))) and time.monotonic() < until:
         await asyncio.sleep(1.0)
     return level
 
 
-def _report(out: Path, names: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
+def _report(out: Path, names: Sequence[str], tasks: Sequence[str], idle: Collection[str]) -> dict[str, Any]:
     read = {name: {t: json.loads((out / name / f"{t}.json").read_text("utf-8")) for t in tasks} for name in names}
     rows, told = [], []
     for name, of_run in read.items():
@@ -199,12 +232,29 @@ def _report(out: Path, names: Sequence[str], tasks: Sequence[str]) -> dict[str, 
         say(line)
     rests = {name: out / name / "rest.json" for name in names}
     levels = {n: json.loads(file.read_text("utf-8"))["level"] if file.is_file() else None for n, file in rests.items()}
-    doubted = [d for n in names for d in doubts(n, [each["served"] for each in read[n].values()], levels[n])]
+    doubted = [d for n in names for d in _doubts_of(n, read[n].values(), levels[n], n in idle)]
     for line in doubted:
         say(line)
     document = {"runs": told, "doubts": doubted}
     write_whole(out / "report.json", json.dumps(document))
     return document
+
+
+def _doubts_of(name: str, found: Collection[dict[str, Any]], level: int | None, is_idle: bool) -> list[str]:
+    """Return what the tasks of a run do not show.
+
+    Args:
+        name: of the run.
+        found: what was written of each task.
+        level: a while after the load; None = stopped before.
+        is_idle: it got nothing but the tasks, so that its level need not move.
+    """
+    said = [] if is_idle and not static_format(name) else doubts(name, [each["served"] for each in found], level)
+    if name != STOCK and (num := sum(not item["levels"] for each in found for item in each["items"])):
+        said.append(f"{name}: of {num} items nobody knows at which level they were computed.")
+    if not is_idle and not any(each["load"].get("ok") for each in found):
+        said.append(f"{name}: no request of the load was answered beside the tasks.")
+    return said
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from live_items import Levels
 from morphserve.errors import MorphServeError
 from morphserve.tools.bench.load.client import ClientOptions, replay
 from morphserve.tools.bench.load.measure import Measurement
+from morphserve.tools.workload import CUTOFF
 
 
 class Relay:
@@ -45,7 +46,7 @@ class Relay:
             await runner.cleanup()
 
     async def _pass_on(self, request: web.Request) -> web.Response:
-        body = for_server(await request.json())
+        body = body_for_server(await request.json())
         try:
             async with self._session.post(f"{self._url}/v1/completions", json=body) as answer:
                 if receipt := answer.headers.get("X-MorphServe-Receipt"):
@@ -56,19 +57,26 @@ class Relay:
             return web.Response(text=str(e), status=502)
 
 
-def for_server(body: Mapping[str, Any]) -> dict[str, Any]:
+def body_for_server(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return lm-eval's request without its seed, which a runner of vLLM's may not bear, asking for a receipt."""
     return {k: v for k, v in body.items() if k != "seed"} | {"vllm_xargs": {"morphserve_receipt": 1}}
 
 
 async def keep_loaded(what: Measurement, client: ClientOptions, rest_s: float | None, ended: Counter[str]) -> None:
     """Replay the trace over and over until cancelled, whatever became of the time before; count how requests end."""
-    rounds: list[asyncio.Task[Any]] = []
+
+    async def once() -> None:
+        begin = time.perf_counter()
+        replayed = await replay(what.workload, what.prompts, client, begin, lambda o: ended.update([o.status]))
+        ended.update(o.status for o in replayed.outcomes if o.status == CUTOFF)  # of these nobody tells as they end
+
+    rounds: list[asyncio.Task[None]] = []
     try:
         while rest_s is not None:
-            begin = time.perf_counter()
-            replayed = replay(what.workload, what.prompts, client, begin, lambda o: ended.update([o.status]))
-            rounds = [each for each in rounds if not each.done()] + [asyncio.create_task(replayed)]
+            for each in rounds:
+                if each.done():
+                    each.result()
+            rounds = [each for each in rounds if not each.done()] + [asyncio.create_task(once())]
             await asyncio.sleep(what.workload.span_s + rest_s)
     finally:
         for each in rounds:

@@ -1,7 +1,7 @@
-"""The paper's own tables of this tree: its modes beside stock vLLM and 4 bits for good, on windows of real traffic.
+"""The paper's figures of merit, of this tree: three modes beside stock vLLM and 4 bits for good, on real traffic.
 
-`make results PARTS=paper` measures them and writes docs/paper.md. A server is `sweep`'s: all are up, taking turns. The
-last window is all of another's requests within a second or two: what it ends with is throughput at saturation.
+Parts `paper` and `halves` of scripts/results.py. Servers are those of `morphserve sweep`: all are up, taking turns. The
+last of the windows is the first one's requests forty times as fast: what it ends with is throughput at saturation.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HEAD = (
 )  # fmt: skip
 
 
-def words(fit: dict[str, Any], model: str, out: Path) -> list[str]:
+def sweep_words(fit: dict[str, Any], model: str, out: Path) -> list[str]:
     """Return the command that measures all of it, at the load and with the limits that the demo has fitted."""
     saturated = f"{WINDOWS[0]}:thin={fit['thin']:g}:rate_scale={_AT_ONCE * fit['rate_scale']:g}"
     named = [word for name in _SHIPPED for word in ("--policy", f"{name}={name}")]
@@ -40,22 +40,29 @@ def words(fit: dict[str, Any], model: str, out: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def lines(out: Path, picture: Path) -> list[str]:
+def modes_table(out: Path, picture: Path) -> list[str]:
     """Return the table of a sweep that has ended, ranges over windows; draw the KV cache of one of them."""
-    found = {directory.name: _window(directory) for directory in sorted(out.iterdir()) if directory.is_dir()}
+    windows = [file.parents[1] for file in sorted(out.glob("*/stock.1/result.json"))]
+    found = {directory.name: _window(directory) for directory in windows}
     saturated = next(name for name in found if name not in WINDOWS)
     draw_kv({RUNS[run]: found[_DRAWN][run]["series"] for run in ("stock", "morphserve", "static_w4")}, picture)
-    rows = [[RUNS[run], *cells([found[window] for window in WINDOWS], found[saturated], run)] for run in RUNS]
-    return [f"{len(WINDOWS)} windows, median [least, most] of them.", "", *markdown_table(_HEAD, rows)]
+    at_once = found[saturated]
+    rows = [[RUNS[run], *mode_cells([found[window] for window in WINDOWS], at_once, run)] for run in RUNS]
+    cut = [name for run, name in RUNS.items() if at_once[run]["completed"] < at_once[run]["num_prompts"]]
+    note = f" Cut off before all had their answers, so their throughput is too low: {', '.join(cut)}." if cut else ""
+    return [
+        f"{' and '.join(WINDOWS)}: median [least, most] of the two.{note}", "", *markdown_table(_HEAD, rows), "",
+        f"![KV blocks over time, {_DRAWN}](img/{picture.name})",
+        f"*KV blocks that a server has, and those in use, {_DRAWN}.*",
+    ]  # fmt: skip
 
 
 def _window(directory: Path) -> dict[str, Any]:
-    return {
-        run: json.loads(next(iter(directory.glob(f"{run}.1/result.json"))).read_text(encoding="utf-8")) for run in RUNS
-    }
+    files = {run: directory / f"{run}.1" / "result.json" for run in RUNS}
+    return {run: json.loads(file.read_text(encoding="utf-8")) for run, file in files.items()}
 
 
-def cells(windows: Sequence[Mapping[str, Any]], saturated: Mapping[str, Any], run: str) -> list[str]:
+def mode_cells(windows: Sequence[Mapping[str, Any]], saturated: Mapping[str, Any], run: str) -> list[str]:
     """Return a server's figures over the windows, each beside stock's (or W4's) on the same window.
 
     Args:
@@ -116,12 +123,23 @@ def draw_kv(series: Mapping[str, Sequence[Mapping[str, Any]]], picture: Path) ->
     plt.close(figure)
 
 
-HALF = ("which half in W4", "half", "computed in W4", "KL", "+-", "ln p", "+-", "as at full precision")
+HALVES_HEAD = ("which half in W4", "half", "computed in W4", "KL", "+-", "ln p", "+-", "as at full precision")
 _WAYS = {"full": "none", "late": "second", "early": "first", "all": "both"}
 
 
-def half(row: Mapping[str, Any]) -> list[str]:
-    """Return one half's figures, of `scripts/early_late.py`."""
+def half_cells(row: Mapping[str, Any]) -> list[str]:
+    """Return the figures of one half of the answers, of `scripts/early_late.py`."""
     figures = {"kl": "{:.4f}", "kl_error": "{:.4f}", "logprob": "{:.3f}", "logprob_error": "{:.3f}"}
     shown = [form.format(row[key]) for key, form in figures.items()]
-    return [_WAYS[row["way"]], row["half"], f"{row['in_format']:.0%}", *shown, f"{row['same']:.0%}"]
+    same = "-" if row["same"] is None else f"{row['same']:.0%}"
+    return [_WAYS[row["way"]], row["half"], f"{row['in_format']:.0%}", *shown, same]
+
+
+def between_cells(name: str, found: Mapping[str, Any]) -> str:
+    """Say what the first half in W4 costs beyond what the second costs, of the same prompts."""
+    kl, logprob = found["early_minus_late"]["kl"], found["early_minus_late"]["logprob"]
+    return (
+        f"{name}: first half in W4 less second half in W4, over both halves, by prompt: KL {kl[0]:+.4f} +- "
+        f"{kl[1]:.4f}, ln p {logprob[0]:+.3f} +- {logprob[1]:.3f}; "
+        f"{found['left_out']} tokens behind the middle are left out."
+    )

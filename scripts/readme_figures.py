@@ -66,8 +66,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def uncommitted() -> str:
-    """Return what is not committed, but for pages, into which figures are written; empty = nothing."""
-    return git("status", "--porcelain", "--", ".", ":!README.md", ":!docs/*.md")
+    """Return what is not committed, but for pages and pictures, which are written; empty = nothing."""
+    return git("status", "--porcelain", "--", ".", ":!README.md", ":!docs/*.md", ":!docs/img/*.png")
 
 
 def begun_at(out: Path, commit: str) -> str:

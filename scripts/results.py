@@ -11,7 +11,7 @@ Parts, with minutes on a core of an AMD EPYC (Zen 3), three seeds:
   gpu_windows  10  60 windows of a GPU's shape (docs/slo.md)
   bound        15  what a search that knows the future finds on three windows and 400 s of the trace (docs/tuning.md)
   served       75  KL of what servers answered, greedy and drawn (docs/profiling.md)
-  paper        35  the modes beside stock vLLM and 4 bits for good, as the paper has them (docs/paper.md)
+  paper        35  three modes beside stock vLLM and 4 bits for good, by the paper's figures of merit (docs/paper.md)
   halves       40  answers of which one half is in 4 bits, greedy and drawn (docs/paper.md)
   demo         60  stock vLLM, MorphServe, W8 for good on windows of real traffic (README.md; scripts/readme_figures.py)
 
@@ -199,8 +199,9 @@ def paper(asked: Asked) -> list[str]:
     model = last_line(*MORPHSERVE, "demo", "--get-model")
     fit = asked.run("paper_demo", *MORPHSERVE, "demo", "--out", str(asked.run.out / "paper_demo"))["fit"]
     out = asked.run.out / "paper"
-    asked.run("paper", *paper_tables.words(fit, model, out))
-    return [f"{readme_figures.load(fit)}; limits: {_limits(fit)}.", "", *paper_tables.lines(out, ROOT / _KV_PICTURE)]
+    asked.run("paper", *paper_tables.sweep_words(fit, model, out))
+    table = paper_tables.modes_table(out, ROOT / _KV_PICTURE)
+    return [f"{readme_figures.load(fit)}; limits: {_limits(fit)}.", "", *table]
 
 
 def _limits(fit: Mapping[str, Any]) -> str:
@@ -210,12 +211,13 @@ def _limits(fit: Mapping[str, Any]) -> str:
 def halves(asked: Asked) -> list[str]:
     """Return what it matters which half of an answer is in 4 bits, of greedy answers and of drawn ones."""
     model = last_line(*MORPHSERVE, "demo", "--get-model")
-    rows = []
+    rows, between = [], []
     for name, words in (("greedy", ()), ("drawn at 1", ("--temperature", "1"))):
         out = asked.run.out / f"halves_{len(words)}"
-        found = asked.run(out.name, "scripts/early_late.py", "--model", model, *words, "--out", str(out))["rows"]
-        rows += [[name, *paper_tables.half(row)] for row in found]
-    return markdown_table(("answers", *paper_tables.HALF), rows)
+        found = asked.run(out.name, "scripts/early_late.py", "--model", model, *words, "--out", str(out))
+        rows += [[name, *paper_tables.half_cells(row)] for row in found["rows"]]
+        between += ["", paper_tables.between_cells(name, found)]
+    return [*markdown_table(("answers", *paper_tables.HALVES_HEAD), rows), *between]
 
 
 PARTS = {
@@ -236,7 +238,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=at_least(1), default=3, help="of what is simulated with scatter")
     parser.add_argument("--out", type=Path, default=Path("reports/results"))
     args = parser.parse_args(argv)
-    wanting = [name for name in args.parts if name in PARTS and PARTS[name].needs_traces]
+    wanted = [name for name in args.parts if name in PARTS]
+    wanting = [name for name in wanted if PARTS[name].needs_traces]
     if wanting and args.traces is None:
         why = f"{', '.join(wanting)}: public traces are replayed. Give the directory of azure2023/ as --traces."
         return fail("results", why)
@@ -245,6 +248,11 @@ def main(argv: list[str] | None = None) -> int:
     of = measured_on()
     if (begun := begun_at(args.out, of)) != of:
         return fail("results", f"{args.out} has figures of {begun}; this is {of}. Give another --out, or delete it.")
+    try:  # before an hour is spent on what has no place
+        for name in wanted:
+            put((ROOT / PARTS[name].page).read_text(encoding="utf-8"), "", marks(name))
+    except (OSError, ValueError) as e:
+        return fail("results", f"{PARTS[name].page}: {e}")
     traces = args.traces.resolve() if args.traces else None
     asked = Asked(Kept(args.out.resolve()), traces, args.seeds)
     for name in args.parts:

@@ -25,8 +25,8 @@ BY_NAME = {command.name: command for command in COMMANDS}
 # scripts that are commands of their own, for who works on the project
 OWN = (
     "bench_controller", "bench_flood", "bench_idle", "bench_kernels", "bench_kv", "bench_profile", "bench_swap",
-    "check_monitoring", "check_seams", "compare_orders", "compare_policies", "draw_rooms", "readme_figures", "results",
-    "second_model",
+    "check_monitoring", "check_seams", "compare_orders", "compare_policies", "draw_rooms", "early_late", "live_tasks",
+    "readme_figures", "results", "second_model",
 )  # fmt: skip
 # script |-> the command that it is a door of
 DOORS = {

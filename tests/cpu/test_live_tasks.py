@@ -15,7 +15,7 @@ import aiohttp
 import live_tasks
 import pytest
 from aiohttp import web
-from live_items import ANSWER, change, compare, doubts, make_tasks, read_answers, share_below, task_file
+from live_items import ANSWER, compare, doubts, make_tasks, read_answers, share_below, status_change, task_file
 from live_traffic import Relay, keep_loaded, run_lm_eval
 
 from morphserve.errors import MorphServeError
@@ -98,6 +98,15 @@ def test_a_directory_of_other_data_is_named(data: Path, name: str) -> None:
         make_tasks(data, encode, 5, 4, 512)
 
 
+def test_passages_that_profiles_were_made_on_are_not_asked(data: Path) -> None:
+    """Guards: quality measured on the text by which layers were chosen, told apart by its spaces alone."""
+    (data / "wikitext2/test.txt").write_text("\n".join(words(70, salt) for salt in "uvw"), encoding="utf-8")
+    first, *others = make_tasks(data, encode, 50, 4, 512)["cloze_wikitext"]
+    known = f"Before. {first['context'].replace(' ', ' , ').upper()} Behind."
+    left = make_tasks(data, encode, 50, 4, 512, known)["cloze_wikitext"]
+    assert [each["context"] for each in left] == [each["context"] for each in others]
+
+
 def item(number: int, right: bool, loglik: float, num_tokens: int = 1, **levels: int) -> dict[str, Any]:
     """Return an answered item; `l2=5`: five of its tokens at level 2."""
     told = {name[1:]: count for name, count in levels.items()}
@@ -142,25 +151,25 @@ def status(*tokens: int, degrade: int = 0, restore: int = 0) -> dict[str, Any]:
 
 def test_shares_are_of_the_time_between() -> None:
     """Guards: tokens of the task before, or of a server's whole life, in a task's share."""
-    between = change(status(100, 50, degrade=3, restore=2), status(130, 60, 60, degrade=5, restore=2))
+    between = status_change(status(100, 50, degrade=3, restore=2), status(130, 60, 60, degrade=5, restore=2))
     assert between["tokens_by_level"] == {"0": 30, "1": 10, "2": 60}
     assert between["transitions"] == {"degrade_committed": 2, "restore_committed": 0}
     assert share_below(between["tokens_by_level"]) == pytest.approx(0.7)
-    assert change({}, {}) == {"tokens_by_level": {}, "transitions": {}} and share_below({}) is None  # stock
+    assert status_change({}, {}) == {"tokens_by_level": {}, "transitions": {}} and share_below({}) is None  # stock
 
 
 @pytest.mark.parametrize(
     ("name", "served", "level", "said"),
     [
-        ("stock", [change({}, {})], 0, ""),
-        ("slo", [change({}, status(90, 0)), change({}, status(90, 10, degrade=1, restore=1))], 0, ""),
-        ("slo", [change({}, status(90, 10, degrade=1))], 0, ""),  # after the load
-        ("slo", [change({}, status(90, 0))] * 2, 0, "slo: never left level 0"),
-        ("slo", [change({}, status(0, 90, degrade=1))], 3, "slo: never restored a layer"),
-        ("slo", [change({}, status(0, 90, degrade=2, restore=1))], 3, "slo: at level 3 a minute after the load"),
-        ("slo", [change({}, status(50, 90, degrade=2, restore=2))], None, "slo: stopped before"),
-        ("static_w8", [change({}, status(0, 90))], 1, ""),
-        ("static_w8", [change({}, status(0, 90)), change({}, status(2, 9))], 1, "static_w8: generated 2 tokens"),
+        ("stock", [status_change({}, {})], 0, ""),
+        ("slo", [status_change({}, status(90, 0)), status_change({}, status(90, 10, degrade=1, restore=1))], 0, ""),
+        ("slo", [status_change({}, status(90, 10, degrade=1))], 0, ""),  # after the load
+        ("slo", [status_change({}, status(90, 0))] * 2, 0, "slo: never left level 0"),
+        ("slo", [status_change({}, status(0, 90, degrade=1))], 3, "slo: never restored a layer"),
+        ("slo", [status_change({}, status(0, 90, degrade=2, restore=1))], 3, "slo: at level 3 a minute after the load"),
+        ("slo", [status_change({}, status(50, 90, degrade=2, restore=2))], None, "slo: stopped before"),
+        ("static_w8", [status_change({}, status(0, 90))], 1, ""),
+        ("static_w8", [status_change({}, status(0, 90)), status_change({}, status(2, 9))], 1, "static_w8: generated 2"),
     ],
 )
 def test_a_server_that_did_not_switch_is_told(name: str, served: list[Any], level: int | None, said: str) -> None:
@@ -286,6 +295,25 @@ def test_load_begins_again_whatever_became_of_it(
     assert least <= len(begun) <= most and len(ended) == len(begun)
 
 
+def test_requests_cut_off_are_counted_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a load that counts those that were answered, and not those that the server starved."""
+    ended: Counter[str] = Counter()
+
+    async def replay(workload: Any, prompts: Any, client: Any, begin: float, on_done: Any) -> Any:
+        outcomes = [SimpleNamespace(status="ok"), SimpleNamespace(status="cutoff")]
+        on_done(outcomes[0])
+        return SimpleNamespace(outcomes=outcomes)
+
+    async def some_time() -> None:
+        what: Any = SimpleNamespace(workload=SimpleNamespace(span_s=60.0), prompts=[])
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(keep_loaded(what, what, 0.0, ended), 0.1)
+
+    monkeypatch.setattr("live_traffic.replay", replay)
+    asyncio.run(some_time())
+    assert ended == {"ok": 1, "cutoff": 1}
+
+
 def test_what_is_missing_is_told_before_a_server_starts(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards: a traceback, or minutes of a server's start before it."""
     assert live_tasks.main(options(data, "--lm-eval", "no-such-lm-eval")) == 1
@@ -307,20 +335,34 @@ def told(items: list[dict[str, Any]], served: dict[str, Any], acc: float) -> str
     return json.dumps({"scores": {"acc": acc}, "served": served, "load": {"ok": 1}, "took_s": 1.0, "items": items})
 
 
+def test_what_a_run_does_not_show_is_told() -> None:
+    """Guards: no loss under a load that never came, or of items computed at levels that nobody knows."""
+    still, items = status_change({}, status(25, 0)), [item(0, True, -1.0, l0=50)]
+    found = [{"served": still, "load": {"cutoff": 3}, "items": items}]
+    assert live_tasks._doubts_of("slo", found, 0, True) == [], "without a load no level need move"
+    (unmoved, unanswered) = live_tasks._doubts_of("slo", found, 0, False)
+    assert "never left" in unmoved and "no request of the load was answered" in unanswered
+    found = [{"served": status_change({}, {}), "load": {"ok": 1}, "items": [item(0, True, -1.0)]}]
+    (unknown,) = live_tasks._doubts_of("static_w8", found, 1, False)
+    assert "of 1 items nobody knows" in unknown
+
+
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards: columns of another run or task, a doubt that stays in the file."""
     for name, loglik, served in (
-        ("stock", -2.0, change({}, {})),
-        ("slo", -2.5, change({}, status(25, 75, degrade=3, restore=2))),
-        ("idle", -2.0, change({}, status(25, 0))),
+        ("stock", -2.0, status_change({}, {})),
+        ("slo", -2.5, status_change({}, status(25, 75, degrade=3, restore=2))),
+        ("still", -2.0, status_change({}, status(25, 0))),
     ):
         (tmp_path / name).mkdir()
         items = [item(i, name == "stock", loglik, 2, **({"l1": 50} if name == "slo" else {})) for i in range(2)]
         (tmp_path / name / "cloze_qmsum.json").write_text(told(items, served, 0.25), encoding="utf-8")
         (tmp_path / name / "rest.json").write_text('{"level": 0}', encoding="utf-8")
-    document = live_tasks._report(tmp_path, ["stock", "slo", "idle"], ["cloze_qmsum"])
+    document = live_tasks._report(tmp_path, ["stock", "slo", "still"], ["cloze_qmsum"], {"stock"})
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split() == ["slo", "cloze_qmsum", "2", "0.250", "3.49", "-0.2500", "0.0000", "2", "0", "100%",
                                 "75%", "5"]  # fmt: skip
-    assert lines[4].startswith("idle: never left level 0") and document["doubts"] == lines[4:]
+    assert document["doubts"] == lines[4:] and [line[:23] for line in lines[4:]] == [
+        "still: never left level", "still: of 2 items nobod"
+    ]  # fmt: skip
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == document
