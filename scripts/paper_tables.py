@@ -18,11 +18,11 @@ from morphserve.tools.tables import markdown_table
 
 RUNS = {
     "stock": "stock vLLM", "accuracy": "`slo`, accuracy", "morphserve": "`slo`, default",
-    "performance": "`slo`, performance", "threshold": "`threshold`, default", "static_w4": "W4 for good",
+    "performance": "`slo`, performance", "threshold": "`threshold`, default", "w4": "W4 for good",
 }  # fmt: skip
-WINDOWS = ("convD", "hybB")
+WINDOWS = ("convD",)
 _SHIPPED = ("accuracy", "performance", "threshold")  # YAMLs that come along
-_DRAWN = "hybB"
+_DRAWN = "convD"
 _AT_ONCE = 40.0  # times as fast: the window's 72 s within two
 _HEAD = (
     "server", "late", "P95 TTFT: stock's over it", "KL", "of W4's KL avoided", "TPOT P50, P99 over stock's",
@@ -30,10 +30,22 @@ _HEAD = (
 )  # fmt: skip
 
 
-def sweep_words(fit: dict[str, Any], model: str, out: Path) -> list[str]:
-    """Return the command that measures all of it, at the load and with the limits that the demo has fitted."""
+def w4_settings() -> dict[str, Any]:
+    """Return the settings of the server that has all layers in 4 bits, which cost more than a level may by default."""
+    return {"version": 1, "quality": {"max_kl_per_token": 1.0}, "policy": {"kind": "static", "level": "w4"}}
+
+
+def sweep_words(fit: dict[str, Any], model: str, out: Path, w4: Path) -> list[str]:
+    """Return the command that measures all of it, at the load and with the limits that the demo has fitted.
+
+    Args:
+        fit: the demo's.
+        model: directory.
+        out: directory of the runs.
+        w4: file of `w4_settings`.
+    """
     saturated = f"{WINDOWS[0]}:thin={fit['thin']:g}:rate_scale={_AT_ONCE * fit['rate_scale']:g}"
-    named = [word for name in _SHIPPED for word in ("--policy", f"{name}={name}")]
+    named = [word for name in _SHIPPED for word in ("--policy", f"{name}={name}")] + ["--policy", f"w4={w4}"]
     return [
         *MORPHSERVE, "sweep", "--model", model, "--config", "demo", *named, "--compare", ",".join(RUNS),
         *fitted_words(fit, WINDOWS), "--window", saturated, "--out", str(out), "--quiet",
@@ -45,13 +57,14 @@ def modes_table(out: Path, picture: Path) -> list[str]:
     windows = [file.parents[1] for file in sorted(out.glob("*/stock.1/result.json"))]
     found = {directory.name: _window(directory) for directory in windows}
     saturated = next(name for name in found if name not in WINDOWS)
-    draw_kv({RUNS[run]: found[_DRAWN][run]["series"] for run in ("stock", "morphserve", "static_w4")}, picture)
+    draw_kv({RUNS[run]: found[_DRAWN][run]["series"] for run in ("stock", "morphserve", "w4")}, picture)
     at_once = found[saturated]
     rows = [[RUNS[run], *mode_cells([found[window] for window in WINDOWS], at_once, run)] for run in RUNS]
     cut = [name for run, name in RUNS.items() if at_once[run]["completed"] < at_once[run]["num_prompts"]]
     note = f" Cut off before all had their answers, so their throughput is too low: {', '.join(cut)}." if cut else ""
+    how = ": median [least, most]" if len(WINDOWS) > 1 else ""
     return [
-        f"{' and '.join(WINDOWS)}: median [least, most] of the two.{note}", "", *markdown_table(_HEAD, rows), "",
+        f"{' and '.join(WINDOWS)}{how}.{note}", "", *markdown_table(_HEAD, rows), "",
         f"![KV blocks over time, {_DRAWN}](img/{picture.name})",
         f"*KV blocks that a server has, and those in use, {_DRAWN}.*",
     ]  # fmt: skip
@@ -70,11 +83,11 @@ def mode_cells(windows: Sequence[Mapping[str, Any]], saturated: Mapping[str, Any
         saturated: likewise of the window that comes at once.
         run: of `RUNS`.
     """
-    own, stock, w4 = ([window[name]["figures"] for window in windows] for name in (run, "stock", "static_w4"))
+    own, stock, w4 = ([window[name]["figures"] for window in windows] for name in (run, "stock", "w4"))
     throughput = saturated[run]["figures"]["output_tok_s"] / saturated["stock"]["figures"]["output_tok_s"]
     in_use = [kv_in_use(window[run]["series"]) for window in windows]
     is_stock = run == "stock"
-    avoided = [] if is_stock or run == "static_w4" else [1 - r for r in _ratios(own, w4, "expected_kl_per_token")]
+    avoided = [] if is_stock or run == "w4" else [1 - r for r in _ratios(own, w4, "expected_kl_per_token")]
     return [
         spread([f["violation_rate"] for f in own], "{:.1%}"),
         "1" if is_stock else spread(_ratios(stock, own, "ttft_p95_s"), "{:.1f}"),

@@ -11,7 +11,7 @@ Parts, with minutes on a core of an AMD EPYC (Zen 3), three seeds:
   gpu_windows  10  60 windows of a GPU's shape (docs/slo.md)
   bound        15  what a search that knows the future finds on three windows and 400 s of the trace (docs/tuning.md)
   served       75  KL of what servers answered, greedy and drawn (docs/profiling.md)
-  paper        35  three modes beside stock vLLM and 4 bits for good, by the paper's figures of merit (docs/paper.md)
+  paper        25  three modes beside stock vLLM and 4 bits for good, by the paper's figures of merit (docs/paper.md)
   halves       40  answers of which one half is in 4 bits, greedy and drawn (docs/paper.md)
   demo         60  stock vLLM, MorphServe, W8 for good on windows of real traffic (README.md; scripts/readme_figures.py)
 
@@ -199,7 +199,9 @@ def paper(asked: Asked) -> list[str]:
     model = last_line(*MORPHSERVE, "demo", "--get-model")
     fit = asked.run("paper_demo", *MORPHSERVE, "demo", "--out", str(asked.run.out / "paper_demo"))["fit"]
     out = asked.run.out / "paper"
-    asked.run("paper", *paper_tables.sweep_words(fit, model, out))
+    w4 = asked.run.out / "w4.yaml"
+    write_whole(w4, json.dumps(paper_tables.w4_settings()))
+    asked.run("paper", *paper_tables.sweep_words(fit, model, out, w4))
     table = paper_tables.modes_table(out, ROOT / _KV_PICTURE)
     return [f"{readme_figures.load(fit)}; limits: {_limits(fit)}.", "", *table]
 

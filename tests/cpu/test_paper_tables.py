@@ -11,6 +11,7 @@ import numpy as np
 import paper_tables
 import pytest
 
+from morphserve.config import parse_config
 from morphserve.tools.quality import Scored
 from morphserve.tools.workload import ReplayError, ServedAnswer
 
@@ -36,7 +37,7 @@ WINDOW = {
     "stock": result(),
     "morphserve": result(violation_rate=0.0, ttft_p95_s=2.0, expected_kl_per_token=0.01, tpot_p99_ms=100.0,
                          kv_blocks_max=75, output_tok_s=150.0),
-    "static_w4": result(violation_rate=0.0, ttft_p95_s=1.0, expected_kl_per_token=0.1, kv_blocks_max=150),
+    "w4": result(violation_rate=0.0, ttft_p95_s=1.0, expected_kl_per_token=0.1, kv_blocks_max=150),
 }  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def test_each_figure_stands_beside_its_reference() -> None:
     """Guards: a ratio the wrong way round, or W4's quality compared with stock's."""
     cells = paper_tables.mode_cells([WINDOW, WINDOW], WINDOW, "morphserve")
     assert cells == ["0.0%", "3.0", "0.0100", "90%", "1.00, 0.50", "+50%", "70%", "1.50"]
-    assert paper_tables.mode_cells([WINDOW], WINDOW, "static_w4")[1:4] == ["6.0", "0.1000", "-"]
+    assert paper_tables.mode_cells([WINDOW], WINDOW, "w4")[1:4] == ["6.0", "0.1000", "-"]
     stock = paper_tables.mode_cells([WINDOW], WINDOW, "stock")
     assert stock == ["50.0%", "1", "0", "-", "1.00, 1.00", "+0%", "70%", "1.00"]
 
@@ -72,11 +73,12 @@ def test_kv_in_use_is_of_the_time_that_anybody_is_there() -> None:
 
 def test_all_windows_have_the_demos_load_and_limits() -> None:
     """Guards: a saturated window that is not thinned as the others are, or limits of another machine."""
-    words = paper_tables.sweep_words(FIT, "/model", Path("out"))
+    words = paper_tables.sweep_words(FIT, "/model", Path("out"), Path("w4.yaml"))
     windows = [words[i + 1] for i, word in enumerate(words) if word == "--window"]
-    assert windows == ["convD:thin=2:rate_scale=1", "hybB:thin=2:rate_scale=1", "convD:thin=2:rate_scale=40"]
+    assert windows == ["convD:thin=2:rate_scale=1", "convD:thin=2:rate_scale=40"] and "w4=w4.yaml" in words
     assert words[words.index("--slo-ttft-s") + 1] == "3" and words[words.index("--slo-tpot-ms") + 1] == "400"
     assert set(words[words.index("--compare") + 1].split(",")) == set(paper_tables.RUNS)
+    parse_config(paper_tables.w4_settings(), source="w4")
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
