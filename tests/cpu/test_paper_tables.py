@@ -30,7 +30,7 @@ def result(**figures: Any) -> dict[str, Any]:
     """What a run's file has."""
     usual = {"violation_rate": 0.5, "ttft_p95_s": 6.0, "expected_kl_per_token": None, "tpot_p50_ms": 100.0,
              "tpot_p99_ms": 200.0, "kv_blocks_max": 50, "output_tok_s": 100.0}  # fmt: skip
-    return {"figures": usual | figures, "series": SERIES}
+    return {"figures": usual | figures, "series": SERIES, "completed": 10, "num_prompts": 10}
 
 
 WINDOW = {
@@ -57,12 +57,13 @@ def test_a_sweeps_directory_becomes_the_table(tmp_path: Path, monkeypatch: pytes
         for run, found in WINDOW.items():
             file = tmp_path / window / f"{run}.1" / "result.json"
             file.parent.mkdir(parents=True)
-            done = 8 if window.endswith("#2") and run == "stock" else 10
-            file.write_text(json.dumps(found | {"completed": done, "num_prompts": 10}))
+            done = 8 if window.endswith("#2") and run == "morphserve" else 10
+            file.write_text(json.dumps(found | {"completed": done}))
     (tmp_path / "servers" / "stock").mkdir(parents=True)
     lines = paper_tables.modes_table(tmp_path, tmp_path / "kv.png")
-    assert "too low: stock." in lines[0] and "(img/kv.png)" in lines[-2]
-    assert lines[5].startswith("| morphserve | 0.0% | 3.0 |") and lines[5].endswith("| 1.50 |")
+    assert "At saturation cut off before all had their answers: morphserve." in lines[0]
+    assert lines[5].startswith("| morphserve | 0.0% | 3.0 |") and lines[5].endswith("| 70% | - |")
+    assert lines[6].endswith("| 1.00 |") and "(img/kv.png)" in lines[-2]
 
 
 def test_kv_in_use_is_of_the_time_that_anybody_is_there() -> None:
@@ -77,6 +78,7 @@ def test_all_windows_have_the_demos_load_and_limits() -> None:
     windows = [words[i + 1] for i, word in enumerate(words) if word == "--window"]
     assert windows == ["convD:thin=2:rate_scale=1", "convD:thin=2:rate_scale=40"] and "w4=w4.yaml" in words
     assert words[words.index("--slo-ttft-s") + 1] == "3" and words[words.index("--slo-tpot-ms") + 1] == "400"
+    assert words[-2:] == ["--cutoff", "750"], "throughput of those that were answered in time alone"
     assert set(words[words.index("--compare") + 1].split(",")) == set(paper_tables.RUNS)
     parse_config(paper_tables.w4_settings(), source="w4")
 
