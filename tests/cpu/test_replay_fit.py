@@ -17,6 +17,7 @@ from cpu.replay_fakes import FakeServer
 from cpu.test_replay_compare import FAKE, comparison
 
 from morphserve.errors import ConfigError
+from morphserve.shipped import DEFAULT_CONFIG
 from morphserve.tools.bench import main
 from morphserve.tools.bench.comparison import Comparison, derived_config
 from morphserve.tools.bench.fit import TPOT_OF_LONE, TTFT_OF_LONE, Given, fit
@@ -177,8 +178,16 @@ def test_a_policy_of_promises_is_told_the_fitted_ones(tmp_path: Path) -> None:
     }  # fmt: skip
     assert derived_config(config, "slo", tmp_path)["policy"]["ttft_s"] == 1.0
     assert derived_config(config, "static_w8", tmp_path, Slo(4.0, 0.3))["policy"] == {"kind": "static", "level": "w8"}
+    # Without a fit the YAML has the last word, and what it leaves out is what requests are judged by.
+    unfitted = derived_config(config, "slo", tmp_path, None, Slo(4.0, 0.3))["policy"]
+    assert unfitted == {"kind": "slo", "ttft_s": 1.0, "tpot_s": 0.3, "target": 0.05}
+    config.write_text("kv: {max_num_blocks: 300}\n")
+    for words in ((Slo(4.0, 0.3),), (None, Slo(4.0, 0.3))):
+        derived = derived_config(config, "slo", tmp_path, *words)
+        assert derived["policy"] == {"kind": "slo", "ttft_s": 4.0, "tpot_s": 0.3}
+    assert derived_config(DEFAULT_CONFIG, "slo", tmp_path, None, Slo(4.0, 0.3))["policy"]["ttft_s"] == 4.0
     config.write_text("policy: {kind: threshold}\n")
-    assert derived_config(config, "morphserve", tmp_path, Slo(4.0, 0.3)) == {"policy": {"kind": "threshold"}}
+    assert derived_config(config, "morphserve", tmp_path, Slo(4.0, 0.3), Slo()) == {"policy": {"kind": "threshold"}}
 
 
 async def _one_round(fake: FakeServer) -> probe._Found:

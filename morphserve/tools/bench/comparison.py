@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 STOCK, MORPHSERVE = "stock", "morphserve"
 STATIC = "static_"  # before the format that all layers of a baseline have
+_PROMISE = ("ttft_s", "tpot_s")  # keys of a policy of kind slo
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")  # a directory is called by it
 
 
@@ -71,7 +72,7 @@ class Comparison:
     repeats: int = option("interleaved; the summary gives medians and the spread", default=1)
     server: ServerOptions
     measurement: Measurement  # its client.url is set per server
-    promise: Slo | None = None  # what a policy that keeps promises is to keep; None = what its own YAML says
+    promise: Slo | None = None  # what policies of promises keep; None = their YAML's, else what requests are judged by
     setup: dict[str, Any] = field(default_factory=dict)  # recorded with every run
     window: str = ""  # of a sweep: its name; another call may add to its repeats
 
@@ -117,6 +118,11 @@ class Comparison:
                     f"--compare {name}: the ladder of {path} has no format {fmt!r}, only {', '.join(known)}. Take one "
                     "of these, or add it to ladder.steps."
                 )
+        if config.policy.kind == "slo" and not fmt and self.promise is None and path != DEFAULT_CONFIG:
+            kept, slo = config.policy, self.measurement.slo
+            for key, own, judged in zip(_PROMISE, (kept.ttft_s, kept.tpot_s), (slo.ttft_s, slo.tpot_s), strict=True):
+                if key in kept.model_fields_set and own != judged:
+                    log.warning("%s promises %s: %g, and requests are judged by %g.", path, key, own, judged)
         predicts = config.policy.kind == "slo" and not fmt and not is_simulated
         if predicts and (times := step_times_file(config)) is not None:
             try:
@@ -144,7 +150,9 @@ class Comparison:
         Raises:
             ConfigError: MorphServe would refuse it.
         """
-        return {} if name == STOCK else derived_config(self.config_of(name), name, directory, self.promise)
+        if name == STOCK:
+            return {}
+        return derived_config(self.config_of(name), name, directory, self.promise, self.measurement.slo)
 
     def write_config(self, name: str, directory: Path) -> Path | None:
         """Make `directory` with the config of a run in it, and return the file; None for stock, which has no config.
@@ -166,23 +174,36 @@ def static_format(name: str) -> str:
     return name.removeprefix(STATIC) if name.startswith(STATIC) else ""
 
 
-def derived_config(base: Path, name: str, directory: Path, promise: Slo | None = None) -> dict[str, Any]:
+def derived_config(
+    base: Path, name: str, directory: Path, promise: Slo | None = None, judged_by: Slo | None = None
+) -> dict[str, Any]:
     """Return the YAML of a run: as given, a static policy for the baselines, logs in the run's own directory.
 
     Args:
-        promise: what a policy of kind slo is to keep; None = what the YAML says.
+        base: as given.
+        name: of the run.
+        directory: of its files.
+        promise: what a policy of kind slo keeps, whatever the YAML says.
+        judged_by: what it keeps where there is no `promise` and the YAML says nothing.
 
     Raises:
         ConfigError: a config that MorphServe would refuse.
     """
     load_config(base)  # its errors name the user's file, not ours
     raw = read_yaml(user_path(base), "--config") or {}
+    policy = raw.get("policy") or {"kind": "slo"}
     if fmt := static_format(name):
         raw["policy"] = {"kind": "static", "level": fmt}
-    elif promise is not None and (raw.get("policy") or {}).get("kind") == "slo":
-        raw["policy"] = {**raw["policy"], "ttft_s": promise.ttft_s, "tpot_s": promise.tpot_s}
+    elif policy.get("kind") == "slo" and (promise or judged_by):
+        if base == DEFAULT_CONFIG:  # it stands for no settings, and has all keys
+            policy = {key: value for key, value in policy.items() if key not in _PROMISE}
+        raw["policy"] = {**_promised(judged_by), **policy, **_promised(promise)}
     if raw.get("decision_log"):
         packed = ".gz" if str(raw["decision_log"]).endswith(".gz") else ""
         raw["decision_log"] = str((directory / f"decisions.jsonl{packed}").resolve())
     parse_config(raw, source=f"config derived for {name}")
     return dict(raw)
+
+
+def _promised(slo: Slo | None) -> dict[str, float]:
+    return {} if slo is None else dict(zip(_PROMISE, (slo.ttft_s, slo.tpot_s), strict=True))
