@@ -40,6 +40,7 @@ from morphserve.tools.workload.formats import TraceRequest
 from morphserve.tools.workload.outcome import Outcome, Replayed, Snapshot
 from morphserve.tools.workload.prompts import PromptMaker
 from morphserve.tools.workload.workload import Workload
+from policies import SloConfig
 
 FAKE = ServerOptions(model="tiny", command=(sys.executable, replay_fakes.__file__), start_timeout_s=60, extra_args=())
 WORKLOAD = Workload("tiny", tuple(TraceRequest(i * 0.02, 5, 4) for i in range(6)), 512)
@@ -172,6 +173,21 @@ def test_no_config_is_what_a_server_without_one_does(tmp_path: Path) -> None:
     derived, default = (parse_config(each, "here") for each in (asked.derived("morphserve", tmp_path), {}))
     assert derived.model_dump(exclude={"policy"}) == default.model_dump(exclude={"policy"})
     assert derived.policy.kind == default.policy.kind
+
+
+def test_a_policy_of_promises_keeps_what_requests_are_judged_by(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards: servers that pay for 2 s and 150 ms where twelve seconds are asked, compared with others that do not."""
+    some = comparison(tmp_path, "stock", "morphserve")
+    asked = replace(some, config=None, measurement=replace(some.measurement, slo=Slo(12.0, 0.75)))
+    asked.check()
+    policy = parse_config(asked.derived("morphserve", tmp_path), "here").policy
+    assert isinstance(policy, SloConfig) and (policy.ttft_s, policy.tpot_s) == (12.0, 0.75) and not caplog.records
+    config = tmp_path / "own.yaml"
+    config.write_text("policy: {kind: slo, ttft_s: 1.0}\n")
+    replace(asked, config=config).check()
+    assert [f"{config} promises ttft_s: 1, and requests are judged by 12."] == [r.getMessage() for r in caplog.records]
 
 
 @pytest.mark.parametrize(
