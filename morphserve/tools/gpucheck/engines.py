@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from morphserve.tools.gpucheck.bench import OutOfTime
+from morphserve.tools.gpucheck.machine import device_bytes
 
 VLLM_ENGINE = "morphserve.integration.offline.gpu_smoke:VllmEngine"
 STAND_IN = "morphserve.tools.gpucheck.engines:StandIn"
@@ -107,15 +108,13 @@ def write_model(directory: Path, name: str) -> Path:
     return target
 
 
-def settings(
-    model: Path, kv_bytes: int, memory_share: float = 0.9, *, eager: bool = False
-) -> dict[str, Any]:
+def settings(model: Path, kv_bytes: int, needed_bytes: int, *, eager: bool = False) -> dict[str, Any]:
     """Arguments of an engine: those of a server, but for weights, tokenizer and a small KV cache.
 
     Args:
         model: directory of the config.
         kv_bytes: of the KV cache at level 0.
-        memory_share: of the device, that must be free when it starts.
+        needed_bytes: of the device, that must be free when it starts.
         eager: without compilation and graphs.
     """
     return {
@@ -124,7 +123,7 @@ def settings(
         "skip_tokenizer_init": True,
         "max_model_len": 2048,
         "max_num_seqs": 64,
-        "gpu_memory_utilization": memory_share,
+        "gpu_memory_utilization": round(needed_bytes / device_bytes(), 4),
         "enable_prefix_caching": False,
         "enforce_eager": eager,
         "kv_cache_memory_bytes": kv_bytes,

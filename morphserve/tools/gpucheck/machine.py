@@ -14,6 +14,7 @@ from morphserve.tools.machine import describe_machine
 _TIMEOUT_S = 10.0
 _PACKAGES = ("triton", "cuda-bindings", "flash-attn", "numpy")  # beside torch, vLLM and ours
 _FACTS = {"gpu": "name", "driver": "driver_version", "gpu_memory_mib": "memory.total", "sm_max_mhz": "clocks.max.sm"}
+_UNKNOWN_BYTES = 80 << 30
 _TEXTS = ("gpu", "driver")  # 580.20 and 580.2 are two drivers
 _SENSORS = {
     "sm_mhz": "clocks.sm",
@@ -43,6 +44,12 @@ def missing_device() -> str | None:
 def describe_host() -> dict[str, Any]:
     """GPU, driver, processor and versions; what cannot be found out is left out."""
     return _query(_FACTS) | describe_machine(*_PACKAGES) | {"kernel": platform.release()}
+
+
+def device_bytes() -> int:
+    """Return the memory of the first GPU; 80 GiB where nothing can be asked."""
+    mib = _query({"mib": _FACTS["gpu_memory_mib"]}).get("mib")
+    return int(mib * 2**20) if isinstance(mib, float) else _UNKNOWN_BYTES
 
 
 def read_sensors() -> dict[str, Any]:
