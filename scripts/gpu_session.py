@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import tarfile
@@ -90,7 +89,7 @@ def main() -> int:
 
 
 def run(words: str, env: dict[str, str], left_s: float) -> int:
-    """Run a command of morphserve and return its exit status; interrupted when its time is out, as by Ctrl-C.
+    """Run a command of morphserve and return its exit status; asked to end when its time is out.
 
     One that goes on for `_GRACE_S` all the same is killed, and one that has no time is not begun: 1.
     """
@@ -104,7 +103,7 @@ def run(words: str, env: dict[str, str], left_s: float) -> int:
         code = process.wait(left_s)
     except subprocess.TimeoutExpired:
         print(f"out of time after {left_s:.0f} s", flush=True)
-        process.send_signal(signal.SIGINT)  # it stops the servers that it has started
+        process.terminate()  # it ends its servers then; what was started in the background may not hear SIGINT
         try:
             code = process.wait(_GRACE_S)
         except subprocess.TimeoutExpired:

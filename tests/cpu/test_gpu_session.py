@@ -105,20 +105,20 @@ class Hung:
             raise subprocess.TimeoutExpired("morphserve", timeout)
         return -9
 
-    def send_signal(self, number: int) -> None:
-        self.signals.append(number)
+    def terminate(self) -> None:
+        self.signals.append(signal.SIGTERM)
 
     def kill(self) -> None:
         self.signals.append(signal.SIGKILL)
 
 
-def test_a_command_out_of_time_is_interrupted_then_killed(
+def test_a_command_out_of_time_is_asked_to_end_then_killed(
     session: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Guards: a command that holds a lent machine until it is taken away; servers that nobody stops."""
     hung = Hung()
     monkeypatch.setattr(session.subprocess, "Popen", lambda *args, **kwargs: hung)
     assert session.run("watch", {}, 12.0) == -9
-    assert hung.waits == [12.0, 30.0, None] and hung.signals == [signal.SIGINT, signal.SIGKILL]
+    assert hung.waits == [12.0, 30.0, None] and hung.signals == [signal.SIGTERM, signal.SIGKILL]
     assert session.run("watch", {}, 0.0) == 1 and len(hung.waits) == 3
     assert "out of time after 12 s" in capsys.readouterr().out

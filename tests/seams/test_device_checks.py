@@ -247,7 +247,9 @@ def test_an_empty_ladder_is_what_the_gpu_multiplies(
 def test_a_gpu_is_for_who_asks_to_try_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: an unproven device in production, because nobody looked, because the switch is off, or because another
     vLLM is to be tried."""
-    monkeypatch.setattr("vllm.platforms.current_platform", Platform(90))
+    platform = Platform(90)
+    platform.name = "NVIDIA H200 NVL"
+    monkeypatch.setattr("vllm.platforms.current_platform", platform)
     monkeypatch.setenv(UNPROVEN_VLLM, "1")
     monkeypatch.delenv(UNPROVEN_CUDA, raising=False)
     for off in (None, "", "0"):
@@ -267,6 +269,10 @@ def test_a_gpu_is_for_who_asks_to_try_it(monkeypatch: pytest.MonkeyPatch) -> Non
         ("NVIDIA H100 80GB HBM3", "0.32.0", 1, False),
         ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", "0.33.0", 1, False),
         ("NVIDIA H100 PCIe", "0.33.0", 1, False),
+        ("NVIDIA H200", "0.33.0", 1, True),
+        ("NVIDIA H200", "0.33.0", 2, False),
+        ("NVIDIA H200 NVL", "0.33.0", 1, False),
+        ("NVIDIA H200 MIG 1g.18gb", "0.33.0", 1, False),
         ("NVIDIA A100-SXM4-80GB", "0.33.0", 1, False),
     ],
 )
@@ -288,7 +294,7 @@ def test_what_was_proven_starts(
         (record,) = caplog.records
         assert "proven on this GPU with torch 2.11, this is 2.14.0" in record.getMessage()
         return
-    words = f"proven on {num_ranks} x {gpu} with vLLM {version}, only on one H100 80GB HBM3 with"
+    words = f"proven on {num_ranks} x {gpu} with vLLM {version}, only on one NVIDIA H100 80GB HBM3 with"
     with pytest.raises(ConfigError, match=re.escape(words)):
         checks.check_platform(num_ranks)
 

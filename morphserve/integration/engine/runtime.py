@@ -73,6 +73,7 @@ class EngineRuntime:
         self.ladder: Ladder = ()
         self.base_num_blocks = 0
         self._spare_num_blocks = 0  # of level 0 at most, once it is known what CUDA graphs take
+        self._odd_num_blocks = 0  # that there is memory for beside level 0's, less than a granularity
 
     def plan_kv(
         self, original: Callable[..., Any], specs: list[dict[str, KVCacheSpec]], available_memory: list[int]
@@ -96,7 +97,9 @@ class EngineRuntime:
         kv = self.config.kv
         granularities = [_granularity(c, rank.page_bytes) for c, rank in zip(base, self.ranks, strict=True)]
         granularity = math.lcm(*granularities)
-        self.base_num_blocks = min(c.num_blocks for c in base) // granularity * granularity
+        held = min(c.num_blocks for c in base)
+        self._odd_num_blocks = held % granularity
+        self.base_num_blocks = held - self._odd_num_blocks
         if kv.base_num_blocks is not None:
             if kv.base_num_blocks > self.base_num_blocks:
                 raise ConfigError(
@@ -148,8 +151,9 @@ class EngineRuntime:
             )  # fmt: skip
 
     def _num_blocks_in(self, num_bytes: Sequence[int]) -> int:
-        """Return how many KV blocks, in whole granularities, so many bytes hold on every rank."""
+        """Return how many KV blocks, in whole granularities, so many bytes and the odd blocks hold on every rank."""
         held = min(spare // rank.kv_block_bytes for spare, rank in zip(num_bytes, self.rank_bytes, strict=True))
+        held += self._odd_num_blocks
         return held // kv_granularity(self.rank_bytes) * kv_granularity(self.rank_bytes)
 
     @property

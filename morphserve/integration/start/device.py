@@ -70,15 +70,15 @@ def _check_proven(num_ranks: int) -> None:
 
     name = current_platform.get_device_name()
     for gpu, of_vllm, of_torch in PROVEN_GPUS:
-        is_whole = gpu in name and "MIG" not in name  # a slice of a GPU is called after it
-        if num_ranks == 1 and is_whole and vllm.__version__.startswith(of_vllm + "."):
+        # A slice of a GPU is called after it, and so are its slower kin: "NVIDIA H200 MIG 1g.18gb", "NVIDIA H200 NVL".
+        if num_ranks == 1 and name == gpu and vllm.__version__.startswith(of_vllm + "."):
             if not torch.__version__.startswith(of_torch + "."):
                 logger.warning(
                     "morphserve: proven on this GPU with torch %s, this is %s; `morphserve gpu-check` tries it",
                     of_torch, torch.__version__,
                 )  # fmt: skip
             return
-    proven = ", ".join(f"one {gpu} with vLLM {version}" for gpu, version, _ in PROVEN_GPUS)
+    proven = " or ".join(f"one {gpu} with vLLM {version}" for gpu, version, _ in PROVEN_GPUS)
     raise ConfigError(
         f"device 'cuda': MorphServe has not been proven on {num_ranks} x {name} with vLLM {vllm.__version__}, only on "
         f"{proven}; `morphserve gpu-check` tries what it needs of one. Set {UNPROVEN_CUDA}=1 to try it, or start "
