@@ -33,7 +33,9 @@ def run(command: Command, words: Sequence[str]) -> int:
     """Load the command's module and let it read its words."""
     from morphserve.errors import MorphServeError
     from morphserve.setup import complete_vllm
+    from morphserve.tools.command import end_as_interrupted
 
+    end_as_interrupted()
     if said := complete_vllm():
         sys.stderr.write(f"{command.prog}: {said}\n")
     try:

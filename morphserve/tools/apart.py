@@ -15,6 +15,7 @@ from typing import Any
 from morphserve.endings import cause_in
 from morphserve.errors import ProfilingError
 from morphserve.tools.checks import at_least
+from morphserve.tools.children import with_us
 
 Progress = Callable[[str, int, int], Any]  # what, done, of how many
 _MARK = "progress"
@@ -77,7 +78,9 @@ def run_apart(command: Sequence[str], failed: str, what: str, progress: Progress
     last, log = "", deque[str](maxlen=_LOG_LINES)  # vLLM logs to stdout, and its stacks go to stderr
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, preexec_fn=with_us()
+        ) as process,
     ):
         assert process.stdout is not None
         try:

@@ -50,9 +50,7 @@ def run_command(name: str, job: Callable[[], dict[str, Any]], when_interrupted: 
         The exit status: 1 after an error that the user can repair, 130 when interrupted.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for signum in (signal.SIGTERM, signal.SIGHUP):  # so that servers are stopped as on Ctrl-C
-        if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup sets SIGHUP
-            signal.signal(signum, _terminated)
+    end_as_interrupted()
     try:
         document = job()
     except MorphServeError as e:
@@ -68,5 +66,13 @@ def run_command(name: str, job: Callable[[], dict[str, Any]], when_interrupted: 
     return 0
 
 
+def end_as_interrupted() -> None:
+    """End on SIGTERM and SIGHUP as on Ctrl-C, so that what this process has started ends, too."""
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup sets SIGHUP
+            signal.signal(signum, _terminated)
+
+
 def _terminated(signum: int, frame: object) -> NoReturn:
+    signal.signal(signum, signal.SIG_IGN)  # once: the way out is not to be interrupted
     raise KeyboardInterrupt

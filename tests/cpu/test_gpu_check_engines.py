@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from morphserve.tools.gpucheck.bench import Bench, run_part
-from morphserve.tools.gpucheck.engines import EngineError, EngineProcess, StandIn
+from morphserve.tools.gpucheck.engines import EngineError, EngineProcess, StandIn, settings
 from morphserve.tools.gpucheck.frame import judge
 from morphserve.tools.gpucheck.parts import plugin, vllm
 
@@ -19,6 +19,15 @@ def missed(part: ModuleType, required: bool = True, of: str = "run") -> list[str
     findings = run_part(f"{part.__name__}:{of}", Bench("cpu", True, 300.0))
     assert findings.error == ""
     return [verdict.name for verdict in findings.verdicts if verdict.required == required and not verdict.ok]
+
+
+@pytest.mark.parametrize(("gib", "share"), [(141, 0.1702), (80, 0.3), (24, 0.3)])
+def test_an_engine_asks_for_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gib: int, share: float
+) -> None:
+    """Guards: engines side by side on a large device that refuse to start; on a small one, a share above all of it."""
+    monkeypatch.setattr("morphserve.tools.gpucheck.engines.device_bytes", lambda: gib << 30)
+    assert settings(tmp_path, 1 << 30, 24 << 30, 0.3)["gpu_memory_utilization"] == share
 
 
 def test_t8_notices_tokens_that_do_not_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

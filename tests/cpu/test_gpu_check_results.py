@@ -60,6 +60,7 @@ def test_the_machine_is_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest
         "#!/bin/sh\n"
         'case "$1" in -L) echo "GPU 0: NVIDIA H200 (UUID: x)";;\n'
         '--query-gpu=name*) echo "NVIDIA H200, 580.20, 143771, 1980";;\n'
+        "--query-gpu=memory.total) echo 143771;;\n"
         '*) echo "345, 3201, 31, [N/A], 4";; esac\n'
     )
     smi.chmod(0o755)
@@ -73,8 +74,9 @@ def test_the_machine_is_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest
     assert machine.read_sensors() == {
         "sm_mhz": 345.0, "memory_mhz": 3201.0, "temperature_c": 31.0, "memory_used_mib": 4.0
     }  # fmt: skip
+    assert machine.device_bytes() == 143771 << 20
     smi.write_text("#!/bin/sh\nexit 9\n")
-    assert machine.read_sensors() == {}
+    assert machine.read_sensors() == {} and machine.device_bytes() == 80 << 30
 
 
 def test_words_do_not_break_the_tables() -> None:

@@ -277,8 +277,8 @@ def test_what_does_not_listen_is_killed(
 # What a server runs, as far as it concerns the end: a child that says when it is ready, and how it ends.
 _SERVER = """
 import os, subprocess, sys
-child = "import signal; from morphserve.tools.prepare.beside_server import end_with, give_way; give_way()\\n"
-child += "try:\\n end_with(%d)\\n import os\\n from pathlib import Path\\n" % os.getpid()
+child = "import signal; from morphserve.tools.prepare.beside_server import live_with, give_way; give_way()\\n"
+child += "try:\\n live_with(%d)\\n import os\\n from pathlib import Path\\n" % os.getpid()
 child += " print(os.sched_getscheduler(0) == os.SCHED_IDLE, os.nice(0))\\n"
 child += " print(Path('/proc/self/oom_score_adj').read_text().strip())\\n"
 child += " print('ready', flush=True); signal.pause()\\nexcept KeyboardInterrupt:\\n print('interrupted')"
@@ -298,7 +298,7 @@ def test_the_child_gives_way_and_ends_with_a_server_that_is_killed() -> None:
 
 def test_a_child_whose_server_is_gone_already_does_nothing() -> None:
     """Guards: a server that dies while its child starts, before that can be told of it."""
-    script = "from morphserve.tools.prepare.beside_server import end_with; end_with(%d); print('goes on')"
+    script = "from morphserve.tools.prepare.beside_server import live_with; live_with(%d); print('goes on')"
     for server, said in ((os.getpid(), "goes on\n"), (os.getppid(), "")):
         done = subprocess.run([sys.executable, "-c", script % server], capture_output=True, text=True)
         assert done.stdout == said and bool(done.returncode) is not bool(said), done.stderr

@@ -135,6 +135,7 @@ def blocks(of_engine: EngineRuntime) -> list[int]:
         ([9000, 9000], None, [40, 44, 50]),  # never more than the range was laid out for
         ([150, 150], None, [20, 24, 30]),
         ([1500, 3000], [34, 20], [20, 24, 30]),  # one device has no room after all
+        ([1500, 3000], [34, 30], [30, 34, 40]),  # or for less
     ],
 )
 def test_every_level_has_what_all_ranks_can_back(
@@ -150,13 +151,18 @@ def test_every_level_has_what_all_ranks_can_back(
     assert ("morphserve_plan", 20, tuple(levels)) in ranks.asked, "graphs were captured at these"
 
 
-def test_odd_blocks_and_odd_bytes_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a granularity lost to rounding twice, 128 blocks of 2,944 of an 8B on an H200 in 22 GiB."""
-    of_engine = planned(monkeypatch, Ranks([100, 200]), {}, None, held=21)
+@pytest.mark.parametrize(
+    ("unused", "found"), [([100, 200], [22, 26, 32]), ([100, 199], [20, 24, 30]), ([0, 0], [20, 24, 30])]
+)
+def test_odd_blocks_and_odd_bytes_are_counted_together(
+    monkeypatch: pytest.MonkeyPatch, unused: list[int], found: list[int]
+) -> None:
+    """Guards: a granularity lost to rounding twice, 128 blocks of 2,944 of an 8B in 22 GiB; blocks without memory."""
+    of_engine = planned(monkeypatch, Ranks(unused), {}, None, held=21)
     assert blocks(of_engine)[0] == 20, "no odd block while nobody knows what graphs take"
     assert of_engine.laid_out == 50, "one block more and 20 kept for graphs are 20 in pairs"  # type: ignore[attr-defined]
     of_engine.take_spare()
-    assert blocks(of_engine) == [22, 26, 32]
+    assert blocks(of_engine) == found
 
 
 @pytest.mark.parametrize(

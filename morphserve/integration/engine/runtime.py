@@ -140,15 +140,18 @@ class EngineRuntime:
         if not self._spare_num_blocks:
             return
         rpc = self.engine_core.model_executor.collective_rpc
-        spare = min(self._num_blocks_in(rpc("morphserve_unused_by_graphs")), self._spare_num_blocks)
-        wanted = self.base_num_blocks + spare
-        if spare and min(rpc("morphserve_extend", args=(wanted,))) >= wanted:
+        most = min(self._num_blocks_in(rpc("morphserve_unused_by_graphs")), self._spare_num_blocks)
+        for spare in range(most, 0, -kv_granularity(self.rank_bytes)):  # others may have taken memory meanwhile
+            wanted = self.base_num_blocks + spare
+            if min(rpc("morphserve_extend", args=(wanted,))) < wanted:
+                continue
             self.base_num_blocks = wanted
             self.ladder = self._ladder()
             logger.info(
                 "morphserve: CUDA graphs took less than was kept for them: level 0 has %d KV blocks more, %d; the "
                 "deepest level %d.", spare, wanted, self.ladder[-1].num_kv_blocks,
             )  # fmt: skip
+            return
 
     def _num_blocks_in(self, num_bytes: Sequence[int]) -> int:
         """Return how many KV blocks, in whole granularities, so many bytes and the odd blocks hold on every rank."""

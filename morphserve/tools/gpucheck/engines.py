@@ -108,13 +108,16 @@ def write_model(directory: Path, name: str) -> Path:
     return target
 
 
-def settings(model: Path, kv_bytes: int, needed_bytes: int, *, eager: bool = False) -> dict[str, Any]:
+def settings(
+    model: Path, kv_bytes: int, needed_bytes: int, most: float, *, eager: bool = False
+) -> dict[str, Any]:
     """Arguments of an engine: those of a server, but for weights, tokenizer and a small KV cache.
 
     Args:
         model: directory of the config.
         kv_bytes: of the KV cache at level 0.
-        needed_bytes: of the device, that must be free when it starts.
+        needed_bytes: of the device, that must be free when it starts: what the largest model takes, at least.
+        most: share of the device that this may be; smaller models do on smaller devices.
         eager: without compilation and graphs.
     """
     return {
@@ -123,7 +126,7 @@ def settings(model: Path, kv_bytes: int, needed_bytes: int, *, eager: bool = Fal
         "skip_tokenizer_init": True,
         "max_model_len": 2048,
         "max_num_seqs": 64,
-        "gpu_memory_utilization": round(needed_bytes / device_bytes(), 4),
+        "gpu_memory_utilization": min(round(needed_bytes / device_bytes(), 4), most),
         "enable_prefix_caching": False,
         "enforce_eager": eager,
         "kv_cache_memory_bytes": kv_bytes,

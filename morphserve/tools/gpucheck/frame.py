@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from morphserve.tools.children import with_us
 from morphserve.tools.gpucheck.machine import read_sensors
 from morphserve.tools.gpucheck.parts import Part
 from morphserve.tools.gpucheck.results import Findings, PartResult, Status, read_findings
 
 _CLOSING_S = 3.0  # kept of the whole time for the last report
-# Of its limit a part is not told so much as its budget: to load torch, and to end. 13 s beside engines that start.
-_BESIDE_SHARE, _BESIDE_S = 0.15, 15.0
+_SOFT = 0.85  # of its limit a part is told as its budget: loading torch, and its end, come out of the rest
 _TAIL_CHARS = 3000
 _ROOT = str(Path(__file__).resolve().parents[3])
 
@@ -74,7 +74,7 @@ def run_one(part: Part, options: Options, limit_s: float) -> PartResult:
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as directory:
         file, log = Path(directory) / "findings.json", options.log or Path(directory) / "output"
         begin = log.stat().st_size if log.exists() else 0
-        code = _supervise(_command(part, options, file, told_s(limit_s)), options, log, limit_s)
+        code = _supervise(_command(part, options, file, limit_s * _SOFT), options, log, limit_s)
         findings = read_findings(file)
         output = log.read_bytes()[begin:].decode("utf-8", errors="replace")
     seconds = options.clock() - start
@@ -87,11 +87,6 @@ def run_one(part: Part, options: Options, limit_s: float) -> PartResult:
         findings=findings or Findings(),
         output_tail=output[-_TAIL_CHARS:] if status == "failed" else "",
     )  # fmt: skip
-
-
-def told_s(limit_s: float) -> float:
-    """Return what a part with so many seconds is told to measure for."""
-    return limit_s - min(max(_BESIDE_SHARE * limit_s, _BESIDE_S), limit_s / 2)
 
 
 def judge(findings: Findings | None, code: int | None, limit_s: float) -> tuple[Status, str]:
@@ -124,7 +119,7 @@ def judge(findings: Findings | None, code: int | None, limit_s: float) -> tuple[
 def _command(part: Part, options: Options, file: Path, budget_s: float) -> list[str]:
     command = [sys.executable, "-m", "morphserve.tools.gpucheck.child", part.module, "--file", str(file)]
     command += ["--device", options.device, "--budget", f"{budget_s:.1f}"]
-    command += ["--cut"] if budget_s < told_s(part.budget_s) else []
+    command += ["--cut"] if budget_s < part.budget_s * _SOFT else []
     return [*command, "--dry"] if options.dry else command
 
 
@@ -140,7 +135,7 @@ def _supervise(command: Sequence[str], options: Options, log: Path, limit_s: flo
     with log.open("ab") as output:
         process: subprocess.Popen[Any] = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True, env=_environment(options),
+            start_new_session=True, env=_environment(options), preexec_fn=with_us(),
         )  # fmt: skip
         try:
             return process.wait(timeout=limit_s)

@@ -47,7 +47,7 @@ def describe_host() -> dict[str, Any]:
 
 
 def device_bytes() -> int:
-    """Return the memory of the first GPU; 80 GiB where nothing can be asked."""
+    """Return the memory of the GPU that is listed first; 80 GiB where nothing can be asked."""
     mib = _query({"mib": _FACTS["gpu_memory_mib"]}).get("mib")
     return int(mib * 2**20) if isinstance(mib, float) else _UNKNOWN_BYTES
 

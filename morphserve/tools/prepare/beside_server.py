@@ -6,21 +6,18 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
 
 from morphserve.errors import ProfilingError
 from morphserve.tools.apart import add_parallel_options
-from morphserve.tools.command import fail
+from morphserve.tools.children import end_with
+from morphserve.tools.command import end_as_interrupted, fail
 
 _PROG = "morphserve prepare"
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 _FIRST_VICTIM = "1000"  # of the kernel's, when memory runs out
 _RANK_BYTES = 3 << 29  # that a process with torch and vLLM has, beside weights
 
@@ -33,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model")
     add_parallel_options(parser)
     args, _ = parser.parse_known_args(words)
-    end_with(args.server)
+    live_with(args.server)
     give_way()
     from morphserve.prepared import TAKEN, TakenError, take_host
     from morphserve.tools.prepare.cli import main as prepare
@@ -51,12 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def end_with(server: int) -> None:
+def live_with(server: int) -> None:
     """End on SIGTERM as on Ctrl-C, so that what this process has started ends too; have it sent if the server dies."""
-    signal.signal(signal.SIGTERM, _terminated)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != server:  # it died before it could be asked for
-        raise SystemExit(1)
+    end_as_interrupted()
+    end_with(server)
 
 
 def give_way() -> None:
@@ -87,11 +82,6 @@ def check_memory(model: Path, num_ranks: int) -> None:
             f"beside its server this model takes up to {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are "
             f"free. Free some, or run `morphserve prepare {model}` while the server is down."
         )
-
-
-def _terminated(signum: int, frame: object) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: the way out is not to be interrupted
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from morphserve.endings import cause_in, how_it_ended, one_line, sentence
+from morphserve.tools.children import with_us
 from morphserve.tools.options import as_flag, option
 from morphserve.tools.sim import ServerSpec
 from morphserve.tools.watch import open_url
@@ -136,7 +137,7 @@ def serve(
             # A session of its own: Ctrl-C reaches us alone, and one signal reaches all of its children.
             process = subprocess.Popen(
                 args, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
-                env=options.environment(), start_new_session=True,
+                env=options.environment(), start_new_session=True, preexec_fn=with_us(),
             )  # fmt: skip
         except OSError as e:
             raise ReplayError(

@@ -22,7 +22,7 @@ PARTS: tuple[Part, ...] = (
     Part("t1", "paged arena, and a graph captured before it grew", f"{_HERE}.arena", 40, 15),
     Part("t2", "decode beside pages that are mapped, unmapped, moved", f"{_HERE}.remap", 50, 25),
     Part("t3", "decode beside copies from pinned memory", f"{_HERE}.copy", 50, 25),
-    Part("t4", "pages from weights to KV and back, checksummed", f"{_HERE}.recycle", 40, 20),
+    Part("t4", "pages from weights to KV and back, checksummed", f"{_HERE}.recycle", 60, 20),
     Part("t5", "W4A16, W8A16 and fp8 against bf16 cuBLAS", f"{_HERE}.kernels", 110, 45),
     Part("t6", "small engine: a set of graphs per level, layers swapped while decoding", f"{_HERE}.engine", 100, 40),
     Part("t7", "opaque linear under torch.compile", f"{_HERE}.opaque", 70, 25),

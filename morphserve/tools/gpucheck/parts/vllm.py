@@ -15,7 +15,7 @@ from morphserve.tools.gpucheck.engines import STAND_IN, VLLM_ENGINE, EngineError
 REQUESTS, PROMPT_TOKENS = 32, 64
 _START_S = 60.0  # a model is not begun with less
 _KV_BYTES = 4 << 30
-_NEEDED_BYTES = 32 << 30  # of the device, free when an engine starts
+_FREE = (32 << 30, 0.4)  # bytes and share of the device: the lesser is free when an engine starts
 _PAIRS = 6
 # Of the graphs that there are at formats between two levels, at best: of pieces, where all have one.
 _PIECES = {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}
@@ -56,7 +56,7 @@ def engine_factory(bench: Bench) -> str:
 
 
 def _one_model(bench: Bench, factory: str, name: str, model: Path) -> None:
-    plain = settings(model, _KV_BYTES, _NEEDED_BYTES) | {"in_process": True}
+    plain = settings(model, _KV_BYTES, *_FREE) | {"in_process": True}
     try:
         with EngineProcess(factory, plain) as engine:
             bench.figure(f"{name}: start", "s", engine.wait_ready(bench.left_s))
