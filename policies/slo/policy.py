@@ -245,7 +245,7 @@ class SloPolicy:
         """Return whether to put a deeper level off for who waits for KV: somebody may end, and nobody needs it."""
         is_settled = s.level == s.target_level == heading == self._last.level
         here = compared.usual[heading]
-        late_nats = terms.price * chance_late(here.tpot_s, load.tpot_s, load.mean_sigma)  # an answer, whatever it waits
+        late_nats = terms.price * chance_late(here.tpot_s, load.tpot_s, load.step_sigma)  # an answer, whatever it waits
         waits_for_kv = here.binds and not self._room.waits_elsewhere(load, s.level)
         if (
             not (self._forecast.is_served and is_settled and waits_for_kv)
@@ -349,7 +349,7 @@ class SloPolicy:
             self._config.ttft_s,
             self._config.tpot_s,
             self.correction.sigma * safety,
-            self.correction.mean_sigma * safety + 0.02,
+            self.correction.step_sigma * safety + 0.02,
             self.correction.factor * safety,
             self._promise,
         )

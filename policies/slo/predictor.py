@@ -94,7 +94,7 @@ class Load:
     ttft_s: float  # promised
     tpot_s: float
     sigma: float  # relative error of a wait
-    mean_sigma: float  # of a time per output token, which many steps make
+    step_sigma: float  # of a step
     factor: float  # measured over predicted step time
     promise: Promise = Promise()  # what requests may have of their own
 
@@ -205,7 +205,7 @@ class Predictor:
         tpot_s = _tpot_s(time, load, max(crowd, 1.0))
         prefill_s = time.per_prefill_token_s * load.factor
         step_s = time.seconds(max(s.num_running, 1), 0, s.num_running * typical.mean_context) * load.factor
-        slow = chance_late(tpot_s, load.tpot_s, load.mean_sigma)
+        slow = chance_late(tpot_s, load.tpot_s, load.step_sigma)
         queue = _Queue(delay_s, room_now, room, release, prefill_s, step_s, tpot_s, slow, load.sigma)
         tally = Tally()
         ahead, tokens = self._waiting(queue, load, at, tally)
@@ -305,7 +305,7 @@ class Predictor:
         gap_s = evicted * s.num_running / 2 / release / load.typical.output_tokens
 
         def late(number: float, limit_s: float) -> Late:
-            stays = chance_late(tpot_s, limit_s, load.mean_sigma)
+            stays = chance_late(tpot_s, limit_s, load.step_sigma)
             leaves = chance_late(tpot_s + gap_s, limit_s, load.sigma) if evicted else 0.0
             return Late(number * ((1 - evicted) * stays + evicted * leaves), number)
 

@@ -159,21 +159,6 @@ def test_the_error_is_admitted() -> None:
     assert calm.step_sigma < 0.05 < 0.3 < wild.step_sigma
 
 
-def test_steps_that_scatter_make_up_for_each_other() -> None:
-    """Guards: deeper levels because single steps scatter, where an answer's time per token is a mean of many."""
-    wild, slow = Correction(TIMES, 2.0), Correction(TIMES, 2.0)
-    first = wild.mean_sigma
-    steps(wild, 1.0, 1000, noise=0.4)
-    for number in range(40):
-        steps(slow, 1.5 if number % 2 else 1 / 1.5, 200)
-    assert wild.mean_sigma < 0.4 * wild.step_sigma and wild.mean_sigma < first
-    assert slow.mean_sigma > 0.25, "all of a second's steps are slow together"
-    before = wild.mean_sigma
-    wild.learn(replace(QUIET, now_s=2000.0, last_step=StepLoad(30.0, 8, 0, 800, 0)))
-    steps(wild, 1.0, 1)
-    assert before < wild.mean_sigma < before + 0.15, "a stall is one mean, however long it was"
-
-
 def test_a_wrong_wait_is_admitted() -> None:
     """Guards: predicted waits that never are compared with what came."""
     correction = Correction(TIMES, 2.0)

@@ -10,11 +10,7 @@ from policies.types import Cohort, Signals, StepLoad
 
 _TAU_S = 5.0  # time constant of factor and error, in seconds of measured steps
 _PRIOR_S = 1.0  # seconds of steps that the step times count as
-_PRIOR_SIGMA = 0.15  # its relative error until seen, and that of a mean
-_MEAN_S = 1.0  # seconds of steps that make a mean: about what a short answer takes
-_MEAN_WEIGHT = 0.05  # of the newest mean
-_MEAN_PRIOR = 3.0  # means that the first guess counts as
-_MEAN_MOST = 0.7  # a mean that is off by more than twice is a stall
+_PRIOR_SIGMA = 0.15  # its relative error until seen
 _WAIT_SIGMA = 0.30  # relative error of predicted waits until seen
 _WAIT_WEIGHT = 0.1  # of the newest
 _SOFT_SHARE = 0.25  # of the promised wait: an error that is small against it matters to nobody
@@ -35,7 +31,6 @@ class Correction:
         self._weight = _PRIOR_S
         self._mean = 0.0  # of the logarithm of measured over predicted
         self._square = _PRIOR_SIGMA**2
-        self._means = _Means()
         self._wait_square = _WAIT_SIGMA**2
         self._watched: tuple[float, float] | None = None  # arrival of a waiting request, and when it was to be served
         self._seen: StepLoad | None = None
@@ -50,14 +45,6 @@ class Correction:
     def step_sigma(self) -> float:
         """Relative error of a step's prediction after the factor."""
         return sqrt(max(self._square - self._mean**2, 0.0))
-
-    @property
-    def mean_sigma(self) -> float:
-        """Relative error of a prediction of many steps together, as a time per output token is.
-
-        Steps that scatter make up for each other; what slows all of them does not.
-        """
-        return self._means.sigma
 
     @property
     def sigma(self) -> float:
@@ -89,7 +76,6 @@ class Correction:
             return
         error = log(run.seconds / run.predicted_s(self._times[run.level]))
         error = min(max(error, -2.0), 2.0)  # a stall of the machine is one step, not a trend
-        self._means.add(error, run.seconds, self._mean)
         keep = exp(-run.seconds / _TAU_S)
         self._weight = self._weight * keep + run.seconds
         share = run.seconds / self._weight
@@ -117,36 +103,3 @@ class Correction:
         predicted, real = served_at_s - arrival_s, signals.now_s - arrival_s
         error = log((real + self._soft_s) / (max(predicted, 0.0) + self._soft_s))
         self._wait_square += _WAIT_WEIGHT * (error * error - self._wait_square)
-
-
-class _Means:
-    """How far the steps of a second were off together from what was expected before them."""
-
-    def __init__(self) -> None:
-        self._count = _MEAN_PRIOR
-        self._square = _PRIOR_SIGMA**2
-        self._seconds = self._sum = 0.0  # of the steps since the last mean
-        self._expected = 0.0
-
-    @property
-    def sigma(self) -> float:
-        return sqrt(self._square)
-
-    def add(self, error: float, seconds: float, expected: float) -> None:
-        """Take in a step.
-
-        Args:
-            error: logarithm of measured over predicted.
-            seconds: that it took.
-            expected: mean of such errors before it.
-        """
-        if not self._seconds:
-            self._expected = expected
-        self._seconds += seconds
-        self._sum += seconds * error
-        if self._seconds < _MEAN_S:
-            return
-        off = min(abs(self._sum / self._seconds - self._expected), _MEAN_MOST)
-        self._count += 1.0
-        self._square += max(1.0 / self._count, _MEAN_WEIGHT) * (off * off - self._square)
-        self._seconds = self._sum = 0.0
