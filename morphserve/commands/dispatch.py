@@ -35,10 +35,10 @@ def run(command: Command, words: Sequence[str]) -> int:
     from morphserve.setup import complete_vllm
     from morphserve.tools.command import end_as_interrupted
 
-    end_as_interrupted()
-    if said := complete_vllm():
-        sys.stderr.write(f"{command.prog}: {said}\n")
     try:
+        end_as_interrupted()
+        if said := complete_vllm():
+            sys.stderr.write(f"{command.prog}: {said}\n")
         status: int = importlib.import_module(f"morphserve.{command.module}").main(words, command.prog)
     except ModuleNotFoundError as e:
         sys.stderr.write(f"{command.prog}: {_remedy(command, e)}\n")

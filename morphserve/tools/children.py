@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
-_LIBC = ctypes.CDLL(None)  # here: between fork and exec nothing is loaded
+_PRCTL = ctypes.CDLL(None).prctl  # looked up here, and not between fork and exec
 
 
 def end_with(parent: int) -> None:
@@ -18,11 +18,19 @@ def end_with(parent: int) -> None:
     Args:
         parent: process id of who started it.
     """
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it died before this could be asked for
         os._exit(1)
 
 
 def with_us() -> Callable[[], None]:
-    """Return the `preexec_fn` of a child that ends when this process does, to be started in the main thread."""
-    return partial(end_with, os.getpid())
+    """Return the `preexec_fn` of a child that ends when this process does, to be started in the main thread.
+
+    It hears SIGTERM, whether this process ignores it or not.
+    """
+    return partial(_begin, os.getpid())
+
+
+def _begin(parent: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what is ignored stays so beyond exec
+    end_with(parent)

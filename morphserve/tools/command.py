@@ -7,6 +7,7 @@ import json
 import logging
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -67,12 +68,16 @@ def run_command(name: str, job: Callable[[], dict[str, Any]], when_interrupted: 
 
 
 def end_as_interrupted() -> None:
-    """End on SIGTERM and SIGHUP as on Ctrl-C, so that what this process has started ends, too."""
+    """End on SIGTERM and SIGHUP as on Ctrl-C, so that what this process has started ends, too.
+
+    Does nothing in other threads than the main one, where no handler can be set.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
     for signum in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup sets SIGHUP
             signal.signal(signum, _terminated)
 
 
 def _terminated(signum: int, frame: object) -> NoReturn:
-    signal.signal(signum, signal.SIG_IGN)  # once: the way out is not to be interrupted
     raise KeyboardInterrupt

@@ -21,6 +21,12 @@ _TOOLS = {
 from morphserve.tools.bench.load.server import ServerOptions, serve
 with serve(ServerOptions(model="", command=tuple(command)), Path(sys.argv[2] + ".log")): pass
 """,
+    "engine of a part": """
+from morphserve.tools.gpucheck.engines import EngineProcess
+file = Path(sys.argv[2] + ".py")
+file.write_text(f"import sys; sys.argv = ['', {sys.argv[2]!r}]; {sys.argv[1]}")
+if __name__ == "__main__": EngineProcess("runpy:run_path", {"path_name": str(file)}).wait_ready(600)
+""",
     "part": """
 from morphserve.tools.gpucheck import frame
 frame._supervise(command, frame.Options(), Path(sys.argv[2] + ".log"), 600)
@@ -32,7 +38,7 @@ def is_alive(pid: int) -> bool:
     """Return whether a process runs; one that nobody has asked how it ended does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except OSError:
         return False
 
 

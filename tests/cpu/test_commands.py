@@ -6,8 +6,10 @@ import importlib
 import json
 import re
 import runpy
+import signal
 import subprocess
 import sys
+import threading
 import tomllib
 from pathlib import Path
 
@@ -133,6 +135,29 @@ def test_ctrl_c_is_status_130(
     """Guards: a traceback for who has seen enough, or an interrupted command that a script takes for done."""
     assert dispatch.run(module_that(tmp_path, monkeypatch, "raise KeyboardInterrupt"), []) == 130
     assert capsys.readouterr().err == "morphserve mine: interrupted\n"
+
+
+def test_sigterm_is_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: `kill PID` of a command that leaves behind what it has started; an error in a thread."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    command = module_that(tmp_path, monkeypatch, "import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
+    try:
+        assert dispatch.run(command, []) == 130
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    assert capsys.readouterr().err == "morphserve mine: interrupted\n"
+
+
+def test_a_command_runs_in_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a handler of a signal, which no other thread than the main one may set."""
+    command, found = module_that(tmp_path, monkeypatch, "return 7"), list[int]()
+    thread = threading.Thread(target=lambda: found.append(dispatch.run(command, [])))
+    thread.start()
+    thread.join()
+    assert found == [7]
 
 
 def test_every_extra_of_a_row_can_be_installed() -> None:

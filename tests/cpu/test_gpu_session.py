@@ -119,6 +119,6 @@ def test_a_command_out_of_time_is_asked_to_end_then_killed(
     hung = Hung()
     monkeypatch.setattr(session.subprocess, "Popen", lambda *args, **kwargs: hung)
     assert session.run("watch", {}, 12.0) == -9
-    assert hung.waits == [12.0, 30.0, None] and hung.signals == [signal.SIGTERM, signal.SIGKILL]
+    assert hung.waits == [12.0, 60.0, None] and hung.signals == [signal.SIGTERM, signal.SIGKILL]
     assert session.run("watch", {}, 0.0) == 1 and len(hung.waits) == 3
     assert "out of time after 12 s" in capsys.readouterr().out

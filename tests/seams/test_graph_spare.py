@@ -135,7 +135,7 @@ def blocks(of_engine: EngineRuntime) -> list[int]:
         ([9000, 9000], None, [40, 44, 50]),  # never more than the range was laid out for
         ([150, 150], None, [20, 24, 30]),
         ([1500, 3000], [34, 20], [20, 24, 30]),  # one device has no room after all
-        ([1500, 3000], [34, 30], [30, 34, 40]),  # or for less
+        ([1500, 3000], [34, 32], [32, 36, 42]),  # or for a granularity less
     ],
 )
 def test_every_level_has_what_all_ranks_can_back(

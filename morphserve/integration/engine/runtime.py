@@ -141,9 +141,10 @@ class EngineRuntime:
             return
         rpc = self.engine_core.model_executor.collective_rpc
         most = min(self._num_blocks_in(rpc("morphserve_unused_by_graphs")), self._spare_num_blocks)
-        for spare in range(most, 0, -kv_granularity(self.rank_bytes)):  # others may have taken memory meanwhile
+        # What was odd on one rank may be just what another lacks.
+        for spare in (most, most - kv_granularity(self.rank_bytes)):
             wanted = self.base_num_blocks + spare
-            if min(rpc("morphserve_extend", args=(wanted,))) < wanted:
+            if spare <= 0 or min(rpc("morphserve_extend", args=(wanted,))) < wanted:
                 continue
             self.base_num_blocks = wanted
             self.ladder = self._ladder()

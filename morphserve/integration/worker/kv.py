@@ -154,6 +154,8 @@ class RankKV:
 
         Where the device does not have it, all stays as it is.
         """
+        if num_blocks <= self.num_mapped:  # as on a rank that had room for more than another
+            return self.num_mapped
         try:
             self._extend(self._cache, num_blocks)
         except KVResizeError as e:

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import json
 import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from morphserve.tools.children import end_with
 from morphserve.tools.gpucheck.bench import OutOfTime
 from morphserve.tools.gpucheck.machine import device_bytes
 
@@ -147,7 +149,7 @@ class EngineProcess:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._pipe, theirs = context.Pipe()
         # Not a daemon: vLLM starts processes of its own. The frame ends whatever a part leaves behind.
-        self._process = context.Process(target=_serve, args=(theirs, factory, dict(arguments)))
+        self._process = context.Process(target=_serve, args=(theirs, factory, dict(arguments), os.getpid()))
         self._process.start()
         theirs.close()
 
@@ -205,8 +207,9 @@ class EngineProcess:
         return value
 
 
-def _serve(pipe: Any, factory: str, arguments: dict[str, Any]) -> None:
-    """Run in the engine's process."""
+def _serve(pipe: Any, factory: str, arguments: dict[str, Any], part: int) -> None:
+    """Run in the engine's process, a child of the part's."""
+    end_with(part)
     start = time.perf_counter()
     try:
         module, _, name = factory.partition(":")

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from morphserve.errors import ProfilingError
 from morphserve.tools.apart import add_parallel_options
 from morphserve.tools.children import end_with
-from morphserve.tools.command import end_as_interrupted, fail
+from morphserve.tools.command import fail
 
 _PROG = "morphserve prepare"
 _FIRST_VICTIM = "1000"  # of the kernel's, when memory runs out
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def live_with(server: int) -> None:
     """End on SIGTERM as on Ctrl-C, so that what this process has started ends too; have it sent if the server dies."""
-    end_as_interrupted()
+    signal.signal(signal.SIGTERM, _terminated)
     end_with(server)
 
 
@@ -82,6 +84,11 @@ def check_memory(model: Path, num_ranks: int) -> None:
             f"beside its server this model takes up to {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are "
             f"free. Free some, or run `morphserve prepare {model}` while the server is down."
         )
+
+
+def _terminated(signum: int, frame: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: the way out is not to be interrupted
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
