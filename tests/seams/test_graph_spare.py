@@ -195,6 +195,7 @@ def test_new_blocks_are_backed_by_new_pages(caplog: pytest.LogCaptureFixture) ->
     kv._cache, kv._extend = cache, residence.extend_cache
     assert kv.extend(5) == 5 and pool.num_free == 3
     assert kv.extend(12) == 5 and pool.num_free == 3 and "no more than 5 KV blocks" in caplog.text
+    assert kv.extend(4) == 5, "another rank had no room for as many"
 
 
 @pytest.mark.parametrize(
