@@ -29,7 +29,7 @@ from policies import MorphLevel  # noqa: E402
 def test_vllm_takes_every_argument(tmp_path: Path) -> None:
     """Guards: a lent GPU that is spent on "unexpected keyword argument"."""
     fields = {field.name for field in dataclasses.fields(EngineArgs)}
-    assert set(settings(tmp_path, 1 << 30, eager=True)) | {"additional_config"} <= fields
+    assert set(settings(tmp_path, 1 << 30, 24 << 30, 0.3, eager=True)) | {"additional_config"} <= fields
     for batch in (None, 3):
         found = parse_config(plugin_settings(tmp_path, batch=batch))
         assert found.ladder.steps is not None and found.transition.max_layers_per_step == batch
@@ -38,7 +38,7 @@ def test_vllm_takes_every_argument(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_vllm_reads_the_model(name: str, tmp_path: Path) -> None:
     """Guards: a config that vLLM refuses, or reads as another model."""
-    config = EngineArgs(**settings(write_model(tmp_path, name), 1 << 30)).create_model_config()
+    config = EngineArgs(**settings(write_model(tmp_path, name), 1 << 30, 24 << 30, 0.3)).create_model_config()
     assert config.architectures == ["LlamaForCausalLM"] and str(config.dtype) == "torch.bfloat16"
     assert config.get_total_num_hidden_layers() == MODELS[name]["num_hidden_layers"]
     assert config.get_total_num_kv_heads() == MODELS[name]["num_key_value_heads"]
