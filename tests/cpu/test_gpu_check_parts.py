@@ -158,6 +158,16 @@ def test_t3_notices_a_copy_that_went_wrong(monkeypatch: pytest.MonkeyPatch) -> N
     assert missed(dry("t3")) == ["what was copied arrived"]
 
 
+@pytest.mark.parametrize(("readings", "rounds"), [(0, 0), (2, 1)])
+def test_t4_says_how_far_it_came(readings: int, rounds: int) -> None:
+    """Guards: a part that is killed on a full host with all that it has found."""
+    clock = iter([0.0, *[0.0] * readings])
+    bench = Bench("cpu", True, 10.0, clock=lambda: next(clock, 11.0))
+    found = run_part("morphserve.tools.gpucheck.parts.recycle:run", bench)
+    assert found.error == f"{rounds} rounds of 3 are done."
+    assert [figure.repeats for figure in found.figures if "round" in figure.name] == [rounds] * bool(rounds)
+
+
 @pytest.mark.parametrize("where", ["layer", "kv"])
 def test_t4_notices_a_single_byte(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: comparisons that compare nothing."""
